@@ -1,0 +1,45 @@
+"""Train a GPT in Keras, make it fast, and ship it to an edge device.
+
+The public names are resolved when they are first used, so `import gpt_tf` loads
+neither TensorFlow nor Keras; `gpt_tf.edge` never does. TF-MOT works on Keras 2,
+so this package does too: importing it before `tf.keras` is touched makes
+`tf.keras` the same thing as `tf_keras`.
+"""
+
+import importlib
+import os
+
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AdamW": "gpt_tf.models.optimizer",
+    "BPETokenizer": "gpt_tf.text.tokenizer",
+    "CharacterTokenizer": "gpt_tf.text.tokenizer",
+    "GPTModel": "gpt_tf.models.gpt",
+    "InputError": "gpt_tf.errors",
+    "TokenFile": "gpt_tf.text.dataset",
+    "Windows": "gpt_tf.text.dataset",
+    "generate": "gpt_tf.models.decoding",
+    "load_model": "gpt_tf.training",
+    "load_tokenizer": "gpt_tf.text.tokenizer",
+    "make_strategy": "gpt_tf.parallel.strategy",
+    "open_corpus": "gpt_tf.text.corpus",
+    "stream": "gpt_tf.models.decoding",
+    "train": "gpt_tf.training",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name):
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'gpt_tf' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(set(globals()) | set(_PUBLIC))

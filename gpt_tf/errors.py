@@ -1,0 +1,18 @@
+"""The errors that a user can mend.
+
+Every message says what was expected, what came, and how to repair it. The
+command line prints such an error as one line, without a traceback, and exits
+with status 2; anything else is a defect of gpt_tf and keeps its traceback.
+"""
+
+
+class InputError(ValueError):
+    """What the user handed in cannot be used as it is."""
+
+
+class InputTypeError(InputError, TypeError):
+    """An object of the wrong kind was handed in, a Keras 3 layer for example."""
+
+
+class DamagedFileError(InputError):
+    """A file is truncated, tampered with, or not what its manifest says."""

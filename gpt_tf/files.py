@@ -1,0 +1,231 @@
+"""Files written whole or not at all, and the manifests that describe them.
+
+A file appears under its final name only when it is complete: the bytes go to a
+temporary neighbour, are forced to disk, and the neighbour is then renamed. A
+manifest is a JSON file that says what an artefact is, what it was made from and
+which bytes it has, so that a damaged or foreign file is noticed before it is used.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from gpt_tf.errors import DamagedFileError, InputError
+
+MANIFEST_NAME = "manifest.json"
+
+_VERSIONED_PACKAGES = (
+    "gpt-tf",
+    "tensorflow",
+    "tf_keras",
+    "numpy",
+    "tokenizers",
+)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that takes its final name only when the block ends well.
+
+    Args:
+        path: Final name. Missing parent folders are created.
+        mode: `"wb"` for bytes or `"w"` for UTF-8 text.
+
+    Yields:
+        The open temporary file. After an exception it is removed and whatever
+        stood at `path` before is untouched.
+
+    Example:
+        >>> with atomic_file("notes.txt", "w") as file:
+        ...     file.write("whole or not at all")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoding = None if "b" in mode else "utf-8"
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Fill a folder that takes its final name only when the block ends well.
+
+    Args:
+        path: Final name; it must not exist yet.
+
+    Yields:
+        A temporary folder beside `path`. Every file in it is forced to disk
+        before the rename. After an exception it is removed.
+
+    Raises:
+        InputError: `path` exists already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(
+            f"A new folder was to be written at {path}, but something stands there. "
+            "Remove it or choose another name."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as readable JSON, whole or not at all."""
+    with atomic_file(path, "w") as file:
+        json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read JSON that gpt_tf wrote.
+
+    Raises:
+        DamagedFileError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedFileError(f"Expected a JSON file at {path}; none is there.") from None
+    except (ValueError, OSError) as error:
+        raise DamagedFileError(
+            f"Expected JSON in {path}, but it cannot be read: {error}. "
+            "The file is damaged or was not written by gpt_tf."
+        ) from None
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages an artefact depends on."""
+    found = {"python": platform.python_version()}
+    for package in _VERSIONED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def write_manifest(
+    folder: str | os.PathLike,
+    kind: str,
+    files: Iterable[str],
+    **facts: Any,
+) -> dict[str, Any]:
+    """Describe the files of a folder in its `manifest.json`.
+
+    Args:
+        folder: The folder that holds the files.
+        kind: What the folder is, `"checkpoint"` for example.
+        files: Names relative to `folder`; size and SHA-256 of each are recorded.
+        **facts: Anything else worth knowing, as JSON values.
+
+    Returns:
+        The manifest as written.
+    """
+    folder = Path(folder)
+    manifest = {
+        "kind": kind,
+        "versions": versions(),
+        "files": {
+            name: {
+                "size_bytes": (folder / name).stat().st_size,
+                "sha256": sha256_of(folder / name),
+            }
+            for name in files
+        },
+        **facts,
+    }
+    write_json(folder / MANIFEST_NAME, manifest)
+    return manifest
+
+
+def check_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
+    """Read a folder's manifest and compare every file it names with it.
+
+    Args:
+        folder: A folder that `write_manifest` described.
+        kind: The kind that is expected.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DamagedFileError: The manifest is missing or of another kind, or a file
+            is missing, truncated or altered.
+    """
+    folder = Path(folder)
+    manifest = read_json(folder / MANIFEST_NAME)
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        received = manifest.get("kind") if isinstance(manifest, dict) else manifest
+        raise DamagedFileError(
+            f"Expected a {kind} in {folder}. Received: {received!r}. "
+            "Point to the folder that gpt_tf wrote."
+        )
+    for name, facts in manifest.get("files", {}).items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedFileError(f"The {kind} in {folder} lacks its file {name}.")
+        size = file.stat().st_size
+        if size != facts["size_bytes"]:
+            raise DamagedFileError(
+                f"{file} should have {facts['size_bytes']} bytes but has {size}: "
+                "it is truncated or was written over."
+            )
+        if sha256_of(file) != facts["sha256"]:
+            raise DamagedFileError(
+                f"{file} does not have the SHA-256 that its manifest states: "
+                "its bytes were altered."
+            )
+    return manifest
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
