@@ -30,7 +30,7 @@ _PUBLIC = {
     "train": "gpt_tf.training",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name):

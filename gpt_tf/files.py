@@ -117,7 +117,9 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DamagedFileError(f"Expected a JSON file at {path}; none is there.") from None
+        raise DamagedFileError(
+            f"Expected a JSON file at {path}; none is there."
+        ) from None
     except (ValueError, OSError) as error:
         raise DamagedFileError(
             f"Expected JSON in {path}, but it cannot be read: {error}. "

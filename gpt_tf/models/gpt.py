@@ -260,6 +260,8 @@ class GPTModel(keras.Model):
         self._step_functions = {}
         loss = NextTokenLoss() if loss is None else loss
         self._sums_tokens = isinstance(loss, NextTokenLoss)
+        # Keras would otherwise remark that the weights meet no weighted metric.
+        kwargs.setdefault("weighted_metrics", [])
         super().compile(
             optimizer=AdamW() if optimizer is None else optimizer,
             loss=loss,
@@ -369,8 +371,10 @@ class GPTModel(keras.Model):
                 "Received: inputs only. Pass `fit(inputs, labels)` or a dataset of "
                 "(inputs, labels)."
             )
-        return tf.cast(x, tf.int32), tf.cast(y, tf.int32), token_weights(
-            y, sample_weight
+        return (
+            tf.cast(x, tf.int32),
+            tf.cast(y, tf.int32),
+            token_weights(y, sample_weight),
         )
 
     def _sums(self, batch, training):

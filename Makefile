@@ -1,0 +1,67 @@
+# Two commands do the main things: `make quickstart` and `make test`.
+# Each makes the virtual environment and installs what it needs first.
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow lint format benchmarks notebooks clean
+
+help: ## Say what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+quickstart: $(VENV)/.train ## Train a GPT on Python's own sources and let it write
+	$(BIN)/gpt-tf train --preset quickstart --corpus python-stdlib --out $(RUN) --overwrite
+	@echo
+	@echo "What it writes after 'def ':"
+	@echo
+	$(BIN)/gpt-tf generate --model $(RUN) --prompt "def " --max-new-tokens 160 --seed 7
+
+test: $(VENV)/.dev ## Run the default tests
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.dev ## Run the long tests too
+	$(BIN)/python -m pytest -q -m "not network"
+
+lint: $(VENV)/.dev ## Check style, formatting and imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(VENV)/.bench ## Measure the numbers in the README
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/generation.py
+
+notebooks: $(VENV)/.dev ## Run the tutorials and keep their outputs
+	$(BIN)/python notebooks/execute.py
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "gpt_tf needs Python 3.10, 3.11 or 3.12; none was found. Install one, or name it: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
+	@echo "making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+
+$(VENV)/.train: setup.py pyproject.toml | $(VENV)/bin/python
+	@echo "installing gpt_tf and TensorFlow into $(VENV) (a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
+	@touch $@
+
+$(VENV)/.dev: setup.py pyproject.toml | $(VENV)/bin/python
+	@echo "installing gpt_tf, TensorFlow and the test tools into $(VENV) (a minute or two)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	@echo "installing what the benchmarks compare with"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,bench]'
+	@touch $@

@@ -1,0 +1,253 @@
+"""The command line: a verb per stage, no logic of its own."""
+
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gpt_tf.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train a GPT, make it fast, and ship it to an edge device.",
+)
+
+
+@app.callback()
+def _main(
+    debug: Annotated[
+        bool, typer.Option(help="Show the traceback of an error.")
+    ] = False,
+):
+    """Train a GPT, make it fast, and ship it to an edge device."""
+    app.debug = debug
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/gpt"),
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="python-stdlib, shakespeare, or a file or folder; may be repeated."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="quickstart, tiny, shakespeare-char or small."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the interrupted run in --out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the run that stands in --out.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bpe, character, or a tokenizer.json.")
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens to learn.")] = None,
+    validation_fraction: Annotated[
+        float | None, typer.Option(help="Share of the text to hold out.")
+    ] = None,
+    embedding_dim: Annotated[int | None, typer.Option(help="Width.")] = None,
+    num_layers: Annotated[int | None, typer.Option(help="Blocks.")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    feedforward_dim: Annotated[
+        int | None, typer.Option(help="Feed-forward width; 4 x embedding-dim.")
+    ] = None,
+    context_length: Annotated[int | None, typer.Option(help="Tokens seen.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Parts in which a batch is computed.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its peak.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of rise.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="On matrices.")] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(help="Steps between validations.")
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many validations without improvement."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints.")
+    ] = None,
+    sample_every: Annotated[
+        int | None, typer.Option(help="Steps between samples of text.")
+    ] = None,
+    sample_prompt: Annotated[
+        str | None, typer.Option(help="What the samples begin with.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, mixed_bfloat16 or mixed_float16.")
+    ] = None,
+    jit_compile: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="auto, one_device, mirrored, multi_worker or tpu."),
+    ] = None,
+    virtual_devices: Annotated[
+        int | None, typer.Option(help="Split the CPU into so many logical devices.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and data.")] = None,
+):
+    """Train a GPT on text and leave a folder to generate from."""
+    given = dict(locals())
+    for name in ("out", "preset", "resume", "overwrite", "virtual_devices"):
+        given.pop(name)
+    changes = {name: value for name, value in given.items() if value is not None}
+    if "corpus" in changes:
+        paths = changes["corpus"]
+        changes["corpus"] = paths[0] if len(paths) == 1 else tuple(paths)
+    _import_tensorflow()
+    from gpt_tf import training
+    from gpt_tf.display import print_result
+    from gpt_tf.parallel.strategy import split_cpu
+
+    if preset is not None and preset not in training.PRESETS:
+        raise InputError(
+            f"A preset is one of {', '.join(training.PRESETS)}. Received: {preset!r}."
+        )
+    if virtual_devices is not None:
+        split_cpu(virtual_devices)
+    result = training.train(
+        training.PRESETS.get(preset),
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        on_notice=Console(highlight=False).print,
+        **changes,
+    )
+    print_result(result)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="A run's or model's folder.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="What to continue; without it, a dialogue.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Among so many tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Among tokens of this probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes repetition less likely.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends it; may be repeated.")
+    ] = None,
+):
+    """Continue a prompt, streaming; without a prompt, line by line from you."""
+    _import_tensorflow()
+    from gpt_tf.models import decoding
+    from gpt_tf.training import load_model
+
+    gpt, tokenizer = load_model(model)
+    if tokenizer is None:
+        raise InputError(
+            f"Expected tokenizer.json beside the model in {model}. Put it there, or "
+            "name the folder that `gpt-tf train` wrote."
+        )
+
+    def answer(text):
+        sys.stdout.write(text)
+        for piece in decoding.stream(
+            gpt,
+            text,
+            tokenizer=tokenizer,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+        ):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+    if prompt is not None:
+        answer(prompt)
+        return
+    typer.echo("Type a beginning; an empty line ends.", err=True)
+    while line := _ask():
+        answer(line)
+
+
+def _ask():
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def main():
+    """Run the command line; what the user can mend is one line and status 2."""
+    warnings.showwarning = _one_line
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        if getattr(app, "debug", False):
+            raise
+        typer.echo(f"gpt-tf: {error}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if getattr(app, "debug", False) or error.name not in _EXTRAS:
+            raise
+        typer.echo(
+            f"gpt-tf: this command expects the package {error.name}, which is not "
+            f"installed. Install it with: pip install 'gpt-tf[{_EXTRAS[error.name]}]'",
+            err=True,
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("gpt-tf: interrupted", err=True)
+        sys.exit(130)
+
+
+_EXTRAS = dict.fromkeys(
+    ("tensorflow", "tf_keras", "safetensors", "matplotlib", "keras_nlp"), "train"
+)
+
+
+def _import_tensorflow():
+    """Import TensorFlow without the lines that its libraries log meanwhile."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as swallowed:
+        os.dup2(swallowed.fileno(), 2)
+        try:
+            import tensorflow as tf
+        except BaseException:
+            swallowed.seek(0)
+            os.write(kept, swallowed.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+    tf.get_logger().setLevel("ERROR")
+
+
+def _one_line(message, category, filename, lineno, file=None, line=None):
+    if category.__module__.startswith("gpt_tf"):
+        typer.echo(f"gpt-tf: {message}", err=True)
+
+
+if __name__ == "__main__":
+    main()

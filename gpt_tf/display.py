@@ -1,0 +1,158 @@
+"""What a person sees while training: progress in the terminal, curves in a file."""
+
+import math
+import time
+from pathlib import Path
+
+import tf_keras as keras
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from gpt_tf import files
+
+
+class TrainingProgress(keras.callbacks.Callback):
+    """A progress bar with loss, tokens per second and time left, a line a validation.
+
+    Args:
+        run: The run in progress; its step, configuration and history are read.
+        console: Where to write; standard output unless given.
+    """
+
+    def __init__(self, run, console=None):
+        super().__init__()
+        self.run = run
+        self.console = console or Console()
+        self.tokens_per_step = run.config.batch_size * run.config.context_length
+        self.progress = None
+        self.began = None
+
+    def on_train_begin(self, logs=None):
+        if self.progress is not None:
+            return
+        model, config = self.run.model, self.run.config
+        self.console.print(
+            f"training {model.count_params():,} parameters on "
+            f"{config.steps * self.tokens_per_step:,} tokens, "
+            f"{config.steps} steps; the first step compiles"
+        )
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            refresh_per_second=4,
+        )
+        self.task = self.progress.add_task(
+            "loss   -  ", total=config.steps, completed=self.run.step, speed=""
+        )
+        self.progress.start()
+
+    def on_train_batch_end(self, batch, logs=None):
+        now, step = time.perf_counter(), self.run.step
+        if self.began is None:
+            self.began = (now, step)
+            return
+        seconds = now - self.began[0]
+        speed = (step - self.began[1]) * self.tokens_per_step / max(seconds, 1e-9)
+        self.progress.update(
+            self.task,
+            completed=step,
+            description=f"loss {logs['loss']:6.3f}",
+            speed=f"{speed:,.0f} tokens/s",
+        )
+        if step >= self.run.config.steps or self.model.stop_training:
+            self.close()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs and "val_loss" in logs:
+            self.console.print(
+                f"step {self.run.step:>6}  "
+                f"training loss {logs['loss']:.3f}  "
+                f"validation loss {logs['val_loss']:.3f}  "
+                f"perplexity {math.exp(min(logs['val_loss'], 700.0)):.2f}  "
+                f"token accuracy {logs['val_token_accuracy']:.1%}"
+            )
+        self.began = None
+
+    def close(self):
+        """Stop redrawing the bar."""
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def print_result(result, console=None):
+    """Print a table of what a training run reached.
+
+    Args:
+        result: A `gpt_tf.training.TrainingResult`.
+        console: Where to write; standard output unless given.
+    """
+    table = Table(title="Trained", show_header=False)
+    table.add_row("parameters", f"{result.model.count_params():,}")
+    table.add_row("vocabulary", f"{result.tokenizer.vocab_size:,} tokens")
+    if result.validation_loss is not None:
+        table.add_row("validation loss", f"{result.validation_loss:.4f} nats a token")
+        table.add_row("validation perplexity", f"{result.validation_perplexity:.2f}")
+    table.add_row("model", str(result.out / "model"))
+    table.add_row("loss curve", str(result.out / "loss.png"))
+    (console or Console()).print(table)
+
+
+def draw_history(history, path):
+    """Draw training and validation loss over the steps.
+
+    Args:
+        history: As in a run's `history.json`.
+        path: PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps, validations = history["steps"], history["validations"]
+    axes.plot(
+        [row["step"] for row in steps],
+        [row["loss"] for row in steps],
+        color="#8fa8c8",
+        label="training (mean since the last validation)",
+    )
+    axes.plot(
+        [row["step"] for row in validations],
+        [row["loss"] for row in validations],
+        color="#c2410c",
+        marker="o",
+        markersize=4,
+        label="validation",
+    )
+    if validations:
+        last = validations[-1]
+        axes.annotate(
+            f"{last['loss']:.3f} (perplexity {last['perplexity']:.1f})",
+            (last["step"], last["loss"]),
+            textcoords="offset points",
+            xytext=(-6, 12),
+            ha="right",
+            color="#c2410c",
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_title("Training")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    with files.atomic_file(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=110)

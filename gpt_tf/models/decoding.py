@@ -1,0 +1,391 @@
+"""Generation: prefill a cache with the prompt, then decode token by token.
+
+The cached graph calls the very layers of the training graph, wrapped by TF-MOT or
+not. Prompts of unequal length stand flush right, so that all rows write the same
+cache row; what lies left of a prompt is masked. Lengths are rounded up, so that XLA
+compiles few shapes. Where the positions run out, the oldest half is dropped.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from gpt_tf.errors import InputError
+from gpt_tf.models import layers, operations
+from gpt_tf.sampling import Sampler
+from gpt_tf.text.tokenizer import StreamDecoder, Tokenizer
+
+_SMALLEST_BUCKET = 16
+
+
+class GenerationNotice(UserWarning):
+    """A prompt was changed before it was used."""
+
+
+class Parts(NamedTuple):
+    """The layers of a GPT in the order of the data, wrapped or not."""
+
+    embedding: tf.Module
+    blocks: tuple
+    norm: tf.Module
+    head: tf.Module
+
+
+def parts_of(model) -> Parts:
+    """Find a GPT's layers by their kind, through TF-MOT's wrappers.
+
+    Raises:
+        InputError: The model is not made of gpt_tf's layers.
+    """
+    found = {}
+    for layer in model.layers:
+        kind = type(getattr(layer, "layer", layer))
+        found.setdefault(kind, []).append(layer)
+    try:
+        return Parts(
+            found[layers.TokenAndPositionEmbedding][0],
+            tuple(found[layers.TransformerBlock]),
+            found[layers.LayerNormalization][0],
+            found[layers.LanguageModelHead][0],
+        )
+    except KeyError as error:
+        raise InputError(
+            f"Decoding expects a GPT of gpt_tf's layers; {error.args[0].__name__} is "
+            f"missing in {type(model).__name__} {model.name!r}."
+        ) from None
+
+
+def empty_cache(model, batch_size: int, capacity: int) -> list[tf.Tensor]:
+    """Return keys and values of every block, `2 * L` tensors `(B, H, S, D)` of 0."""
+    parts = parts_of(model)
+    caches = []
+    for block in parts.blocks:
+        block = getattr(block, "layer", block)
+        shape = [batch_size, block.num_heads, capacity, block.head_dim]
+        caches += [tf.zeros(shape, block.compute_dtype) for _ in range(2)]
+    return caches
+
+
+def forward_cached(model, tokens, position, starts, caches):
+    """Run tokens that follow what is in the cache.
+
+    Args:
+        model: A GPT.
+        tokens: `(B, T)` int32.
+        position: `()` int32, cache row of the first of them.
+        starts: `(B,)` int32, cache row at which each row's text begins.
+        caches: `2 * L` tensors `(B, H, S, D)`.
+
+    Returns:
+        Logits `(B, T, V)` and the caches with `T` more rows.
+    """
+    parts = parts_of(model)
+    length, capacity = tokens.shape[1], caches[0].shape[2]
+    rows = position + tf.range(length)  # (T,)
+    places = tf.maximum(rows[tf.newaxis] - starts[:, tf.newaxis], 0)  # (B, T)
+    columns = tf.range(capacity)[tf.newaxis, tf.newaxis, tf.newaxis]
+    visible = tf.logical_and(
+        columns <= rows[tf.newaxis, tf.newaxis, :, tf.newaxis],
+        columns >= starts[:, tf.newaxis, tf.newaxis, tf.newaxis],
+    )
+    mask = tf.where(visible, 0.0, operations.MASKED)  # (B, 1, T, S)
+    outputs = parts.embedding([tokens, places], training=False)
+    x, table = outputs if isinstance(outputs, (list, tuple)) else (outputs, None)
+    updated = []
+    for index, block in enumerate(parts.blocks):
+        x, keys, values = block(
+            [x, caches[2 * index], caches[2 * index + 1], position, mask],
+            training=False,
+        )
+        updated += [keys, values]
+    x = parts.norm(x)
+    return parts.head(x if table is None else [x, table]), updated
+
+
+def prefill(model, tokens, starts, caches):
+    """Fill an empty cache with prompts.
+
+    Args:
+        model: A GPT.
+        tokens: `(B, T)` int32, flush right.
+        starts: `(B,)` int32, column at which each prompt begins.
+        caches: `2 * L` tensors `(B, H, S, D)`, `S` at least `T`.
+
+    Returns:
+        Logits of the last position `(B, V)`, and the caches.
+    """
+    logits, caches = _compiled(model, "prefill")(tokens, 0, starts, caches)
+    return logits[:, -1], caches
+
+
+def decode(model, tokens, position, starts, caches):
+    """Run one token per row.
+
+    Args:
+        model: A GPT.
+        tokens: `(B,)` int32.
+        position: Cache row of these tokens.
+        starts: `(B,)` int32, cache row at which each row's text begins.
+        caches: `2 * L` tensors `(B, H, S, D)`.
+
+    Returns:
+        Logits `(B, V)`, and the caches with one more row.
+    """
+    logits, caches = _compiled(model, "decode")(
+        tokens[:, tf.newaxis], position, starts, caches
+    )
+    return logits[:, 0], caches
+
+
+def _compiled(model, name):
+    """Return the cached forward pass compiled by XLA, kept with its model."""
+    functions = model.__dict__.setdefault("_decoding_functions", {})
+    if name not in functions:
+
+        def run(tokens, position, starts, caches):
+            with operations.inside_xla():
+                return forward_cached(model, tokens, position, starts, caches)
+
+        compiled = tf.function(run, jit_compile=True, autograph=False)
+        functions[name] = lambda tokens, position, starts, caches: compiled(
+            tf.cast(tokens, tf.int32),
+            tf.constant(position, tf.int32),
+            tf.cast(starts, tf.int32),
+            caches,
+        )
+    return functions[name]
+
+
+def generate(
+    model,
+    prompt,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    stream: bool = False,
+):
+    """Continue prompts.
+
+    Args:
+        model: A GPTModel, or one that TF-MOT made of it.
+        prompt: A text, a list of texts, token ids, or a list of token ids.
+        tokenizer: Needed for texts.
+        max_new_tokens: Largest number of tokens to add, at least 0.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Choose among this many tokens.
+        top_p: Choose among the likeliest tokens of this probability together.
+        repetition_penalty: Above 1 makes tokens that occurred less likely.
+        seed: The same seed gives the same text.
+        stop: Texts that end the generation; they are cut off. The end-of-text
+            token always ends it.
+        stream: Return an iterator over pieces instead; for one prompt only.
+
+    Returns:
+        What was added: a text for a text, a list of texts for a list of texts,
+        a list of ids for ids, and so on. With `stream`, an iterator over texts, or
+        over ids where the prompt was ids.
+
+    Raises:
+        InputError: A prompt or an option cannot be used.
+
+    Example:
+        >>> generate(model, "def ", tokenizer=tokenizer, max_new_tokens=20, seed=1)
+    """
+    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
+    if max_new_tokens < 0:
+        raise InputError(
+            f"`max_new_tokens` expects at least 0. Received: {max_new_tokens}."
+        )
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    rows, is_text, is_list = _rows_of(prompt, tokenizer)
+    _check_rows(model, rows)
+    if stop and tokenizer is None:
+        raise InputError("`stop` expects a tokenizer, to compare text with.")
+    end = tokenizer.end_of_text_id if tokenizer is not None else None
+    steps = _steps(model, rows, max_new_tokens, sampler, end)
+    if stream:
+        if is_list:
+            raise InputError(
+                f"`stream` follows one prompt. Received: a list of {len(rows)}. "
+                "Pass the prompts one by one."
+            )
+        tokens = (step[0] for step in steps)
+        return _stream_text(tokens, tokenizer, stop) if is_text else tokens
+    if is_text or stop:
+        results = _collect_texts(steps, len(rows), tokenizer, stop)
+        if not is_text:
+            results = [tokenizer.encode(text) for text in results]
+    else:
+        results = [[] for _ in rows]
+        for step in steps:
+            for row, token in step.items():
+                results[row].append(token)
+    return results if is_list else results[0]
+
+
+def stream(model, prompt, **options) -> Iterator[str]:
+    """Continue one prompt piece by piece: `generate` with `stream=True`."""
+    return generate(model, prompt, stream=True, **options)
+
+
+def _rows_of(prompt, tokenizer):
+    """Return the prompts as lists of ids; whether they were text, and several."""
+    is_list = isinstance(prompt, (list, tuple, np.ndarray)) and (
+        len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))
+    )
+    prompts = list(prompt) if is_list else [prompt]
+    is_text = all(isinstance(item, str) for item in prompts)
+    if is_text:
+        if tokenizer is None:
+            raise InputError(
+                "A prompt of text expects `tokenizer`. Received: None. Pass the "
+                "tokenizer that the model was trained with, or token ids."
+            )
+        return [tokenizer.encode(item) for item in prompts], True, is_list
+    try:
+        return [[int(token) for token in item] for item in prompts], False, is_list
+    except (TypeError, ValueError):
+        raise InputError(
+            "A prompt is a text or token ids, or a list of one kind. "
+            f"Received: {prompt!r}."
+        ) from None
+
+
+def _check_rows(model, rows):
+    vocab_size = _config(model, "vocab_size")
+    for index, row in enumerate(rows):
+        if not row:
+            raise InputError(
+                f"Prompt {index} is empty. Give it at least one token, a line break "
+                "for example."
+            )
+        if min(row) < 0 or max(row) >= vocab_size:
+            raise InputError(
+                f"Token ids run from 0 to {vocab_size - 1}. Received: {min(row)} to "
+                f"{max(row)}. Use the tokenizer that the model was trained with."
+            )
+
+
+def _config(model, name):
+    embedding = parts_of(model).embedding
+    return getattr(getattr(embedding, "layer", embedding), name)
+
+
+def _steps(model, rows, max_new_tokens, sampler, end):
+    """Yield a dict of row to new token per step, until every row has ended."""
+    context = _config(model, "context_length")
+    generators = sampler.generators(len(rows))
+    texts = [list(row) for row in rows]
+    longest = max(map(len, texts))
+    if longest > context and max_new_tokens:
+        warnings.warn(
+            f"The prompt of {longest} tokens is longer than the context of "
+            f"{context}; its beginning was cut off.",
+            GenerationNotice,
+            stacklevel=4,
+        )
+    alive = set(range(len(rows)))
+    left = max_new_tokens
+    keep = context
+    while left and alive:
+        windows = [text[-keep:] for text in texts]
+        longest = max(map(len, windows))
+        width = min(_bucket(longest), context)
+        capacity = width + min(_bucket(left), context)
+        starts = np.array([width - len(window) for window in windows], np.int32)
+        tokens = np.zeros((len(rows), width), np.int32)
+        for row, window in enumerate(windows):
+            tokens[row, starts[row] :] = window
+        logits, caches = prefill(
+            model, tokens, starts, empty_cache(model, len(rows), capacity)
+        )
+        position = width
+        while True:
+            values = logits.numpy()
+            chosen = np.zeros(len(rows), np.int32)
+            step = {}
+            for row in sorted(alive):
+                token = sampler.choose(values[row], texts[row], generators[row])
+                chosen[row] = token
+                if token == end:
+                    alive.discard(row)
+                    continue
+                texts[row].append(token)
+                step[row] = token
+            left -= 1
+            if step:
+                yield step
+            longest += 1
+            if not left or not alive or longest > context:
+                break
+            logits, caches = decode(model, chosen, position, starts, caches)
+            position += 1
+        keep = max(1, context // 2)
+
+
+def _bucket(length):
+    """Round up, so that few lengths are compiled."""
+    size = _SMALLEST_BUCKET
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def _stream_text(tokens, tokenizer, stop):
+    """Yield text as it is complete, holding back what may begin a stop text."""
+    decoder = StreamDecoder(tokenizer)
+    held = ""
+    longest = max(map(len, stop), default=0)
+    for token in tokens:
+        held += decoder.push(token)
+        cut = _first_stop(held, stop)
+        if cut is not None:
+            if held[:cut]:
+                yield held[:cut]
+            return
+        ready = len(held) - max(0, longest - 1)
+        if ready > 0:
+            yield held[:ready]
+            held = held[ready:]
+    held += decoder.finish()
+    cut = _first_stop(held, stop)
+    held = held if cut is None else held[:cut]
+    if held:
+        yield held
+
+
+def _collect_texts(steps, num_rows, tokenizer, stop):
+    tokens = [[] for _ in range(num_rows)]
+    texts = [""] * num_rows
+    decoders = [StreamDecoder(tokenizer) for _ in range(num_rows)]
+    stopped = set()
+    for step in steps:
+        for row, token in step.items():
+            if row in stopped:
+                continue
+            tokens[row].append(token)
+            texts[row] += decoders[row].push(token)
+            cut = _first_stop(texts[row], stop)
+            if cut is not None:
+                texts[row] = texts[row][:cut]
+                stopped.add(row)
+        if len(stopped) == num_rows:
+            break
+    return [
+        text if row in stopped else text + decoders[row].finish()
+        for row, text in enumerate(texts)
+    ]
+
+
+def _first_stop(text, stop):
+    places = [place for item in stop if item and (place := text.find(item)) >= 0]
+    return min(places, default=None)

@@ -1,0 +1,154 @@
+"""Data parallelism: every device computes a part of each batch (article 3.1)."""
+
+import json
+import os
+
+import tensorflow as tf
+
+from gpt_tf.errors import InputError
+
+STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+
+
+def split_cpu(num_devices):
+    """Divide the CPU into logical devices, to see distribution on any laptop.
+
+    Args:
+        num_devices: Number of logical CPU devices, at least 1.
+
+    Raises:
+        InputError: The number is below 1, or TensorFlow has been used already in
+            this process and can no longer be divided otherwise.
+    """
+    if num_devices < 1:
+        raise InputError(
+            "The CPU can be split into 1 or more logical devices. "
+            f"Received: {num_devices}."
+        )
+    cpus = tf.config.list_physical_devices("CPU")
+    wanted = [tf.config.LogicalDeviceConfiguration() for _ in range(num_devices)]
+    try:
+        tf.config.set_logical_device_configuration(cpus[0], wanted)
+    except RuntimeError:
+        found = len(tf.config.list_logical_devices("CPU"))
+        if found != num_devices:
+            raise InputError(
+                f"The CPU was to be split into {num_devices} logical devices, but "
+                f"TensorFlow already runs with {found} in this process. "
+                "Split it before anything else uses TensorFlow."
+            ) from None
+
+
+def make_strategy(name="auto"):
+    """Make a `tf.distribute.Strategy` by name.
+
+    Args:
+        name: `"one_device"`; `"mirrored"`, all GPUs of this machine, or all logical
+            CPUs where there is no GPU; `"multi_worker"`, the machines that the
+            environment variable `TF_CONFIG` lists; `"tpu"`; or `"auto"`: a TPU or
+            several GPUs, logical CPUs or workers where there are any, else one
+            device.
+
+    Returns:
+        The strategy; build models under its `scope()`.
+
+    Raises:
+        InputError: The name is unknown, `TF_CONFIG` cannot be used, or there is no
+            such device.
+
+    Example:
+        >>> with make_strategy("auto").scope():
+        ...     model = GPTModel(vocab_size=100, embedding_dim=16, num_layers=1,
+        ...                      num_heads=2)
+    """
+    if name not in STRATEGIES:
+        raise InputError(
+            f"A strategy is one of {', '.join(STRATEGIES)}. Received: {name!r}."
+        )
+    if name == "auto":
+        name = _best_strategy()
+    if name == "multi_worker":
+        read_tf_config()
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    if name == "mirrored":
+        return tf.distribute.MirroredStrategy(_local_devices())
+    if name == "tpu":
+        return _tpu_strategy()
+    return tf.distribute.OneDeviceStrategy(_local_devices()[0])
+
+
+def read_tf_config():
+    """Read and check the cluster that `TF_CONFIG` describes.
+
+    Returns:
+        A dict with `cluster`, lists of addresses by task type, and `task`, this
+        process's `type` and `index`.
+
+    Raises:
+        InputError: `TF_CONFIG` is missing, is not JSON, or names no such task.
+    """
+    text = os.environ.get("TF_CONFIG", "")
+    example = (
+        '{"cluster": {"worker": ["host1:12345", "host2:12345"]}, '
+        '"task": {"type": "worker", "index": 0}}'
+    )
+    if not text:
+        raise InputError(
+            "The strategy multi_worker expects the cluster in the environment "
+            f"variable TF_CONFIG. Received: nothing. Set it to, for example, {example}"
+        )
+    try:
+        config = json.loads(text)
+        cluster = {
+            kind: list(addresses) for kind, addresses in config["cluster"].items()
+        }
+        kind, index = config["task"]["type"], int(config["task"]["index"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            "TF_CONFIG expects JSON with a cluster and a task. "
+            f"Received: {text[:200]!r} ({type(error).__name__}: {error}). "
+            f"Write it like {example}"
+        ) from None
+    if not 0 <= index < len(cluster.get(kind, [])):
+        raise InputError(
+            f"TF_CONFIG says that this is task {kind} {index}, but its cluster has "
+            f"{ {k: len(v) for k, v in cluster.items()} }. Give every process an "
+            "index of its own, from 0."
+        )
+    return {"cluster": cluster, "task": {"type": kind, "index": index}}
+
+
+def is_chief(strategy):
+    """Whether this process is the one that writes files."""
+    resolver = strategy.cluster_resolver
+    if resolver is None or not resolver.task_type:
+        return True
+    if resolver.task_type == "chief":
+        return True
+    has_chief = "chief" in resolver.cluster_spec().as_dict()
+    return resolver.task_type == "worker" and resolver.task_id == 0 and not has_chief
+
+
+def _best_strategy():
+    if os.environ.get("TF_CONFIG"):
+        return "multi_worker"
+    if os.environ.get("TPU_NAME") or tf.config.list_physical_devices("TPU"):
+        return "tpu"
+    return "mirrored" if len(_local_devices()) > 1 else "one_device"
+
+
+def _local_devices():
+    gpus = tf.config.list_logical_devices("GPU")
+    return [d.name for d in gpus or tf.config.list_logical_devices("CPU")]
+
+
+def _tpu_strategy():
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect()
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+        raise InputError(
+            "The strategy tpu expects a TPU that TensorFlow can reach. "
+            f"Received: {str(error).splitlines()[0]} Set TPU_NAME, or use "
+            "another strategy."
+        ) from None
+    return tf.distribute.TPUStrategy(resolver)

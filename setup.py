@@ -1,0 +1,73 @@
+"""Packaging of gpt_tf.
+
+The base install is small: the command line, tokenizers and NumPy, without
+TensorFlow, as a device needs it. `train` adds TensorFlow and what belongs to it.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "gpt_tf/__init__.py").read_text("utf-8"), re.M
+).group(1)
+
+TRAIN = [
+    "tensorflow>=2.21,<2.22",
+    "tf_keras>=2.21,<2.22",
+    "tensorflow-model-optimization>=0.8.1,<0.9",
+    "keras-nlp>=0.32,<0.33",
+    "safetensors>=0.5,<1",
+    "matplotlib>=3.8,<4",
+    "tensorboard>=2.20,<2.22",
+    # TF-MOT and TensorBoard import pkg_resources, which newer releases leave out.
+    "setuptools<81",
+]
+EDGE = ["ai-edge-litert>=2.1,<3"]
+EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1"]
+NOTEBOOKS = ["jupytext>=1.16,<2", "nbclient>=0.10,<1", "ipykernel>=6.29,<8"]
+
+setup(
+    name="gpt-tf",
+    version=VERSION,
+    description="Train a GPT in Keras, make it fast, and ship it to an edge device.",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["gpt_tf", "gpt_tf.*"]),
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        "numpy>=1.26,<3",
+        "tokenizers>=0.21,<1",
+        "typer>=0.15,<1",
+        "rich>=13.9,<16",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "edge": EDGE,
+        "explain": EXPLAIN,
+        "notebooks": NOTEBOOKS,
+        "bench": ["torch>=2.4", "psutil>=6"],
+        "dev": [
+            "pytest>=8.3,<10",
+            "hypothesis>=6.115,<7",
+            "psutil>=6",
+            "ruff>=0.9,<1",
+            "import-linter>=2.1,<3",
+            "pre-commit>=4,<5",
+            *NOTEBOOKS,
+        ],
+        "all": [*TRAIN, *EDGE, *EXPLAIN, *NOTEBOOKS],
+    },
+    entry_points={"console_scripts": ["gpt-tf = gpt_tf.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
