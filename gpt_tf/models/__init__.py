@@ -1,1 +1,1 @@
-"""The GPT itself: its layers, the model, cached decoding, and other libraries' weights."""
+"""The GPT itself: layers, model, cached decoding, other libraries' weights."""

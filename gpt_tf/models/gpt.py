@@ -57,7 +57,7 @@ class NextTokenLoss(keras.losses.Loss):
 
 
 def token_weights(labels, sample_weight=None):
-    """Return one float32 weight per label, `(B, T)`, from weights `(B, T)` or `(B,)`."""
+    """Return a float32 weight per label, `(B, T)`, from `(B, T)`, `(B,)` or None."""
     if sample_weight is None:
         return tf.ones(tf.shape(labels), tf.float32)
     weights = tf.cast(sample_weight, tf.float32)
@@ -275,12 +275,20 @@ class GPTModel(keras.Model):
             self._perplexity = Perplexity(name="perplexity")
 
     def get_compile_config(self):
+        if not self._is_compiled:
+            return None
         config = super().get_compile_config() or {}
+        kept = ("optimizer", "loss", "metrics", "weighted_metrics")
         return {
-            **config,
+            **{key: config[key] for key in kept if key in config},
             "jit_compile": self._use_xla,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
         }
+
+    def compile_from_config(self, config):
+        config = keras.saving.deserialize_keras_object(config)
+        self.compile(**config)
+        self.optimizer.build(self.trainable_variables)
 
     def fit(self, x=None, y=None, **kwargs):
         """Train, as `keras.Model.fit`; compiles with the defaults where needed.
@@ -295,6 +303,11 @@ class GPTModel(keras.Model):
             InputError: An id in an array is not below `vocab_size`.
             InputTypeError: A Keras 3 callback was handed in.
         """
+        if y is None and isinstance(x, (list, np.ndarray, tf.Tensor)):
+            raise InputError(
+                "`fit` expects labels, the next tokens (B, T). Received: inputs only. "
+                "Pass `fit(inputs, labels)` or a dataset of (inputs, labels)."
+            )
         self._prepare(x, y, kwargs.get("callbacks"))
         return super().fit(x, y, **kwargs)
 
@@ -346,14 +359,17 @@ class GPTModel(keras.Model):
         if not self._sums_tokens:
             return super().train_step(data)
         batch = self._unpack(data)
-        variables = self.trainable_variables
-        scale = self._loss_scale()
+        # The mean is over all tokens of the global batch; their weight is known
+        # before the forward pass, so the gradients need no pass of their own.
+        weight = step.add_over_replicas(tf.reduce_sum(batch[2]))
+        scale = self._loss_scale() * tf.math.reciprocal_no_nan(weight)
         sums, gradients, logits = self._compiled(self._differentiate)(batch, scale)
         sums, gradients = step.add_over_replicas((sums, gradients))
-        _, _, weight = sums
-        inverse = tf.math.reciprocal_no_nan(weight * scale)
-        gradients = [gradient * inverse for gradient in gradients]
-        self._apply(gradients, variables)
+        self.optimizer.apply_gradients(
+            # A LossScaleOptimizer divides by its scale itself.
+            list(zip(gradients, self.trainable_variables, strict=True)),
+            skip_gradients_aggregation=True,
+        )
         return self._report(sums, batch, logits)
 
     def test_step(self, data):
@@ -391,7 +407,7 @@ class GPTModel(keras.Model):
             (loss, correct, weight), logits = self._sums(part, training=True)
             if self._wants_logits():
                 kept.append(logits)
-            return loss * scale, correct, weight
+            return loss * scale, loss, correct, weight
 
         values, gradients = step.sums_and_gradients(
             sums,
@@ -399,9 +415,8 @@ class GPTModel(keras.Model):
             batch,
             self.gradient_accumulation_steps,
         )
-        loss, correct, weight = values
         logits = kept[0] if kept and self.gradient_accumulation_steps == 1 else None
-        return (loss / scale, correct, weight), gradients, logits
+        return values[1:], gradients, logits
 
     def _measure(self, batch):
         sums, logits = self._sums(batch, training=False)
@@ -422,7 +437,10 @@ class GPTModel(keras.Model):
         context = tf.distribute.get_replica_context()
         replica = 0
         if context is not None and context.num_replicas_in_sync > 1:
-            replica = tf.get_static_value(context.replica_id_in_sync_group)
+            # Workers of a cluster know their number only when they run; each has
+            # a process, and so a cache, of its own.
+            known = tf.get_static_value(context.replica_id_in_sync_group)
+            replica = 0 if known is None else int(known)
         key = (function.__name__, replica)
         if key not in self._step_functions:
 
@@ -434,17 +452,10 @@ class GPTModel(keras.Model):
         return self._step_functions[key]
 
     def _loss_scale(self):
+        """What a LossScaleOptimizer wants the loss multiplied by, else 1."""
         if isinstance(self.optimizer, keras.mixed_precision.LossScaleOptimizer):
             return tf.cast(self.optimizer.loss_scale, tf.float32)
         return tf.constant(1.0)
-
-    def _apply(self, gradients, variables):
-        pairs = list(zip(gradients, variables, strict=True))
-        if isinstance(self.optimizer, keras.mixed_precision.LossScaleOptimizer):
-            # It divides by the scale itself, and skips steps that overflowed.
-            scale = self._loss_scale()
-            pairs = [(gradient * scale, variable) for gradient, variable in pairs]
-        self.optimizer.apply_gradients(pairs, skip_gradients_aggregation=True)
 
     def _report(self, sums, batch, logits):
         loss, correct, weight = sums

@@ -67,7 +67,7 @@ class Dropout(keras.layers.Layer):
         replica = context.replica_id_in_sync_group if context else 0
         calls = self.calls.assign_add(1)
         seed = tf.stack([self.seed * 65536 + tf.cast(replica, tf.int32), calls])
-        return tf.random.experimental.stateless_dropout(
+        return tf.nn.experimental.stateless_dropout(
             inputs, self.rate, seed=seed, rng_alg="philox"
         )
 
@@ -288,8 +288,9 @@ class TransformerBlock(keras.layers.Layer):
             key, value = key_cache, value_cache  # (B, H, S, D)
         else:
             mask = operations.causal_mask(length)
+        hook = self.probabilities_activation
         context = operations.attention(
-            query, key, value, mask, self.probabilities_activation
+            query, key, value, mask, None if hook is _identity else hook
         )
         context = self.context_activation(self._join_heads(context, batch, length))
         attended = tf.matmul(context, output_kernel) + self.output_bias
@@ -303,7 +304,7 @@ class TransformerBlock(keras.layers.Layer):
         )
         hidden = operations.gelu(tf.matmul(normal, up_kernel) + self.up_bias)
         hidden = self.hidden_activation(hidden)  # (B * T, F)
-        output = tf.matmul(hidden, down_kernel) + self.down_bias
+        output = operations.project(hidden, down_kernel) + self.down_bias
         output = self.feedforward_dropout(output, training=training)
         x = self.feedforward_residual_activation(x + output)
         x = tf.reshape(x, [batch, length, self.embedding_dim])  # (B, T, C)
@@ -364,9 +365,10 @@ class LayerNormalization(keras.layers.Layer):
         super().build(input_shape)
 
     def call(self, inputs):
-        return self.norm_activation(
-            operations.layer_norm(inputs, self.gamma, self.beta, self.epsilon)
-        )
+        width = inputs.shape[-1]
+        x = tf.reshape(inputs, [-1, width])  # (B * T, C)
+        x = operations.layer_norm(x, self.gamma, self.beta, self.epsilon)
+        return self.norm_activation(tf.reshape(x, tf.shape(inputs)))
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -28,26 +28,50 @@ def inside_xla():
         _INSIDE_XLA.reset(token)
 
 
+def _keep(x):
+    """Make XLA compute `x` once and store it.
+
+    Left alone, XLA computes cheap values anew wherever they are used, and on a CPU
+    that means reading whole chains of activations again. No effect outside XLA.
+    """
+    if _INSIDE_XLA.get():
+        return gen_xla_ops.xla_optimization_barrier([x])[0]
+    return x
+
+
 def layer_norm(x, gamma, beta, epsilon):
     """Normalise the last axis to mean 0 and variance 1, then scale and shift.
 
     Args:
-        x: `(..., C)`, any float type.
+        x: `(N, C)`, any float type.
         gamma: `(C,)`, scale.
         beta: `(C,)`, shift.
         epsilon: Added to the variance, above 0.
 
     Returns:
-        `(..., C)` in the type of `x`.
+        `(N, C)` in the type of `x`.
 
     Reference: Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450.
     """
-    inputs = tf.cast(x, tf.float32)
-    centred = inputs - tf.reduce_mean(inputs, axis=-1, keepdims=True)
-    variance = tf.reduce_mean(centred * centred, axis=-1, keepdims=True)
-    normal = centred * tf.math.rsqrt(variance + epsilon)
-    outputs = normal * tf.cast(gamma, tf.float32) + tf.cast(beta, tf.float32)
-    return tf.cast(outputs, x.dtype)
+
+    @tf.custom_gradient
+    def normalise(x, gamma, beta):
+        centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
+        variance = tf.reduce_mean(centred * centred, axis=-1, keepdims=True)
+        scale = tf.math.rsqrt(variance + epsilon)
+        normal = _keep(centred * scale)
+
+        def gradient(dy):
+            dnormal = _keep(dy * gamma)
+            mean = tf.reduce_mean(dnormal, axis=-1, keepdims=True)
+            slope = tf.reduce_mean(dnormal * normal, axis=-1, keepdims=True)
+            dx = (dnormal - mean - normal * slope) * scale
+            return dx, tf.reduce_sum(dy * normal, axis=0), tf.reduce_sum(dy, axis=0)
+
+        return normal * gamma + beta, gradient
+
+    y = normalise(*(tf.cast(value, tf.float32) for value in (x, gamma, beta)))
+    return tf.cast(y, x.dtype)
 
 
 def gelu(x):
@@ -56,8 +80,44 @@ def gelu(x):
     Reference: Hendrycks and Gimpel, "Gaussian Error Linear Units",
     arXiv:1606.08415.
     """
-    inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)
-    return 0.5 * x * (1.0 + tf.tanh(inner))
+    slope = math.sqrt(2.0 / math.pi)
+
+    @tf.custom_gradient
+    def activate(x):
+        t = tf.tanh(slope * (x + 0.044715 * x * x * x))
+
+        def gradient(dy):
+            dt = (1.0 - t * t) * slope * (1.0 + 3 * 0.044715 * x * x)
+            return dy * 0.5 * (1.0 + t + x * dt)
+
+        return _keep(0.5 * x * (1.0 + t)), gradient
+
+    return activate(x)
+
+
+def project(x, kernel):
+    """Multiply by a kernel that has more rows than columns.
+
+    The same as `tf.matmul(x, kernel)`. XLA's CPU product is slow where the kernel's
+    gradient is tall, so that is computed lying down and then turned.
+
+    Args:
+        x: `(N, F)`.
+        kernel: `(F, C)`.
+
+    Returns:
+        `(N, C)`.
+    """
+
+    @tf.custom_gradient
+    def multiply(x, kernel):
+        def gradient(dy):
+            dkernel = _keep(tf.matmul(dy, x, transpose_a=True))  # (C, F)
+            return tf.matmul(dy, kernel, transpose_b=True), tf.transpose(dkernel)
+
+        return tf.matmul(x, kernel), gradient
+
+    return multiply(x, kernel)
 
 
 def causal_mask(num_positions):
@@ -74,7 +134,8 @@ def attention(query, key, value, mask, on_probabilities=None):
         key: `(B, H, S, D)`.
         value: `(B, H, S, D)`.
         mask: Additive, float32, broadcastable to `(B, H, T, S)`: 0 where a
-            position may be seen and a large negative number where not.
+            position may be seen and a large negative number where not. It has no
+            gradient.
         on_probabilities: Function applied to the probabilities `(B, H, T, S)`
             before they weigh the values, or None.
 
@@ -84,12 +145,34 @@ def attention(query, key, value, mask, on_probabilities=None):
     Reference: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
     """
     scale = 1.0 / math.sqrt(query.shape[-1])
-    scores = tf.matmul(query * scale, key, transpose_b=True)  # (B, H, T, S)
-    scores = tf.cast(scores, tf.float32) + mask
-    probabilities = tf.cast(tf.nn.softmax(scores), query.dtype)
+
+    def probabilities_of(query, key):
+        scores = tf.matmul(query, key, transpose_b=True)  # (B, H, T, S)
+        scores = tf.cast(scores, tf.float32) * scale + mask
+        return tf.cast(tf.nn.softmax(scores), query.dtype)
+
     if on_probabilities is not None:
-        probabilities = on_probabilities(probabilities)
-    return tf.matmul(probabilities, value)  # (B, H, T, D)
+        return tf.matmul(on_probabilities(probabilities_of(query, key)), value)
+
+    @tf.custom_gradient
+    def attend(query, key, value):
+        probabilities = probabilities_of(query, key)
+        outputs = tf.matmul(probabilities, value)  # (B, H, T, D)
+
+        def gradient(dy):
+            # The sum over S of p * dp is the sum over D of y * dy, which is shorter
+            # (Dao et al., "FlashAttention", arXiv:2205.14135, section 3.1).
+            dvalue = tf.matmul(probabilities, dy, transpose_a=True)
+            dprobabilities = tf.matmul(dy, value, transpose_b=True)
+            inner = tf.reduce_sum(dy * outputs, axis=-1, keepdims=True)
+            dscores = probabilities * (dprobabilities - inner) * scale
+            dquery = tf.matmul(dscores, key)
+            dkey = tf.matmul(dscores, query, transpose_a=True)
+            return dquery, dkey, dvalue
+
+        return outputs, gradient
+
+    return attend(query, key, value)
 
 
 def token_sums(logits, labels, weights):

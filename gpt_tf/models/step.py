@@ -44,13 +44,20 @@ def sums_and_gradients(sums, variables, batch, micro_batches=1):
     if micro_batches == 1:
         return once(batch)
     parts = split_batch(batch, micro_batches)
-    first = tf.nest.map_structure(lambda x: x[0], parts)
-    values, gradients = once(first)
-    for index in tf.range(1, micro_batches):
-        part = tf.nest.map_structure(lambda x, i=index: x[i], parts)
-        more_values, more_gradients = once(part)
-        values = tuple(a + b for a, b in zip(values, more_values, strict=True))
-        gradients = [a + b for a, b in zip(gradients, more_gradients, strict=True)]
+
+    def part(index):
+        return tf.nest.map_structure(lambda x: x[index], parts)
+
+    def more(index, values, gradients):
+        added = once(part(index))
+        return index + 1, *tf.nest.map_structure(tf.add, (values, gradients), added)
+
+    _, values, gradients = tf.while_loop(
+        lambda index, values, gradients: index < micro_batches,
+        more,
+        (tf.constant(1), *once(part(0))),
+        maximum_iterations=micro_batches - 1,
+    )
     return values, gradients
 
 

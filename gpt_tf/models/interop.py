@@ -1,0 +1,352 @@
+"""GPT-2 weights of KerasHub and Hugging Face, both ways.
+
+KerasHub is Keras 3: only NumPy arrays cross. Hugging Face's files are read and
+written directly, `config.json` and `model.safetensors`; pickles are never opened.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from gpt_tf import files
+from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.models.gpt import GPTModel
+
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+
+# Our weight of a block -> Hugging Face's; both keep kernels as (in, out).
+_HUGGINGFACE_BLOCK = {
+    "attention_norm_gamma": "ln_1.weight",
+    "attention_norm_beta": "ln_1.bias",
+    "qkv_kernel": "attn.c_attn.weight",
+    "qkv_bias": "attn.c_attn.bias",
+    "output_kernel": "attn.c_proj.weight",
+    "output_bias": "attn.c_proj.bias",
+    "feedforward_norm_gamma": "ln_2.weight",
+    "feedforward_norm_beta": "ln_2.bias",
+    "up_kernel": "mlp.c_fc.weight",
+    "up_bias": "mlp.c_fc.bias",
+    "down_kernel": "mlp.c_proj.weight",
+    "down_bias": "mlp.c_proj.bias",
+}
+
+
+def named_variables(model) -> dict:
+    """Return a GPTModel's variables by the names that Hugging Face gives them.
+
+    Args:
+        model: A `GPTModel`.
+
+    Returns:
+        A dict of name, without the prefix `transformer.`, to variable.
+    """
+    embedding = model.get_layer("embedding")
+    norm = model.get_layer("final_norm")
+    named = {
+        "wte.weight": embedding.token_table,
+        "wpe.weight": embedding.position_table,
+        "ln_f.weight": norm.gamma,
+        "ln_f.bias": norm.beta,
+    }
+    for index in range(model.num_layers):
+        block = model.get_layer(f"block_{index}")
+        for ours, theirs in _HUGGINGFACE_BLOCK.items():
+            named[f"h.{index}.{theirs}"] = getattr(block, ours)
+    if not model.tie_embeddings:
+        named["lm_head.weight"] = model.get_layer("head").kernel
+    return named
+
+
+def from_huggingface(folder: str | os.PathLike, **changes) -> GPTModel:
+    """Build a GPT-2 from Hugging Face's files.
+
+    Args:
+        folder: Holds `config.json` and `model.safetensors`.
+        **changes: Arguments of `GPTModel` to replace, `dropout` for example.
+
+    Returns:
+        A `GPTModel` with these weights.
+
+    Raises:
+        InputError: A file is missing, or the configuration is not plain GPT-2.
+        DamagedFileError: A tensor is missing or has another shape.
+
+    Example:
+        >>> model = from_huggingface("gpt2")
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    width = config["n_embd"]
+    tied = config.get("tie_word_embeddings", True)
+    model = GPTModel(
+        **{
+            "vocab_size": config["vocab_size"],
+            "embedding_dim": width,
+            "num_layers": config["n_layer"],
+            "num_heads": config["n_head"],
+            "context_length": config.get("n_positions", config.get("n_ctx", 1024)),
+            "feedforward_dim": config.get("n_inner") or 4 * width,
+            "tie_embeddings": tied,
+            "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+            **changes,
+        }
+    )
+    for name, variable in named_variables(model).items():
+        if name not in tensors:
+            raise DamagedFileError(
+                f"{folder / 'model.safetensors'} lacks the tensor {name!r}, which a "
+                f"GPT-2 of {config['n_layer']} layers has."
+            )
+        value = tensors[name]
+        if value.shape != tuple(variable.shape):
+            raise DamagedFileError(
+                f"{folder / 'model.safetensors'}: {name!r} expects the shape "
+                f"{tuple(variable.shape)}. Received: {value.shape}."
+            )
+        variable.assign(np.asarray(value, np.float32))
+    return model
+
+
+def to_huggingface(model: GPTModel, folder: str | os.PathLike) -> None:
+    """Write a GPTModel as Hugging Face's GPT-2, whole or not at all.
+
+    Args:
+        model: A `GPTModel` whose heads divide its width.
+        folder: A new folder for `config.json` and `model.safetensors`.
+
+    Raises:
+        InputError: The model has a shape that GPT-2 does not, or the folder exists.
+    """
+    if model.embedding_dim % model.num_heads:
+        raise InputError(
+            "Hugging Face's GPT-2 expects `num_heads` to divide `embedding_dim`. "
+            f"Received: {model.num_heads} and {model.embedding_dim}."
+        )
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": model.vocab_size,
+        "n_embd": model.embedding_dim,
+        "n_layer": model.num_layers,
+        "n_head": model.num_heads,
+        "n_positions": model.context_length,
+        "n_ctx": model.context_length,
+        "n_inner": model.feedforward_dim,
+        "layer_norm_epsilon": model.layer_norm_epsilon,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": model.dropout,
+        "resid_pdrop": model.dropout,
+    }
+    tensors = {}
+    for name, variable in named_variables(model).items():
+        prefix = "" if name.startswith("lm_head") else "transformer."
+        tensors[prefix + name] = np.ascontiguousarray(variable.numpy())
+    with files.atomic_folder(folder) as temporary:
+        files.write_json(temporary / "config.json", config)
+        safetensors.numpy.save_file(
+            tensors, temporary / "model.safetensors", metadata={"format": "pt"}
+        )
+
+
+def from_preset(preset: str, **changes) -> GPTModel:
+    """Build a GPT-2 from a KerasHub preset, weights included.
+
+    Args:
+        preset: A name such as `"gpt2_base_en"`, which is downloaded, or the path of
+            a preset that KerasHub saved.
+        **changes: Arguments of `GPTModel` to replace.
+
+    Raises:
+        InputError: There is no such preset, or no network to fetch it over.
+    """
+    import keras_nlp
+
+    try:
+        backbone = keras_nlp.models.GPT2Backbone.from_preset(preset)
+    except Exception as error:
+        raise InputError(
+            f"The preset {preset!r} could not be loaded: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__} "
+            "A named preset is downloaded and needs a network; without one, name a "
+            "folder that KerasHub's `save_to_preset` wrote."
+        ) from None
+    return from_keras_hub(backbone, **changes)
+
+
+def from_keras_hub(backbone, **changes) -> GPTModel:
+    """Copy a KerasHub `GPT2Backbone` into a GPTModel.
+
+    Args:
+        backbone: The backbone; its vocabulary head is its token embedding.
+        **changes: Arguments of `GPTModel` to replace.
+    """
+    model = GPTModel(
+        **{
+            "vocab_size": backbone.vocabulary_size,
+            "embedding_dim": backbone.hidden_dim,
+            "num_layers": backbone.num_layers,
+            "num_heads": backbone.num_heads,
+            "context_length": backbone.max_sequence_length,
+            "feedforward_dim": backbone.intermediate_dim,
+            **changes,
+        }
+    )
+    for ours, read, _ in _keras_hub_pairs(model, backbone):
+        ours.assign(np.asarray(read(), np.float32).reshape(ours.shape))
+    return model
+
+
+def to_keras_hub(model: GPTModel):
+    """Copy a GPTModel into a new KerasHub `GPT2Backbone`.
+
+    Raises:
+        InputError: The model is not tied, or its heads do not divide its width.
+    """
+    if not model.tie_embeddings or model.embedding_dim % model.num_heads:
+        raise InputError(
+            "KerasHub's GPT2Backbone expects tied embeddings and heads that divide "
+            f"the width. Received: tie_embeddings={model.tie_embeddings}, "
+            f"num_heads={model.num_heads}, embedding_dim={model.embedding_dim}."
+        )
+    import keras_nlp
+
+    backbone = keras_nlp.models.GPT2Backbone(
+        vocabulary_size=model.vocab_size,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        hidden_dim=model.embedding_dim,
+        intermediate_dim=model.feedforward_dim,
+        dropout=model.dropout,
+        max_sequence_length=model.context_length,
+    )
+    for ours, _, write in _keras_hub_pairs(model, backbone):
+        write(ours.numpy())
+    return backbone
+
+
+def _keras_hub_pairs(model, backbone):
+    """Yield our variable, how to read KerasHub's, and how to write it."""
+
+    def same(ours, theirs):
+        def write(value):
+            theirs.assign(value.reshape(theirs.shape))
+
+        return ours, lambda: np.asarray(theirs), write
+
+    def joined(ours, theirs):
+        """Query, key and value, apart at KerasHub and side by side here."""
+        rows = model.embedding_dim if len(ours.shape) == 2 else 1
+
+        def read():
+            parts = [np.asarray(one).reshape(rows, -1) for one in theirs]
+            return np.concatenate(parts, axis=1)
+
+        def write(value):
+            for one, part in zip(
+                theirs, np.split(value.reshape(rows, -1), 3, axis=1), strict=True
+            ):
+                one.assign(part.reshape(one.shape))
+
+        return ours, read, write
+
+    embedding = model.get_layer("embedding")
+    yield same(embedding.token_table, backbone.token_embedding.embeddings)
+    yield same(
+        embedding.position_table, backbone.position_embedding.position_embeddings
+    )
+    for index in range(model.num_layers):
+        block = model.get_layer(f"block_{index}")
+        theirs = backbone.transformer_layers[index]
+        attention = theirs._self_attention_layer
+        inputs = (
+            attention._query_dense,
+            attention._key_dense,
+            attention._value_dense,
+        )
+        pairs = (
+            (block.attention_norm_gamma, theirs._self_attention_layer_norm.gamma),
+            (block.attention_norm_beta, theirs._self_attention_layer_norm.beta),
+            (block.output_kernel, attention._output_dense.kernel),
+            (block.output_bias, attention._output_dense.bias),
+            (block.feedforward_norm_gamma, theirs._feedforward_layer_norm.gamma),
+            (block.feedforward_norm_beta, theirs._feedforward_layer_norm.beta),
+            (block.up_kernel, theirs._feedforward_intermediate_dense.kernel),
+            (block.up_bias, theirs._feedforward_intermediate_dense.bias),
+            (block.down_kernel, theirs._feedforward_output_dense.kernel),
+            (block.down_bias, theirs._feedforward_output_dense.bias),
+        )
+        for ours, one in pairs:
+            yield same(ours, one)
+        yield joined(block.qkv_kernel, [dense.kernel for dense in inputs])
+        yield joined(block.qkv_bias, [dense.bias for dense in inputs])
+    norm = model.get_layer("final_norm")
+    yield same(norm.gamma, backbone.layer_norm.gamma)
+    yield same(norm.beta, backbone.layer_norm.beta)
+
+
+def _read_config(folder):
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"Expected Hugging Face's config.json in {folder}; there is none. Name "
+            "the folder of a GPT-2 model."
+        )
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        kind = config.get("model_type")
+        for name in ("vocab_size", "n_embd", "n_layer", "n_head"):
+            config[name] = int(config[name])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(
+            f"{path} is no configuration of a GPT-2: {type(error).__name__} {error}."
+        ) from None
+    expected = (
+        ("model_type", kind, ("gpt2",)),
+        (
+            "activation_function",
+            config.get("activation_function", "gelu_new"),
+            _TANH_GELU,
+        ),
+        ("scale_attn_weights", config.get("scale_attn_weights", True), (True,)),
+        (
+            "scale_attn_by_inverse_layer_idx",
+            config.get("scale_attn_by_inverse_layer_idx", False),
+            (False,),
+        ),
+        ("add_cross_attention", config.get("add_cross_attention", False), (False,)),
+    )
+    for name, value, known in expected:
+        if value not in known:
+            raise InputError(
+                f"{path}: `{name}` expects one of {known}. Received: {value!r}. "
+                "gpt_tf reads plain GPT-2 models."
+            )
+    return config
+
+
+def _read_tensors(folder):
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        pickled = (folder / "pytorch_model.bin").is_file()
+        raise InputError(
+            f"Expected model.safetensors in {folder}; there is none."
+            + (
+                " A pytorch_model.bin is a pickle, which can run code and is not "
+                "opened; convert it with transformers' "
+                "`save_pretrained(folder, safe_serialization=True)`."
+                if pickled
+                else ""
+            )
+        )
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise DamagedFileError(f"{path} cannot be read: {error}.") from None
+    return {name.removeprefix("transformer."): t for name, t in tensors.items()}

@@ -1,0 +1,81 @@
+"""What all tests share: four logical CPUs, small models and a small corpus."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import pytest
+
+import gpt_tf  # before TensorFlow: it chooses Keras 2
+
+
+def pytest_sessionstart(session):
+    import tensorflow as tf
+
+    tf.get_logger().setLevel("ERROR")
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration() for _ in range(4)],
+    )
+
+
+@pytest.fixture
+def make_model():
+    """Make a small GPTModel with the same weights every time."""
+    import tf_keras as keras
+
+    def make(seed=3, **changes):
+        keras.utils.set_random_seed(seed)
+        arguments = {
+            "vocab_size": 31,
+            "embedding_dim": 12,
+            "num_layers": 2,
+            "num_heads": 3,
+            "context_length": 16,
+            **changes,
+        }
+        return gpt_tf.GPTModel(**arguments)
+
+    return make
+
+
+@pytest.fixture
+def windows_of():
+    """Make token windows (inputs, labels) of a given shape."""
+
+    def make(rows, length, vocab_size=31, seed=0):
+        ids = np.random.default_rng(seed).integers(0, vocab_size, (rows, length + 1))
+        return ids[:, :-1].astype("int32"), ids[:, 1:].astype("int32")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory):
+    """A folder of a dozen small text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = "the quick brown fox jumps over a lazy dog and runs away again".split()
+    generator = np.random.default_rng(5)
+    for index in range(12):
+        lines = [
+            " ".join(generator.choice(words, 8)) + "." for _ in range(60 + index)
+        ]
+        (folder / f"text{index}.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(corpus_folder, tmp_path_factory):
+    """A finished tiny run."""
+    from gpt_tf.training import PRESETS, train
+
+    return train(
+        PRESETS["tiny"],
+        tmp_path_factory.mktemp("runs") / "tiny",
+        corpus=str(corpus_folder),
+        vocab_size=300,
+        strategy="one_device",
+        verbose=False,
+        on_notice=lambda line: None,
+    )

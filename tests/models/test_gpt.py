@@ -1,0 +1,388 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.models.gpt import GPTModel, NextTokenLoss
+from gpt_tf.models.interop import named_variables
+from gpt_tf.models.optimizer import AdamW
+from tests.oracles import numpy_gpt
+
+SHAPES = [
+    {},
+    {"num_heads": 5, "embedding_dim": 12},  # 5 does not divide 12
+    {"tie_embeddings": False, "feedforward_dim": 20},
+    {"num_layers": 1, "num_heads": 1},
+]
+
+
+def perturb(model):
+    """Give every weight, biases and gains too, a value of its own."""
+    generator = np.random.default_rng(11)
+    for weight in model.weights:
+        weight.assign_add(generator.normal(0, 0.1, weight.shape))
+
+
+def oracle(model, tokens):
+    weights = {name: v.numpy() for name, v in named_variables(model).items()}
+    return numpy_gpt.forward(weights, tokens, model.num_layers, model.num_heads)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_match_the_numpy_oracle(make_model, windows_of, shape):
+    model = make_model(**shape)
+    perturb(model)
+    tokens, _ = windows_of(2, 9)
+    logits = model(tokens).numpy()
+    assert logits.shape == (2, 9, 31)
+    for row in range(2):
+        assert np.abs(logits[row] - oracle(model, tokens[row])).max() < 1e-4
+
+
+@pytest.mark.parametrize("index", range(29))
+def test_the_oracle_notices_a_change_of_any_weight(make_model, windows_of, index):
+    model = make_model()
+    perturb(model)
+    tokens, _ = windows_of(1, 9)
+    expected = oracle(model, tokens[0])
+    names = list(named_variables(model).values())
+    if index >= len(names):
+        pytest.skip("the model has fewer variables")
+    names[index].assign_add(np.random.default_rng(1).normal(0, 0.02, names[index].shape))
+    assert np.abs(model(tokens).numpy()[0] - expected).max() > 1e-4
+
+
+def test_future_tokens_do_not_change_past_logits(make_model, windows_of):
+    model = make_model()
+    perturb(model)
+    tokens, _ = windows_of(1, 10)
+    changed = tokens.copy()
+    changed[0, 6:] = (changed[0, 6:] + 1) % 31
+    before, after = model(tokens).numpy(), model(changed).numpy()
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert np.abs(before[:, 6:] - after[:, 6:]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"vocab_size": 10000, "embedding_dim": 512, "num_layers": 6, "num_heads": 8},
+        {"vocab_size": 5000, "embedding_dim": 256, "num_layers": 4, "num_heads": 6},
+    ],
+)
+def test_the_articles_snippets_run_as_written(arguments):
+    strategy = tf.distribute.MirroredStrategy()
+    with strategy.scope():
+        model = GPTModel(**arguments)
+    inputs = np.random.randint(0, 5000, (4, 8))
+    labels = np.random.randint(0, 5000, (4, 8))
+    history = model.fit(inputs, labels, epochs=10, verbose=0)
+    losses = history.history["loss"]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+
+
+def test_the_head_width_is_rounded_down(make_model):
+    block = make_model(num_heads=5, embedding_dim=12).get_layer("block_0")
+    assert block.head_dim == 2
+    assert block.qkv_kernel.shape == (12, 30)
+    assert block.output_kernel.shape == (10, 12)
+
+
+def test_fit_takes_a_tf_data_dataset(make_model, windows_of):
+    x, y = windows_of(8, 8)
+    model = make_model()
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+    history = model.fit(data, validation_data=data, epochs=2, verbose=0).history
+    assert history["val_loss"][1] < history["val_loss"][0]
+    assert set(history) >= {"loss", "perplexity", "token_accuracy", "val_perplexity"}
+
+
+def test_reported_loss_and_accuracy_are_the_oracles(make_model, windows_of):
+    model = make_model()
+    perturb(model)
+    x, y = windows_of(3, 8)
+    report = model.evaluate(x, y, batch_size=3, verbose=0, return_dict=True)
+    logits = np.stack([oracle(model, row) for row in x])
+    loss = np.mean([numpy_gpt.mean_loss(lg, lb) for lg, lb in zip(logits, y, strict=True)])
+    assert report["loss"] == pytest.approx(loss, abs=1e-5)
+    assert report["perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
+    assert report["token_accuracy"] == pytest.approx((logits.argmax(-1) == y).mean())
+
+
+def test_compile_replaces_optimizer_loss_and_metrics(make_model, windows_of):
+    x, y = windows_of(4, 8)
+    model = make_model()
+    model.compile(
+        optimizer=keras.optimizers.SGD(0.1),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[keras.metrics.SparseCategoricalAccuracy(name="hits")],
+    )
+    history = model.fit(x, y, epochs=2, verbose=0).history
+    assert set(history) == {"loss", "hits"}
+    assert isinstance(model.optimizer, keras.optimizers.SGD)
+
+
+def test_added_metrics_see_labels_and_logits(make_model, windows_of):
+    x, y = windows_of(4, 8)
+    model = make_model()
+    model.compile(metrics=[keras.metrics.SparseCategoricalAccuracy(name="hits")])
+    report = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert report["hits"] == pytest.approx(report["token_accuracy"])
+    assert "hits" in model.fit(x, y, verbose=0).history
+
+
+def test_xla_and_graph_give_the_same_training(make_model, windows_of):
+    x, y = windows_of(4, 8)
+    weights = []
+    for jit_compile in (True, False):
+        model = make_model()
+        model.compile(jit_compile=jit_compile)
+        model.fit(x, y, epochs=3, verbose=0, shuffle=False)
+        weights.append(model.get_weights())
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def gradients_of(model, batch):
+    scale = tf.constant(1.0 / max(1.0, float(np.sum(batch[2]))))
+    return model._differentiate(tuple(map(tf.constant, batch)), scale)[1]
+
+
+def test_gradients_match_finite_differences(make_model, windows_of):
+    model = make_model()
+    perturb(model)
+    model.compile(jit_compile=False)
+    x, y = windows_of(2, 6)
+    weights = np.ones((2, 6), "float32")
+    gradients = gradients_of(model, (x, y, weights))
+    names = {v.ref(): name for name, v in named_variables(model).items()}
+
+    def loss(changed):
+        return np.mean(
+            [
+                numpy_gpt.mean_loss(numpy_gpt.forward(changed, row, 2, 3), labels)
+                for row, labels in zip(x, y, strict=True)
+            ]
+        )
+
+    values = {n: v.numpy().astype("float64") for n, v in named_variables(model).items()}
+    generator = np.random.default_rng(2)
+    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+        name = names[variable.ref()]
+        direction = generator.normal(size=variable.shape)
+        direction /= np.linalg.norm(direction)
+        step = 1e-4
+        up = {**values, name: values[name] + step * direction}
+        down = {**values, name: values[name] - step * direction}
+        expected = (loss(up) - loss(down)) / (2 * step)
+        assert np.sum(gradient.numpy() * direction) == pytest.approx(expected, abs=2e-5)
+
+
+def test_padding_has_no_influence_on_loss_or_gradient(make_model, windows_of):
+    model = make_model()
+    perturb(model)
+    model.compile(jit_compile=False)
+    x, y = windows_of(2, 8)
+    weights = np.ones((2, 8), "float32")
+    weights[0, 5:] = 0
+    plain = gradients_of(model, (x, y, weights))
+    # Other tokens under the padding, and rows that are nothing but padding.
+    x2, y2 = np.concatenate([x, x]), np.concatenate([y, y])
+    x2[0, 5:], y2[0, 5:] = 7, 9
+    weights2 = np.concatenate([weights, np.zeros_like(weights)])
+    padded = gradients_of(model, (x2, y2, weights2))
+    for one, other in zip(plain, padded, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    loss = model.evaluate(x, y, sample_weight=weights, verbose=0)[0]
+    assert model.evaluate(x2, y2, sample_weight=weights2, verbose=0)[0] == (
+        pytest.approx(loss, abs=1e-6)
+    )
+    weights2[2:] = 1  # the tolerance notices rows that do count
+    different = gradients_of(model, (x2, y2, weights2))
+    assert max(np.abs(a - b).max() for a, b in zip(plain, different, strict=True)) > 1e-4
+
+
+def test_next_token_loss_averages_over_what_counts():
+    logits = np.random.default_rng(0).normal(size=(1, 4, 5)).astype("float32")
+    labels = np.array([[1, 2, 3, 4]])
+    expected = numpy_gpt.mean_loss(logits[0, :2].astype("float64"), labels[0, :2])
+    loss = NextTokenLoss()(labels, logits, np.array([[1.0, 1.0, 0.0, 0.0]]))
+    assert float(loss) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_accumulated_micro_batches_equal_one_batch(make_model, windows_of, jit_compile):
+    x, y = windows_of(8, 8)
+    sample_weight = np.ones((8, 8), "float32")
+    sample_weight[0, 2:] = 0  # parts of unequal weight
+    weights = []
+    for parts in (1, 4):
+        model = make_model()
+        model.compile(gradient_accumulation_steps=parts, jit_compile=jit_compile)
+        model.fit(
+            x, y, sample_weight=sample_weight, batch_size=8, epochs=3, verbose=0
+        )
+        weights.append(model.get_weights())
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_mixed_precision_trains(make_model, windows_of, policy, jit_compile):
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        model = make_model()
+        model.compile(optimizer=AdamW(1e-2), jit_compile=jit_compile)
+        x, y = windows_of(4, 8)
+        losses = model.fit(x, y, epochs=12, verbose=0).history["loss"]
+        assert model(x).dtype == tf.float32
+        assert model.get_layer("block_0").compute_dtype == policy[6:]
+        assert losses[-1] < losses[0] - 0.5
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+
+
+def test_dropout_acts_in_training_only(make_model, windows_of):
+    model = make_model(dropout=0.5)
+    x, _ = windows_of(2, 8)
+    np.testing.assert_array_equal(model(x), model(x))
+    assert np.abs(model(x, training=True) - model(x, training=True)).max() > 1e-3
+
+
+def test_config_round_trip(make_model):
+    model = make_model(tie_embeddings=False, dropout=0.1, feedforward_dim=20)
+    again = GPTModel.from_config(model.get_config())
+    assert again.get_config() == model.get_config()
+    shapes = [[w.shape for w in m.weights] for m in (again, model)]
+    assert shapes[0] == shapes[1]
+
+
+def test_saved_and_loaded_it_goes_on_the_same(make_model, windows_of, tmp_path):
+    x, y = windows_of(4, 8)
+    model = make_model()
+    model.fit(x, y, epochs=2, verbose=0, shuffle=False)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert isinstance(again, GPTModel)
+    np.testing.assert_array_equal(model(x), again(x))
+    assert isinstance(again.optimizer, AdamW)
+    for each in (model, again):
+        each.fit(x, y, epochs=2, verbose=0, shuffle=False)
+    for one, other in zip(model.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_summary_shows_the_blocks(make_model):
+    lines = []
+    make_model().summary(print_fn=lambda line, **_: lines.append(line))
+    text = "\n".join(lines)
+    assert "block_0" in text and "block_1" in text and "final_norm" in text
+
+
+def test_tf_mot_rebuilds_the_model(make_model, windows_of):
+    tfmot = pytest.importorskip("tensorflow_model_optimization").quantization.keras
+
+    class Nothing(tfmot.QuantizeConfig):
+        def get_weights_and_quantizers(self, layer):
+            return []
+
+        def get_activations_and_quantizers(self, layer):
+            return []
+
+        def set_quantize_weights(self, layer, weights):
+            assert not weights
+
+        def set_quantize_activations(self, layer, activations):
+            assert not activations
+
+        def get_output_quantizers(self, layer):
+            return []
+
+        def get_config(self):
+            return {}
+
+    from gpt_tf.models.gpt import CUSTOM_OBJECTS
+
+    class Untouched:
+        def apply(self, model, layer_quantize_map):
+            return model, layer_quantize_map
+
+    class Scheme(tfmot.experimental.default_8bit.Default8BitQuantizeScheme):
+        def get_layout_transformer(self):
+            # The default one puts a fake quantiser behind the token ids.
+            return Untouched()
+
+    model = make_model()
+    x, _ = windows_of(2, 8)
+
+    def annotate(layer):
+        if isinstance(layer, keras.layers.InputLayer):
+            return layer
+        return tfmot.quantize_annotate_layer(layer, Nothing())
+
+    flat = keras.Model(model.inputs, model.outputs)
+    with tfmot.quantize_scope({**CUSTOM_OBJECTS, "Nothing": Nothing}):
+        annotated = keras.models.clone_model(flat, clone_function=annotate)
+        wrapped = tfmot.quantize_apply(annotated, scheme=Scheme())
+    ours = {w.name: w for w in model.weights}
+    for weight in wrapped.weights:
+        name = weight.name.replace("quant_", "")
+        if name in ours:
+            weight.assign(ours.pop(name))
+    assert not ours
+    np.testing.assert_allclose(wrapped(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", ["optimizer", "metrics", "callbacks", "loss"])
+def test_keras_3_objects_get_the_teaching_error(make_model, windows_of, parts):
+    import keras as keras_3
+
+    model = make_model()
+    x, y = windows_of(2, 4)
+    with pytest.raises(InputTypeError, match="import tf_keras as keras"):
+        if parts == "optimizer":
+            model.compile(optimizer=keras_3.optimizers.Adam())
+        elif parts == "metrics":
+            model.compile(metrics=[keras_3.metrics.Mean()])
+        elif parts == "loss":
+            model.compile(loss=keras_3.losses.MeanSquaredError())
+        else:
+            model.fit(x, y, callbacks=[keras_3.callbacks.EarlyStopping()])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 0},
+        {"num_layers": -1},
+        {"embedding_dim": 2.5},
+        {"num_heads": 13},
+        {"dropout": 1.0},
+        {"context_length": 0},
+    ],
+)
+def test_impossible_sizes_are_refused(make_model, changes):
+    with pytest.raises(InputError, match="Received"):
+        make_model(**changes)
+
+
+def test_ids_out_of_range_are_refused(make_model):
+    model = make_model()
+    good, bad = np.zeros((2, 4), "int32"), np.full((2, 4), 31)
+    with pytest.raises(InputError, match="from 0 to 30"):
+        model.fit(bad, good, verbose=0)
+    with pytest.raises(InputError, match="labels"):
+        model.fit(good, -bad, verbose=0)
+
+
+def test_sequences_beyond_the_context_are_refused(make_model):
+    with pytest.raises(ValueError, match="at most 16 positions"):
+        make_model()(np.zeros((1, 17), "int32"))
+
+
+def test_inputs_without_labels_are_refused(make_model):
+    with pytest.raises(ValueError, match="labels"):
+        make_model().fit(np.zeros((2, 4), "int32"), verbose=0)

@@ -1,0 +1,140 @@
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.models import interop
+from gpt_tf.models.gpt import GPTModel
+
+
+@pytest.fixture
+def model(make_model):
+    model = make_model()
+    generator = np.random.default_rng(4)
+    for weight in model.weights:
+        weight.assign_add(generator.normal(0, 0.1, weight.shape))
+    return model
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    interop.to_huggingface(model, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def keras_hub_logits(backbone, tokens):
+    hidden = backbone(
+        {"token_ids": tokens, "padding_mask": np.ones_like(tokens, dtype=bool)}
+    )
+    return np.asarray(backbone.token_embedding(hidden, reverse=True))
+
+
+def test_logits_match_keras_hub_both_ways(model, windows_of):
+    tokens, _ = windows_of(2, 9)
+    backbone = interop.to_keras_hub(model)
+    expected = keras_hub_logits(backbone, tokens)
+    assert np.abs(model(tokens).numpy() - expected).max() < 1e-4
+    again = interop.from_keras_hub(backbone)
+    assert np.abs(again(tokens).numpy() - expected).max() < 1e-4
+    again.get_layer("block_1").down_bias.assign_add(np.full(12, 0.01) * np.arange(12))
+    assert np.abs(again(tokens).numpy() - expected).max() > 1e-4
+
+
+def test_a_preset_saved_locally_loads(model, windows_of, tmp_path):
+    tokens, _ = windows_of(1, 7)
+    interop.to_keras_hub(model).save_to_preset(str(tmp_path / "preset"))
+    again = GPTModel.from_preset(str(tmp_path / "preset"))
+    np.testing.assert_allclose(again(tokens), model(tokens), atol=1e-5)
+
+
+def test_a_preset_that_is_not_there_says_what_to_do(tmp_path):
+    with pytest.raises(InputError, match="network"):
+        GPTModel.from_preset(str(tmp_path / "nothing"))
+
+
+def test_hugging_face_files_round_trip(model, folder, windows_of):
+    tokens, _ = windows_of(2, 9)
+    again = GPTModel.from_huggingface(folder)
+    np.testing.assert_array_equal(again(tokens), model(tokens))
+    assert again.get_config() == model.get_config()
+
+
+def test_hugging_face_names_and_layout_are_gpt2s(folder):
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (12, 36)
+    assert tensors["transformer.h.1.mlp.c_proj.weight"].shape == (48, 12)
+    assert tensors["transformer.wpe.weight"].shape == (16, 12)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
+
+
+def test_names_without_prefix_load_too(model, folder, windows_of):
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    short = {k.removeprefix("transformer."): v for k, v in tensors.items()}
+    short["h.0.attn.bias"] = np.ones((1, 1, 16, 16), "float32")  # a buffer of theirs
+    safetensors.numpy.save_file(short, path)
+    tokens, _ = windows_of(1, 5)
+    np.testing.assert_array_equal(
+        GPTModel.from_huggingface(folder)(tokens), model(tokens)
+    )
+
+
+def test_an_untied_head_round_trips(make_model, windows_of, tmp_path):
+    model = make_model(tie_embeddings=False)
+    interop.to_huggingface(model, tmp_path / "hf")
+    tokens, _ = windows_of(1, 5)
+    again = GPTModel.from_huggingface(tmp_path / "hf")
+    np.testing.assert_array_equal(again(tokens), model(tokens))
+
+
+def test_a_missing_tensor_is_named(folder):
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    del tensors["transformer.h.1.ln_1.bias"]
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(DamagedFileError, match=r"h\.1\.ln_1\.bias"):
+        GPTModel.from_huggingface(folder)
+
+
+def test_a_wrong_shape_is_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_positions": 17}))
+    with pytest.raises(DamagedFileError, match=r"wpe.*\(17, 12\)"):
+        GPTModel.from_huggingface(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "llama"},
+        {"activation_function": "relu"},
+        {"scale_attn_by_inverse_layer_idx": True},
+    ],
+)
+def test_other_architectures_are_refused(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(InputError, match="plain GPT-2"):
+        GPTModel.from_huggingface(folder)
+
+
+def test_truncated_and_missing_files_are_refused(folder, tmp_path):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DamagedFileError, match="cannot be read"):
+        GPTModel.from_huggingface(folder)
+    path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match="safe_serialization"):
+        GPTModel.from_huggingface(folder)
+    with pytest.raises(InputError, match=r"config\.json"):
+        GPTModel.from_huggingface(tmp_path)
+
+
+def test_heads_that_do_not_divide_are_refused(make_model, tmp_path):
+    model = make_model(num_heads=5)
+    with pytest.raises(InputError, match="divide"):
+        interop.to_huggingface(model, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
