@@ -9,6 +9,7 @@ import codecs
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 import sysconfig
 import warnings
@@ -16,10 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
 
 SPLITS = ("train", "validation")
 PIECE_BYTES = 4 << 20
+HEAD_BYTES = 8 << 10
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
@@ -29,6 +32,9 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
+
+# What Python's `surrogateescape` makes of a byte that is not UTF-8.
+_UNDECODABLE = re.compile("[\udc80-\udcff]")
 
 
 class CorpusWarning(UserWarning):
@@ -67,39 +73,65 @@ class Corpus:
         name: What it is called in manifests and messages.
         parts: For each split, the files or parts of files it holds.
         facts: More about it for manifests.
-        on_notice: Takes one-line notices about the text.
+        on_notice: Takes one-line notices about the text, each once.
+
+    Example:
+        >>> corpus = open_corpus("python-stdlib")
+        >>> corpus.describe()["name"]
+        'python-stdlib'
     """
 
     name: str
     parts: dict[str, list[_Part]]
     facts: dict
     on_notice: Callable[[str], None]
+    _noticed: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
 
     def documents(self, split: str) -> Iterator[Document]:
-        """Yield the documents of `"train"` or `"validation"`, in a fixed order."""
+        """Yield the documents of a split in a fixed order, one file at a time.
+
+        Args:
+            split: `"train"` or `"validation"`.
+
+        Raises:
+            InputError: There is no such split, or a file cannot be read.
+        """
         if split not in SPLITS:
             raise InputError(f"A split is one of {SPLITS}. Received: {split!r}.")
-        for part in self.parts[split]:
-            yield from _read(part, self.on_notice)
+        # Not a generator itself: a wrong split is refused at once.
+        return self._documents(split)
 
     def describe(self) -> dict:
-        """Return name, sizes and a fingerprint over all names and bytes."""
+        """Describe the corpus for a manifest.
+
+        Returns:
+            `name`, `files`, `size_bytes`, and `sha256` over every file's name, size
+            and bytes, wherever the files lie. Reads all files once.
+        """
+        sources = {(part.name, part.path) for s in SPLITS for part in self.parts[s]}
+        entries = sorted(
+            (name, path.stat().st_size, files.sha256_of(path)) for name, path in sources
+        )
         digest = hashlib.sha256()
-        total = 0
-        names = {part.name: part.path for s in SPLITS for part in self.parts[s]}
-        for name, path in sorted(names.items()):
+        for name, size, sha256 in entries:
+            digest.update(f"{size} {sha256} ".encode())
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-            with open(path, "rb") as file:
-                while piece := file.read(PIECE_BYTES):
-                    total += len(piece)
-                    digest.update(piece)
         return {
             "name": self.name,
-            "files": len(names),
-            "size_bytes": total,
+            "files": len(entries),
+            "size_bytes": sum(size for _, size, _ in entries),
             "sha256": digest.hexdigest(),
             **self.facts,
         }
+
+    def _documents(self, split):
+        for part in self.parts[split]:
+            yield from _read(part, self._notice_once)
+
+    def _notice_once(self, line):
+        if line not in self._noticed:
+            self._noticed.add(line)
+            self.on_notice(line)
 
 
 def open_corpus(
@@ -115,7 +147,9 @@ def open_corpus(
             library without its tests; `"shakespeare"`, downloaded and checked; or
             one or more paths of UTF-8 files and folders.
         validation_fraction: Share of the text to hold out, in (0, 1). Files are
-            assigned by a hash of their name; a corpus of one file is cut at a line.
+            assigned by a hash of their path in the folder, so that a file stays in
+            its split when others come and go; a corpus of one file is cut near that
+            share, at a line end where there is one.
         on_notice: Takes notices about what was skipped or replaced; a
             `CorpusWarning` is issued unless given.
 
@@ -123,7 +157,8 @@ def open_corpus(
         A `Corpus` with text in both splits.
 
     Raises:
-        InputError: A path is missing, empty, or binary, or there is no text.
+        InputError: A path is missing, empty, or binary, or there is no text, or
+            Shakespeare cannot be downloaded.
 
     Example:
         >>> corpus = open_corpus("python-stdlib")
@@ -141,11 +176,10 @@ def open_corpus(
         source = [source]
     sources = [str(item) for item in source]
     if sources == ["python-stdlib"]:
-        name, found = "python-stdlib", _stdlib_files()
+        name, found = "python-stdlib", _without_copies(_stdlib_files(), _be_silent)
         facts["python"] = sys.version.split()[0]
     elif sources == ["shakespeare"]:
-        path = download_shakespeare()
-        name, found = "shakespeare", [_Part("shakespeare.txt", path)]
+        name, found = "shakespeare", [_Part("shakespeare.txt", download_shakespeare())]
     else:
         if not sources:
             raise InputError(
@@ -154,10 +188,13 @@ def open_corpus(
             )
         name = ", ".join(Path(item).name or item for item in sources)
         found = [part for item in sources for part in _user_files(Path(item), notice)]
-    if len({part.path.resolve() for part in found}) < len(found):
-        unique = {part.path.resolve(): part for part in reversed(found)}
-        found = [part for part in found if unique[part.path.resolve()] is part]
-    parts = _split(found, validation_fraction)
+        found = _without_copies(found, notice)
+    if len(found) > 1:
+        parts = _split_by_file(found, validation_fraction)
+    else:
+        # nanoGPT cuts Shakespeare at the very character; so do its published losses.
+        find_cut = _character_start if name == "shakespeare" else _line_end
+        parts = _split_by_position(found[0], validation_fraction, find_cut)
     corpus = Corpus(name, parts, facts, notice)
     _require_text(corpus)
     return corpus
@@ -170,7 +207,7 @@ def download_shakespeare(
 
     Args:
         url: Where to fetch it.
-        sha256: What its bytes must be.
+        sha256: What its bytes must be, 64 hexadecimal digits.
 
     Returns:
         Path of the file.
@@ -178,40 +215,43 @@ def download_shakespeare(
     Raises:
         InputError: It cannot be fetched.
         DamagedFileError: What came is something else.
+
+    Reference: Karpathy, char-rnn, `data/tinyshakespeare`.
     """
     import tf_keras as keras
 
     try:
-        path = keras.utils.get_file("gpt_tf_shakespeare.txt", url)
+        path = Path(keras.utils.get_file("gpt_tf_shakespeare.txt", url))
     except Exception as error:
         raise InputError(
             f"The corpus shakespeare could not be downloaded from {url}: {error}. "
             "Without a network use `python-stdlib` or a file of your own."
         ) from None
-    found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    found = files.sha256_of(path)
     if found != sha256:
-        Path(path).unlink()
+        path.unlink()
         raise DamagedFileError(
             f"The text from {url} should have the SHA-256 {sha256}. Received: {found}. "
             "It was removed; try again, or use a file of your own."
         )
-    return Path(path)
+    return path
+
+
+# Finding files
 
 
 def _stdlib_files() -> list[_Part]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if name not in _TEST_FOLDERS | _FOREIGN_FOLDERS
-            and not name.startswith((".", "config-"))
+    left_out = _TEST_FOLDERS | _FOREIGN_FOLDERS
+    found = [
+        _Part(path.relative_to(root).as_posix(), path)
+        for path in _walk(
+            root,
+            lambda name: name in left_out or name.startswith("config-"),
+            _be_silent,
         )
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.endswith(".py") and path.stat().st_size:
-                found.append(_Part(path.relative_to(root).as_posix(), path))
+        if path.suffix == ".py" and _content(path) == "text"
+    ]
     if not found:
         raise InputError(
             f"Expected the sources of Python's standard library in {root}; there are "
@@ -221,32 +261,43 @@ def _stdlib_files() -> list[_Part]:
 
 
 def _user_files(path: Path, notice) -> list[_Part]:
-    if not path.exists():
-        raise InputError(
-            f"The corpus expects a file or folder at {path}; there is none. "
-            "Check the path, or use python-stdlib."
-        )
-    if not path.is_dir():
-        if not path.stat().st_size:
-            raise InputError(f"The corpus expects text in {path}, but it is empty.")
-        if _is_binary(path):
+    try:
+        if path.is_dir():
+            return _folder_files(path, notice)
+        if not path.exists():
             raise InputError(
-                f"The corpus expects UTF-8 text in {path}, but it is a binary file. "
-                "Convert it to text first."
+                f"The corpus expects a file or folder at {path}; there is none. "
+                "Check the path, or use python-stdlib."
             )
-        return [_Part(path.name, path)]
+        if not path.is_file():
+            raise InputError(
+                f"The corpus expects a file or folder at {path}, but it is a device "
+                "or a pipe. Write its text to a file first."
+            )
+        content = _content(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if content == "binary":
+        raise InputError(
+            f"The corpus expects UTF-8 text in {path}, but it is a binary file. "
+            "Convert it to text first."
+        )
+    if content == "blank":
+        what = "nothing but white space" if path.stat().st_size else "empty"
+        raise InputError(
+            f"The corpus expects text in {path}, but it is {what}. Name another file."
+        )
+    return [_Part(path.name, path)]
+
+
+def _folder_files(path: Path, notice) -> list[_Part]:
     found, binary = [], []
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            file = Path(folder, name)
-            if name.startswith(".") or not file.is_file() or not file.stat().st_size:
-                continue
-            if _is_binary(file):
-                binary.append(file)
-                continue
-            relative = file.relative_to(path).as_posix()
-            found.append(_Part(f"{path.name}/{relative}", file))
+    for file in _walk(path, lambda name: False, notice):
+        content = _content(file)
+        if content == "text":
+            found.append(_Part(file.relative_to(path).as_posix(), file))
+        elif content == "binary":
+            binary.append(file)
     if binary:
         notice(f"{len(binary)} binary files were skipped, {binary[0]} first")
     if not found:
@@ -257,29 +308,77 @@ def _user_files(path: Path, notice) -> list[_Part]:
     return found
 
 
-def _is_binary(path: Path) -> bool:
+def _walk(root: Path, leave_out: Callable[[str], bool], notice) -> Iterator[Path]:
+    """Yield regular files in a fixed order, without hidden ones.
+
+    Links to folders are not followed, so that a loop of links does no harm.
+    """
+
+    def report(error):
+        notice(f"{error.filename} cannot be read and was skipped: {error.strerror}")
+
+    for folder, folders, names in os.walk(root, onerror=report):
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not leave_out(name)
+        )
+        for name in sorted(names):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
+def _content(path: Path) -> str:
+    """Tell `"binary"`, `"blank"` and `"text"` apart by a file's first bytes."""
     with open(path, "rb") as file:
-        return b"\0" in file.read(8192)
+        head = file.read(HEAD_BYTES)
+    if b"\0" in head:
+        return "binary"
+    text = head.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
+    return "text" if text.strip() or len(head) == HEAD_BYTES else "blank"
 
 
-def _split(found: list[_Part], fraction: float) -> dict[str, list[_Part]]:
-    if len(found) == 1:
-        part = found[0]
-        cut = _line_end(part.path, int(part.path.stat().st_size * (1 - fraction)))
-        return {
-            "train": [part._replace(stop=cut)],
-            "validation": [part._replace(start=cut)],
-        }
-    shares = {part: _share(part.name) for part in found}
-    held = {part for part in found if shares[part] < fraction}
-    ranked = sorted(found, key=lambda part: (shares[part], part.name))
-    if not held:
-        held = {ranked[0]}
-    elif len(held) == len(found):
-        held.discard(ranked[-1])
+def _without_copies(found: list[_Part], notice) -> list[_Part]:
+    """Keep the first of files with the same bytes, or splits could share text."""
+    by_size = {}
+    for part in found:
+        by_size.setdefault(part.path.stat().st_size, []).append(part)
+    copies = []
+    for same_size in by_size.values():
+        seen = set()
+        for part in same_size if len(same_size) > 1 else ():
+            digest = files.sha256_of(part.path)
+            if digest in seen:
+                copies.append(part)
+            seen.add(digest)
+    if copies:
+        notice(
+            f"{len(copies)} files were skipped as copies of others, "
+            f"{copies[0].path} first"
+        )
+    # By identity: the same path named twice makes two equal parts.
+    left_out = {id(part) for part in copies}
+    return [part for part in found if id(part) not in left_out]
+
+
+# Splitting
+
+
+def _split_by_file(found: list[_Part], fraction: float) -> dict[str, list[_Part]]:
+    ranked = sorted(found, key=lambda part: (_share(part.name), str(part.path)))
+    held = [part for part in ranked if _share(part.name) < fraction]
+    # Neither side stays empty: the file nearest to the border changes sides.
+    held = set(ranked[: min(max(len(held), 1), len(ranked) - 1)])
     return {
         "train": [part for part in found if part not in held],
         "validation": [part for part in found if part in held],
+    }
+
+
+def _split_by_position(part: _Part, fraction: float, find_cut):
+    cut = find_cut(part.path, int(part.path.stat().st_size * (1 - fraction)))
+    return {
+        "train": [part._replace(stop=cut)],
+        "validation": [part._replace(start=cut)],
     }
 
 
@@ -290,71 +389,104 @@ def _share(name: str) -> float:
 
 
 def _line_end(path: Path, near: int) -> int:
-    """Return the offset after the line that holds byte `near`, or a character's."""
-    size = path.stat().st_size
+    """Return the line end nearest to a byte that leaves text on both sides."""
     with open(path, "rb") as file:
-        file.seek(near)
-        rest = file.read(PIECE_BYTES)
-    end = rest.find(b"\n")
-    if end >= 0 and near + end + 1 < size:
-        return near + end + 1
-    skip = 0
-    while skip < len(rest) and rest[skip] & 0xC0 == 0x80:
-        skip += 1
-    return max(1, min(near + skip, size - 1)) if size > 1 else size
+        start = max(0, near - PIECE_BYTES)
+        file.seek(start)
+        around = file.read(near - start + PIECE_BYTES)
+    at_end = start + len(around) == path.stat().st_size
+    last = len(around.rstrip()) if at_end else len(around)
+    first = len(around) - len(around.lstrip()) if start == 0 else 0
+    middle = near - start
+    after = around.find(b"\n", middle, last) + 1
+    before = around.rfind(b"\n", first, min(middle, last)) + 1
+    ends = [end for end in (before, after) if end]
+    if not ends:
+        return _character_start(path, near)
+    return start + min(ends, key=lambda end: abs(end - middle))
+
+
+def _character_start(path: Path, near: int) -> int:
+    """Return the offset of the character that byte `near` belongs to."""
+    with open(path, "rb") as file:
+        start = max(0, near - 3)
+        file.seek(start)
+        before = file.read(near - start + 1)
+    while near > start and before[near - start] & 0xC0 == 0x80:
+        near -= 1
+    return near
+
+
+# Reading
 
 
 def _read(part: _Part, notice) -> Iterator[Document]:
     """Yield a file as documents of bounded size, cut at line ends where it can."""
-    stop = part.path.stat().st_size if part.stop is None else part.stop
-    damage = _Damage()
-    decoder = codecs.getincrementaldecoder("utf-8")(errors=damage.handler)
     pending = ""
-    with open(part.path, "rb") as file:
-        file.seek(part.start)
-        offset = part.start
-        while offset < stop:
-            data = file.read(min(PIECE_BYTES, stop - offset))
-            if not data:
-                break
-            damage.offset = offset - len(decoder.getstate()[0])
-            offset += len(data)
-            text = decoder.decode(data, final=offset >= stop)
-            if offset - len(data) == 0:
-                text = text.removeprefix("\ufeff")
-            pending += text
-            if offset < stop:
-                cut = pending.rfind("\n") + 1 or len(pending)
-                if pending[:cut]:
-                    yield Document(part.name, pending[:cut], ends=False)
-                pending = pending[cut:]
-    if damage.count:
-        notice(
-            f"{part.path}: {damage.count} undecodable bytes were replaced, the first "
-            f"at offset {damage.first}"
-        )
+    for text, is_last in _decoded(part, notice):
+        pending += text
+        if is_last:
+            break
+        cut = pending.rfind("\n") + 1 or len(pending)
+        if cut:
+            yield Document(part.name, pending[:cut], ends=False)
+        pending = pending[cut:]
     yield Document(part.name, pending)
 
 
-class _Damage:
-    """A decoding error handler that replaces, counts and remembers the first."""
+def _decoded(part: _Part, notice) -> Iterator[tuple[str, bool]]:
+    """Yield the text of a file in pieces, each with whether it is the last one."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+    count, first = 0, None
+    is_start = part.start == 0
+    with _open(part.path) as file:
+        stop = os.fstat(file.fileno()).st_size if part.stop is None else part.stop
+        file.seek(offset := part.start)
+        while True:
+            data = file.read(min(PIECE_BYTES, stop - offset))
+            decoded_from = offset - len(decoder.getstate()[0])
+            offset += len(data)
+            is_last = offset >= stop or not data
+            text = decoder.decode(data, final=is_last)
+            found = _UNDECODABLE.search(text)
+            if found and first is None:
+                before = text[: found.start()]
+                first = decoded_from + len(before.encode("utf-8"))
+            if found:
+                text, replaced = _UNDECODABLE.subn("\ufffd", text)
+                count += replaced
+            if is_start and text:
+                text, is_start = text.removeprefix("\ufeff"), False
+            if is_last and count:
+                notice(
+                    f"{part.path}: {count} undecodable bytes were replaced, the first "
+                    f"at offset {first}"
+                )
+            yield text, is_last
+            if is_last:
+                return
 
-    def __init__(self):
-        self.offset = 0
-        self.count = 0
-        self.first = None
-        self.handler = f"gpt_tf_replace_{id(self)}"
-        codecs.register_error(self.handler, self)
 
-    def __call__(self, error):
-        if self.first is None:
-            self.first = self.offset + error.start
-        self.count += error.end - error.start
-        return "\ufffd", error.end
+def _open(path: Path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"The corpus cannot read {error.filename or path}: {error.strerror}. "
+        "Check the path and its permissions."
+    )
+
+
+def _be_silent(line: str) -> None:
+    pass
 
 
 def _require_text(corpus: Corpus) -> None:
-    quiet = dataclasses.replace(corpus, on_notice=lambda line: None)
+    quiet = dataclasses.replace(corpus, on_notice=_be_silent)
     for split in SPLITS:
         if not any(document.text.strip() for document in quiet.documents(split)):
             raise InputError(

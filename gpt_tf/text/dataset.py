@@ -7,7 +7,7 @@ at any step, workers agree without talking, and nothing grows with the corpus.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,14 @@ from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.text.corpus import Document
 from gpt_tf.text.tokenizer import Tokenizer
 
+# Text encoded at once, and the longest part of it that one thread encodes: they
+# bound the memory, and let all processors take part in a long document.
 _ENCODE_CHARACTERS = 1 << 20
+_PART_CHARACTERS = 1 << 17
+
+# Tokens of the batches that one call from tf.data makes: the call costs more than
+# a small batch.
+_CALL_TOKENS = 1 << 15
 
 
 class TokenFile:
@@ -28,6 +35,11 @@ class TokenFile:
         path: The file.
         tokens: Ids `(count,)`, uint16 or uint32, read from disk as needed.
         manifest: What `write_token_file` recorded.
+
+    Example:
+        >>> train = TokenFile.open("runs/quickstart/data/train.tokens")
+        >>> train.count == len(train.tokens)
+        True
     """
 
     def __init__(self, path: Path, tokens: np.ndarray, manifest: dict):
@@ -37,10 +49,17 @@ class TokenFile:
 
     @property
     def count(self) -> int:
+        """Number of tokens."""
         return int(self.manifest["count"])
 
     @property
+    def dtype(self) -> np.dtype:
+        """Little-endian uint16 or uint32."""
+        return self.tokens.dtype
+
+    @property
     def vocab_size(self) -> int:
+        """Size of the vocabulary that the tokens were written with."""
         return int(self.manifest["vocab_size"])
 
     @property
@@ -54,20 +73,19 @@ class TokenFile:
 
         Args:
             path: The file that `write_token_file` wrote.
-            verify: Whether to compare its bytes with the manifest's SHA-256.
+            verify: Whether to compare its bytes with the manifest's SHA-256, for
+                which the whole file is read; its size is compared always.
+
+        Returns:
+            The file, opened for reading.
 
         Raises:
             DamagedFileError: File or manifest is missing, truncated or altered.
         """
         path = Path(path)
         manifest = files.read_json(_manifest_path(path))
-        try:
-            dtype, size = np.dtype(manifest["dtype"]), int(manifest["size_bytes"])
-            sha256 = manifest["sha256"]
-        except (KeyError, TypeError, ValueError):
-            raise DamagedFileError(
-                f"{_manifest_path(path)} is no manifest of a token file."
-            ) from None
+        _check_token_manifest(manifest, _manifest_path(path))
+        dtype, size = np.dtype(manifest["dtype"]), manifest["size_bytes"]
         if not path.is_file():
             raise DamagedFileError(f"Expected a token file at {path}; there is none.")
         found = path.stat().st_size
@@ -76,7 +94,7 @@ class TokenFile:
                 f"{path} should have {size} bytes but has {found}: it is truncated or "
                 "was written over. Prepare the corpus again."
             )
-        if verify and files.sha256_of(path) != sha256:
+        if verify and files.sha256_of(path) != manifest["sha256"]:
             raise DamagedFileError(
                 f"{path} does not have the SHA-256 that its manifest states: its "
                 "bytes were altered. Prepare the corpus again."
@@ -85,6 +103,9 @@ class TokenFile:
 
     def check_fits(self, vocab_size: int) -> None:
         """Refuse ids that a model or tokenizer of this size does not have.
+
+        Args:
+            vocab_size: Number of ids there are, `V`.
 
         Raises:
             InputError: An id is `vocab_size` or larger.
@@ -118,13 +139,19 @@ def write_token_file(
         documents: The text.
         tokenizer: Turns it into ids.
         on_progress: Called with the number of tokens written so far.
-        facts: More to record in the manifest.
+        facts: More to record in the manifest, as JSON values.
 
     Returns:
         The file, opened.
 
     Raises:
         InputError: The documents hold no text.
+
+    Example:
+        >>> documents = [Document("a", "to be"), Document("b", "or not to be")]
+        >>> tokenizer = CharacterTokenizer.train(d.text for d in documents)
+        >>> write_token_file("some.tokens", documents, tokenizer).count
+        19
     """
     path = Path(path)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
@@ -149,6 +176,7 @@ def write_token_file(
                 "A token file expects text. Received: documents without any."
             )
     manifest = {
+        **(facts or {}),
         "kind": "tokens",
         "dtype": dtype.str,
         "count": count,
@@ -159,7 +187,6 @@ def write_token_file(
         "size_bytes": count * dtype.itemsize,
         "sha256": digest.hexdigest(),
         "versions": files.versions(),
-        **(facts or {}),
     }
     files.write_json(_manifest_path(path), manifest)
     return TokenFile.open(path, verify=False)
@@ -174,14 +201,22 @@ class Windows:
     tokens of weight 0.
 
     Args:
-        tokens: A `TokenFile` or ids `(N,)`.
+        tokens: A `TokenFile` or integer ids `(N,)`.
         context_length: `T`, tokens per window, at least 1.
-        batch_size: `B`, windows per batch, at least 1.
-        seed: Decides offsets and order.
+        batch_size: `B`, windows per batch over all shards, at least 1.
+        seed: Decides offsets and order; 0 or more.
         shuffle: Whether for training (True) or for measuring (False).
+        drop_remainder: Whether a shuffled epoch leaves out the windows that do not
+            fill its last batch. If not, that batch is filled up with windows of
+            weight 0, as it always is without `shuffle`.
+
+    Attributes:
+        num_windows: Windows in one pass over the text.
+        steps_per_epoch: Batches in one pass over the text.
 
     Raises:
-        InputError: The text is shorter than a window.
+        InputError: The text is shorter than a window, or an argument is out of its
+            range.
 
     Example:
         >>> x, y, weights = Windows(np.arange(100), 8, 4, seed=1).batch(step=0)
@@ -189,26 +224,39 @@ class Windows:
         True
     """
 
-    def __init__(self, tokens, context_length, batch_size, *, seed=0, shuffle=True):
+    def __init__(
+        self,
+        tokens,
+        context_length,
+        batch_size,
+        *,
+        seed=0,
+        shuffle=True,
+        drop_remainder=True,
+    ):
         self.token_file = tokens if isinstance(tokens, TokenFile) else None
         self.tokens = tokens.tokens if self.token_file else np.asarray(tokens)
-        for name, value in (
-            ("context_length", context_length),
-            ("batch_size", batch_size),
-        ):
-            if value < 1:
-                raise InputError(f"`{name}` expects at least 1. Received: {value}.")
+        if self.tokens.ndim != 1 or self.tokens.dtype.kind not in "iu":
+            raise InputError(
+                "`tokens` expects a TokenFile or integer ids of shape (N,). Received: "
+                f"{self.tokens.dtype} of shape {self.tokens.shape}."
+            )
+        _check_at_least(1, context_length=context_length, batch_size=batch_size)
+        _check_at_least(0, seed=seed)
         self.context_length = int(context_length)
         self.batch_size = int(batch_size)
         self.seed = int(seed)
         self.shuffle = bool(shuffle)
+        self.drop_remainder = bool(drop_remainder)
         count = len(self.tokens)
-        if count < 2 or (shuffle and count < self.context_length + 1):
+        if count < self.context_length + 1:
             raise InputError(
-                f"The context of {context_length} tokens is longer than the text, "
-                f"which has {count}. Give more text or a shorter context."
+                f"The context of {context_length} tokens and the token after it are "
+                f"longer than the text, which has {count} tokens. Give more text or "
+                "a shorter context."
             )
         if shuffle:
+            # One window fewer than fit, so that there is room for the offset.
             self.num_windows = max(1, count // self.context_length - 1)
         else:
             self.num_windows = -(-(count - 1) // self.context_length)
@@ -216,7 +264,7 @@ class Windows:
     @property
     def steps_per_epoch(self) -> int:
         """Batches in one pass over the text."""
-        if self.shuffle:
+        if self.shuffle and self.drop_remainder:
             return max(1, self.num_windows // self.batch_size)
         return -(-self.num_windows // self.batch_size)
 
@@ -230,44 +278,68 @@ class Windows:
 
         Returns:
             Inputs `(B, T)` int32, targets `(B, T)` int32, and weights `(B, T)`
-            float32, 0 where padded.
-        """
-        rows = self.batch_size // num_shards
-        first = shard * rows
-        if self.shuffle:
-            return self._random(step, first, rows)
-        return self._ordered(step, first, rows)
+            float32, 0 where padded; of several shards, each has `B / num_shards`
+            rows.
 
-    def _random(self, step, first, rows):
-        epoch, position = divmod(int(step), self.steps_per_epoch)
-        length, count = self.context_length, len(self.tokens)
-        slack = count - 1 - self.num_windows * length
+        Raises:
+            InputError: The step is negative, or the batch cannot be divided so.
+        """
+        _check_at_least(0, step=step)
+        self._check_shard(shard, num_shards)
+        return tuple(a[0] for a in self._batches(step, step + 1, shard, num_shards))
+
+    def _batches(self, start, stop, shard, num_shards):
+        """Return the batches of several steps, stacked on a new first axis."""
+        rows = self.batch_size // num_shards
+        pieces = []
+        while start < stop:
+            epoch, position = divmod(int(start), self.steps_per_epoch)
+            steps = min(int(stop - start), self.steps_per_epoch - position)
+            first = (position + np.arange(steps)) * self.batch_size + shard * rows
+            places = first[:, None] + np.arange(rows)  # (steps, B)
+            make = self._shuffled if self.shuffle else self._in_order
+            pieces.append(make(epoch, places))
+            start += steps
+        if len(pieces) == 1:
+            return pieces[0]
+        return tuple(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+
+    def _shuffled(self, epoch, places):
+        length = self.context_length
+        slack = len(self.tokens) - 1 - self.num_windows * length
         key = np.random.SeedSequence([self.seed, epoch]).generate_state(6, np.uint32)
         offset = int(key[0]) % (slack + 1)
-        places = position * self.batch_size + first + np.arange(rows)
+        # A text of less than a batch is visited more than once in it.
         chosen = permute(places % self.num_windows, self.num_windows, key[1:])
         starts = offset + chosen.astype(np.int64) * length
-        block = self.tokens[starts[:, None] + np.arange(length + 1)].astype(np.int32)
-        return (
-            np.ascontiguousarray(block[:, :-1]),
-            np.ascontiguousarray(block[:, 1:]),
-            np.ones((rows, length), np.float32),
-        )
-
-    def _ordered(self, step, first, rows):
-        length = self.context_length
-        x = np.zeros((rows, length), np.int32)
-        y = np.zeros((rows, length), np.int32)
-        weights = np.zeros((rows, length), np.float32)
-        position = int(step) % self.steps_per_epoch
-        for row in range(rows):
-            start = (position * self.batch_size + first + row) * length
-            piece = self.tokens[start : start + length + 1].astype(np.int32)
-            size = max(0, len(piece) - 1)
-            x[row, :size] = piece[:-1][:size]
-            y[row, :size] = piece[1:]
-            weights[row, :size] = 1.0
+        ids = self.tokens[starts[..., None] + np.arange(length + 1)].astype(np.int32)
+        weights = np.ones((*places.shape, length), np.float32)
+        if not self.drop_remainder:
+            weights[places >= self.num_windows] = 0.0
+        x = np.ascontiguousarray(ids[..., :-1])
+        y = np.ascontiguousarray(ids[..., 1:])
         return x, y, weights
+
+    def _in_order(self, epoch, places):
+        length, last = self.context_length, len(self.tokens) - 1
+        targets = places[..., None] * length + np.arange(1, length + 1)
+        is_text = targets <= last
+        targets = np.minimum(targets, last)
+        x = np.where(is_text, self.tokens[targets - 1], 0).astype(np.int32)
+        y = np.where(is_text, self.tokens[targets], 0).astype(np.int32)
+        return x, y, is_text.astype(np.float32)
+
+    def _check_shard(self, shard, num_shards):
+        _check_at_least(1, num_shards=num_shards)
+        if self.batch_size % num_shards:
+            raise InputError(
+                f"The batch of {self.batch_size} is to be divided among {num_shards} "
+                f"workers. Use a batch size that is a multiple of {num_shards}."
+            )
+        if not 0 <= shard < num_shards:
+            raise InputError(
+                f"`shard` expects 0 to {num_shards - 1}. Received: {shard}."
+            )
 
     def dataset(
         self,
@@ -277,45 +349,65 @@ class Windows:
         repeat: bool = True,
         num_shards: int = 1,
         shard: int = 0,
+        prefetch: int = 4,
     ) -> tf.data.Dataset:
         """Return the batches from a step on as a dataset for `fit`.
 
+        The order is fixed, and `tf.distribute` is told not to shard the batches
+        again; `MirroredStrategy` divides each among its replicas.
+
         Args:
             start_step: The first step, so that a resumed run goes on exactly.
-            num_steps: Number of batches; None takes one epoch, or all there are to
-                come with `repeat`.
-            repeat: Whether the text is visited again and again.
+            num_steps: Number of batches; None takes all there are to come.
+            repeat: Whether epoch follows epoch without end. If not, the dataset
+                ends with the epoch of `start_step` at the latest.
             num_shards: Number of workers among which each batch is divided.
             shard: Which of them this one is.
+            prefetch: Batches to prepare ahead.
 
         Returns:
             A dataset of inputs, targets and weights, each `(B / num_shards, T)`.
 
         Raises:
-            InputError: The batch cannot be divided so.
-        """
-        if self.batch_size % num_shards:
-            raise InputError(
-                f"The batch of {self.batch_size} is to be divided among {num_shards} "
-                f"workers. Use a batch size that is a multiple of {num_shards}."
-            )
-        if num_steps is None:
-            num_steps = tf.int64.max - start_step if repeat else self.steps_per_epoch
-        shape = (self.batch_size // num_shards, self.context_length)
-        kinds = (tf.int32, tf.int32, tf.float32)
+            InputError: The batch cannot be divided so, or a number is out of range.
 
-        def load(step):
-            tensors = tf.numpy_function(
-                lambda step: self.batch(step, shard, num_shards), [step], kinds
-            )
+        Example:
+            >>> windows = Windows(np.arange(100), context_length=8, batch_size=4)
+            >>> model.fit(windows.dataset(), steps_per_epoch=windows.steps_per_epoch)
+        """
+        _check_at_least(0, start_step=start_step, num_steps=num_steps or 0)
+        self._check_shard(shard, num_shards)
+        if not repeat:
+            rest = self.steps_per_epoch - start_step % self.steps_per_epoch
+            num_steps = rest if num_steps is None else min(num_steps, rest)
+        rows = self.batch_size // num_shards
+        shape = (None, rows, self.context_length)
+        kinds = (tf.int32, tf.int32, tf.float32)
+        stride = max(1, _CALL_TOKENS // (rows * self.context_length))
+        starts = tf.data.Dataset.counter(start_step, stride)
+        if num_steps is not None:
+            stop_step = start_step + num_steps
+            starts = tf.data.Dataset.range(start_step, stop_step, stride)
+
+        def make(start):
+            stop = start + stride
+            if num_steps is not None:
+                stop = min(stop, stop_step)
+            return self._batches(start, stop, shard, num_shards)
+
+        def load(start):
+            tensors = tf.numpy_function(make, [start], kinds)
             return tuple(tf.ensure_shape(tensor, shape) for tensor in tensors)
 
+        dataset = starts.map(load).unbatch()
+        if num_steps is not None:
+            dataset = dataset.apply(tf.data.experimental.assert_cardinality(num_steps))
         options = tf.data.Options()
+        options.deterministic = True
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.OFF
         )
-        dataset = tf.data.Dataset.range(start_step, start_step + num_steps)
-        return dataset.map(load).prefetch(4).with_options(options)
+        return dataset.prefetch(prefetch).with_options(options)
 
 
 def permute(values: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
@@ -358,18 +450,55 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _batches(documents: Iterable[Document]):
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Gather documents until there is enough text to encode at once."""
     batch, size = [], 0
     for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _ENCODE_CHARACTERS:
-            yield batch
-            batch, size = [], 0
+        for part in _parts(document):
+            batch.append(part)
+            size += len(part.text)
+            if size >= _ENCODE_CHARACTERS:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch
 
 
+def _parts(document: Document) -> Iterator[Document]:
+    """Cut a long document, at line ends where there are any."""
+    text, start = document.text, 0
+    while len(text) - start > _PART_CHARACTERS:
+        stop = text.rfind("\n", start, start + _PART_CHARACTERS) + 1
+        stop = stop or start + _PART_CHARACTERS
+        yield Document(document.name, text[start:stop], ends=False)
+        start = stop
+    yield Document(document.name, text[start:], document.ends)
+
+
 def _manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
+
+
+def _check_token_manifest(manifest, path: Path) -> None:
+    try:
+        size = np.dtype(manifest["dtype"]).itemsize
+        is_sound = (
+            manifest["kind"] == "tokens"
+            and manifest["dtype"] in ("<u2", "<u4")
+            and manifest["count"] * size == manifest["size_bytes"] > 0
+            and isinstance(manifest["sha256"], str)
+            and manifest["vocab_size"] > 0
+            and manifest["text_bytes"] > 0
+        )
+    except (KeyError, TypeError, ValueError):
+        is_sound = False
+    if not is_sound:
+        raise DamagedFileError(
+            f"{path} is no sound manifest of a token file. Prepare the corpus again."
+        )
+
+
+def _check_at_least(least: int, **values) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise InputError(f"`{name}` expects at least {least}. Received: {value}.")

@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -36,26 +37,54 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 _STANDS_FOR = {byte: character for character, byte in _BYTE_OF.items()}
 
+# What Python's `surrogateescape` makes of bytes that are not UTF-8.
+_BROKEN_BYTES = re.compile("([\udc80-\udcff]+)")
+
+# Text on which a tokenizer that changes text gives itself away.
+_PROBE = "a  b\n\t<|endoftext|> \u00e9\u4e2d\U0001f600 C"
+
 
 class Tokenizer(abc.ABC):
     """What every tokenizer of gpt_tf can do.
 
     Attributes:
+        kind: `"bpe"` or `"character"`.
         backend: The `tokenizers.Tokenizer` behind it.
+        vocab_size: Number of ids: they run from 0 to `vocab_size - 1`.
         end_of_text_id: Id of the token between documents, or None.
     """
 
     kind: str
 
     def __init__(self, backend: tokenizers.Tokenizer):
+        # A foreign file may ask for these; they would cut or lengthen text.
+        backend.no_truncation()
+        backend.no_padding()
+        # What the user writes is text, "<|endoftext|>" included.
         backend.encode_special_tokens = True
         self.backend = backend
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         self.end_of_text_id = backend.token_to_id(END_OF_TEXT)
+        self._bytes_of = self._read_vocabulary()
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids: they run from 0 to `vocab_size - 1`."""
-        return max(self.backend.get_vocab().values()) + 1
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Read a Hugging Face `tokenizer.json` of this kind.
+
+        Args:
+            path: The file, or a folder as in `load_tokenizer`.
+
+        Raises:
+            InputError: There is none.
+            DamagedFileError: It cannot be read, or is of another kind.
+        """
+        tokenizer = load_tokenizer(path)
+        if not isinstance(tokenizer, cls):
+            raise DamagedFileError(
+                f"`{cls.__name__}` expects a tokenizer.json of its kind at {path}. "
+                f"Received: {type(tokenizer).__name__}. Use `load_tokenizer`."
+            )
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; the end-of-text token is never among them."""
@@ -66,16 +95,27 @@ class Tokenizer(abc.ABC):
         """Return the ids of several texts."""
 
     @abc.abstractmethod
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the bytes that ids stand for; the end-of-text token has none."""
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Return the ids of bytes, which need not be UTF-8 for a `BPETokenizer`."""
 
     @abc.abstractmethod
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """Return the ids of any bytes."""
+    def _read_vocabulary(self) -> dict[int, bytes]:
+        """Check the backend and return each id's bytes."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text that ids stand for; broken UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Return the bytes that ids stand for; the end-of-text token has none.
+
+        Raises:
+            InputError: An id is negative or not below `vocab_size`.
+        """
+        ids = [int(token) for token in ids]
+        self.check_ids(ids)
+        # Ids without a token are gaps in a foreign vocabulary.
+        return b"".join(self._bytes_of.get(token, b"") for token in ids)
 
     def to_json(self) -> str:
         """Return the content of `tokenizer.json`."""
@@ -125,31 +165,50 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, backend: tokenizers.Tokenizer):
         super().__init__(backend)
-        vocabulary = backend.get_vocab()
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise DamagedFileError(
+                "A byte-level BPE tokenizer expects to give back the text it encoded. "
+                "Received: one that changes spaces, case or characters. Use one like "
+                "GPT-2's: no normalizer, and ByteLevel without a prefix space."
+            )
+
+    def _read_vocabulary(self):
+        vocabulary = self.backend.get_vocab()
         missing = [c for c in _BYTE_OF if c not in vocabulary]
-        if missing or not isinstance(backend.model, models.BPE):
+        if missing or not isinstance(self.backend.model, models.BPE):
             raise DamagedFileError(
                 "A byte-level BPE tokenizer expects a token for each of the 256 bytes. "
-                f"Received: {type(backend.model).__name__} without {len(missing)} of "
-                "them. Use a GPT-2 style tokenizer.json."
+                f"Received: {type(self.backend.model).__name__} without {len(missing)} "
+                "of them. Use a GPT-2 style tokenizer.json."
             )
-        self._bytes_of = {
+        bytes_of = {
             index: bytes(_BYTE_OF[c] for c in token)
             for token, index in vocabulary.items()
-            if token != END_OF_TEXT and all(c in _BYTE_OF for c in token)
+            if all(c in _BYTE_OF for c in token)
         }
+        # Added tokens are written as they read, not in GPT-2's alphabet.
+        for index, token in self.backend.get_added_tokens_decoder().items():
+            bytes_of[index] = token.content.encode("utf-8")
+        bytes_of.pop(self.end_of_text_id, None)
+        return bytes_of
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Learn a vocabulary of exactly `vocab_size` tokens from texts.
 
+        The same texts give the same vocabulary.
+
         Args:
             texts: The training text, in pieces.
             vocab_size: At least 257: the 256 bytes and the end-of-text token.
 
+        Returns:
+            The tokenizer; its end-of-text token has id 0.
+
         Raises:
             InputError: The size is too small, or larger than the text supports.
         """
+        _refuse_single_text(texts)
         if vocab_size < 257:
             raise InputError(
                 "A byte-level vocabulary expects at least 257 tokens: 256 bytes and "
@@ -162,7 +221,7 @@ class BPETokenizer(Tokenizer):
             initial_alphabet=sorted(_BYTE_OF),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator(map(_clean, texts), trainer)
         reached = backend.get_vocab_size()
         if reached < vocab_size:
             raise InputError(
@@ -176,7 +235,11 @@ class BPETokenizer(Tokenizer):
     def from_gpt2_files(
         cls, vocab: str | os.PathLike, merges: str | os.PathLike
     ) -> "BPETokenizer":
-        """Read GPT-2's `vocab.json` and `merges.txt`."""
+        """Read GPT-2's `vocab.json` and `merges.txt`.
+
+        Raises:
+            DamagedFileError: A file is missing, damaged, or of another kind.
+        """
         try:
             backend = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
         except Exception as error:
@@ -192,35 +255,28 @@ class BPETokenizer(Tokenizer):
         """Write GPT-2's `vocab.json` and `merges.txt` into a folder."""
         content = json.loads(self.to_json())["model"]
         merges = [m if isinstance(m, str) else " ".join(m) for m in content["merges"]]
-        vocabulary = dict(self.backend.get_vocab())
+        vocabulary = self.backend.get_vocab()
+        vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
         with files.atomic_file(Path(folder) / "vocab.json", "w") as file:
             json.dump(vocabulary, file, ensure_ascii=False)
         with files.atomic_file(Path(folder) / "merges.txt", "w") as file:
             file.write("#version: 0.2\n" + "\n".join(merges) + "\n")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # Lone surrogates cannot be UTF-8; the library would refuse them.
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        encoded = self.backend.encode_batch_fast(clean, add_special_tokens=False)
+        encoded = self.backend.encode_batch_fast(
+            [_clean(text) for text in texts], add_special_tokens=False
+        )
         return [encoding.ids for encoding in encoded]
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        ids = []
-        for text, broken in _runs(data):
-            ids += self.encode(text) if text else []
-            ids += [self.backend.token_to_id(_STANDS_FOR[byte]) for byte in broken]
-        return ids
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        known = self._bytes_of
-        pieces = []
-        for token in ids:
-            token = int(token)
-            if token in known:
-                pieces.append(known[token])
-            elif token != self.end_of_text_id:
-                self.check_ids([token])
-        return b"".join(pieces)
+        # Pieces alternate: text, broken bytes, text, ...
+        pieces = _BROKEN_BYTES.split(data.decode("utf-8", "surrogateescape"))
+        encoded = self.encode_batch(pieces[::2])
+        for index, broken in enumerate(pieces[1::2]):
+            encoded[index] += [
+                self.backend.token_to_id(_STANDS_FOR[ord(c) - 0xDC00]) for c in broken
+            ]
+        return [token for ids in encoded for token in ids]
 
 
 class CharacterTokenizer(Tokenizer):
@@ -235,14 +291,18 @@ class CharacterTokenizer(Tokenizer):
 
     kind = "character"
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        super().__init__(backend)
-        self._ids = {
-            token: index
-            for token, index in backend.get_vocab().items()
-            if token != END_OF_TEXT
-        }
-        self._characters = {index: token for token, index in self._ids.items()}
+    def _read_vocabulary(self):
+        vocabulary = self.backend.get_vocab()
+        vocabulary.pop(END_OF_TEXT, None)
+        words = [token for token in vocabulary if len(token) != 1]
+        if words or not isinstance(self.backend.model, models.WordLevel):
+            raise DamagedFileError(
+                "A character tokenizer expects tokens of one character each. Received: "
+                f"{type(self.backend.model).__name__} with {len(words)} longer ones. "
+                "Use a tokenizer.json that `CharacterTokenizer` saved."
+            )
+        self._ids = vocabulary
+        return {index: token.encode("utf-8") for token, index in vocabulary.items()}
 
     @classmethod
     def train(
@@ -254,12 +314,16 @@ class CharacterTokenizer(Tokenizer):
             texts: All text that will be encoded, in pieces.
             end_of_text: Whether there is an end-of-text token too.
 
+        Returns:
+            The tokenizer.
+
         Raises:
             InputError: There is no text.
         """
+        _refuse_single_text(texts)
         characters = set()
         for text in texts:
-            characters.update(text)
+            characters.update(_clean(text))
         if not characters:
             raise InputError("A character vocabulary expects text. Received: none.")
         vocabulary = {c: index for index, c in enumerate(sorted(characters))}
@@ -297,16 +361,6 @@ class CharacterTokenizer(Tokenizer):
                 f"{data[error.start]:#04x} at offset {error.start}. Use a bpe "
                 "tokenizer for any bytes."
             ) from None
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        pieces = []
-        for token in ids:
-            token = int(token)
-            if token in self._characters:
-                pieces.append(self._characters[token])
-            elif token != self.end_of_text_id:
-                self.check_ids([token])
-        return "".join(pieces).encode("utf-8", "surrogatepass")
 
 
 class StreamDecoder:
@@ -378,12 +432,14 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _runs(data: bytes):
-    """Cut bytes into pairs of valid UTF-8 text and the broken bytes after it."""
-    while data:
-        try:
-            yield data.decode("utf-8"), b""
-            return
-        except UnicodeDecodeError as error:
-            yield data[: error.start].decode("utf-8"), data[error.start : error.end]
-            data = data[error.end :]
+def _clean(text: str) -> str:
+    """Replace lone surrogates by "?"; no UTF-8 has them, and the library refuses."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _refuse_single_text(texts) -> None:
+    if isinstance(texts, (str, bytes)):
+        raise InputError(
+            "`texts` expects several texts, a list for example. "
+            f"Received: one {type(texts).__name__}. Write `[text]`."
+        )

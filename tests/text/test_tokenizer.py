@@ -1,0 +1,353 @@
+"""Claims about tokenizers: what goes in comes out, whatever it is."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers
+
+from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.text.tokenizer import (
+    END_OF_TEXT,
+    BPETokenizer,
+    CharacterTokenizer,
+    StreamDecoder,
+    load_tokenizer,
+)
+
+TEXTS = ["def low(lower):\n    return lowest\n", "größer 中文 low lower lowest\n"] * 9
+
+# Any text that UTF-8 can hold: lone surrogates are not text.
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+some_text = st.text(alphabet=sorted(set("".join(TEXTS))), max_size=200)
+
+BPE = BPETokenizer.train(TEXTS, 285)
+CHARACTER = CharacterTokenizer.train(TEXTS)
+
+both = pytest.mark.parametrize("tokenizer", [BPE, CHARACTER], ids=["bpe", "character"])
+quick = settings(deadline=None, max_examples=150)
+
+
+# Round trips
+
+
+@given(any_text)
+@quick
+def test_bpe_gives_back_any_text(text):
+    assert BPE.decode(BPE.encode(text)) == text
+
+
+@given(st.one_of(st.binary(max_size=200), any_text.map(str.encode)))
+@quick
+def test_bpe_gives_back_any_bytes(data):
+    ids = BPE.encode_bytes(data)
+    assert BPE.decode_bytes(ids) == data
+    assert all(0 <= token < BPE.vocab_size for token in ids)
+
+
+@given(any_text)
+@quick
+def test_text_and_its_bytes_have_the_same_ids(text):
+    assert BPE.encode_bytes(text.encode()) == BPE.encode(text)
+
+
+@given(some_text)
+@quick
+def test_characters_give_back_known_text(text):
+    ids = CHARACTER.encode(text)
+    assert len(ids) == len(text)
+    assert CHARACTER.decode(ids) == text
+    assert CHARACTER.encode_bytes(text.encode()) == ids
+
+
+@both
+def test_a_batch_equals_its_texts_one_by_one(tokenizer):
+    texts = ["low", "", "lowest\n", "größer"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(t) for t in texts]
+
+
+def test_merges_make_ids_fewer_than_bytes():
+    assert len(BPE.encode("lower lowest")) < len("lower lowest") / 2
+
+
+def test_every_single_byte_survives():
+    for byte in range(256):
+        assert BPE.decode_bytes(BPE.encode_bytes(bytes([byte]))) == bytes([byte])
+
+
+def test_lone_surrogates_become_question_marks():
+    assert BPE.decode(BPE.encode("a\ud800b")) == "a?b"
+
+
+def test_broken_utf8_decodes_to_the_replacement_character():
+    assert BPE.decode(BPE.encode_bytes(b"low\xff")) == "low\ufffd"
+
+
+# The end of text
+
+
+def test_the_name_of_a_special_token_is_ordinary_text():
+    ids = BPE.encode(f"low{END_OF_TEXT}er")
+    assert BPE.end_of_text_id not in ids
+    assert BPE.decode(ids) == f"low{END_OF_TEXT}er"
+
+
+def test_it_stays_ordinary_text_after_a_round_trip_through_a_file(tmp_path):
+    BPE.save(tmp_path)
+    assert BPE.end_of_text_id not in load_tokenizer(tmp_path).encode(END_OF_TEXT)
+
+
+def test_characters_take_the_name_of_a_special_token_as_characters():
+    tokenizer = CharacterTokenizer.train([END_OF_TEXT])
+    assert tokenizer.encode(END_OF_TEXT) == [
+        tokenizer.encode(character)[0] for character in END_OF_TEXT
+    ]
+
+
+@both
+def test_the_end_of_text_has_no_bytes(tokenizer):
+    ids = tokenizer.encode("low")
+    assert tokenizer.decode([*ids, tokenizer.end_of_text_id]) == "low"
+
+
+def test_character_ids_follow_the_alphabet_and_end_with_the_end_of_text():
+    tokenizer = CharacterTokenizer.train(["ba", "c"])
+    assert tokenizer.encode("abc") == [0, 1, 2]
+    assert tokenizer.end_of_text_id == 3 == tokenizer.vocab_size - 1
+
+
+def test_characters_do_without_an_end_of_text():
+    tokenizer = CharacterTokenizer.train(["ba"], end_of_text=False)
+    assert tokenizer.end_of_text_id is None
+    assert tokenizer.vocab_size == 2
+
+
+# Training
+
+
+def test_vocabulary_has_exactly_the_size_asked_for():
+    assert BPETokenizer.train(TEXTS, 270).vocab_size == 270
+    assert BPETokenizer.train(["x"], 257).vocab_size == 257
+
+
+def test_training_is_the_same_in_another_process():
+    code = (
+        "import sys, json; from gpt_tf.text.tokenizer import BPETokenizer; "
+        "print(BPETokenizer.train(json.load(sys.stdin), 285).fingerprint())"
+    )
+    for threads in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps(TEXTS),
+            env={"RAYON_NUM_THREADS": threads, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == BPE.fingerprint()
+
+
+def test_fingerprint_tells_tokenizers_apart():
+    others = [BPETokenizer.train(TEXTS, 284), CHARACTER, BPETokenizer.train(TEXTS, 285)]
+    assert [o.fingerprint() == BPE.fingerprint() for o in others] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_a_vocabulary_larger_than_the_text_supports_is_refused_with_its_limit():
+    with pytest.raises(InputError, match=r"at most (\d+) tokens") as caught:
+        BPETokenizer.train(["low lower lowest"], 5000)
+    limit = int(str(caught.value).split("at most ")[1].split()[0])
+    assert BPETokenizer.train(["low lower lowest"], limit).vocab_size == limit
+    with pytest.raises(InputError):
+        BPETokenizer.train(["low lower lowest"], limit + 1)
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused():
+    with pytest.raises(InputError, match="at least 257"):
+        BPETokenizer.train(TEXTS, 256)
+
+
+@pytest.mark.parametrize("kind", [BPETokenizer, CharacterTokenizer])
+def test_one_text_in_place_of_several_is_refused(kind):
+    with pytest.raises(InputError, match="several texts"):
+        kind.train("low lower", *([257] if kind is BPETokenizer else []))
+
+
+def test_no_characters_are_refused():
+    with pytest.raises(InputError, match="expects text"):
+        CharacterTokenizer.train([""])
+
+
+def test_an_unknown_character_is_named_with_its_place():
+    with pytest.raises(InputError, match=r"lacks 'ß', at position 2"):
+        CharacterTokenizer.train(["abc"]).encode("abß")
+
+
+def test_characters_refuse_bytes_that_are_not_utf8():
+    with pytest.raises(InputError, match="0xff at offset 1"):
+        CHARACTER.encode_bytes(b"l\xff")
+
+
+@both
+@pytest.mark.parametrize("which", ["negative", "too large"])
+def test_ids_out_of_range_are_refused(tokenizer, which):
+    token = -1 if which == "negative" else tokenizer.vocab_size
+    with pytest.raises(InputError, match="Token ids run from 0"):
+        tokenizer.decode([token])
+
+
+# Streaming
+
+
+@given(st.one_of(st.binary(max_size=60), any_text.map(str.encode)))
+@quick
+def test_streamed_text_equals_decoded_text(data):
+    ids = BPE.encode_bytes(data)
+    decoder = StreamDecoder(BPE)
+    streamed = "".join(decoder.push(token) for token in ids) + decoder.finish()
+    assert streamed == BPE.decode(ids)
+
+
+def test_a_character_is_held_back_until_it_is_whole():
+    decoder = StreamDecoder(BPE)
+    ids = BPE.encode("\U0001f600")
+    assert [decoder.push(token) for token in ids] == ["", "", "", "\U0001f600"]
+    assert decoder.finish() == ""
+
+
+def test_finish_shows_what_was_held_back():
+    decoder = StreamDecoder(BPE)
+    assert decoder.push(BPE.encode("\U0001f600")[0]) == ""
+    assert decoder.finish() == "\ufffd"
+
+
+# Files
+
+
+@both
+def test_saved_tokenizers_load_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "folder")
+    tokenizer.save(tmp_path / "named.json")
+    for path in ("folder", "folder/tokenizer.json", "named.json"):
+        loaded = load_tokenizer(tmp_path / path)
+        assert type(loaded) is type(tokenizer)
+        assert loaded.fingerprint() == tokenizer.fingerprint()
+        assert loaded.end_of_text_id == tokenizer.end_of_text_id
+        assert loaded.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+    assert type(tokenizer).from_file(tmp_path / "folder").kind == tokenizer.kind
+
+
+@both
+def test_hugging_face_reads_tokenizer_json(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS[:2]:
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids) == text
+    assert theirs.encode(END_OF_TEXT).ids == [tokenizer.end_of_text_id]
+
+
+def test_gpt2_files_round_trip(tmp_path):
+    BPE.save_gpt2_files(tmp_path)
+    for loaded in (
+        load_tokenizer(tmp_path),
+        BPETokenizer.from_gpt2_files(tmp_path / "vocab.json", tmp_path / "merges.txt"),
+    ):
+        assert loaded.backend.get_vocab() == BPE.backend.get_vocab()
+        assert loaded.end_of_text_id == BPE.end_of_text_id
+        for text in (*TEXTS[:2], END_OF_TEXT, "\0\x7f é"):
+            assert loaded.encode(text) == BPE.encode(text)
+
+
+def test_truncation_in_a_foreign_file_does_not_cut_text(tmp_path):
+    BPE.save(tmp_path)
+    foreign = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    foreign.enable_truncation(3)
+    foreign.enable_padding(length=200)
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode(TEXTS[0]) == BPE.encode(TEXTS[0])
+
+
+def test_added_tokens_decode_to_their_own_text(tmp_path):
+    BPE.save(tmp_path)
+    foreign = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    foreign.add_tokens(["<two words é>"])
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).decode([BPE.vocab_size]) == "<two words é>"
+
+
+def lowercase(backend):
+    backend.normalizer = normalizers.Lowercase()
+
+
+def add_prefix_space(backend):
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+@pytest.mark.parametrize("change", [lowercase, add_prefix_space])
+def test_tokenizers_that_change_text_are_refused(tmp_path, change):
+    BPE.save(tmp_path)
+    foreign = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    change(foreign)
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DamagedFileError, match="give back the text"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            models.WordLevel({"hello": 0, "world": 1}, unk_token="hello"),
+            "one character",
+        ),
+        (models.BPE({"a": 0, "b": 1}, []), "each of the 256 bytes"),
+        (models.WordPiece({"a": 0, "[UNK]": 1}), "knows byte-level BPE"),
+    ],
+)
+def test_foreign_tokenizers_are_refused(tmp_path, model, message):
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DamagedFileError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_the_other_kind_is_refused(tmp_path):
+    CHARACTER.save(tmp_path)
+    with pytest.raises(DamagedFileError, match="CharacterTokenizer"):
+        BPETokenizer.from_file(tmp_path)
+
+
+@given(st.integers(0, 10_000), st.binary(max_size=3))
+@quick
+def test_damaged_files_are_refused(tmp_path_factory, cut, tail):
+    path = tmp_path_factory.getbasetemp() / "damaged.json"
+    content = BPE.to_json().encode()
+    path.write_bytes(content[: cut % (len(content) - 1)] + tail)
+    with pytest.raises(DamagedFileError, match=r"damaged\.json"):
+        load_tokenizer(path)
+
+
+def test_damaged_gpt2_files_are_refused(tmp_path):
+    BPE.save_gpt2_files(tmp_path)
+    merges = (tmp_path / "merges.txt").read_text("utf-8")
+    (tmp_path / "merges.txt").write_text(merges + "un known\n", "utf-8")
+    with pytest.raises(DamagedFileError, match=r"merges\.txt"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(DamagedFileError, match=r"vocab\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_missing_tokenizer_is_said(tmp_path):
+    with pytest.raises(InputError, match="there is none"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="there is none"):
+        load_tokenizer(tmp_path / "absent.json")
