@@ -58,9 +58,7 @@ def corpus_folder(tmp_path_factory):
     words = "the quick brown fox jumps over a lazy dog and runs away again".split()
     generator = np.random.default_rng(5)
     for index in range(12):
-        lines = [
-            " ".join(generator.choice(words, 8)) + "." for _ in range(60 + index)
-        ]
+        lines = [" ".join(generator.choice(words, 8)) + "." for _ in range(60 + index)]
         (folder / f"text{index}.txt").write_text("\n".join(lines) + "\n", "utf-8")
     return folder
 
@@ -79,3 +77,11 @@ def trained(corpus_folder, tmp_path_factory):
         verbose=False,
         on_notice=lambda line: None,
     )
+
+
+@pytest.fixture(autouse=True)
+def separate_collectives():
+    """Let each test's own `MirroredStrategy` stand beside those of other tests."""
+    from gpt_tf.parallel import strategy
+
+    strategy._use_fresh_collective_keys()

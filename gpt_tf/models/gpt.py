@@ -1,5 +1,7 @@
 """GPTModel: GPT-2's architecture as a Keras model that needs no preparation."""
 
+import numbers
+
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
@@ -138,6 +140,11 @@ class GPTModel(keras.Model):
                 f"Received: num_heads={num_heads}, embedding_dim={embedding_dim}. "
                 "Use fewer heads or a wider model."
             )
+        if not layer_norm_epsilon > 0:
+            raise InputError(
+                "`layer_norm_epsilon` expects a number above 0. "
+                f"Received: {layer_norm_epsilon}. GPT-2 uses 1e-5."
+            )
         tokens = keras.Input(shape=(None,), dtype="int32", name="tokens")
         x = TokenAndPositionEmbedding(
             sizes["vocab_size"],
@@ -234,7 +241,9 @@ class GPTModel(keras.Model):
             optimizer: A tf_keras optimiser or its name. Default: AdamW at 3e-4.
             loss: A tf_keras loss. Default: `NextTokenLoss`, averaged over the
                 tokens of the global batch, with perplexity and token accuracy.
-            metrics: More metrics, of labels `(B, T)` and logits `(B, T, V)`.
+            metrics: More metrics, of labels `(B, T)` and logits `(B, T, V)`. With
+                gradient accumulation they are reported for validation only: the
+                logits of a whole training batch are never together in memory.
             jit_compile: Whether XLA compiles the forward and backward pass.
                 `"auto"`: yes, except on TPUs, where it is always so.
             gradient_accumulation_steps: Number of equal parts in which a batch is
@@ -269,10 +278,7 @@ class GPTModel(keras.Model):
             jit_compile=False if self._sums_tokens else self._use_xla,
             **kwargs,
         )
-        if self._sums_tokens:
-            self._loss_mean = keras.metrics.Mean(name="loss")
-            self._accuracy_mean = keras.metrics.Mean(name="token_accuracy")
-            self._perplexity = Perplexity(name="perplexity")
+        self._token_metrics = TokenMetrics() if self._sums_tokens else None
 
     def get_compile_config(self):
         if not self._is_compiled:
@@ -349,11 +355,10 @@ class GPTModel(keras.Model):
 
     @property
     def metrics(self):
-        own = []
-        if self._is_compiled and self._sums_tokens:
-            own = [self._loss_mean, self._perplexity, self._accuracy_mean]
-            return own + [m for m in super().metrics if m.name != "loss"]
-        return super().metrics
+        if not self._is_compiled or not self._sums_tokens:
+            return super().metrics
+        added = [metric for metric in super().metrics if metric.name != "loss"]
+        return [*self._token_metrics.all, *added]
 
     def train_step(self, data):
         if not self._sums_tokens:
@@ -458,17 +463,13 @@ class GPTModel(keras.Model):
         return tf.constant(1.0)
 
     def _report(self, sums, batch, logits):
-        loss, correct, weight = sums
-        mean = step.mean_of(loss, weight)
-        self._loss_mean.update_state(mean, sample_weight=weight)
-        self._perplexity.update_state(mean, sample_weight=weight)
-        self._accuracy_mean.update_state(
-            step.mean_of(correct, weight), sample_weight=weight
-        )
+        self._token_metrics.update(*sums)
+        metrics = self._token_metrics.all
         if logits is not None:
             _, labels, weights = batch
             self.compiled_metrics.update_state(labels, logits, weights)
-        return {metric.name: metric.result() for metric in self.metrics}
+            metrics = self.metrics
+        return {metric.name: metric.result() for metric in metrics}
 
 
 @keras.saving.register_keras_serializable(package="gpt_tf")
@@ -477,6 +478,28 @@ class Perplexity(keras.metrics.Mean):
 
     def result(self):
         return tf.exp(super().result())
+
+
+class TokenMetrics:
+    """Loss, perplexity and accuracy per token, from sums over tokens.
+
+    It is no Keras object, so that a model does not count the metrics' variables
+    among its weights.
+    """
+
+    def __init__(self):
+        self.loss = keras.metrics.Mean(name="loss")
+        self.perplexity = Perplexity(name="perplexity")
+        self.accuracy = keras.metrics.Mean(name="token_accuracy")
+        self.all = (self.loss, self.perplexity, self.accuracy)
+
+    def update(self, loss_sum, correct_sum, weight_sum):
+        """Take the sums of a batch, over all replicas."""
+        mean = step.mean_of(loss_sum, weight_sum)
+        share = step.mean_of(correct_sum, weight_sum)
+        self.loss.update_state(mean, sample_weight=weight_sum)
+        self.perplexity.update_state(mean, sample_weight=weight_sum)
+        self.accuracy.update_state(share, sample_weight=weight_sum)
 
 
 def refuse_keras_3(value, role):
@@ -498,7 +521,8 @@ def _keras_2_home(role):
 
 
 def _positive(name, value):
-    if isinstance(value, bool) or int(value) != value or value < 1:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not value >= 1 or value % 1:
         raise InputError(
             f"`{name}` expects an integer of at least 1. Received: {value!r}."
         )

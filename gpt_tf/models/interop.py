@@ -5,6 +5,7 @@ written directly, `config.json` and `model.safetensors`; pickles are never opene
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -82,17 +83,16 @@ def from_huggingface(folder: str | os.PathLike, **changes) -> GPTModel:
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     width = config["n_embd"]
-    tied = config.get("tie_word_embeddings", True)
     model = GPTModel(
         **{
             "vocab_size": config["vocab_size"],
             "embedding_dim": width,
             "num_layers": config["n_layer"],
             "num_heads": config["n_head"],
-            "context_length": config.get("n_positions", config.get("n_ctx", 1024)),
-            "feedforward_dim": config.get("n_inner") or 4 * width,
-            "tie_embeddings": tied,
-            "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+            "context_length": config["n_positions"],
+            "feedforward_dim": config["n_inner"],
+            "tie_embeddings": config["tie_word_embeddings"],
+            "layer_norm_epsilon": config["layer_norm_epsilon"],
             **changes,
         }
     )
@@ -100,13 +100,15 @@ def from_huggingface(folder: str | os.PathLike, **changes) -> GPTModel:
         if name not in tensors:
             raise DamagedFileError(
                 f"{folder / 'model.safetensors'} lacks the tensor {name!r}, which a "
-                f"GPT-2 of {config['n_layer']} layers has."
+                f"GPT-2 of {config['n_layer']} layers has. Fetch the file anew, or "
+                "correct config.json."
             )
         value = tensors[name]
         if value.shape != tuple(variable.shape):
             raise DamagedFileError(
                 f"{folder / 'model.safetensors'}: {name!r} expects the shape "
-                f"{tuple(variable.shape)}. Received: {value.shape}."
+                f"{tuple(variable.shape)}. Received: {value.shape}. config.json, or "
+                "an argument that replaces a part of it, does not fit the file."
             )
         variable.assign(np.asarray(value, np.float32))
     return model
@@ -125,7 +127,8 @@ def to_huggingface(model: GPTModel, folder: str | os.PathLike) -> None:
     if model.embedding_dim % model.num_heads:
         raise InputError(
             "Hugging Face's GPT-2 expects `num_heads` to divide `embedding_dim`. "
-            f"Received: {model.num_heads} and {model.embedding_dim}."
+            f"Received: {model.num_heads} and {model.embedding_dim}. Such a model can "
+            "only be saved with `model.save`; train one whose heads divide its width."
         )
     config = {
         "architectures": ["GPT2LMHeadModel"],
@@ -207,13 +210,21 @@ def to_keras_hub(model: GPTModel):
     """Copy a GPTModel into a new KerasHub `GPT2Backbone`.
 
     Raises:
-        InputError: The model is not tied, or its heads do not divide its width.
+        InputError: The model is not tied, its heads do not divide its width, or its
+            `layer_norm_epsilon` is not the one that KerasHub has built in, 1e-5.
     """
-    if not model.tie_embeddings or model.embedding_dim % model.num_heads:
+    if (
+        not model.tie_embeddings
+        or model.embedding_dim % model.num_heads
+        or not math.isclose(model.layer_norm_epsilon, 1e-5)
+    ):
         raise InputError(
-            "KerasHub's GPT2Backbone expects tied embeddings and heads that divide "
-            f"the width. Received: tie_embeddings={model.tie_embeddings}, "
-            f"num_heads={model.num_heads}, embedding_dim={model.embedding_dim}."
+            "KerasHub's GPT2Backbone expects tied embeddings, heads that divide the "
+            "width and a layer_norm_epsilon of 1e-5. "
+            f"Received: tie_embeddings={model.tie_embeddings}, "
+            f"num_heads={model.num_heads}, embedding_dim={model.embedding_dim}, "
+            f"layer_norm_epsilon={model.layer_norm_epsilon}. "
+            "`to_huggingface` writes an untied head and any epsilon."
         )
     import keras_nlp
 
@@ -303,6 +314,13 @@ def _read_config(folder):
         kind = config.get("model_type")
         for name in ("vocab_size", "n_embd", "n_layer", "n_head"):
             config[name] = int(config[name])
+        positions = config.get("n_positions") or config.get("n_ctx") or 1024
+        config["n_positions"] = int(positions)
+        config["n_inner"] = int(config.get("n_inner") or 4 * config["n_embd"])
+        epsilon = config.get("layer_norm_epsilon")
+        config["layer_norm_epsilon"] = 1e-5 if epsilon is None else float(epsilon)
+        tied = config.get("tie_word_embeddings")
+        config["tie_word_embeddings"] = True if tied is None else bool(tied)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(
             f"{path} is no configuration of a GPT-2: {type(error).__name__} {error}."

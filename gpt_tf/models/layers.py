@@ -115,7 +115,9 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         self.context_length = context_length
         self.dropout = dropout
         self.share_table = share_table
-        self.embedding_dropout = Dropout(dropout, seed=1, name="dropout")
+        self.embedding_dropout = Dropout(
+            dropout, seed=1, name="dropout", dtype=self.dtype_policy
+        )
         self.embedding_activation = _identity
 
     def build(self, input_shape):
@@ -226,8 +228,13 @@ class TransformerBlock(keras.layers.Layer):
         self.residual_stddev = residual_stddev
         self.epsilon = epsilon
         self.seed = seed
-        self.attention_dropout = Dropout(dropout, seed * 2 + 2, name="dropout_1")
-        self.feedforward_dropout = Dropout(dropout, seed * 2 + 3, name="dropout_2")
+        policy = self.dtype_policy
+        self.attention_dropout = Dropout(
+            dropout, seed * 2 + 2, name="dropout_1", dtype=policy
+        )
+        self.feedforward_dropout = Dropout(
+            dropout, seed * 2 + 3, name="dropout_2", dtype=policy
+        )
         for name in self.ACTIVATIONS:
             setattr(self, name, _identity)
 

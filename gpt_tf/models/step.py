@@ -9,11 +9,18 @@ import tensorflow as tf
 
 
 def split_batch(tensors, parts):
-    """Cut every `(B, ...)` tensor into `parts` equal ones: `(parts, B/parts, ...)`."""
+    """Cut every `(B, ...)` tensor into `parts` equal ones: `(parts, B/parts, ...)`.
+
+    Rows of zeros, and so of weight 0, fill the last part where `parts` does not
+    divide `B`, as in the last batch of an epoch.
+    """
 
     def cut(x):
         shape = tf.shape(x)
-        return tf.reshape(x, tf.concat([[parts, shape[0] // parts], shape[1:]], 0))
+        missing = -shape[0] % parts
+        rest = tf.zeros(tf.concat([[missing], shape[1:]], 0), x.dtype)
+        sizes = tf.concat([[parts, (shape[0] + missing) // parts], shape[1:]], 0)
+        return tf.reshape(tf.concat([x, rest], 0), sizes)
 
     return tf.nest.map_structure(cut, tensors)
 
@@ -25,9 +32,10 @@ def sums_and_gradients(sums, variables, batch, micro_batches=1):
         sums: Function of `batch` that returns a tuple of float32 scalars, sums over
             tokens; the first one is differentiated.
         variables: What to differentiate with respect to.
-        batch: Structure of tensors `(B, ...)`.
+        batch: Structure of tensors `(B, ...)`, the weights of the tokens among
+            them; rows of zeros may be added.
         micro_batches: Number of equal parts that are computed one after the other,
-            so that only one part's activations are in memory. It divides `B`.
+            so that only one part's activations are in memory.
 
     Returns:
         The sums over the whole batch, and the gradients of the first of them.

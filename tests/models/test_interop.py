@@ -138,3 +138,87 @@ def test_heads_that_do_not_divide_are_refused(make_model, tmp_path):
     with pytest.raises(InputError, match="divide"):
         interop.to_huggingface(model, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_random_keras_hub_backbone_gives_the_same_logits(windows_of):
+    import keras_nlp
+
+    backbone = keras_nlp.models.GPT2Backbone(31, 2, 3, 12, 40, max_sequence_length=16)
+    generator = np.random.default_rng(6)
+    for weight in backbone.weights:
+        weight.assign(weight + generator.normal(0, 0.1, weight.shape))
+    tokens, _ = windows_of(2, 9)
+    model = interop.from_keras_hub(backbone)
+    assert model.feedforward_dim == 40
+    difference = model(tokens).numpy() - keras_hub_logits(backbone, tokens)
+    assert np.abs(difference).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"layer_norm_epsilon": 1e-2}, {"tie_embeddings": False}, {"num_heads": 5}],
+)
+def test_what_keras_hub_cannot_express_is_refused(make_model, changes):
+    with pytest.raises(InputError, match="Received"):
+        interop.to_keras_hub(make_model(**changes))
+
+
+def test_another_epsilon_goes_to_hugging_face_and_back(make_model, tmp_path):
+    interop.to_huggingface(make_model(layer_norm_epsilon=1e-3), tmp_path / "hf")
+    assert GPTModel.from_huggingface(tmp_path / "hf").layer_norm_epsilon == 1e-3
+
+
+def test_transformers_reads_what_was_written(model, folder, windows_of):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    tokens, _ = windows_of(2, 9)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens.astype("int64"))).logits.numpy()
+    assert np.abs(model(tokens).numpy() - logits).max() < 1e-4
+
+
+def test_sixteen_bit_tensors_are_read_as_float32(model, folder):
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    half = {name: tensor.astype("float16") for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(half, path)
+    again = GPTModel.from_huggingface(folder)
+    for one, other in zip(again.get_weights(), model.get_weights(), strict=True):
+        assert one.dtype == np.float32
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_positions": "many"},
+        {"n_embd": None},
+        {"n_inner": "wide"},
+        {"layer_norm_epsilon": "small"},
+    ],
+)
+def test_a_configuration_of_wrong_types_is_damaged(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(DamagedFileError, match=r"config\.json"):
+        GPTModel.from_huggingface(folder)
+
+
+def test_keys_that_are_null_or_absent_have_gpt2s_values(model, folder, windows_of):
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("n_inner", "layer_norm_epsilon", "tie_word_embeddings", "n_positions"):
+        config[name] = None
+    (folder / "config.json").write_text(json.dumps(config))
+    again = GPTModel.from_huggingface(folder)
+    assert again.get_config() == model.get_config()
+
+
+def test_a_failed_write_leaves_nothing_behind(model, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        interop.to_huggingface(model, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
