@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
+comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-slow lint format benchmarks notebooks clean
@@ -21,10 +22,10 @@ quickstart: $(VENV)/.train ## Train a GPT on Python's own sources and let it wri
 	$(BIN)/gpt-tf generate --model $(RUN) --prompt "def " --max-new-tokens 160 --seed 7
 
 test: $(VENV)/.dev ## Run the default tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.dev ## Run the long tests too
-	$(BIN)/python -m pytest -q -m "not network"
+	$(BIN)/python -m pytest -m "not network"
 
 lint: $(VENV)/.dev ## Check style, formatting and imports
 	$(BIN)/ruff check .
@@ -45,23 +46,25 @@ notebooks: $(VENV)/.dev ## Run the tutorials and keep their outputs
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
 
+# pip's lines are kept in a log, which is shown where an install fails.
+define install
+	@echo "installing $(1) into $(VENV) (a minute or two)"
+	@PIP_USER=0 $(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(2)]' \
+		>$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log >&2; exit 1; }
+	@touch $@
+endef
+
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "gpt_tf needs Python 3.10, 3.11 or 3.12; none was found. Install one, or name it: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
-	@echo "making $(VENV) with $(PYTHON)"
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@test -n "$(PYTHON)" || { echo "gpt_tf needs Python 3.10, 3.11 or 3.12; none was found. Install one, or name it: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || { echo "gpt_tf needs Python 3.10, 3.11 or 3.12. Received: $$($(PYTHON) --version 2>&1). Name another: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 
 $(VENV)/.train: setup.py pyproject.toml | $(VENV)/bin/python
-	@echo "installing gpt_tf and TensorFlow into $(VENV) (a minute or two)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
-	@touch $@
+	$(call install,gpt_tf and TensorFlow,train)
 
 $(VENV)/.dev: setup.py pyproject.toml | $(VENV)/bin/python
-	@echo "installing gpt_tf, TensorFlow and the test tools into $(VENV) (a minute or two)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
-	@touch $@
+	$(call install,gpt_tf$(comma) TensorFlow and the test tools,train$(comma)dev)
 
-$(VENV)/.bench: $(VENV)/.dev
-	@echo "installing what the benchmarks compare with"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,bench]'
-	@touch $@
+$(VENV)/.bench: setup.py pyproject.toml | $(VENV)/bin/python
+	$(call install,gpt_tf and what the benchmarks compare it with,train$(comma)bench)

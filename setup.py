@@ -18,12 +18,14 @@ TRAIN = [
     "tensorflow>=2.21,<2.22",
     "tf_keras>=2.21,<2.22",
     "tensorflow-model-optimization>=0.8.1,<0.9",
-    "keras-nlp>=0.32,<0.33",
+    # keras-nlp pins keras-hub without saying so of Python: 0.25 is the last for 3.10.
+    'keras-nlp>=0.25.1,<0.26; python_version < "3.11"',
+    'keras-nlp>=0.32,<0.33; python_version >= "3.11"',
     "safetensors>=0.5,<1",
     "matplotlib>=3.8,<4",
-    "tensorboard>=2.20,<2.22",
-    # TF-MOT and TensorBoard import pkg_resources, which newer releases leave out.
-    "setuptools<81",
+    "tensorboard>=2.21,<2.22",
+    # TF-MOT imports distutils without asking for it; from 3.12 it is setuptools'.
+    'setuptools>=69; python_version >= "3.12"',
 ]
 EDGE = ["ai-edge-litert>=2.1,<3"]
 EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1"]
@@ -64,7 +66,6 @@ setup(
     },
     entry_points={"console_scripts": ["gpt-tf = gpt_tf.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

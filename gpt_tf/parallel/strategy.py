@@ -71,6 +71,7 @@ def make_strategy(name="auto"):
         read_tf_config()
         return tf.distribute.MultiWorkerMirroredStrategy()
     if name == "mirrored":
+        _use_fresh_collective_keys()
         return tf.distribute.MirroredStrategy(_local_devices())
     if name == "tpu":
         return _tpu_strategy()
@@ -127,6 +128,17 @@ def is_chief(strategy):
         return True
     has_chief = "chief" in resolver.cluster_spec().as_dict()
     return resolver.task_type == "worker" and resolver.task_id == 0 and not has_chief
+
+
+def _use_fresh_collective_keys():
+    """Keep a new MirroredStrategy apart from earlier ones of this process.
+
+    TensorFlow numbers the reductions of each strategy from the same start, and
+    refuses ("Shape mismatch in the collective instance") when a second strategy over
+    the same devices trains a model of other shapes. The start is a class attribute,
+    which TensorFlow's own tests move on in the same way.
+    """
+    tf.distribute.MirroredStrategy._collective_key_base += 100
 
 
 def _best_strategy():

@@ -1,0 +1,142 @@
+"""The house stands as it was drawn: who imports whom, and what loads what."""
+
+import email
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpt_tf
+
+ROOT = Path(__file__).parent.parent
+HEAVY = (
+    "keras",
+    "keras_hub",
+    "keras_nlp",
+    "tensorflow",
+    "tensorflow_model_optimization",
+    "tf_keras",
+)
+# What a device needs, and the command line that installs without TensorFlow.
+LIGHT = (
+    "gpt_tf",
+    "gpt_tf.cli",
+    "gpt_tf.sampling",
+    "gpt_tf.text.corpus",
+    "gpt_tf.text.tokenizer",
+    *("gpt_tf.edge" for _ in ROOT.glob("gpt_tf/edge/__init__.py")),
+)
+LINT = (
+    "import sys; from importlinter.cli import lint_imports; "
+    "sys.exit(lint_imports(no_cache=True))"
+)
+
+
+def run_python(code, folder=ROOT):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
+    )
+
+
+def answer_of(code):
+    """Run code in a fresh interpreter and return the JSON that it prints last."""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def loaded_by(module):
+    """The heavy packages that importing a module leaves in `sys.modules`."""
+    return answer_of(
+        f"import json, sys, {module}\n"
+        f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    )
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A copy of the package and its settings, to be changed."""
+    shutil.copytree(
+        ROOT / "gpt_tf", tmp_path / "gpt_tf", ignore=shutil.ignore_patterns("*.pyc")
+    )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_import_contracts_hold():
+    result = run_python(LINT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "contract"),
+    [
+        ("models/gpt.py", "import gpt_tf.parallel.strategy", "run downwards"),
+        ("parallel/strategy.py", "import gpt_tf.cli", "run downwards"),
+        ("errors.py", "def f():\n    import gpt_tf.files", "run downwards"),
+        ("elsewhere.py", "", "run downwards"),
+        ("distillation/losses.py", "import gpt_tf.parallel", "run downwards"),
+        ("edge/runtime.py", "import tensorflow", "device needs"),
+        ("sampling.py", "import tf_keras", "device needs"),
+        ("text/corpus.py", "import tensorflow", "Text comes"),
+        ("training.py", "import keras", "One Keras"),
+        ("models/layers.py", "import tensorflow_model_optimization", "TF-MOT"),
+    ],
+)
+def test_an_import_against_the_drawing_breaks_a_contract(house, path, line, contract):
+    file = house / "gpt_tf" / path
+    file.parent.mkdir(exist_ok=True)
+    file.parent.joinpath("__init__.py").touch()
+    with file.open("a") as stream:
+        stream.write(f"\n{line}\n")
+    result = run_python(LINT, house)
+    broken = [row for row in result.stdout.splitlines() if " BROKEN" in row]
+    assert result.returncode == 1
+    assert any(contract in row for row in broken), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_imports_without_tensorflow(module):
+    assert loaded_by(module) == []
+
+
+def test_the_import_check_notices_tensorflow():
+    assert {"tensorflow", "tf_keras"} <= set(loaded_by("gpt_tf.training"))
+
+
+def test_every_public_name_resolves():
+    code = (
+        "import json, gpt_tf\n"
+        "found = [n for n in gpt_tf.__all__ if getattr(gpt_tf, n) is not None]\n"
+        "print(json.dumps(found))"
+    )
+    assert answer_of(code) == gpt_tf.__all__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'GPTModle'"):
+        gpt_tf.GPTModle  # noqa: B018
+
+
+def test_setup_reads_the_version_without_importing_and_needs_no_tensorflow(house):
+    with (house / "gpt_tf/__init__.py").open("a") as stream:
+        stream.write('\nraise RuntimeError("setup.py imported the package")\n')
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "egg_info"],
+        cwd=house,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    built = house / "gpt_tf.egg-info"
+    about = email.message_from_string((built / "PKG-INFO").read_text("utf-8"))
+    base, *extras = (built / "requires.txt").read_text("utf-8").split("\n[")
+    base = base.lower().split()
+    assert about["Version"] == gpt_tf.__version__
+    assert any("\ntensorflow<" in extra for extra in extras)
+    assert any(need.startswith("tokenizers") for need in base)
+    assert not [need for need in base if need.startswith(("tensor", "tf", "k"))]

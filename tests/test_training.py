@@ -1,0 +1,375 @@
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import tf_keras as keras
+
+from gpt_tf import files
+from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
+from gpt_tf.models import decoding
+from gpt_tf.training import (
+    PRESETS,
+    TrainingConfig,
+    WarmupCosine,
+    load_model,
+    train,
+)
+
+
+@pytest.fixture
+def tiny(corpus_folder):
+    """A configuration that takes seconds."""
+    return dataclasses.replace(
+        PRESETS["tiny"],
+        corpus=str(corpus_folder),
+        vocab_size=270,
+        context_length=16,
+        batch_size=4,
+        strategy="one_device",
+        dropout=0.1,
+    )
+
+
+def run(config, out, **options):
+    options = {"verbose": False, "on_notice": lambda line: None, **options}
+    return train(config, out, **options)
+
+
+def test_training_lowers_the_loss_and_leaves_a_complete_folder(trained):
+    validations = trained.history["validations"]
+    assert [row["step"] for row in validations] == [10, 20]
+    assert validations[-1]["loss"] < np.log(300)
+    assert trained.validation_perplexity == pytest.approx(
+        np.exp(validations[1]["loss"])
+    )
+    for name in ("run.json", "tokenizer.json", "history.json", "loss.png", "logs"):
+        assert (trained.out / name).exists(), name
+    assert (trained.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    manifest = files.check_manifest(trained.out / "model", "model")
+    assert manifest["config"]["vocab_size"] == 300
+
+
+def test_a_loaded_model_gives_the_same_logits(trained):
+    model, tokenizer = load_model(trained.out)
+    tokens = np.array([tokenizer.encode("the quick brown fox")], "int32")
+    np.testing.assert_array_equal(model(tokens), trained.model(tokens))
+    assert load_model(trained.out / "model" / "model.keras")[1] is not None
+
+
+def test_a_trained_model_speaks(trained):
+    text = decoding.generate(
+        trained.model, "the", tokenizer=trained.tokenizer, max_new_tokens=8, seed=1
+    )
+    assert isinstance(text, str) and text
+
+
+class _Killer(keras.callbacks.Callback):
+    """Stop as a killed process does: without any goodbye."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.left = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [3, 14])
+def test_resumed_weights_are_bit_equal(tiny, tmp_path, step):
+    config = dataclasses.replace(tiny, checkpoint_every=4)
+    whole = run(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut", callbacks=[_Killer(step)])
+    again = run(None, tmp_path / "cut", resume=True)
+    for one, other in zip(
+        whole.model.get_weights(), again.model.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(
+        whole.history["validations"], again.history["validations"], strict=True
+    ):
+        # The mean training loss is since the last validation or resume.
+        one.pop("train_loss"), other.pop("train_loss")
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["float32", pytest.param("mixed_float16", marks=pytest.mark.slow)],
+)
+def test_resume_after_kill_9_is_bit_equal(tiny, tmp_path, precision):
+    config = dataclasses.replace(
+        tiny, checkpoint_every=3, steps=60, validate_every=30, precision=precision
+    )
+    whole = run(config, tmp_path / "whole")
+    out = tmp_path / "cut"
+    code = (
+        "import dataclasses, gpt_tf.training as t\n"
+        f"config = t.TrainingConfig(**{dataclasses.asdict(config)!r})\n"
+        f"t.train(config, {str(out)!r}, verbose=False)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("checkpoints/step-*"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    notices = []
+    again = run(None, out, resume=True, on_notice=notices.append)
+    assert any("going on from step" in line for line in notices)
+    for one, other in zip(
+        whole.model.get_weights(), again.model.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_another_seed_gives_other_weights(tiny, tmp_path):
+    first = run(tiny, tmp_path / "one")
+    second = run(dataclasses.replace(tiny, seed=1), tmp_path / "two")
+    differences = [
+        np.abs(a - b).max()
+        for a, b in zip(
+            first.model.get_weights(), second.model.get_weights(), strict=True
+        )
+    ]
+    assert max(differences) > 1e-3
+
+
+@pytest.fixture
+def interrupted(tiny, tmp_path):
+    """A run with checkpoints at 4, 8 and 12."""
+    config = dataclasses.replace(tiny, checkpoint_every=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut", callbacks=[_Killer(14)])
+    folders = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+    assert [f.name[-2:] for f in folders] == ["04", "08", "12"]
+    return tmp_path / "cut"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "manifest", "remove"])
+def test_the_newest_good_checkpoint_is_used(interrupted, damage):
+    newest = interrupted / "checkpoints" / "step-00000012"
+    state = newest / "state.safetensors"
+    data = bytearray(state.read_bytes())
+    if damage == "truncate":
+        state.write_bytes(data[:-7])
+    elif damage == "flip":
+        data[len(data) // 2] ^= 1
+        state.write_bytes(data)
+    elif damage == "manifest":
+        (newest / "manifest.json").write_text("{")
+    else:
+        state.unlink()
+    notices = []
+    run(None, interrupted, resume=True, on_notice=notices.append)
+    assert any("damaged checkpoint" in line for line in notices)
+    assert "going on from step 8" in notices
+
+
+def test_when_no_checkpoint_is_good_it_says_so(interrupted):
+    for folder in (interrupted / "checkpoints").iterdir():
+        (folder / "state.safetensors").write_bytes(b"")
+    with pytest.raises(DamagedFileError, match="None of the 3"):
+        run(None, interrupted, resume=True)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(interrupted):
+    run_json = json.loads((interrupted / "run.json").read_text())
+    run_json["config"]["num_layers"] = 1
+    (interrupted / "run.json").write_text(json.dumps(run_json))
+    with pytest.raises(InputError, match="num_layers=2 instead of 1"):
+        run(None, interrupted, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_damaged_token_files_are_refused(interrupted, damage):
+    path = interrupted / "data" / "train.tokens"
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[10] ^= 1
+    path.write_bytes(data if damage == "flip" else data[:-2])
+    with pytest.raises(DamagedFileError, match=r"train\.tokens"):
+        run(None, interrupted, resume=True)
+
+
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(
+    tiny, tmp_path, monkeypatch
+):
+    import gpt_tf.training as training
+
+    save, calls = training.safetensors.numpy.save_file, []
+
+    def full(state, path, **options):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path, **options)
+
+    monkeypatch.setattr(training.safetensors.numpy, "save_file", full)
+    with pytest.raises(InputError, match="No space is left"):
+        run(dataclasses.replace(tiny, checkpoint_every=4), tmp_path / "run")
+    left = os.listdir(tmp_path / "run" / "checkpoints")
+    assert left == ["step-00000004"]
+    files.check_manifest(tmp_path / "run" / "checkpoints" / left[0], "checkpoint")
+
+
+def test_old_checkpoints_make_room(tiny, tmp_path):
+    config = dataclasses.replace(tiny, checkpoint_every=2, keep_checkpoints=2)
+    run(config, tmp_path / "run")
+    names = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
+    assert names == ["step-00000018", "step-00000020"]
+
+
+def test_early_stopping_keeps_the_best_weights_across_a_resume(tiny, tmp_path):
+    config = dataclasses.replace(
+        tiny,
+        learning_rate=0.5,  # far too high: it gets worse
+        warmup_steps=6,
+        validate_every=2,
+        checkpoint_every=2,
+        patience=2,
+        steps=40,
+    )
+    whole = run(config, tmp_path / "whole")
+    losses = [row["loss"] for row in whole.history["validations"]]
+    assert len(losses) < 20
+    assert whole.validation_loss == min(losses)
+    with pytest.raises(KeyboardInterrupt):
+        stop = 2 * len(losses) - 1
+        run(config, tmp_path / "cut", callbacks=[_Killer(stop)])
+    again = run(None, tmp_path / "cut", resume=True)
+    assert again.validation_loss == whole.validation_loss
+    for one, other in zip(
+        whole.model.get_weights(), again.model.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_any_tf_keras_callback_works(tiny, tmp_path):
+    seen = []
+    counter = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append((epoch, "val_loss" in logs))
+    )
+    logger = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
+    run(tiny, tmp_path / "run", callbacks=[counter, logger])
+    assert seen == [(0, True), (1, True)]
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+
+
+def test_a_keras_3_callback_gets_the_teaching_error(tiny, tmp_path):
+    import keras as keras_3
+
+    with pytest.raises(InputTypeError, match="tf_keras"):
+        run(tiny, tmp_path / "run", callbacks=[keras_3.callbacks.History()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_are_written_while_training(tiny, tmp_path):
+    notices = []
+    config = dataclasses.replace(tiny, sample_every=10, sample_prompt="the")
+    run(config, tmp_path / "run", on_notice=notices.append)
+    assert sum(line.startswith("step 10:") for line in notices) == 1
+
+
+def test_an_existing_run_is_not_overwritten_unasked(trained, tiny):
+    before = (trained.out / "run.json").read_bytes()
+    with pytest.raises(InputError, match="--overwrite"):
+        run(tiny, trained.out)
+    assert (trained.out / "run.json").read_bytes() == before
+
+
+def test_overwriting_replaces_our_files_and_leaves_others(tiny, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="something else"):
+        run(tiny, out)
+    run(tiny, out, overwrite=True)
+    again = run(dataclasses.replace(tiny, num_layers=1), out, overwrite=True)
+    assert again.model.num_layers == 1
+    assert (out / "thesis.txt").read_text() == "precious"
+
+
+def test_a_bad_corpus_leaves_an_existing_run_alone(tiny, tmp_path):
+    first = run(tiny, tmp_path / "run")
+    names = sorted(os.listdir(tmp_path / "run"))
+    bad = dataclasses.replace(tiny, corpus=str(tmp_path / "missing"))
+    with pytest.raises(InputError, match="missing"):
+        run(bad, tmp_path / "run", overwrite=True)
+    too_large = dataclasses.replace(tiny, vocab_size=50_000)
+    with pytest.raises(InputError, match="at most"):
+        run(too_large, tmp_path / "run", overwrite=True)
+    too_long = dataclasses.replace(tiny, context_length=10**6)
+    with pytest.raises(InputError, match="longer than the text"):
+        run(too_long, tmp_path / "run", overwrite=True)
+    assert sorted(os.listdir(tmp_path / "run")) == names
+    assert sorted(os.listdir(tmp_path)) == ["run"], "a half-written folder was left"
+    np.testing.assert_array_equal(
+        load_model(tmp_path / "run")[0].get_weights()[0], first.model.get_weights()[0]
+    )
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(InputError, match="interrupted run"):
+        run(None, tmp_path, resume=True)
+
+
+def test_a_tampered_model_is_refused(tiny, tmp_path):
+    run(tiny, tmp_path / "run")
+    path = tmp_path / "run" / "model" / "model.keras"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedFileError, match="SHA-256"):
+        load_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"dropout": 1.5},
+        {"precision": "float8"},
+        {"strategy": "telepathy"},
+        {"learning_rate": -1},
+        {"batch_size": 6, "gradient_accumulation_steps": 4},
+        {"validation_fraction": 1.0},
+    ],
+)
+def test_impossible_configurations_are_refused(changes):
+    with pytest.raises(InputError, match="Received"):
+        TrainingConfig(**changes)
+
+
+def test_the_learning_rate_rises_and_falls():
+    schedule = WarmupCosine(1.0, 0.1, warmup_steps=10, total_steps=110)
+    rates = [float(schedule(step)) for step in range(120)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55, abs=1e-3)
+    assert rates[110] == rates[119] == pytest.approx(0.1)
+    again = WarmupCosine.from_config(schedule.get_config())
+    assert float(again(37)) == rates[37]
+
+
+def test_training_is_silent_when_asked(tiny, tmp_path, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tiny, tmp_path / "run")
+    assert capsys.readouterr().out == ""
