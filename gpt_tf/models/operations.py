@@ -121,9 +121,13 @@ def project(x, kernel):
 
 
 def causal_mask(num_positions):
-    """Return the additive mask that hides the future, `(1, 1, T, T)` float32."""
+    """Return the additive mask that hides the future, `(T, T)` float32.
+
+    It has rank 2 on purpose. A constant of rank 4 lets TensorFlow's graph optimiser
+    fuse product and mask into one oneDNN kernel, which is 300 times slower here.
+    """
     visible = tf.linalg.band_part(tf.ones([num_positions, num_positions]), -1, 0)
-    return ((1.0 - visible) * MASKED)[tf.newaxis, tf.newaxis]
+    return (1.0 - visible) * MASKED
 
 
 def attention(query, key, value, mask, on_probabilities=None):

@@ -119,9 +119,10 @@ def test_sixteen_bit_inputs_keep_their_type_and_are_normalised_in_float32(dtype)
 
 def test_the_mask_hides_exactly_the_future():
     mask = operations.causal_mask(4).numpy()
-    assert mask.shape == (1, 1, 4, 4)
-    np.testing.assert_array_equal(mask[0, 0] == 0, np.tril(np.ones((4, 4), bool)))
-    assert mask[0, 0][~np.tril(np.ones((4, 4), bool))].max() <= -1e9
+    visible = np.tril(np.ones((4, 4), bool))
+    assert mask.ndim == 2  # four axes would be slow, see its docstring
+    np.testing.assert_array_equal(mask == 0, visible)
+    assert mask[~visible].max() <= -1e9
 
 
 def test_token_sums_are_the_oracles():

@@ -1,0 +1,272 @@
+"""What the benchmarks share: taking turns, numbers, tables and pictures.
+
+Contenders run in processes of their own, so that no library's threads or settings
+touch another's, and they run one after the other, A B A B, so that a noisy machine
+is noisy for all of them. Ratios hold; absolute times are this machine's.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import time
+import traceback
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+# A table is never folded for want of a wide terminal.
+console = Console(highlight=False, soft_wrap=True)
+
+
+class NotHere(Exception):
+    """A contender's package is not installed, or it cannot do what is asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way of doing the same work.
+
+    Args:
+        name: As it stands in the table.
+        make: A function of a module, so that another process finds it. Called with
+            `arguments`, it prepares the work and returns a function of a number of
+            repetitions, which does the work and returns its measurements: a list
+            of seconds, one per repetition.
+        arguments: For `make`.
+    """
+
+    name: str
+    make: Callable
+    arguments: tuple = ()
+
+
+@dataclasses.dataclass
+class Measured:
+    """What a contender needed.
+
+    Attributes:
+        name: The contender's.
+        seconds: One number per repetition, warm-up left out.
+        first_seconds: From the start of its process's work to the end of its first
+            repetition, compilation included.
+        failure: Why there are no numbers, or None.
+    """
+
+    name: str
+    seconds: list = dataclasses.field(default_factory=list)
+    first_seconds: float = float("nan")
+    failure: str | None = None
+
+    def percentile_ms(self, percent):
+        return float(np.percentile(self.seconds, percent)) * 1e3
+
+    @property
+    def median_ms(self):
+        return self.percentile_ms(50) if self.seconds else float("nan")
+
+    def as_dict(self):
+        if self.failure:
+            return {"name": self.name, "failure": self.failure}
+        return {
+            "name": self.name,
+            "median_ms": self.median_ms,
+            "p95_ms": self.percentile_ms(95),
+            "p99_ms": self.percentile_ms(99),
+            "first_seconds": self.first_seconds,
+            "repetitions": len(self.seconds),
+        }
+
+
+def take_turns(contenders, rounds, repetitions, warm_up=2):
+    """Let every contender work in turn.
+
+    Args:
+        contenders: The contenders.
+        rounds: How often each has its turn.
+        repetitions: How much each does in a turn.
+        warm_up: Repetitions after the first that are not counted.
+
+    Returns:
+        A `Measured` per contender.
+    """
+    context = multiprocessing.get_context("spawn")
+    results, running = [], []
+    for contender in contenders:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, contender), daemon=True)
+        process.start()
+        measured = Measured(contender.name)
+        results.append(measured)
+        kind, value = _answer(ours, process)
+        if kind == "failed":
+            measured.failure = value
+            console.print(f"  {contender.name}: {value}")
+            continue
+        measured.first_seconds = value
+        ask(ours, process, warm_up)
+        running.append((measured, ours, process))
+        console.print(f"  {contender.name}: ready after {value:.1f} s")
+    for turn in range(rounds):
+        for measured, pipe, process in running:
+            measured.seconds += ask(pipe, process, repetitions)
+        console.print(
+            f"  round {turn + 1} of {rounds}: "
+            + ", ".join(f"{m.name} {m.median_ms:.1f} ms" for m, _, _ in running)
+        )
+    for _, pipe, process in running:
+        pipe.send(0)
+        process.join(20)
+    return results
+
+
+def ask(pipe, process, repetitions):
+    pipe.send(repetitions)
+    kind, value = _answer(pipe, process)
+    if kind == "failed":
+        raise RuntimeError(value)
+    return value
+
+
+def _answer(pipe, process):
+    while not pipe.poll(1):
+        if not process.is_alive() and not pipe.poll(0):
+            return "failed", f"its process ended with status {process.exitcode}"
+    return pipe.recv()
+
+
+def _work(pipe, contender):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    began = time.perf_counter()
+    try:
+        repeat = contender.make(*contender.arguments)
+        repeat(1)
+    except NotHere as error:
+        pipe.send(("failed", str(error)))
+        return
+    except Exception:
+        pipe.send(("failed", traceback.format_exc(limit=-3)))
+        return
+    pipe.send(("ready", time.perf_counter() - began))
+    while count := pipe.recv():
+        try:
+            pipe.send(("done", repeat(count)))
+        except Exception:
+            pipe.send(("failed", traceback.format_exc(limit=-3)))
+            return
+
+
+# Floors
+
+
+def product_rate():
+    """Return a float32 matrix product's operations per second, the best of NumPy,
+    TensorFlow and, where it is installed, PyTorch."""
+    size = 1536
+    contenders = [
+        Contender("TensorFlow", _tensorflow_product, (size,)),
+        Contender("PyTorch", _torch_product, (size,)),
+    ]
+    results = take_turns(contenders, 3, 10)
+    best = min(min(m.seconds) for m in results if m.seconds)
+    return 2 * size**3 / best
+
+
+def _tensorflow_product(size):
+    import tensorflow as tf
+
+    a = tf.random.normal([size, size])
+
+    def repeat(count):
+        return [_seconds(lambda: tf.matmul(a, a).numpy()) for _ in range(count)]
+
+    return repeat
+
+
+def _torch_product(size):
+    torch = import_or_not_here("torch")
+    a = torch.randn(size, size)
+    return lambda count: [_seconds(lambda: torch.mm(a, a)) for _ in range(count)]
+
+
+def read_rate():
+    """Return bytes per second that all cores together read from memory."""
+    workers = os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers) as pool:
+        return max(sum(pool.map(_read_memory, range(workers))) for _ in range(3))
+
+
+def _read_memory(_):
+    array = np.ones(32 << 20, np.float64)  # 256 MB, more than any cache
+    return array.nbytes / min(_seconds(array.sum) for _ in range(5))
+
+
+def _seconds(work):
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+# Telling
+
+
+def import_or_not_here(name):
+    try:
+        return __import__(name)
+    except ImportError:
+        raise NotHere(f"{name} is not installed") from None
+
+
+def machine():
+    """Describe this machine and the packages that were measured."""
+    found = {"cpu": _cpu_name(), "cores": os.cpu_count()}
+    found["python"] = platform.python_version()
+    for package in ("gpt-tf", "tensorflow", "tf_keras", "keras", "keras-nlp", "torch"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    vectors = ("avx512f", "avx2", "avx")
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    best = next((vector for vector in vectors if vector in flags), "")
+    return f"{names[0] if names else platform.machine()} {best}".strip()
+
+
+def print_machine():
+    console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
+
+
+def print_table(title, columns, rows):
+    """Print rows of text, the first column to the left and the others to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def save(name, value):
+    """Keep results as `benchmarks/results/NAME.json`, beside the machine's data."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {"machine": machine(), **value}
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    console.print(f"wrote {path.relative_to(Path(__file__).parent.parent)}")
