@@ -20,6 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 RESULTS = Path(__file__).parent / "results"
 
 # A table is never folded for want of a wide terminal.
@@ -143,7 +145,6 @@ def _answer(pipe, process):
 
 
 def _work(pipe, contender):
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     began = time.perf_counter()
     try:
         repeat = contender.make(*contender.arguments)

@@ -34,11 +34,20 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name):
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'gpt_tf' has no attribute {name!r}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'gpt_tf' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_PUBLIC[name])
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] == "gpt_tf":
+            raise
+        raise ModuleNotFoundError(
+            f"`gpt_tf.{name}` expects the package {error.name}, which is not "
+            "installed. Install it with: pip install 'gpt-tf[train]'",
+            name=error.name,
+        ) from error
+    globals()[name] = getattr(module, name)
+    return globals()[name]
 
 
 def __dir__():

@@ -122,6 +122,21 @@ def test_an_unknown_name_is_an_attribute_error():
         gpt_tf.GPTModle  # noqa: B018
 
 
+def test_a_missing_package_is_named_with_the_extra_that_brings_it():
+    code = (
+        "import json, sys\n"
+        "sys.modules['tensorflow'] = None\n"
+        "import gpt_tf\n"
+        "try:\n"
+        "    gpt_tf.GPTModel\n"
+        "except ModuleNotFoundError as error:\n"
+        "    print(json.dumps([error.name, str(error)]))"
+    )
+    name, message = answer_of(code)
+    assert name == "tensorflow"
+    assert "`gpt_tf.GPTModel`" in message and "gpt-tf[train]" in message
+
+
 def test_setup_reads_the_version_without_importing_and_needs_no_tensorflow(house):
     with (house / "gpt_tf/__init__.py").open("a") as stream:
         stream.write('\nraise RuntimeError("setup.py imported the package")\n')

@@ -1,0 +1,124 @@
+"""Draw the README's picture from what the benchmarks left in `results/`.
+
+python benchmarks/picture.py
+"""
+
+import json
+
+from harness import RESULTS, console
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+OURS, THEIRS, FLOOR = "#c2410c", "#8fa8c8", "#555555"
+
+
+def read(name):
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        raise SystemExit(f"{path.name} is missing: run benchmarks/{name}.py first.")
+    return json.loads(path.read_text("utf-8"))
+
+
+def draw_bars(axes, rows, floor, title, unit):
+    """Draw a bar per contender, ours in colour, and the floor as a line."""
+    names = [name for name, _ in rows]
+    values = [value for _, value in rows]
+    colours = [OURS if name.startswith("gpt_tf") else THEIRS for name in names]
+    bars = axes.barh(names, values, color=colours, height=0.65)
+    axes.bar_label(bars, labels=[f" {value:,.0f}" for value in values], fontsize=9)
+    axes.axvline(floor, color=FLOOR, linestyle=":", linewidth=1.5)
+    axes.set_xlim(0, 1.12 * max(*values, floor))
+    axes.text(
+        floor,
+        -0.62,
+        "the machine's limit ",
+        color=FLOOR,
+        fontsize=8,
+        ha="right" if floor > 0.5 * max(values) else "left",
+        va="bottom",
+    )
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(unit)
+
+
+def draw_training(axes, report, name, title):
+    shape = report["shapes"][name]
+    rows = [
+        (row["name"], row["median_ms"])
+        for row in shape["results"]
+        if "median_ms" in row
+    ]
+    draw_bars(axes, rows, shape["floor_ms"], title, "milliseconds a step")
+
+
+def draw_generation(axes, report):
+    rows = [
+        (row["name"], row["tokens_per_second"])
+        for row in report["results"]
+        if "tokens_per_second" in row
+    ]
+    draw_bars(
+        axes,
+        rows,
+        report["floor_tokens_per_second"],
+        "Generation, GPT-2 small, float32",
+        "tokens per second",
+    )
+
+
+def draw_quality(axes, report):
+    for name, results in report["runs"].items():
+        colour = OURS if name.startswith("gpt_tf") else THEIRS
+        for index, result in enumerate(results):
+            axes.plot(
+                [point["tokens"] / 1e6 for point in result["curve"]],
+                [point["loss"] for point in result["curve"]],
+                color=colour,
+                linewidth=1.3,
+                label=name if index == 0 else None,
+            )
+    published = report["published_loss"]
+    axes.axhline(published, color=FLOOR, linestyle=":", linewidth=1.5)
+    axes.text(0.19, published - 0.012, "nanoGPT's published end", va="top", fontsize=8)
+    axes.set_title("Tiny Shakespeare, by character", fontsize=10, loc="left")
+    axes.set_xlabel("million tokens seen")
+    axes.set_ylabel("validation loss, nats")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def main():
+    training, generation, quality = map(read, ("training", "generation", "quality"))
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    small, large = (training["shapes"][name]["shape"] for name in ("small", "large"))
+    draw_training(axes[0, 0], training, "small", f"Training, {describe(small)}")
+    draw_training(axes[0, 1], training, "large", f"Training, {describe(large)}")
+    draw_generation(axes[1, 0], generation)
+    draw_quality(axes[1, 1], quality)
+    for one in axes.flat:
+        for side in ("top", "right"):
+            one.spines[side].set_visible(False)
+        one.tick_params(labelsize=9)
+    machine = training["machine"]
+    figure.suptitle(
+        f"{machine['cores']} cores of {machine['cpu']}, "
+        f"TensorFlow {machine['tensorflow']}, PyTorch {machine['torch']}",
+        fontsize=9,
+        color=FLOOR,
+    )
+    path = RESULTS / "overview.png"
+    figure.savefig(path, dpi=110)
+    console.print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
+
+
+def describe(shape):
+    return (
+        f"{shape['num_layers']} layers, {shape['embedding_dim']} wide, "
+        f"vocabulary {shape['vocab_size']:,}"
+    )
+
+
+if __name__ == "__main__":
+    main()
