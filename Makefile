@@ -17,9 +17,9 @@ help: ## Say what can be made
 quickstart: $(VENV)/.train ## Train a GPT on Python's own sources and let it write
 	$(BIN)/gpt-tf train --preset quickstart --corpus python-stdlib --out $(RUN) --overwrite
 	@echo
-	@echo "What it writes after 'def ':"
+	@echo "What it writes after '    def __init__(self':"
 	@echo
-	$(BIN)/gpt-tf generate --model $(RUN) --prompt "def " --max-new-tokens 160 --seed 7
+	$(BIN)/gpt-tf generate --model $(RUN) --prompt "    def __init__(self" --max-new-tokens 200 --seed 7
 
 test: $(VENV)/.dev ## Run the default tests
 	$(BIN)/python -m pytest

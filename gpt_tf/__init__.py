@@ -28,6 +28,7 @@ _PUBLIC = {
     "open_corpus": "gpt_tf.text.corpus",
     "stream": "gpt_tf.models.decoding",
     "train": "gpt_tf.training",
+    "write_token_file": "gpt_tf.text.dataset",
 }
 
 __all__ = sorted(_PUBLIC)

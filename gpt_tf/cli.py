@@ -1,5 +1,6 @@
 """The command line: a verb per stage, no logic of its own."""
 
+import itertools
 import os
 import sys
 import tempfile
@@ -8,11 +9,25 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 from rich.console import Console
 
 from gpt_tf.errors import InputError
 
+
+class _Commands(typer.core.TyperGroup):
+    """Commands that say that they were interrupted, whatever version typer has."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            typer.echo("gpt-tf: interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -64,16 +79,31 @@ def train(
     ] = None,
     context_length: Annotated[int | None, typer.Option(help="Tokens seen.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout rate.")] = None,
+    tie_embeddings: Annotated[
+        bool | None, typer.Option(help="Score with the token table.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option(help="Parts in which a batch is computed.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="At its peak.")] = None,
+    final_learning_rate: Annotated[
+        float | None, typer.Option(help="At the end; a tenth of the peak.")
+    ] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of rise.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="On matrices.")] = None,
+    beta_2: Annotated[
+        float | None, typer.Option(help="Decay of Adam's second moment.")
+    ] = None,
+    global_clipnorm: Annotated[
+        float | None, typer.Option(help="Largest norm of the gradient.")
+    ] = None,
     validate_every: Annotated[
         int | None, typer.Option(help="Steps between validations.")
+    ] = None,
+    validation_batches: Annotated[
+        int | None, typer.Option(help="Batches per validation.")
     ] = None,
     patience: Annotated[
         int | None,
@@ -81,6 +111,9 @@ def train(
     ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.")
+    ] = None,
+    keep_checkpoints: Annotated[
+        int | None, typer.Option(help="Newest checkpoints that stay.")
     ] = None,
     sample_every: Annotated[
         int | None, typer.Option(help="Steps between samples of text.")
@@ -125,7 +158,8 @@ def train(
         out,
         resume=resume,
         overwrite=overwrite,
-        on_notice=Console(highlight=False).print,
+        # A notice may quote any text; none of it is rich's markup.
+        on_notice=Console(markup=False, emoji=False, highlight=False).print,
         **changes,
     )
     print_result(result)
@@ -164,8 +198,7 @@ def generate(
         )
 
     def answer(text):
-        sys.stdout.write(text)
-        for piece in decoding.stream(
+        pieces = decoding.stream(
             gpt,
             text,
             tokenizer=tokenizer,
@@ -176,10 +209,10 @@ def generate(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop or (),
-        ):
+        )
+        for piece in itertools.chain([text], pieces, ["\n"]):
             sys.stdout.write(piece)
             sys.stdout.flush()
-        sys.stdout.write("\n")
 
     if prompt is not None:
         answer(prompt)
@@ -200,24 +233,21 @@ def main():
     """Run the command line; what the user can mend is one line and status 2."""
     warnings.showwarning = _one_line
     try:
-        app(standalone_mode=True)
+        app(prog_name="gpt-tf")
     except InputError as error:
         if getattr(app, "debug", False):
             raise
-        typer.echo(f"gpt-tf: {error}", err=True)
+        _say(error)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if getattr(app, "debug", False) or error.name not in _EXTRAS:
+        package = (error.name or "").partition(".")[0]
+        if getattr(app, "debug", False) or package not in _EXTRAS:
             raise
-        typer.echo(
-            f"gpt-tf: this command expects the package {error.name}, which is not "
-            f"installed. Install it with: pip install 'gpt-tf[{_EXTRAS[error.name]}]'",
-            err=True,
+        _say(
+            f"this command expects the package {package}, which is not installed. "
+            f"Install it with: pip install 'gpt-tf[{_EXTRAS[package]}]'"
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("gpt-tf: interrupted", err=True)
-        sys.exit(130)
 
 
 _EXTRAS = dict.fromkeys(
@@ -246,7 +276,12 @@ def _import_tensorflow():
 
 def _one_line(message, category, filename, lineno, file=None, line=None):
     if category.__module__.startswith("gpt_tf"):
-        typer.echo(f"gpt-tf: {message}", err=True)
+        _say(message)
+
+
+def _say(message):
+    # What a library remarks within a message may run over several lines.
+    typer.echo(f"gpt-tf: {' '.join(str(message).splitlines())}", err=True)
 
 
 if __name__ == "__main__":

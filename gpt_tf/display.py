@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from gpt_tf import files
 
@@ -29,8 +30,8 @@ class TrainingProgress(keras.callbacks.Callback):
     def __init__(self, run, console=None):
         super().__init__()
         self.run = run
-        self.console = console or Console()
-        self.tokens_per_step = run.config.batch_size * run.config.context_length
+        # Plain lines in a notebook too: rich's bar would ask for ipywidgets there.
+        self.console = console or Console(force_jupyter=False)
         self.progress = None
         self.began = None
 
@@ -40,7 +41,7 @@ class TrainingProgress(keras.callbacks.Callback):
         model, config = self.run.model, self.run.config
         self.console.print(
             f"training {model.count_params():,} parameters on "
-            f"{config.steps * self.tokens_per_step:,} tokens, "
+            f"{config.steps * self.run.tokens_per_step:,} tokens, "
             f"{config.steps} steps; the first step compiles"
         )
         self.progress = Progress(
@@ -62,14 +63,12 @@ class TrainingProgress(keras.callbacks.Callback):
         now, step = time.perf_counter(), self.run.step
         if self.began is None:
             self.began = (now, step)
-            return
-        seconds = now - self.began[0]
-        speed = (step - self.began[1]) * self.tokens_per_step / max(seconds, 1e-9)
+        else:
+            tokens = (step - self.began[1]) * self.run.tokens_per_step
+            speed = tokens / max(now - self.began[0], 1e-9)
+            self.progress.update(self.task, speed=f"{speed:,.0f} tokens/s")
         self.progress.update(
-            self.task,
-            completed=step,
-            description=f"loss {logs['loss']:6.3f}",
-            speed=f"{speed:,.0f} tokens/s",
+            self.task, completed=step, description=f"loss {logs['loss']:6.3f}"
         )
         if step >= self.run.config.steps or self.model.stop_training:
             self.close()
@@ -104,8 +103,9 @@ def print_result(result, console=None):
     if result.validation_loss is not None:
         table.add_row("validation loss", f"{result.validation_loss:.4f} nats a token")
         table.add_row("validation perplexity", f"{result.validation_perplexity:.2f}")
-    table.add_row("model", str(result.out / "model"))
-    table.add_row("loss curve", str(result.out / "loss.png"))
+    # A path may hold brackets; none of it is rich's markup.
+    table.add_row("model", Text(str(result.out / "model")))
+    table.add_row("loss curve", Text(str(result.out / "loss.png")))
     (console or Console()).print(table)
 
 
@@ -127,7 +127,7 @@ def draw_history(history, path):
         [row["step"] for row in steps],
         [row["loss"] for row in steps],
         color="#8fa8c8",
-        label="training (mean since the last validation)",
+        label="training (mean of 10 steps)",
     )
     axes.plot(
         [row["step"] for row in validations],

@@ -160,7 +160,7 @@ def write_manifest(
         **facts: Anything else worth knowing, as JSON values.
 
     Returns:
-        The manifest as written.
+        The manifest as written, with a SHA-256 of its own content.
     """
     folder = Path(folder)
     manifest = {
@@ -175,6 +175,7 @@ def write_manifest(
         },
         **facts,
     }
+    manifest["sha256"] = _sha256_of_content(manifest)
     write_json(folder / MANIFEST_NAME, manifest)
     return manifest
 
@@ -190,8 +191,8 @@ def check_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        DamagedFileError: The manifest is missing or of another kind, or a file
-            is missing, truncated or altered.
+        DamagedFileError: The manifest is missing, altered or of another kind, or a
+            file is missing, truncated or altered.
     """
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST_NAME)
@@ -201,7 +202,12 @@ def check_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
             f"Expected a {kind} in {folder}. Received: {received!r}. "
             "Point to the folder that gpt_tf wrote."
         )
-    for name, facts in manifest.get("files", {}).items():
+    if manifest.get("sha256") != _sha256_of_content(manifest):
+        raise DamagedFileError(
+            f"{folder / MANIFEST_NAME} does not have the SHA-256 that it states: it "
+            "was altered, or another version of gpt_tf wrote it."
+        )
+    for name, facts in manifest["files"].items():
         file = folder / name
         if not file.is_file():
             raise DamagedFileError(f"The {kind} in {folder} lacks its file {name}.")
@@ -217,6 +223,13 @@ def check_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
                 "its bytes were altered."
             )
     return manifest
+
+
+def _sha256_of_content(manifest: dict[str, Any]) -> str:
+    facts = {name: value for name, value in manifest.items() if name != "sha256"}
+    # As JSON gives it back: keys as text, tuples as lists.
+    content = json.dumps(json.loads(json.dumps(facts)), sort_keys=True)
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()
 
 
 def _umask() -> int:

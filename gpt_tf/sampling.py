@@ -5,6 +5,7 @@ both wherever their logits agree.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -17,11 +18,12 @@ class Sampler:
 
     Args:
         temperature: Divides the logits; 0 always takes the likeliest token.
-        top_k: Choose among this many likeliest tokens, at least 1, or None.
-        top_p: Choose among the likeliest tokens that together have this
+        top_k: Choose among this many likeliest tokens, at least 1, or None. Of
+            tokens that are equally likely, the first count as likelier.
+        top_p: Choose among the fewest likeliest tokens that together have this
             probability, in (0, 1], or None.
         repetition_penalty: Above 1 makes tokens that occurred less likely; 1 is off.
-        seed: Seed of the choices; None takes a new one each time.
+        seed: Seed of the choices, at least 0; None takes a new one each time.
 
     Reference: Holtzman et al., "The Curious Case of Neural Text Degeneration",
     arXiv:1904.09751 (top-p); Keskar et al., "CTRL", arXiv:1909.05858 (penalty).
@@ -35,14 +37,23 @@ class Sampler:
 
     def __post_init__(self):
         checks = (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            (
+                "temperature",
+                0 <= self.temperature < math.inf,
+                "at least 0 and finite",
+            ),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             (
                 "top_p",
                 self.top_p is None or 0 < self.top_p <= 1,
                 "above 0 and at most 1, or None",
             ),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            (
+                "repetition_penalty",
+                0 < self.repetition_penalty < math.inf,
+                "above 0 and finite",
+            ),
+            ("seed", self.seed is None or self.seed >= 0, "at least 0, or None"),
         )
         for name, good, expected in checks:
             if not good:
@@ -70,8 +81,18 @@ class Sampler:
 
         Returns:
             The token's id.
+
+        Raises:
+            InputError: A logit is NaN or infinite; `-inf`, which rules a token out,
+                is allowed where another token is left.
         """
         logits = np.array(logits, np.float64)
+        if not np.isfinite(logits.max()):
+            raise InputError(
+                "Choosing a token expects finite logits. "
+                f"Received: {logits.max()} as the largest. The model's weights are "
+                "spoilt: train with a lower learning rate, or in float32."
+            )
         if self.repetition_penalty != 1.0 and len(seen):
             ids = np.unique(np.asarray(seen, np.int64))
             chosen = logits[ids]
@@ -82,21 +103,21 @@ class Sampler:
             )
         if self.temperature == 0:
             return int(np.argmax(logits))
-        probabilities = self._probabilities(logits / self.temperature)
-        return int(
-            np.searchsorted(
-                np.cumsum(probabilities), generator.random() * probabilities.sum()
-            )
-        )
+        # Their own last sum as the total: another order of addition may exceed it.
+        sums = np.cumsum(self._probabilities(logits))
+        return int(np.searchsorted(sums, generator.random() * sums[-1], side="right"))
 
     def _probabilities(self, logits):
         if self.top_k is not None and self.top_k < len(logits):
             smallest = np.partition(logits, -self.top_k)[-self.top_k]
-            logits = np.where(logits >= smallest, logits, -np.inf)
-        probabilities = np.exp(logits - logits.max())
+            kept = logits > smallest
+            kept[np.flatnonzero(logits == smallest)[: self.top_k - kept.sum()]] = True
+            logits = np.where(kept, logits, -np.inf)
+        with np.errstate(over="ignore"):  # a minute temperature
+            probabilities = np.exp((logits - logits.max()) / self.temperature)
         probabilities /= probabilities.sum()
         if self.top_p is not None and self.top_p < 1:
             order = np.argsort(-probabilities, kind="stable")
-            before = np.cumsum(probabilities[order]) - probabilities[order]
-            probabilities[order[before >= self.top_p]] = 0.0
+            count = np.searchsorted(np.cumsum(probabilities[order]), self.top_p) + 1
+            probabilities[order[count:]] = 0.0
         return probabilities

@@ -21,6 +21,7 @@ import errno
 import math
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -134,11 +135,30 @@ class TrainingConfig:
             "keep_checkpoints",
         ):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "patience", "checkpoint_every", "sample_every"):
+        for name in ("feedforward_dim", "validation_batches"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1, or None")
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "patience",
+            "checkpoint_every",
+            "sample_every",
+        ):
             self._check(name, getattr(self, name) >= 0, "at least 0")
+        final = self.final_learning_rate
+        self._check(
+            "final_learning_rate", final is None or final >= 0, "at least 0, or None"
+        )
         for name in ("learning_rate", "global_clipnorm"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        self._check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        for name in ("dropout", "beta_2"):
+            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self._check("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32")
+        width = self.embedding_dim
+        self._check(
+            "num_heads", self.num_heads <= width, f"at most `embedding_dim`, {width}"
+        )
         fraction = self.validation_fraction
         self._check("validation_fraction", 0 < fraction < 1, "between 0 and 1")
         precisions = ("float32", "mixed_bfloat16", "mixed_float16")
@@ -197,8 +217,8 @@ PRESETS = {
         context_length=64,
         batch_size=12,
         steps=2000,
-        learning_rate=1e-3,
-        final_learning_rate=1e-4,
+        learning_rate=4e-3,
+        final_learning_rate=0.0,
         warmup_steps=100,
         validate_every=250,
         validation_batches=None,
@@ -279,7 +299,11 @@ class TrainingResult:
 
     @property
     def validation_perplexity(self):
-        return None if self.validation_loss is None else math.exp(self.validation_loss)
+        return (
+            None
+            if self.validation_loss is None
+            else math.exp(min(self.validation_loss, 700.0))
+        )
 
 
 def train(
@@ -375,10 +399,10 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
         files.check_manifest(folder, "model")
     try:
         model = keras.models.load_model(file, compile=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # zipfile's, h5py's, TensorFlow's or Keras's own
         raise DamagedFileError(
             f"{file} cannot be loaded as a Keras model: {error}."
-        ) from None
+        ) from error
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return model, tokenizers.load_tokenizer(folder) if has_tokenizer else None
 
@@ -404,19 +428,38 @@ def save_model(model, tokenizer, folder: str | Path, **facts) -> None:
 
 
 def _start_run(config, out, overwrite, strategy, notice):
-    """Prepare tokens and configuration beside `out`, then move them in."""
+    """Let the chief prepare the run, from which all workers then read."""
+    strategies.on_chief(strategy, lambda: _prepare(config, out, overwrite, notice))
+    if not (out / "run.json").is_file():
+        raise InputError(
+            f"This worker expects the run that the chief prepared in {out}; there is "
+            "none. Name a folder that all workers share."
+        )
+
+
+def _prepare(config, out, overwrite, notice):
+    """Write tokens and configuration beside `out`, then move them in."""
     _refuse_foreign_folder(out, overwrite)
-    if not strategies.is_chief(strategy):
-        return
     text = corpora.open_corpus(
         list(config.corpus) if isinstance(config.corpus, tuple) else config.corpus,
         validation_fraction=config.validation_fraction,
         on_notice=notice,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise InputError(
+            f"The run's folder {out} cannot be written: {error.strerror}. "
+            "Choose another."
+        ) from None
     try:
         tokenizer = _prepare_tokenizer(config, text, notice)
+        if config.sample_every and not tokenizer.encode(config.sample_prompt):
+            raise InputError(
+                "`sample_prompt` expects at least one token. "
+                f"Received: {config.sample_prompt!r}."
+            )
         tokenizer.save(staging)
         notice(f"encoding {text.name} with a vocabulary of {tokenizer.vocab_size}")
         for split in ("train", "validation"):
@@ -546,12 +589,23 @@ class _Run:
             for split in ("train", "validation")
         }
         for windows in self.windows.values():
-            windows.token_file.check_fits(self.tokenizer.vocab_size)
+            self._check_tokens(windows.token_file)
         self.step = 0
+        self.tokens_per_step = config.batch_size * config.context_length
         self.history = {"steps": [], "validations": []}
         self.best = {"loss": None, "step": 0, "waited": 0}
         self.best_weights = None
         self.model = self._build()
+
+    def _check_tokens(self, token_file):
+        token_file.check_fits(self.tokenizer.vocab_size)
+        written_with = token_file.manifest.get("tokenizer_fingerprint")
+        if written_with != self.tokenizer.fingerprint():
+            raise InputError(
+                f"{token_file.path} expects the tokenizer that it was written with. "
+                f"Received: another one in {self.out}. Put the right tokenizer.json "
+                "back, or start again with --overwrite."
+            )
 
     def _build(self):
         config = self.config
@@ -588,6 +642,8 @@ class _Run:
                 gradient_accumulation_steps=config.gradient_accumulation_steps,
             )
             model.optimizer.build(model.trainable_variables)
+        # Every replica reports the whole batch: several workers' are not to be added.
+        model.distribute_reduction_method = "first"
         return model
 
     def train(self, callbacks, resume):
@@ -602,10 +658,19 @@ class _Run:
                     str(self.out / "logs"), update_freq=10, profile_batch=0
                 )
             )
-        if self.verbose and self.is_chief:
-            from gpt_tf.display import TrainingProgress
+        if not (self.verbose and self.is_chief):
+            self._fit(own + callbacks)
+            return self._finish()
+        from gpt_tf.display import TrainingProgress
 
-            own.append(TrainingProgress(self))
+        progress = TrainingProgress(self)
+        try:
+            self._fit([*own, progress, *callbacks])
+        finally:
+            progress.close()
+        return self._finish()
+
+    def _fit(self, callbacks):
         validation = self._distribute(
             lambda shards, shard: self.windows["validation"].dataset(
                 repeat=False,
@@ -628,12 +693,11 @@ class _Run:
                 steps_per_epoch=length,
                 validation_data=validation,
                 validation_steps=self._validation_steps(),
-                callbacks=own + callbacks,
+                callbacks=callbacks,
                 verbose=0,
             )
             if self.model.stop_training:
                 break
-        return self._finish()
 
     def _segments(self):
         """Yield (start, stop, epoch length) of the calls of `fit` that are left.
@@ -679,22 +743,30 @@ class _Run:
             loss = self.best["loss"]
         elif validations:
             loss = validations[-1]["loss"]
-        if self.is_chief:
-            files.write_json(self.out / "history.json", self.history)
-            if (self.out / "model").exists():
-                shutil.rmtree(self.out / "model")
-            save_model(
-                self.model,
-                self.tokenizer,
-                self.out / "model",
-                step=self.step,
-                validation_loss=loss,
-                made_from={"run": files.sha256_of(self.out / "run.json")},
-            )
-            from gpt_tf.display import draw_history
-
-            draw_history(self.history, self.out / "loss.png")
+        # A worker that left at once would be taken for a crashed one.
+        strategies.on_chief(self.strategy, lambda: self._write_results(loss))
         return TrainingResult(self.model, self.tokenizer, self.history, self.out, loss)
+
+    def _write_results(self, loss):
+        from gpt_tf.display import draw_history
+
+        files.write_json(self.out / "history.json", self.history)
+        if (self.out / "model").exists():
+            shutil.rmtree(self.out / "model")
+        model = self.model
+        if strategies.is_multi_worker(self.strategy):
+            # Keras would save metrics too, and to read one takes all workers.
+            model = GPTModel.from_config(model.get_config())
+            model.set_weights(self.model.get_weights())
+        save_model(
+            model,
+            self.tokenizer,
+            self.out / "model",
+            step=self.step,
+            validation_loss=loss,
+            made_from={"run": files.sha256_of(self.out / "run.json")},
+        )
+        draw_history(self.history, self.out / "loss.png")
 
     # Checkpoints
 
@@ -815,20 +887,51 @@ class _Recorder(keras.callbacks.Callback):
     def __init__(self, run):
         super().__init__()
         self.run = run
+        self.began = self.now = (0.0, 0)
+        self.sums = {}
+
+    @property
+    def tokens_per_second(self):
+        """Speed since the first step of the epoch, which may have compiled."""
+        seconds, steps = np.subtract(self.now, self.began)
+        return float(steps * self.run.tokens_per_step / seconds) if steps else 0.0
 
     def on_train_batch_end(self, batch, logs=None):
         run = self.run
         run.step += 1
+        self.now = (time.perf_counter(), run.step)
+        if batch == 0:
+            self.began = self.now
+            self.sums = {}
         if run.step % 10 == 0 or run.step == 1:
-            # Keras's metrics are means since the epoch began.
-            logs = {key: float(value) for key, value in (logs or {}).items()}
-            run.history["steps"].append({"step": run.step, **logs})
+            run.history["steps"].append(
+                {"step": run.step, **self._means(batch + 1, logs or {})}
+            )
+
+    def _means(self, count, logs):
+        """Return the means since they were last asked for.
+
+        Keras's own are since the epoch began, and would hide how the loss falls.
+        """
+        before = self.sums.get("count", 0)
+        sums = {
+            key: float(logs[key]) * count
+            for key in ("loss", "token_accuracy")
+            if key in logs
+        }
+        means = {
+            key: (total - self.sums.get(key, 0.0)) / (count - before)
+            for key, total in sums.items()
+        }
+        self.sums = {"count": count, **sums}
+        return means
 
     def on_epoch_end(self, epoch, logs=None):
         run, logs = self.run, logs or {}
         if "val_loss" not in logs:
             return
         loss = float(logs["val_loss"])
+        logs["tokens_per_second"] = self.tokens_per_second
         run.history["validations"].append(
             {
                 "step": run.step,
@@ -836,6 +939,7 @@ class _Recorder(keras.callbacks.Callback):
                 "perplexity": math.exp(min(loss, 700.0)),
                 "token_accuracy": float(logs.get("val_token_accuracy", float("nan"))),
                 "train_loss": float(logs.get("loss", float("nan"))),
+                "tokens_per_second": self.tokens_per_second,
             }
         )
         better = run.best["loss"] is None or loss < run.best["loss"]
@@ -900,4 +1004,4 @@ class _Sampler(keras.callbacks.Callback):
                 temperature=0.8,
                 seed=run.config.seed,
             )
-        run.notice(f"step {run.step}: {text!r}")
+        run.notice(f"step {run.step} writes:\n{run.config.sample_prompt}{text}\n")

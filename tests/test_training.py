@@ -284,7 +284,24 @@ def test_samples_are_written_while_training(tiny, tmp_path):
     notices = []
     config = dataclasses.replace(tiny, sample_every=10, sample_prompt="the")
     run(config, tmp_path / "run", on_notice=notices.append)
-    assert sum(line.startswith("step 10:") for line in notices) == 1
+    assert sum(line.startswith("step 10 writes:\nthe") for line in notices) == 1
+
+
+def test_recorded_losses_are_means_since_the_last_record(tiny, tmp_path):
+    losses = []
+
+    class PerStep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            losses.append((batch, float(logs["loss"])))
+
+    config = dataclasses.replace(tiny, steps=30, validate_every=30)
+    result = run(config, tmp_path / "run", callbacks=[PerStep()])
+    sums = np.array([(batch + 1) * mean for batch, mean in losses])
+    expected = [sums[0], (sums[9] - sums[0]) / 9]
+    expected += [(sums[19] - sums[9]) / 10, (sums[29] - sums[19]) / 10]
+    found = [row["loss"] for row in result.history["steps"]]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert result.history["validations"][0]["tokens_per_second"] > 0
 
 
 def test_an_existing_run_is_not_overwritten_unasked(trained, tiny):

@@ -117,7 +117,7 @@ def prefill(model, tokens, starts, caches):
     Returns:
         Logits of the last position `(B, V)`, and the caches.
     """
-    logits, caches = _compiled(model, "prefill")(tokens, 0, starts, caches)
+    logits, caches = _run(model, tokens, 0, starts, caches)
     return logits[:, -1], caches
 
 
@@ -134,29 +134,41 @@ def decode(model, tokens, position, starts, caches):
     Returns:
         Logits `(B, V)`, and the caches with one more row.
     """
-    logits, caches = _compiled(model, "decode")(
-        tokens[:, tf.newaxis], position, starts, caches
-    )
+    logits, caches = _run(model, tokens[:, tf.newaxis], position, starts, caches)
     return logits[:, 0], caches
 
 
-def _compiled(model, name):
-    """Return the cached forward pass compiled by XLA, kept with its model."""
+def _compiled(model, caches, num_tokens):
+    """Return the cached forward pass for these shapes, compiled by XLA.
+
+    It is kept with its model. A trace per shape is meant, so the traces are kept
+    here and not in a `tf.function`, which warns of many.
+    """
     functions = model.__dict__.setdefault("_decoding_functions", {})
-    if name not in functions:
+    batch_size, _, capacity, _ = caches[0].shape
+    key = (batch_size, num_tokens, capacity)
+    if key not in functions:
 
         def run(tokens, position, starts, caches):
             with operations.inside_xla():
                 return forward_cached(model, tokens, position, starts, caches)
 
-        compiled = tf.function(run, jit_compile=True, autograph=False)
-        functions[name] = lambda tokens, position, starts, caches: compiled(
-            tf.cast(tokens, tf.int32),
-            tf.constant(position, tf.int32),
-            tf.cast(starts, tf.int32),
-            caches,
+        functions[key] = tf.function(
+            run, jit_compile=True, autograph=False
+        ).get_concrete_function(
+            tf.TensorSpec([batch_size, num_tokens], tf.int32),
+            tf.TensorSpec([], tf.int32),
+            tf.TensorSpec([batch_size], tf.int32),
+            [tf.TensorSpec(cache.shape, cache.dtype) for cache in caches],
         )
-    return functions[name]
+    return functions[key]
+
+
+def _run(model, tokens, position, starts, caches):
+    tokens = tf.cast(tokens, tf.int32)
+    return _compiled(model, caches, tokens.shape[1])(
+        tokens, tf.constant(position, tf.int32), tf.cast(starts, tf.int32), caches
+    )
 
 
 def generate(
@@ -198,7 +210,7 @@ def generate(
         InputError: A prompt or an option cannot be used.
 
     Example:
-        >>> generate(model, "def ", tokenizer=tokenizer, max_new_tokens=20, seed=1)
+        >>> generate(model, "def", tokenizer=tokenizer, max_new_tokens=20, seed=1)
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
     if max_new_tokens < 0:

@@ -7,6 +7,7 @@ written directly, `config.json` and `model.safetensors`; pickles are never opene
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import safetensors.numpy
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models.gpt import GPTModel
+from gpt_tf.text.tokenizer import BPETokenizer
 
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
@@ -169,10 +171,35 @@ def from_preset(preset: str, **changes) -> GPTModel:
     Raises:
         InputError: There is no such preset, or no network to fetch it over.
     """
+    return from_keras_hub(_load_preset("GPT2Backbone", preset), **changes)
+
+
+def tokenizer_from_preset(preset: str) -> BPETokenizer:
+    """Read the tokenizer that belongs to a KerasHub preset of GPT-2.
+
+    Args:
+        preset: As for `from_preset`.
+
+    Raises:
+        InputError: There is no such preset, or no network to fetch it over.
+
+    Example:
+        >>> model = from_preset("gpt2_base_en")
+        >>> tokenizer = tokenizer_from_preset("gpt2_base_en")
+        >>> generate(model, "A GPT is", tokenizer=tokenizer, max_new_tokens=20)
+    """
+    theirs = _load_preset("GPT2Tokenizer", preset)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_assets(folder)
+        vocabulary, merges = Path(folder, "vocabulary.json"), Path(folder, "merges.txt")
+        return BPETokenizer.from_gpt2_files(vocabulary, merges)
+
+
+def _load_preset(kind, preset):
     import keras_nlp
 
     try:
-        backbone = keras_nlp.models.GPT2Backbone.from_preset(preset)
+        return getattr(keras_nlp.models, kind).from_preset(preset)
     except Exception as error:
         raise InputError(
             f"The preset {preset!r} could not be loaded: "
@@ -180,7 +207,6 @@ def from_preset(preset: str, **changes) -> GPTModel:
             "A named preset is downloaded and needs a network; without one, name a "
             "folder that KerasHub's `save_to_preset` wrote."
         ) from None
-    return from_keras_hub(backbone, **changes)
 
 
 def from_keras_hub(backbone, **changes) -> GPTModel:

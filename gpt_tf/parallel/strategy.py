@@ -1,7 +1,9 @@
 """Data parallelism: every device computes a part of each batch (article 3.1)."""
 
+import itertools
 import json
 import os
+import re
 
 import tensorflow as tf
 
@@ -69,7 +71,7 @@ def make_strategy(name="auto"):
         name = _best_strategy()
     if name == "multi_worker":
         read_tf_config()
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        return _multi_worker_strategy()
     if name == "mirrored":
         _use_fresh_collective_keys()
         return tf.distribute.MirroredStrategy(_local_devices())
@@ -103,7 +105,10 @@ def read_tf_config():
         cluster = {
             kind: list(addresses) for kind, addresses in config["cluster"].items()
         }
-        kind, index = config["task"]["type"], int(config["task"]["index"])
+        kind, index = str(config["task"]["type"]), int(config["task"]["index"])
+        for address in itertools.chain(*cluster.values()):
+            if not re.fullmatch(r".+:\d{1,5}", address):
+                raise ValueError(f"{address!r} is no host:port")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "TF_CONFIG expects JSON with a cluster and a task. "
@@ -130,6 +135,41 @@ def is_chief(strategy):
     return resolver.task_type == "worker" and resolver.task_id == 0 and not has_chief
 
 
+def on_chief(strategy, prepare):
+    """Let the chief do something while the other workers wait until it is done.
+
+    Args:
+        strategy: The strategy of this process; alone, a process is the chief.
+        prepare: Called without arguments, on the chief only.
+
+    Raises:
+        InputError: This is another worker, and `prepare` failed on the chief.
+    """
+    failed = 1.0
+    try:
+        if is_chief(strategy):
+            prepare()
+        failed = 0.0
+    finally:
+        if is_multi_worker(strategy):
+            # No worker has this sum before all have given their part.
+            failed = strategy.reduce(
+                tf.distribute.ReduceOp.SUM,
+                strategy.run(tf.function(lambda: tf.constant(failed))),
+                axis=None,
+            )
+    if failed:
+        raise InputError(
+            "This worker expects the chief to prepare the run, but the chief failed. "
+            "Mend what its own message says, then start all workers again."
+        )
+
+
+def is_multi_worker(strategy):
+    """Whether other processes, each with its own `TF_CONFIG`, take part."""
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
 def _use_fresh_collective_keys():
     """Keep a new MirroredStrategy apart from earlier ones of this process.
 
@@ -152,6 +192,18 @@ def _best_strategy():
 def _local_devices():
     gpus = tf.config.list_logical_devices("GPU")
     return [d.name for d in gpus or tf.config.list_logical_devices("CPU")]
+
+
+def _multi_worker_strategy():
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+        raise InputError(
+            "The strategy multi_worker expects a cluster that TensorFlow can join, "
+            "before anything else uses TensorFlow in this process. "
+            f"Received: {str(error).splitlines()[0]}. Check TF_CONFIG and that every "
+            "worker runs."
+        ) from None
 
 
 def _tpu_strategy():

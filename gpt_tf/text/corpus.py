@@ -31,6 +31,8 @@ SHAKESPEARE_URL = (
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
+# Generated tables, an eighth of the text: of characters, and of help texts.
+_TABLE_FOLDERS = {"encodings", "pydoc_data"}
 _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 
 # What Python's `surrogateescape` makes of a byte that is not UTF-8.
@@ -144,8 +146,8 @@ def open_corpus(
 
     Args:
         source: `"python-stdlib"`, the sources of the running interpreter's standard
-            library without its tests; `"shakespeare"`, downloaded and checked; or
-            one or more paths of UTF-8 files and folders.
+            library without its tests and generated tables; `"shakespeare"`, downloaded
+            and checked; or one or more paths of UTF-8 files and folders.
         validation_fraction: Share of the text to hold out, in (0, 1). Files are
             assigned by a hash of their path in the folder, so that a file stays in
             its split when others come and go; a corpus of one file is cut near that
@@ -242,7 +244,7 @@ def download_shakespeare(
 
 def _stdlib_files() -> list[_Part]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = _TEST_FOLDERS | _FOREIGN_FOLDERS
+    left_out = _TEST_FOLDERS | _TABLE_FOLDERS | _FOREIGN_FOLDERS
     found = [
         _Part(path.relative_to(root).as_posix(), path)
         for path in _walk(

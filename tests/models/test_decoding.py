@@ -207,3 +207,14 @@ def test_generation_issues_no_warning(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decoding.generate(model, [1, 2, 3], max_new_tokens=3, seed=1)
+
+
+def test_many_shapes_are_compiled_without_a_remark_on_retracing(model, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        tf.get_logger(), "warning", lambda line, *rest: said.append(line % rest)
+    )
+    for length in (1, 5, 12):
+        for rows in (1, 2, 3):
+            decoding.generate(model, [[1] * length] * rows, max_new_tokens=1)
+    assert not said

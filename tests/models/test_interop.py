@@ -7,6 +7,7 @@ import safetensors.numpy
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models import interop
 from gpt_tf.models.gpt import GPTModel
+from gpt_tf.text.tokenizer import BPETokenizer
 
 
 @pytest.fixture
@@ -49,9 +50,27 @@ def test_a_preset_saved_locally_loads(model, windows_of, tmp_path):
     np.testing.assert_allclose(again(tokens), model(tokens), atol=1e-5)
 
 
+def test_a_preset_brings_its_tokenizer(make_model, tmp_path):
+    import keras_nlp
+
+    ours = BPETokenizer.train(["the quick brown fox " * 50], 270)
+    ours.save_gpt2_files(tmp_path)
+    preset = str(tmp_path / "preset")
+    interop.to_keras_hub(make_model(vocab_size=270)).save_to_preset(preset)
+    keras_nlp.models.GPT2Tokenizer(
+        vocabulary=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt")
+    ).save_to_preset(preset)
+    text = "the quick brown fox, na\u00efve"
+    again = interop.tokenizer_from_preset(preset)
+    assert again.encode(text) == ours.encode(text)
+    assert again.end_of_text_id == ours.end_of_text_id
+
+
 def test_a_preset_that_is_not_there_says_what_to_do(tmp_path):
     with pytest.raises(InputError, match="network"):
         GPTModel.from_preset(str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="network"):
+        interop.tokenizer_from_preset(str(tmp_path / "nothing"))
 
 
 def test_hugging_face_files_round_trip(model, folder, windows_of):
