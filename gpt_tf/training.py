@@ -642,8 +642,6 @@ class _Run:
                 gradient_accumulation_steps=config.gradient_accumulation_steps,
             )
             model.optimizer.build(model.trainable_variables)
-        # Every replica reports the whole batch: several workers' are not to be added.
-        model.distribute_reduction_method = "first"
         return model
 
     def train(self, callbacks, resume):

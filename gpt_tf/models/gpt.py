@@ -279,6 +279,8 @@ class GPTModel(keras.Model):
             **kwargs,
         )
         self._token_metrics = TokenMetrics() if self._sums_tokens else None
+        # Every replica reports the whole batch: several workers' are not to be added.
+        self.distribute_reduction_method = "first" if self._sums_tokens else "auto"
 
     def get_compile_config(self):
         if not self._is_compiled:

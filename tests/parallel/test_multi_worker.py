@@ -1,0 +1,212 @@
+"""Two processes on this machine train as one, and only the chief writes."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gpt_tf import training
+from gpt_tf.errors import InputError
+from gpt_tf.parallel import strategy as strategies
+from gpt_tf.training import PRESETS, TrainingConfig
+
+WORKER = """
+import json, os, sys
+
+options = json.loads(sys.argv[1])
+touched = []
+
+def watch(event, arguments):
+    if event == "open":
+        path, _, flags = arguments
+        if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+    elif event not in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"):
+        return
+    if str(arguments[0]).startswith(options["around"]):
+        touched.append(str(arguments[0]))
+
+sys.addaudithook(watch)
+
+import tf_keras as keras
+from gpt_tf import training
+from gpt_tf.errors import InputError
+
+class Interruption(keras.callbacks.Callback):
+    left = options["stop"]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+answer = {"pid": os.getpid()}
+try:
+    result = training.train(
+        options["config"] and training.TrainingConfig(**options["config"]),
+        options["out"],
+        resume=options["config"] is None,
+        callbacks=[Interruption()],
+        on_notice=lambda line: None,
+        verbose=False,
+    )
+    answer["sums"] = [float(abs(w).sum()) for w in result.model.get_weights()]
+    answer["history"] = result.history
+except (InputError, KeyboardInterrupt) as error:
+    answer["error"] = f"{type(error).__name__}: {error}"
+print(json.dumps({**answer, "touched": touched}))
+"""
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for opened in sockets:
+            opened.bind(("localhost", 0))
+        return [opened.getsockname()[1] for opened in sockets]
+
+
+def run_workers(out, config, stop=0):
+    """Train in two processes, or go on without a `config`; return their answers."""
+    options = {
+        "around": str(out.parent),
+        "out": str(out),
+        "config": config and dataclasses.asdict(config),
+        "stop": stop,
+    }
+    workers = [f"localhost:{port}" for port in free_ports(2)]
+    processes = []
+    for index in range(2):
+        task = {"type": "worker", "index": index}
+        cluster = json.dumps({"cluster": {"worker": workers}, "task": task})
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER, json.dumps(options)],
+                env={**os.environ, "TF_CONFIG": cluster},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        answers = []
+        for process in processes:
+            written, errors = process.communicate(timeout=400)
+            assert process.returncode == 0, errors[-3000:]
+            answers.append(json.loads(written.splitlines()[-1]))
+        return answers
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture
+def config(corpus_folder):
+    return dataclasses.replace(
+        PRESETS["tiny"],
+        corpus=str(corpus_folder),
+        vocab_size=270,
+        context_length=16,
+        steps=6,
+        validate_every=3,
+        checkpoint_every=2,
+        strategy="multi_worker",
+    )
+
+
+def assert_equals_one_device(out, answers, config, other):
+    alone = training.train(
+        dataclasses.replace(config, strategy="one_device"),
+        other,
+        verbose=False,
+        on_notice=lambda line: None,
+    )
+    model, _ = training.load_model(out)
+    for a, b in zip(model.get_weights(), alone.model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    chief, worker = answers
+    assert chief["sums"] == worker["sums"]
+    for key in ("steps", "validations"):
+        losses = [
+            [(row["step"], row["loss"]) for row in history[key]]
+            for history in (chief["history"], alone.history)
+        ]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def assert_only_the_chief_wrote(out, answers):
+    chief, worker = answers
+    assert chief["touched"]
+    assert worker["touched"] == []
+    # TensorBoard writes past Python, and names the process.
+    events = [path.name for path in out.rglob("*tfevents*")]
+    assert events
+    assert all(f".{chief['pid']}." in name for name in events)
+
+
+@pytest.mark.slow
+def test_two_workers_train_the_same_model_as_one_device(config, tmp_path):
+    out = tmp_path / "shared" / "run"
+    answers = run_workers(out, config)
+    assert_equals_one_device(out, answers, config, tmp_path / "alone")
+    assert_only_the_chief_wrote(out, answers)
+    another = dataclasses.replace(config, seed=1)
+    with pytest.raises(AssertionError):
+        assert_equals_one_device(out, answers, another, tmp_path / "another")
+
+
+@pytest.mark.slow
+def test_two_workers_go_on_where_they_were_interrupted(config, tmp_path):
+    out = tmp_path / "shared" / "run"
+    for answer in run_workers(out, config, stop=5):
+        assert answer["error"].startswith("KeyboardInterrupt")
+    names = sorted(os.listdir(out / "checkpoints"))
+    assert names == ["step-00000002", "step-00000004"]
+    answers = run_workers(out, None)
+    assert_equals_one_device(out, answers, config, tmp_path / "alone")
+
+
+def test_when_the_chief_cannot_start_no_worker_waits_for_it(config, tmp_path):
+    out = tmp_path / "shared" / "run"
+    out.mkdir(parents=True)
+    (out / "thesis.txt").write_text("precious")
+    chief, worker = run_workers(out, config)
+    assert "InputError: The folder" in chief["error"]
+    assert "InputError: This worker expects the chief" in worker["error"]
+    assert os.listdir(out) == ["thesis.txt"]
+
+
+def test_alone_a_process_is_the_chief():
+    strategy = strategies.make_strategy("one_device")
+    done = []
+    strategies.on_chief(strategy, lambda: done.append(True))
+    assert done == [True]
+    with pytest.raises(InputError, match="its own"):
+        strategies.on_chief(strategy, fail)
+
+
+def fail():
+    raise InputError("its own")
+
+
+def test_a_worker_without_the_shared_folder_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(strategies, "is_chief", lambda strategy: False)
+    config = TrainingConfig(strategy="one_device")
+    with pytest.raises(InputError, match="folder that all workers share"):
+        training.train(config, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_strategy_that_comes_too_late_is_refused(monkeypatch):
+    task = {"type": "worker", "index": 0}
+    cluster = {"cluster": {"worker": ["localhost:1"]}, "task": task}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
+    strategies.make_strategy("one_device")
+    with pytest.raises(InputError, match="before anything else uses TensorFlow"):
+        strategies.make_strategy("multi_worker")

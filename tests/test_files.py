@@ -1,0 +1,207 @@
+import contextlib
+import json
+import os
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt_tf import files
+from gpt_tf.errors import DamagedFileError, InputError
+
+
+class Accident(BaseException):
+    """Not an `Exception`, as a KeyboardInterrupt is not."""
+
+
+@contextlib.contextmanager
+def umask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.fixture
+def described(tmp_path):
+    """A folder of two files and its manifest."""
+    folder = tmp_path / "described"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "weights.bin").write_bytes(bytes(range(256)))
+    (folder / "deep" / "empty").touch()
+    names = ["weights.bin", "deep/empty"]
+    files.write_manifest(folder, "thing", names, step=7, loss=0.1, shape=(2, 3))
+    return folder
+
+
+# Whole or nothing
+
+
+@pytest.mark.parametrize("mode", ["w", "wb"])
+def test_a_file_is_whole_or_unchanged(tmp_path, mode):
+    path = tmp_path / "deep" / "notes.txt"
+    old, new = ("old", "neu\u00e9") if mode == "w" else (b"old", b"\xffnew")
+    with files.atomic_file(path, mode) as file:
+        file.write(old)
+    with pytest.raises(Accident), files.atomic_file(path, mode) as file:
+        file.write(new)
+        raise Accident
+    assert path.read_bytes() == b"old"
+    with files.atomic_file(path, mode) as file:
+        file.write(new)
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == (new.encode() if mode == "w" else new)
+    assert os.listdir(path.parent) == ["notes.txt"]
+
+
+def test_a_file_that_cannot_be_renamed_leaves_nothing(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError), files.atomic_file(tmp_path / "taken") as file:
+        file.write(b"new")
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    path = tmp_path / "deep" / "folder"
+    with pytest.raises(Accident), files.atomic_folder(path) as temporary:
+        (temporary / "half").write_text("half")
+        raise Accident
+    assert os.listdir(path.parent) == []
+    with files.atomic_folder(path) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "whole").write_text("whole")
+        assert not path.exists()
+    assert (path / "inner" / "whole").read_text() == "whole"
+    assert os.listdir(path.parent) == ["folder"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_folder_never_replaces_anything(tmp_path, kind):
+    path = tmp_path / "taken"
+    path.touch() if kind == "file" else path.mkdir()
+    message = "something stands there"
+    with pytest.raises(InputError, match=message), files.atomic_folder(path):
+        pass
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_permissions_follow_the_umask(tmp_path, mask):
+    with umask(mask):
+        with files.atomic_file(tmp_path / "file"):
+            pass
+        with files.atomic_folder(tmp_path / "folder"):
+            pass
+        assert os.umask(mask) == mask
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+# JSON
+
+
+def test_json_comes_back_as_it_was(tmp_path):
+    value = {"b": [1, 2.5, None], "a": "\u00e9\u4e2d", "c": {"nested": True}}
+    files.write_json(tmp_path / "value.json", value)
+    assert files.read_json(tmp_path / "value.json") == value
+    text = (tmp_path / "value.json").read_text("utf-8")
+    assert text.index('"a"') < text.index('"b"')
+    assert "\u4e2d" in text
+
+
+def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
+    files.write_json(tmp_path / "value.json", 1)
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "value.json", {"key": object()})
+    assert files.read_json(tmp_path / "value.json") == 1
+    assert os.listdir(tmp_path) == ["value.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", None])
+def test_what_is_no_json_is_damaged(tmp_path, content):
+    path = tmp_path / "value.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"value\.json"):
+        files.read_json(path)
+
+
+# Manifests
+
+
+def test_a_sound_folder_passes_and_gives_its_facts(described):
+    manifest = files.check_manifest(described, "thing")
+    assert manifest["step"] == 7
+    assert manifest["shape"] == [2, 3]
+    assert manifest["versions"] == files.versions()
+    assert manifest["files"]["weights.bin"]["size_bytes"] == 256
+    assert manifest["files"]["deep/empty"]["sha256"] == files.sha256_of(os.devnull)
+
+
+def test_a_folder_passes_wherever_it_lies(described, tmp_path):
+    shutil.move(described, tmp_path / "elsewhere")
+    files.check_manifest(tmp_path / "elsewhere", "thing")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "weights.bin").write_bytes(b"short"), "truncated"),
+        (lambda f: (f / "weights.bin").write_bytes(bytes(256)), "SHA-256"),
+        (lambda f: (f / "deep" / "empty").write_bytes(b"more"), "should have 0 bytes"),
+        (lambda f: (f / "deep" / "empty").unlink(), "lacks its file deep/empty"),
+        (lambda f: (f / "manifest.json").unlink(), "none is there"),
+        (lambda f: (f / "manifest.json").write_text("{"), "Expected JSON"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "Expected a thing"),
+        (lambda f: (f / "manifest.json").write_text('{"kind": "thing"}'), "SHA-256"),
+        (lambda f: shutil.rmtree(f), "none is there"),
+    ],
+)
+def test_damage_is_noticed_and_named(described, damage, message):
+    damage(described)
+    with pytest.raises(DamagedFileError, match=message):
+        files.check_manifest(described, "thing")
+
+
+def test_another_kind_is_refused(described):
+    with pytest.raises(DamagedFileError, match=r"Expected a model .* 'thing'"):
+        files.check_manifest(described, "model")
+
+
+@pytest.mark.parametrize("fact", ["step", "files", "versions"])
+def test_an_altered_or_missing_fact_is_noticed(described, fact):
+    path = described / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for changed in ({**manifest, fact: 8}, {**manifest, "new": 1}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(DamagedFileError, match="was altered"):
+            files.check_manifest(described, "thing")
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if k != fact}))
+    with pytest.raises(DamagedFileError, match="was altered"):
+        files.check_manifest(described, "thing")
+    path.write_text(json.dumps(manifest))  # its layout is of no matter
+    files.check_manifest(described, "thing")
+
+
+@given(data=st.binary(min_size=1, max_size=200), choice=st.data())
+def test_any_flipped_bit_of_a_file_or_its_manifest_is_noticed(
+    tmp_path_factory, data, choice
+):
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "data").write_bytes(data)
+    files.write_manifest(folder, "thing", ["data"], loss=float("nan"), step=3)
+    path = folder / choice.draw(st.sampled_from(["data", "manifest.json"]))
+    content = bytearray(path.read_bytes())
+    index = choice.draw(st.integers(0, len(content) - 1))
+    content[index] ^= 1 << choice.draw(st.integers(0, 7))
+    before = files.read_json(folder / "manifest.json")
+    path.write_bytes(content)
+    try:
+        after = files.check_manifest(folder, "thing")
+    except DamagedFileError:
+        return
+    # White space between the facts is all that may change unnoticed.
+    assert path.name == "manifest.json"
+    assert json.dumps(after) == json.dumps(before)
