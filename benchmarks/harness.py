@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -24,8 +25,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 RESULTS = Path(__file__).parent / "results"
 
-# A table is never folded for want of a wide terminal.
-console = Console(highlight=False, soft_wrap=True)
+# In a file, a table is not folded for want of a terminal's width.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 class NotHere(Exception):

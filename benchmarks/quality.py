@@ -105,4 +105,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from gpt_tf import InputError
+
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(f"{error} Name a file with --text.") from None

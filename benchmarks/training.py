@@ -241,7 +241,7 @@ def torch_loop(shape, compiled):
 
 
 CONTENDERS = (
-    ("gpt_tf, XLA (default)", gpt_tf_fit, True),
+    ("gpt_tf, XLA", gpt_tf_fit, True),
     ("gpt_tf, graph", gpt_tf_fit, False),
     ("KerasHub, XLA", keras_hub_fit, True),
     ("KerasHub, graph", keras_hub_fit, False),

@@ -66,21 +66,22 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
     """Fill a folder that takes its final name only when the block ends well.
 
     Args:
-        path: Final name; it must not exist yet.
+        path: Final name; it must not exist yet, but with `replace`.
+        replace: Whether a folder of that name gives way, once the new one is whole.
 
     Yields:
         A temporary folder beside `path`. Every file in it is forced to disk
         before the rename. After an exception it is removed.
 
     Raises:
-        InputError: `path` exists already.
+        InputError: `path` exists already, and `replace` is False.
     """
     path = Path(path)
-    if path.exists():
+    if path.exists() and not replace:
         raise InputError(
             f"A new folder was to be written at {path}, but something stands there. "
             "Remove it or choose another name."
@@ -94,6 +95,8 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
                 with open(file, "rb") as opened:
                     os.fsync(opened.fileno())
         os.chmod(temporary, 0o777 & ~_umask())
+        if path.exists():
+            shutil.rmtree(path)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:

@@ -408,9 +408,16 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
 
 
 def save_model(model, tokenizer, folder: str | Path, **facts) -> None:
-    """Write model, tokenizer and manifest to a new folder, whole or not at all."""
+    """Write model, tokenizer and manifest to a folder, whole or not at all.
+
+    Args:
+        model: A `GPTModel`.
+        tokenizer: Its tokenizer.
+        folder: Where to write; a folder that stands there is replaced.
+        **facts: More to record in the manifest, as JSON values.
+    """
     folder = Path(folder)
-    with files.atomic_folder(folder) as temporary:
+    with files.atomic_folder(folder, replace=True) as temporary:
         model.save(temporary / "model.keras")
         tokenizer.save(temporary)
         files.write_manifest(
@@ -749,13 +756,10 @@ class _Run:
         from gpt_tf.display import draw_history
 
         files.write_json(self.out / "history.json", self.history)
-        if (self.out / "model").exists():
-            shutil.rmtree(self.out / "model")
-        model = self.model
-        if strategies.is_multi_worker(self.strategy):
-            # Keras would save metrics too, and to read one takes all workers.
-            model = GPTModel.from_config(model.get_config())
-            model.set_weights(self.model.get_weights())
+        # A copy without the optimiser, which would take twice the model's bytes and
+        # stands in the checkpoints; under several workers Keras cannot save it.
+        model = GPTModel.from_config(self.model.get_config())
+        model.set_weights(self.model.get_weights())
         save_model(
             model,
             self.tokenizer,

@@ -78,13 +78,29 @@ def test_a_folder_is_whole_or_absent(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_folder_never_replaces_anything(tmp_path, kind):
+def test_a_folder_replaces_nothing_unasked(tmp_path, kind):
     path = tmp_path / "taken"
     path.touch() if kind == "file" else path.mkdir()
     message = "something stands there"
     with pytest.raises(InputError, match=message), files.atomic_folder(path):
         pass
     assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_a_folder_gives_way_only_to_a_whole_one(tmp_path):
+    path = tmp_path / "folder"
+    for name in ("old", "new"):
+        with files.atomic_folder(path, replace=True) as temporary:
+            (temporary / name).write_text(name)
+    assert [file.name for file in path.iterdir()] == ["new"]
+    with (
+        pytest.raises(Accident),
+        files.atomic_folder(path, replace=True) as temporary,
+    ):
+        (temporary / "newer").write_text("half")
+        raise Accident
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
