@@ -9,7 +9,7 @@ RUN ?= runs/quickstart
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format benchmarks notebooks clean
+.PHONY: help quickstart test test-slow lint format benchmarks notebooks saved-models clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,9 +39,18 @@ format: $(VENV)/.dev ## Format the code
 benchmarks: $(VENV)/.bench ## Measure the numbers in the README
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/quality.py $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/picture.py
 
 notebooks: $(VENV)/.dev ## Run the tutorials and keep their outputs
 	$(BIN)/python notebooks/execute.py
+
+saved-models: $(VENV)/.train ## Train the models in saved_models/ anew
+	$(BIN)/gpt-tf train --corpus python-stdlib --out runs/python-small --overwrite \
+		--vocab-size 1024 --embedding-dim 128 --num-layers 4 --num-heads 4 \
+		--context-length 128 --steps 3000 --learning-rate 4e-3 --validate-every 500
+	rm -rf saved_models/python-small
+	cp -R runs/python-small/model saved_models/python-small
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

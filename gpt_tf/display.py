@@ -30,8 +30,7 @@ class TrainingProgress(keras.callbacks.Callback):
     def __init__(self, run, console=None):
         super().__init__()
         self.run = run
-        # Plain lines in a notebook too: rich's bar would ask for ipywidgets there.
-        self.console = console or Console(force_jupyter=False)
+        self.console = console or _plain_in_notebooks()
         self.progress = None
         self.began = None
 
@@ -41,8 +40,8 @@ class TrainingProgress(keras.callbacks.Callback):
         model, config = self.run.model, self.run.config
         self.console.print(
             f"training {model.count_params():,} parameters on "
-            f"{config.steps * self.run.tokens_per_step:,} tokens, "
-            f"{config.steps} steps; the first step compiles"
+            f"{config.steps * self.run.tokens_per_step:,} tokens; "
+            "the first step compiles"
         )
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -76,11 +75,10 @@ class TrainingProgress(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if logs and "val_loss" in logs:
             self.console.print(
-                f"step {self.run.step:>6}  "
-                f"training loss {logs['loss']:.3f}  "
+                f"step {self.run.step:>6}  loss {logs['loss']:.3f}  "
                 f"validation loss {logs['val_loss']:.3f}  "
                 f"perplexity {math.exp(min(logs['val_loss'], 700.0)):.2f}  "
-                f"token accuracy {logs['val_token_accuracy']:.1%}"
+                f"accuracy {logs['val_token_accuracy']:.1%}"
             )
         self.began = None
 
@@ -88,6 +86,13 @@ class TrainingProgress(keras.callbacks.Callback):
         """Stop redrawing the bar."""
         if self.progress is not None:
             self.progress.stop()
+
+
+def _plain_in_notebooks():
+    """A console whose bar needs no ipywidgets, nor terminal codes in a notebook."""
+    return Console(
+        force_jupyter=False, force_terminal=False if Console().is_jupyter else None
+    )
 
 
 def print_result(result, console=None):

@@ -60,7 +60,7 @@ def test_progress_shows_loss_steps_and_speed(progress, console):
     progress.close()
     assert not is_drawing()
     text = text_of(console)
-    assert "12,345 parameters on 5,120 tokens, 20 steps" in text
+    assert "12,345 parameters on 5,120 tokens; the first step" in text
     for part in ("loss  2.500", "3/20", "tokens/s", "left"):
         assert part in text, part
 
