@@ -76,7 +76,7 @@ class TrainingProgress(keras.callbacks.Callback):
         if logs and "val_loss" in logs:
             self.console.print(
                 f"step {self.run.step:>6}  loss {logs['loss']:.3f}  "
-                f"validation loss {logs['val_loss']:.3f}  "
+                f"validation {logs['val_loss']:.3f}  "
                 f"perplexity {math.exp(min(logs['val_loss'], 700.0)):.2f}  "
                 f"accuracy {logs['val_token_accuracy']:.1%}"
             )

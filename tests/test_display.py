@@ -102,7 +102,7 @@ def test_a_validation_is_one_line(progress, console, loss):
     progress.on_epoch_end(0, logs)
     (line,) = (s for s in text_of(console).splitlines() if "validation" in s)
     perplexity = math.exp(min(loss, 700.0))
-    for part in ("step     10", f"validation loss {loss:.3f}", f"{perplexity:.2f}"):
+    for part in ("step     10", f"validation {loss:.3f}", f"{perplexity:.2f}"):
         assert part in line
     progress.on_epoch_end(1, {"loss": 2.0})
     assert text_of(console).count("validation") == 1

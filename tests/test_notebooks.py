@@ -28,7 +28,7 @@ TINY = {
 }
 # A path of a machine, in a text or a link: `/home/...`, `C:\Users\...`.
 MACHINE_PATH = re.compile(
-    r"(?<![\w.])/(?:work|root|home|tmp|usr|opt|mnt|Users|private|var)/|[A-Z]:\\\\?Users"
+    r"(?<![\w.])/(?:root|home|tmp|usr|opt|mnt|Users|private|var)/|[A-Z]:\\\\?Users"
 )
 # How TensorFlow, Python and the kernel begin a remark.
 LOG_NOISE = re.compile(r"WARNING|[A-Z]\w*Warning\b|^[IWEF]\d{4} ", re.MULTILINE)
@@ -115,7 +115,7 @@ def test_kept_notebook_names_no_path_of_a_machine(name):
 
 
 @pytest.mark.parametrize(
-    "text", ["in /home/me/gpt", '"/tmp/x"', "File:/work/main/a.py", r"C:\Users\me"]
+    "text", ["in /home/me/gpt", '"/tmp/x"', "File:/opt/me/a.py", r"C:\Users\me"]
 )
 def test_paths_of_machines_are_recognised(text):
     assert MACHINE_PATH.search(json.dumps(text))
