@@ -9,6 +9,8 @@ from harness import RESULTS, console
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+LABELS = {"nanogpt": "nanoGPT's learning rate", "gpt_tf": "gpt_tf's preset"}
+
 OURS, THEIRS, FLOOR = "#c2410c", "#8fa8c8", "#555555"
 
 
@@ -28,18 +30,9 @@ def draw_bars(axes, rows, floor, title, unit):
     axes.bar_label(bars, labels=[f" {value:,.0f}" for value in values], fontsize=9)
     axes.axvline(floor, color=FLOOR, linestyle=":", linewidth=1.5)
     axes.set_xlim(0, 1.12 * max(*values, floor))
-    axes.text(
-        floor,
-        -0.62,
-        "the machine's limit ",
-        color=FLOOR,
-        fontsize=8,
-        ha="right" if floor > 0.5 * max(values) else "left",
-        va="bottom",
-    )
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(unit)
+    axes.set_xlabel(f"{unit} (dotted: the machine's limit)")
 
 
 def draw_training(axes, report, name, title):
@@ -76,7 +69,7 @@ def draw_quality(axes, report):
                 [point["loss"] for point in result["curve"]],
                 color=colour,
                 linewidth=1.3,
-                label=name if index == 0 else None,
+                label=LABELS[name] if index == 0 else None,
             )
     published = report["published_loss"]
     axes.axhline(published, color=FLOOR, linestyle=":", linewidth=1.5)
