@@ -674,7 +674,12 @@ def test_a_reader_that_goes_away_is_no_error(trained):
 
 
 def test_an_interrupted_process_says_so_without_a_traceback(trained):
-    process = start("generate", "--model", trained.out, stdin=subprocess.PIPE)
+    # What a shell runs in the background ignores the signal, and so do its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start("generate", "--model", trained.out, stdin=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "Type a beginning" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
