@@ -182,14 +182,14 @@ class TrainingConfig:
 
 PRESETS = {
     "quickstart": TrainingConfig(
-        vocab_size=2048,
-        embedding_dim=192,
+        vocab_size=1024,
+        embedding_dim=128,
         num_layers=4,
-        num_heads=6,
+        num_heads=4,
         context_length=128,
         batch_size=16,
         steps=600,
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         warmup_steps=60,
         validate_every=100,
         validation_batches=30,
