@@ -14,7 +14,7 @@ import numpy as np
 from harness import (
     Contender,
     console,
-    import_or_not_here,
+    keras_hub_gpt2,
     print_machine,
     print_table,
     read_rate,
@@ -69,19 +69,7 @@ def gpt_tf_generate(task):
 
 
 def keras_hub_generate(task):
-    import_or_not_here("keras_nlp")
-    import keras_nlp
-
-    backbone = keras_nlp.models.GPT2Backbone(
-        vocabulary_size=task.vocab_size,
-        num_layers=task.num_layers,
-        num_heads=task.num_heads,
-        hidden_dim=task.embedding_dim,
-        intermediate_dim=4 * task.embedding_dim,
-        max_sequence_length=task.context_length,
-        dropout=0.0,
-    )
-    model = keras_nlp.models.GPT2CausalLM(backbone, preprocessor=None)
+    model = keras_hub_gpt2(task)
     model.compile(sampler="greedy")
     total = task.prompt_tokens + task.new_tokens
     tokens = np.zeros((1, total), "int32")

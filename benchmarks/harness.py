@@ -227,6 +227,23 @@ def import_or_not_here(name):
         raise NotHere(f"{name} is not installed") from None
 
 
+def keras_hub_gpt2(shape):
+    """Build KerasHub's `GPT2CausalLM` from sizes named as `GPTModel` names them."""
+    import_or_not_here("keras_nlp")
+    import keras_nlp
+
+    backbone = keras_nlp.models.GPT2Backbone(
+        vocabulary_size=shape.vocab_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        hidden_dim=shape.embedding_dim,
+        intermediate_dim=4 * shape.embedding_dim,
+        max_sequence_length=shape.context_length,
+        dropout=0.0,
+    )
+    return keras_nlp.models.GPT2CausalLM(backbone, preprocessor=None)
+
+
 def machine():
     """Describe this machine and the packages that were measured."""
     found = {"cpu": _cpu_name(), "cores": os.cpu_count()}

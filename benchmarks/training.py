@@ -17,6 +17,7 @@ from harness import (
     Contender,
     console,
     import_or_not_here,
+    keras_hub_gpt2,
     print_machine,
     print_table,
     product_rate,
@@ -105,22 +106,11 @@ def gpt_tf_fit(shape, jit_compile):
 
 def keras_hub_fit(shape, jit_compile):
     """KerasHub's `GPT2CausalLM.fit` on TensorFlow, without its metrics."""
-    import_or_not_here("keras_nlp")
+    model = keras_hub_gpt2(shape)  # first: it says so where KerasHub is missing
     import keras
-    import keras_nlp
 
     import gpt_tf
 
-    backbone = keras_nlp.models.GPT2Backbone(
-        vocabulary_size=shape.vocab_size,
-        num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        hidden_dim=shape.embedding_dim,
-        intermediate_dim=4 * shape.embedding_dim,
-        max_sequence_length=shape.context_length,
-        dropout=0.0,
-    )
-    model = keras_nlp.models.GPT2CausalLM(backbone, preprocessor=None)
     model.compile(
         optimizer=keras.optimizers.AdamW(
             LEARNING_RATE,
