@@ -79,6 +79,24 @@ def trained(corpus_folder, tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="session")
+def interrupt_after():
+    """Make a callback that stops as a killed process does: without any goodbye."""
+    import tf_keras as keras
+
+    class Interruption(keras.callbacks.Callback):
+        def __init__(self, steps):
+            super().__init__()
+            self.left = steps
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    return Interruption
+
+
 @pytest.fixture(autouse=True)
 def separate_collectives():
     """Let each test's own `MirroredStrategy` stand beside those of other tests."""

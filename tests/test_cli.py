@@ -9,7 +9,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import tf_keras as keras
 import typer
 
 from gpt_tf import cli, training
@@ -84,7 +83,7 @@ def place(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def interrupted(corpus_folder, tmp_path_factory):
+def interrupted(corpus_folder, tmp_path_factory, interrupt_after):
     """A run that stopped after step 5, with checkpoints at 2 and 4."""
     out = tmp_path_factory.mktemp("runs") / "cut"
     with pytest.raises(KeyboardInterrupt):
@@ -100,22 +99,11 @@ def interrupted(corpus_folder, tmp_path_factory):
             num_layers=1,
             jit_compile="off",
             strategy="one_device",
-            callbacks=[_Interruption(5)],
+            callbacks=[interrupt_after(5)],
             verbose=False,
             on_notice=lambda line: None,
         )
     return out
-
-
-class _Interruption(keras.callbacks.Callback):
-    def __init__(self, step):
-        super().__init__()
-        self.left = step
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
 
 
 def snapshot(folder):

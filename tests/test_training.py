@@ -71,25 +71,12 @@ def test_a_trained_model_speaks(trained):
     assert isinstance(text, str) and text
 
 
-class _Killer(keras.callbacks.Callback):
-    """Stop as a killed process does: without any goodbye."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.left = step
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("step", [3, 14])
-def test_resumed_weights_are_bit_equal(tiny, tmp_path, step):
+def test_resumed_weights_are_bit_equal(tiny, tmp_path, interrupt_after, step):
     config = dataclasses.replace(tiny, checkpoint_every=4)
     whole = run(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "cut", callbacks=[_Killer(step)])
+        run(config, tmp_path / "cut", callbacks=[interrupt_after(step)])
     again = run(None, tmp_path / "cut", resume=True)
     for one, other in zip(
         whole.model.get_weights(), again.model.get_weights(), strict=True
@@ -153,11 +140,11 @@ def test_another_seed_gives_other_weights(tiny, tmp_path):
 
 
 @pytest.fixture
-def interrupted(tiny, tmp_path):
+def interrupted(tiny, tmp_path, interrupt_after):
     """A run with checkpoints at 4, 8 and 12."""
     config = dataclasses.replace(tiny, checkpoint_every=4)
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "cut", callbacks=[_Killer(14)])
+        run(config, tmp_path / "cut", callbacks=[interrupt_after(14)])
     folders = sorted((tmp_path / "cut" / "checkpoints").iterdir())
     assert [f.name[-2:] for f in folders] == ["04", "08", "12"]
     return tmp_path / "cut"
@@ -238,7 +225,9 @@ def test_old_checkpoints_make_room(tiny, tmp_path):
     assert names == ["step-00000018", "step-00000020"]
 
 
-def test_early_stopping_keeps_the_best_weights_across_a_resume(tiny, tmp_path):
+def test_early_stopping_keeps_the_best_weights_across_a_resume(
+    tiny, tmp_path, interrupt_after
+):
     config = dataclasses.replace(
         tiny,
         learning_rate=0.5,  # far too high: it gets worse
@@ -254,7 +243,7 @@ def test_early_stopping_keeps_the_best_weights_across_a_resume(tiny, tmp_path):
     assert whole.validation_loss == min(losses)
     with pytest.raises(KeyboardInterrupt):
         stop = 2 * len(losses) - 1
-        run(config, tmp_path / "cut", callbacks=[_Killer(stop)])
+        run(config, tmp_path / "cut", callbacks=[interrupt_after(stop)])
     again = run(None, tmp_path / "cut", resume=True)
     assert again.validation_loss == whole.validation_loss
     for one, other in zip(
