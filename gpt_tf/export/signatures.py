@@ -1,0 +1,119 @@
+"""The contract between the file and whatever runs it, written down once.
+
+It is LiteRT-LM's own, so that one file runs in Google's runtime and in ours. Neither
+TensorFlow nor LiteRT is needed to read it. The letters for shapes are `T` positions
+in this call, `S` cached positions (the capacity), `H` heads, `D` head width,
+`V` vocabulary; the batch is always 1.
+
+A file has the signatures
+
+- `decode`: one token in, the logits of the next one out;
+- `prefill_<T>` for several T: T tokens in, only the caches out;
+- `score_<T>` for one T: as `prefill_<T>`, and the logits of all T positions. It is
+  ours: LiteRT-LM does not look at it.
+
+and each of them
+
+    in   tokens          int32 (1, T)
+    in   input_pos       int32 (T,)           positions of the tokens, consecutive
+    in   mask            float32 (1, 1, T, S) additive: 0 visible, MASKED hidden
+    in   kv_cache_k_<i>  (1, H, S, D)         keys of block i, from 0
+    in   kv_cache_v_<i>  (1, H, S, D)         values of block i
+    out  kv_cache_k_<i>, kv_cache_v_<i>       the same with T rows written
+    out  logits          float32 (1, T, V)    of decode and score
+
+The caches are float32, or int8 in a file of mode `int8_full`. The rows are written
+from `input_pos[0]` on, by DYNAMIC_UPDATE_SLICE, which is safe in place: the same
+memory may be bound as cache input and output. A last chunk may be filled up with
+any tokens; their rows lie behind the text and are overwritten as it grows, so only
+`input_pos[0] + T <= S` has to hold. Every shape follows `S`, so a runtime may resize
+`mask` and the caches to the capacity that a text needs: speed then follows the
+context in use and not the largest one.
+
+Reference: LiteRT-LM's executor, github.com/google-ai-edge/LiteRT-LM.
+"""
+
+import re
+
+import numpy as np
+
+DECODE = "decode"
+TOKENS = "tokens"
+POSITIONS = "input_pos"
+MASK = "mask"
+LOGITS = "logits"
+MASKED = -1e9
+DEFAULT_PREFILL_LENGTHS = (1, 8, 64)
+
+MODES = (
+    "float32",
+    "float16",
+    "dynamic_int8",
+    "int8",
+    "int8_full",
+    "int16x8",
+    "int4",
+)
+
+# The metadata entry of a `.tflite` that describes it, as JSON that begins so; the 64
+# hexadecimal digits that follow are the SHA-256 of the whole file with these digits
+# written as zeros.
+METADATA_NAME = "gpt_tf"
+SEAL_PREFIX = b'{"format": "gpt_tf.tflite/1", "sha256": "'
+SEAL_DIGITS = 64
+
+
+def prefill(length: int) -> str:
+    """Return the name of the signature that prefills `length` tokens."""
+    return f"prefill_{length}"
+
+
+def score(length: int) -> str:
+    """Return the name of the signature that scores `length` tokens."""
+    return f"score_{length}"
+
+
+def lengths_of(names, kind: str = "prefill") -> tuple[int, ...]:
+    """Return the lengths, ascending, for which there is a signature of a kind.
+
+    Args:
+        names: Names of a file's signatures.
+        kind: `"prefill"` or `"score"`.
+
+    Example:
+        >>> lengths_of(["decode", "prefill_64", "prefill_8"])
+        (8, 64)
+    """
+    found = (re.fullmatch(rf"{kind}_([1-9]\d*)", name) for name in names)
+    return tuple(sorted(int(match[1]) for match in found if match))
+
+
+def key_cache(block: int) -> str:
+    """Return the name of a block's key cache."""
+    return f"kv_cache_k_{block}"
+
+
+def value_cache(block: int) -> str:
+    """Return the name of a block's value cache."""
+    return f"kv_cache_v_{block}"
+
+
+def caches(num_layers: int) -> list[str]:
+    """Return the names of all caches: key, value, key, value, ..."""
+    return [
+        name(block) for block in range(num_layers) for name in (key_cache, value_cache)
+    ]
+
+
+def mask(positions: np.ndarray, capacity: int) -> np.ndarray:
+    """Return the additive mask for tokens at these positions.
+
+    Args:
+        positions: `(T,)` integers.
+        capacity: `S`, rows of the caches.
+
+    Returns:
+        `(1, 1, T, S)` float32: each token sees the rows up to its own.
+    """
+    visible = np.arange(capacity) <= np.asarray(positions)[:, None]  # (T, S)
+    return np.where(visible, np.float32(0), np.float32(MASKED))[None, None]
