@@ -28,6 +28,7 @@ _VERSIONED_PACKAGES = (
     "tf_keras",
     "numpy",
     "tokenizers",
+    "ai-edge-litert",
 )
 
 
@@ -214,22 +215,92 @@ def check_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
         file = folder / name
         if not file.is_file():
             raise DamagedFileError(f"The {kind} in {folder} lacks its file {name}.")
-        size = file.stat().st_size
-        if size != facts["size_bytes"]:
-            raise DamagedFileError(
-                f"{file} should have {facts['size_bytes']} bytes but has {size}: "
-                "it is truncated or was written over."
-            )
-        if sha256_of(file) != facts["sha256"]:
-            raise DamagedFileError(
-                f"{file} does not have the SHA-256 that its manifest states: "
-                "its bytes were altered."
-            )
+        _compare(file, facts)
     return manifest
 
 
-def _sha256_of_content(manifest: dict[str, Any]) -> str:
-    facts = {name: value for name, value in manifest.items() if name != "sha256"}
+def file_manifest_path(path: str | os.PathLike) -> Path:
+    """Return where the manifest of a single file stands: `<file name>.json`."""
+    path = Path(path)
+    return path.with_name(path.name + ".json")
+
+
+def write_file_manifest(
+    path: str | os.PathLike, kind: str, **facts: Any
+) -> dict[str, Any]:
+    """Describe a single file in a manifest beside it, `<file name>.json`.
+
+    Args:
+        path: The file.
+        kind: What the file is, `"tflite"` for example.
+        **facts: Anything else worth knowing, as JSON values.
+
+    Returns:
+        The manifest as written: `"kind"`, `"versions"`, `"size_bytes"` and
+        `"sha256"` of the file, the facts, and `"manifest_sha256"` of its own content.
+    """
+    manifest = {
+        "kind": kind,
+        "versions": versions(),
+        "size_bytes": Path(path).stat().st_size,
+        "sha256": sha256_of(path),
+        **facts,
+    }
+    manifest["manifest_sha256"] = _sha256_of_content(manifest, "manifest_sha256")
+    write_json(file_manifest_path(path), manifest)
+    return manifest
+
+
+def check_file_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
+    """Compare a single file with the manifest beside it, if there is one.
+
+    Args:
+        path: The file; whoever moves it may leave the manifest behind.
+
+    Returns:
+        The manifest, or None where there is none.
+
+    Raises:
+        DamagedFileError: The manifest is altered, or the file is not what it says.
+    """
+    path, beside = Path(path), file_manifest_path(path)
+    if not beside.is_file():
+        return None
+    manifest = read_json(beside)
+    if (
+        not isinstance(manifest, dict)
+        or not {"kind", "size_bytes", "sha256"} <= manifest.keys()
+    ):
+        raise DamagedFileError(
+            f"Expected the manifest of {path} in {beside}. Received: other JSON. "
+            "Remove it, or copy both files again."
+        )
+    stated = manifest.get("manifest_sha256")
+    if stated != _sha256_of_content(manifest, "manifest_sha256"):
+        raise DamagedFileError(
+            f"{beside} does not have the SHA-256 that it states: it was altered, or "
+            "another version of gpt_tf wrote it."
+        )
+    _compare(path, manifest)
+    return manifest
+
+
+def _compare(file, facts):
+    size = file.stat().st_size
+    if size != facts["size_bytes"]:
+        raise DamagedFileError(
+            f"{file} should have {facts['size_bytes']} bytes but has {size}: "
+            "it is truncated or was written over."
+        )
+    if sha256_of(file) != facts["sha256"]:
+        raise DamagedFileError(
+            f"{file} does not have the SHA-256 that its manifest states: "
+            "its bytes were altered."
+        )
+
+
+def _sha256_of_content(manifest: dict[str, Any], own: str = "sha256") -> str:
+    facts = {name: value for name, value in manifest.items() if name != own}
     # As JSON gives it back: keys as text, tuples as lists.
     content = json.dumps(json.loads(json.dumps(facts)), sort_keys=True)
     return hashlib.sha256(content.encode("utf-8")).hexdigest()

@@ -221,3 +221,58 @@ def test_any_flipped_bit_of_a_file_or_its_manifest_is_noticed(
     # White space between the facts is all that may change unnoticed.
     assert path.name == "manifest.json"
     assert json.dumps(after) == json.dumps(before)
+
+
+# Manifests of single files
+
+
+@pytest.fixture
+def single(tmp_path):
+    """A file and the manifest beside it."""
+    path = tmp_path / "model.tflite"
+    path.write_bytes(bytes(range(256)))
+    files.write_file_manifest(path, "tflite", mode="int8", lengths=(1, 8))
+    return path
+
+
+def test_a_sound_file_passes_and_gives_its_facts(single):
+    manifest = files.check_file_manifest(single)
+    assert files.file_manifest_path(single).name == "model.tflite.json"
+    assert manifest["kind"] == "tflite" and manifest["mode"] == "int8"
+    assert manifest["lengths"] == [1, 8]
+    assert manifest["versions"] == files.versions()
+    assert manifest["size_bytes"] == 256
+    assert manifest["sha256"] == files.sha256_of(single)
+
+
+def test_a_file_and_its_manifest_may_be_renamed_together(single):
+    other = single.with_name("other.tflite")
+    files.file_manifest_path(single).rename(files.file_manifest_path(other))
+    single.rename(other)
+    assert files.check_file_manifest(other)["mode"] == "int8"
+
+
+def test_a_file_without_a_manifest_is_left_to_other_checks(single):
+    files.file_manifest_path(single).unlink()
+    assert files.check_file_manifest(single) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f, m: f.write_bytes(b"short"), "tflite should have 256 bytes but"),
+        (lambda f, m: f.write_bytes(bytes(256)), "tflite does not have the SHA-256"),
+        (lambda f, m: m.write_text("{"), r"Expected JSON in .*tflite\.json"),
+        (lambda f, m: m.write_bytes(b""), r"Expected JSON in .*tflite\.json"),
+        (lambda f, m: m.write_text("[]"), r"tflite\.json. Received: other JSON"),
+        (lambda f, m: m.write_text('{"kind": "tflite"}'), "other JSON"),
+        (
+            lambda f, m: m.write_text(m.read_text().replace("int8", "int4")),
+            r"tflite\.json does not have the SHA-256 that it states",
+        ),
+    ],
+)
+def test_a_damaged_file_or_manifest_is_named(single, damage, message):
+    damage(single, files.file_manifest_path(single))
+    with pytest.raises(DamagedFileError, match=message):
+        files.check_file_manifest(single)
