@@ -200,14 +200,19 @@ class TransformerBlock(keras.layers.Layer):
     Reference: GPT-2's block, as in Radford et al. (2019), section 2.3.
     """
 
+    # In the order of the data.
     ACTIVATIONS = (
-        "attention_norm_activation",
-        "qkv_activation",
-        "probabilities_activation",
-        "context_activation",
+        "attention_norm_activation",  # what the QKV product reads
+        "qkv_activation",  # what it writes; the cache holds a part of it
+        "scores_activation",  # scaled, before mask and softmax
+        "probabilities_activation",  # after softmax
+        "context_activation",  # what the output product reads
+        "attended_activation",  # what it writes, before the residual
         "attention_residual_activation",
-        "feedforward_norm_activation",
-        "hidden_activation",
+        "feedforward_norm_activation",  # what the up product reads
+        "up_activation",  # what it writes, before GELU
+        "hidden_activation",  # after GELU, what the down product reads
+        "down_activation",  # what it writes, before the residual
         "feedforward_residual_activation",
     )
 
@@ -295,12 +300,18 @@ class TransformerBlock(keras.layers.Layer):
             key, value = key_cache, value_cache  # (B, H, S, D)
         else:
             mask = operations.causal_mask(length)
-        hook = self.probabilities_activation
+        hooks = (self.scores_activation, self.probabilities_activation)
         context = operations.attention(
-            query, key, value, mask, None if hook is _identity else hook
+            query,
+            key,
+            value,
+            mask,
+            *(None if hook is _identity else hook for hook in hooks),
         )
         context = self.context_activation(self._join_heads(context, batch, length))
-        attended = tf.matmul(context, output_kernel) + self.output_bias
+        attended = self.attended_activation(
+            tf.matmul(context, output_kernel) + self.output_bias
+        )
         attended = self.attention_dropout(attended, training=training)
         x = self.attention_residual_activation(x + attended)
 
@@ -309,9 +320,11 @@ class TransformerBlock(keras.layers.Layer):
                 x, self.feedforward_norm_gamma, self.feedforward_norm_beta, self.epsilon
             )
         )
-        hidden = operations.gelu(tf.matmul(normal, up_kernel) + self.up_bias)
-        hidden = self.hidden_activation(hidden)  # (B * T, F)
-        output = operations.project(hidden, down_kernel) + self.down_bias
+        up = self.up_activation(tf.matmul(normal, up_kernel) + self.up_bias)
+        hidden = self.hidden_activation(operations.gelu(up))  # (B * T, F)
+        output = self.down_activation(
+            operations.project(hidden, down_kernel) + self.down_bias
+        )
         output = self.feedforward_dropout(output, training=training)
         x = self.feedforward_residual_activation(x + output)
         x = tf.reshape(x, [batch, length, self.embedding_dim])  # (B, T, C)
@@ -401,10 +414,13 @@ class LanguageModelHead(keras.layers.Layer):
     Models", arXiv:1608.05859.
     """
 
+    ACTIVATIONS = ("logits_activation",)
+
     def __init__(self, vocab_size, **kwargs):
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
         self.kernel = None
+        self.logits_activation = _identity
 
     def build(self, input_shape):
         if not isinstance(input_shape, (list, tuple)) or not isinstance(
@@ -428,7 +444,7 @@ class LanguageModelHead(keras.layers.Layer):
         x = tf.reshape(x, [batch * length, x.shape[-1]])  # (B * T, C)
         logits = tf.matmul(x, table, transpose_b=True)  # (B * T, V)
         logits = tf.reshape(logits, [batch, length, self.vocab_size])  # (B, T, V)
-        return tf.cast(logits, tf.float32)
+        return self.logits_activation(tf.cast(logits, tf.float32))
 
     def compute_output_shape(self, input_shape):
         if isinstance(input_shape, list):

@@ -130,7 +130,7 @@ def causal_mask(num_positions):
     return (1.0 - visible) * MASKED
 
 
-def attention(query, key, value, mask, on_probabilities=None):
+def attention(query, key, value, mask, on_scores=None, on_probabilities=None):
     """Scaled dot-product attention.
 
     Args:
@@ -140,6 +140,8 @@ def attention(query, key, value, mask, on_probabilities=None):
         mask: Additive, float32, broadcastable to `(B, H, T, S)`: 0 where a
             position may be seen and a large negative number where not. It has no
             gradient.
+        on_scores: Function applied to the scaled scores `(B, H, T, S)` before the
+            mask is added, or None.
         on_probabilities: Function applied to the probabilities `(B, H, T, S)`
             before they weigh the values, or None.
 
@@ -152,11 +154,16 @@ def attention(query, key, value, mask, on_probabilities=None):
 
     def probabilities_of(query, key):
         scores = tf.matmul(query, key, transpose_b=True)  # (B, H, T, S)
-        scores = tf.cast(scores, tf.float32) * scale + mask
-        return tf.cast(tf.nn.softmax(scores), query.dtype)
+        scores = tf.cast(scores, tf.float32) * scale
+        if on_scores is not None:
+            scores = on_scores(scores)
+        return tf.cast(tf.nn.softmax(scores + mask), query.dtype)
 
-    if on_probabilities is not None:
-        return tf.matmul(on_probabilities(probabilities_of(query, key)), value)
+    if on_scores is not None or on_probabilities is not None:
+        probabilities = probabilities_of(query, key)
+        if on_probabilities is not None:
+            probabilities = on_probabilities(probabilities)
+        return tf.matmul(probabilities, value)
 
     @tf.custom_gradient
     def attend(query, key, value):

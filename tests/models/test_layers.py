@@ -88,8 +88,11 @@ def test_every_hook_of_a_block_is_called_once_with_its_tensor():
     for name in TransformerBlock.ACTIVATIONS:
         setattr(block, name, record(name))
     np.testing.assert_allclose(block(x), expected, atol=1e-6)
-    assert set(seen) == set(TransformerBlock.ACTIVATIONS)
+    assert list(seen) == list(TransformerBlock.ACTIVATIONS)
+    assert seen["scores_activation"] == (2, 3, 8, 8)
     assert seen["probabilities_activation"] == (2, 3, 8, 8)
+    assert seen["attended_activation"] == (16, 12)
+    assert seen["up_activation"] == (16, 48)
     assert seen["qkv_activation"] == (16, 36)
     assert seen["hidden_activation"] == (16, 48)
 

@@ -1,0 +1,298 @@
+"""Calibration: the range of every activation, from a float model and some data.
+
+An activation is rounded to 256 steps between a minimum and a maximum, and the two
+must be known before. Here they are measured on data like that which the model will
+meet: two passes, the first for the extremes, the second for a histogram of each
+activation between them, from which a method chooses where to cut.
+"""
+
+import contextlib
+import itertools
+
+import numpy as np
+import tensorflow as tf
+
+from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.models.gpt import GPTModel, refuse_keras_3
+from gpt_tf.text.dataset import Windows
+
+METHODS = ("minmax", "percentile", "mse")
+
+# What softmax writes lies in [0, 1); its integers have the scale 1/256 by contract.
+FIXED_RANGES = {"probabilities_activation": (0.0, 255.0 / 256.0)}
+
+_BINS = 2048
+_CANDIDATES = 64  # cuts that "mse" tries
+
+
+def calibrate(
+    model, inputs, *, batch_size=8, method="minmax", percentile=99.99, num_batches=None
+):
+    """Measure the range of every activation of a float model.
+
+    Args:
+        model: A `GPTModel`; it is not changed.
+        inputs: Data like that which the model will meet: token ids `(N, T)`, or
+            batches of ids `(B, T)` or of tuples that begin with ids: a
+            `tf.data.Dataset`, `Windows` or a list.
+        batch_size: Rows of an array that are computed at once, at least 1.
+        method: `"minmax"` takes the extremes; `"percentile"` cuts off the rarest
+            values on either side; `"mse"` cuts where the squared error of 8-bit
+            rounding is smallest.
+        percentile: For `"percentile"`: share of the values that is kept, in percent,
+            above 50 and at most 100.
+        num_batches: Largest number of batches to use; None takes all. A dataset
+            that repeats without end needs it.
+
+    Returns:
+        A dict from `"block_0/qkv_activation"` and the like to (minimum, maximum),
+        floats with minimum <= 0 <= maximum, in the order of the data. The
+        probabilities' range is fixed: (0, 255/256).
+
+    Raises:
+        InputError: There is no data, an id is not below `vocab_size`, an option is
+            out of its range, or an activation is not finite.
+        InputTypeError: The model is no GPTModel.
+
+    Example:
+        >>> ranges = calibrate(model, np.zeros((4, 8), "int32"))
+        >>> ranges["block_0/probabilities_activation"]
+        (0.0, 0.99609375)
+    """
+    _check_model(model)
+    if method not in METHODS:
+        raise InputError(
+            f"`method` expects one of {', '.join(METHODS)}. Received: {method!r}."
+        )
+    if not 50 < percentile <= 100:
+        raise InputError(
+            "`percentile` expects a number above 50 and at most 100. "
+            f"Received: {percentile}."
+        )
+    for name, value in (("batch_size", batch_size), ("num_batches", num_batches or 1)):
+        if value < 1:
+            raise InputError(f"`{name}` expects at least 1. Received: {value}.")
+
+    if hasattr(inputs, "__next__"):  # it can be gone through only once
+        inputs = list(itertools.islice(inputs, num_batches))
+    if isinstance(inputs, tf.data.Dataset) and num_batches is None:
+        _refuse_endless(inputs)
+
+    def batches():
+        return _batches(inputs, batch_size, num_batches, model)
+
+    names, extremes = _extremes(model, batches())
+    if method != "minmax":
+        edges = tf.constant(extremes, tf.float32)
+        counts = _histograms(model, batches(), edges)
+        if method == "percentile":
+            cut = 1.0 - percentile / 100.0
+            choose = _percentile_range
+        else:
+            cut, choose = None, _mse_range
+        extremes = [
+            choose(count, *edge, cut)
+            for count, edge in zip(counts, extremes, strict=True)
+        ]
+    ranges = {}
+    for name, (low, high) in zip(names, extremes, strict=True):
+        fixed = FIXED_RANGES.get(name.partition("/")[2])
+        ranges[name] = fixed or (min(float(low), 0.0), max(float(high), 0.0))
+    return ranges
+
+
+def _check_model(model):
+    refuse_keras_3(model, "model")
+    if not isinstance(model, GPTModel):
+        raise InputTypeError(
+            "`calibrate` expects a float GPTModel. "
+            f"Received: {type(model).__module__}.{type(model).__name__}. Build it "
+            "with `gpt_tf.GPTModel(...)`; of a quantisation-aware model, hand in "
+            "`to_float(model)`."
+        )
+
+
+# Data
+
+
+def _batches(inputs, batch_size, num_batches, model):
+    """Yield batches of ids `(B, T)` int32, checked; at least one."""
+    count = 0
+    for ids in _pieces(inputs, batch_size):
+        if num_batches is not None and count == num_batches:
+            return
+        ids = np.asarray(ids)
+        if not ids.size:
+            continue
+        _check_ids(ids, model)
+        count += 1
+        yield ids.astype(np.int32)
+    if not count:
+        raise InputError(
+            "Calibration expects at least one batch of token ids (B, T). Received: "
+            "no data. Pass some hundred windows of text like that which the model "
+            "will meet."
+        )
+
+
+def _refuse_endless(dataset):
+    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise InputError(
+            "Calibration expects a dataset that ends, or `num_batches`. Received: one "
+            "that repeats for ever. Pass `num_batches=100`, for example."
+        )
+
+
+def _pieces(inputs, batch_size):
+    if isinstance(inputs, tf.Tensor):
+        inputs = inputs.numpy()
+    if isinstance(inputs, list) and inputs and isinstance(inputs[0], (list, int)):
+        inputs = np.asarray(inputs)
+    if isinstance(inputs, np.ndarray):
+        if inputs.ndim != 2:
+            raise InputError(
+                "Calibration expects token ids of shape (N, T). "
+                f"Received: {inputs.dtype} {inputs.shape}."
+            )
+        for start in range(0, len(inputs), batch_size):
+            yield inputs[start : start + batch_size]
+        return
+    if isinstance(inputs, Windows):
+        for step in range(inputs.steps_per_epoch):
+            yield inputs.batch(step)[0]
+        return
+    try:
+        iterator = iter(inputs)
+    except TypeError:
+        raise InputError(
+            "Calibration expects token ids (N, T) or batches of them. "
+            f"Received: {type(inputs).__name__}."
+        ) from None
+    for batch in iterator:
+        yield batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def _check_ids(ids, model):
+    if ids.dtype.kind not in "iu" or ids.ndim != 2:
+        raise InputError(
+            "Calibration expects batches of token ids (B, T). "
+            f"Received: {ids.dtype} {ids.shape}. Encode text with the model's "
+            "tokenizer first."
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= model.vocab_size:
+        raise InputError(
+            f"Calibration expects token ids from 0 to {model.vocab_size - 1}. "
+            f"Received: ids from {low} to {high}. Use the tokenizer that the model "
+            "was trained with."
+        )
+
+
+# Passes over the data
+
+
+@contextlib.contextmanager
+def _hooked(model, hook):
+    """Replace all hooks by `hook(name, x)` for a while."""
+    before = []
+    for layer in model.layers:
+        for name in getattr(layer, "ACTIVATIONS", ()):
+            before.append((layer, name, getattr(layer, name)))
+
+    def replaced(path):
+        def call(x):
+            hook(path, x)
+            return x
+
+        return call
+
+    try:
+        for layer, name, _ in before:
+            setattr(layer, name, replaced(f"{layer.name}/{name}"))
+        yield
+    finally:
+        for layer, name, function in before:
+            setattr(layer, name, function)
+
+
+def _observer(model, measure):
+    """Return a compiled function of ids that measures all activations, and names.
+
+    The names are filled in when it is first called.
+    """
+    names = []
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def observe(ids):
+        names.clear()
+        found = []
+
+        def hook(name, x):
+            names.append(name)
+            found.append(measure(len(found), tf.cast(x, tf.float32)))
+
+        with _hooked(model, hook):
+            model(ids, training=False)
+        return tf.stack(found)
+
+    return observe, names
+
+
+def _extremes(model, batches):
+    """Return the names of all activations and their extremes, `(number, 2)`."""
+    observe, names = _observer(
+        model, lambda index, x: tf.stack([tf.reduce_min(x), tf.reduce_max(x)])
+    )
+    extremes = None
+    for ids in batches:
+        found = observe(tf.constant(ids)).numpy()
+        if extremes is None:
+            extremes = found
+        extremes[:, 0] = np.minimum(extremes[:, 0], found[:, 0])
+        extremes[:, 1] = np.maximum(extremes[:, 1], found[:, 1])
+        if not np.isfinite(found).all():
+            spoilt = names[int(np.argmin(np.isfinite(found).all(axis=1)))]
+            raise InputError(
+                f"Calibration expects finite activations. Received: NaN or infinity "
+                f"in {spoilt}. The model's weights are spoilt: go back to an earlier "
+                "checkpoint."
+            )
+    return list(names), extremes
+
+
+def _histograms(model, batches, edges):
+    """Count every activation's values in equal bins between its extremes."""
+    observe, _ = _observer(
+        model,
+        lambda index, x: tf.histogram_fixed_width(
+            x, edges[index] + tf.constant([0.0, 1e-30]), nbins=_BINS
+        ),
+    )
+    return sum(observe(tf.constant(ids)).numpy().astype(np.int64) for ids in batches)
+
+
+# Where to cut
+
+
+def _percentile_range(counts, low, high, cut):
+    """Cut off the share `cut` of the values on either side."""
+    cumulative = np.cumsum(counts) / counts.sum()
+    first = int(np.searchsorted(cumulative, cut, side="right"))
+    last = int(np.searchsorted(cumulative, 1.0 - cut, side="left"))
+    edges = np.linspace(low, high, _BINS + 1)
+    return edges[first], edges[min(last, _BINS - 1) + 1]
+
+
+def _mse_range(counts, low, high, _):
+    """Shrink the range while the squared error of 8-bit rounding falls."""
+    edges = np.linspace(low, high, _BINS + 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    best = (np.inf, low, high)
+    for share in np.linspace(1.0, 0.1, _CANDIDATES):
+        one, other = min(low * share, 0.0), max(high * share, 0.0)
+        scale = (other - one) / 255 or 1.0
+        clipped = np.clip(centres, one, other)
+        # Rounding within the range adds scale**2 / 12 on average.
+        error = np.sum(counts * ((centres - clipped) ** 2 + scale**2 / 12))
+        best = min(best, (error, one, other))
+    return best[1], best[2]

@@ -1,0 +1,148 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.models.layers import TransformerBlock, _identity
+from gpt_tf.quantization import calibration
+from gpt_tf.quantization.calibration import calibrate
+from gpt_tf.text.dataset import Windows
+
+
+def hooks_of(model):
+    return [
+        getattr(layer, name)
+        for layer in model.layers
+        for name in getattr(layer, "ACTIVATIONS", ())
+    ]
+
+
+def test_every_activation_of_the_model_has_a_range(make_model, windows_of):
+    ranges = calibrate(make_model(), windows_of(4, 8)[0])
+    expected = ["embedding/embedding_activation"]
+    for index in range(2):
+        expected += [f"block_{index}/{name}" for name in TransformerBlock.ACTIVATIONS]
+    expected += ["final_norm/norm_activation", "head/logits_activation"]
+    assert list(ranges) == expected
+    for low, high in ranges.values():
+        assert isinstance(low, float) and low <= 0.0 <= high and low < high
+
+
+def test_minmax_is_the_extremes_over_all_batches(make_model, windows_of):
+    model, x = make_model(), windows_of(10, 8)[0]
+    logits = model(x).numpy()
+    low, high = calibrate(model, x, batch_size=3)["head/logits_activation"]
+    assert low == pytest.approx(logits.min(), abs=1e-6)
+    assert high == pytest.approx(logits.max(), abs=1e-6)
+    fewer = calibrate(model, x, batch_size=3, num_batches=1)["head/logits_activation"]
+    assert fewer != (low, high)
+
+
+@pytest.mark.parametrize("method", calibration.METHODS)
+def test_every_kind_of_input_gives_the_same_ranges(make_model, windows_of, method):
+    model, x = make_model(), windows_of(6, 8)[0]
+    expected = calibrate(model, x, batch_size=2, method=method)
+    data = tf.data.Dataset.from_tensor_slices((x, x)).batch(2)
+    kinds = {
+        "tensor": tf.constant(x),
+        "lists": x.tolist(),
+        "dataset": data,
+        "list of batches": [x[:2], x[2:4], x[4:]],
+        "iterator": iter([x[:2], x[2:4], x[4:]]),
+    }
+    for kind, inputs in kinds.items():
+        assert calibrate(model, inputs, batch_size=2, method=method) == expected, kind
+    endless = data.repeat()
+    assert calibrate(model, endless, num_batches=3, method=method) == expected
+
+
+def test_windows_are_taken_as_they_are(make_model):
+    ids = np.random.default_rng(0).integers(0, 31, 97)
+    windows = Windows(ids, 8, 4, shuffle=False)
+    assert calibrate(make_model(), windows) == calibrate(
+        make_model(), ids[:96].reshape(12, 8), batch_size=4
+    )
+
+
+def test_the_model_is_left_as_it_was(make_model, windows_of):
+    model, x = make_model(), windows_of(4, 8)[0]
+    before, weights = model(x).numpy(), model.get_weights()
+    calibrate(model, x, method="mse")
+    assert all(hook is _identity for hook in hooks_of(model))
+    np.testing.assert_array_equal(model(x), before)
+    for one, other in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_hooks_come_back_after_an_error_too(make_model, windows_of):
+    model = make_model()
+    with pytest.raises(ValueError, match="at most 16 positions"):
+        calibrate(model, windows_of(2, 17)[0])
+    assert all(hook is _identity for hook in hooks_of(model))
+
+
+def test_percentile_and_mse_cut_off_an_outlier_and_minmax_does_not():
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[7] = 50.0
+    counts, edges = np.histogram(values, calibration._BINS)
+    low, high = edges[0], edges[-1]
+    one, other = calibration._percentile_range(counts, low, high, 1e-4)
+    assert -5.0 < one < -3.5
+    assert 3.5 < other < 5.0
+    # An error of 50 - 43.6 once is less than coarser steps for all others.
+    assert 30.0 < calibration._mse_range(counts, low, high, None)[1] < 49.0
+
+
+def test_percentile_keeps_the_share_it_promises():
+    counts = np.full(calibration._BINS, 10)
+    low, high = calibration._percentile_range(counts, -1.0, 1.0, 0.1)
+    assert low == pytest.approx(-0.8, abs=0.002)
+    assert high == pytest.approx(0.8, abs=0.002)
+    assert calibration._percentile_range(counts, -1.0, 1.0, 0.0) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (np.zeros((0, 8), "int32"), "no data"),
+        ([], "no data"),
+        (tf.data.Dataset.from_tensor_slices(np.zeros((0, 8))).batch(2), "no data"),
+        (np.full((2, 8), 31), "from 0 to 30"),
+        (np.full((2, 8), -1), "from 0 to 30"),
+        (np.zeros(8, "int32"), r"shape \(N, T\)"),
+        (np.zeros((2, 8), "float32"), "token ids"),
+        ([np.zeros(8, "int32")], r"\(B, T\)"),
+        (7, "Received: int"),
+        (tf.data.Dataset.from_tensors(np.zeros((2, 8), "int32")).repeat(), "for ever"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(make_model, inputs, message):
+    with pytest.raises(InputError, match=message):
+        calibrate(make_model(), inputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "guess"}, {"percentile": 50}, {"batch_size": 0}, {"num_batches": -1}],
+)
+def test_options_out_of_range_are_refused(make_model, windows_of, options):
+    with pytest.raises(InputError, match="Received"):
+        calibrate(make_model(), windows_of(2, 8)[0], **options)
+
+
+def test_weights_that_are_not_finite_are_refused(make_model, windows_of):
+    model = make_model()
+    model.get_layer("block_1").up_bias.assign(np.full(48, np.nan))
+    with pytest.raises(InputError, match="block_1/up_activation"):
+        calibrate(model, windows_of(2, 8)[0])
+
+
+def test_other_models_are_refused(windows_of):
+    import keras as keras_3
+
+    x = windows_of(2, 8)[0]
+    with pytest.raises(InputTypeError, match="Keras 3"):
+        calibrate(keras_3.Sequential([keras_3.layers.Dense(2)]), x)
+    with pytest.raises(InputTypeError, match="float GPTModel"):
+        calibrate(keras.Sequential([keras.layers.Dense(2)]), x)
