@@ -1,0 +1,241 @@
+"""A model's weights in the form in which a file of each mode stores them."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from gpt_tf.errors import InputError
+from gpt_tf.export.flatbuffer import Grid, Type
+from gpt_tf.models.decoding import parts_of
+from gpt_tf.quantization.weights import quantize_array
+
+INT4_BLOCK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How a mode stores weights and computes.
+
+    Args:
+        kernels: `"float32"`, `"float16"`, `"int8"` per output channel, or `"int4"` in
+            blocks of 32 inputs per output channel.
+        tables: The same for the token and the position table (a row is a channel)
+            and with it the head.
+        activations: `None` for real numbers (with int8 and int4 kernels each row is
+            quantised as it comes), `"int8"` or `"int16"` for grids fixed beforehand.
+        everything: Whether residuals, GELU, attention's products and the caches are
+            integers too.
+    """
+
+    kernels: str
+    tables: str
+    activations: str | None = None
+    everything: bool = False
+
+
+MODES = {
+    "float32": Mode("float32", "float32"),
+    "float16": Mode("float16", "float16"),
+    "dynamic_int8": Mode("int8", "int8"),
+    "int8": Mode("int8", "int8", "int8"),
+    "int8_full": Mode("int8", "int8", "int8", everything=True),
+    "int16x8": Mode("int8", "int8", "int16"),
+    "int4": Mode("int4", "int8"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matrix:
+    """A weight matrix as the file stores it.
+
+    Attributes:
+        values: Its numbers; int4 ones packed, two to a byte.
+        kind: A `TensorType`.
+        shape: (outputs, inputs), or (rows, width) of a table.
+        grid: Its `Grid`, or None.
+    """
+
+    values: np.ndarray
+    kind: int
+    shape: tuple
+    grid: Grid | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the numbers and of their scales."""
+        scales = 0 if self.grid is None else self.grid.scales.nbytes
+        return self.values.nbytes + scales
+
+
+def store(values: np.ndarray, form: str, name: str) -> Matrix:
+    """Return a matrix `(outputs, inputs)` in a form of `Mode.kernels`.
+
+    Raises:
+        InputError: A value is NaN or infinite.
+    """
+    values = np.ascontiguousarray(values, np.float32)
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"Exporting expects finite weights. Received: NaN or infinity in {name}. "
+            "Train with a lower learning rate, or in float32."
+        )
+    if form == "float32":
+        return Matrix(values, Type.FLOAT32, values.shape, None)
+    if form == "float16":
+        return Matrix(values.astype(np.float16), Type.FLOAT16, values.shape, None)
+    if form == "int8":
+        integers, scales = quantize_array(values, 8, axis=0, name=name)
+        scales = scales.reshape(-1)
+        grid = Grid(scales, np.zeros(len(scales), np.int64))
+        return Matrix(integers, Type.INT8, values.shape, grid)
+    if values.shape[1] % INT4_BLOCK:
+        raise InputError(
+            f"The mode int4 stores blocks of {INT4_BLOCK} inputs. Received: {name} "
+            f"with {values.shape[1]} inputs. Use a model whose embedding_dim, heads "
+            f"together and feedforward_dim are multiples of {INT4_BLOCK}, or "
+            "dynamic_int8."
+        )
+    return _int4(values)
+
+
+def _int4(values):
+    rows, width = values.shape
+    blocks = values.reshape(rows, width // INT4_BLOCK, INT4_BLOCK)
+    # The scales are stored as float16, so the integers are chosen for those.
+    scales = (np.abs(blocks).max(axis=2) / 7).astype(np.float16)
+    divisor = np.where(scales == 0, np.float16(1), scales).astype(np.float32)
+    integers = np.clip(np.rint(blocks / divisor[..., None]), -7, 7).astype(np.int8)
+    halves = (integers.view(np.uint8) & 15).reshape(-1, 2)
+    packed = halves[:, 0] | (halves[:, 1] << 4)  # the first in the low half
+    grid = Grid(scales, np.zeros(1, np.int64), 0, INT4_BLOCK)
+    return Matrix(packed, Type.INT4, values.shape, grid)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constants:
+    """All that a graph needs to know of a model.
+
+    Attributes:
+        mode: The `Mode`.
+        sizes: `GPTModel`'s configuration, and `head_dim`.
+        matrices: `Matrix` by name, `"block_0/qkv_kernel"` for example. A tied head
+            has none of its own.
+        vectors: float32 `(n,)` by name.
+        ranges: (minimum, maximum) of activations by name.
+    """
+
+    mode: Mode
+    sizes: dict
+    matrices: dict
+    vectors: dict
+    ranges: dict
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the parameters need in this mode, their scales included."""
+        vectors = sum(vector.nbytes for vector in self.vectors.values())
+        return vectors + sum(matrix.size_bytes for matrix in self.matrices.values())
+
+    @functools.cache  # noqa: B019 - a file's worth of grids, asked for by every graph
+    def activation_grid(self, name: str) -> Grid:
+        """Return the grid of an activation, int8 or int16 as the mode has it.
+
+        The residual of `everything` is int16. The grid of int8 holds 0 exactly and
+        is that of TensorFlow's fake quantisation; that of int16 is symmetric.
+
+        Raises:
+            InputError: The activation's range is not known or not finite.
+        """
+        if name not in self.ranges:
+            raise InputError(
+                f"This mode expects a range for the activation {name}. Received: "
+                f"ranges of {len(self.ranges)} activations without it. Get them from "
+                "`calibrate(model, ids)` or by quantisation-aware training."
+            )
+        low, high = (float(value) for value in self.ranges[name])
+        if not (np.isfinite(low) and np.isfinite(high) and low <= high):
+            raise InputError(
+                f"The range of the activation {name} expects two finite numbers in "
+                f"order. Received: {low} and {high}. Calibrate again."
+            )
+        low, high = min(low, 0.0), max(high, 0.0)
+        if self.integer_of(name) == Type.INT16:
+            return symmetric_grid(max(-low, high) / 32767)
+        scale = (high - low) / 255 or 1.0
+        return affine_grid(scale, int(np.clip(np.rint(-low / scale), 0, 255)) - 128)
+
+    def integer_of(self, name: str) -> int:
+        """Return the integer type of an activation."""
+        wide = self.mode.activations == "int16" or "residual" in name
+        return Type.INT16 if wide or "embedding" in name else Type.INT8
+
+
+def affine_grid(scale: float, zero_point: int) -> Grid:
+    """Return a grid with one scale and one zero point."""
+    return Grid(np.array([scale], np.float32), np.array([zero_point], np.int64))
+
+
+def symmetric_grid(scale: float) -> Grid:
+    """Return a grid with one scale, around 0."""
+    return affine_grid(scale or 1.0, 0)
+
+
+def constants_of(model, mode: str, ranges=None) -> Constants:
+    """Take the weights out of a float model, in the form of a mode.
+
+    The queries' share of the QKV product is divided by the root of the head width
+    here, so that no graph has to.
+
+    Args:
+        model: A `GPTModel`.
+        mode: A key of `MODES`.
+        ranges: (minimum, maximum) by activation, for modes with fixed activations.
+
+    Raises:
+        InputError: A weight is not finite, or does not fit the mode.
+    """
+    form = MODES[mode]
+    parts = parts_of(model)
+    first = parts.blocks[0]
+    sizes = {
+        key: value for key, value in model.get_config().items() if key != "name"
+    } | {"head_dim": first.head_dim}
+    matrices, vectors = {}, {}
+    inner = first.num_heads * first.head_dim
+
+    def table(name, variable):
+        matrices[name] = store(variable.numpy(), form.tables, name)
+
+    table("embedding/token_table", parts.embedding.token_table)
+    table("embedding/position_table", parts.embedding.position_table)
+    for block in parts.blocks:
+        for name in ("attention_norm", "feedforward_norm"):
+            for part in ("gamma", "beta"):
+                key = f"{block.name}/{name}_{part}"
+                vectors[key] = getattr(block, f"{name}_{part}").numpy()
+        kernel, bias = block.qkv_kernel.numpy().T, block.qkv_bias.numpy()
+        root = np.ones((3 * inner, 1), np.float32)
+        root[:inner] = 1.0 / np.sqrt(first.head_dim)
+        kernel, bias = kernel * root, bias * root[:, 0]
+        pieces = {"qkv": slice(None)}
+        if form.activations is not None:
+            # Grids of their own, so that the queries' may be the finer one.
+            pieces = {
+                name: slice(index * inner, (index + 1) * inner)
+                for index, name in enumerate(("query", "key", "value"))
+            }
+        for name, rows in pieces.items():
+            key = f"{block.name}/{name}"
+            matrices[f"{key}_kernel"] = store(kernel[rows], form.kernels, key)
+            vectors[f"{key}_bias"] = bias[rows]
+        for name in ("output", "up", "down"):
+            key = f"{block.name}/{name}"
+            kernel = getattr(block, f"{name}_kernel").numpy().T
+            matrices[f"{key}_kernel"] = store(kernel, form.kernels, f"{key}_kernel")
+            vectors[f"{key}_bias"] = getattr(block, f"{name}_bias").numpy()
+    vectors["final_norm/gamma"] = parts.norm.gamma.numpy()
+    vectors["final_norm/beta"] = parts.norm.beta.numpy()
+    if parts.head.kernel is not None:
+        table("head/kernel", parts.head.kernel)
+    return Constants(form, sizes, matrices, vectors, dict(ranges or {}))

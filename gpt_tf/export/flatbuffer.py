@@ -1,0 +1,429 @@
+"""Write a TFLite model as the flatbuffer that it is.
+
+A converter would have to be talked into what a GPT's file needs: one copy of the
+weights for all signatures, the token table shared by embedding and head, a grid per
+row, no operation beyond the built-in ones. Here a subgraph is put together operation
+by operation, and what is written is what was meant. Constants with the same bytes
+share one buffer, and grids are stored once, over all subgraphs.
+
+Reference: TensorFlow Lite's `schema.fbs`, version 3.
+"""
+
+import dataclasses
+import hashlib
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from gpt_tf.errors import InputError
+
+Op = schema.BuiltinOperator
+Type = schema.TensorType
+_LARGEST_BYTES = (1 << 31) - (1 << 24)  # flatbuffers count in signed 32 bits
+_ALIGNMENT = 64
+
+_TYPES = {
+    np.dtype(np.float32): Type.FLOAT32,
+    np.dtype(np.float16): Type.FLOAT16,
+    np.dtype(np.int8): Type.INT8,
+    np.dtype(np.int16): Type.INT16,
+    np.dtype(np.int32): Type.INT32,
+    np.dtype(np.int64): Type.INT64,
+    np.dtype(np.bool_): Type.BOOL,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    """How integers stand for real numbers: `scale * (integer - zero_point)`.
+
+    Args:
+        scales: `(n,)` float32, one, or one per place along `axis`.
+        zero_points: `(n,)` int64.
+        axis: The axis along which they differ, where there are several.
+        block_size: Length of the blocks along the last axis that share a scale, or
+            None. `scales` then are float16 `(rows, blocks)`.
+    """
+
+    scales: np.ndarray
+    zero_points: np.ndarray
+    axis: int = 0
+    block_size: int | None = None
+
+    @property
+    def scale(self) -> float:
+        """The one scale of a grid that has only one."""
+        return float(self.scales[0])
+
+    @property
+    def zero_point(self) -> int:
+        """The one zero point of a grid that has only one."""
+        return int(self.zero_points[0])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of a subgraph.
+
+    Attributes:
+        index: Its place in the subgraph.
+        shape: Tuple of integers.
+        type: A `TensorType`.
+        grid: Its `Grid`, or None for real numbers.
+    """
+
+    index: int
+    shape: tuple
+    type: int
+    grid: Grid | None
+
+
+class Model:
+    """A model in the making: buffers, operator codes, subgraphs and signatures."""
+
+    def __init__(self):
+        self.subgraphs = []
+        self._buffers = [np.empty(0, np.uint8)]
+        self._buffer_of = {}
+        self._codes = {}
+        self._metadata = []
+
+    def subgraph(self, signature: str) -> "Subgraph":
+        """Begin the subgraph of a signature."""
+        self.subgraphs.append(Subgraph(self, signature))
+        return self.subgraphs[-1]
+
+    def add_metadata(self, name: str, content: bytes) -> None:
+        """Add a metadata entry; its bytes are stored as they are."""
+        self._buffers.append(np.frombuffer(content, np.uint8))
+        self._metadata.append((name, len(self._buffers) - 1))
+
+    def operators(self) -> dict[str, int]:
+        """Return how often each operator occurs, by name."""
+        names = {v: k for k, v in vars(Op).items() if not k.startswith("_")}
+        codes, counts = list(self._codes), {}
+        for subgraph in self.subgraphs:
+            for code, *_ in subgraph.operations:
+                name = names[codes[code][0]]
+                counts[name] = counts.get(name, 0) + 1
+        return dict(sorted(counts.items()))
+
+    def buffer(self, array: np.ndarray) -> int:
+        """Return the index of the buffer with these bytes."""
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        key = (data.nbytes, hashlib.sha256(data).digest())
+        if key not in self._buffer_of:
+            self._buffer_of[key] = len(self._buffers)
+            self._buffers.append(data)
+        return self._buffer_of[key]
+
+    def code(self, operator: int, version: int) -> int:
+        """Return the index of an operator code."""
+        return self._codes.setdefault((operator, version), len(self._codes))
+
+    def to_bytes(self) -> bytearray:
+        """Return the file's content.
+
+        Raises:
+            InputError: It would be larger than a flatbuffer may be, 2 GB.
+        """
+        size = sum(len(data) + _ALIGNMENT for data in self._buffers)
+        if size > _LARGEST_BYTES:
+            raise InputError(
+                f"A .tflite file expects at most 2 GB. Received: {size / 1e9:.1f} GB "
+                "of weights. Choose a mode with smaller weights, dynamic_int8 for "
+                "example."
+            )
+        return _Packer(size + (8 << 20)).pack(self)
+
+    @property
+    def parts(self):
+        """What a packer needs: buffers, operator codes and metadata."""
+        return self._buffers, list(self._codes), self._metadata
+
+
+class Subgraph:
+    """The graph of one signature."""
+
+    def __init__(self, model: Model, signature: str):
+        self.model = model
+        self.signature = signature
+        self.tensors = []
+        self.operations = []
+        self.inputs = {}
+        self.outputs = {}
+        self._constants = {}
+
+    def input(self, name, shape, kind=Type.FLOAT32, grid=None) -> Tensor:
+        """Add an input of the signature."""
+        self.inputs[name] = self._tensor(shape, kind, grid, name=name)
+        return self.inputs[name]
+
+    def output(self, name, tensor: Tensor) -> None:
+        """Make a tensor an output of the signature."""
+        self.outputs[name] = tensor
+
+    def constant(self, array, grid=None, kind=None, shape=None) -> Tensor:
+        """Return the constant tensor of these values.
+
+        Args:
+            array: Values; int4 ones come packed two to a byte, with `kind` and
+                `shape`.
+            grid: Their `Grid`, or None.
+            kind: Their `TensorType`; that of the array unless given.
+            shape: Their shape; that of the array unless given.
+        """
+        array = np.asarray(array)
+        kind = _TYPES[array.dtype] if kind is None else kind
+        shape = array.shape if shape is None else tuple(shape)
+        buffer = self.model.buffer(array)
+        key = (buffer, kind, shape, id(grid))
+        if key not in self._constants:
+            self._constants[key] = self._tensor(shape, kind, grid, buffer)
+        return self._constants[key]
+
+    def op(
+        self, operator, inputs, shape, kind=None, grid=None, options=None, version=1
+    ):
+        """Add an operation with one output and return that.
+
+        Args:
+            operator: A `BuiltinOperator`.
+            inputs: Tensors, or None for one that is left out.
+            shape: The output's shape.
+            kind: Its type; that of the first input unless given.
+            grid: Its `Grid`, or None.
+            options: The operator's options, an object of the schema, or None.
+            version: Version of the operator.
+        """
+        return self.ops(operator, inputs, [shape], kind, grid, options, version)[0]
+
+    def ops(
+        self, operator, inputs, shapes, kind=None, grid=None, options=None, version=1
+    ):
+        """Add an operation with several outputs and return them."""
+        kind = inputs[0].type if kind is None else kind
+        outputs = [self._tensor(shape, kind, grid) for shape in shapes]
+        code = self.model.code(operator, version)
+        self.operations.append((code, inputs, outputs, options))
+        return outputs
+
+    def _tensor(self, shape, kind, grid, buffer=0, name=None):
+        scales = None
+        if grid is not None and grid.block_size is not None:
+            scales = self.constant(grid.scales).index
+        tensor = Tensor(len(self.tensors), tuple(map(int, shape)), kind, grid)
+        self.tensors.append((tensor, buffer, name, scales))
+        return tensor
+
+
+class _Packer:
+    """Turns a `Model` into bytes.
+
+    What is equal is written once and pointed to: grids, tensors, options and whole
+    operations. Signatures differ in few of them, so each costs little.
+    """
+
+    def __init__(self, initial_bytes):
+        self.builder = flatbuffers.Builder(initial_bytes)
+        self.shared = {}
+        self.strings = {}
+        self.tensors = {}
+        self.operations = {}
+
+    def pack(self, model):
+        buffers, codes, metadata = model.parts
+        packed_metadata = [self._metadata(*entry) for entry in metadata]
+        packed = {
+            "Buffers": [self._buffer(data) for data in buffers],
+            "OperatorCodes": [self._code(*code) for code in codes],
+            "Subgraphs": [self._subgraph(graph) for graph in model.subgraphs],
+            "SignatureDefs": [
+                self._signature(index, graph)
+                for index, graph in enumerate(model.subgraphs)
+            ],
+            "Metadata": packed_metadata,
+        }
+        vectors = {
+            name: self._offsets(getattr(schema, f"ModelStart{name}Vector"), offsets)
+            for name, offsets in packed.items()
+        }
+        description = self._string("gpt_tf")
+        builder = self.builder
+        schema.ModelStart(builder)
+        schema.ModelAddVersion(builder, 3)
+        schema.ModelAddDescription(builder, description)
+        for name, offset in vectors.items():
+            getattr(schema, f"ModelAdd{name}")(builder, offset)
+        builder.Finish(schema.ModelEnd(builder), file_identifier=b"TFL3")
+        return bytearray(memoryview(builder.Bytes)[builder.head :])
+
+    def _buffer(self, data):
+        builder = self.builder
+        vector = None
+        if len(data):
+            builder.StartVector(1, len(data), _ALIGNMENT)
+            builder.head -= len(data)
+            builder.Bytes[builder.head : builder.head + len(data)] = data.tobytes()
+            vector = builder.EndVector()
+        schema.BufferStart(builder)
+        if vector is not None:
+            schema.BufferAddData(builder, vector)
+        return schema.BufferEnd(builder)
+
+    def _code(self, operator, version):
+        code = schema.OperatorCodeT()
+        code.builtinCode = operator
+        code.deprecatedBuiltinCode = min(operator, Op.PLACEHOLDER_FOR_GREATER_OP_CODES)
+        code.version = version
+        return code.Pack(self.builder)
+
+    def _metadata(self, name, buffer):
+        text = self._string(name)
+        schema.MetadataStart(self.builder)
+        schema.MetadataAddName(self.builder, text)
+        schema.MetadataAddBuffer(self.builder, buffer)
+        return schema.MetadataEnd(self.builder)
+
+    def _subgraph(self, graph):
+        tensors = self._offsets(
+            schema.SubGraphStartTensorsVector,
+            [self._tensor(*entry) for entry in graph.tensors],
+        )
+        operations = self._offsets(
+            schema.SubGraphStartOperatorsVector,
+            [self._operation(*entry) for entry in graph.operations],
+        )
+        inputs = self._indices(graph.inputs)
+        outputs = self._indices(graph.outputs)
+        name = self._string(graph.signature)
+        schema.SubGraphStart(self.builder)
+        schema.SubGraphAddTensors(self.builder, tensors)
+        schema.SubGraphAddInputs(self.builder, inputs)
+        schema.SubGraphAddOutputs(self.builder, outputs)
+        schema.SubGraphAddOperators(self.builder, operations)
+        schema.SubGraphAddName(self.builder, name)
+        return schema.SubGraphEnd(self.builder)
+
+    def _tensor(self, tensor, buffer, name, scales_index):
+        key = (tensor.shape, tensor.type, id(tensor.grid), buffer, name, scales_index)
+        if key not in self.tensors:
+            self.tensors[key] = self._new_tensor(tensor, buffer, name, scales_index)
+        return self.tensors[key]
+
+    def _new_tensor(self, tensor, buffer, name, scales_index):
+        grid = self._grid(tensor.grid, scales_index)
+        shape = self._vector(np.array(tensor.shape, np.int32))
+        name = self._string(name or "")
+        schema.TensorStart(self.builder)
+        schema.TensorAddShape(self.builder, shape)
+        schema.TensorAddType(self.builder, tensor.type)
+        schema.TensorAddBuffer(self.builder, buffer)
+        schema.TensorAddName(self.builder, name)
+        if grid is not None:
+            schema.TensorAddQuantization(self.builder, grid)
+        schema.TensorAddHasRank(self.builder, True)
+        return schema.TensorEnd(self.builder)
+
+    def _grid(self, grid, scales_index):
+        if grid is None:
+            return None
+        key = (id(grid), scales_index)
+        if key not in self.shared:
+            if scales_index is None:
+                self.shared[key] = self._affine(grid)
+            else:
+                self.shared[key] = self._blockwise(grid, scales_index)
+        return self.shared[key]
+
+    def _affine(self, grid):
+        scales = self._vector(grid.scales.astype(np.float32))
+        zero_points = self._vector(grid.zero_points.astype(np.int64))
+        schema.QuantizationParametersStart(self.builder)
+        schema.QuantizationParametersAddScale(self.builder, scales)
+        schema.QuantizationParametersAddZeroPoint(self.builder, zero_points)
+        schema.QuantizationParametersAddQuantizedDimension(self.builder, grid.axis)
+        return schema.QuantizationParametersEnd(self.builder)
+
+    def _blockwise(self, grid, scales_index):
+        details = schema.BlockwiseQuantizationT()
+        details.scales = scales_index
+        details.zeroPoints = -1
+        details.blockSize = grid.block_size
+        parameters = schema.QuantizationParametersT()
+        parameters.detailsType = schema.QuantizationDetails.BlockwiseQuantization
+        parameters.details = details
+        parameters.quantizedDimension = grid.axis
+        return parameters.Pack(self.builder)
+
+    def _operation(self, code, inputs, outputs, options):
+        inputs = tuple(-1 if t is None else t.index for t in inputs)
+        outputs = tuple(tensor.index for tensor in outputs)
+        kind, options, content = self._options(options)
+        key = (code, inputs, outputs, content)
+        if key not in self.operations:
+            operands = [
+                self._vector(np.array(indices, np.int32))
+                for indices in (inputs, outputs)
+            ]
+            schema.OperatorStart(self.builder)
+            schema.OperatorAddOpcodeIndex(self.builder, code)
+            schema.OperatorAddInputs(self.builder, operands[0])
+            schema.OperatorAddOutputs(self.builder, operands[1])
+            if options is not None:
+                schema.OperatorAddBuiltinOptionsType(self.builder, kind)
+                schema.OperatorAddBuiltinOptions(self.builder, options)
+            self.operations[key] = schema.OperatorEnd(self.builder)
+        return self.operations[key]
+
+    def _options(self, options):
+        """Return kind, offset and content of an operation's options."""
+        if options is None:
+            return None, None, None
+        # The object is called AddOptionsT, its kind in the union AddOptions.
+        name = type(options).__name__[:-1]
+        content = (name, repr(sorted(vars(options).items())))
+        if content not in self.shared:
+            self.shared[content] = options.Pack(self.builder)
+        return getattr(schema.BuiltinOptions, name), self.shared[content], content
+
+    def _signature(self, index, graph):
+        signature = schema.SignatureDefT()
+        signature.signatureKey = graph.signature
+        signature.subgraphIndex = index
+        signature.inputs = _tensor_maps(graph.inputs)
+        signature.outputs = _tensor_maps(graph.outputs)
+        return signature.Pack(self.builder)
+
+    def _vector(self, values):
+        """Write a vector of numbers, once for all that ask for the same one."""
+        values = np.asarray(values)
+        key = (values.dtype.str, values.tobytes())
+        if key not in self.shared:
+            self.shared[key] = self.builder.CreateNumpyVector(values)
+        return self.shared[key]
+
+    def _indices(self, tensors):
+        return self._vector(np.array([t.index for t in tensors.values()], np.int32))
+
+    def _string(self, text):
+        if text not in self.strings:
+            self.strings[text] = self.builder.CreateString(text)
+        return self.strings[text]
+
+    def _offsets(self, start, offsets):
+        start(self.builder, len(offsets))
+        for offset in reversed(offsets):
+            self.builder.PrependUOffsetTRelative(offset)
+        return self.builder.EndVector()
+
+
+def _tensor_maps(tensors):
+    maps = []
+    for name, tensor in tensors.items():
+        entry = schema.TensorMapT()
+        entry.name = name
+        entry.tensorIndex = tensor.index
+        maps.append(entry)
+    return maps
