@@ -209,6 +209,12 @@ class Subgraph:
         self.operations.append((code, inputs, outputs, options))
         return outputs
 
+    def results(self):
+        """Yield each operation's operator and outputs."""
+        codes = self.model.parts[1]
+        for code, _, outputs, _ in self.operations:
+            yield codes[code][0], outputs
+
     def _tensor(self, shape, kind, grid, buffer=0, name=None):
         scales = None
         if grid is not None and grid.block_size is not None:

@@ -9,8 +9,6 @@ Everything follows the caches' capacity, the mask and nothing else, so a runtime
 resize them.
 """
 
-import dataclasses
-
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
@@ -19,14 +17,15 @@ from gpt_tf.export.constants import Constants, Matrix, affine_grid
 from gpt_tf.export.flatbuffer import Grid, Model, Op, Tensor, Type
 
 # The operations on real numbers that are left in the mode `int8_full`: the embedding's
-# rows and the normalisations, which need more than 8 bits, and mask and softmax.
+# rows and the normalisations, which need more than 8 bits, mask and softmax, and the
+# conversions around them.
 FLOAT_ISLANDS = (
     "ADD",
     "DEQUANTIZE",
     "EMBEDDING_LOOKUP",
     "MEAN",
     "MUL",
-    "QUANTIZE",
+    "RESHAPE",
     "RSQRT",
     "SOFTMAX",
     "SQUARED_DIFFERENCE",

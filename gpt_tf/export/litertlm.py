@@ -1,0 +1,130 @@
+"""Export a GPT to a `.litertlm`: model, tokenizer and metadata in one file.
+
+LiteRT-LM, Google's runtime, and `gpt_tf.edge` both run it. The container is written
+by Google's own `litert-lm-builder`.
+"""
+
+import contextlib
+import io
+import os
+import tempfile
+from pathlib import Path
+
+from gpt_tf import files
+from gpt_tf.errors import InputError
+from gpt_tf.export import tflite
+
+# Whatever the conversation is, the model sees the bare text of its messages.
+_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for item in message.content %}{{ item.text }}{% endfor %}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def export_litertlm(
+    model,
+    tokenizer,
+    path: str | os.PathLike,
+    mode: str = "dynamic_int8",
+    **options,
+) -> dict:
+    """Write a GPT with its tokenizer as one `.litertlm`.
+
+    Args:
+        model: A `GPTModel`, or one that `quantize_aware` made of it.
+        tokenizer: Its tokenizer.
+        path: Where to write; a file that stands there is replaced.
+        mode: As for `export_tflite`. LiteRT-LM binds float32 caches only, so a file
+            of `int8_full` is for `gpt_tf.edge`.
+        **options: As for `export_tflite`.
+
+    Returns:
+        The manifest, as written beside the file.
+
+    Raises:
+        InputError, InputTypeError, VerificationError: As for `export_tflite`.
+
+    Example:
+        >>> export_litertlm(model, tokenizer, "gpt.litertlm")["mode"]
+        'dynamic_int8'
+    """
+    path = Path(path)
+    if path.suffix != ".litertlm":
+        raise InputError(
+            f"`path` expects a name that ends in .litertlm. Received: {path.name!r}."
+        )
+    if tokenizer is None or tokenizer.vocab_size > _vocab_size(model):
+        size = None if tokenizer is None else tokenizer.vocab_size
+        raise InputError(
+            "`tokenizer` expects the one that the model was trained with, of at most "
+            f"{_vocab_size(model)} tokens. Received: {size}."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{path.name}.", dir=path.parent
+        ) as folder:
+            folder = Path(folder)
+            inner = tflite.export_tflite(
+                model, folder / "model.tflite", mode, tokenizer=tokenizer, **options
+            )
+            with files.atomic_file(path) as file:
+                _bundle(folder, inner, tokenizer, file)
+                files.file_manifest_path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise tflite.no_space(path, error) from None
+    kept = {
+        key: value
+        for key, value in inner.items()
+        if key not in ("kind", "versions", "size_bytes", "sha256", "manifest_sha256")
+    }
+    return files.write_file_manifest(
+        path, "litertlm", **kept, tflite_sha256=inner["sha256"]
+    )
+
+
+def _vocab_size(model):
+    return model.get_config().get("vocab_size") or model.output_shape[-1]
+
+
+def _bundle(folder, manifest, tokenizer, stream):
+    import litert_lm_builder as builder
+
+    (folder / "metadata.textproto").write_text(
+        _metadata_of(manifest, tokenizer), "utf-8"
+    )
+    (folder / "template.jinja").write_text(_TEMPLATE, "utf-8")
+    bundle = builder.LitertLmFileBuilder()
+    kinds = builder.DType
+    # The builder prints what it adds.
+    with contextlib.redirect_stdout(io.StringIO()):
+        bundle.add_system_metadata(
+            builder.Metadata(key="Authors", value="gpt_tf", dtype=kinds.STRING)
+        )
+        bundle.add_llm_metadata(
+            str(folder / "metadata.textproto"),
+            jinja_prompt_template_path=str(folder / "template.jinja"),
+        )
+        bundle.add_hf_tokenizer(str(folder / "tokenizer.json"))
+        bundle.add_tflite_model(
+            str(folder / "model.tflite"), builder.TfLiteModelType.PREFILL_DECODE
+        )
+        bundle.build(stream)
+
+
+def _metadata_of(manifest, tokenizer):
+    """Return LiteRT-LM's metadata in protobuf's text format.
+
+    It names no start token: the model was trained without one.
+    """
+    lines = [
+        f"max_num_tokens: {manifest['capacity']}",
+        "llm_model_type { generic_model {} }",
+    ]
+    if tokenizer.end_of_text_id is not None:
+        lines.append(
+            f"stop_tokens {{ token_ids {{ ids: {tokenizer.end_of_text_id} }} }}"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,267 @@
+"""Export a GPT to a `.tflite`: write it, run it, and only then give it its name."""
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gpt_tf import files
+from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.export import constants as weights
+from gpt_tf.export import flatbuffer, graph, seal, signatures, verify
+from gpt_tf.models.gpt import GPTModel
+from gpt_tf.models.language_model import refuse_keras_3
+
+SCORE_LENGTH = 64
+
+# Why the article's other wishes for a file cannot be had.
+_NO_MODE = {
+    "int8_per_tensor": "per-tensor weights cost accuracy and save nothing",
+    "int4x8": "LiteRT has no product of int4 weights and fixed int8 activations",
+    "bfloat16": "LiteRT's CPU kernels do not compute in bfloat16",
+    "int2": "LiteRT's CPU kernels for int2 are not in its released packages",
+}
+
+
+def export_tflite(
+    model,
+    path: str | os.PathLike,
+    mode: str = "dynamic_int8",
+    *,
+    context_length: int | None = None,
+    prefill_lengths: Sequence[int] = signatures.DEFAULT_PREFILL_LENGTHS,
+    tokenizer=None,
+    ranges: dict | None = None,
+    representative=None,
+    verify_on=None,
+    allow_untrained: bool = False,
+    on_notice: Callable[[str], None] | None = None,
+) -> dict:
+    """Write a GPT as one `.tflite` with prefill, decode and a key-value cache.
+
+    The signatures are those of `gpt_tf.export.signatures`; they share one copy of the
+    weights, the tied token table included. The file is opened and run before it
+    gets its name, and a manifest with what was measured is written beside it.
+
+    | mode | weights | activations |
+    |---|---|---|
+    | `float32` | float32 | float32 |
+    | `float16` | float16 | float32 |
+    | `dynamic_int8` | int8 per channel | float32, each row quantised as it comes |
+    | `int8` | int8 per channel | int8 in all products of the blocks, on fixed grids |
+    | `int8_full` | int8 per channel | integers; see `graph.FLOAT_ISLANDS` |
+    | `int16x8` | int8 per channel | int16 in all products of the blocks |
+    | `int4` | int4 in blocks of 32; tables int8 | as `dynamic_int8` |
+
+    Args:
+        model: A `GPTModel`, or one that `quantize_aware` made of it, whose ranges are
+            then used.
+        path: Where to write; a file that stands there is replaced.
+        mode: One of the above.
+        context_length: `S`, capacity of the cache, at most the model's; the model's
+            unless given.
+        prefill_lengths: Lengths of the prefill signatures. Those longer than the
+            context are left out.
+        tokenizer: The model's tokenizer. Its fingerprint is put into the file, and
+            `tokenizer.json` beside it.
+        ranges: (minimum, maximum) by activation, as `calibrate` returns; for `int8`,
+            `int8_full` and `int16x8`.
+        representative: Instead of ranges: token ids `(N, T)` to measure them on.
+        verify_on: Token ids `(N,)` of a text on which the file is run and compared
+            with Keras. Default: the first row of `representative`, else random ids.
+        allow_untrained: Whether a model whose biases are all 0 still may be written.
+        on_notice: Called with a line per stage.
+
+    Returns:
+        The manifest: mode, configuration, size and SHA-256, and under
+        `"verification"` the differences measured.
+
+    Raises:
+        InputError: An argument cannot be used, or no space is left.
+        InputTypeError: The model is not a GPT of gpt_tf.
+        VerificationError: The file does not compute what the model does. It is not
+            kept; what stood at `path` before is untouched.
+
+    Example:
+        >>> manifest = export_tflite(model, "gpt.tflite", "dynamic_int8")
+        >>> manifest["verification"]["top1_agreement"]
+        1.0
+
+    Reference: article 3.2; TensorFlow Lite's 8-bit quantisation specification.
+    """
+    say = on_notice or (lambda line: None)
+    path = Path(path)
+    if mode not in weights.MODES:
+        reason = _NO_MODE.get(mode)
+        raise InputError(
+            f"`mode` expects one of {', '.join(weights.MODES)}. Received: {mode!r}"
+            + (f", which cannot be had: {reason}." if reason else ".")
+        )
+    if path.suffix != ".tflite":
+        raise InputError(
+            f"`path` expects a name that ends in .tflite. Received: {path.name!r}. "
+            "For one file with the tokenizer use `export_litertlm`."
+        )
+    plain, ranges = _source_of(model, mode, ranges, representative, say)
+    if not allow_untrained:
+        _refuse_untrained(plain)
+    capacity = _capacity(plain, context_length)
+    lengths = _lengths(prefill_lengths, capacity)
+    say(f"storing {plain.count_params():,} parameters as {mode}")
+    constants = weights.constants_of(plain, mode, ranges)
+    written = flatbuffer.Model()
+    graph.build(written, constants, "decode", 1, capacity)
+    for length in lengths:
+        graph.build(written, constants, "prefill", length, capacity)
+    score_length = min(SCORE_LENGTH, capacity)
+    graph.build(written, constants, "score", score_length, capacity)
+    facts = {
+        "mode": mode,
+        "config": constants.sizes,
+        "capacity": capacity,
+        "prefill_lengths": list(lengths),
+        "score_lengths": [score_length],
+        "cache_dtype": "int8" if constants.mode.everything else "float32",
+        "tokenizer_fingerprint": tokenizer.fingerprint() if tokenizer else None,
+    }
+    written.add_metadata(
+        signatures.METADATA_NAME, seal.blank_seal(**facts, versions=files.versions())
+    )
+    data = written.to_bytes()
+    seal.seal(data)
+    ids, text = _verification_text(verify_on, representative, plain, capacity)
+    if tokenizer is not None:
+        _write_tokenizer(tokenizer, path)
+    try:
+        with files.atomic_file(path) as file:
+            file.write(data)
+            file.flush()
+            del data
+            say("running every signature and comparing with Keras")
+            measured = verify.verify(
+                Path(file.name), written, constants, mode, model, ids
+            )
+            # A manifest of the file that stood here would call the new one damaged.
+            files.file_manifest_path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise no_space(path, error) from None
+    manifest = files.write_file_manifest(
+        path, "tflite", **facts, verification={**measured, "text": text}
+    )
+    say(
+        f"{path.name}: {manifest['size_bytes'] / 1e6:.2f} MB, divergence "
+        f"{measured['divergence_nats']:.2g} nats, likeliest token equal in "
+        f"{measured['top1_agreement']:.1%} of {measured['positions']} places"
+    )
+    return manifest
+
+
+def _source_of(model, mode, ranges, representative, say):
+    """Return the float model and the ranges to use."""
+    refuse_keras_3(model, "model")
+    if not isinstance(model, GPTModel):
+        from gpt_tf.quantization import qat
+
+        if isinstance(model, qat.QuantizationAwareGPT):
+            found = qat.activation_ranges(model)
+            return qat.to_float(model), {**found, **(ranges or {})}
+        raise InputTypeError(
+            "Exporting expects a GPTModel or what `quantize_aware` made of one. "
+            f"Received: {type(model).__module__}.{type(model).__name__}. "
+            "Build it with `gpt_tf.GPTModel(...)`."
+        )
+    if weights.MODES[mode].activations is None:
+        return model, {}
+    if ranges is None:
+        if representative is None:
+            raise InputError(
+                f"The mode {mode} fixes the ranges of activations beforehand. "
+                "Received: neither `ranges` nor `representative`. Pass token ids "
+                "(N, T) of typical text as `representative`, or use dynamic_int8."
+            )
+        from gpt_tf.quantization import calibration
+
+        say("calibrating: measuring the ranges of all activations")
+        ranges = calibration.calibrate(model, representative)
+    return model, ranges
+
+
+def _refuse_untrained(model):
+    biases = [w for w in model.weights if w.name.rpartition("/")[2].startswith("down")]
+    biases = [w for w in biases if "bias" in w.name]
+    if biases and not any(np.any(bias.numpy()) for bias in biases):
+        raise InputError(
+            "Exporting expects a trained model. Received: one whose biases are all 0, "
+            "as before the first step. Train it, load its weights, or pass "
+            "`allow_untrained=True`."
+        )
+
+
+def _capacity(model, context_length):
+    if context_length is None:
+        return model.context_length
+    if not 2 <= context_length <= model.context_length:
+        raise InputError(
+            f"`context_length` expects 2 to {model.context_length}, the positions "
+            f"that the model has. Received: {context_length}."
+        )
+    return int(context_length)
+
+
+def _lengths(prefill_lengths, capacity):
+    lengths = sorted(set(prefill_lengths))
+    if not lengths or not all(
+        isinstance(length, int) and length >= 1 for length in lengths
+    ):
+        raise InputError(
+            "`prefill_lengths` expects one or more integers of at least 1. "
+            f"Received: {prefill_lengths!r}. Use (1, 8, 64), for example."
+        )
+    # LiteRT-LM needs a small one for what is left of a prompt.
+    return [1, *(length for length in lengths if 1 < length <= capacity)]
+
+
+def _verification_text(verify_on, representative, model, capacity):
+    if verify_on is None and isinstance(representative, np.ndarray):
+        verify_on = representative[0]
+    if verify_on is None:
+        generator = np.random.default_rng(0)
+        count = min(64, capacity)
+        return generator.integers(0, model.vocab_size, count), "random ids"
+    ids = np.asarray(verify_on).reshape(-1)
+    if not len(ids) or ids.min() < 0 or ids.max() >= model.vocab_size:
+        raise InputError(
+            f"`verify_on` expects token ids from 0 to {model.vocab_size - 1}. "
+            f"Received: {len(ids)} ids"
+            + (f" from {ids.min()} to {ids.max()}." if len(ids) else ".")
+            + " Use the model's own tokenizer."
+        )
+    return ids, "given text"
+
+
+def _write_tokenizer(tokenizer, path):
+    from gpt_tf.text.tokenizer import FILE_NAME, load_tokenizer
+
+    beside = path.parent / FILE_NAME
+    if beside.is_file():
+        if load_tokenizer(beside).fingerprint() != tokenizer.fingerprint():
+            raise InputError(
+                f"The tokenizer is to stand beside {path}, but {beside} is another "
+                "one. Choose another folder."
+            )
+        return
+    tokenizer.save(beside)
+
+
+def no_space(path, error) -> InputError:
+    """Return the error to raise where a file could not be written."""
+    if error.errno == errno.ENOSPC:
+        return InputError(
+            f"No space is left to write {path}. Nothing was changed. Make room and "
+            "export again."
+        )
+    return InputError(
+        f"{path} cannot be written: {error.strerror}. Choose another place."
+    )
