@@ -26,6 +26,7 @@ _PUBLIC = {
     "load_tokenizer": "gpt_tf.text.tokenizer",
     "make_strategy": "gpt_tf.parallel.strategy",
     "open_corpus": "gpt_tf.text.corpus",
+    "quantize_weights": "gpt_tf.quantization.weights",
     "stream": "gpt_tf.models.decoding",
     "train": "gpt_tf.training",
     "write_token_file": "gpt_tf.text.dataset",
