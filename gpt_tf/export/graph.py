@@ -154,7 +154,7 @@ class _Graph:
 
     def _query_key_value(self, block, normal):
         """Return query, key and value, each `(1, H, T, D)`."""
-        if self.constants.mode.activations is None:
+        if f"{block}/qkv_kernel" in self.constants.matrices:
             qkv = self._split_heads(self._product(f"{block}/qkv", normal), 3)
             options = schema.SplitOptionsT()
             options.numSplits = 3
@@ -163,16 +163,19 @@ class _Graph:
             return self.graph.ops(
                 Op.SPLIT, [axis, qkv], [shape] * 3, qkv.type, None, options
             )
-        grid = self.constants.activation_grid(f"{block}/qkv_activation")
-        finer = affine_grid(grid.scale / self.head_dim**0.5, grid.zero_point)
-        kind = self.constants.integer_of("qkv_activation")
-        grids = {"query": finer, "key": grid, "value": grid}
         return [
-            self._split_heads(
-                self._integer_product(f"{block}/{name}", normal, kind, grid), 1
-            )
-            for name, grid in grids.items()
+            self._split_heads(self._piece(block, name, normal), 1)
+            for name in ("query", "key", "value")
         ]
+
+    def _piece(self, block, name, normal):
+        kind, grid = self._fixed(f"{block}/qkv_activation")
+        if grid is None:
+            return self._product(f"{block}/{name}", normal)
+        if name == "query":
+            # Divided by the root of the head width, as its kernel is.
+            grid = affine_grid(grid.scale / self.head_dim**0.5, grid.zero_point)
+        return self._integer_product(f"{block}/{name}", normal, kind, grid)
 
     def _attend(self, block, query, keys, values):
         """`(1, H, T, D)` and caches `(1, H, S, D)` -> context `(1, T, H * D)`."""
@@ -252,11 +255,10 @@ class _Graph:
         kind, grid = self._fixed(activation or "")
         if x.grid is not None and grid is not None:
             return self._integer_dense(x, matrix, bias, name, kind, grid)
-        version = 5 if bias is not None else 6
         options = _dense_options()
-        if matrix.kind in (Type.INT8, Type.INT4):
-            options.asymmetricQuantizeInputs = True
-            version = 13 if matrix.kind == Type.INT4 else 12
+        options.asymmetricQuantizeInputs = matrix.kind in (Type.INT8, Type.INT4)
+        # Older runtimes would take blocks of int4 for something else.
+        version = {Type.INT8: 12, Type.INT4: 13}.get(matrix.kind, 5)
         inputs = [
             self._real(x),
             self._matrix(matrix),
@@ -305,9 +307,7 @@ class _Graph:
         if matrix.kind == Type.FLOAT16:
             table = self.graph.constant(matrix.values)
             options = schema.GatherOptionsT()
-            rows = self.graph.op(
-                Op.GATHER, [table, indices], shape, options=options, version=2
-            )
+            rows = self.graph.op(Op.GATHER, [table, indices], shape, options=options)
             return self._real(rows)
         version = 4 if matrix.grid is not None else 1
         return self.graph.op(
@@ -415,8 +415,9 @@ class _Graph:
         order = self._integers([0, 2, 1, 3])
         shape = (x.shape[0], x.shape[2], x.shape[1], x.shape[3])
         options = schema.TransposeOptionsT()
+        version = {Type.INT8: 2, Type.INT16: 5}.get(x.type, 1)
         return self.graph.op(
-            Op.TRANSPOSE, [x, order], shape, x.type, x.grid, options, version=2
+            Op.TRANSPOSE, [x, order], shape, x.type, x.grid, options, version
         )
 
     def _reshape(self, x, shape):
@@ -446,7 +447,6 @@ class _Graph:
             cache.shape,
             cache.type,
             cache.grid,
-            version=1 if cache.grid is None else 2,
         )
 
     def _cache_kind(self, index):
