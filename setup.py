@@ -14,6 +14,9 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "gpt_tf/__init__.py").read_text("utf-8"), re.M
 ).group(1)
 
+EDGE = ["ai-edge-litert>=2.3,<3"]
+# Google's own runtime, which the tests run the exported files in.
+EDGE_TEST = [*EDGE, "litert-lm>=0.18.1,<0.19"]
 TRAIN = [
     "tensorflow>=2.21,<2.22",
     "tf_keras>=2.21,<2.22",
@@ -24,10 +27,13 @@ TRAIN = [
     "safetensors>=0.5,<1",
     "matplotlib>=3.8,<4",
     "tensorboard>=2.21,<2.22",
+    # What is trained is exported too, and run before it gets its name.
+    *EDGE,
+    "flatbuffers>=24.3",
+    "litert-lm-builder>=0.18.1,<0.19",
     # TF-MOT imports distutils without asking for it; from 3.12 it is setuptools'.
     'setuptools>=69; python_version >= "3.12"',
 ]
-EDGE = ["ai-edge-litert>=2.1,<3"]
 EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1"]
 NOTEBOOKS = ["jupytext>=1.16,<2", "nbclient>=0.10,<1", "ipykernel>=6.29,<8"]
 
@@ -50,9 +56,17 @@ setup(
     extras_require={
         "train": TRAIN,
         "edge": EDGE,
+        "edge-test": EDGE_TEST,
         "explain": EXPLAIN,
         "notebooks": NOTEBOOKS,
-        "bench": ["torch>=2.4", "psutil>=6"],
+        "bench": [
+            "torch>=2.4",
+            "psutil>=6",
+            "onnx>=1.17,<2",
+            "onnxruntime>=1.22,<2",
+            "gguf>=0.17,<1",
+            "llama-cpp-python>=0.3.16,<0.4",
+        ],
         "dev": [
             "pytest>=8.3,<10",
             "hypothesis>=6.115,<7",
@@ -60,6 +74,7 @@ setup(
             "ruff>=0.9,<1",
             "import-linter>=2.1,<3",
             "pre-commit>=4,<5",
+            *EDGE_TEST,
             *NOTEBOOKS,
         ],
         "all": [*TRAIN, *EDGE, *EXPLAIN, *NOTEBOOKS],

@@ -198,9 +198,9 @@ def _torch_product(size):
     return lambda count: [_seconds(lambda: torch.mm(a, a)) for _ in range(count)]
 
 
-def read_rate():
-    """Return bytes per second that all cores together read from memory."""
-    workers = os.cpu_count() or 1
+def read_rate(workers=None):
+    """Return bytes per second that so many cores, or all, together read from memory."""
+    workers = workers or os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers) as pool:
         return max(sum(pool.map(_read_memory, range(workers))) for _ in range(3))

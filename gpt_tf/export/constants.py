@@ -68,8 +68,15 @@ class Matrix:
         return self.values.nbytes + scales
 
 
-def store(values: np.ndarray, form: str, name: str) -> Matrix:
+def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
     """Return a matrix `(outputs, inputs)` in a form of `Mode.kernels`.
+
+    Args:
+        values: Its numbers.
+        form: A form.
+        name: What an error calls it.
+        per_channel: Whether an int8 matrix has a scale per output channel; if not,
+            one scale.
 
     Raises:
         InputError: A value is NaN or infinite.
@@ -85,7 +92,8 @@ def store(values: np.ndarray, form: str, name: str) -> Matrix:
     if form == "float16":
         return Matrix(values.astype(np.float16), Type.FLOAT16, values.shape, None)
     if form == "int8":
-        integers, scales = quantize_array(values, 8, axis=0, name=name)
+        axis = 0 if per_channel else None
+        integers, scales = quantize_array(values, 8, axis=axis, name=name)
         scales = scales.reshape(-1)
         grid = Grid(scales, np.zeros(len(scales), np.int64))
         return Matrix(integers, Type.INT8, values.shape, grid)
@@ -97,6 +105,15 @@ def store(values: np.ndarray, form: str, name: str) -> Matrix:
             "dynamic_int8."
         )
     return _int4(values)
+
+
+def _rows_times(matrix, rows, factors):
+    """Return rows of an int8 matrix, multiplied through their scales."""
+    scales = matrix.grid.scales
+    scales = scales[rows] * factors if len(scales) > 1 else scales * factors[:1]
+    values = matrix.values[rows]
+    grid = Grid(scales, np.zeros(len(scales), np.int64))
+    return Matrix(values, matrix.kind, values.shape, grid)
 
 
 def _int4(values):
@@ -181,7 +198,7 @@ def symmetric_grid(scale: float) -> Grid:
     return affine_grid(scale or 1.0, 0)
 
 
-def constants_of(model, mode: str, ranges=None) -> Constants:
+def constants_of(model, mode: str, ranges=None, per_channel=True) -> Constants:
     """Take the weights out of a float model, in the form of a mode.
 
     The queries' share of the QKV product is divided by the root of the head width
@@ -191,6 +208,7 @@ def constants_of(model, mode: str, ranges=None) -> Constants:
         model: A `GPTModel`.
         mode: A key of `MODES`.
         ranges: (minimum, maximum) by activation, for modes with fixed activations.
+        per_channel: As for `store`.
 
     Raises:
         InputError: A weight is not finite, or does not fit the mode.
@@ -204,38 +222,43 @@ def constants_of(model, mode: str, ranges=None) -> Constants:
     matrices, vectors = {}, {}
     inner = first.num_heads * first.head_dim
 
-    def table(name, variable):
-        matrices[name] = store(variable.numpy(), form.tables, name)
+    def keep(name, values, kind=form.kernels):
+        matrices[name] = store(values, kind, name, per_channel)
 
-    table("embedding/token_table", parts.embedding.token_table)
-    table("embedding/position_table", parts.embedding.position_table)
+    for name in ("token_table", "position_table"):
+        values = getattr(parts.embedding, name).numpy()
+        keep(f"embedding/{name}", values, form.tables)
     for block in parts.blocks:
         for name in ("attention_norm", "feedforward_norm"):
             for part in ("gamma", "beta"):
                 key = f"{block.name}/{name}_{part}"
                 vectors[key] = getattr(block, f"{name}_{part}").numpy()
         kernel, bias = block.qkv_kernel.numpy().T, block.qkv_bias.numpy()
-        root = np.ones((3 * inner, 1), np.float32)
-        root[:inner] = 1.0 / np.sqrt(first.head_dim)
-        kernel, bias = kernel * root, bias * root[:, 0]
         pieces = {"qkv": slice(None)}
-        if form.activations is not None:
+        if form.activations is not None or not per_channel:
             # Grids of their own, so that the queries' may be the finer one.
             pieces = {
                 name: slice(index * inner, (index + 1) * inner)
                 for index, name in enumerate(("query", "key", "value"))
             }
+        root = np.ones(3 * inner, np.float32)
+        root[:inner] /= np.sqrt(first.head_dim)
+        if form.kernels == "int8":
+            whole = store(kernel, "int8", f"{block.name}/qkv_kernel", per_channel)
         for name, rows in pieces.items():
             key = f"{block.name}/{name}"
-            matrices[f"{key}_kernel"] = store(kernel[rows], form.kernels, key)
-            vectors[f"{key}_bias"] = bias[rows]
+            vectors[f"{key}_bias"] = (bias * root)[rows]
+            if form.kernels == "int8":
+                # The integers are those of the model's own kernel.
+                matrices[f"{key}_kernel"] = _rows_times(whole, rows, root[rows])
+            else:
+                keep(f"{key}_kernel", (kernel * root[:, None])[rows])
         for name in ("output", "up", "down"):
             key = f"{block.name}/{name}"
-            kernel = getattr(block, f"{name}_kernel").numpy().T
-            matrices[f"{key}_kernel"] = store(kernel, form.kernels, f"{key}_kernel")
+            keep(f"{key}_kernel", getattr(block, f"{name}_kernel").numpy().T)
             vectors[f"{key}_bias"] = getattr(block, f"{name}_bias").numpy()
     vectors["final_norm/gamma"] = parts.norm.gamma.numpy()
     vectors["final_norm/beta"] = parts.norm.beta.numpy()
     if parts.head.kernel is not None:
-        table("head/kernel", parts.head.kernel)
+        keep("head/kernel", parts.head.kernel.numpy(), form.tables)
     return Constants(form, sizes, matrices, vectors, dict(ranges or {}))

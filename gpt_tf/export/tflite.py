@@ -35,6 +35,7 @@ def export_tflite(
     tokenizer=None,
     ranges: dict | None = None,
     representative=None,
+    per_channel: bool | None = None,
     verify_on=None,
     allow_untrained: bool = False,
     on_notice: Callable[[str], None] | None = None,
@@ -69,6 +70,9 @@ def export_tflite(
         ranges: (minimum, maximum) by activation, as `calibrate` returns; for `int8`,
             `int8_full` and `int16x8`.
         representative: Instead of ranges: token ids `(N, T)` to measure them on.
+        per_channel: Whether int8 weights have a scale per output channel. Default:
+            yes, or as a quantisation-aware model was trained. One scale per matrix
+            costs accuracy; it is there to be compared with.
         verify_on: Token ids `(N,)` of a text on which the file is run and compared
             with Keras. Default: the first row of `representative`, else random ids.
         allow_untrained: Whether a model whose biases are all 0 still may be written.
@@ -110,7 +114,9 @@ def export_tflite(
     capacity = _capacity(plain, context_length)
     lengths = _lengths(prefill_lengths, capacity)
     say(f"storing {plain.count_params():,} parameters as {mode}")
-    constants = weights.constants_of(plain, mode, ranges)
+    if per_channel is None:
+        per_channel = plain is model or model.quantization.per_channel
+    constants = weights.constants_of(plain, mode, ranges, per_channel)
     written = flatbuffer.Model()
     graph.build(written, constants, "decode", 1, capacity)
     for length in lengths:
@@ -119,6 +125,7 @@ def export_tflite(
     graph.build(written, constants, "score", score_length, capacity)
     facts = {
         "mode": mode,
+        "per_channel": per_channel,
         "config": constants.sizes,
         "capacity": capacity,
         "prefill_lengths": list(lengths),

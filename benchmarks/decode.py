@@ -1,0 +1,182 @@
+"""Decoding on a device at GPT-2 small's shape: gpt_tf's file and runtime beside others.
+
+    python benchmarks/decode.py [--rounds N] [--threads N ...] [--all]
+
+Every contender continues the same 64 random tokens greedily by 64, one sequence at a
+time, with the same random weights where it takes them, on 1 and on 2 threads. Ours
+runs the exported file, whose cache may take 1024 positions. A token reads every weight
+once, so the rate at which these threads read memory sets the floor. What is not
+installed is named and left out.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import peers
+from generation import Task
+from harness import (
+    Contender,
+    console,
+    print_machine,
+    read_rate,
+    save,
+    take_turns,
+)
+
+MODES = ("dynamic_int8", "int4", "float32")
+QUICK_PEERS = ("ONNX Runtime int8", "llama.cpp q8_0", "llama.cpp q4_0")
+
+
+def gpt_tf_edge(task, threads, folder, mode):
+    """`EdgeGPT` on the exported file, with a loop of one's own."""
+    from gpt_tf.edge import EdgeGPT
+
+    gpt = EdgeGPT(exported_path(folder, mode), num_threads=threads)
+    prompt = [int(token) for token in task.prompt()]
+
+    def once():
+        gpt.reset()
+        began = time.perf_counter()
+        gpt.prefill(prompt[:-1])
+        token = int(np.argmax(gpt.decode(prompt[-1])))
+        times = [time.perf_counter()]
+        for _ in range(task.new_tokens - 1):
+            token = int(np.argmax(gpt.decode(token)))
+            times.append(time.perf_counter())
+        return {
+            "first_token_seconds": times[0] - began,
+            "decode_seconds": float(np.median(np.diff(times))),
+        }
+
+    return lambda count: [once() for _ in range(count)]
+
+
+def exported_path(folder, mode):
+    return Path(folder) / f"gpt2-small-{mode}.litertlm"
+
+
+def export(task, folder, modes):
+    """Build the model of the peers' weights and export it; return bytes by mode.
+
+    A contender, so that TensorFlow's memory goes with its process.
+    """
+    import gpt_tf
+    from gpt_tf.export.litertlm import export_litertlm
+
+    def once():
+        model = gpt_tf.GPTModel(
+            task.vocab_size,
+            task.embedding_dim,
+            task.num_layers,
+            task.num_heads,
+            context_length=task.context_length,
+        )
+        weights = peers.random_weights(task)
+        names = ["tokens", "positions"]
+        for layer in range(task.num_layers):
+            for part in ("norm_1", "qkv", "out", "norm_2", "up", "down"):
+                names += [f"{part}_{layer}", f"{part}_bias_{layer}"]
+        names += ["norm", "norm_bias"]
+        model.set_weights([weights[name] for name in names])
+        # Any tokenizer will do: what is measured are ids.
+        tokenizer = gpt_tf.BPETokenizer.train(["nothing"], 257)
+        for mode in modes:
+            if not exported_path(folder, mode).is_file():
+                export_litertlm(model, tokenizer, exported_path(folder, mode), mode)
+
+    began = time.perf_counter()
+    once()
+    seconds = time.perf_counter() - began
+    return lambda count: [seconds] * count
+
+
+def floors(task, folder, modes, bandwidth):
+    """Return tokens per second that reading the weights once each allows, by mode."""
+    from gpt_tf.files import check_file_manifest
+
+    found = {}
+    for mode in modes:
+        manifest = check_file_manifest(exported_path(folder, mode))
+        # Of the position table a token reads one row.
+        size = manifest["verification"]["parameter_bytes"]
+        size -= (
+            task.context_length * task.embedding_dim * (4 if mode == "float32" else 1)
+        )
+        found[mode] = bandwidth / size
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--folder", type=Path, help="keeps the models")
+    parser.add_argument("--all", action="store_true", help="the slow peers too")
+    arguments = parser.parse_args()
+    task = Task(prompt_tokens=64, new_tokens=64)
+    folder = arguments.folder or Path(tempfile.gettempdir()) / "gpt-tf-peers"
+    folder.mkdir(parents=True, exist_ok=True)
+    print_machine()
+    console.print("exporting the files")
+    take_turns([Contender("export", export, (task, folder, MODES))], 1, 1, warm_up=0)
+    report = {}
+    for threads in arguments.threads:
+        report[threads] = measure(task, folder, threads, arguments)
+    save(
+        "decode",
+        {
+            "task": dataclasses.asdict(task),
+            "file_bytes": {m: exported_path(folder, m).stat().st_size for m in MODES},
+            "threads": report,
+        },
+    )
+
+
+def measure(task, folder, threads, arguments):
+    bandwidth = read_rate(threads)
+    floor = floors(task, folder, MODES, bandwidth)
+    console.print(
+        f"{threads} threads read {bandwidth / 1e9:.1f} GB/s, which allows "
+        + ", ".join(f"{rate:.0f} tokens/s in {mode}" for mode, rate in floor.items())
+    )
+    contenders = [
+        peers.contender(f"gpt_tf {mode}", gpt_tf_edge, task, threads, folder, mode)
+        for mode in MODES
+    ]
+    for name, make in peers.PEERS.items():
+        if arguments.all or name in QUICK_PEERS:
+            contenders.append(peers.contender(name, make, task, threads, folder))
+    path = exported_path(folder, "dynamic_int8")
+    contenders.append(
+        peers.contender(
+            "LiteRT-LM dynamic_int8", peers.litert_lm, task, threads, folder, path
+        )
+    )
+    results = take_turns(contenders, arguments.rounds, 1, warm_up=1)
+    rows = [peers.summary(measured) for measured in results]
+    peers.print_summaries(
+        f"GPT-2 small, {task.prompt_tokens} prompt tokens, {task.new_tokens} new, "
+        f"cache of {task.context_length}, {threads} threads",
+        rows,
+    )
+    ours = rows[0]["tokens_per_second"]
+    rows[0]["share_of_floor"] = ours / floor["dynamic_int8"]
+    console.print(f"gpt_tf dynamic_int8: {rows[0]['share_of_floor']:.0%} of the floor")
+    for row in rows[1:]:
+        if "tokens_per_second" in row:
+            ratio = ours / row["tokens_per_second"]
+            row["ours_over_this"] = ratio
+            console.print(f"  {ratio:.2f} times {row['name']}")
+    return {
+        "read_gigabytes_per_second": bandwidth / 1e9,
+        "floor_tokens_per_second": floor,
+        "results": rows,
+    }
+
+
+if __name__ == "__main__":
+    main()
