@@ -166,6 +166,51 @@ def train(
 
 
 @app.command()
+def export(
+    model: Annotated[Path, typer.Option(help="A run's or model's folder.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write, .litertlm or .tflite.")
+    ] = Path("gpt.litertlm"),
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="float32, float16, dynamic_int8, int8, int8_full, int16x8 or int4."
+        ),
+    ] = "dynamic_int8",
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Typical text; a run brings its own. As for train."),
+    ] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="Tokens that the cache holds at most.")
+    ] = None,
+    prefill_length: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens a prefill takes at once; may be repeated."),
+    ] = None,
+    allow_untrained: Annotated[
+        bool, typer.Option(help="Write a model that was never trained too.")
+    ] = False,
+):
+    """Write a trained model as one file for a device, verified."""
+    _import_tensorflow()
+    from gpt_tf.display import print_export
+    from gpt_tf.export.trained import export_trained
+
+    options = {"context_length": context_length, "prefill_lengths": prefill_length}
+    manifest = export_trained(
+        model,
+        out,
+        mode,
+        corpus=corpus or None,
+        allow_untrained=allow_untrained,
+        on_notice=Console(markup=False, emoji=False, highlight=False).print,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    print_export(manifest, out)
+
+
+@app.command()
 def generate(
     model: Annotated[Path, typer.Option(help="A run's or model's folder.")],
     prompt: Annotated[

@@ -114,6 +114,29 @@ def print_result(result, console=None):
     (console or Console()).print(table)
 
 
+def print_export(manifest, path, console=None):
+    """Print a table of what an exported file is and how it was found to compute.
+
+    Args:
+        manifest: As `export_tflite` returns it.
+        path: The file.
+        console: Where to write; standard output unless given.
+    """
+    measured = manifest["verification"]
+    table = Table(title="Exported and verified", show_header=False)
+    table.add_row("file", Text(str(path)))
+    table.add_row("mode", manifest["mode"])
+    table.add_row("size", f"{manifest['size_bytes'] / 1e6:,.2f} MB")
+    table.add_row("context", f"{manifest['capacity']:,} tokens")
+    table.add_row("signatures", ", ".join(measured["signatures"]))
+    table.add_row(
+        "against Keras",
+        f"divergence {measured['divergence_nats']:.2g} nats, same likeliest token "
+        f"in {measured['top1_agreement']:.1%} of {measured['positions']} places",
+    )
+    (console or Console()).print(table)
+
+
 def draw_history(history, path):
     """Draw training and validation loss over the steps.
 

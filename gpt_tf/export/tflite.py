@@ -157,11 +157,6 @@ def export_tflite(
     manifest = files.write_file_manifest(
         path, "tflite", **facts, verification={**measured, "text": text}
     )
-    say(
-        f"{path.name}: {manifest['size_bytes'] / 1e6:.2f} MB, divergence "
-        f"{measured['divergence_nats']:.2g} nats, likeliest token equal in "
-        f"{measured['top1_agreement']:.1%} of {measured['positions']} places"
-    )
     return manifest
 
 
