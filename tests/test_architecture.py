@@ -24,6 +24,9 @@ HEAVY = (
 LIGHT = (
     "gpt_tf",
     "gpt_tf.cli",
+    "gpt_tf.export.seal",
+    "gpt_tf.export.signatures",
+    "gpt_tf.generation",
     "gpt_tf.sampling",
     "gpt_tf.text.corpus",
     "gpt_tf.text.tokenizer",

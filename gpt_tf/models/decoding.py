@@ -6,23 +6,20 @@ cache row; what lies left of a prompt is masked. Lengths are rounded up, so that
 compiles few shapes. Where the positions run out, the oldest half is dropped.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
+from gpt_tf import generation
 from gpt_tf.errors import InputError
+from gpt_tf.generation import GenerationNotice as GenerationNotice
 from gpt_tf.models import layers, operations
 from gpt_tf.sampling import Sampler
-from gpt_tf.text.tokenizer import StreamDecoder, Tokenizer
+from gpt_tf.text.tokenizer import Tokenizer
 
 _SMALLEST_BUCKET = 16
-
-
-class GenerationNotice(UserWarning):
-    """A prompt was changed before it was used."""
 
 
 class Parts(NamedTuple):
@@ -213,35 +210,19 @@ def generate(
         >>> generate(model, "def", tokenizer=tokenizer, max_new_tokens=20, seed=1)
     """
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
-    if max_new_tokens < 0:
-        raise InputError(
-            f"`max_new_tokens` expects at least 0. Received: {max_new_tokens}."
-        )
-    stop = [stop] if isinstance(stop, str) else list(stop)
-    rows, is_text, is_list = _rows_of(prompt, tokenizer)
-    _check_rows(model, rows)
-    if stop and tokenizer is None:
-        raise InputError("`stop` expects a tokenizer, to compare text with.")
-    end = tokenizer.end_of_text_id if tokenizer is not None else None
-    steps = _steps(model, rows, max_new_tokens, sampler, end)
-    if stream:
-        if is_list:
-            raise InputError(
-                f"`stream` follows one prompt. Received: a list of {len(rows)}. "
-                "Pass the prompts one by one."
-            )
-        tokens = (step[0] for step in steps)
-        return _stream_text(tokens, tokenizer, stop) if is_text else tokens
-    if is_text or stop:
-        results = _collect_texts(steps, len(rows), tokenizer, stop)
-        if not is_text:
-            results = [tokenizer.encode(text) for text in results]
-    else:
-        results = [[] for _ in rows]
-        for step in steps:
-            for row, token in step.items():
-                results[row].append(token)
-    return results if is_list else results[0]
+    context = _config(model, "context_length")
+    return generation.answer(
+        prompt,
+        lambda rows, end, done: _steps(
+            model, rows, context, max_new_tokens, sampler, end
+        ),
+        vocab_size=_config(model, "vocab_size"),
+        context_length=context,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        stream=stream,
+    )
 
 
 def stream(model, prompt, **options) -> Iterator[str]:
@@ -249,62 +230,15 @@ def stream(model, prompt, **options) -> Iterator[str]:
     return generate(model, prompt, stream=True, **options)
 
 
-def _rows_of(prompt, tokenizer):
-    """Return the prompts as lists of ids; whether they were text, and several."""
-    is_list = isinstance(prompt, (list, tuple, np.ndarray)) and (
-        len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))
-    )
-    prompts = list(prompt) if is_list else [prompt]
-    is_text = all(isinstance(item, str) for item in prompts)
-    if is_text:
-        if tokenizer is None:
-            raise InputError(
-                "A prompt of text expects `tokenizer`. Received: None. Pass the "
-                "tokenizer that the model was trained with, or token ids."
-            )
-        return [tokenizer.encode(item) for item in prompts], True, is_list
-    try:
-        return [[int(token) for token in item] for item in prompts], False, is_list
-    except (TypeError, ValueError):
-        raise InputError(
-            "A prompt is a text or token ids, or a list of one kind. "
-            f"Received: {prompt!r}."
-        ) from None
-
-
-def _check_rows(model, rows):
-    vocab_size = _config(model, "vocab_size")
-    for index, row in enumerate(rows):
-        if not row:
-            raise InputError(
-                f"Prompt {index} is empty. Give it at least one token, a line break "
-                "for example."
-            )
-        if min(row) < 0 or max(row) >= vocab_size:
-            raise InputError(
-                f"Token ids run from 0 to {vocab_size - 1}. Received: {min(row)} to "
-                f"{max(row)}. Use the tokenizer that the model was trained with."
-            )
-
-
 def _config(model, name):
     embedding = parts_of(model).embedding
     return getattr(getattr(embedding, "layer", embedding), name)
 
 
-def _steps(model, rows, max_new_tokens, sampler, end):
+def _steps(model, rows, context, max_new_tokens, sampler, end):
     """Yield a dict of row to new token per step, until every row has ended."""
-    context = _config(model, "context_length")
     generators = sampler.generators(len(rows))
     texts = [list(row) for row in rows]
-    longest = max(map(len, texts))
-    if longest > context and max_new_tokens:
-        warnings.warn(
-            f"The prompt of {longest} tokens is longer than the context of "
-            f"{context}; its beginning was cut off.",
-            GenerationNotice,
-            stacklevel=4,
-        )
     alive = set(range(len(rows)))
     left = max_new_tokens
     keep = context
@@ -350,54 +284,3 @@ def _bucket(length):
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
-
-
-def _stream_text(tokens, tokenizer, stop):
-    """Yield text as it is complete, holding back what may begin a stop text."""
-    decoder = StreamDecoder(tokenizer)
-    held = ""
-    longest = max(map(len, stop), default=0)
-    for token in tokens:
-        held += decoder.push(token)
-        cut = _first_stop(held, stop)
-        if cut is not None:
-            if held[:cut]:
-                yield held[:cut]
-            return
-        ready = len(held) - max(0, longest - 1)
-        if ready > 0:
-            yield held[:ready]
-            held = held[ready:]
-    held += decoder.finish()
-    cut = _first_stop(held, stop)
-    held = held if cut is None else held[:cut]
-    if held:
-        yield held
-
-
-def _collect_texts(steps, num_rows, tokenizer, stop):
-    tokens = [[] for _ in range(num_rows)]
-    texts = [""] * num_rows
-    decoders = [StreamDecoder(tokenizer) for _ in range(num_rows)]
-    stopped = set()
-    for step in steps:
-        for row, token in step.items():
-            if row in stopped:
-                continue
-            tokens[row].append(token)
-            texts[row] += decoders[row].push(token)
-            cut = _first_stop(texts[row], stop)
-            if cut is not None:
-                texts[row] = texts[row][:cut]
-                stopped.add(row)
-        if len(stopped) == num_rows:
-            break
-    return [
-        text if row in stopped else text + decoders[row].finish()
-        for row, text in enumerate(texts)
-    ]
-
-
-def _first_stop(text, stop):
-    places = [place for item in stop if item and (place := text.find(item)) >= 0]
-    return min(places, default=None)

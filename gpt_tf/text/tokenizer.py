@@ -410,17 +410,36 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
             "or use bpe or character."
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise DamagedFileError(
             f"{path} cannot be read as a tokenizer.json: {error}."
+        ) from None
+    return tokenizer_from_json(text, str(path))
+
+
+def tokenizer_from_json(text: str, name: str = "the text") -> Tokenizer:
+    """Make the tokenizer that a `tokenizer.json` describes.
+
+    Args:
+        text: The file's content.
+        name: How messages call it.
+
+    Raises:
+        DamagedFileError: It is no tokenizer that gpt_tf knows.
+    """
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        raise DamagedFileError(
+            f"{name} cannot be read as a tokenizer.json: {error}."
         ) from None
     known = {models.BPE: BPETokenizer, models.WordLevel: CharacterTokenizer}
     for model, kind in known.items():
         if isinstance(backend.model, model):
             return kind(backend)
     raise DamagedFileError(
-        f"{path} holds a {type(backend.model).__name__} tokenizer. gpt_tf knows "
+        f"{name} holds a {type(backend.model).__name__} tokenizer. gpt_tf knows "
         "byte-level BPE and single characters."
     )
 
