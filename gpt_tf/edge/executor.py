@@ -1,0 +1,354 @@
+"""Running a file's signatures over a cache that is as large as the text needs.
+
+LiteRT computes with every row of the cache, filled or not, so speed follows its
+capacity. Here the capacity in use starts small and grows in steps; a growth copies
+the rows once. Between growths nothing is copied: the same buffers are bound as cache
+input and output of every signature.
+"""
+
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
+from ai_edge_litert.environment import Environment
+from ai_edge_litert.hardware_accelerator import HardwareAccelerator
+from ai_edge_litert.tensor_buffer import TensorBuffer
+
+from gpt_tf.edge.quiet import end_quietly, quiet
+from gpt_tf.errors import DamagedFileError
+from gpt_tf.export import signatures
+
+# Rows by which the capacity in use grows. GPT-2 small: 64 rows too many cost about
+# 0.3 ms a token, a growth costs 5 ms at 128 rows and 40 ms at 1024.
+GROWTH = 64
+
+# XNNPACK packs weights for its kernels; under this name the signatures share one
+# packed copy, in memory.
+_SHARED_WEIGHTS = ":memory"
+
+# The part of a decode step that one more position adds in a prefill.
+_COST_PER_POSITION = 1 / 16
+
+
+class Executor:
+    """One model, its signatures and one cache.
+
+    Args:
+        model: Name or bytes of a `.tflite` that was verified.
+        facts: What its seal says.
+        num_threads: Threads that compute.
+        name: How messages call the file.
+
+    Attributes:
+        position: Number of positions in the cache.
+        limit: Largest number of positions.
+    """
+
+    def __init__(self, model: str | bytes, facts: dict, num_threads: int, name: str):
+        config = facts["config"]
+        self.position = 0
+        self.limit = min(facts["capacity"], config["context_length"])
+        self._vocab_size = config["vocab_size"]
+        self._largest = facts["capacity"]
+        self._dtype = np.dtype(facts["cache_dtype"])
+        self._cache_names = signatures.caches(config["num_layers"])
+        self._cache_shape = None  # (H, S, D), S left open
+        # LiteRT goes on reading it.
+        self._data = model
+        with quiet():
+            self._model = _load(model, num_threads, name)
+            self._signatures = self._find_signatures(name)
+            self._decode = self._signatures[signatures.DECODE]
+            shape = self._decode.shape_of(self._cache_names[0])
+            self._cache_shape = (shape[1], -1, shape[3])
+            self._prefills = self._by_length("prefill", signatures.prefill)
+            self._scores = self._by_length("score", signatures.score)
+            self._rooms = {}
+            self._room = None
+            self._enter(min(GROWTH, self._largest))
+            # The first run sets up what later ones use.
+            self.decode(0)
+        end_quietly()
+        self.position = 0
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the cache in use."""
+        return self._room.capacity
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self.position = 0
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Append tokens to the cache; they must have room in it."""
+        for signature, chunk in self._chunks(ids, self._prefills):
+            self._run(signature, chunk)
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append a token and return the logits of the next one, `(V,)` float32."""
+        self._reserve(self.position + 1)
+        return self._run(self._decode, [token])[0]
+
+    def score(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Append tokens; yield the logits behind each, in pieces `(n, V)` float32."""
+        for signature, chunk in self._chunks(ids, self._scores):
+            yield self._run(signature, chunk)
+
+    def close(self) -> None:
+        """Give model and buffers back."""
+        self._rooms = self._room = self._model = self._data = None
+        self._signatures = self._prefills = self._scores = self._decode = None
+
+    def _find_signatures(self, name):
+        found = {}
+        for key, names in self._model.get_signature_list().items():
+            found[key] = _Signature(self._model, key, names, self._largest)
+        wanted = {*self._cache_names, signatures.TOKENS, signatures.MASK}
+        if signatures.DECODE not in found or not wanted <= set(
+            found[signatures.DECODE].inputs
+        ):
+            raise DamagedFileError(
+                f"Expected the signature {signatures.DECODE} with "
+                f"{len(self._cache_names)} caches in {name}. Received: "
+                f"{', '.join(sorted(found))}. Export the model again."
+            )
+        return found
+
+    def _by_length(self, kind, name_of):
+        lengths = signatures.lengths_of(self._signatures, kind)
+        return {length: self._signatures[name_of(length)] for length in lengths}
+
+    def _chunks(self, ids, by_length):
+        """Cut tokens into pieces, each with the signature that runs it."""
+        lengths = plan(len(ids), self.limit - self.position, by_length)
+        # The next token has its row too, so that it does not make the cache grow.
+        rows = max(min(len(ids) + 1, self.limit - self.position), sum(lengths))
+        self._reserve(self.position + rows)
+        begin = 0
+        for length in lengths:
+            chunk = ids[begin : begin + length]
+            yield by_length.get(length, self._decode), chunk
+            begin += len(chunk)
+
+    def _run(self, signature, chunk):
+        """Run tokens, filled up to the signature's length; return their logits."""
+        call = self._call(signature)
+        position, count = self.position, len(chunk)
+        signature.tokens[:count] = chunk
+        signature.tokens[count:] = 0
+        signature.positions[:] = np.arange(position, position + signature.length)
+        call.show(position)
+        signature.token_buffer.write(signature.tokens)
+        signature.position_buffer.write(signature.positions)
+        call.mask_buffer.write(call.mask)
+        self._model.run_by_index(signature.index, call.inputs, call.outputs)
+        self.position += count
+        if signature.logit_buffer is None:
+            return None
+        logits = signature.logit_buffer.read(
+            signature.length * self._vocab_size, np.float32
+        )
+        return logits.reshape(signature.length, -1)[:count]
+
+    def _reserve(self, rows):
+        """Grow the cache, or shrink an empty one, to what a text needs."""
+        capacity = min(-(-rows // GROWTH) * GROWTH, self._largest)
+        if capacity > self.capacity or (not self.position and capacity < self.capacity):
+            self._enter(capacity)
+
+    def _enter(self, capacity):
+        old = self._room
+        self._room = self._rooms.get(capacity) or self._new_room(capacity)
+        self._rooms[capacity] = self._room
+        if self.position:
+            self._copy_rows(old, self._room)
+        # Those kept for the next text have no more rows together than the largest.
+        others = sorted(size for size in self._rooms if size != capacity)
+        while sum(others) > self._largest:
+            del self._rooms[others.pop()]
+
+    def _new_room(self, capacity):
+        self._decode.resize(capacity)
+        heads, _, width = self._cache_shape
+        # What is hidden is multiplied by 0, so it must be finite.
+        blank = np.zeros(heads * capacity * width, self._dtype)
+        caches = {}
+        for name in self._cache_names:
+            caches[name] = self._decode.input_buffer(name)
+            caches[name].write(blank)
+        return _Room(capacity, caches, {})
+
+    def _copy_rows(self, old, new):
+        heads, _, width = self._cache_shape
+        rows = np.zeros((heads, new.capacity, width), self._dtype)
+        for name in self._cache_names:
+            size = heads * old.capacity * width
+            kept = old.caches[name].read(size, self._dtype).reshape(self._cache_shape)
+            rows[:, : self.position] = kept[:, : self.position]
+            new.caches[name].write(rows)
+
+    def _call(self, signature):
+        room = self._room
+        signature.resize(room.capacity)
+        if signature.name not in room.calls:
+            room.calls[signature.name] = _Call(signature, room)
+        return room.calls[signature.name]
+
+
+def plan(count: int, room: int, lengths: Sequence[int]) -> list[int]:
+    """Choose lengths of calls that process tokens at the least cost.
+
+    A call computes all of its length; a last one may be longer than what is left.
+
+    Args:
+        count: Number of tokens.
+        room: Positions that are free, at least `count`.
+        lengths: Lengths that are possible; 1 always is.
+
+    Returns:
+        The lengths, in order.
+
+    Example:
+        >>> plan(75, 100, (1, 8, 64))
+        [64, 8, 1, 1, 1]
+    """
+    return list(_plan(count, room - count, tuple(sorted({1, *lengths}))))
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(count, spare, lengths):
+    largest = lengths[-1]
+    whole = max(0, count // largest - 1)
+    # The cheapest way for each number of tokens that may be left, from none on.
+    best = [(0.0, ())]
+    for left in range(1, count - whole * largest + 1):
+        best.append(
+            min(
+                (1 + length * _COST_PER_POSITION + cost, (length, *rest))
+                for length in lengths
+                if length - left <= spare
+                for cost, rest in [best[max(0, left - length)]]
+            )
+        )
+    return (largest,) * whole + best[-1][1]
+
+
+class _Room(NamedTuple):
+    """Buffers for one capacity."""
+
+    capacity: int
+    caches: dict[str, TensorBuffer]
+    calls: dict[str, "_Call"]
+
+
+class _Signature:
+    """One signature: the buffers that do not depend on the capacity."""
+
+    def __init__(self, model, name, names, capacity):
+        self.name = name
+        self.inputs, self.outputs = names["inputs"], names["outputs"]
+        self.index = model.get_signature_index(name)
+        shapes = model.get_input_tensor_details(name)
+        self.length = int(shapes[signatures.TOKENS]["shape"][1])
+        self.tokens = np.zeros(self.length, np.int32)
+        self.positions = np.zeros(self.length, np.int32)
+        self._model = model
+        self._capacity = capacity
+        self._shapes = [list(shapes[name]["shape"]) for name in self.inputs]
+        self.token_buffer = self.input_buffer(signatures.TOKENS)
+        self.position_buffer = self.input_buffer(signatures.POSITIONS)
+        self.logit_buffer = None
+        if signatures.LOGITS in self.outputs:
+            self.logit_buffer = model.create_output_buffer_by_name(
+                name, signatures.LOGITS
+            )
+
+    def shape_of(self, name):
+        return self._shapes[self.inputs.index(name)]
+
+    def input_buffer(self, name):
+        return self._model.create_input_buffer_by_name(self.name, name)
+
+    def resize(self, capacity):
+        """Let mask and caches have this many rows."""
+        if capacity == self._capacity:
+            return
+        for index, (name, shape) in enumerate(
+            zip(self.inputs, self._shapes, strict=True)
+        ):
+            if name == signatures.MASK:
+                shape[3] = capacity
+            elif name not in (signatures.TOKENS, signatures.POSITIONS):
+                shape[2] = capacity
+            else:
+                continue
+            self._model.resize_input_tensor(index, shape, self.index, strict=False)
+        self._capacity = capacity
+
+
+class _Call:
+    """A signature with buffers of one capacity, ready to run."""
+
+    def __init__(self, signature, room):
+        self.mask_buffer = signature.input_buffer(signatures.MASK)
+        self.mask = np.full(
+            (signature.length, room.capacity), signatures.MASKED, np.float32
+        )
+        self._columns = np.arange(room.capacity)
+        self._rows = np.arange(signature.length)[:, None]
+        self._position = None
+        buffers = {
+            **room.caches,
+            signatures.TOKENS: signature.token_buffer,
+            signatures.POSITIONS: signature.position_buffer,
+            signatures.MASK: self.mask_buffer,
+            signatures.LOGITS: signature.logit_buffer,
+        }
+        self.inputs = [buffers[name] for name in signature.inputs]
+        self.outputs = [buffers[name] for name in signature.outputs]
+
+    def show(self, position):
+        """Let the tokens from a position on see the rows up to their own."""
+        if len(self.mask) == 1 and position - 1 == self._position:
+            self.mask[0, position] = 0
+        else:
+            hidden = self._columns > self._rows + position
+            np.multiply(hidden, np.float32(signatures.MASKED), out=self.mask)
+        self._position = position
+
+
+def _load(model, num_threads, name):
+    options = Options(
+        HardwareAccelerator.CPU,
+        cpu_options=CpuOptions(
+            num_threads=num_threads, xnnpack_weight_cache_path=_SHARED_WEIGHTS
+        ),
+    )
+    load = (
+        CompiledModel.from_file if isinstance(model, str) else CompiledModel.from_buffer
+    )
+    try:
+        return load(model, environment=_environment(), options=options)
+    except RuntimeError as error:
+        raise DamagedFileError(
+            f"LiteRT cannot open {name}: {error}. Export it again, or install the "
+            "version of ai-edge-litert that it was exported with."
+        ) from None
+
+
+@functools.cache
+def _environment():
+    """Return LiteRT's environment, one for all models.
+
+    Paths that lead nowhere keep it from looking for other makers' processors.
+    """
+    environment = Environment.create(
+        compiler_plugin_path="none", dispatch_library_path="none"
+    )
+    # Never taken apart: it would log that, when Python ends.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
+    return environment

@@ -1,0 +1,379 @@
+"""A GPT on a device: open a file, continue text, score text."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gpt_tf import generation
+from gpt_tf.edge.container import open_artefact
+from gpt_tf.edge.executor import Executor
+from gpt_tf.errors import InputError
+from gpt_tf.sampling import Sampler
+
+# More threads than this wait for the same memory.
+_MOST_THREADS = 4
+
+
+class EdgeGPT:
+    """A GPT that `gpt_tf.export` wrote, run by LiteRT.
+
+    The file is verified to the last byte before it is used. One text at a time is in
+    the cache; `generate`, `stream` and `score` begin a new one. An object may be used
+    by one thread at a time.
+
+    Args:
+        path: A `.tflite` or a `.litertlm`.
+        tokenizer: A `Tokenizer`, or the path of one. Default: the one inside a
+            `.litertlm`, or `tokenizer.json` beside a `.tflite`. Without any the
+            model still works on ids.
+        num_threads: Threads that compute; default: the physical cores, at most 4.
+        when_full: `"slide"` drops the oldest half of a text that fills the context
+            and goes on, as the Keras side does; `"stop"` ends there.
+
+    Attributes:
+        config: The model's sizes: `vocab_size`, `num_layers` and so on.
+        mode: How it is quantised, `"dynamic_int8"` for example.
+        context_length: Positions that it sees at once.
+        tokenizer: Its tokenizer, or None.
+        metadata: All that the file's seal says of it.
+
+    Raises:
+        InputError: There is no such file, tokenizer and model do not belong
+            together, or an argument cannot be used.
+        DamagedFileError: A file is empty, truncated, altered or foreign.
+
+    Example:
+        >>> with EdgeGPT("gpt.litertlm") as gpt:
+        ...     print(gpt.generate("def ", max_new_tokens=20, seed=1))
+
+    Reference: LiteRT, github.com/google-ai-edge/LiteRT.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        tokenizer=None,
+        *,
+        num_threads: int | None = None,
+        when_full: str = "slide",
+    ):
+        if num_threads is not None and num_threads < 1:
+            raise InputError(
+                f"`num_threads` expects at least 1, or None. Received: {num_threads}."
+            )
+        if when_full not in ("slide", "stop"):
+            raise InputError(
+                f'`when_full` expects "slide" or "stop". Received: {when_full!r}.'
+            )
+        artefact = open_artefact(path, tokenizer)
+        self.metadata = artefact.facts
+        self.config = artefact.facts["config"]
+        self.mode = artefact.facts["mode"]
+        self.tokenizer = artefact.tokenizer
+        self.num_threads = num_threads or default_threads()
+        self.when_full = when_full
+        self._executor = Executor(
+            artefact.model, artefact.facts, self.num_threads, str(path)
+        )
+        self.context_length = self._executor.limit
+        self._keep = max(1, self.context_length // 2)
+        self._ids = []  # what is in the cache
+        self._turn = 0
+
+    def generate(
+        self,
+        prompt,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+    ):
+        """Continue prompts, as `gpt_tf.generate` does: same options, same choices.
+
+        Where the logits agree, a seed gives the same text in both.
+
+        Args:
+            prompt: A text, a list of texts, token ids, or a list of token ids. A text
+                may be bytes, which need not be UTF-8 for a byte-level tokenizer. Of
+                a prompt longer than the context the end is used, with a
+                `GenerationNotice`.
+            max_new_tokens: Largest number of tokens to add, at least 0.
+            temperature: Divides the logits; 0 takes the likeliest token.
+            top_k: Choose among this many tokens.
+            top_p: Choose among the likeliest tokens of this probability together.
+            repetition_penalty: Above 1 makes tokens that occurred less likely.
+            seed: The same seed gives the same text.
+            stop: Texts that end the generation; they are cut off. The end-of-text
+                token always ends it.
+            stream: Return an iterator over pieces instead; for one prompt only.
+
+        Returns:
+            What was added: a text for a text, a list of texts for a list of texts,
+            a list of ids for ids, and so on. With `stream`, an iterator over texts,
+            or over ids where the prompt was ids.
+
+        Raises:
+            InputError: A prompt or an option cannot be used.
+
+        Example:
+            >>> gpt.generate(["def ", "class "], max_new_tokens=20, seed=1)
+        """
+        self._check_open()
+        sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
+        return generation.answer(
+            prompt,
+            lambda rows, end, done: self._steps(
+                rows, max_new_tokens, sampler, end, done
+            ),
+            vocab_size=self.config["vocab_size"],
+            context_length=self.context_length,
+            tokenizer=self.tokenizer,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            stream=stream,
+        )
+
+    def stream(self, prompt, **options) -> Iterator[str]:
+        """Continue one prompt piece by piece: `generate` with `stream=True`."""
+        return self.generate(prompt, stream=True, **options)
+
+    def score(self, prompt, *, overlap: int | None = None) -> np.ndarray:
+        """Return how likely each token of a text is after those before it.
+
+        A text longer than the context is read in windows of `context_length` tokens.
+        Each begins so that its first new token still has `overlap` tokens before
+        those it is judged by.
+
+        Args:
+            prompt: A text of `N` tokens, or their ids.
+            overlap: Tokens that a window has in common with the one before, from 0
+                to `context_length - 1`; default: half the context.
+
+        Returns:
+            Log-probabilities in nats `(N - 1,)` float32, of every token but the
+            first. Their mean, negated, is the text's loss.
+
+        Raises:
+            InputError: The text is empty, or an argument cannot be used.
+
+        Example:
+            >>> perplexity = np.exp(-gpt.score("the quick brown fox").mean())
+        """
+        self._check_open()
+        ids = self._ids_of(prompt)
+        context = self.context_length
+        overlap = context // 2 if overlap is None else overlap
+        if not 0 <= overlap < context:
+            raise InputError(
+                f"`overlap` expects 0 to {context - 1}. Received: {overlap}."
+            )
+        scores = np.zeros(len(ids) - 1, np.float32)
+        known = 0
+        while known < len(scores):
+            begin = max(0, known - overlap)
+            # Behind the last token nothing is asked for.
+            end = min(begin + context, len(scores))
+            self.reset()
+            self._executor.prefill(ids[begin:known])
+            for logits in self._executor.score(ids[known:end]):
+                after = known + len(logits)
+                targets = ids[known + 1 : after + 1]
+                scores[known:after] = _log_probabilities(logits, targets)
+                known = after
+        self.reset()
+        return scores
+
+    @property
+    def position(self) -> int:
+        """Number of tokens in the cache."""
+        return self._executor.position
+
+    def reset(self) -> None:
+        """Empty the cache: the next token is the first of a text."""
+        self._check_open()
+        self._turn += 1
+        self._executor.reset()
+        self._ids = []
+
+    def prefill(self, ids: Sequence[int]) -> int:
+        """Append tokens to the text in the cache, for a loop of your own.
+
+        Args:
+            ids: Token ids; of a prompt all but the last, which `decode` takes.
+
+        Returns:
+            The position, the number of tokens in the cache.
+
+        Raises:
+            InputError: An id is unknown, or there is no room for so many.
+
+        Example:
+            >>> gpt.reset()
+            >>> gpt.prefill(ids[:-1])
+            >>> logits = gpt.decode(ids[-1])
+        """
+        self._check_open()
+        ids = [int(token) for token in ids]
+        if ids:
+            self._check_ids(ids)
+        room = self.context_length - self.position
+        if len(ids) > room:
+            raise InputError(
+                f"The cache of {self.context_length} tokens has room for {room} more. "
+                f"Received: {len(ids)}. Call `reset()` first, or pass the text's end."
+            )
+        self._turn += 1
+        self._fill(ids)
+        return self.position
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append a token to the text in the cache and return what may follow it.
+
+        If the cache is full, `when_full="slide"` keeps the newest half of the text.
+
+        Args:
+            token: Its id.
+
+        Returns:
+            Logits `(V,)` float32.
+
+        Raises:
+            InputError: The id is unknown, or the cache is full and
+                `when_full="stop"`.
+        """
+        self._check_open()
+        token = int(token)
+        self._check_ids([token])
+        self._turn += 1
+        if self.position < self.context_length:
+            return self._append(token)
+        if self.when_full == "stop":
+            raise InputError(
+                f"The cache is full: it has {self.context_length} tokens. Call "
+                '`reset()` first, or open the model with when_full="slide".'
+            )
+        return self._begin([*self._ids, token][-self._keep :])
+
+    def close(self) -> None:
+        """Give the model's memory back; the object is of no use afterwards."""
+        if self._executor is not None:
+            self._executor.close()
+        self._executor = None
+
+    def __enter__(self) -> "EdgeGPT":
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def _steps(self, rows, max_new_tokens, sampler, end, done):
+        """Yield a dict of row to new token per step, row after row."""
+        generators = sampler.generators(len(rows))
+        windows = [row[-self.context_length :] for row in rows]
+        # The Keras side shifts the rows of a list together.
+        ahead = max(map(len, windows)) if self.when_full == "slide" else None
+        for row, text in enumerate(rows):
+            for token in self._continue(
+                text, ahead, max_new_tokens, sampler, generators[row], end
+            ):
+                yield {row: token}
+                if row in done:
+                    break
+
+    def _continue(self, text, ahead, max_new_tokens, sampler, generator, end):
+        """Yield the new tokens of one text.
+
+        Args:
+            ahead: Length of the longest text of a list: when that fills the context,
+                the oldest half of this one is dropped. None: it ends when full.
+        """
+        text, left, keep = list(text), max_new_tokens, self.context_length
+        while left:
+            window = text[-keep:]
+            count, full = len(window), self.context_length
+            if ahead is not None:
+                full += count - ahead
+            logits = self._begin(window)
+            turn = self._turn
+            while True:
+                token = sampler.choose(logits, text, generator)
+                if token == end:
+                    return
+                text.append(token)
+                yield token
+                left -= 1
+                if not left or count == full:
+                    break
+                count += 1
+                if turn == self._turn:
+                    logits = self._append(token)
+                else:
+                    # Whoever used the cache meanwhile has left another text in it.
+                    logits = self._begin(text[-count:])
+                    turn = self._turn
+            if ahead is None:
+                return
+            keep = ahead = self._keep
+
+    def _begin(self, window):
+        """Put a text into the empty cache; return the logits of what follows."""
+        self.reset()
+        self._fill(window[:-1])
+        return self._append(window[-1])
+
+    def _fill(self, ids):
+        self._executor.prefill(ids)
+        self._ids += ids
+
+    def _append(self, token):
+        self._check_open()
+        logits = self._executor.decode(token)
+        self._ids.append(token)
+        return logits
+
+    def _ids_of(self, prompt):
+        rows, _, is_list = generation.rows_of(prompt, self.tokenizer)
+        if is_list:
+            raise InputError(
+                "Scoring expects one text, or its ids. Received: a list of "
+                f"{len(rows)}. Score them one by one."
+            )
+        self._check_ids(rows[0], "The text")
+        return rows[0]
+
+    def _check_ids(self, ids, name="The list of ids"):
+        if not ids:
+            raise InputError(f"{name} is empty. Give it at least one token.")
+        generation.check_rows([ids], self.config["vocab_size"])
+
+    def _check_open(self):
+        if self._executor is None:
+            raise InputError("The model was closed. Open it again: `EdgeGPT(path)`.")
+
+
+def default_threads() -> int:
+    """Return how many threads compute: a physical core each, at most 4."""
+    try:
+        cores = os.sched_getaffinity(0)
+    except AttributeError:  # not Linux
+        cores = range(os.cpu_count() or 1)
+    place = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try:
+        threads = len({Path(place.format(core)).read_text() for core in cores})
+    except OSError:
+        threads = len(cores)
+    return max(1, min(threads, _MOST_THREADS))
+
+
+def _log_probabilities(logits, targets):
+    """Return the log-probability `(n,)` that logits `(n, V)` give to tokens."""
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    sums = np.log(np.exp(logits).sum(axis=-1, dtype=np.float64))
+    return logits[np.arange(len(targets)), targets] - sums
