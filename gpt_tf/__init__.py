@@ -17,6 +17,7 @@ _PUBLIC = {
     "AdamW": "gpt_tf.models.optimizer",
     "BPETokenizer": "gpt_tf.text.tokenizer",
     "CharacterTokenizer": "gpt_tf.text.tokenizer",
+    "EdgeGPT": "gpt_tf.edge",
     "GPTModel": "gpt_tf.models.gpt",
     "InputError": "gpt_tf.errors",
     "TokenFile": "gpt_tf.text.dataset",
@@ -41,11 +42,13 @@ def __getattr__(name):
     try:
         module = importlib.import_module(_PUBLIC[name])
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] == "gpt_tf":
+        package = error.name.partition(".")[0]
+        if package == "gpt_tf":
             raise
+        extra = "edge" if package == "ai_edge_litert" else "train"
         raise ModuleNotFoundError(
             f"`gpt_tf.{name}` expects the package {error.name}, which is not "
-            "installed. Install it with: pip install 'gpt-tf[train]'",
+            f"installed. Install it with: pip install 'gpt-tf[{extra}]'",
             name=error.name,
         ) from error
     globals()[name] = getattr(module, name)

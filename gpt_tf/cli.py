@@ -1,5 +1,6 @@
 """The command line: a verb per stage, no logic of its own."""
 
+import functools
 import itertools
 import os
 import sys
@@ -166,6 +167,91 @@ def train(
 
 
 @app.command()
+def quantize(
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the trained run or model.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="qat: train on with rounded weights and activations.")
+    ] = "qat",
+    out: Annotated[Path, typer.Option(help="Folder of the new run.")] = Path(
+        "runs/gpt-qat"
+    ),
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="As for train; the source's own. May be repeated."),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option(help="Residual, softmax and logits in integers too.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the interrupted run in --out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the run that stands in --out.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps; a tenth of the source's.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its peak; a twentieth of the source's.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(help="Steps between validations.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints.")
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="auto, one_device, mirrored, multi_worker or tpu."),
+    ] = None,
+    virtual_devices: Annotated[
+        int | None, typer.Option(help="Split the CPU into so many logical devices.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the data's order.")] = None,
+):
+    """Make a trained model ready for integers, by training it a little further."""
+    given = dict(locals())
+    kept = ("model", "method", "out", "full", "resume", "overwrite", "virtual_devices")
+    changes = {
+        name: value
+        for name, value in given.items()
+        if name not in kept and value is not None
+    }
+    if "corpus" in changes:
+        paths = changes["corpus"]
+        changes["corpus"] = paths[0] if len(paths) == 1 else tuple(paths)
+    if method not in _QUANTIZE_METHODS:
+        raise InputError(
+            f"`--method` expects one of {', '.join(_QUANTIZE_METHODS)}. "
+            f"Received: {method!r}."
+        )
+    _import_tensorflow()
+    from gpt_tf import training
+    from gpt_tf.display import print_result
+    from gpt_tf.parallel.strategy import split_cpu
+    from gpt_tf.quantization.config import QuantizationConfig
+
+    if virtual_devices is not None:
+        split_cpu(virtual_devices)
+    result = training.quantize(
+        model,
+        out,
+        QuantizationConfig.full() if full else None,
+        resume=resume,
+        overwrite=overwrite,
+        on_notice=Console(markup=False, emoji=False, highlight=False).print,
+        **changes,
+    )
+    print_result(result)
+
+
+_QUANTIZE_METHODS = ("qat",)
+
+
+@app.command()
 def export(
     model: Annotated[Path, typer.Option(help="A run's or model's folder.")],
     out: Annotated[
@@ -212,7 +298,9 @@ def export(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Option(help="A run's or model's folder.")],
+    model: Annotated[
+        Path, typer.Option(help="A run's or model's folder, a .tflite or .litertlm.")
+    ],
     prompt: Annotated[
         str | None, typer.Option(help="What to continue; without it, a dialogue.")
     ] = None,
@@ -231,22 +319,11 @@ def generate(
     ] = None,
 ):
     """Continue a prompt, streaming; without a prompt, line by line from you."""
-    _import_tensorflow()
-    from gpt_tf.models import decoding
-    from gpt_tf.training import load_model
-
-    gpt, tokenizer = load_model(model)
-    if tokenizer is None:
-        raise InputError(
-            f"Expected tokenizer.json beside the model in {model}. Put it there, or "
-            "name the folder that `gpt-tf train` wrote."
-        )
+    stream = _edge_stream(model) if _is_edge(model) else _keras_stream(model)
 
     def answer(text):
-        pieces = decoding.stream(
-            gpt,
+        pieces = stream(
             text,
-            tokenizer=tokenizer,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -265,6 +342,38 @@ def generate(
     typer.echo("Type a beginning; an empty line ends.", err=True)
     while line := _ask():
         answer(line)
+
+
+def _is_edge(model):
+    if model.suffix in (".tflite", ".litertlm"):
+        return True
+    return model.is_file() and model.suffix != ".keras"
+
+
+def _edge_stream(model):
+    from gpt_tf.edge import EdgeGPT
+
+    gpt = EdgeGPT(model)
+    _require_tokenizer(gpt.tokenizer, model, "the file that `gpt-tf export` wrote")
+    return gpt.stream
+
+
+def _keras_stream(model):
+    _import_tensorflow()
+    from gpt_tf.models import decoding
+    from gpt_tf.training import load_model
+
+    gpt, tokenizer = load_model(model)
+    _require_tokenizer(tokenizer, model, "the folder that `gpt-tf train` wrote")
+    return functools.partial(decoding.stream, gpt, tokenizer=tokenizer)
+
+
+def _require_tokenizer(tokenizer, model, instead):
+    if tokenizer is None:
+        raise InputError(
+            f"Expected tokenizer.json with the model {model}. Put it there, or name "
+            f"{instead}."
+        )
 
 
 def _ask():
@@ -297,7 +406,7 @@ def main():
 
 _EXTRAS = dict.fromkeys(
     ("tensorflow", "tf_keras", "safetensors", "matplotlib", "keras_nlp"), "train"
-)
+) | {"ai_edge_litert": "edge"}
 
 
 def _import_tensorflow():
