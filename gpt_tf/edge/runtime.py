@@ -219,19 +219,25 @@ class EdgeGPT:
             >>> gpt.prefill(ids[:-1])
             >>> logits = gpt.decode(ids[-1])
         """
-        self._check_open()
-        ids = [int(token) for token in ids]
-        if ids:
-            self._check_ids(ids)
-        room = self.context_length - self.position
-        if len(ids) > room:
-            raise InputError(
-                f"The cache of {self.context_length} tokens has room for {room} more. "
-                f"Received: {len(ids)}. Call `reset()` first, or pass the text's end."
-            )
-        self._turn += 1
-        self._fill(ids)
+        self._fill(self._appendable(ids))
         return self.position
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Append tokens as `prefill` does and return what may follow each of them.
+
+        Args:
+            ids: `N` token ids.
+
+        Returns:
+            Logits `(N, V)` float32.
+
+        Raises:
+            InputError: As for `prefill`.
+        """
+        ids = self._appendable(ids)
+        pieces = list(self._executor.score(ids))
+        self._ids += ids
+        return np.concatenate(pieces or [np.zeros((0, self.config["vocab_size"]))])
 
     def decode(self, token: int) -> np.ndarray:
         """Append a token to the text in the cache and return what may follow it.
@@ -321,6 +327,21 @@ class EdgeGPT:
             if ahead is None:
                 return
             keep = ahead = self._keep
+
+    def _appendable(self, ids):
+        """Return ids as a list, seen to be known and to have room in the cache."""
+        self._check_open()
+        ids = [int(token) for token in ids]
+        if ids:
+            self._check_ids(ids)
+        room = self.context_length - self.position
+        if len(ids) > room:
+            raise InputError(
+                f"The cache of {self.context_length} tokens has room for {room} more. "
+                f"Received: {len(ids)}. Call `reset()` first, or pass the text's end."
+            )
+        self._turn += 1
+        return ids
 
     def _begin(self, window):
         """Put a text into the empty cache; return the logits of what follows."""
