@@ -8,6 +8,7 @@ killed goes on from its newest good checkpoint exactly as if nothing had happene
     run.json            configuration, corpus, versions
     tokenizer.json      Hugging Face format
     data/               token files of the two splits
+    initial/            the model that training starts from, if it is not a new one
     checkpoints/        step-00000200/, ... each written whole or not at all
     model/              the finished model with its tokenizer and manifest
     history.json        what was measured, step by step
@@ -33,9 +34,11 @@ import tf_keras as keras
 
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
-from gpt_tf.models.gpt import GPTModel, refuse_keras_3
+from gpt_tf.models.gpt import GPTModel
+from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel import strategy as strategies
+from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.text import corpus as corpora
 from gpt_tf.text import tokenizer as tokenizers
 from gpt_tf.text.dataset import TokenFile, Windows, write_token_file
@@ -44,6 +47,7 @@ OWN_ENTRIES = (
     "run.json",
     "tokenizer.json",
     "data",
+    "initial",
     "checkpoints",
     "model",
     "history.json",
@@ -85,6 +89,11 @@ class TrainingConfig:
         jit_compile: `"auto"`, `"on"` or `"off"`: XLA.
         strategy: One of `gpt_tf.parallel.strategy.STRATEGIES`.
         seed: Seed of weights, data order and dropout.
+        init_from: Trained model to start from: a run's or model's folder, or a
+            `.keras` file. Architecture and tokenizer are then that model's, whatever
+            the fields above say.
+        quantization: Fields of a `QuantizationConfig`: the model of `init_from`
+            becomes quantisation-aware before it is trained. None leaves it as it is.
     """
 
     corpus: str | tuple[str, ...] = "python-stdlib"
@@ -118,6 +127,8 @@ class TrainingConfig:
     jit_compile: str = "auto"
     strategy: str = "auto"
     seed: int = 1337
+    init_from: str | None = None
+    quantization: dict | None = None
 
     def __post_init__(self):
         if not isinstance(self.corpus, str):
@@ -171,6 +182,12 @@ class TrainingConfig:
         self._check(
             "batch_size", self.batch_size % parts == 0, f"a multiple of {parts}"
         )
+        if self.init_from is not None:
+            object.__setattr__(self, "init_from", str(self.init_from))
+        if self.quantization is not None:
+            self._check("init_from", self.init_from, "that names a trained model")
+            fields = QuantizationConfig.of(self.quantization).get_config()
+            object.__setattr__(self, "quantization", fields)
 
     def _check(self, name, good, expected):
         if not good:
@@ -284,7 +301,7 @@ class TrainingResult:
     """What a training run leaves in memory.
 
     Attributes:
-        model: The trained GPTModel.
+        model: The trained GPTModel, or `QuantizationAwareGPT`.
         tokenizer: Its tokenizer.
         history: Measurements by step, as in `history.json`.
         out: The run's folder.
@@ -365,10 +382,98 @@ def train(
         )
     if not resume:
         _start_run(config, out, overwrite, strategy, notice)
+        config = _read_run(out)  # with the shape of the model that it starts from
     with _precision(config.precision):
         return _Run(config, out, strategy, notice, verbose).train(
             list(callbacks), resume
         )
+
+
+def quantize(
+    source: str | Path | None,
+    out: str | Path = "runs/gpt-qat",
+    quantization: QuantizationConfig | dict | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks=(),
+    verbose: bool = True,
+    on_notice: Callable[[str], None] | None = None,
+    **changes,
+) -> TrainingResult:
+    """Train a trained model further, as one that will be quantised.
+
+    Ranges are calibrated on the training text first. Then weights and ranges are
+    trained for a tenth of the steps of the source's run, from a twentieth of its
+    learning rate down to 0; `changes` say otherwise. The text is the source's.
+
+    Args:
+        source: A run's folder, or that of a model or a `.keras` file, for which
+            `corpus` has to be given. Not needed with `resume`.
+        out: Folder of the new run.
+        quantization: What becomes integers; `QuantizationConfig()` unless given.
+        resume: As for `train`.
+        overwrite: As for `train`.
+        callbacks: As for `train`.
+        verbose: As for `train`.
+        on_notice: As for `train`.
+        **changes: Fields of `TrainingConfig` to set.
+
+    Returns:
+        A `TrainingResult` whose model is a `QuantizationAwareGPT`.
+
+    Raises:
+        InputError: There is no trained model, or as for `train`.
+        DamagedFileError: As for `train`.
+
+    Example:
+        >>> result = quantize("runs/tiny", "runs/tiny-qat", steps=10)
+
+    Reference: the rate and the length are those of Wu et al., "Integer Quantization
+    for Deep Learning Inference", arXiv:2004.09602, section 5.2.
+    """
+    options = {
+        "overwrite": overwrite,
+        "callbacks": callbacks,
+        "verbose": verbose,
+        "on_notice": on_notice,
+    }
+    if resume:
+        if quantization is not None:
+            changes["quantization"] = quantization
+        return train(None, out, resume=True, **options, **changes)
+    if source is None:
+        raise InputError(
+            "Quantisation expects a trained model. Received: none. Name the folder "
+            "that `gpt-tf train` wrote."
+        )
+    fields = QuantizationConfig.of(quantization).get_config()
+    return train(_course_after(Path(source), fields, changes), out, **options)
+
+
+def _course_after(source, quantization, changes):
+    """Return the configuration of a run that quantises the model of `source`."""
+    if (source / "run.json").is_file():
+        before = _read_run(source)
+    elif "corpus" in changes:
+        before = TrainingConfig()
+    else:
+        raise InputError(
+            f"Quantisation expects the run that trained the model, for its text. "
+            f"Received: {source}, without run.json. Name the text with `corpus`."
+        )
+    steps = changes.get("steps", max(1, before.steps // 10))
+    course = {
+        "steps": steps,
+        "learning_rate": before.learning_rate / 20,
+        "final_learning_rate": 0.0,
+        "warmup_steps": steps // 20,
+        "patience": 0,
+        "precision": "float32",
+        "init_from": str(source.absolute()),
+        "quantization": quantization,
+    }
+    return dataclasses.replace(before, **{**course, **changes})
 
 
 def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None"]:
@@ -378,18 +483,15 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
         path: A run's folder, a model's folder, or a `.keras` file.
 
     Returns:
-        The model, and its tokenizer or None where none lies beside it.
+        The model, a `GPTModel` or `QuantizationAwareGPT`, and its tokenizer or None
+        where none lies beside it.
 
     Raises:
         InputError: There is no model.
         DamagedFileError: A file is not what its manifest says.
     """
-    path = Path(path)
-    if path.suffix == ".keras":
-        folder, file = path.parent, path
-    else:
-        folder = path / "model" if (path / "model").is_dir() else path
-        file = folder / "model.keras"
+    file = _model_file(path)
+    folder = file.parent
     if not file.is_file():
         raise InputError(
             f"Expected a trained model at {path}; there is none. Point to a folder "
@@ -407,11 +509,18 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
     return model, tokenizers.load_tokenizer(folder) if has_tokenizer else None
 
 
+def _model_file(path):
+    path = Path(path)
+    if path.suffix == ".keras":
+        return path
+    return (path / "model" if (path / "model").is_dir() else path) / "model.keras"
+
+
 def save_model(model, tokenizer, folder: str | Path, **facts) -> None:
     """Write model, tokenizer and manifest to a folder, whole or not at all.
 
     Args:
-        model: A `GPTModel`.
+        model: A `GPTModel` or `QuantizationAwareGPT`.
         tokenizer: Its tokenizer.
         folder: Where to write; a folder that stands there is replaced.
         **facts: More to record in the manifest, as JSON values.
@@ -447,11 +556,15 @@ def _start_run(config, out, overwrite, strategy, notice):
 def _prepare(config, out, overwrite, notice):
     """Write tokens and configuration beside `out`, then move them in."""
     _refuse_foreign_folder(out, overwrite)
-    text = corpora.open_corpus(
-        list(config.corpus) if isinstance(config.corpus, tuple) else config.corpus,
-        validation_fraction=config.validation_fraction,
-        on_notice=notice,
-    )
+    initial, tokenizer, config = _load_initial(config)
+    source = _source_with_this_text(config)
+    text = None
+    if source is None:
+        text = corpora.open_corpus(
+            list(config.corpus) if isinstance(config.corpus, tuple) else config.corpus,
+            validation_fraction=config.validation_fraction,
+            on_notice=notice,
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -461,35 +574,116 @@ def _prepare(config, out, overwrite, notice):
             "Choose another."
         ) from None
     try:
-        tokenizer = _prepare_tokenizer(config, text, notice)
+        tokenizer = tokenizer or _prepare_tokenizer(config, text, notice)
         if config.sample_every and not tokenizer.encode(config.sample_prompt):
             raise InputError(
                 "`sample_prompt` expects at least one token. "
                 f"Received: {config.sample_prompt!r}."
             )
         tokenizer.save(staging)
-        notice(f"encoding {text.name} with a vocabulary of {tokenizer.vocab_size}")
-        for split in ("train", "validation"):
-            token_file = write_token_file(
-                staging / "data" / f"{split}.tokens",
-                text.documents(split),
-                tokenizer,
-                facts={"corpus": text.name, "split": split},
+        if source is None:
+            _encode(text, tokenizer, staging / "data", notice)
+            corpus = text.describe()
+        else:
+            notice(f"taking the tokens of {source}")
+            shutil.copytree(source / "data", staging / "data")
+            corpus = files.read_json(source / "run.json")["corpus"]
+        windows = [
+            _windows(
+                TokenFile.open(staging / "data" / f"{split}.tokens"), config, shuffle
             )
-            notice(f"{split}: {token_file.count:,} tokens")
-            _windows(token_file, config, shuffle=split == "train")
+            for split, shuffle in (("validation", False), ("train", True))
+        ]
+        made_from = {}
+        if initial is not None:
+            made_from["model"] = files.sha256_of(_model_file(config.init_from))
+            initial = _quantized(initial, config, windows[1], notice)
+            save_model(initial, tokenizer, staging / "initial", made_from=made_from)
         files.write_json(
             staging / "run.json",
             {
                 "kind": "run",
                 "config": dataclasses.asdict(config),
-                "corpus": text.describe(),
+                "corpus": corpus,
+                "made_from": made_from,
                 "versions": files.versions(),
             },
         )
         _move_in(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _encode(text, tokenizer, folder, notice):
+    notice(f"encoding {text.name} with a vocabulary of {tokenizer.vocab_size}")
+    for split in ("train", "validation"):
+        token_file = write_token_file(
+            folder / f"{split}.tokens",
+            text.documents(split),
+            tokenizer,
+            facts={"corpus": text.name, "split": split},
+        )
+        notice(f"{split}: {token_file.count:,} tokens")
+
+
+def _load_initial(config):
+    """Return the model to start from, its tokenizer, and what that decides.
+
+    Model and tokenizer are None where a run starts from a new model.
+    """
+    if config.init_from is None:
+        return None, None, config
+    model, tokenizer = load_model(config.init_from)
+    if tokenizer is None:
+        raise InputError(
+            f"Expected tokenizer.json beside the model in {config.init_from}. Put it "
+            "there, or name the folder that `gpt-tf train` wrote."
+        )
+    shape = model.gpt if hasattr(model, "gpt") else model.get_config()
+    if config.context_length > shape["context_length"]:
+        raise InputError(
+            f"`context_length` expects at most {shape['context_length']}, the "
+            f"positions of the model in {config.init_from}. "
+            f"Received: {config.context_length}."
+        )
+    taken = (
+        "vocab_size",
+        "embedding_dim",
+        "num_layers",
+        "num_heads",
+        "feedforward_dim",
+        "dropout",
+        "tie_embeddings",
+    )
+    shape = {name: shape[name] for name in taken}
+    return model, tokenizer, dataclasses.replace(config, **shape)
+
+
+def _source_with_this_text(config):
+    """Return the run whose token files are those that this run wants, or None."""
+    folder = Path(config.init_from or "")
+    if config.init_from is None or not (folder / "run.json").is_file():
+        return None
+    before = _read_run(folder)
+    same = ("corpus", "validation_fraction")
+    if any(getattr(before, name) != getattr(config, name) for name in same):
+        return None
+    return folder
+
+
+def _quantized(model, config, windows, notice):
+    """Return the model that training starts from, its ranges known."""
+    if config.quantization is None:
+        return model
+    # Here and not above: only who quantises waits for TF-MOT.
+    from gpt_tf.quantization.qat import quantize_aware
+
+    model = quantize_aware(model, config.quantization)
+    batches = min(model.quantization.calibration_batches, windows.steps_per_epoch)
+    if batches:
+        notice(f"calibrating ranges on {batches} batches")
+        model.calibrate(windows, num_batches=batches)
+    return model
 
 
 def _refuse_foreign_folder(out, overwrite):
@@ -625,16 +819,7 @@ class _Run:
             config.steps,
         )
         with self.strategy.scope():
-            model = GPTModel(
-                self.tokenizer.vocab_size,
-                config.embedding_dim,
-                config.num_layers,
-                config.num_heads,
-                context_length=config.context_length,
-                feedforward_dim=config.feedforward_dim,
-                dropout=config.dropout,
-                tie_embeddings=config.tie_embeddings,
-            )
+            model = self._new_model()
             optimizer = AdamW(
                 schedule,
                 weight_decay=config.weight_decay,
@@ -649,7 +834,27 @@ class _Run:
                 gradient_accumulation_steps=config.gradient_accumulation_steps,
             )
             model.optimizer.build(model.trainable_variables)
+            if hasattr(model, "freeze_ranges"):
+                share = model.quantization.freeze_ranges_at
+                model.freeze_ranges(None if share == 1 else int(share * config.steps))
         return model
+
+    def _new_model(self):
+        """Build the model that training starts from, under the strategy's scope."""
+        config = self.config
+        if config.init_from is None:
+            return GPTModel(
+                self.tokenizer.vocab_size,
+                config.embedding_dim,
+                config.num_layers,
+                config.num_heads,
+                context_length=config.context_length,
+                feedforward_dim=config.feedforward_dim,
+                dropout=config.dropout,
+                tie_embeddings=config.tie_embeddings,
+            )
+        initial, _ = load_model(self.out / "initial")
+        return _copy_of(initial)
 
     def train(self, callbacks, resume):
         if resume:
@@ -758,15 +963,15 @@ class _Run:
         files.write_json(self.out / "history.json", self.history)
         # A copy without the optimiser, which would take twice the model's bytes and
         # stands in the checkpoints; under several workers Keras cannot save it.
-        model = GPTModel.from_config(self.model.get_config())
-        model.set_weights(self.model.get_weights())
+        made_from = {"run": files.sha256_of(self.out / "run.json")}
+        made_from |= files.read_json(self.out / "run.json").get("made_from", {})
         save_model(
-            model,
+            _copy_of(self.model),
             self.tokenizer,
             self.out / "model",
             step=self.step,
             validation_loss=loss,
-            made_from={"run": files.sha256_of(self.out / "run.json")},
+            made_from=made_from,
         )
         draw_history(self.history, self.out / "loss.png")
 
@@ -873,6 +1078,12 @@ class _Run:
         self.best = manifest["best"]
         self.step = int(manifest["step"])
         self.history = files.read_json(folder / "history.json")
+
+
+def _copy_of(model):
+    copy = type(model).from_config(model.get_config())
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 def _differences(old, new):

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from gpt_tf.training import (
     TrainingConfig,
     WarmupCosine,
     load_model,
+    quantize,
     train,
 )
 
@@ -381,3 +383,119 @@ def test_training_is_silent_when_asked(tiny, tmp_path, capsys):
         warnings.simplefilter("error")
         run(tiny, tmp_path / "run")
     assert capsys.readouterr().out == ""
+
+
+# Starting from a trained model, quantisation-aware
+
+
+def quantize_quietly(*arguments, **options):
+    options = {"verbose": False, "on_notice": lambda line: None, **options}
+    return quantize(*arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def quantized(trained, tmp_path_factory):
+    """A finished quantisation-aware run of six steps, with checkpoints."""
+    return quantize_quietly(
+        trained.out,
+        tmp_path_factory.mktemp("qat") / "whole",
+        {"calibration_batches": 3},
+        steps=6,
+        checkpoint_every=2,
+        keep_checkpoints=9,
+        jit_compile="off",
+    )
+
+
+def test_a_quantised_run_starts_from_the_model_and_its_text(trained, quantized):
+    from gpt_tf.quantization.qat import activation_ranges, to_float
+
+    config = files.read_json(quantized.out / "run.json")["config"]
+    assert config["corpus"] == str(trained_corpus(trained))
+    assert config["learning_rate"] == PRESETS["tiny"].learning_rate / 20
+    for split in ("train", "validation"):
+        same = [
+            (r.out / "data" / f"{split}.tokens").read_bytes()
+            for r in (trained, quantized)
+        ]
+        assert same[0] == same[1]
+    initial, _ = load_model(quantized.out / "initial")
+    assert all(low < high for low, high in activation_ranges(initial).values())
+    for one, other in zip(
+        to_float(initial).get_weights(), trained.model.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert quantized.validation_loss < trained.validation_loss + 0.05
+
+
+def trained_corpus(run):
+    return files.read_json(run.out / "run.json")["config"]["corpus"]
+
+
+def test_the_finished_quantised_model_is_loaded_with_its_ranges(trained, quantized):
+    from gpt_tf.quantization.qat import activation_ranges
+
+    model, tokenizer = load_model(quantized.out)
+    assert activation_ranges(model) == activation_ranges(quantized.model)
+    tokens = np.array([tokenizer.encode("the quick brown fox")], "int32")
+    np.testing.assert_array_equal(model(tokens), quantized.model(tokens))
+    assert np.abs(model(tokens) - trained.model(tokens)).max() > 1e-4
+    manifest = files.check_manifest(quantized.out / "model", "model")
+    source = files.sha256_of(trained.out / "model" / "model.keras")
+    assert manifest["made_from"]["model"] == source
+    text = decoding.generate(model, "the", tokenizer=tokenizer, max_new_tokens=4)
+    assert isinstance(text, str)
+
+
+def test_a_quantised_run_is_resumed_bit_for_bit(quantized, tmp_path):
+    # As a process leaves it that was killed after step 3.
+    cut = tmp_path / "cut"
+    shutil.copytree(quantized.out, cut)
+    for name in ("model", "checkpoints/step-00000004", "checkpoints/step-00000006"):
+        shutil.rmtree(cut / name)
+    again = quantize_quietly(None, cut, resume=True)
+    states = [
+        (folder / "checkpoints/step-00000006/state.safetensors").read_bytes()
+        for folder in (quantized.out, cut)
+    ]
+    assert states[0] == states[1]
+    for one, other in zip(
+        again.model.get_weights(), quantized.model.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    earlier = cut / "checkpoints/step-00000002/state.safetensors"
+    assert earlier.read_bytes() != states[0]
+
+
+def test_a_float_model_is_trained_further(trained, tmp_path):
+    config = dataclasses.replace(
+        PRESETS["tiny"],
+        corpus=trained_corpus(trained),
+        init_from=trained.out,
+        steps=1,
+        learning_rate=1e-9,
+        embedding_dim=999,  # the model's is taken
+        strategy="one_device",
+        jit_compile="off",
+    )
+    further = run(config, tmp_path / "further")
+    assert further.validation_loss == pytest.approx(trained.validation_loss, abs=1e-4)
+    assert type(further.model) is type(trained.model)
+
+
+def test_what_cannot_be_quantised_is_refused(trained, quantized, tmp_path):
+    with pytest.raises(InputError, match="there is none"):
+        quantize_quietly(tmp_path, tmp_path / "out", corpus="shakespeare")
+    with pytest.raises(InputError, match="`corpus`"):
+        quantize_quietly(trained.out / "model", tmp_path / "out")
+    with pytest.raises(InputError, match="already"):
+        quantize_quietly(quantized.out, tmp_path / "out")
+    with pytest.raises(InputError, match="at most 32"):
+        quantize_quietly(trained.out, tmp_path / "out", context_length=64)
+    with pytest.raises(InputError, match="Received: none"):
+        quantize_quietly(None, tmp_path / "out")
+    with pytest.raises(InputError, match="names a trained model"):
+        TrainingConfig(quantization={})
+    with pytest.raises(InputError, match="keeps its own"):
+        quantize_quietly(None, quantized.out, {"weight_bits": 4}, resume=True)
+    assert not (tmp_path / "out").exists()

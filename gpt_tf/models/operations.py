@@ -28,7 +28,7 @@ def inside_xla():
         _INSIDE_XLA.reset(token)
 
 
-def _keep(x):
+def keep(x):
     """Make XLA compute `x` once and store it.
 
     Left alone, XLA computes cheap values anew wherever they are used, and on a CPU
@@ -59,10 +59,10 @@ def layer_norm(x, gamma, beta, epsilon):
         centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
         variance = tf.reduce_mean(centred * centred, axis=-1, keepdims=True)
         scale = tf.math.rsqrt(variance + epsilon)
-        normal = _keep(centred * scale)
+        normal = keep(centred * scale)
 
         def gradient(dy):
-            dnormal = _keep(dy * gamma)
+            dnormal = keep(dy * gamma)
             mean = tf.reduce_mean(dnormal, axis=-1, keepdims=True)
             slope = tf.reduce_mean(dnormal * normal, axis=-1, keepdims=True)
             dx = (dnormal - mean - normal * slope) * scale
@@ -90,7 +90,7 @@ def gelu(x):
             dt = (1.0 - t * t) * slope * (1.0 + 3 * 0.044715 * x * x)
             return dy * 0.5 * (1.0 + t + x * dt)
 
-        return _keep(0.5 * x * (1.0 + t)), gradient
+        return keep(0.5 * x * (1.0 + t)), gradient
 
     return activate(x)
 
@@ -112,7 +112,7 @@ def project(x, kernel):
     @tf.custom_gradient
     def multiply(x, kernel):
         def gradient(dy):
-            dkernel = _keep(tf.matmul(dy, x, transpose_a=True))  # (C, F)
+            dkernel = keep(tf.matmul(dy, x, transpose_a=True))  # (C, F)
             return tf.matmul(dy, kernel, transpose_b=True), tf.transpose(dkernel)
 
         return tf.matmul(x, kernel), gradient

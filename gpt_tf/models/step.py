@@ -25,12 +25,13 @@ def split_batch(tensors, parts):
     return tf.nest.map_structure(cut, tensors)
 
 
-def sums_and_gradients(sums, variables, batch, micro_batches=1):
+def sums_and_gradients(values, variables, batch, micro_batches=1):
     """Differentiate a sum over tokens, micro-batch by micro-batch.
 
     Args:
-        sums: Function of `batch` that returns a tuple of float32 scalars, sums over
-            tokens; the first one is differentiated.
+        values: Function of `batch` that returns two tuples: float32 scalars, sums
+            over tokens, the first of which is differentiated; and tensors of which
+            the largest values over the micro-batches are wanted.
         variables: What to differentiate with respect to.
         batch: Structure of tensors `(B, ...)`, the weights of the tokens among
             them; rows of zeros may be added.
@@ -38,16 +39,18 @@ def sums_and_gradients(sums, variables, batch, micro_batches=1):
             so that only one part's activations are in memory.
 
     Returns:
-        The sums over the whole batch, and the gradients of the first of them.
+        The sums over the whole batch, the gradients of the first of them, and the
+        maxima.
     """
 
     def once(part):
         with tf.GradientTape() as tape:
-            values = sums(part)
+            sums, maxima = values(part)
         gradients = tape.gradient(
-            values[0], variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            sums[0], variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
-        return tuple(values), [tf.convert_to_tensor(g) for g in gradients]
+        gradients = [tf.convert_to_tensor(g) for g in gradients]
+        return tuple(sums), gradients, tuple(maxima)
 
     if micro_batches == 1:
         return once(batch)
@@ -56,17 +59,21 @@ def sums_and_gradients(sums, variables, batch, micro_batches=1):
     def part(index):
         return tf.nest.map_structure(lambda x: x[index], parts)
 
-    def more(index, values, gradients):
-        added = once(part(index))
-        return index + 1, *tf.nest.map_structure(tf.add, (values, gradients), added)
+    def more(index, sums, gradients, maxima):
+        new_sums, new_gradients, new_maxima = once(part(index))
+        sums, gradients = tf.nest.map_structure(
+            tf.add, (sums, gradients), (new_sums, new_gradients)
+        )
+        maxima = tf.nest.map_structure(tf.maximum, maxima, new_maxima)
+        return index + 1, sums, gradients, maxima
 
-    _, values, gradients = tf.while_loop(
-        lambda index, values, gradients: index < micro_batches,
+    _, sums, gradients, maxima = tf.while_loop(
+        lambda index, *_: index < micro_batches,
         more,
         (tf.constant(1), *once(part(0))),
         maximum_iterations=micro_batches - 1,
     )
-    return values, gradients
+    return sums, gradients, maxima
 
 
 def add_over_replicas(tensors):
@@ -75,6 +82,22 @@ def add_over_replicas(tensors):
     if context is None or context.num_replicas_in_sync == 1:
         return tensors
     return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+
+
+def max_over_replicas(tensor):
+    """Return the largest values of a float tensor over all replicas, inside one.
+
+    TensorFlow's replicas can add but not compare: each adds its values at a place
+    of its own.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return tensor
+    places = tf.range(context.num_replicas_in_sync)
+    shape = tf.concat([tf.shape(places), tf.ones([tf.rank(tensor)], tf.int32)], 0)
+    own = tf.reshape(places == context.replica_id_in_sync_group, shape)
+    spread = tf.where(own, tensor[tf.newaxis], tf.zeros([], tensor.dtype))
+    return tf.reduce_max(context.all_reduce(tf.distribute.ReduceOp.SUM, spread), axis=0)
 
 
 def mean_of(total, weight):

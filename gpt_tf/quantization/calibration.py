@@ -13,7 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models.gpt import GPTModel, refuse_keras_3
+from gpt_tf.models.gpt import GPTModel
+from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.text.dataset import Windows
 
 METHODS = ("minmax", "percentile", "mse")

@@ -4,8 +4,9 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models.gpt import GPTModel, NextTokenLoss
+from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.interop import named_variables
+from gpt_tf.models.language_model import NextTokenLoss
 from gpt_tf.models.optimizer import AdamW
 from tests.oracles import numpy_gpt
 

@@ -1,0 +1,129 @@
+"""What a quantised GPT computes in integers, and how its ranges are found."""
+
+import dataclasses
+
+from gpt_tf.errors import InputError
+
+TYPES = ("float32", "int16", "int8")
+
+# Which activations a field of the configuration decides about.
+_FIELD_OF = {
+    "embedding_activation": "residual",
+    "attention_norm_activation": "inputs",
+    "qkv_activation": "outputs",
+    "scores_activation": "scores",
+    "probabilities_activation": "softmax",
+    "context_activation": "inputs",
+    "attended_activation": "outputs",
+    "attention_residual_activation": "residual",
+    "feedforward_norm_activation": "inputs",
+    "up_activation": "outputs",
+    "hidden_activation": "inputs",
+    "down_activation": "outputs",
+    "feedforward_residual_activation": "residual",
+    "norm_activation": "inputs",
+    "logits_activation": "logits",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+    """Types of weights and activations, and the course of their ranges.
+
+    Args:
+        weight_bits: Bits per weight of every matrix, tables included: 2 to 8.
+        per_channel: Whether every output channel of a matrix, or row of a table, has
+            a scale of its own; otherwise each matrix has one, as TF-MOT's default.
+        inputs: Type of what the products with weights read: layer-normalised
+            vectors, attention's context, GELU's output.
+        outputs: Type of what these products write, biases included; keys and values,
+            and so the cache, among it.
+        residual: Type of the embedding and of the sum after each half of a block.
+        scores: Type of attention's scores before softmax.
+        softmax: Type of the probabilities after it.
+        logits: Type of the logits.
+        ema_decay: Share that a range keeps when a batch of training has other
+            extremes, in [0, 1).
+        freeze_ranges_at: Share of the training steps after which ranges no longer
+            move, in [0, 1]; 1 lets them move to the end.
+        calibration_batches: Batches of the training data from which `fit` first
+            measures the ranges of a model that has none, before weights move; 0
+            starts with the first batch of training instead.
+        calibration_method: As `method` of `calibrate`.
+
+    Raises:
+        InputError: A value is none of these.
+
+    Example:
+        >>> QuantizationConfig(residual="int16").type_of("embedding_activation")
+        'int16'
+    """
+
+    weight_bits: int = 8
+    per_channel: bool = True
+    inputs: str = "int8"
+    outputs: str = "int8"
+    residual: str = "float32"
+    scores: str = "float32"
+    softmax: str = "float32"
+    logits: str = "float32"
+    ema_decay: float = 0.99
+    freeze_ranges_at: float = 0.5
+    calibration_batches: int = 50
+    calibration_method: str = "minmax"
+
+    def __post_init__(self):
+        bits = self.weight_bits
+        self._check("weight_bits", bits in range(2, 9), "from 2 to 8")
+        for name in ("inputs", "outputs", "residual", "scores", "softmax", "logits"):
+            self._check(name, getattr(self, name) in TYPES, f"one of {TYPES}")
+        self._check("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1")
+        share = self.freeze_ranges_at
+        self._check("freeze_ranges_at", 0 <= share <= 1, "from 0 to 1")
+        batches = self.calibration_batches
+        self._check("calibration_batches", batches >= 0, "at least 0")
+        methods = ("minmax", "percentile", "mse")
+        known = self.calibration_method in methods
+        self._check("calibration_method", known, f"one of {methods}")
+
+    def _check(self, name, good, expected):
+        if not good:
+            raise InputError(
+                f"`{name}` expects a value {expected}. "
+                f"Received: {getattr(self, name)!r}."
+            )
+
+    @classmethod
+    def full(cls, **changes):
+        """Return the configuration of a model without floating point.
+
+        Args:
+            **changes: Fields to set otherwise.
+        """
+        whole = {"residual": "int16", "scores": "int8", "softmax": "int8"}
+        return cls(**{**whole, "logits": "int8", **changes})
+
+    @classmethod
+    def of(cls, value):
+        """Return a configuration from one, from a dict of its fields, or from None.
+
+        Raises:
+            InputError: A field is unknown, or its value is.
+        """
+        if value is None or isinstance(value, cls):
+            return value or cls()
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(value, dict) or not set(value) <= known:
+            raise InputError(
+                "A quantisation config expects a QuantizationConfig or a dict of its "
+                f"fields, {', '.join(sorted(known))}. Received: {value!r}."
+            )
+        return cls(**value)
+
+    def get_config(self):
+        """Return the fields as a dict of JSON values."""
+        return dataclasses.asdict(self)
+
+    def type_of(self, activation):
+        """Return the type of an activation, such as `"qkv_activation"`."""
+        return getattr(self, _FIELD_OF[activation])

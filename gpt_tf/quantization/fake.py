@@ -1,0 +1,82 @@
+"""Fake quantisation: rounding to the numbers that integers can stand for.
+
+In training and in measurements the numbers stay float32, but only those values
+occur that the device's integers have. The gradient passes as if nothing had been
+rounded, and is 0 where a value was cut off. These are plain operations, which XLA
+fuses; TensorFlow's own fake quantisers it cannot compile, and they know no 16 bits.
+"""
+
+import tensorflow as tf
+
+from gpt_tf.models import operations
+
+_TINY = 1.1754944e-38  # below it devices read a scale as 0
+
+
+def fake_quantize(x, minimum, maximum, dtype="int8"):
+    """Round an activation to integers of a range.
+
+    int8: 256 steps from `minimum` to `maximum`, moved so that 0 is one of them.
+    int16: symmetric, `scale = max(|minimum|, |maximum|) / 32767`. Both are the grids
+    of TFLite.
+
+    Args:
+        x: Any shape and float type.
+        minimum: `()` float32, at most 0.
+        maximum: `()` float32, at least 0. Where both are 0, no range is known yet
+            and `x` stays as it is.
+        dtype: `"int8"` or `"int16"`.
+
+    Returns:
+        The shape and type of `x`.
+
+    Reference: Jacob et al., "Quantization and Training of Neural Networks for
+    Efficient Integer-Arithmetic-Only Inference", arXiv:1712.05877, section 3.
+    """
+    known = maximum > minimum
+    if dtype == "int8":
+        scale = tf.where(known, (maximum - minimum) / 255.0, 1.0)
+        zero = tf.clip_by_value(tf.round(-minimum / scale), 0.0, 255.0)
+        lowest, highest = -zero, 255.0 - zero
+    else:
+        scale = tf.maximum(-minimum, maximum) / 32767.0
+        scale = tf.where(known, scale, 1.0)
+        lowest, highest = tf.constant(-32767.0), tf.constant(32767.0)
+
+    @tf.custom_gradient
+    def round_within(x):
+        steps = x / scale
+
+        def gradient(dy):
+            inside = tf.logical_and(steps >= lowest, steps <= highest)
+            passes = tf.logical_or(inside, tf.logical_not(known))
+            return tf.where(passes, dy, tf.zeros_like(dy))
+
+        rounded = tf.clip_by_value(tf.round(steps), lowest, highest) * scale
+        return operations.keep(tf.where(known, rounded, x)), gradient
+
+    return tf.cast(round_within(tf.cast(x, tf.float32)), x.dtype)
+
+
+def fake_quantize_weights(weights, bits=8, axis=None):
+    """Round a matrix to symmetric integers: `quantize_array` that can be trained.
+
+    Args:
+        weights: `(N, M)`, any float type.
+        bits: 2 to 8.
+        axis: Axis whose every index has a scale of its own; None gives one to all.
+
+    Returns:
+        The shape and type of `weights`; the gradient passes unchanged, as no value
+        is cut off.
+    """
+    limit = 2.0 ** (bits - 1) - 1.0
+
+    @tf.custom_gradient
+    def round_all(w):
+        shared = [a for a in range(w.shape.rank) if a != axis]
+        largest = tf.reduce_max(tf.abs(w), axis=shared, keepdims=True)
+        scale = tf.where(largest > 0.0, tf.maximum(largest / limit, _TINY), 1.0)
+        return operations.keep(tf.round(w / scale) * scale), lambda dy: dy
+
+    return tf.cast(round_all(tf.cast(weights, tf.float32)), weights.dtype)

@@ -1,0 +1,353 @@
+"""Quantisation-aware training: a GPT that learns to live with integers.
+
+    quantize_aware(model) -> fit -> activation_ranges, to_float -> export
+
+The model that `quantize_aware` returns is TF-MOT's: every layer in a wrapper that
+rounds weights and activations to what integers can stand for. It is trained, saved
+and loaded like the float one, on any number of replicas.
+"""
+
+import tensorflow as tf
+import tensorflow_model_optimization as tfmot
+import tf_keras as keras
+
+from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.models import step
+from gpt_tf.models.gpt import CUSTOM_OBJECTS, GPTModel
+from gpt_tf.models.language_model import LanguageModel, refuse_keras_3
+from gpt_tf.quantization import calibration, quantizers
+from gpt_tf.quantization.config import QuantizationConfig
+
+_NEVER = tf.int64.max
+
+
+@keras.saving.register_keras_serializable(package="gpt_tf")
+class QuantizationAwareGPT(LanguageModel):
+    """A GPT in TF-MOT's wrappers, trained as a `GPTModel` is.
+
+    Made by `quantize_aware`. A range moves with the extremes of every training
+    batch, whatever calls the model with `training=True`: its own `fit`, or a custom
+    `train_step` in which it is the student.
+
+    Args:
+        gpt: Configuration of the `GPTModel`, as from its `get_config`.
+        quantization: `QuantizationConfig`, or a dict of its fields.
+
+    Call arguments:
+        inputs: Token ids `(B, T)`, int32.
+
+    Returns:
+        Logits `(B, T, V)`, float32.
+    """
+
+    def __init__(self, gpt, quantization=None, name="quantized_gpt", **kwargs):
+        quantization = QuantizationConfig.of(quantization)
+        gpt = keras.saving.deserialize_keras_object(gpt)
+        wrapped = _wrap(GPTModel.from_config(gpt), quantization)
+        super().__init__(
+            inputs=wrapped.inputs[0], outputs=wrapped.outputs[0], name=name, **kwargs
+        )
+        self.gpt = dict(gpt)
+        self.quantization = quantization
+        self.vocab_size = gpt["vocab_size"]
+        self.context_length = gpt["context_length"]
+        self._freeze_step = tf.Variable(
+            _NEVER, trainable=False, dtype=tf.int64, name="freeze_step"
+        )
+        self._freeze_is_set = False
+        self.__dict__["_ranges"] = {}  # in a plain dict, which Keras does not save
+        for wrapper in self.layers[1:]:
+            for activation in wrapper._quantize_activations:
+                quantizer = activation.quantizer
+                quantizer.may_move = self._ranges_may_move
+                name = f"{wrapper.layer.name}/{quantizer.name}"
+                variable = activation._post_activation_vars.get("range")
+                self._ranges[name] = (quantizer, variable)
+
+    def get_config(self):
+        return {
+            "gpt": dict(self.gpt),
+            "quantization": self.quantization.get_config(),
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+    # Training
+
+    def fit(self, x=None, y=None, **kwargs):
+        """Train, as `GPTModel.fit`; first measure the ranges where there are none.
+
+        Where no range is known, they are calibrated on the first
+        `calibration_batches` of the data, before weights move. After the share
+        `freeze_ranges_at` of the steps of this call the ranges stay as they are,
+        unless `freeze_ranges` has said when.
+
+        Args:
+            x: As for `GPTModel.fit`.
+            y: As for `GPTModel.fit`.
+            **kwargs: As for `GPTModel.fit`.
+        """
+        if y is None and isinstance(x, (list, tf.Tensor)):
+            return super().fit(x, y, **kwargs)  # which refuses it
+        self._prepare(x, y, kwargs.get("callbacks"))
+        batches = self.quantization.calibration_batches
+        can_be_read_twice = isinstance(x, (list, tf.Tensor, tf.data.Dataset)) or (
+            hasattr(x, "shape")
+        )
+        if batches and can_be_read_twice and not self.is_calibrated:
+            size = kwargs.get("batch_size") or 32
+            self.calibrate(x, batch_size=size, num_batches=batches)
+        callbacks = tf.nest.flatten(kwargs.pop("callbacks", None) or [])
+        return super().fit(x, y, callbacks=[*callbacks, _FreezeRanges(self)], **kwargs)
+
+    def calibrate(self, inputs, *, batch_size=8, num_batches=None):
+        """Measure all ranges anew on data, by the float weights of this model.
+
+        Args:
+            inputs: As for `gpt_tf.calibrate`.
+            batch_size: As for `gpt_tf.calibrate`.
+            num_batches: As for `gpt_tf.calibrate`.
+        """
+        ranges = calibration.calibrate(
+            to_float(self),
+            inputs,
+            batch_size=batch_size,
+            num_batches=num_batches,
+            method=self.quantization.calibration_method,
+        )
+        set_activation_ranges(self, ranges)
+
+    @property
+    def is_calibrated(self):
+        """Whether every range has been measured."""
+        return all(low < high for low, high in activation_ranges(self).values())
+
+    def freeze_ranges(self, step=0):
+        """Say from which optimiser step on ranges no longer move; 0 means from now.
+
+        Args:
+            step: Number of steps of the optimiser, or None for never.
+        """
+        self._freeze_step.assign(_NEVER if step is None else step)
+        self._freeze_is_set = True
+
+    def _ranges_may_move(self):
+        optimizer = getattr(self, "optimizer", None)
+        done = tf.constant(0, tf.int64) if optimizer is None else optimizer.iterations
+        return done < self._freeze_step
+
+    def call_and_observe(self, tokens, weights):
+        with quantizers.collecting(tf.reduce_any(weights > 0.0, axis=1)) as found:
+            logits = self(tokens, training=True)
+        return logits, (tf.stack([found[q] for q, _ in self._moving()]),)
+
+    def take_maxima(self, maxima):
+        may_move = self._ranges_may_move()
+        extremes = step.max_over_replicas(maxima[0])
+        for (quantizer, variable), extreme in zip(
+            self._moving(), tf.unstack(extremes), strict=True
+        ):
+            quantizer.take(variable, extreme, may_move)
+
+    def _moving(self):
+        return [(q, v) for q, v in self._ranges.values() if v is not None]
+
+
+class _FreezeRanges(keras.callbacks.Callback):
+    """Tell the model when to freeze, once the number of steps is known."""
+
+    def __init__(self, quantized):
+        super().__init__()
+        self.quantized = quantized
+
+    def on_train_begin(self, logs=None):
+        model, params = self.quantized, self.params
+        if model._freeze_is_set or not params.get("steps"):
+            return
+        share = model.quantization.freeze_ranges_at
+        steps = int(share * params["epochs"] * params["steps"])
+        begun = int(model.optimizer.iterations.numpy())
+        model._freeze_step.assign(_NEVER if share == 1 else begun + steps)
+
+
+def _wrap(gpt, quantization):
+    """Let TF-MOT wrap the layers of a GPT; they keep their weights."""
+
+    def annotate(layer):
+        return tfmot.quantization.keras.quantize_annotate_layer(
+            layer, quantizers.GPTQuantizeConfig(quantization)
+        )
+
+    scope = {
+        **CUSTOM_OBJECTS,
+        "GPTQuantizeConfig": quantizers.GPTQuantizeConfig,
+    }
+    with tfmot.quantization.keras.quantize_scope(scope):
+        # Its own class is not needed further, and TF-MOT would not keep it.
+        annotated = keras.models.clone_model(
+            keras.Model(gpt.inputs, gpt.outputs), clone_function=annotate
+        )
+        return tfmot.quantization.keras.quantize_apply(
+            annotated, scheme=quantizers.Scheme()
+        )
+
+
+def quantize_aware(model, config=None):
+    """Make of a float GPT one that expects to be quantised, to be trained further.
+
+    Args:
+        model: A `GPTModel`, trained as a rule; it is not changed.
+        config: `QuantizationConfig`, a dict of its fields, or None for the default.
+
+    Returns:
+        A `QuantizationAwareGPT` with a copy of the weights. Its ranges are not
+        known yet: `fit` calibrates them first. It is not compiled; a learning rate
+        of a tenth of the float training's, falling to 0, is a good start.
+
+    Raises:
+        InputError: The model is quantisation-aware already, or the configuration is
+            none.
+        InputTypeError: The model is no GPTModel.
+
+    Example:
+        >>> aware = quantize_aware(model)
+        >>> aware.fit(inputs, labels, epochs=2)
+        >>> ranges = activation_ranges(aware)
+
+    Reference: Jacob et al., arXiv:1712.05877; article 3.2.
+    """
+    _check_model(model, "quantize_aware")
+    aware = QuantizationAwareGPT(model.get_config(), config)
+    for wrapper in aware.layers[1:]:
+        layer = model.get_layer(wrapper.layer.name)
+        for ours, theirs in zip(_float_variables(wrapper), layer.weights, strict=True):
+            ours.assign(theirs)
+    return aware
+
+
+def quantize_gpt_model(gpt_model, inputs, config=None):
+    """Quantise a GPT: rounded weights, and ranges measured on data.
+
+    What comes back computes with the numbers that integers stand for, so `evaluate`
+    tells what quantisation costs, `fit` wins some of it back, and it can be exported.
+
+    Args:
+        gpt_model: A `GPTModel`, trained; it is not changed.
+        inputs: Data like that which the model will meet, as for `calibrate`: token
+            ids `(N, T)` or batches of them.
+        config: As for `quantize_aware`.
+
+    Returns:
+        A `QuantizationAwareGPT` that is calibrated.
+
+    Raises:
+        InputError: There is no data, or the model cannot be quantised.
+
+    Example:
+        >>> quantized = quantize_gpt_model(gpt_model, inputs)
+        >>> quantized.is_calibrated
+        True
+
+    Reference: article 3.2, the snippet of this name.
+    """
+    _check_model(gpt_model, "quantize_gpt_model")
+    aware = quantize_aware(gpt_model, config)
+    aware.calibrate(inputs)
+    return aware
+
+
+def activation_ranges(model):
+    """Return the ranges of all quantised activations.
+
+    Args:
+        model: A `QuantizationAwareGPT`.
+
+    Returns:
+        A dict from `"block_0/qkv_activation"` and the like to (minimum, maximum),
+        in the order of the data; both are 0.0 where nothing was measured yet.
+    """
+    _check_aware(model, "activation_ranges")
+    return {
+        name: quantizer.fixed or tuple(float(v) for v in variable.numpy())
+        for name, (quantizer, variable) in model._ranges.items()
+    }
+
+
+def set_activation_ranges(model, ranges):
+    """Give a quantisation-aware model ranges that were measured elsewhere.
+
+    Args:
+        model: A `QuantizationAwareGPT`.
+        ranges: As from `calibrate`; ranges of activations that the model does not
+            quantise are passed over.
+
+    Raises:
+        InputError: A range is missing, or does not hold 0.
+    """
+    _check_aware(model, "set_activation_ranges")
+    for name, (_, variable) in model._ranges.items():
+        if variable is None:
+            continue
+        low, high = ranges.get(name, (0.0, 0.0))
+        if not low <= 0.0 <= high or not low < high:
+            raise InputError(
+                f"A range expects (minimum, maximum) with 0 between them for {name}. "
+                f"Received: {ranges.get(name)}. Measure them with `calibrate`."
+            )
+        variable.assign([low, high])
+
+
+def to_float(model):
+    """Return the float model inside a quantisation-aware one.
+
+    Args:
+        model: A `QuantizationAwareGPT`; it is not changed.
+
+    Returns:
+        A `GPTModel` with a copy of the trained weights, not rounded.
+    """
+    _check_aware(model, "to_float")
+    gpt = GPTModel.from_config(model.gpt)
+    for wrapper in model.layers[1:]:
+        layer = gpt.get_layer(wrapper.layer.name)
+        for ours, theirs in zip(layer.weights, _float_variables(wrapper), strict=True):
+            ours.assign(theirs)
+    return gpt
+
+
+def _float_variables(wrapper):
+    """Return the variables of a wrapped layer, in the order of its weights.
+
+    The layer's own attributes are rounded tensors once TF-MOT has called it.
+    """
+    # The wrapper took the layer's trainable weights first, in their order.
+    layer = wrapper.layer
+    trainable = list({id(v): v for v in wrapper._trainable_weights}.values())
+    return [*trainable, *layer.non_trainable_weights]
+
+
+def _check_model(model, function):
+    refuse_keras_3(model, "model")
+    if isinstance(model, QuantizationAwareGPT):
+        raise InputError(
+            f"`{function}` expects a float GPTModel. Received: a model that is "
+            "quantisation-aware already. Train it as it is, or hand in "
+            "`to_float(model)`."
+        )
+    if not isinstance(model, GPTModel):
+        raise InputTypeError(
+            f"`{function}` expects a GPTModel built on tf_keras. "
+            f"Received: {type(model).__module__}.{type(model).__name__}. "
+            "Build it with `gpt_tf.GPTModel(...)`."
+        )
+
+
+def _check_aware(model, function):
+    if not isinstance(model, QuantizationAwareGPT):
+        raise InputTypeError(
+            f"`{function}` expects a model that `quantize_aware` made. "
+            f"Received: {type(model).__module__}.{type(model).__name__}."
+        )

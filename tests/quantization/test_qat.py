@@ -1,0 +1,403 @@
+import itertools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.models import decoding
+from gpt_tf.models.language_model import NextTokenLoss
+from gpt_tf.models.layers import TransformerBlock
+from gpt_tf.parallel import strategy as strategies
+from gpt_tf.quantization.calibration import calibrate
+from gpt_tf.quantization.config import QuantizationConfig
+from gpt_tf.quantization.qat import (
+    QuantizationAwareGPT,
+    activation_ranges,
+    quantize_aware,
+    quantize_gpt_model,
+    set_activation_ranges,
+    to_float,
+)
+from gpt_tf.quantization.weights import quantize_weights
+
+# Ranges from the first batch on, so that training itself has to find them.
+UNCALIBRATED = {"calibration_batches": 0, "freeze_ranges_at": 1.0}
+
+
+@pytest.fixture
+def make_aware(make_model):
+    def make(config=None, **changes):
+        return quantize_aware(make_model(**{"num_layers": 1, **changes}), config)
+
+    return make
+
+
+def largest_difference(one, other):
+    return max(np.abs(a - b).max() for a, b in zip(one, other, strict=True))
+
+
+def ranges_of(model):
+    return np.array(list(activation_ranges(model).values()))
+
+
+def sgd():
+    return keras.optimizers.SGD(0.1)
+
+
+# What is quantised
+
+
+def test_every_default_range_is_known_after_calibration(make_model, windows_of):
+    x, _ = windows_of(8, 8)
+    model = make_model()
+    aware = quantize_gpt_model(model, x)
+    ranges, measured = activation_ranges(aware), calibrate(model, x)
+    config = QuantizationConfig()
+    expected = [
+        name for name in measured if config.type_of(name.split("/")[1]) != "float32"
+    ]
+    assert list(ranges) == expected
+    assert len(ranges) == 2 * 8 + 1
+    for name, range_ in ranges.items():
+        np.testing.assert_allclose(range_, measured[name], rtol=1e-6)
+
+
+def test_the_full_configuration_quantises_every_activation(make_model, windows_of):
+    x, _ = windows_of(8, 8)
+    aware = quantize_gpt_model(make_model(), x, QuantizationConfig.full())
+    ranges = activation_ranges(aware)
+    assert list(ranges) == list(calibrate(make_model(), x))
+    assert ranges["block_1/probabilities_activation"] == (0.0, 255 / 256)
+    types = {QuantizationConfig.full().type_of(n.split("/")[1]) for n in ranges}
+    assert types == {"int8", "int16"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}])
+@pytest.mark.parametrize(
+    ("bits", "strategy"), [(8, "per_channel"), (8, "per_tensor"), (4, "per_channel")]
+)
+def test_the_weights_seen_are_those_of_the_integers(
+    make_model, windows_of, changes, bits, strategy
+):
+    x, _ = windows_of(2, 8)
+    model = make_model(num_layers=1, **changes)
+    config = QuantizationConfig(
+        weight_bits=bits,
+        per_channel=strategy == "per_channel",
+        inputs="float32",
+        outputs="float32",
+    )
+    seen = quantize_aware(model, config)(x).numpy()
+    expected = quantize_weights(model, strategy, bits).model(x).numpy()
+    np.testing.assert_allclose(seen, expected, atol=1e-6)
+    assert np.abs(seen - model(x).numpy()).max() > 1e-4
+
+
+def test_what_is_float_has_no_influence_on_the_rest(make_model, windows_of):
+    x, _ = windows_of(2, 8)
+    model = make_model(num_layers=1)
+    types = ("inputs", "outputs", "residual", "scores", "softmax", "logits")
+    seen = []
+    for name in types:
+        config = dict.fromkeys(types, "float32") | {name: "int8"}
+        seen.append(quantize_gpt_model(model, x, config)(x).numpy())
+    for index, logits in enumerate(seen):
+        assert np.abs(logits - model(x)).max() < 0.05
+        for other in seen[:index]:
+            assert np.abs(logits - other).max() > 1e-6
+
+
+def test_the_float_model_is_not_changed_and_comes_back(make_model, windows_of):
+    x, y = windows_of(8, 8)
+    model = make_model(dropout=0.1)
+    before = model.get_weights()
+    aware = quantize_aware(model)
+    aware.compile(jit_compile=False)
+    assert largest_difference(to_float(aware).get_weights(), before) == 0
+    aware.fit(x, y, verbose=0)
+    assert largest_difference(model.get_weights(), before) == 0
+    trained = to_float(aware)
+    assert largest_difference(trained.get_weights(), before) > 1e-5
+    assert trained.get_config() == model.get_config()
+
+
+# Training
+
+
+def test_it_trains(make_aware, windows_of):
+    x, y = windows_of(8, 8)
+    config = QuantizationConfig.full(freeze_ranges_at=1.0, ema_decay=0.5)
+    aware = make_aware(config, dropout=0.1)
+    aware.compile(optimizer=keras.optimizers.Adam(1e-2))
+    losses = aware.fit(x, y, epochs=20, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def after_training(make_model, windows_of, replicas=1, jit_compile=False, parts=1):
+    """Train from unknown ranges; return ranges and weights."""
+    x, y = windows_of(8 * 6, 8)
+    weights = np.ones(x.shape, "float32")
+    weights[5] = 0.0  # this row counts nowhere, but its token does not occur elsewhere
+    strategies._use_fresh_collective_keys()
+    devices = [f"CPU:{index}" for index in range(replicas)]
+    with tf.distribute.MirroredStrategy(devices).scope():
+        aware = quantize_aware(make_model(num_layers=1), UNCALIBRATED)
+        aware.compile(
+            optimizer=sgd(), jit_compile=jit_compile, gradient_accumulation_steps=parts
+        )
+    aware.fit(x, y, sample_weight=weights, batch_size=8, shuffle=False, verbose=0)
+    return ranges_of(aware), to_float(aware).get_weights()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "jit_compile", "parts"),
+    [
+        (2, True, 1),
+        (4, False, 1),
+        (2, False, 3),
+        pytest.param(1, True, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_ranges_and_weights_do_not_depend_on_replicas_and_parts(
+    make_model, windows_of, alone, replicas, jit_compile, parts
+):
+    if not alone:
+        alone["result"] = after_training(make_model, windows_of)
+    ranges, weights = alone["result"]
+    assert (ranges[:, 0] < ranges[:, 1]).all()
+    assert largest_difference(weights, make_model(num_layers=1).get_weights()) > 1e-3
+    again = after_training(make_model, windows_of, replicas, jit_compile, parts)
+    np.testing.assert_allclose(again[0], ranges, atol=1e-4)
+    assert largest_difference(again[1], weights) < 1e-4
+
+
+def test_the_comparison_of_ranges_notices_averaged_replicas(make_model, windows_of):
+    # What TF-MOT does (issue 1068): the mean of what two replicas saw of a batch.
+    x, _ = windows_of(8, 8)
+    model = make_model(num_layers=1)
+    halves = [
+        np.array(list(calibrate(model, half).values())) for half in (x[:4], x[4:])
+    ]
+    whole = np.array(list(calibrate(model, x).values()))
+    assert np.abs(np.mean(halves, axis=0) - whole).max() > 1e-3
+
+
+class Trainer(keras.Model):
+    """A custom `train_step` around a student, as distillation's is."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            logits = self.student(x, training=True)
+            losses = self.compiled_loss._user_losses.call(y, logits)
+            loss = tf.reduce_sum(losses) / (8 * 8)  # of the global batch
+        variables = self.student.trainable_variables
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(loss, variables), variables, strict=True)
+        )
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("replicas", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_custom_train_step_gives_the_same_as_fit(make_model, windows_of, replicas):
+    x, y = windows_of(8 * 4, 8)
+    strategies._use_fresh_collective_keys()
+    devices = [f"CPU:{index}" for index in range(replicas)]
+    with tf.distribute.MirroredStrategy(devices).scope():
+        student = quantize_aware(make_model(num_layers=1), UNCALIBRATED)
+        trainer = Trainer(student)
+        trainer.compile(optimizer=sgd(), loss=NextTokenLoss())
+    trainer.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    aware = quantize_aware(make_model(num_layers=1), UNCALIBRATED)
+    aware.compile(optimizer=sgd(), jit_compile=False)
+    aware.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    np.testing.assert_allclose(ranges_of(student), ranges_of(aware), atol=1e-4)
+    assert (
+        largest_difference(
+            to_float(student).get_weights(), to_float(aware).get_weights()
+        )
+        < 1e-4
+    )
+
+
+def test_other_losses_move_the_ranges_too(make_aware, windows_of):
+    x, y = windows_of(8, 8)
+    aware = make_aware(UNCALIBRATED)
+    aware.compile(
+        optimizer=sgd(),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    aware.fit(x, y, verbose=0)
+    assert aware.is_calibrated
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_kernels_are_read_before_any_activation_is_quantised(windows_of, index):
+    # Another replica may put its own on the layer while this one waits.
+    block = TransformerBlock(3, 20)
+    x = np.random.default_rng(0).normal(size=(2, 4, 12)).astype("float32")
+    block.build(tf.TensorShape([None, None, 12]))
+    expected = block(x).numpy()
+    kernel = ("qkv_kernel", "output_kernel", "up_kernel", "down_kernel")[index]
+    spoilt = tf.zeros_like(getattr(block, kernel))
+
+    def spoil(value):
+        setattr(block, kernel, spoilt)
+        return value
+
+    block.attention_norm_activation = spoil
+    np.testing.assert_array_equal(block(x), expected)
+    assert np.abs(block(x) - expected).max() > 1e-4  # now it was there at the start
+
+
+# The course of the ranges
+
+
+def test_fit_calibrates_before_weights_move(make_model, windows_of):
+    x, y = windows_of(8, 8)
+    model = make_model(num_layers=1)
+    aware = quantize_aware(model, {"freeze_ranges_at": 0.0})
+    aware.compile(jit_compile=False)
+    aware.fit(x, y, verbose=0)
+    measured = calibrate(model, x)
+    for name, range_ in activation_ranges(aware).items():
+        np.testing.assert_allclose(range_, measured[name], rtol=1e-6)
+
+
+def test_ranges_stand_still_from_their_share_of_the_steps_on(make_aware, windows_of):
+    x, y = windows_of(40, 8)
+    aware = make_aware({"freeze_ranges_at": 0.5, "ema_decay": 0.5})
+    aware.compile(optimizer=sgd(), jit_compile=False)
+    course = []
+
+    class Record(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            course.append(ranges_of(aware))
+
+    aware.fit(x, y, batch_size=4, verbose=0, callbacks=[Record()])
+    moves = [np.abs(a - b).max() for a, b in itertools.pairwise(course)]
+    assert len(moves) == 9
+    assert all(move > 0 for move in moves[:4])
+    assert all(move == 0 for move in moves[4:])
+
+
+def test_a_range_is_a_moving_average(make_aware, windows_of):
+    x, y = windows_of(8, 8)
+    aware = make_aware({**UNCALIBRATED, "ema_decay": 0.75})
+    aware.compile(optimizer=keras.optimizers.SGD(0.0), jit_compile=False)
+    aware.fit(x[:4], y[:4], verbose=0)
+    first = activation_ranges(aware)["block_0/attention_norm_activation"]
+    aware.fit(x[4:], y[4:], verbose=0)
+    both = activation_ranges(aware)["block_0/attention_norm_activation"]
+    name = "block_0/attention_norm_activation"
+    rounded = quantize_weights(to_float(aware)).model  # its weights are the rounded
+    halves = [calibrate(rounded, part)[name] for part in (x[:4], x[4:])]
+    np.testing.assert_allclose(first, halves[0], atol=1e-5)
+    expected = 0.75 * np.array(halves[0]) + 0.25 * np.array(halves[1])
+    np.testing.assert_allclose(both, expected, atol=1e-5)
+    assert np.abs(np.subtract(*halves)).max() > 1e-3
+
+
+def test_measuring_does_not_move_ranges(make_model, windows_of):
+    x, y = windows_of(8, 8)
+    aware = quantize_gpt_model(make_model(num_layers=1), x[:2])
+    before = ranges_of(aware)
+    aware.compile(jit_compile=False)
+    aware.evaluate(x, y, verbose=0)
+    aware.predict(x, verbose=0)
+    aware(x)
+    np.testing.assert_array_equal(ranges_of(aware), before)
+    aware(x, training=True)
+    assert np.abs(ranges_of(aware) - before).max() > 0
+
+
+# Saving, generating
+
+
+def test_saved_and_loaded_it_goes_on_the_same(make_aware, windows_of, tmp_path):
+    x, y = windows_of(8, 8)
+    aware = make_aware()
+    aware.compile(jit_compile=False)
+    aware.fit(x, y, verbose=0)
+    aware.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert isinstance(again, QuantizationAwareGPT)
+    assert again.quantization == aware.quantization
+    assert activation_ranges(again) == activation_ranges(aware)
+    np.testing.assert_array_equal(again(x), aware(x))
+    for each in (aware, again):
+        each.fit(x, y, verbose=0, shuffle=False)
+    assert largest_difference(aware.get_weights(), again.get_weights()) < 1e-6
+
+
+def test_cached_decoding_equals_the_full_forward_pass(make_model, windows_of):
+    x, _ = windows_of(2, 8)
+    aware = quantize_gpt_model(make_model(), x, QuantizationConfig.full())
+    expected = aware(x).numpy()
+    starts, caches = tf.zeros([2], tf.int32), decoding.empty_cache(aware, 2, 8)
+    logits, caches = decoding.forward_cached(aware, x[:, :5], 0, starts, caches)
+    pieces = [logits]
+    for position in range(5, 8):
+        logits, caches = decoding.forward_cached(
+            aware, x[:, position : position + 1], position, starts, caches
+        )
+        pieces.append(logits)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, atol=1e-5)
+    assert len(decoding.generate(aware, [1, 2], max_new_tokens=3, temperature=0)) == 3
+
+
+# What is refused
+
+
+def test_what_is_no_float_gpt_is_refused(make_model, windows_of):
+    import keras as keras_3
+
+    with pytest.raises(InputTypeError, match="Keras 3"):
+        quantize_aware(keras_3.Sequential([keras_3.layers.Dense(2)]))
+    with pytest.raises(InputTypeError, match=r"gpt_tf.GPTModel\(...\)"):
+        quantize_aware(keras.Sequential([keras.layers.Dense(2)]))
+    aware = quantize_aware(make_model(num_layers=1))
+    with pytest.raises(InputError, match="already"):
+        quantize_aware(aware)
+    with pytest.raises(InputError, match="already"):
+        quantize_gpt_model(aware, windows_of(2, 8)[0])
+    with pytest.raises(InputTypeError, match="quantize_aware"):
+        to_float(make_model(num_layers=1))
+    with pytest.raises(InputError, match="attention_norm_activation"):
+        set_activation_ranges(aware, {})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight_bits": 1},
+        {"inputs": "int7"},
+        {"residual": None},
+        {"ema_decay": 1.0},
+        {"freeze_ranges_at": 1.5},
+        {"calibration_batches": -1},
+        {"calibration_method": "guess"},
+    ],
+)
+def test_impossible_configurations_are_refused(changes):
+    with pytest.raises(InputError, match="Received"):
+        QuantizationConfig(**changes)
+    with pytest.raises(InputError, match="Received"):
+        QuantizationConfig.of(changes)
+
+
+def test_unknown_fields_are_refused():
+    with pytest.raises(InputError, match="bits_per_weight"):
+        QuantizationConfig.of({"bits_per_weight": 8})
