@@ -63,6 +63,7 @@ setup(
             "torch>=2.4",
             "psutil>=6",
             "onnx>=1.17,<2",
+            "onnx-ir>=0.1,<2",
             "onnxruntime>=1.22,<2",
             "gguf>=0.17,<1",
             "llama-cpp-python>=0.3.16,<0.4",

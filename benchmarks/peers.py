@@ -7,7 +7,8 @@ folder unless it is there, loads it, and returns `repeat(count)`, which returns 
 per repetition: `first_token_seconds`, from the prompt's arrival to the first new token
 known, and `decode_seconds`, what a further token takes, argmax included.
 
-ONNX Runtime, llama.cpp and PyTorch get the same weights and choose the same tokens.
+ONNX Runtime, llama.cpp and PyTorch get the same weights, so that their logits can be
+compared.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def _kept(folder, name, task, write):
 
 
 def onnx_runtime_int8(task, threads, folder):
-    """Dynamic int8, per tensor: with scales per channel a token took 3% longer."""
+    """Dynamic int8, per tensor: scales per channel were no faster."""
     import_or_not_here("onnx")
     import_or_not_here("onnxruntime")
     path = _kept(folder, "int8.onnx", task, functools.partial(_write_int8, task))
@@ -112,7 +113,7 @@ def onnx_runtime_int4(task, threads, folder):
     """4-bit weights in blocks of 128, the quantiser's default, int8 activations."""
     import_or_not_here("onnx")
     import_or_not_here("onnxruntime")
-    import_or_not_here("onnx_ir")
+    import_or_not_here("onnx_ir")  # the quantiser wants it
     path = _kept(folder, "int4.onnx", task, functools.partial(_write_int4, task))
     return _repeat(task, _onnx_step(path, task, threads))
 
