@@ -28,7 +28,6 @@ FLOAT_ISLANDS = (
     "RESHAPE",
     "RSQRT",
     "SOFTMAX",
-    "SQUARED_DIFFERENCE",
     "SUB",
 )
 
@@ -130,7 +129,7 @@ class _Graph:
             f"{block}/attention_norm_activation",
             self._norm(x, f"{block}/attention_norm"),
         )
-        query, key, value = self._query_key_value(block, normal)
+        query, key, value = self._query_key_value(block, normal, goes_on)
         key_cache, value_cache = self.caches[2 * index : 2 * index + 2]
         keys = self._write_rows(key_cache, key)
         values = self._write_rows(value_cache, value)
@@ -152,7 +151,7 @@ class _Graph:
         down = self._product(f"{block}/down", hidden, f"{block}/down_activation")
         return self._add(x, down, f"{block}/feedforward_residual_activation")
 
-    def _query_key_value(self, block, normal):
+    def _query_key_value(self, block, normal, wants_query):
         """Return query, key and value, each `(1, H, T, D)`."""
         if f"{block}/qkv_kernel" in self.constants.matrices:
             qkv = self._split_heads(self._product(f"{block}/qkv", normal), 3)
@@ -165,6 +164,8 @@ class _Graph:
             )
         return [
             self._split_heads(self._piece(block, name, normal), 1)
+            if wants_query or name != "query"
+            else None
             for name in ("query", "key", "value")
         ]
 
@@ -257,8 +258,11 @@ class _Graph:
             return self._integer_dense(x, matrix, bias, name, kind, grid)
         options = _dense_options()
         options.asymmetricQuantizeInputs = matrix.kind in (Type.INT8, Type.INT4)
-        # Older runtimes would take blocks of int4 for something else.
-        version = {Type.INT8: 12, Type.INT4: 13}.get(matrix.kind, 5)
+        version = 5
+        if matrix.kind == Type.INT8:
+            version = 12 if len(matrix.grid.scales) > 1 else 9
+        elif matrix.kind == Type.INT4:
+            version = 13  # older runtimes would take the blocks for something else
         inputs = [
             self._real(x),
             self._matrix(matrix),
@@ -309,13 +313,13 @@ class _Graph:
             options = schema.GatherOptionsT()
             rows = self.graph.op(Op.GATHER, [table, indices], shape, options=options)
             return self._real(rows)
-        version = 4 if matrix.grid is not None else 1
+        per_row = matrix.grid is not None and len(matrix.grid.scales) > 1
         return self.graph.op(
             Op.EMBEDDING_LOOKUP,
             [indices, self._matrix(matrix)],
             shape,
             Type.FLOAT32,
-            version=version,
+            version=4 if per_row else 1,
         )
 
     def _norm(self, x, name):
