@@ -1,0 +1,111 @@
+"""A small model, its tokenizer and its exported files, made once for all tests."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpt_tf
+from gpt_tf.export.tflite import export_tflite
+from gpt_tf.text.tokenizer import BPETokenizer
+from tests.export.runner import Runner
+
+VOCAB_SIZE = 288
+CONTEXT = 40
+PREFILL_LENGTHS = (1, 4, 16)
+FIXED_MODES = ("int8", "int8_full", "int16x8")
+
+
+def perturb(model, scale=0.1, seed=11):
+    """Give every weight, biases and gains too, a value of its own."""
+    generator = np.random.default_rng(seed)
+    for weight in model.weights:
+        weight.assign_add(generator.normal(0, scale, weight.shape))
+
+
+@dataclasses.dataclass
+class Exported:
+    """A file, what was said of it, and the model that it was made of."""
+
+    path: Path
+    manifest: dict
+    model: gpt_tf.GPTModel
+
+    def runner(self):
+        return Runner(self.path)
+
+
+@pytest.fixture(scope="session")
+def build_model():
+    """Make a small GPTModel in which every weight matters."""
+    import tf_keras as keras
+
+    def build(**changes):
+        keras.utils.set_random_seed(3)
+        arguments = {
+            "vocab_size": VOCAB_SIZE,
+            "embedding_dim": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "context_length": CONTEXT,
+            **changes,
+        }
+        model = gpt_tf.GPTModel(**arguments)
+        perturb(model)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def model(build_model):
+    """The small model; who changes it makes one of their own."""
+    return build_model()
+
+
+@pytest.fixture(scope="session")
+def text_ids():
+    """A text that fills the model's context."""
+    return np.random.default_rng(4).integers(0, VOCAB_SIZE, CONTEXT).astype("int32")
+
+
+@pytest.fixture(scope="session")
+def representative():
+    """Texts to calibrate on."""
+    shape = (24, CONTEXT)
+    return np.random.default_rng(6).integers(0, VOCAB_SIZE, shape).astype("int32")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus_folder):
+    """A byte-level tokenizer with fewer tokens than the small model."""
+    texts = [path.read_text("utf-8") for path in sorted(corpus_folder.glob("*.txt"))]
+    return BPETokenizer.train(texts, 280)
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory, representative):
+    """Export a model in a mode."""
+
+    def export(model, mode="float32", **options):
+        if mode in FIXED_MODES:
+            options.setdefault("representative", representative % model.vocab_size)
+        options.setdefault("prefill_lengths", PREFILL_LENGTHS)
+        path = tmp_path_factory.mktemp(mode) / "small.tflite"
+        return Exported(path, export_tflite(model, path, mode, **options), model)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def exported(model, export):
+    """The small model's file of a mode, written once."""
+    files = {}
+
+    def exported(mode):
+        if mode not in files:
+            files[mode] = export(model, mode)
+        return files[mode]
+
+    return exported

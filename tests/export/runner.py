@@ -1,0 +1,150 @@
+"""Runs exported files for the tests, by LiteRT's two interfaces.
+
+Masks and positions are written out here once more, so that a fault of
+`gpt_tf.export.signatures` or of `verify` is not mended by itself.
+"""
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.compiled_model import CompiledModel
+from ai_edge_litert.interpreter import Interpreter
+
+OPERATORS = {v: k for k, v in vars(schema.BuiltinOperator).items() if k[0] != "_"}
+TYPES = {v: k for k, v in vars(schema.TensorType).items() if k[0] != "_"}
+
+
+def content_of(path_or_data):
+    """Return the objects of a `.tflite`."""
+    data = path_or_data
+    if not isinstance(data, (bytes, bytearray)):
+        data = path_or_data.read_bytes()
+    return schema.ModelT.InitFromPackedBuf(data)
+
+
+def operations_of(content):
+    """Yield signature, operator, version, input and output tensors, and options."""
+    for graph in content.subgraphs:
+        for operation in graph.operators:
+            code = content.operatorCodes[operation.opcodeIndex]
+            yield (
+                graph.name.decode(),
+                OPERATORS[code.builtinCode],
+                code.version,
+                [graph.tensors[i] if i >= 0 else None for i in operation.inputs],
+                [graph.tensors[i] for i in operation.outputs],
+                operation.builtinOptions,
+            )
+
+
+def mask_of(start, length, capacity):
+    mask = np.full((1, 1, length, capacity), -1e9, np.float32)
+    for row in range(length):
+        mask[0, 0, row, : start + row + 1] = 0
+    return mask
+
+
+class Runner:
+    """Feeds tokens to a file's signatures, one call after the other."""
+
+    def __init__(self, path):
+        self.interpreter = Interpreter(model_path=str(path), num_threads=2)
+        self.names = sorted(self.interpreter.get_signature_list())
+        details = self.runner("decode").get_input_details()
+        self.blank = {
+            name: np.zeros(detail["shape"], detail["dtype"])
+            for name, detail in details.items()
+            if name.startswith("kv_cache")
+        }
+        self.capacity = self.blank["kv_cache_k_0"].shape[2]
+        self.clear()
+
+    def clear(self):
+        self.caches, self.position = self.blank, 0
+
+    def runner(self, name):
+        return self.interpreter.get_signature_runner(name)
+
+    def run(self, name, ids, count=None):
+        """Run a signature; of its tokens, `count` belong to the text."""
+        ids = np.asarray(ids, np.int32)
+        positions = np.arange(self.position, self.position + len(ids), dtype=np.int32)
+        outputs = self.runner(name)(
+            tokens=ids[None],
+            input_pos=positions,
+            mask=mask_of(self.position, len(ids), self.capacity),
+            **self.caches,
+        )
+        logits = outputs.pop("logits", None)
+        self.caches = outputs
+        self.position += len(ids) if count is None else count
+        return None if logits is None else logits[0]
+
+    def decode(self, ids):
+        """Decode one after the other; logits `(N, V)`."""
+        return np.concatenate([self.run("decode", [token]) for token in ids])
+
+    def score(self, ids, filler=0):
+        """Score in chunks from the start; logits `(N, V)`."""
+        self.clear()
+        (name,) = (name for name in self.names if name.startswith("score_"))
+        span, rows = int(name.partition("_")[2]), []
+        for start in range(0, len(ids), span):
+            chunk = list(ids[start : start + span])
+            padded = chunk + [filler] * (span - len(chunk))
+            rows.append(self.run(name, padded, len(chunk))[: len(chunk)])
+        return np.concatenate(rows)
+
+
+class BoundRunner:
+    """Decodes by `CompiledModel`, with memory of its own or the same in and out."""
+
+    def __init__(self, path, *, same_memory=False, capacity=None):
+        self.model = CompiledModel.from_file(str(path))
+        details = self.model.get_input_tensor_details("decode")
+        self.names = [name for name in details if name.startswith("kv_cache")]
+        shape = list(details["kv_cache_k_0"]["shape"])
+        self.dtype = np.dtype(details["kv_cache_k_0"]["dtype"])
+        self.vocab_size = self.model.get_output_tensor_details("decode")["logits"][
+            "shape"
+        ][-1]
+        if capacity is not None:
+            shape[2] = capacity
+            self.resize("mask", [1, 1, 1, capacity])
+            for name in self.names:
+                self.resize(name, shape)
+        self.shape, self.capacity = shape, shape[2]
+        signature = self.model.get_signature_list()["decode"]
+        self.inputs = {
+            name: self.model.create_input_buffer_by_name("decode", name)
+            for name in signature["inputs"]
+        }
+        self.outputs = {
+            name: self.inputs[name]
+            if same_memory and name in self.names
+            else self.model.create_output_buffer_by_name("decode", name)
+            for name in signature["outputs"]
+        }
+        self.same_memory = same_memory
+        for name in self.names:
+            self.inputs[name].write(np.zeros(shape, self.dtype))
+            if not same_memory:
+                self.outputs[name].write(np.zeros(shape, self.dtype))
+
+    def resize(self, name, shape):
+        self.model.resize_input_tensor_by_name("decode", name, shape, strict=False)
+
+    def decode(self, ids):
+        rows = []
+        for place, token in enumerate(ids):
+            self.inputs["tokens"].write(np.array([[token]], np.int32))
+            self.inputs["input_pos"].write(np.array([place], np.int32))
+            self.inputs["mask"].write(mask_of(place, 1, self.capacity))
+            self.model.run_by_name("decode", self.inputs, self.outputs)
+            rows.append(self.outputs["logits"].read(self.vocab_size, np.float32))
+            if not self.same_memory:
+                for name in self.names:
+                    self.inputs[name], self.outputs[name] = (
+                        self.outputs[name],
+                        self.inputs[name],
+                    )
+        return np.stack(rows)
