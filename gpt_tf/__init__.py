@@ -51,9 +51,9 @@ def __getattr__(name):
             raise
         extra = "edge" if package == "ai_edge_litert" else "train"
         raise ModuleNotFoundError(
-            f"`gpt_tf.{name}` expects the package {error.name}, which is not "
+            f"`gpt_tf.{name}` expects the package {package}, which is not "
             f"installed. Install it with: pip install 'gpt-tf[{extra}]'",
-            name=error.name,
+            name=package,
         ) from error
     globals()[name] = getattr(module, name)
     return globals()[name]

@@ -125,19 +125,25 @@ def test_an_unknown_name_is_an_attribute_error():
         gpt_tf.GPTModle  # noqa: B018
 
 
-def test_a_missing_package_is_named_with_the_extra_that_brings_it():
+@pytest.mark.parametrize(
+    ("public", "package", "extra"),
+    [("GPTModel", "tensorflow", "train"), ("EdgeGPT", "ai_edge_litert", "edge")],
+)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    public, package, extra
+):
     code = (
         "import json, sys\n"
-        "sys.modules['tensorflow'] = None\n"
+        f"sys.modules['{package}'] = None\n"
         "import gpt_tf\n"
         "try:\n"
-        "    gpt_tf.GPTModel\n"
+        f"    gpt_tf.{public}\n"
         "except ModuleNotFoundError as error:\n"
         "    print(json.dumps([error.name, str(error)]))"
     )
     name, message = answer_of(code)
-    assert name == "tensorflow"
-    assert "`gpt_tf.GPTModel`" in message and "gpt-tf[train]" in message
+    assert name == package
+    assert f"`gpt_tf.{public}`" in message and f"gpt-tf[{extra}]" in message
 
 
 def test_setup_reads_the_version_without_importing_and_needs_no_tensorflow(house):

@@ -30,7 +30,7 @@ GROWTH = 64
 _SHARED_WEIGHTS = ":memory"
 
 # The part of a decode step that one more position adds in a prefill.
-_COST_PER_POSITION = 1 / 16
+_COST_PER_POSITION = 1 / 12
 
 
 class Executor:

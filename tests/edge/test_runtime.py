@@ -1,0 +1,405 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import gpt_tf
+from gpt_tf.edge import EdgeGPT, executor, runtime
+from gpt_tf.errors import InputError
+from gpt_tf.export.tflite import export_tflite
+from gpt_tf.generation import GenerationNotice
+from tests.edge.conftest import CONTEXT, VOCAB_SIZE, small_model
+
+OPTIONS = [
+    {"temperature": 0},
+    {"seed": 1},
+    {"seed": 2, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3},
+    {"seed": 3, "top_p": 0.8},
+]
+
+
+def random_ids(count, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, count).tolist()
+
+
+def keras_logits(model, ids):
+    return model(np.array([ids], "int32")).numpy()[0]
+
+
+# Logits
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 12, CONTEXT])
+def test_prefill_and_decode_give_the_logits_of_a_full_forward(gpt, exported, length):
+    ids = random_ids(length)
+    full = keras_logits(exported.model, ids)
+    for split in {0, length // 2, length - 1}:
+        gpt.reset()
+        assert gpt.prefill(ids[:split]) == split
+        for index in range(split, length):
+            logits = gpt.decode(ids[index])
+            assert logits.shape == (VOCAB_SIZE,) and logits.dtype == np.float32
+            np.testing.assert_allclose(logits, full[index], atol=2e-5)
+        assert gpt.position == length
+
+
+def test_a_row_that_is_missing_from_the_cache_breaks_the_equality(gpt, exported):
+    ids = random_ids(9)
+    gpt.reset()
+    gpt.prefill([*ids[:3], ids[3] ^ 1, *ids[4:8]])
+    full = keras_logits(exported.model, ids)
+    assert np.abs(gpt.decode(ids[8]) - full[8]).max() > 1e-3
+
+
+def test_logits_stay_what_they_are_when_the_model_goes_on(gpt):
+    gpt.reset()
+    first = gpt.decode(1)
+    kept = first.copy()
+    gpt.decode(2)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_growing_cache_changes_nothing(exported, monkeypatch):
+    ids = random_ids(CONTEXT)
+    found = []
+    for growth in (CONTEXT, 1, 5):
+        monkeypatch.setattr(executor, "GROWTH", growth)
+        with EdgeGPT(exported.tflite) as gpt:
+            gpt.prefill(ids[:3])
+            found.append([gpt.decode(token) for token in ids[3:]])
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_the_capacity_follows_the_text(exported, monkeypatch):
+    monkeypatch.setattr(executor, "GROWTH", 4)
+    with EdgeGPT(exported.tflite) as gpt:
+        seen = []
+        for token in random_ids(CONTEXT):
+            gpt.decode(token)
+            seen.append(gpt._executor.capacity)
+        assert seen == [4 * (i // 4 + 1) for i in range(CONTEXT)]
+        # What is kept for the next text is at most as large again.
+        rooms = gpt._executor._rooms
+        assert sum(rooms) <= 2 * CONTEXT
+        gpt.reset()
+        gpt.decode(1)
+        assert gpt._executor.capacity == 4
+
+
+def test_a_second_text_of_the_same_length_allocates_no_cache(exported, monkeypatch):
+    monkeypatch.setattr(executor, "GROWTH", 4)
+    with EdgeGPT(exported.tflite) as gpt:
+        first = gpt.generate([1, 2, 3], max_new_tokens=6, temperature=0)
+        made = []
+        monkeypatch.setattr(executor.Executor, "_new_room", made.append)
+        second = gpt.generate([1, 2, 3], max_new_tokens=6, temperature=0)
+    assert first == second and not made
+
+
+# Generation
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [3],
+        random_ids(CONTEXT),
+        [[3], random_ids(11), [5, 3, 5]],
+        [random_ids(CONTEXT), [7, 7]],
+        "abc",
+        b"abc",
+        ["a", "hello there", "x.\n"],
+    ],
+    ids=str,
+)
+def test_the_same_seed_gives_the_same_text_as_keras(gpt, exported, prompt, options):
+    # Long enough for the oldest half to be dropped three times.
+    options = {"max_new_tokens": 45, **options}
+    expected = gpt_tf.generate(
+        exported.model, prompt, tokenizer=exported.tokenizer, **options
+    )
+    assert gpt.generate(prompt, **options) == expected
+
+
+def test_other_seeds_give_other_texts(gpt):
+    assert len({gpt.generate("abc", seed=seed) for seed in range(4)}) == 4
+
+
+def test_a_text_does_not_depend_on_the_one_before(gpt):
+    options = {"max_new_tokens": 30, "seed": 4}
+    alone = gpt.generate("fox", **options)
+    gpt.generate(random_ids(CONTEXT, seed=9), max_new_tokens=20)
+    gpt.score("something else")
+    assert gpt.generate("fox", **options) == alone
+
+
+def test_streamed_pieces_join_to_the_generated_text(gpt):
+    options = {"max_new_tokens": 30, "seed": 3}
+    pieces = list(gpt.stream("abc", **options))
+    assert len(pieces) > 1
+    assert "".join(pieces) == gpt.generate("abc", **options)
+    assert list(gpt.stream([1, 2], **options)) == gpt.generate([1, 2], **options)
+
+
+def test_streams_may_take_turns(gpt):
+    options = {"max_new_tokens": 40, "temperature": 0}
+    prompts = [[1, 2, 3], random_ids(15)]
+    alone = [gpt.generate(prompt, **options) for prompt in prompts]
+    both = [gpt.stream(prompt, **options) for prompt in prompts]
+    together = list(zip(*both, strict=True))
+    assert [list(tokens) for tokens in zip(*together, strict=True)] == alone
+
+
+def test_stop_texts_end_the_generation_as_in_keras(gpt, exported):
+    prompts, options = ["abc", "fox"], {"max_new_tokens": 30, "seed": 5}
+    whole = gpt.generate(prompts, **options)
+    options["stop"] = [whole[0][6:8], whole[1][2:4]]
+    cut = gpt.generate(prompts, **options)
+    assert len(cut[0]) <= 6 and len(cut[1]) <= 2
+    assert cut == gpt_tf.generate(
+        exported.model, prompts, tokenizer=exported.tokenizer, **options
+    )
+
+
+def test_after_a_stop_text_nothing_more_is_computed(gpt, monkeypatch):
+    whole = gpt.generate("abc", max_new_tokens=30, seed=5)
+    calls = []
+    decode = gpt._executor.decode
+    monkeypatch.setattr(
+        gpt._executor, "decode", lambda token: calls.append(token) or decode(token)
+    )
+    gpt.generate(["abc"], max_new_tokens=30, seed=5, stop=whole[3])
+    assert len(calls) <= 4
+
+
+def test_a_cache_that_is_full_ends_the_text_if_asked(exported):
+    with EdgeGPT(exported.tflite, when_full="stop") as gpt:
+        options = {"max_new_tokens": 100, "temperature": 0}
+        for count in (1, 7, CONTEXT):
+            ids = random_ids(count)
+            new = gpt.generate(ids, **options)
+            # Every row is used, and the token behind the last one is known.
+            assert len(new) == CONTEXT - count + 1
+            sliding = {**options, "max_new_tokens": len(new)}
+            assert new == gpt_tf.generate(exported.model, ids, **sliding)
+
+
+def test_a_loop_of_ones_own_slides_as_keras_does(gpt, exported):
+    expected = gpt_tf.generate(
+        exported.model, [1, 2, 3], max_new_tokens=60, temperature=0
+    )
+    gpt.reset()
+    gpt.prefill([1, 2])
+    token, found = 3, []
+    for _ in range(60):
+        token = int(gpt.decode(token).argmax())
+        found.append(token)
+    assert found == expected
+
+
+def test_a_long_prompt_is_cut_on_the_left_with_a_notice(gpt, exported):
+    prompt = random_ids(40)
+    with pytest.warns(GenerationNotice, match="of 40 tokens .* 24; its beginning"):
+        ids = gpt.generate(prompt, max_new_tokens=5, temperature=0)
+    assert ids == gpt.generate(prompt[-CONTEXT:], max_new_tokens=5, temperature=0)
+
+
+def test_a_file_of_shorter_context_sees_no_more_than_it_holds(tmp_path):
+    model = small_model()
+    path = tmp_path / "short.tflite"
+    export_tflite(model, path, "float32", context_length=10, prefill_lengths=(1, 8))
+    with EdgeGPT(path) as gpt:
+        assert gpt.context_length == 10
+        assert gpt.tokenizer is None
+        ids = random_ids(10)
+        gpt.prefill(ids[:9])
+        np.testing.assert_allclose(
+            gpt.decode(ids[9]), keras_logits(model, ids)[9], atol=2e-5
+        )
+        with pytest.raises(InputError, match="expects `tokenizer`"):
+            gpt.generate("abc")
+
+
+def test_an_int8_cache_decodes_too(tmp_path):
+    model = small_model(num_heads=2)
+    ids = np.array([random_ids(CONTEXT)])
+    path = tmp_path / "int8.tflite"
+    export_tflite(model, path, "int8_full", representative=ids, prefill_lengths=(1, 8))
+    with EdgeGPT(path) as gpt:
+        assert gpt.mode == "int8_full" and gpt.metadata["cache_dtype"] == "int8"
+        gpt.prefill(ids[0, :20])
+        stepwise = gpt.decode(ids[0, 20])
+        scores = gpt.score(ids[0])
+    expected = keras_logits(model, ids[0].tolist())
+    assert np.corrcoef(stepwise, expected[20])[0, 1] > 0.95
+    assert np.corrcoef(scores, log_softmax_of(expected, ids[0]))[0, 1] > 0.95
+
+
+# Scores
+
+
+def log_softmax_of(logits, ids):
+    logits = logits.astype(np.float64)
+    normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return normal[np.arange(len(ids) - 1), ids[1:]]
+
+
+@pytest.mark.parametrize("length", [1, 2, 6, 17, CONTEXT, CONTEXT + 1])
+def test_score_is_the_log_probability_that_keras_gives(gpt, exported, length):
+    ids = random_ids(length)
+    scores = gpt.score(ids)
+    assert scores.shape == (length - 1,) and scores.dtype == np.float32
+    logits = keras_logits(exported.model, ids[:CONTEXT])
+    np.testing.assert_allclose(scores, log_softmax_of(logits, ids), atol=3e-5)
+    assert gpt.position == 0
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 12, 23, None])
+def test_a_long_text_is_scored_in_overlapping_windows(gpt, exported, overlap):
+    ids = random_ids(70)
+    scores = gpt.score(ids, overlap=overlap)
+    overlap = CONTEXT // 2 if overlap is None else overlap
+    for begin in range(0, 69 - overlap, CONTEXT - overlap):
+        window = ids[begin : begin + CONTEXT + 1]
+        logits = keras_logits(exported.model, window[:CONTEXT])
+        expected = log_softmax_of(logits, window)
+        new = overlap if begin else 0
+        np.testing.assert_allclose(
+            scores[begin + new : begin + len(expected)], expected[new:], atol=3e-5
+        )
+
+
+def test_text_is_scored_as_its_ids(gpt):
+    ids = gpt.tokenizer.encode("the quick brown fox")
+    np.testing.assert_array_equal(gpt.score("the quick brown fox"), gpt.score(ids))
+
+
+# Bad requests
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "Prompt 0 is empty"),
+        ("", {}, "Prompt 0 is empty"),
+        (["a", ""], {}, "Prompt 1 is empty"),
+        ([VOCAB_SIZE], {}, f"0 to {VOCAB_SIZE - 1}"),
+        ([-1], {}, f"0 to {VOCAB_SIZE - 1}"),
+        ("A", {}, "lacks 'A'"),
+        (b"\xff\xfe", {}, "expects UTF-8"),
+        ("\udcff", {}, "lacks"),
+        (3.5, {}, "text or token ids"),
+        (["a", [1]], {}, "of one kind"),
+        ([1], {"temperature": -1}, "temperature"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens"),
+        ([1], {"seed": -1}, "seed"),
+        ([[1], [2]], {"stream": True}, "one prompt"),
+    ],
+)
+def test_bad_prompts_and_options_are_refused(gpt, prompt, options, message):
+    with pytest.raises(InputError, match=message):
+        gpt.generate(prompt, **options)
+
+
+def test_the_context_ends_where_the_cache_ends(exported):
+    with EdgeGPT(exported.tflite, when_full="stop") as gpt:
+        with pytest.raises(InputError, match=r"room for 24 more\. Received: 25"):
+            gpt.prefill(random_ids(CONTEXT + 1))
+        gpt.prefill(random_ids(CONTEXT))
+        with pytest.raises(InputError, match="room for 0 more"):
+            gpt.prefill([1])
+        with pytest.raises(InputError, match="cache is full"):
+            gpt.decode(1)
+        assert gpt.prefill([]) == CONTEXT
+        gpt.reset()
+        assert gpt.position == 0
+        gpt.decode(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda gpt: gpt.decode(VOCAB_SIZE), "Token ids run"),
+        (lambda gpt: gpt.prefill([1, -1]), "Token ids run"),
+        (lambda gpt: gpt.score([]), "is empty"),
+        (lambda gpt: gpt.score(["a", "b"]), "one text"),
+        (lambda gpt: gpt.score([1, 2], overlap=CONTEXT), "0 to 23"),
+        (lambda gpt: gpt.score([1, 2], overlap=-1), "0 to 23"),
+    ],
+)
+def test_bad_calls_are_refused(gpt, call, message):
+    with pytest.raises(InputError, match=message):
+        call(gpt)
+
+
+def test_bad_arguments_are_refused(exported):
+    with pytest.raises(InputError, match="num_threads"):
+        EdgeGPT(exported.tflite, num_threads=0)
+    with pytest.raises(InputError, match="when_full"):
+        EdgeGPT(exported.tflite, when_full="wrap")
+
+
+def test_a_closed_model_says_so(exported):
+    gpt = EdgeGPT(exported.tflite)
+    stream = gpt.stream([1], max_new_tokens=5)
+    next(stream)
+    gpt.close()
+    gpt.close()
+    for call in (
+        lambda: next(stream),
+        lambda: gpt.generate([1]),
+        lambda: gpt.decode(1),
+        lambda: gpt.score([1, 2]),
+        gpt.reset,
+    ):
+        with pytest.raises(InputError, match="was closed"):
+            call()
+
+
+# Threads, memory, noise
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_the_number_of_threads_changes_no_text(exported, num_threads):
+    with EdgeGPT(exported.tflite, num_threads=num_threads) as gpt:
+        assert gpt.num_threads == num_threads
+        assert gpt.generate("abc", temperature=0) == gpt_tf.generate(
+            exported.model, "abc", tokenizer=exported.tokenizer, temperature=0
+        )
+
+
+def test_the_default_takes_a_thread_per_core_and_at_most_four():
+    assert 1 <= runtime.default_threads() <= 4
+
+
+def test_it_runs_without_tensorflow_and_without_a_word(exported, tmp_path):
+    code = (
+        "import sys\n"
+        "from gpt_tf.edge import EdgeGPT\n"
+        f"gpt = EdgeGPT({str(exported.litertlm)!r})\n"
+        "print(gpt.generate('abc', max_new_tokens=20, temperature=0))\n"
+        "print(len(gpt.score('the fox')))\n"
+        "heavy = {'tensorflow', 'keras', 'tf_keras', 'litert_lm_builder'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
+    assert result.returncode == 0 and result.stderr == ""
+    expected = gpt_tf.generate(
+        exported.model,
+        "abc",
+        tokenizer=exported.tokenizer,
+        max_new_tokens=20,
+        temperature=0,
+    )
+    assert result.stdout == f"{expected}\n6\n[]\n"
+    # The packed weights are shared in memory and not in a file.
+    assert not list(tmp_path.iterdir())
