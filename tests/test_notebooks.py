@@ -25,6 +25,18 @@ TINY = {
         "validate_every": 2,
         "max_new_tokens": 12,
     },
+    "02_quantise_and_export": {
+        "vocab_size": 300,
+        "context_length": 32,
+        "batch_size": 4,
+        "embedding_dim": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "steps": 10,
+        "qat_steps": 4,
+        "num_windows": 4,
+        "max_new_tokens": 8,
+    },
 }
 # A path of a machine, in a text or a link: `/home/...`, `C:\Users\...`.
 MACHINE_PATH = re.compile(

@@ -1,0 +1,287 @@
+"""What each quantisation costs, measured on the files that ship.
+
+    python benchmarks/quantization.py [--wide] [--tokens N] [--qat-steps N]
+
+A trained model is exported in every mode, trained further with quantisation in mind
+and exported again. Each file is run by `EdgeGPT` over the same held-out text: its
+perplexity, how far its predictions are from the float32 file's (KL divergence), and
+how often the likeliest token is the same. The model is `saved_models/python-small`, and
+with `--wide` one of 6 layers, 512 wide, which is trained first if it is not there.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from harness import RESULTS, console, print_machine, print_table, save
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+OURS, THEIRS = "#c2410c", "#8fa8c8"
+WIDE = {
+    "corpus": "python-stdlib",
+    "vocab_size": 1024,
+    "embedding_dim": 512,
+    "num_layers": 6,
+    "num_heads": 8,
+    "context_length": 128,
+    "batch_size": 8,
+    "steps": 600,
+    "learning_rate": 5e-4,
+    "warmup_steps": 100,
+    "validate_every": 100,
+    "validation_batches": 20,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A file to measure.
+
+    Args:
+        name: As it stands in the table.
+        model: What it is made of: `"float"`, or a further training, see `further`.
+        mode: Mode of the file.
+        per_channel: Whether weights have a scale per output channel.
+    """
+
+    name: str
+    model: str
+    mode: str
+    per_channel: bool = True
+
+    @property
+    def file_name(self):
+        channel = "" if self.per_channel else "-per-tensor"
+        return f"{self.model}-{self.mode}{channel}.litertlm"
+
+
+VARIANTS = (
+    Variant("float32", "float", "float32"),
+    Variant("float16", "float", "float16"),
+    Variant("dynamic_int8", "float", "dynamic_int8"),
+    Variant("dynamic_int8, per tensor", "float", "dynamic_int8", False),
+    Variant("int16x8", "float", "int16x8"),
+    Variant("int8, post-training", "float", "int8"),
+    Variant("int8, post-training, per tensor", "float", "int8", False),
+    Variant("int8, QAT", "qat", "int8"),
+    Variant("int8, QAT, per tensor", "qat-per-tensor", "int8", False),
+    Variant("int8_full, post-training", "float", "int8_full"),
+    Variant("int8_full, QAT", "qat-full", "int8_full"),
+    Variant("int4", "float", "int4"),
+    Variant("float32, trained as long as QAT", "longer", "float32"),
+    Variant("int8 of that, post-training", "longer", "int8"),
+)
+
+
+def further(source, kind, folder, course):
+    """Train a model further, as `kind` says; return the run's folder.
+
+    The same text, order, rate and number of steps, whatever the kind.
+    """
+    from gpt_tf import training
+    from gpt_tf.quantization.config import QuantizationConfig
+
+    out = folder / kind
+    if (out / "model").is_dir():
+        return out
+    quantization = {
+        "qat": QuantizationConfig(),
+        "qat-per-tensor": QuantizationConfig(per_channel=False),
+        "qat-full": QuantizationConfig.full(),
+        "longer": None,
+    }[kind]
+    console.print(f"training further: {kind}")
+    options = {"overwrite": True, "on_notice": lambda line: None, **course}
+    if quantization is not None:
+        training.quantize(source, out, quantization, **options)
+        return out
+    options |= {"init_from": str(source), "final_learning_rate": 0.0}
+    training.train(None, out, **options)
+    return out
+
+
+def measure(gpt, windows):
+    """Run a file over windows `(N, T + 1)`; return log-probabilities `(N, T, V)`."""
+    pieces = []
+    for window in windows:
+        gpt.reset()
+        pieces.append(gpt.logits(window[:-1]))
+    logits = np.stack(pieces)
+    logits -= logits.max(axis=-1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return logits
+
+
+def compare(found, wanted, targets):
+    """Return perplexity, divergence and agreement of log-probabilities."""
+    losses = -np.take_along_axis(found, targets[..., None], -1)[..., 0]
+    divergence = (np.exp(wanted) * (wanted - found)).sum(-1)
+    agreement = found.argmax(-1) == wanted.argmax(-1)
+    return {
+        "perplexity": float(np.exp(losses.mean(dtype=np.float64))),
+        "divergence_nats": float(divergence.mean(dtype=np.float64)),
+        "top1_agreement": float(agreement.mean()),
+        # Of the mean loss, over windows, so that ratios can be judged.
+        "losses": losses.mean(axis=1),
+    }
+
+
+def study(name, source, folder, course, num_tokens):
+    """Measure all variants of one model."""
+    from gpt_tf import files, training
+    from gpt_tf.edge import EdgeGPT
+    from gpt_tf.export.trained import export_trained
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = training.load_model(source)
+    context = model.context_length
+    qat = further(source, "qat", folder, course)
+    tokens = training.TokenFile.open(qat / "data" / "validation.tokens").tokens
+    count = -(-num_tokens // context)
+    starts = np.linspace(0, len(tokens) - context - 1, count).astype(np.int64)
+    windows = np.asarray(tokens)[starts[:, None] + np.arange(context + 1)].astype(int)
+    console.print(f"{name}: {count * context:,} held-out tokens in {count} windows")
+    rows, wanted = [], None
+    for variant in VARIANTS:
+        if variant.model == "float":
+            made_of, corpus = source, course["corpus"]
+        else:
+            made_of, corpus = further(source, variant.model, folder, course), None
+        path = folder / variant.file_name
+        manifest = export_trained(
+            made_of,
+            path,
+            variant.mode,
+            corpus=corpus,
+            per_channel=variant.per_channel,
+        )
+        with EdgeGPT(path) as gpt:
+            found = measure(gpt, windows)
+        wanted = found if wanted is None else wanted
+        row = compare(found, wanted, windows[:, 1:])
+        losses = row.pop("losses")
+        if not rows:
+            base = losses
+        difference = losses - base
+        row |= {
+            "name": variant.name,
+            "mode": variant.mode,
+            "perplexity_ratio": float(np.exp(difference.mean())),
+            "ratio_standard_error": float(
+                np.exp(difference.mean()) * difference.std() / np.sqrt(count)
+            ),
+            "tflite_bytes": manifest["verification"]["size_bytes"],
+            "parameter_bytes": manifest["verification"]["parameter_bytes"],
+        }
+        rows.append(row)
+        console.print(
+            f"  {variant.name}: perplexity {row['perplexity']:.3f}, "
+            f"{row['perplexity_ratio']:.4f} of float32"
+        )
+    report(name, rows)
+    return {
+        "sizes": model.get_config(),
+        "tokens": count * context,
+        "further_training": course,
+        "made_from": files.sha256_of(training._model_file(source)),
+        "rows": rows,
+    }
+
+
+def report(name, rows):
+    print_table(
+        f"{name}: what each file costs in accuracy",
+        ("", "MB", "perplexity", "of float32", "KL, nats", "same top-1"),
+        [
+            (
+                row["name"],
+                f"{row['tflite_bytes'] / 1e6:.2f}",
+                f"{row['perplexity']:.3f}",
+                f"{row['perplexity_ratio']:.4f} ± {row['ratio_standard_error']:.4f}",
+                f"{row['divergence_nats']:.5f}",
+                f"{row['top1_agreement']:.1%}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def draw(studies):
+    """Draw size against cost, a panel per model."""
+    figure = Figure(figsize=(6.2 * len(studies), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (name, result) in enumerate(studies.items()):
+        axes = figure.add_subplot(1, len(studies), index + 1)
+        rows = [row for row in result["rows"] if "trained as long" not in row["name"]]
+        rows = [row for row in rows if "of that" not in row["name"]][1:]
+        rows.sort(key=lambda row: row["perplexity_ratio"], reverse=True)
+        values = [100 * (row["perplexity_ratio"] - 1) for row in rows]
+        errors = [100 * row["ratio_standard_error"] for row in rows]
+        colours = [OURS if "QAT" in row["name"] else THEIRS for row in rows]
+        labels = [f"{row['name']} ({row['tflite_bytes'] / 1e6:.2f} MB)" for row in rows]
+        axes.barh(labels, values, xerr=errors, color=colours, height=0.65)
+        axes.axvline(0, color="#555555", linewidth=0.8)
+        for place, value in enumerate(values):
+            axes.annotate(
+                f"{value:+.2f}",
+                (max(value, 0) + errors[place], place),
+                textcoords="offset points",
+                xytext=(4, -3),
+                fontsize=8,
+            )
+        axes.margins(x=0.18)
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_xlabel("change of perplexity against the float32 file, %")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.savefig(RESULTS / "quantization.png", dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wide", action="store_true", help="the larger model too")
+    parser.add_argument("--tokens", type=int, default=40_000)
+    parser.add_argument("--qat-steps", type=int, default=300)
+    parser.add_argument("--folder", type=Path, help="keeps the models")
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.gettempdir()) / "gpt-tf-quantization"
+    print_machine()
+    course = {
+        "corpus": "python-stdlib",
+        "steps": arguments.qat_steps,
+        "warmup_steps": arguments.qat_steps // 20,
+        "context_length": 128,
+        "batch_size": 16,
+        "learning_rate": 2e-4,
+        "validate_every": arguments.qat_steps,
+        "validation_batches": 20,
+        "checkpoint_every": 0,
+    }
+    studies = {
+        "4 layers, 128 wide": study(
+            "python-small",
+            ROOT / "saved_models" / "python-small",
+            folder / "small",
+            course,
+            arguments.tokens,
+        )
+    }
+    if arguments.wide:
+        source = folder / "wide-float"
+        if not (source / "model").is_dir():
+            from gpt_tf import training
+
+            training.train(None, source, overwrite=True, **WIDE)
+        course |= {"batch_size": 8, "learning_rate": 2.5e-5}
+        name = "6 layers, 512 wide"
+        studies[name] = study(name, source, folder / "wide", course, arguments.tokens)
+    save("quantization", {"studies": studies})
+    draw(studies)
+
+
+if __name__ == "__main__":
+    main()
