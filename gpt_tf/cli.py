@@ -134,6 +134,9 @@ def train(
         int | None, typer.Option(help="Split the CPU into so many logical devices.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights and data.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option(help="Trained run or model to go on from.")
+    ] = None,
 ):
     """Train a GPT on text and leave a folder to generate from."""
     given = dict(locals())

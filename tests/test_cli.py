@@ -13,6 +13,7 @@ import typer
 
 from gpt_tf import cli, training
 from gpt_tf.errors import InputError
+from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
 from gpt_tf.training import PRESETS, TrainingConfig
 
@@ -474,7 +475,9 @@ OTHER = {field.name: None for field in dataclasses.fields(TrainingConfig)} | {
     "jit_compile": "off",
     "strategy": "mirrored",
     "seed": 8,
+    "init_from": "runs/before",
 }
+del OTHER["quantization"]  # of `gpt-tf quantize`
 
 
 def test_every_field_of_the_configuration_is_an_option_and_arrives(
@@ -515,6 +518,34 @@ def test_train_has_no_option_that_is_nothing():
     }
 
 
+def test_every_option_of_quantize_arrives(command, trained, monkeypatch, tmp_path):
+    given = {}
+
+    def take(source, out, quantization, *, on_notice, **options):
+        given.update(options, source=source, out=out, quantization=quantization)
+        return trained
+
+    monkeypatch.setattr(training, "quantize", take)
+    fields = "steps batch_size validate_every checkpoint_every seed".split()
+    changes = {name: index + 2 for index, name in enumerate(fields)}
+    changes |= {"learning_rate": 1e-5, "strategy": "mirrored", "corpus": "shakespeare"}
+    options = [
+        part
+        for name, value in changes.items()
+        for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    folders = ("--model", trained.out, "--out", tmp_path)
+    result = command("quantize", *folders, "--full", "--overwrite", *options)
+    assert result.status == 0, result.err
+    full = QuantizationConfig.full()
+    expected = {"source": trained.out, "out": tmp_path, "quantization": full}
+    assert given == {**changes, **expected, "resume": False, "overwrite": True}
+    given.clear()
+    assert command("quantize", *folders).status == 0
+    expected["quantization"] = None
+    assert given == {**expected, "resume": False, "overwrite": False}
+
+
 def test_every_option_says_what_it_does():
     for name, command in typer.main.get_command(cli.app).commands.items():
         assert command.help, name
@@ -522,6 +553,33 @@ def test_every_option_says_what_it_does():
 
 
 # Good input
+
+
+@pytest.mark.slow
+def test_a_model_is_quantised_resumed_and_generates(train, command, tmp_path):
+    assert train(tmp_path / "run").status == 0
+    out = tmp_path / "qat"
+    result = command(
+        *("quantize", "--model", tmp_path / "run", "--method", "qat", "--out", out),
+        *("--steps", 2, "--learning-rate", 1e-3),
+    )
+    assert result.status == 0, result.err
+    assert "calibrating" in result.out
+    resumed = command("quantize", "--out", out, "--resume")
+    assert resumed.status == 0, resumed.err
+    assert "going on from step 2" in resumed.out
+    options = ("--prompt", "the", "--max-new-tokens", 4, "--seed", 1)
+    assert command("generate", "--model", out, *options).out.startswith("the")
+
+
+def test_what_cannot_be_quantised_is_one_line(command, tmp_path):
+    options = ("--model", tmp_path, "--out", tmp_path / "out")
+    for more, message in (
+        (["--method", "magic"], "`--method` expects"),
+        ([], "without run.json"),
+        (["--corpus", "shakespeare"], "there is none"),
+    ):
+        assert_one_line(command("quantize", *options, *more), message)
 
 
 def test_a_model_is_trained_and_generates_the_same_text_for_a_seed(
