@@ -137,7 +137,7 @@ def study(name, source, folder, course, num_tokens):
     from gpt_tf.export.trained import export_trained
 
     folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = training.load_model(source)
+    model, _ = training.load_model(source)
     context = model.context_length
     qat = further(source, "qat", folder, course)
     tokens = training.TokenFile.open(qat / "data" / "validation.tokens").tokens

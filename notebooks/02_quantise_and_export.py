@@ -14,10 +14,10 @@
 # %% [markdown]
 # # Quantise a GPT and run it as one file
 #
-# A trained GPT is made of 32-bit numbers. A device that answers in real time spends most
-# of its time fetching them from memory, once for every token. With 8 bits each there
-# is a quarter to fetch. What does that cost in accuracy? We go the whole way and measure
-# it on the file that ships:
+# A trained GPT is made of 32-bit numbers. A device that answers in real time spends
+# most of its time fetching them from memory, once for every token. With 8 bits each
+# there is a quarter to fetch. What does that cost in accuracy? We go the whole way and
+# measure it on the file that ships:
 #
 #     GPTModel -> strategies -> quantisation-aware training -> .litertlm -> EdgeGPT
 #
@@ -201,8 +201,8 @@ for name, path in paths.items():
 
 print(f"{'file':20} {'MB':>6} {'perplexity':>11} {'ms a token':>11}")
 for name, path in paths.items():
-    size = path.stat().st_size / 1e6
-    print(f"{name:20} {size:6.2f} {perplexities[name]:11.3f} {milliseconds[name]:11.3f}")
+    size, perplexity = path.stat().st_size / 1e6, perplexities[name]
+    print(f"{name:20} {size:6.2f} {perplexity:11.3f} {milliseconds[name]:11.3f}")
 
 # %% [markdown]
 # So small a model fits into the processor's cache, where fetching costs little; at the
@@ -234,8 +234,8 @@ plt.show()
 #
 # ## Writing
 #
-# The samplers are those of the Keras side, and so are the seeds: where the logits agree,
-# one seed writes one text.
+# The samplers are those of the Keras side, and so are the seeds: where the logits
+# agree, one seed writes one text.
 
 # %%
 prompt = "    def __init__(self"
