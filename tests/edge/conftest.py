@@ -16,17 +16,17 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz .\n\u00e9"
 VOCAB_SIZE = len(LETTERS) + 1
 
 
-def small_model(num_heads=3, context_length=CONTEXT):
+def small_model(num_heads=3, embedding_dim=12):
     """A model in which every weight matters."""
     import tf_keras as keras
 
     keras.utils.set_random_seed(3)
     model = gpt_tf.GPTModel(
         vocab_size=VOCAB_SIZE,
-        embedding_dim=12,
+        embedding_dim=embedding_dim,
         num_layers=2,
         num_heads=num_heads,
-        context_length=context_length,
+        context_length=CONTEXT,
     )
     generator = np.random.default_rng(8)
     for weight in model.weights:

@@ -7,6 +7,7 @@ import pytest
 import gpt_tf
 from gpt_tf.edge import EdgeGPT, executor, runtime
 from gpt_tf.errors import InputError
+from gpt_tf.export import signatures
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.generation import GenerationNotice
 from tests.edge.conftest import CONTEXT, VOCAB_SIZE, small_model
@@ -223,19 +224,32 @@ def test_a_file_of_shorter_context_sees_no_more_than_it_holds(tmp_path):
             gpt.generate("abc")
 
 
-def test_an_int8_cache_decodes_too(tmp_path):
-    model = small_model(num_heads=2)
-    ids = np.array([random_ids(CONTEXT)])
-    path = tmp_path / "int8.tflite"
-    export_tflite(model, path, "int8_full", representative=ids, prefill_lengths=(1, 8))
-    with EdgeGPT(path) as gpt:
-        assert gpt.mode == "int8_full" and gpt.metadata["cache_dtype"] == "int8"
-        gpt.prefill(ids[0, :20])
-        stepwise = gpt.decode(ids[0, 20])
-        scores = gpt.score(ids[0])
-    expected = keras_logits(model, ids[0].tolist())
-    assert np.corrcoef(stepwise, expected[20])[0, 1] > 0.95
-    assert np.corrcoef(scores, log_softmax_of(expected, ids[0]))[0, 1] > 0.95
+@pytest.mark.parametrize("mode", signatures.MODES)
+def test_every_mode_runs_as_the_cache_grows(tmp_path, monkeypatch, mode):
+    model = small_model(num_heads=4, embedding_dim=32)
+    ids = random_ids(CONTEXT)
+    path = tmp_path / "gpt.tflite"
+    export_tflite(
+        model, path, mode, representative=np.array([ids]), prefill_lengths=(1, 8)
+    )
+    found = []
+    for growth in (4, CONTEXT):
+        monkeypatch.setattr(executor, "GROWTH", growth)
+        with EdgeGPT(path) as gpt:
+            gpt.prefill(ids[:11])
+            steps = [gpt.decode(token) for token in ids[11:]]
+            found.append((steps, gpt.score(ids)))
+    assert gpt.mode == mode
+    (steps, scores), (others, other_scores) = found
+    np.testing.assert_allclose(steps, others, atol=1e-5)
+    np.testing.assert_allclose(scores, other_scores, atol=1e-5)
+    expected = keras_logits(model, ids)
+    least = {"float32": 0.999999, "int4": 0.9}.get(mode, 0.97)
+    for one, other in (
+        (steps, expected[11:]),
+        (scores, log_softmax_of(expected, ids)),
+    ):
+        assert np.corrcoef(np.ravel(one), np.ravel(other))[0, 1] > least
 
 
 # Scores
