@@ -12,6 +12,9 @@ import numpy as np
 from gpt_tf.errors import InputError
 
 
+_FIRST_SORTED = 256
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """How tokens are chosen.
@@ -117,7 +120,26 @@ class Sampler:
             probabilities = np.exp((logits - logits.max()) / self.temperature)
         probabilities /= probabilities.sum()
         if self.top_p is not None and self.top_p < 1:
-            order = np.argsort(-probabilities, kind="stable")
-            count = np.searchsorted(np.cumsum(probabilities[order]), self.top_p) + 1
-            probabilities[order[count:]] = 0.0
+            order = self._nucleus(probabilities)
+            kept = np.zeros_like(probabilities)
+            kept[order] = probabilities[order]
+            return kept
         return probabilities
+
+    def _nucleus(self, probabilities):
+        """Return the fewest likeliest tokens that together have `top_p`.
+
+        Sorting a whole vocabulary takes longer than a step of the model, and a few
+        likely tokens nearly always are enough: so ever more of them are sorted.
+        """
+        count = _FIRST_SORTED
+        while True:
+            candidates = np.arange(len(probabilities))
+            if count < len(probabilities):
+                smallest = np.partition(probabilities, -count)[-count]
+                candidates = np.flatnonzero(probabilities >= smallest)
+            order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+            sums = np.cumsum(probabilities[order])
+            if sums[-1] >= self.top_p or len(order) == len(probabilities):
+                return order[: np.searchsorted(sums, self.top_p) + 1]
+            count *= 8
