@@ -11,7 +11,6 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 
-
 _FIRST_SORTED = 256
 
 

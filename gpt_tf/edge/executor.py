@@ -18,7 +18,7 @@ from ai_edge_litert.environment import Environment
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
-from gpt_tf.edge.quiet import end_quietly, quiet
+from gpt_tf.quiet import end_quietly, quiet
 from gpt_tf.errors import DamagedFileError
 from gpt_tf.export import signatures
 

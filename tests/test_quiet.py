@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from gpt_tf.edge.quiet import quiet
+from gpt_tf.quiet import quiet
 
 
 def test_remarks_are_held_back_and_errors_follow(capfd):
