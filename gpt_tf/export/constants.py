@@ -83,11 +83,9 @@ def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
         InputError: A value is NaN or infinite.
     """
     values = np.ascontiguousarray(values, np.float32)
-    if not np.isfinite(values).all():
-        raise InputError(
-            f"Exporting expects finite weights. Received: NaN or infinity in {name}. "
-            "Train with a lower learning rate, or in float32."
-        )
+    _refuse_infinite(values, name)
+    if form in ("float16", "int4"):
+        _refuse_large(values, form, name)
     if form == "float32":
         return Matrix(values, Type.FLOAT32, values.shape, None)
     if form == "float16":
@@ -106,6 +104,24 @@ def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
             "dynamic_int8."
         )
     return _int4(values)
+
+
+def _refuse_infinite(values, name):
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"Exporting expects finite weights. Received: NaN or infinity in {name}. "
+            "Train with a lower learning rate, or in float32."
+        )
+
+
+def _refuse_large(values, form, name):
+    most = float(np.finfo(np.float16).max)
+    if np.abs(values).max(initial=0.0) > most:
+        raise InputError(
+            f"The mode {form} expects weights up to {most:.0f}, the largest number of "
+            f"float16. Received: {np.abs(values).max():.3g} in {name}. Use float32 or "
+            "dynamic_int8."
+        )
 
 
 def _rows_times(matrix, rows, factors):
@@ -194,7 +210,7 @@ class Constants:
         low, high = min(low, 0.0), max(high, 0.0)
         if self.integer_of(name) == Type.INT16:
             return symmetric_grid(max(-low, high) / 32767)
-        scale = (high - low) / 255 or 1.0
+        scale = _never_zero((high - low) / 255)
         return affine_grid(scale, int(np.clip(np.rint(-low / scale), 0, 255)) - 128)
 
     def integer_of(self, name: str) -> int:
@@ -210,7 +226,12 @@ def affine_grid(scale: float, zero_point: int) -> Grid:
 
 def symmetric_grid(scale: float) -> Grid:
     """Return a grid with one scale, around 0."""
-    return affine_grid(scale or 1.0, 0)
+    return affine_grid(_never_zero(scale), 0)
+
+
+def _never_zero(scale):
+    # What float32 cannot hold in full it may take for 0.
+    return scale if scale >= np.finfo(np.float32).tiny else 1.0
 
 
 def constants_of(model, mode: str, ranges=None, per_channel=True) -> Constants:
@@ -276,4 +297,6 @@ def constants_of(model, mode: str, ranges=None, per_channel=True) -> Constants:
     vectors["final_norm/beta"] = parts.norm.beta.numpy()
     if parts.head.kernel is not None:
         keep("head/kernel", parts.head.kernel.numpy(), form.tables)
+    for name, vector in vectors.items():
+        _refuse_infinite(vector, name)
     return Constants(form, sizes, matrices, vectors, dict(ranges or {}))

@@ -55,6 +55,7 @@ def export_litertlm(
         raise InputError(
             f"`path` expects a name that ends in .litertlm. Received: {path.name!r}."
         )
+    tflite.refuse_other_models(model)
     if tokenizer is None or tokenizer.vocab_size > _vocab_size(model):
         size = None if tokenizer is None else tokenizer.vocab_size
         raise InputError(
@@ -72,17 +73,19 @@ def export_litertlm(
             )
             with files.atomic_file(path) as file:
                 _bundle(folder, inner, tokenizer, file)
+                tflite.force_to_disk(file)
                 files.file_manifest_path(path).unlink(missing_ok=True)
+        kept = {
+            key: value
+            for key, value in inner.items()
+            if key
+            not in ("kind", "versions", "size_bytes", "sha256", "manifest_sha256")
+        }
+        return files.write_file_manifest(
+            path, "litertlm", **kept, tflite_sha256=inner["sha256"]
+        )
     except OSError as error:
         raise tflite.no_space(path, error) from None
-    kept = {
-        key: value
-        for key, value in inner.items()
-        if key not in ("kind", "versions", "size_bytes", "sha256", "manifest_sha256")
-    }
-    return files.write_file_manifest(
-        path, "litertlm", **kept, tflite_sha256=inner["sha256"]
-    )
 
 
 def _vocab_size(model):

@@ -84,7 +84,7 @@ def lengths_of(names, kind: str = "prefill") -> tuple[int, ...]:
         >>> lengths_of(["decode", "prefill_64", "prefill_8"])
         (8, 64)
     """
-    found = (re.fullmatch(rf"{kind}_([1-9]\d*)", name) for name in names)
+    found = (re.fullmatch(rf"{kind}_([1-9][0-9]*)", name) for name in names)
     return tuple(sorted(int(match[1]) for match in found if match))
 
 

@@ -1,8 +1,9 @@
 """Export a GPT to a `.tflite`: write it, run it, and only then give it its name."""
 
 import errno
+import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from gpt_tf.export import constants as weights
 from gpt_tf.export import flatbuffer, graph, seal, signatures, verify
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
+from gpt_tf.quiet import quiet
 
 SCORE_LENGTH = 64
 
@@ -139,41 +141,51 @@ def export_tflite(
     data = written.to_bytes()
     seal.seal(data)
     ids, text = _verification_text(verify_on, representative, plain, capacity)
-    if tokenizer is not None:
-        _write_tokenizer(tokenizer, path)
+    beside = None if tokenizer is None else _place_of(tokenizer, path)
     try:
         with files.atomic_file(path) as file:
             file.write(data)
-            file.flush()
             del data
+            force_to_disk(file)
             say("running every signature and comparing with Keras")
-            measured = verify.verify(
-                Path(file.name), written, constants, mode, model, ids
-            )
+            with quiet():
+                measured = verify.verify(
+                    Path(file.name), written, constants, mode, model, ids
+                )
+                if beside is not None:
+                    tokenizer.save(beside)
             # A manifest of the file that stood here would call the new one damaged.
             files.file_manifest_path(path).unlink(missing_ok=True)
+        return files.write_file_manifest(
+            path, "tflite", **facts, verification={**measured, "text": text}
+        )
     except OSError as error:
         raise no_space(path, error) from None
-    manifest = files.write_file_manifest(
-        path, "tflite", **facts, verification={**measured, "text": text}
-    )
-    return manifest
 
 
-def _source_of(model, mode, ranges, representative, say):
-    """Return the float model and the ranges to use."""
+def refuse_other_models(model) -> None:
+    """Refuse what is neither a `GPTModel` nor a quantisation-aware one."""
     refuse_keras_3(model, "model")
-    if not isinstance(model, GPTModel):
-        from gpt_tf.quantization import qat
+    if isinstance(model, GPTModel):
+        return
+    from gpt_tf.quantization import qat
 
-        if isinstance(model, qat.QuantizationAwareGPT):
-            found = qat.activation_ranges(model)
-            return qat.to_float(model), {**found, **(ranges or {})}
+    if not isinstance(model, qat.QuantizationAwareGPT):
         raise InputTypeError(
             "Exporting expects a GPTModel or what `quantize_aware` made of one. "
             f"Received: {type(model).__module__}.{type(model).__name__}. "
             "Build it with `gpt_tf.GPTModel(...)`."
         )
+
+
+def _source_of(model, mode, ranges, representative, say):
+    """Return the float model and the ranges to use."""
+    refuse_other_models(model)
+    if not isinstance(model, GPTModel):
+        from gpt_tf.quantization import qat
+
+        found = qat.activation_ranges(model)
+        return qat.to_float(model), {**found, **(ranges or {})}
     if weights.MODES[mode].activations is None:
         return model, {}
     if ranges is None:
@@ -213,15 +225,20 @@ def _capacity(model, context_length):
 
 
 def _lengths(prefill_lengths, capacity):
-    lengths = sorted(set(prefill_lengths))
+    lengths = prefill_lengths if isinstance(prefill_lengths, Iterable) else ()
+    lengths = list(lengths)
     if not lengths or not all(
-        isinstance(length, int) and length >= 1 for length in lengths
+        isinstance(length, numbers.Integral)
+        and not isinstance(length, bool)
+        and length >= 1
+        for length in lengths
     ):
         raise InputError(
             "`prefill_lengths` expects one or more integers of at least 1. "
             f"Received: {prefill_lengths!r}. Use (1, 8, 64), for example."
         )
     # LiteRT-LM needs a small one for what is left of a prompt.
+    lengths = sorted({int(length) for length in lengths})
     return [1, *(length for length in lengths if 1 < length <= capacity)]
 
 
@@ -230,7 +247,7 @@ def _verification_text(verify_on, representative, model, capacity):
         verify_on = representative[0]
     if verify_on is None:
         generator = np.random.default_rng(0)
-        count = min(64, capacity)
+        count = min(verify.MOST_TOKENS, capacity)
         return generator.integers(0, model.vocab_size, count), "random ids"
     ids = np.asarray(verify_on).reshape(-1)
     if not len(ids) or ids.min() < 0 or ids.max() >= model.vocab_size:
@@ -243,26 +260,32 @@ def _verification_text(verify_on, representative, model, capacity):
     return ids, "given text"
 
 
-def _write_tokenizer(tokenizer, path):
+def _place_of(tokenizer, path):
+    """Return where to write the tokenizer, None where it stands already."""
     from gpt_tf.text.tokenizer import FILE_NAME, load_tokenizer
 
     beside = path.parent / FILE_NAME
-    if beside.is_file():
-        if load_tokenizer(beside).fingerprint() != tokenizer.fingerprint():
-            raise InputError(
-                f"The tokenizer is to stand beside {path}, but {beside} is another "
-                "one. Choose another folder."
-            )
-        return
-    tokenizer.save(beside)
+    if not beside.is_file():
+        return beside
+    if load_tokenizer(beside).fingerprint() != tokenizer.fingerprint():
+        raise InputError(
+            f"The tokenizer is to stand beside {path}, but {beside} is another "
+            "one. Choose another folder."
+        )
+    return None
+
+
+def force_to_disk(file) -> None:
+    """Find out whether there is space, before anything else is touched."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def no_space(path, error) -> InputError:
     """Return the error to raise where a file could not be written."""
     if error.errno == errno.ENOSPC:
         return InputError(
-            f"No space is left to write {path}. Nothing was changed. Make room and "
-            "export again."
+            f"No space is left to write {path}. Make room and export again."
         )
     return InputError(
         f"{path} cannot be written: {error.strerror}. Choose another place."

@@ -14,7 +14,6 @@ from gpt_tf.export import signatures
 from gpt_tf.export.constants import Constants
 from gpt_tf.export.flatbuffer import Model
 from gpt_tf.export.graph import FLOAT_ISLANDS
-from gpt_tf.quiet import quiet
 
 # A file may be larger than its parameters by this factor and the graphs' bytes.
 SIZE_FACTOR = 1.02
@@ -153,8 +152,7 @@ class _Runner:
 
     def __init__(self, path, constants):
         try:
-            with quiet():
-                self.interpreter = Interpreter(model_path=str(path), num_threads=2)
+            self.interpreter = Interpreter(model_path=str(path), num_threads=2)
         except (ValueError, RuntimeError) as error:
             raise VerificationError(
                 f"LiteRT cannot open the exported file: {error}. It was not kept."
