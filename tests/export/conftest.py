@@ -85,6 +85,17 @@ def tokenizer(corpus_folder):
 
 
 @pytest.fixture(scope="session")
+def python_small():
+    """A model that was trained, with its tokenizer and ids of a text of its kind."""
+    import gpt_tf.training
+
+    root = Path(gpt_tf.__file__).parents[1]
+    model, tokenizer = gpt_tf.load_model(root / "saved_models" / "python-small")
+    text = Path(gpt_tf.training.__file__).read_text("utf-8")
+    return model, tokenizer, np.array(tokenizer.encode(text), np.int32)
+
+
+@pytest.fixture(scope="session")
 def export(tmp_path_factory, representative):
     """Export a model in a mode."""
 

@@ -127,6 +127,14 @@ def test_weights_that_are_not_finite_are_refused_by_name(form, value):
         store(values, form, "block_7/up_kernel")
 
 
+@pytest.mark.parametrize("form", ["float16", "int4"])
+def test_weights_beyond_float16_are_refused(form):
+    values = np.full((1, 32), 65504, np.float32)
+    store(values, form, "w")
+    with pytest.raises(InputError, match=r"up to 65504.*7e\+04 in block_0/up_kernel"):
+        store(np.full((1, 32), 70000, np.float32), form, "block_0/up_kernel")
+
+
 def test_int4_refuses_widths_that_are_no_multiple_of_its_block():
     with pytest.raises(InputError, match=r"blocks of 32 .* 48 inputs.* dynamic_int8"):
         store(np.ones((64, 48), np.float32), "int4", "block_0/up_kernel")
@@ -147,10 +155,14 @@ def test_the_size_counts_numbers_and_scales(form):
 # A model's weights
 
 
+@pytest.fixture(scope="module")
+def models(build_model, model):
+    return [(True, model), (False, build_model(tie_embeddings=False))]
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_every_weight_of_the_model_is_stored_once(build_model, mode):
-    for tied in (True, False):
-        model = build_model(tie_embeddings=tied)
+def test_every_weight_of_the_model_is_stored_once(models, mode):
+    for tied, model in models:
         constants = constants_of(model, mode, {})
         count = sum(np.prod(m.shape, dtype=int) for m in constants.matrices.values())
         count += sum(vector.size for vector in constants.vectors.values())
@@ -289,8 +301,17 @@ def test_the_grid_of_int16_is_symmetric(low, high):
     constants = with_ranges("int16x8", up_activation=(low, high))
     grid = constants.activation_grid("block_0/up_activation")
     assert grid.zero_point == 0
-    largest = max(-low, high, 0.0)
-    assert grid.scale * 32767 == pytest.approx(largest or 32767, rel=1e-5)
+    assert grid.scale > 0
+    assert grid.scale * 32767 >= max(-low, high, 0.0) * (1 - 1e-6)
+    if max(-low, high) > 1e-30:
+        assert grid.scale * 32767 == pytest.approx(max(-low, high), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int16x8"])
+@pytest.mark.parametrize("high", [0.0, 1e-45, 1e-40])
+def test_an_activation_that_is_always_zero_has_a_grid(mode, high):
+    constants = with_ranges(mode, up_activation=(0.0, high))
+    assert constants.activation_grid("block_0/up_activation").scale == 1.0
 
 
 def test_residuals_and_embedding_have_sixteen_bits():
