@@ -14,12 +14,18 @@ comma := ,
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-quickstart: $(VENV)/.train ## Train a GPT on Python's own sources and let it write
+quickstart: $(VENV)/.train ## Train a GPT on Python's own sources, quantise it, run it as one file
 	$(BIN)/gpt-tf train --preset quickstart --corpus python-stdlib --out $(RUN) --overwrite
 	@echo
-	@echo "What it writes after '    def __init__(self':"
+	@echo "Trained on with rounded weights and activations, so that integers cost little:"
+	$(BIN)/gpt-tf quantize --model $(RUN) --method qat --out $(RUN)-int8 --overwrite
 	@echo
-	$(BIN)/gpt-tf generate --model $(RUN) --prompt "    def __init__(self" --max-new-tokens 200 --seed 7
+	@echo "As one file for a device, with its tokenizer:"
+	$(BIN)/gpt-tf export --model $(RUN)-int8 --mode int8 --out $(RUN)-int8/gpt.litertlm
+	@echo
+	@echo "What the file writes after '    def __init__(self', without TensorFlow:"
+	@echo
+	$(BIN)/gpt-tf generate --model $(RUN)-int8/gpt.litertlm --prompt "    def __init__(self" --max-new-tokens 200 --seed 7
 
 test: $(VENV)/.dev ## Run the default tests
 	$(BIN)/python -m pytest
@@ -40,6 +46,9 @@ benchmarks: $(VENV)/.bench ## Measure the numbers in the README
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/quality.py $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/quantization_strategies.py
+	$(BIN)/python benchmarks/quantization.py --wide
+	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/picture.py
 
 notebooks: $(VENV)/.dev ## Run the tutorials and keep their outputs
@@ -51,6 +60,7 @@ saved-models: $(VENV)/.train ## Train the models in saved_models/ anew
 		--context-length 128 --steps 3000 --learning-rate 4e-3 --validate-every 500
 	rm -rf saved_models/python-small
 	cp -R runs/python-small/model saved_models/python-small
+	$(BIN)/gpt-tf export --model runs/python-small --mode dynamic_int8 --out saved_models/python-small.litertlm
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

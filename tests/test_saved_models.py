@@ -51,3 +51,16 @@ def test_it_closes_a_bracket_and_goes_on(saved):
         temperature=0,
     )
     assert "):\n" in text
+
+
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("*.litertlm")), ids=lambda p: p.stem
+)
+def test_its_file_predicts_what_its_model_predicts(path):
+    model, tokenizer = gpt_tf.load_model(path.with_suffix(""))
+    ids = tokenizer.encode(SNIPPET)
+    with gpt_tf.EdgeGPT(path) as gpt:
+        loss = -gpt.score(ids).mean()
+        backwards = -gpt.score(ids[::-1]).mean()
+    assert abs(loss - loss_of(model, ids)) < 0.02
+    assert backwards > 0.8 * np.log(tokenizer.vocab_size)
