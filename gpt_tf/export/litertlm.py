@@ -36,8 +36,7 @@ def export_litertlm(
         model: A `GPTModel`, or one that `quantize_aware` made of it.
         tokenizer: Its tokenizer.
         path: Where to write; a file that stands there is replaced.
-        mode: As for `export_tflite`. LiteRT-LM binds float32 caches only, so a file
-            of `int8_full` is for `gpt_tf.edge`.
+        mode: As for `export_tflite`; LiteRT-LM runs all of them.
         **options: As for `export_tflite`.
 
     Returns:
