@@ -467,6 +467,30 @@ def test_a_quantised_run_is_resumed_bit_for_bit(quantized, tmp_path):
     assert earlier.read_bytes() != states[0]
 
 
+@pytest.mark.slow
+def test_a_quantised_run_is_the_same_on_four_devices(trained, tmp_path):
+    from gpt_tf.quantization.qat import activation_ranges
+
+    one, four = (
+        quantize_quietly(
+            trained.out,
+            tmp_path / name,
+            {"ema_decay": 0.5},
+            steps=6,
+            strategy=name,
+            jit_compile="off",
+        )
+        for name in ("one_device", "mirrored")
+    )
+    pairs = zip(one.model.get_weights(), four.model.get_weights(), strict=True)
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    initial, _ = load_model(one.out / "initial")
+    name = "block_0/qkv_activation"
+    moved = [activation_ranges(model)[name] for model in (initial, one.model)]
+    assert np.abs(np.subtract(*moved)).max() > 1e-3
+
+
 def test_a_float_model_is_trained_further(trained, tmp_path):
     config = dataclasses.replace(
         PRESETS["tiny"],

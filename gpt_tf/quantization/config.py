@@ -51,6 +51,32 @@ class QuantizationConfig:
             starts with the first batch of training instead.
         calibration_method: As `method` of `calibrate`.
 
+    What it costs, in perplexity on 32,768 tokens that `saved_models/python-small`
+    was not trained on (float32: 16.73), and the share of places where the likeliest
+    token stays the same; quantised without training, ranges from 50 batches:
+
+    | quantised | perplexity | same token |
+    |---|---|---|
+    | weights alone, 8 bits per channel | +0.18 % | 98.6 % |
+    | weights alone, 8 bits per tensor | +0.17 % | 96.6 % |
+    | and `inputs` | +0.42 % | 97.0 % |
+    | and `outputs`: the default | +0.52 % | 95.7 % |
+    | the default, per tensor | +0.57 % | 94.5 % |
+    | the default, weights of 4 bits | +11.8 % | 76.8 % |
+    | the default, `residual="int16"` | +0.53 % | 95.6 % |
+    | the default, `residual="int8"` | +1.54 % | 91.5 % |
+    | the default, `scores="int16"` | +0.53 % | 95.6 % |
+    | the default, `scores="int8"` | +0.88 % | 94.4 % |
+    | the default, `softmax="int16"` | +0.51 % | 95.7 % |
+    | the default, `softmax="int8"` | +0.58 % | 95.5 % |
+    | the default, `logits="int8"` | +0.59 % | 94.8 % |
+    | `full()` | +0.94 % | 93.7 % |
+    | `full(scores="int16")` | +0.69 % | 94.8 % |
+
+    Differences below 0.1 % are within the noise of rounding. Layer normalisation is
+    float32 always. Of the methods of calibration `"mse"` gave the default +0.52 %,
+    `"percentile"` at 99.999 +0.55 %, at 99.9 +4.3 %, and `"minmax"` +0.61 %.
+
     Raises:
         InputError: A value is none of these.
 
@@ -70,7 +96,7 @@ class QuantizationConfig:
     ema_decay: float = 0.99
     freeze_ranges_at: float = 0.5
     calibration_batches: int = 50
-    calibration_method: str = "minmax"
+    calibration_method: str = "mse"
 
     def __post_init__(self):
         bits = self.weight_bits

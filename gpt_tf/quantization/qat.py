@@ -15,6 +15,7 @@ from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import step
 from gpt_tf.models.gpt import CUSTOM_OBJECTS, GPTModel
 from gpt_tf.models.language_model import LanguageModel, refuse_keras_3
+from gpt_tf.models.optimizer import AdamW
 from gpt_tf.quantization import calibration, quantizers
 from gpt_tf.quantization.config import QuantizationConfig
 
@@ -76,6 +77,19 @@ class QuantizationAwareGPT(LanguageModel):
         return cls(**config)
 
     # Training
+
+    def compile(self, optimizer=None, *args, **kwargs):
+        """Choose optimiser, loss and metrics, as `GPTModel.compile`.
+
+        Args:
+            optimizer: A tf_keras optimiser or its name. Default: AdamW at 3e-5, a
+                tenth of what a new model is trained with, and without weight decay.
+            *args: As for `GPTModel.compile`.
+            **kwargs: As for `GPTModel.compile`.
+        """
+        if optimizer is None:
+            optimizer = AdamW(3e-5, weight_decay=0.0)
+        super().compile(optimizer, *args, **kwargs)
 
     def fit(self, x=None, y=None, **kwargs):
         """Train, as `GPTModel.fit`; first measure the ranges where there are none.
@@ -204,8 +218,9 @@ def quantize_aware(model, config=None):
 
     Returns:
         A `QuantizationAwareGPT` with a copy of the weights. Its ranges are not
-        known yet: `fit` calibrates them first. It is not compiled; a learning rate
-        of a tenth of the float training's, falling to 0, is a good start.
+        known yet: `fit` calibrates them first. It is not compiled; a twentieth of
+        the float training's learning rate, falling to 0, is a good start, and what
+        `gpt_tf.training.quantize` takes.
 
     Raises:
         InputError: The model is quantisation-aware already, or the configuration is
