@@ -78,31 +78,39 @@ def by_keras(python_small, groups):
     return found
 
 
+def options_for(ids):
+    return {
+        "representative": ids[: 128 * 16].reshape(16, 128),
+        "verify_on": ids[5000:5128],
+        "prefill_lengths": PREFILL_LENGTHS,
+    }
+
+
 @pytest.fixture(scope="module")
 def bundled(python_small, tmp_path_factory):
-    """The trained model's `.litertlm` of a mode, its manifest and its `.tflite`."""
+    """The trained model's `.litertlm` of a mode, and its manifest."""
     model, tokenizer, ids = python_small
     written = {}
 
     def bundled(mode, prefill_lengths=PREFILL_LENGTHS):
         key = (mode, prefill_lengths)
         if key not in written:
-            folder = tmp_path_factory.mktemp(mode)
-            options = {
-                "representative": ids[: 128 * 16].reshape(16, 128),
-                "verify_on": ids[5000:5128],
-                "prefill_lengths": prefill_lengths,
-            }
-            path = folder / "python.litertlm"
+            path = tmp_path_factory.mktemp(mode) / "python.litertlm"
+            options = {**options_for(ids), "prefill_lengths": prefill_lengths}
             manifest = export_litertlm(model, tokenizer, path, mode, **options)
-            plain = folder / "python.tflite"
-            options["tokenizer"] = tokenizer
-            sha = export_tflite(model, plain, mode, **options)["sha256"]
-            assert manifest["tflite_sha256"] == sha
-            written[key] = path, manifest, plain
+            written[key] = path, manifest
         return written[key]
 
     return bundled
+
+
+def inner_tflite(path, manifest):
+    """The bytes of the `.tflite` within, found by its mark and known by its hash."""
+    data, size = path.read_bytes(), manifest["verification"]["size_bytes"]
+    start = data.find(b"TFL3") - 4
+    inner = data[start : start + size]
+    assert hashlib.sha256(inner).hexdigest() == manifest["tflite_sha256"]
+    return inner
 
 
 class Engine:
@@ -201,11 +209,13 @@ def test_a_change_of_one_weight_would_be_noticed(python_small, by_keras, tmp_pat
     "mode", [mode for mode in signatures.MODES if mode != "float32"]
 )
 def test_litert_lm_continues_as_litert_does(
-    engine, bundled, python_small, prompts, mode
+    engine, bundled, python_small, prompts, mode, tmp_path
 ):
     """The same file without LiteRT-LM: the rounding of a mode is not its business."""
     _, tokenizer, _ = python_small
-    runner = Runner(bundled(mode)[2])
+    path = tmp_path / "inner.tflite"
+    path.write_bytes(inner_tflite(*bundled(mode)))
+    runner = Runner(path)
     step = {"dynamic_int8": 1, "int16x8": 10}.get(mode, 5)  # that one is slow
     for prompt in prompts[::-step]:
         wanted = greedy_by_litert(runner, prompt, tokenizer)
@@ -312,33 +322,31 @@ def test_litert_lm_benchmark_runs(bundled, tmp_path):
 # The file
 
 
-def test_the_file_holds_the_verified_tflite_byte_by_byte(bundled):
-    path, manifest, plain = bundled("dynamic_int8")
-    data, inner = path.read_bytes(), plain.read_bytes()
-    place = data.find(inner)
-    assert place > 0
-    assert hashlib.sha256(inner).hexdigest() == manifest["tflite_sha256"]
-    assert data.count(signatures.SEAL_PREFIX) == 1
-    assert seal.read_seal(data[place : place + len(inner)])["mode"] == "dynamic_int8"
+def test_the_file_holds_the_verified_tflite_byte_by_byte(
+    bundled, python_small, tmp_path
+):
+    model, tokenizer, ids = python_small
+    path, manifest = bundled("dynamic_int8")
+    plain = tmp_path / "python.tflite"
+    export_tflite(model, plain, tokenizer=tokenizer, **options_for(ids))
+    inner = inner_tflite(path, manifest)
+    assert inner == plain.read_bytes()
+    assert seal.read_seal(inner)["mode"] == "dynamic_int8"
+    data = path.read_bytes()
     assert data.startswith(b"LITERTLM")
+    assert data.count(signatures.SEAL_PREFIX) == 1
     assert len(data) - len(inner) < 200_000
 
 
 def test_the_manifest_is_that_of_the_bundle(bundled, python_small):
-    path, manifest, _ = bundled("dynamic_int8")
+    path, manifest = bundled("dynamic_int8")
     assert files.check_file_manifest(path) == manifest
     assert manifest["kind"] == "litertlm"
     assert manifest["size_bytes"] == path.stat().st_size
     assert manifest["tokenizer_fingerprint"] == python_small[1].fingerprint()
     assert manifest["verification"]["text"] == "given text"
     beside = {p.name for p in path.parent.iterdir()}
-    assert beside == {
-        "python.litertlm",
-        "python.litertlm.json",
-        "python.tflite",
-        "python.tflite.json",
-        "tokenizer.json",  # of the plain file
-    }
+    assert beside == {"python.litertlm", "python.litertlm.json"}
 
 
 def test_the_bundle_alone_is_enough(bundled, tmp_path):
