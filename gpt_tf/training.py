@@ -767,6 +767,24 @@ def _precision(name):
         keras.mixed_precision.set_global_policy(before)
 
 
+@contextlib.contextmanager
+def _keras_not_comparing_speeds():
+    """Keep Keras from remarking that a callback takes longer than a step.
+
+    With a small model, drawing progress or writing a checkpoint does.
+    """
+
+    def keep(record):
+        return "is slow compared to the batch time" not in record.getMessage()
+
+    logger = tf.get_logger()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
 # Running
 
 
@@ -869,13 +887,15 @@ class _Run:
                 )
             )
         if not (self.verbose and self.is_chief):
-            self._fit(own + callbacks)
+            with _keras_not_comparing_speeds():
+                self._fit(own + callbacks)
             return self._finish()
         from gpt_tf.display import TrainingProgress
 
         progress = TrainingProgress(self)
         try:
-            self._fit([*own, progress, *callbacks])
+            with _keras_not_comparing_speeds():
+                self._fit([*own, progress, *callbacks])
         finally:
             progress.close()
         return self._finish()

@@ -18,9 +18,9 @@ from ai_edge_litert.environment import Environment
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
-from gpt_tf.quiet import end_quietly, quiet
 from gpt_tf.errors import DamagedFileError
 from gpt_tf.export import signatures
+from gpt_tf.quiet import end_quietly, quiet
 
 # Rows by which the capacity in use grows. GPT-2 small on 2 cores: a row that is not
 # needed costs 0.01 ms a token, a growth 2 ms at 64 rows, 10 at 256 and 30 at 1024.
