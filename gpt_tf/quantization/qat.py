@@ -5,6 +5,18 @@
 The model that `quantize_aware` returns is TF-MOT's: every layer in a wrapper that
 rounds weights and activations to what integers can stand for. It is trained, saved
 and loaded like the float one, on any number of replicas.
+
+Whether it pays was measured on `saved_models/python-small`: 300 steps more, at a
+twentieth of its learning rate, once in float32 and quantised after, once aware of it;
+perplexity on 32,768 tokens it was not trained on, 16.30 in float32 after as many steps.
+
+| | quantised after | trained aware of it |
+|---|---|---|
+| `QuantizationConfig()` | 16.35 | 16.36 |
+| `QuantizationConfig.full()` | 16.42 | 16.41 |
+| `QuantizationConfig(weight_bits=4)` | 18.14 | 17.02 |
+
+At 8 bits calibration alone is as good here; at 4 bits training wins most of it back.
 """
 
 import tensorflow as tf
