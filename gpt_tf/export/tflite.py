@@ -216,7 +216,8 @@ def _refuse_untrained(model):
 def _capacity(model, context_length):
     if context_length is None:
         return model.context_length
-    if not 2 <= context_length <= model.context_length:
+    is_whole = isinstance(context_length, numbers.Integral)
+    if not is_whole or not 2 <= context_length <= model.context_length:
         raise InputError(
             f"`context_length` expects 2 to {model.context_length}, the positions "
             f"that the model has. Received: {context_length}."
@@ -250,10 +251,11 @@ def _verification_text(verify_on, representative, model, capacity):
         count = min(verify.MOST_TOKENS, capacity)
         return generator.integers(0, model.vocab_size, count), "random ids"
     ids = np.asarray(verify_on).reshape(-1)
-    if not len(ids) or ids.min() < 0 or ids.max() >= model.vocab_size:
+    good = len(ids) and ids.dtype.kind in "iu"
+    if not good or ids.min() < 0 or ids.max() >= model.vocab_size:
         raise InputError(
             f"`verify_on` expects token ids from 0 to {model.vocab_size - 1}. "
-            f"Received: {len(ids)} ids"
+            f"Received: {len(ids)} numbers of {ids.dtype}"
             + (f" from {ids.min()} to {ids.max()}." if len(ids) else ".")
             + " Use the model's own tokenizer."
         )

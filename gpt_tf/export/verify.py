@@ -20,15 +20,16 @@ SIZE_FACTOR = 1.02
 GRAPH_BYTES = 1 << 17
 
 # Mean Kullback-Leibler divergence from the Keras model, in nats, above which a file
-# is taken for broken. A broken graph is off by whole nats; a poor grid is not broken.
+# is taken for broken. Rounding alone gave 0.03 nats at most (int4) where it was tried;
+# another activation function gives 0.35, missing positions 0.8.
 LARGEST_DIVERGENCE = {
     "float32": 1e-4,
     "float16": 1e-2,
     "dynamic_int8": 0.1,
     "int16x8": 0.1,
-    "int8": 0.5,
-    "int8_full": 1.0,
-    "int4": 1.0,
+    "int8": 0.2,
+    "int8_full": 0.3,
+    "int4": 0.3,
 }
 _GREEDY_TOKENS = 8
 MOST_TOKENS = 128
