@@ -122,7 +122,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     print_machine()
     console.print("exporting the files")
-    take_turns([Contender("export", export, (task, folder, MODES))], 1, 1, warm_up=0)
+    take_turns([Contender("export", export, (task, folder, MODES))], 1, 1, 1)
     report = {}
     for threads in arguments.threads:
         report[threads] = measure(task, folder, threads, arguments)

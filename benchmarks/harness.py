@@ -244,11 +244,17 @@ def keras_hub_gpt2(shape):
     return keras_nlp.models.GPT2CausalLM(backbone, preprocessor=None)
 
 
+_PACKAGES = (
+    *("gpt-tf", "tensorflow", "tf_keras", "keras", "keras-nlp", "torch"),
+    *("ai-edge-litert", "litert-lm", "onnxruntime", "llama-cpp-python"),
+)
+
+
 def machine():
     """Describe this machine and the packages that were measured."""
     found = {"cpu": _cpu_name(), "cores": os.cpu_count()}
     found["python"] = platform.python_version()
-    for package in ("gpt-tf", "tensorflow", "tf_keras", "keras", "keras-nlp", "torch"):
+    for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -246,10 +246,12 @@ def main():
     parser.add_argument("--wide", action="store_true", help="the larger model too")
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--qat-steps", type=int, default=300)
+    parser.add_argument("--wide-qat-steps", type=int, default=100)
     parser.add_argument("--folder", type=Path, help="keeps the models")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.gettempdir()) / "gpt-tf-quantization"
     print_machine()
+    # A twentieth of the float training's learning rate, as `gpt-tf quantize` has it.
     course = {
         "corpus": "python-stdlib",
         "steps": arguments.qat_steps,
@@ -276,7 +278,13 @@ def main():
             from gpt_tf import training
 
             training.train(None, source, overwrite=True, **WIDE)
-        course |= {"batch_size": 8, "learning_rate": 2.5e-5}
+        course |= {
+            "steps": arguments.wide_qat_steps,
+            "warmup_steps": arguments.wide_qat_steps // 20,
+            "validate_every": arguments.wide_qat_steps,
+            "batch_size": 8,
+            "learning_rate": 2.5e-5,
+        }
         name = "6 layers, 512 wide"
         studies[name] = study(name, source, folder / "wide", course, arguments.tokens)
     save("quantization", {"studies": studies})
