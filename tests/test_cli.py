@@ -765,3 +765,25 @@ def test_without_tensorflow_the_extra_is_named(arguments):
     )
     assert_one_line(result, "package tensorflow, which is not installed")
     assert "pip install 'gpt-tf[train]'" in result.err
+
+
+def test_export_writes_a_file_that_generate_runs(command, trained, tmp_path):
+    path = tmp_path / "gpt.litertlm"
+    options = "--mode int8 --context-length 24 --prefill-length 1 --prefill-length 4"
+    result = command("export", "--model", trained.out, "--out", path, *options.split())
+    assert result.status == 0, result.err
+    assert "Exported and verified" in result.out
+    manifest = json.loads((tmp_path / "gpt.litertlm.json").read_text("utf-8"))
+    assert (manifest["mode"], manifest["capacity"]) == ("int8", 24)
+    assert manifest["prefill_lengths"] == [1, 4]
+    written = command("generate", "--model", path, "--prompt", "the", "--seed", 1)
+    assert written.status == 0, written.err
+    assert written.out.startswith("the")
+
+
+def test_export_of_an_unknown_mode_is_one_line(command, trained, tmp_path):
+    path = tmp_path / "gpt.litertlm"
+    result = command("export", "--model", trained.out, "--out", path, "--mode", "int3")
+    assert result.status == 2
+    assert len(result.err.splitlines()) == 1 and "dynamic_int8" in result.err
+    assert not path.exists()

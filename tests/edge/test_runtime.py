@@ -45,6 +45,17 @@ def test_prefill_and_decode_give_the_logits_of_a_full_forward(gpt, exported, len
         assert gpt.position == length
 
 
+def test_logits_of_a_whole_text_are_those_of_a_full_forward(gpt, exported):
+    ids = list(range(1, 16))
+    gpt.reset()
+    found = np.concatenate([gpt.logits(ids[:6]), gpt.logits([]), gpt.logits(ids[6:])])
+    assert gpt.position == len(ids)
+    wanted = exported.model(np.array([ids])).numpy()[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    with pytest.raises(InputError, match="room"):
+        gpt.logits(range(20))
+
+
 def test_a_row_that_is_missing_from_the_cache_breaks_the_equality(gpt, exported):
     ids = random_ids(9)
     gpt.reset()
