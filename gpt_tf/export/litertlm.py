@@ -32,6 +32,10 @@ def export_litertlm(
 ) -> dict:
     """Write a GPT with its tokenizer as one `.litertlm`.
 
+    Two habits of LiteRT-LM 0.18: it keeps packed weights beside the file unless it is
+    told not to, and it ends its process at a character that a `CharacterTokenizer` has
+    not seen, where `EdgeGPT` raises an error. A `BPETokenizer` knows all characters.
+
     Args:
         model: A `GPTModel`, or one that `quantize_aware` made of it.
         tokenizer: Its tokenizer.
