@@ -1,4 +1,4 @@
-"""Draw the README's picture from what the benchmarks left in `results/`.
+"""Draw the README's pictures from what the benchmarks left in `results/`.
 
 python benchmarks/picture.py
 """
@@ -80,7 +80,24 @@ def draw_quality(axes, report):
     axes.legend(frameon=False, fontsize=8)
 
 
-def main():
+def draw_decode(axes, report, threads):
+    measured = report["threads"][threads]
+    rows = [
+        (row["name"], row["tokens_per_second"])
+        for row in measured["results"]
+        if "tokens_per_second" in row
+    ]
+    draw_bars(
+        axes,
+        rows,
+        measured["floor_tokens_per_second"]["dynamic_int8"],
+        f"The file, GPT-2 small, {threads} thread{'s' * (threads != '1')}",
+        "tokens per second",
+    )
+    axes.set_xlabel("tokens per second (dotted: the machine's limit for int8)")
+
+
+def draw_overview():
     training, generation, quality = map(read, ("training", "generation", "quality"))
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -90,20 +107,45 @@ def main():
     draw_training(axes[0, 1], training, "large", f"Training, {describe(large)}")
     draw_generation(axes[1, 0], generation)
     draw_quality(axes[1, 1], quality)
-    for one in axes.flat:
+    finish(figure, training["machine"], "overview")
+
+
+def draw_edge():
+    decode = read("decode")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    for one, threads in zip(axes, decode["threads"], strict=True):
+        draw_decode(one, decode, threads)
+    finish(figure, decode["machine"], "edge")
+
+
+def finish(figure, machine, name):
+    for one in figure.axes:
         for side in ("top", "right"):
             one.spines[side].set_visible(False)
         one.tick_params(labelsize=9)
-    machine = training["machine"]
+    versions = {
+        "TensorFlow": "tensorflow",
+        "PyTorch": "torch",
+        "LiteRT": "ai-edge-litert",
+        "ONNX Runtime": "onnxruntime",
+        "llama-cpp-python": "llama-cpp-python",
+    }
+    told = [f"{k} {machine[v]}" for k, v in versions.items() if v in machine]
     figure.suptitle(
-        f"{machine['cores']} cores of {machine['cpu']}, "
-        f"TensorFlow {machine['tensorflow']}, PyTorch {machine['torch']}",
+        f"{machine['cores']} cores of {machine['cpu']}, {', '.join(told)}",
         fontsize=9,
         color=FLOOR,
     )
-    path = RESULTS / "overview.png"
+    path = RESULTS / f"{name}.png"
     figure.savefig(path, dpi=110)
     console.print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
+
+
+def main():
+    draw_overview()
+    draw_edge()
 
 
 def describe(shape):
