@@ -72,8 +72,11 @@ VARIANTS = (
     Variant("int8_full, post-training", "float", "int8_full"),
     Variant("int8_full, QAT", "qat-full", "int8_full"),
     Variant("int4", "float", "int4"),
-    Variant("float32, trained as long as QAT", "longer", "float32"),
+    Variant("int4, QAT", "qat-4-bits", "int4"),
+    # What QAT's further training alone is worth.
+    Variant("float32, trained as long", "longer", "float32"),
     Variant("int8 of that, post-training", "longer", "int8"),
+    Variant("int4 of that, post-training", "longer", "int4"),
 )
 
 
@@ -92,6 +95,7 @@ def further(source, kind, folder, course):
         "qat": QuantizationConfig(),
         "qat-per-tensor": QuantizationConfig(per_channel=False),
         "qat-full": QuantizationConfig.full(),
+        "qat-4-bits": QuantizationConfig(weight_bits=4),
         "longer": None,
     }[kind]
     console.print(f"training further: {kind}")
