@@ -59,6 +59,7 @@ class Variant:
         return f"{self.model}-{self.mode}{channel}.litertlm"
 
 
+AS_LONG = "float32, trained as long"
 VARIANTS = (
     Variant("float32", "float", "float32"),
     Variant("float16", "float", "float16"),
@@ -72,9 +73,8 @@ VARIANTS = (
     Variant("int8_full, post-training", "float", "int8_full"),
     Variant("int8_full, QAT", "qat-full", "int8_full"),
     Variant("int4", "float", "int4"),
-    Variant("int4, QAT", "qat-4-bits", "int4"),
     # What QAT's further training alone is worth.
-    Variant("float32, trained as long", "longer", "float32"),
+    Variant(AS_LONG, "longer", "float32"),
     Variant("int8 of that, post-training", "longer", "int8"),
     Variant("int4 of that, post-training", "longer", "int4"),
 )
@@ -95,7 +95,6 @@ def further(source, kind, folder, course):
         "qat": QuantizationConfig(),
         "qat-per-tensor": QuantizationConfig(per_channel=False),
         "qat-full": QuantizationConfig.full(),
-        "qat-4-bits": QuantizationConfig(weight_bits=4),
         "longer": None,
     }[kind]
     console.print(f"training further: {kind}")
@@ -129,9 +128,16 @@ def compare(found, wanted, targets):
         "perplexity": float(np.exp(losses.mean(dtype=np.float64))),
         "divergence_nats": float(divergence.mean(dtype=np.float64)),
         "top1_agreement": float(agreement.mean()),
-        # Of the mean loss, over windows, so that ratios can be judged.
         "losses": losses.mean(axis=1),
     }
+
+
+def ratio(losses, base, name):
+    """Return the ratio of two perplexities and its standard error, over windows."""
+    difference = losses - base
+    value = float(np.exp(difference.mean()))
+    error = value * float(difference.std()) / len(difference) ** 0.5
+    return {name: value, f"{name}_standard_error": error}
 
 
 def study(name, source, folder, course, num_tokens):
@@ -149,7 +155,7 @@ def study(name, source, folder, course, num_tokens):
     starts = np.linspace(0, len(tokens) - context - 1, count).astype(np.int64)
     windows = np.asarray(tokens)[starts[:, None] + np.arange(context + 1)].astype(int)
     console.print(f"{name}: {count * context:,} held-out tokens in {count} windows")
-    rows, wanted = [], None
+    rows, wanted, losses = [], None, {}
     for variant in VARIANTS:
         if variant.model == "float":
             made_of, corpus = source, course["corpus"]
@@ -167,25 +173,25 @@ def study(name, source, folder, course, num_tokens):
             found = measure(gpt, windows)
         wanted = found if wanted is None else wanted
         row = compare(found, wanted, windows[:, 1:])
-        losses = row.pop("losses")
-        if not rows:
-            base = losses
-        difference = losses - base
-        row |= {
-            "name": variant.name,
-            "mode": variant.mode,
-            "perplexity_ratio": float(np.exp(difference.mean())),
-            "ratio_standard_error": float(
-                np.exp(difference.mean()) * difference.std() / np.sqrt(count)
-            ),
-            "tflite_bytes": manifest["verification"]["size_bytes"],
-            "parameter_bytes": manifest["verification"]["parameter_bytes"],
-        }
-        rows.append(row)
-        console.print(
-            f"  {variant.name}: perplexity {row['perplexity']:.3f}, "
-            f"{row['perplexity_ratio']:.4f} of float32"
+        losses[variant.name] = row.pop("losses")
+        rows.append(
+            {
+                "name": variant.name,
+                "mode": variant.mode,
+                **row,
+                **ratio(losses[variant.name], losses["float32"], "perplexity_ratio"),
+                "tflite_bytes": manifest["verification"]["size_bytes"],
+                "parameter_bytes": manifest["verification"]["parameter_bytes"],
+            }
         )
+        console.print(
+            f"  {variant.name}: perplexity {rows[-1]['perplexity']:.3f}, "
+            f"{rows[-1]['perplexity_ratio']:.4f} of float32"
+        )
+    for row, variant in zip(rows, VARIANTS, strict=True):
+        # What was trained further is compared with float32 trained as long.
+        own = "float32" if variant.model == "float" else AS_LONG
+        row |= ratio(losses[variant.name], losses[own], "ratio_to_own_float32")
     report(name, rows)
     return {
         "sizes": model.get_config(),
@@ -199,13 +205,15 @@ def study(name, source, folder, course, num_tokens):
 def report(name, rows):
     print_table(
         f"{name}: what each file costs in accuracy",
-        ("", "MB", "perplexity", "of float32", "KL, nats", "same top-1"),
+        ("", "MB", "perplexity", "of float32", "of its own", "KL", "same top-1"),
         [
             (
                 row["name"],
                 f"{row['tflite_bytes'] / 1e6:.2f}",
                 f"{row['perplexity']:.3f}",
-                f"{row['perplexity_ratio']:.4f} ± {row['ratio_standard_error']:.4f}",
+                f"{row['perplexity_ratio']:.4f}",
+                f"{row['ratio_to_own_float32']:.4f} "
+                f"± {row['ratio_to_own_float32_standard_error']:.4f}",
                 f"{row['divergence_nats']:.5f}",
                 f"{row['top1_agreement']:.1%}",
             )
@@ -220,13 +228,16 @@ def draw(studies):
     FigureCanvasAgg(figure)
     for index, (name, result) in enumerate(studies.items()):
         axes = figure.add_subplot(1, len(studies), index + 1)
-        rows = [row for row in result["rows"] if "trained as long" not in row["name"]]
-        rows = [row for row in rows if "of that" not in row["name"]][1:]
-        rows.sort(key=lambda row: row["perplexity_ratio"], reverse=True)
-        values = [100 * (row["perplexity_ratio"] - 1) for row in rows]
-        errors = [100 * row["ratio_standard_error"] for row in rows]
+        rows = [row for row in result["rows"] if not row["name"].startswith("float32")]
+        rows.sort(key=lambda row: row["ratio_to_own_float32"], reverse=True)
+        values = [100 * (row["ratio_to_own_float32"] - 1) for row in rows]
+        errors = [100 * row["ratio_to_own_float32_standard_error"] for row in rows]
         colours = [OURS if "QAT" in row["name"] else THEIRS for row in rows]
-        labels = [f"{row['name']} ({row['tflite_bytes'] / 1e6:.2f} MB)" for row in rows]
+        names = [row["name"].replace("of that", "of a model as long") for row in rows]
+        sizes = [row["tflite_bytes"] / 1e6 for row in rows]
+        labels = [
+            f"{name} ({size:.2f} MB)" for name, size in zip(names, sizes, strict=True)
+        ]
         axes.barh(labels, values, xerr=errors, color=colours, height=0.65)
         axes.axvline(0, color="#555555", linewidth=0.8)
         for place, value in enumerate(values):
@@ -239,7 +250,7 @@ def draw(studies):
             )
         axes.margins(x=0.18)
         axes.set_title(name, fontsize=10, loc="left")
-        axes.set_xlabel("change of perplexity against the float32 file, %")
+        axes.set_xlabel("perplexity above that of a float32 file trained as long, %")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     figure.savefig(RESULTS / "quantization.png", dpi=110)

@@ -31,7 +31,9 @@ class QuantizationConfig:
     """Types of weights and activations, and the course of their ranges.
 
     Args:
-        weight_bits: Bits per weight of every matrix, tables included: 2 to 8.
+        weight_bits: Bits per weight of every matrix, tables included: 2 to 8. A file
+            holds 8 per channel, or 4 in blocks of 32, which is finer than what is
+            trained here with 4: fewer than 8 are for study.
         per_channel: Whether every output channel of a matrix, or row of a table, has
             a scale of its own; otherwise each matrix has one, as TF-MOT's default.
         inputs: Type of what the products with weights read: layer-normalised
