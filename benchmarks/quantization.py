@@ -233,7 +233,7 @@ def draw(studies):
         values = [100 * (row["ratio_to_own_float32"] - 1) for row in rows]
         errors = [100 * row["ratio_to_own_float32_standard_error"] for row in rows]
         colours = [OURS if "QAT" in row["name"] else THEIRS for row in rows]
-        names = [row["name"].replace("of that", "of a model as long") for row in rows]
+        names = [row["name"].replace(" of that", ", trained on") for row in rows]
         sizes = [row["tflite_bytes"] / 1e6 for row in rows]
         labels = [
             f"{name} ({size:.2f} MB)" for name, size in zip(names, sizes, strict=True)
@@ -250,7 +250,7 @@ def draw(studies):
             )
         axes.margins(x=0.18)
         axes.set_title(name, fontsize=10, loc="left")
-        axes.set_xlabel("perplexity above that of a float32 file trained as long, %")
+        axes.set_xlabel("perplexity above float32 trained as long, %")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     figure.savefig(RESULTS / "quantization.png", dpi=110)

@@ -585,7 +585,7 @@ def _prepare(config, out, overwrite, notice):
             _encode(text, tokenizer, staging / "data", notice)
             corpus = text.describe()
         else:
-            notice(f"taking the tokens of {source}")
+            notice(f"taking the tokens of the run {source.name}")
             shutil.copytree(source / "data", staging / "data")
             corpus = files.read_json(source / "run.json")["corpus"]
         windows = [
