@@ -18,12 +18,12 @@ from gpt_tf.quiet import quiet
 
 SCORE_LENGTH = 64
 
-# Why the article's other wishes for a file cannot be had.
+# Why modes that one may look for are not there.
 _NO_MODE = {
-    "int8_per_tensor": "per-tensor weights cost accuracy and save nothing",
-    "int4x8": "LiteRT has no product of int4 weights and fixed int8 activations",
-    "bfloat16": "LiteRT's CPU kernels do not compute in bfloat16",
-    "int2": "LiteRT's CPU kernels for int2 are not in its released packages",
+    "int8_per_tensor": "it is `int8` with `per_channel=False`, and costs accuracy",
+    "int4x8": "weights of int4 are multiplied with real activations only",
+    "bfloat16": "float16 has the same size and more digits",
+    "int2": "weights have 4 bits at least",
 }
 
 

@@ -551,7 +551,7 @@ def refused(tmp_path, match, model, *arguments, error=InputError, **options):
     ("mode", "match"),
     [
         ("int5", r"expects one of float32, .*, int4\. Received: 'int5'\.$"),
-        ("bfloat16", "cannot be had: LiteRT's CPU kernels do not"),
+        ("bfloat16", "cannot be had: float16 has the same size"),
         ("int2", "cannot be had"),
         ("int4x8", "cannot be had"),
         ("", "Received: ''"),
