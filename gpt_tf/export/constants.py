@@ -1,7 +1,6 @@
 """A model's weights in the form in which a file of each mode stores them."""
 
 import dataclasses
-import functools
 
 import numpy as np
 
@@ -171,6 +170,8 @@ class Constants:
             has none of its own.
         vectors: float32 `(n,)` by name.
         ranges: (minimum, maximum) of activations by name.
+        grids: Grids of activations that were asked for, so that one activation has
+            one grid in all graphs.
     """
 
     mode: Mode
@@ -178,6 +179,7 @@ class Constants:
     matrices: dict
     vectors: dict
     ranges: dict
+    grids: dict = dataclasses.field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -185,7 +187,6 @@ class Constants:
         vectors = sum(vector.nbytes for vector in self.vectors.values())
         return vectors + sum(matrix.size_bytes for matrix in self.matrices.values())
 
-    @functools.cache  # noqa: B019 - a file's worth of grids, asked for by every graph
     def activation_grid(self, name: str) -> Grid:
         """Return the grid of an activation, int8 or int16 as the mode has it.
 
@@ -195,6 +196,11 @@ class Constants:
         Raises:
             InputError: The activation's range is not known or not finite.
         """
+        if name not in self.grids:
+            self.grids[name] = self._new_grid(name)
+        return self.grids[name]
+
+    def _new_grid(self, name):
         if name not in self.ranges:
             raise InputError(
                 f"This mode expects a range for the activation {name}. Received: "

@@ -9,6 +9,7 @@ share one buffer, and grids are stored once, over all subgraphs.
 Reference: TensorFlow Lite's `schema.fbs`, version 3.
 """
 
+import collections
 import dataclasses
 import hashlib
 
@@ -23,6 +24,7 @@ Type = schema.TensorType
 _LARGEST_BYTES = (1 << 31) - (1 << 24)  # flatbuffers count in signed 32 bits
 _ALIGNMENT = 64
 
+_NAMES = {v: k for k, v in vars(Op).items() if not k.startswith("_")}
 _TYPES = {
     np.dtype(np.float32): Type.FLOAT32,
     np.dtype(np.float16): Type.FLOAT16,
@@ -101,12 +103,9 @@ class Model:
 
     def operators(self) -> dict[str, int]:
         """Return how often each operator occurs, by name."""
-        names = {v: k for k, v in vars(Op).items() if not k.startswith("_")}
-        codes, counts = list(self._codes), {}
-        for subgraph in self.subgraphs:
-            for code, *_ in subgraph.operations:
-                name = names[codes[code][0]]
-                counts[name] = counts.get(name, 0) + 1
+        counts = collections.Counter(
+            name for subgraph in self.subgraphs for name, _ in subgraph.results()
+        )
         return dict(sorted(counts.items()))
 
     def buffer(self, array: np.ndarray) -> int:
@@ -210,10 +209,10 @@ class Subgraph:
         return outputs
 
     def results(self):
-        """Yield each operation's operator and outputs."""
-        codes = self.model.parts[1]
+        """Yield the name of each operation's operator, and its outputs."""
+        _, codes, _ = self.model.parts
         for code, _, outputs, _ in self.operations:
-            yield codes[code][0], outputs
+            yield _NAMES[codes[code][0]], outputs
 
     def _tensor(self, shape, kind, grid, buffer=0, name=None):
         scales = None

@@ -127,7 +127,7 @@ class _Graph:
         block = f"block_{index}"
         normal = self.at(
             f"{block}/attention_norm_activation",
-            self._norm(x, f"{block}/attention_norm"),
+            self._norm(x, f"{block}/attention_norm_"),
         )
         query, key, value = self._query_key_value(block, normal, goes_on)
         key_cache, value_cache = self.caches[2 * index : 2 * index + 2]
@@ -139,16 +139,20 @@ class _Graph:
             return None
         context = self._attend(block, query, keys, values)
         attended = self._product(
-            f"{block}/output", context, f"{block}/attended_activation"
+            f"{block}/output", context, *self._fixed(f"{block}/attended_activation")
         )
         x = self._add(x, attended, f"{block}/attention_residual_activation")
         normal = self.at(
             f"{block}/feedforward_norm_activation",
-            self._norm(x, f"{block}/feedforward_norm"),
+            self._norm(x, f"{block}/feedforward_norm_"),
         )
-        up = self._product(f"{block}/up", normal, f"{block}/up_activation")
+        up = self._product(
+            f"{block}/up", normal, *self._fixed(f"{block}/up_activation")
+        )
         hidden = self._gelu(up, f"{block}/hidden_activation")
-        down = self._product(f"{block}/down", hidden, f"{block}/down_activation")
+        down = self._product(
+            f"{block}/down", hidden, *self._fixed(f"{block}/down_activation")
+        )
         return self._add(x, down, f"{block}/feedforward_residual_activation")
 
     def _query_key_value(self, block, normal, wants_query):
@@ -171,12 +175,10 @@ class _Graph:
 
     def _piece(self, block, name, normal):
         kind, grid = self._fixed(f"{block}/qkv_activation")
-        if grid is None:
-            return self._product(f"{block}/{name}", normal)
-        if name == "query":
+        if name == "query" and grid is not None:
             # Divided by the root of the head width, as its kernel is.
             grid = affine_grid(grid.scale / self.head_dim**0.5, grid.zero_point)
-        return self._integer_product(f"{block}/{name}", normal, kind, grid)
+        return self._product(f"{block}/{name}", normal, kind, grid)
 
     def _attend(self, block, query, keys, values):
         """`(1, H, T, D)` and caches `(1, H, S, D)` -> context `(1, T, H * D)`."""
@@ -194,14 +196,13 @@ class _Graph:
         return self.at(f"{block}/context_activation", self._join_heads(context))
 
     def _head(self, x):
-        normal = self.at("final_norm/norm_activation", self._norm(x, "final_norm"))
+        normal = self.at("final_norm/norm_activation", self._norm(x, "final_norm/"))
         name = "head/kernel"
         if name not in self.constants.matrices:
             name = "embedding/token_table"
         matrix = self.constants.matrices[name]
-        return self._real(
-            self._dense(normal, matrix, None, name, "head/logits_activation")
-        )
+        kind, grid = self._fixed("head/logits_activation")
+        return self._real(self._dense(normal, matrix, None, kind, grid))
 
     # Grids
 
@@ -246,16 +247,15 @@ class _Graph:
 
     # Operations
 
-    def _product(self, name, x, activation=None):
+    def _product(self, name, x, kind=Type.FLOAT32, grid=None):
         matrix = self.constants.matrices[f"{name}_kernel"]
         bias = self.constants.vectors[f"{name}_bias"]
-        return self._dense(x, matrix, bias, name, activation)
+        return self._dense(x, matrix, bias, kind, grid)
 
-    def _dense(self, x, matrix, bias, name, activation=None):
+    def _dense(self, x, matrix, bias, kind, grid):
         """Multiply by a matrix: in integers where both sides are on a grid."""
-        kind, grid = self._fixed(activation or "")
         if x.grid is not None and grid is not None:
-            return self._integer_dense(x, matrix, bias, name, kind, grid)
+            return self._integer_dense(x, matrix, bias, kind, grid)
         options = _dense_options()
         options.asymmetricQuantizeInputs = matrix.kind in (Type.INT8, Type.INT4)
         version = 5
@@ -274,24 +274,19 @@ class _Graph:
         )
         return y if grid is None else self._quantize(y, kind, grid)
 
-    def _integer_product(self, name, x, kind, grid):
-        matrix = self.constants.matrices[f"{name}_kernel"]
-        bias = self.constants.vectors[f"{name}_bias"]
-        return self._integer_dense(x, matrix, bias, name, kind, grid)
-
-    def _integer_dense(self, x, matrix, bias, name, kind, grid):
+    def _integer_dense(self, x, matrix, bias, kind, grid):
         options = _dense_options()
         options.quantizedBiasType = Type.INT32
         version = 5 if kind == Type.INT8 else 11
         if bias is not None:
-            bias = self._integer_bias(name, bias, x.grid, matrix.grid)
+            bias = self._integer_bias(bias, x.grid, matrix.grid)
         shape = (*x.shape[:-1], matrix.shape[0])
         inputs = [x, self._matrix(matrix), bias]
         return self.graph.op(
             Op.FULLY_CONNECTED, inputs, shape, kind, grid, options, version
         )
 
-    def _integer_bias(self, name, bias, input_grid, matrix_grid):
+    def _integer_bias(self, bias, input_grid, matrix_grid):
         # In double precision: a bias of int32 may have more digits than float32.
         scales = np.float64(input_grid.scale) * matrix_grid.scales.astype(np.float64)
         limit = 2**31 - 1
@@ -322,23 +317,17 @@ class _Graph:
             version=4 if per_row else 1,
         )
 
-    def _norm(self, x, name):
+    def _norm(self, x, prefix):
         x = self._real(x)
         centred = self._binary(Op.SUB, schema.SubOptionsT(), x, self._mean(x))
-        variance = self._mean(
-            self._binary(Op.MUL, schema.MulOptionsT(), centred, centred)
-        )
+        variance = self._mean(self._multiply(centred, centred))
         epsilon = self.graph.constant(self.epsilon)
         spread = self._add(variance, epsilon)
         inverse = self.graph.op(Op.RSQRT, [spread], spread.shape)
         normal = self._multiply(centred, inverse)
         gamma, beta = (
-            self.graph.constant(self.constants.vectors[key])
-            for key in (
-                (f"{name}_gamma", f"{name}_beta")
-                if name.startswith("block")
-                else (f"{name}/gamma", f"{name}/beta")
-            )
+            self.graph.constant(self.constants.vectors[f"{prefix}{part}"])
+            for part in ("gamma", "beta")
         )
         return self._add(self._multiply(normal, gamma), beta)
 
@@ -391,8 +380,8 @@ class _Graph:
     def _matmul(self, a, b, shape, activation, adjoint=False):
         options = schema.BatchMatMulOptionsT()
         options.adjY = adjoint
-        if a.grid is not None and b.grid is not None and self.constants.mode.everything:
-            kind, grid = self._fixed(activation)
+        kind, grid = self._fixed(activation)
+        if a.grid is not None and b.grid is not None and grid is not None:
             return self.graph.op(
                 Op.BATCH_MATMUL, [a, b], shape, kind, grid, options, version=2
             )

@@ -59,11 +59,11 @@ def export_litertlm(
             f"`path` expects a name that ends in .litertlm. Received: {path.name!r}."
         )
     tflite.refuse_other_models(model)
-    if tokenizer is None or tokenizer.vocab_size > _vocab_size(model):
+    if tokenizer is None or tokenizer.vocab_size > model.vocab_size:
         size = None if tokenizer is None else tokenizer.vocab_size
         raise InputError(
             "`tokenizer` expects the one that the model was trained with, of at most "
-            f"{_vocab_size(model)} tokens. Received: {size}."
+            f"{model.vocab_size} tokens. Received: {size}."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,10 +89,6 @@ def export_litertlm(
         )
     except OSError as error:
         raise tflite.no_space(path, error) from None
-
-
-def _vocab_size(model):
-    return model.get_config().get("vocab_size") or model.output_shape[-1]
 
 
 def _bundle(folder, manifest, tokenizer, stream):

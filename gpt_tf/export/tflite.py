@@ -12,6 +12,7 @@ from gpt_tf import files
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.export import constants as weights
 from gpt_tf.export import flatbuffer, graph, seal, signatures, verify
+from gpt_tf.models.decoding import parts_of
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.quiet import quiet
@@ -203,9 +204,7 @@ def _source_of(model, mode, ranges, representative, say):
 
 
 def _refuse_untrained(model):
-    biases = [w for w in model.weights if w.name.rpartition("/")[2].startswith("down")]
-    biases = [w for w in biases if "bias" in w.name]
-    if biases and not any(np.any(bias.numpy()) for bias in biases):
+    if not any(np.any(block.down_bias.numpy()) for block in parts_of(model).blocks):
         raise InputError(
             "Exporting expects a trained model. Received: one whose biases are all 0, "
             "as before the first step. Train it, load its weights, or pass "

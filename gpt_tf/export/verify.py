@@ -6,13 +6,12 @@ final name.
 """
 
 import numpy as np
-from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
 from gpt_tf.errors import InputError
 from gpt_tf.export import signatures
 from gpt_tf.export.constants import Constants
-from gpt_tf.export.flatbuffer import Model
+from gpt_tf.export.flatbuffer import Model, Type
 from gpt_tf.export.graph import FLOAT_ISLANDS
 
 # A file may be larger than its parameters by this factor and the graphs' bytes.
@@ -106,11 +105,9 @@ def _require(good, expected, received):
 
 def _check_islands(model):
     """See that only documented operations compute with real numbers."""
-    names = {v: k for k, v in vars(schema.BuiltinOperator).items() if k[0] != "_"}
     for graph in model.subgraphs:
-        for operator, outputs in graph.results():
-            if any(t.type == schema.TensorType.FLOAT32 for t in outputs):
-                name = names[operator]
+        for name, outputs in graph.results():
+            if any(tensor.type == Type.FLOAT32 for tensor in outputs):
                 _require(name in FLOAT_ISLANDS, "integer operations", name)
 
 
