@@ -293,11 +293,7 @@ class _Call:
 
     def __init__(self, signature, room):
         self.mask_buffer = signature.input_buffer(signatures.MASK)
-        self.mask = np.full(
-            (signature.length, room.capacity), signatures.MASKED, np.float32
-        )
-        self._columns = np.arange(room.capacity)
-        self._rows = np.arange(signature.length)[:, None]
+        self.mask = np.zeros((signature.length, room.capacity), np.float32)
         self._position = None
         buffers = {
             **room.caches,
@@ -314,8 +310,9 @@ class _Call:
         if len(self.mask) == 1 and position - 1 == self._position:
             self.mask[0, position] = 0
         else:
-            hidden = self._columns > self._rows + position
-            np.multiply(hidden, np.float32(signatures.MASKED), out=self.mask)
+            length, capacity = self.mask.shape
+            positions = np.arange(position, position + length)
+            self.mask[:] = signatures.mask(positions, capacity)[0, 0]
         self._position = position
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from gpt_tf.errors import InputError
 from gpt_tf.export.flatbuffer import Grid, Type
 from gpt_tf.models.decoding import parts_of
-from gpt_tf.quantization.weights import quantize_array
+from gpt_tf.quantization.weights import SMALLEST_SCALE, quantize_array
 
 INT4_BLOCK = 32
 _INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -236,8 +236,7 @@ def symmetric_grid(scale: float) -> Grid:
 
 
 def _never_zero(scale):
-    # What float32 cannot hold in full it may take for 0.
-    return scale if scale >= np.finfo(np.float32).tiny else 1.0
+    return scale if scale >= SMALLEST_SCALE else 1.0
 
 
 def constants_of(model, mode: str, ranges=None, per_channel=True) -> Constants:

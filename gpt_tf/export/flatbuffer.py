@@ -88,6 +88,7 @@ class Model:
         self.subgraphs = []
         self._buffers = [np.empty(0, np.uint8)]
         self._buffer_of = {}
+        self._known = {}  # by identity, with the array, so that no other takes its id
         self._codes = {}
         self._metadata = []
 
@@ -110,6 +111,12 @@ class Model:
 
     def buffer(self, array: np.ndarray) -> int:
         """Return the index of the buffer with these bytes."""
+        # Every signature asks for the same weights; they are hashed once.
+        if id(array) not in self._known:
+            self._known[id(array)] = (array, self._buffer_with(array))
+        return self._known[id(array)][1]
+
+    def _buffer_with(self, array):
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         key = (data.nbytes, hashlib.sha256(data).digest())
         if key not in self._buffer_of:

@@ -9,8 +9,7 @@ fuses; TensorFlow's own fake quantisers it cannot compile, and they know no 16 b
 import tensorflow as tf
 
 from gpt_tf.models import operations
-
-_TINY = 1.1754944e-38  # below it devices read a scale as 0
+from gpt_tf.quantization.weights import SMALLEST_SCALE
 
 
 def fake_quantize(x, minimum, maximum, dtype="int8"):
@@ -76,7 +75,8 @@ def fake_quantize_weights(weights, bits=8, axis=None):
     def round_all(w):
         shared = [a for a in range(w.shape.rank) if a != axis]
         largest = tf.reduce_max(tf.abs(w), axis=shared, keepdims=True)
-        scale = tf.where(largest > 0.0, tf.maximum(largest / limit, _TINY), 1.0)
+        scale = tf.maximum(largest / limit, SMALLEST_SCALE)
+        scale = tf.where(largest > 0.0, scale, 1.0)
         return operations.keep(tf.round(w / scale) * scale), lambda dy: dy
 
     return tf.cast(round_all(tf.cast(weights, tf.float32)), weights.dtype)

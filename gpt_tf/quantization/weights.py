@@ -21,7 +21,7 @@ BLOCK_SIZE = 32
 _OUTPUTS_FIRST = ("embedding/token_table", "embedding/position_table", "head/kernel")
 
 # Below it float32 loses digits, and the runtimes of devices read 0.
-_SMALLEST_SCALE = np.finfo(np.float32).tiny
+SMALLEST_SCALE = np.finfo(np.float32).tiny
 
 
 # Arrays
@@ -175,7 +175,7 @@ def _largest(magnitudes, axis, block_size):
 
 
 def _scale(largest, limit):
-    scales = np.maximum(largest / np.float32(limit), _SMALLEST_SCALE)
+    scales = np.maximum(largest / np.float32(limit), SMALLEST_SCALE)
     return np.where(largest > 0, scales, np.float32(1.0)).astype(np.float32)
 
 

@@ -191,28 +191,25 @@ def test_logits_that_are_no_numbers_are_noticed(write, monkeypatch):
 
 
 def test_a_float_operation_in_int8_full_is_noticed(write, monkeypatch):
-    break_method(
-        monkeypatch,
-        "_product",
-        lambda original, self, name, x, activation=None: self.at(
-            activation or "", original(self, name, self._real(x))
-        ),
-    )
+    def in_floats(original, self, name, x, kind=None, grid=None):
+        y = original(self, name, self._real(x))
+        return y if grid is None else self._quantize(y, kind, grid)
+
+    break_method(monkeypatch, "_product", in_floats)
     write("int8_full", match="expects integer operations. Received: FULLY_CONNECTED")
 
 
 def test_a_second_copy_of_the_weights_is_noticed(build_model, tmp_path, monkeypatch):
     model = build_model(embedding_dim=128)
     original = flatbuffer.Model.buffer
-    monkeypatch.setattr(
-        flatbuffer.Model,
-        "buffer",
-        lambda self, array: (
-            self._buffer_of.clear() or original(self, array)
-            if np.asarray(array).nbytes > 4096
-            else original(self, array)
-        ),
-    )
+
+    def forgetful(self, array):
+        if np.asarray(array).nbytes > 4096:
+            self._known.clear()
+            self._buffer_of.clear()
+        return original(self, array)
+
+    monkeypatch.setattr(flatbuffer.Model, "buffer", forgetful)
     with pytest.raises(VerificationError, match="a size of at most"):
         export_tflite(model, tmp_path / "gpt.tflite", "float32")
     assert not list(tmp_path.iterdir())
