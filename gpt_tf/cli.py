@@ -4,7 +4,6 @@ import functools
 import itertools
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ import typer.core
 from rich.console import Console
 
 from gpt_tf.errors import InputError
+from gpt_tf.quiet import held_back
 
 
 class _Commands(typer.core.TyperGroup):
@@ -46,6 +46,22 @@ def _main(
     app.debug = debug
 
 
+# Options that several commands have.
+_Resume = Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")]
+_Overwrite = Annotated[bool, typer.Option(help="Replace the run that stands in --out.")]
+_BatchSize = Annotated[int | None, typer.Option(help="Windows per step.")]
+_ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations.")]
+_CheckpointEvery = Annotated[
+    int | None, typer.Option(help="Steps between checkpoints.")
+]
+_Strategy = Annotated[
+    str | None, typer.Option(help="auto, one_device, mirrored, multi_worker or tpu.")
+]
+_VirtualDevices = Annotated[
+    int | None, typer.Option(help="Split the CPU into so many logical devices.")
+]
+
+
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/gpt"),
@@ -59,12 +75,8 @@ def train(
         str | None,
         typer.Option(help="quickstart, tiny, shakespeare-char or small."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option(help="Go on with the interrupted run in --out.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace the run that stands in --out.")
-    ] = False,
+    resume: _Resume = False,
+    overwrite: _Overwrite = False,
     tokenizer: Annotated[
         str | None, typer.Option(help="bpe, character, or a tokenizer.json.")
     ] = None,
@@ -83,7 +95,7 @@ def train(
     tie_embeddings: Annotated[
         bool | None, typer.Option(help="Score with the token table.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
+    batch_size: _BatchSize = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option(help="Parts in which a batch is computed.")
     ] = None,
@@ -100,9 +112,7 @@ def train(
     global_clipnorm: Annotated[
         float | None, typer.Option(help="Largest norm of the gradient.")
     ] = None,
-    validate_every: Annotated[
-        int | None, typer.Option(help="Steps between validations.")
-    ] = None,
+    validate_every: _ValidateEvery = None,
     validation_batches: Annotated[
         int | None, typer.Option(help="Batches per validation.")
     ] = None,
@@ -110,9 +120,7 @@ def train(
         int | None,
         typer.Option(help="Stop after so many validations without improvement."),
     ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints.")
-    ] = None,
+    checkpoint_every: _CheckpointEvery = None,
     keep_checkpoints: Annotated[
         int | None, typer.Option(help="Newest checkpoints that stay.")
     ] = None,
@@ -126,26 +134,17 @@ def train(
         str | None, typer.Option(help="float32, mixed_bfloat16 or mixed_float16.")
     ] = None,
     jit_compile: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(help="auto, one_device, mirrored, multi_worker or tpu."),
-    ] = None,
-    virtual_devices: Annotated[
-        int | None, typer.Option(help="Split the CPU into so many logical devices.")
-    ] = None,
+    strategy: _Strategy = None,
+    virtual_devices: _VirtualDevices = None,
     seed: Annotated[int | None, typer.Option(help="Of weights and data.")] = None,
     init_from: Annotated[
         str | None, typer.Option(help="Trained run or model to go on from.")
     ] = None,
 ):
     """Train a GPT on text and leave a folder to generate from."""
-    given = dict(locals())
-    for name in ("out", "preset", "resume", "overwrite", "virtual_devices"):
-        given.pop(name)
-    changes = {name: value for name, value in given.items() if value is not None}
-    if "corpus" in changes:
-        paths = changes["corpus"]
-        changes["corpus"] = paths[0] if len(paths) == 1 else tuple(paths)
+    changes = _changes(
+        locals(), ("out", "preset", "resume", "overwrite", "virtual_devices")
+    )
     _import_tensorflow()
     from gpt_tf import training
     from gpt_tf.display import print_result
@@ -162,8 +161,7 @@ def train(
         out,
         resume=resume,
         overwrite=overwrite,
-        # A notice may quote any text; none of it is rich's markup.
-        on_notice=Console(markup=False, emoji=False, highlight=False).print,
+        on_notice=_notice,
         **changes,
     )
     print_result(result)
@@ -187,45 +185,26 @@ def quantize(
     full: Annotated[
         bool, typer.Option(help="Residual, softmax and logits in integers too.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option(help="Go on with the interrupted run in --out.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace the run that stands in --out.")
-    ] = False,
+    resume: _Resume = False,
+    overwrite: _Overwrite = False,
     steps: Annotated[
         int | None, typer.Option(help="Optimiser steps; a tenth of the source's.")
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="At its peak; a twentieth of the source's.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step.")] = None,
-    validate_every: Annotated[
-        int | None, typer.Option(help="Steps between validations.")
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints.")
-    ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(help="auto, one_device, mirrored, multi_worker or tpu."),
-    ] = None,
-    virtual_devices: Annotated[
-        int | None, typer.Option(help="Split the CPU into so many logical devices.")
-    ] = None,
+    batch_size: _BatchSize = None,
+    validate_every: _ValidateEvery = None,
+    checkpoint_every: _CheckpointEvery = None,
+    strategy: _Strategy = None,
+    virtual_devices: _VirtualDevices = None,
     seed: Annotated[int | None, typer.Option(help="Of the data's order.")] = None,
 ):
     """Make a trained model ready for integers, by training it a little further."""
-    given = dict(locals())
-    kept = ("model", "method", "out", "full", "resume", "overwrite", "virtual_devices")
-    changes = {
-        name: value
-        for name, value in given.items()
-        if name not in kept and value is not None
-    }
-    if "corpus" in changes:
-        paths = changes["corpus"]
-        changes["corpus"] = paths[0] if len(paths) == 1 else tuple(paths)
+    changes = _changes(
+        locals(),
+        ("model", "method", "out", "full", "resume", "overwrite", "virtual_devices"),
+    )
     if method not in _QUANTIZE_METHODS:
         raise InputError(
             f"`--method` expects one of {', '.join(_QUANTIZE_METHODS)}. "
@@ -245,7 +224,7 @@ def quantize(
         QuantizationConfig.full() if full else None,
         resume=resume,
         overwrite=overwrite,
-        on_notice=Console(markup=False, emoji=False, highlight=False).print,
+        on_notice=_notice,
         **changes,
     )
     print_result(result)
@@ -293,7 +272,7 @@ def export(
         mode,
         corpus=corpus or None,
         allow_untrained=allow_untrained,
-        on_notice=Console(markup=False, emoji=False, highlight=False).print,
+        on_notice=_notice,
         **{name: value for name, value in options.items() if value is not None},
     )
     print_export(manifest, out)
@@ -345,6 +324,24 @@ def generate(
     typer.echo("Type a beginning; an empty line ends.", err=True)
     while line := _ask():
         answer(line)
+
+
+def _changes(given, others):
+    """Return the fields of a configuration that the command line gave."""
+    changes = {
+        name: value
+        for name, value in given.items()
+        if name not in others and value is not None
+    }
+    if "corpus" in changes:
+        paths = changes["corpus"]
+        changes["corpus"] = paths[0] if len(paths) == 1 else tuple(paths)
+    return changes
+
+
+def _notice(line):
+    # It may quote any text; none of it is rich's markup.
+    Console(markup=False, emoji=False, highlight=False).print(line)
 
 
 def _is_edge(model):
@@ -408,26 +405,19 @@ def main():
 
 
 _EXTRAS = dict.fromkeys(
-    ("tensorflow", "tf_keras", "safetensors", "matplotlib", "keras_nlp"), "train"
+    (
+        *("tensorflow", "tf_keras", "tensorflow_model_optimization", "keras_nlp"),
+        *("safetensors", "matplotlib", "flatbuffers", "litert_lm_builder"),
+    ),
+    "train",
 ) | {"ai_edge_litert": "edge"}
 
 
 def _import_tensorflow():
     """Import TensorFlow without the lines that its libraries log meanwhile."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as swallowed:
-        os.dup2(swallowed.fileno(), 2)
-        try:
-            import tensorflow as tf
-        except BaseException:
-            swallowed.seek(0)
-            os.write(kept, swallowed.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    with held_back(lambda line, failed: failed):
+        import tensorflow as tf
     tf.get_logger().setLevel("ERROR")
 
 

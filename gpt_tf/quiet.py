@@ -1,7 +1,7 @@
-"""LiteRT's remarks kept off the standard error stream.
+"""What native code remarks, kept off the standard error stream.
 
-LiteRT logs from native code how it starts and ends, and its Python package has no
-switch for that. Errors still get through.
+LiteRT and TensorFlow's libraries log from native code how they start and end, and
+their Python packages have no switch for that. Errors still get through.
 """
 
 import contextlib
@@ -11,16 +11,26 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # The levels of LiteRT's lines, and what continues one.
 _REMARKS = (b"INFO:", b"WARNING:", b"VERBOSE:", "\u2514".encode())
 _lock = threading.Lock()
 
 
+def quiet():
+    """Hold back LiteRT's remarks; whatever else is written follows at the end."""
+    return held_back(lambda line, failed: not line.startswith(_REMARKS))
+
+
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back what native code writes to standard error; errors follow at the end."""
+def held_back(passes: Callable[[bytes, bool], bool]) -> Iterator[None]:
+    """Hold back what native code writes to standard error while the block runs.
+
+    Args:
+        passes: Called with each line and whether the block failed; says which lines
+            follow at the end.
+    """
     with _lock, contextlib.ExitStack() as stack:
         with contextlib.suppress(AttributeError, OSError, ValueError):
             sys.stderr.flush()
@@ -31,17 +41,17 @@ def quiet() -> Iterator[None]:
             return
         stack.callback(os.close, kept)
         swallowed = stack.enter_context(tempfile.TemporaryFile())
-        stack.callback(_pass_errors_on, swallowed, kept)
+
+        def replay(kind, error, traceback):
+            swallowed.seek(0)
+            for line in swallowed:
+                if passes(line, error is not None):
+                    os.write(kept, line)
+
+        stack.push(replay)
         os.dup2(swallowed.fileno(), 2)
         stack.callback(os.dup2, kept, 2)
         yield
-
-
-def _pass_errors_on(swallowed, stream):
-    swallowed.seek(0)
-    for line in swallowed:
-        if not line.startswith(_REMARKS):
-            os.write(stream, line)
 
 
 @functools.cache
