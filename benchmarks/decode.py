@@ -21,6 +21,7 @@ from generation import Task
 from harness import (
     Contender,
     console,
+    gpt_tf_model,
     print_machine,
     read_rate,
     save,
@@ -68,13 +69,7 @@ def export(task, folder, modes):
     from gpt_tf.export.litertlm import export_litertlm
 
     def once():
-        model = gpt_tf.GPTModel(
-            task.vocab_size,
-            task.embedding_dim,
-            task.num_layers,
-            task.num_heads,
-            context_length=task.context_length,
-        )
+        model = gpt_tf_model(task)
         weights = peers.random_weights(task)
         names = ["tokens", "positions"]
         for layer in range(task.num_layers):

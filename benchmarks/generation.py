@@ -14,6 +14,7 @@ import numpy as np
 from harness import (
     Contender,
     console,
+    gpt_tf_model,
     keras_hub_gpt2,
     print_machine,
     print_table,
@@ -50,13 +51,7 @@ class Task:
 def gpt_tf_generate(task):
     import gpt_tf
 
-    model = gpt_tf.GPTModel(
-        task.vocab_size,
-        task.embedding_dim,
-        task.num_layers,
-        task.num_heads,
-        context_length=task.context_length,
-    )
+    model = gpt_tf_model(task)
     prompt = [int(token) for token in task.prompt()]
 
     def once():

@@ -227,6 +227,19 @@ def import_or_not_here(name):
         raise NotHere(f"{name} is not installed") from None
 
 
+def gpt_tf_model(shape):
+    """Build a `GPTModel` from a shape or task with its sizes."""
+    import gpt_tf
+
+    return gpt_tf.GPTModel(
+        shape.vocab_size,
+        shape.embedding_dim,
+        shape.num_layers,
+        shape.num_heads,
+        context_length=shape.context_length,
+    )
+
+
 def keras_hub_gpt2(shape):
     """Build KerasHub's `GPT2CausalLM` from sizes named as `GPTModel` names them."""
     import_or_not_here("keras_nlp")

@@ -22,6 +22,7 @@ from generation import Task
 from harness import (
     Contender,
     NotHere,
+    gpt_tf_model,
     import_or_not_here,
     keras_hub_gpt2,
     print_machine,
@@ -452,13 +453,7 @@ def gpt_tf_keras(task, threads, folder):
     _limit_tensorflow(threads)
     import gpt_tf
 
-    model = gpt_tf.GPTModel(
-        task.vocab_size,
-        task.embedding_dim,
-        task.num_layers,
-        task.num_heads,
-        context_length=task.context_length,
-    )
+    model = gpt_tf_model(task)
     prompt = [int(token) for token in task.prompt()]
 
     def once():

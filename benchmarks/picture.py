@@ -45,15 +45,19 @@ def draw_training(axes, report, name, title):
     draw_bars(axes, rows, shape["floor_ms"], title, "milliseconds a step")
 
 
-def draw_generation(axes, report):
-    rows = [
+def speeds(report):
+    """Return name and tokens per second of the contenders that ran."""
+    return [
         (row["name"], row["tokens_per_second"])
         for row in report["results"]
         if "tokens_per_second" in row
     ]
+
+
+def draw_generation(axes, report):
     draw_bars(
         axes,
-        rows,
+        speeds(report),
         report["floor_tokens_per_second"],
         "Generation, GPT-2 small, float32",
         "tokens per second",
@@ -82,14 +86,9 @@ def draw_quality(axes, report):
 
 def draw_decode(axes, report, threads):
     measured = report["threads"][threads]
-    rows = [
-        (row["name"], row["tokens_per_second"])
-        for row in measured["results"]
-        if "tokens_per_second" in row
-    ]
     draw_bars(
         axes,
-        rows,
+        speeds(measured),
         measured["floor_tokens_per_second"]["dynamic_int8"],
         f"The file, GPT-2 small, {threads} thread{'s' * (threads != '1')}",
         "tokens per second",

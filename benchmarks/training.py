@@ -16,6 +16,7 @@ import numpy as np
 from harness import (
     Contender,
     console,
+    gpt_tf_model,
     import_or_not_here,
     keras_hub_gpt2,
     print_machine,
@@ -81,13 +82,7 @@ def gpt_tf_fit(shape, jit_compile):
     """`GPTModel.fit` on `Windows`, all as a user gets it."""
     import gpt_tf
 
-    model = gpt_tf.GPTModel(
-        shape.vocab_size,
-        shape.embedding_dim,
-        shape.num_layers,
-        shape.num_heads,
-        context_length=shape.context_length,
-    )
+    model = gpt_tf_model(shape)
     model.compile(
         optimizer=gpt_tf.AdamW(
             LEARNING_RATE,
