@@ -4,10 +4,17 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import hypothesis
 import numpy as np
 import pytest
 
 import gpt_tf  # before TensorFlow: it chooses Keras 2
+
+# The default tests take the same examples every time, so that a red test is about the
+# change. `--hypothesis-profile=search` looks for new counter-examples.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_sessionstart(session):
