@@ -1,0 +1,1 @@
+"""Article 3.3: a small GPT that learns from a large one."""
