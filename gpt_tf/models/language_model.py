@@ -60,7 +60,8 @@ class LanguageModel(keras.Model):
 
     `fit` works without a `compile` before it. A subclass builds the graph and has
     the attribute `vocab_size`. One that wants to observe its activations while it
-    trains, as quantisation does, overrides `call_and_observe` and `take_maxima`.
+    trains, as quantisation does, overrides `call_and_observe` and `take_maxima`; one
+    that learns from more than the labels, `sums_of` and `new_token_metrics`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -122,7 +123,7 @@ class LanguageModel(keras.Model):
             jit_compile=False if self._sums_tokens else self._use_xla,
             **kwargs,
         )
-        self._token_metrics = TokenMetrics() if self._sums_tokens else None
+        self._token_metrics = self.new_token_metrics() if self._sums_tokens else None
         # Every replica reports the whole batch: several workers' are not to be added.
         self.distribute_reduction_method = "first" if self._sums_tokens else "auto"
 
@@ -161,7 +162,15 @@ class LanguageModel(keras.Model):
                 "Pass `fit(inputs, labels)` or a dataset of (inputs, labels)."
             )
         self._prepare(x, y, kwargs.get("callbacks"))
+        callbacks = self.prepare_fit(x, kwargs.get("batch_size") or 32)
+        if callbacks:
+            given = tf.nest.flatten(kwargs.pop("callbacks", None) or [])
+            kwargs["callbacks"] = [*given, *callbacks]
         return super().fit(x, y, **kwargs)
+
+    def prepare_fit(self, x, batch_size):
+        """Do what has to be done before weights move; return callbacks to add."""
+        return []
 
     def evaluate(self, x=None, y=None, **kwargs):
         """Measure, as `keras.Model.evaluate`; compiles with the defaults if needed."""
@@ -242,12 +251,16 @@ class LanguageModel(keras.Model):
                 "(inputs, labels)."
             )
         return (
-            tf.cast(x, tf.int32),
+            self.cast_inputs(x),
             tf.cast(y, tf.int32),
             token_weights(y, sample_weight),
         )
 
-    def call_and_observe(self, tokens, weights):
+    def cast_inputs(self, x):
+        """Return the inputs of a batch as the model wants them."""
+        return tf.cast(x, tf.int32)
+
+    def call_and_observe(self, tokens, weights, forward=None):
         """Call the model for training, and say what it wants to know of the batch.
 
         For a training step that XLA compiles, or that cuts its batch in parts: the
@@ -256,15 +269,43 @@ class LanguageModel(keras.Model):
         Args:
             tokens: `(B, T)` int32.
             weights: `(B, T)` float32; rows of nothing but zeros do not count.
+            forward: Function of the tokens that calls this model's layers, for one
+                who wants to see more than the logits; the model itself unless given.
 
         Returns:
-            Logits `(B, T, V)`, and a tuple of tensors whose largest values over the
-            parts of the batch are for `take_maxima`.
+            Logits `(B, T, V)`, or what `forward` returns, and a tuple of tensors whose
+            largest values over the parts of the batch are for `take_maxima`.
         """
-        return self(tokens, training=True), ()
+        return self._forward(tokens, forward), ()
+
+    def _forward(self, tokens, forward):
+        return self(tokens, training=True) if forward is None else forward(tokens)
 
     def take_maxima(self, maxima):
         """Take what `call_and_observe` returned, once a step and before the update."""
+
+    def sums_of(self, part, training):
+        """Compute the loss of a batch or of a part of it.
+
+        Args:
+            part: Inputs, labels `(B, T)` int32 and weights `(B, T)` float32.
+            training: Whether the result will be differentiated.
+
+        Returns:
+            Sums over tokens, float32 scalars for `new_token_metrics().update`, the
+            first of which is trained on; what `call_and_observe` says of maxima; and
+            the logits.
+        """
+        tokens, labels, weights = part
+        if training:
+            logits, maxima = self.call_and_observe(tokens, weights)
+        else:
+            logits, maxima = self(tokens, training=False), ()
+        return operations.token_sums(logits, labels, weights), maxima, logits
+
+    def new_token_metrics(self):
+        """Return metrics that are updated from the sums of `sums_of`."""
+        return TokenMetrics()
 
     def _differentiate(self, batch, scale):
         """Return sums, gradients of the scaled loss sum, maxima, and logits if asked.
@@ -274,12 +315,10 @@ class LanguageModel(keras.Model):
         kept = []
 
         def values(part):
-            tokens, labels, weights = part
-            logits, maxima = self.call_and_observe(tokens, weights)
-            loss, *others = operations.token_sums(logits, labels, weights)
+            sums, maxima, logits = self.sums_of(part, training=True)
             if self._wants_logits():
                 kept.append(logits)
-            return (loss * scale, loss, *others), maxima
+            return (sums[0] * scale, *sums), maxima
 
         sums, gradients, maxima = step.sums_and_gradients(
             values,
@@ -291,9 +330,7 @@ class LanguageModel(keras.Model):
         return sums[1:], gradients, maxima, logits
 
     def _measure(self, batch):
-        tokens, labels, weights = batch
-        logits = self(tokens, training=False)
-        sums = operations.token_sums(logits, labels, weights)
+        sums, _, logits = self.sums_of(batch, training=False)
         return sums, logits if self._wants_logits() else None
 
     def _wants_logits(self):

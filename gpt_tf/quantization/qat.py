@@ -103,31 +103,20 @@ class QuantizationAwareGPT(LanguageModel):
             optimizer = AdamW(3e-5, weight_decay=0.0)
         super().compile(optimizer, *args, **kwargs)
 
-    def fit(self, x=None, y=None, **kwargs):
-        """Train, as `GPTModel.fit`; first measure the ranges where there are none.
+    def prepare_fit(self, x, batch_size):
+        """Measure the ranges where there are none, before weights move.
 
-        Where no range is known, they are calibrated on the first
-        `calibration_batches` of the data, before weights move. After the share
-        `freeze_ranges_at` of the steps of this call the ranges stay as they are,
-        unless `freeze_ranges` has said when.
-
-        Args:
-            x: As for `GPTModel.fit`.
-            y: As for `GPTModel.fit`.
-            **kwargs: As for `GPTModel.fit`.
+        They are calibrated on the first `calibration_batches` of the data. After the
+        share `freeze_ranges_at` of the steps of this `fit` the ranges stay as they
+        are, unless `freeze_ranges` has said when.
         """
-        if y is None and isinstance(x, (list, tf.Tensor)):
-            return super().fit(x, y, **kwargs)  # which refuses it
-        self._prepare(x, y, kwargs.get("callbacks"))
         batches = self.quantization.calibration_batches
         can_be_read_twice = isinstance(x, (list, tf.Tensor, tf.data.Dataset)) or (
             hasattr(x, "shape")
         )
         if batches and can_be_read_twice and not self.is_calibrated:
-            size = kwargs.get("batch_size") or 32
-            self.calibrate(x, batch_size=size, num_batches=batches)
-        callbacks = tf.nest.flatten(kwargs.pop("callbacks", None) or [])
-        return super().fit(x, y, callbacks=[*callbacks, _FreezeRanges(self)], **kwargs)
+            self.calibrate(x, batch_size=batch_size, num_batches=batches)
+        return [_FreezeRanges(self)]
 
     def calibrate(self, inputs, *, batch_size=8, num_batches=None):
         """Measure all ranges anew on data, by the float weights of this model.
@@ -160,14 +149,18 @@ class QuantizationAwareGPT(LanguageModel):
         self._freeze_step.assign(_NEVER if step is None else step)
         self._freeze_is_set = True
 
+    def count_steps_of(self, optimizer):
+        """Take the steps of another optimiser for one's own, as a student does."""
+        self.__dict__["_counted"] = optimizer
+
     def _ranges_may_move(self):
-        optimizer = getattr(self, "optimizer", None)
+        optimizer = getattr(self, "_counted", None) or getattr(self, "optimizer", None)
         done = tf.constant(0, tf.int64) if optimizer is None else optimizer.iterations
         return done < self._freeze_step
 
-    def call_and_observe(self, tokens, weights):
+    def call_and_observe(self, tokens, weights, forward=None):
         with quantizers.collecting(tf.reduce_any(weights > 0.0, axis=1)) as found:
-            logits = self(tokens, training=True)
+            logits = self._forward(tokens, forward)
         return logits, (tf.stack([found[q] for q, _ in self._moving()]),)
 
     def take_maxima(self, maxima):
@@ -195,7 +188,7 @@ class _FreezeRanges(keras.callbacks.Callback):
             return
         share = model.quantization.freeze_ranges_at
         steps = int(share * params["epochs"] * params["steps"])
-        begun = int(model.optimizer.iterations.numpy())
+        begun = int(self.model.optimizer.iterations.numpy())
         model._freeze_step.assign(_NEVER if share == 1 else begun + steps)
 
 
