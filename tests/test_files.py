@@ -181,6 +181,14 @@ def test_damage_is_noticed_and_named(described, damage, message):
         files.check_manifest(described, "thing")
 
 
+def test_sizes_are_compared_even_without_verification(described):
+    (described / "weights.bin").write_bytes(bytes(256))
+    files.check_manifest(described, "thing", verify=False)
+    (described / "weights.bin").write_bytes(bytes(255))
+    with pytest.raises(DamagedFileError, match="truncated"):
+        files.check_manifest(described, "thing", verify=False)
+
+
 def test_another_kind_is_refused(described):
     with pytest.raises(DamagedFileError, match=r"Expected a model .* 'thing'"):
         files.check_manifest(described, "model")

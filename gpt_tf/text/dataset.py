@@ -213,6 +213,7 @@ class Windows:
     Attributes:
         num_windows: Windows in one pass over the text.
         steps_per_epoch: Batches in one pass over the text.
+        largest_offset: How far an epoch may shift its windows, in tokens.
 
     Raises:
         InputError: The text is shorter than a window, or an argument is out of its
@@ -223,6 +224,9 @@ class Windows:
         >>> bool((x[:, 1:] == y[:, :-1]).all())
         True
     """
+
+    # What `_batches` returns of each token: types, and shapes after `(B, T)`.
+    _kinds = ((tf.int32, ()), (tf.int32, ()), (tf.float32, ()))
 
     def __init__(
         self,
@@ -258,8 +262,10 @@ class Windows:
         if shuffle:
             # One window fewer than fit, so that there is room for the offset.
             self.num_windows = max(1, count // self.context_length - 1)
+            self.largest_offset = count - 1 - self.num_windows * self.context_length
         else:
             self.num_windows = -(-(count - 1) // self.context_length)
+            self.largest_offset = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -286,7 +292,22 @@ class Windows:
         """
         _check_at_least(0, step=step)
         self._check_shard(shard, num_shards)
-        return tuple(a[0] for a in self._batches(step, step + 1, shard, num_shards))
+        arrays = self._batches(step, step + 1, shard, num_shards)
+        return self._element(*(array[0] for array in arrays))
+
+    # A subclass that brings more than tokens changes these, and `_kinds`.
+
+    def _offset(self, epoch, random):
+        """Return by how many tokens an epoch shifts its windows."""
+        return random % (self.largest_offset + 1)
+
+    def _beside(self, epoch, starts):
+        """Return more arrays `(steps, B, T, ...)` of the windows that start there."""
+        return ()
+
+    def _element(self, x, y, weights):
+        """Return arrays or tensors in the structure that `fit` takes."""
+        return x, y, weights
 
     def _batches(self, start, stop, shard, num_shards):
         """Return the batches of several steps, stacked on a new first axis."""
@@ -306,9 +327,8 @@ class Windows:
 
     def _shuffled(self, epoch, places):
         length = self.context_length
-        slack = len(self.tokens) - 1 - self.num_windows * length
         key = np.random.SeedSequence([self.seed, epoch]).generate_state(6, np.uint32)
-        offset = int(key[0]) % (slack + 1)
+        offset = self._offset(epoch, int(key[0]))
         # A text of less than a batch is visited more than once in it.
         chosen = permute(places % self.num_windows, self.num_windows, key[1:])
         starts = offset + chosen.astype(np.int64) * length
@@ -318,7 +338,7 @@ class Windows:
             weights[places >= self.num_windows] = 0.0
         x = np.ascontiguousarray(ids[..., :-1])
         y = np.ascontiguousarray(ids[..., 1:])
-        return x, y, weights
+        return x, y, weights, *self._beside(epoch, starts)
 
     def _in_order(self, epoch, places):
         length, last = self.context_length, len(self.tokens) - 1
@@ -382,7 +402,6 @@ class Windows:
             num_steps = rest if num_steps is None else min(num_steps, rest)
         rows = self.batch_size // num_shards
         shape = (None, rows, self.context_length)
-        kinds = (tf.int32, tf.int32, tf.float32)
         stride = max(1, _CALL_TOKENS // (rows * self.context_length))
         starts = tf.data.Dataset.counter(start_step, stride)
         if num_steps is not None:
@@ -396,8 +415,14 @@ class Windows:
             return self._batches(start, stop, shard, num_shards)
 
         def load(start):
-            tensors = tf.numpy_function(make, [start], kinds)
-            return tuple(tf.ensure_shape(tensor, shape) for tensor in tensors)
+            types, shapes = zip(*self._kinds, strict=True)
+            tensors = tf.numpy_function(make, [start], types)
+            return self._element(
+                *(
+                    tf.ensure_shape(tensor, (*shape, *more))
+                    for tensor, more in zip(tensors, shapes, strict=True)
+                )
+            )
 
         dataset = starts.map(load).unbatch()
         if num_steps is not None:

@@ -399,6 +399,35 @@ def test_shapes_are_static_and_lengths_are_known(windows):
         assert len(as_numpy(dataset)) == length
 
 
+class PlacedWindows(Windows):
+    """Windows that bring where each token stands, twice, and begin at 3."""
+
+    _kinds = (*Windows._kinds, (tf.int64, (2,)))
+
+    def _offset(self, epoch, random):
+        return 3
+
+    def _beside(self, epoch, starts):
+        places = starts[..., None] + np.arange(self.context_length)
+        return (np.stack([places, places], axis=-1),)
+
+    def _element(self, x, y, weights, places):
+        return {"tokens": x, "places": places}, y, weights
+
+
+def test_windows_may_bring_more_than_tokens():
+    windows = PlacedWindows(np.arange(100), 8, 4)
+    assert windows.largest_offset == 11
+    dataset = windows.dataset(start_step=1, num_steps=3, num_shards=2, shard=1)
+    assert dataset.element_spec[0]["places"].shape == (2, 8, 2)
+    for step, (inputs, y, _) in enumerate(dataset, start=1):
+        expected, labels, _ = windows.batch(step, shard=1, num_shards=2)
+        np.testing.assert_array_equal(inputs["places"], expected["places"])
+        np.testing.assert_array_equal(inputs["places"][..., 1], inputs["tokens"])
+        np.testing.assert_array_equal(y, labels)
+        assert not ((inputs["tokens"][:, 0] - 3) % 8).numpy().any()
+
+
 def test_mirrored_replicas_share_the_global_batch(windows):
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     dataset = windows.dataset(num_steps=12)
