@@ -1,5 +1,6 @@
 """Claims about a teacher's stored knowledge, and the windows that bring it."""
 
+import contextlib
 import json
 import shutil
 
@@ -53,11 +54,16 @@ def softmax_of(model, tokens):
 
 def direct(model, tokens, offset, length=LENGTH, vocab_size=280):
     """Return the model's probabilities at each position, window by window, or NaN."""
-    p = np.full((len(tokens) - 1, vocab_size), np.nan)
-    for start in range(offset, len(p), length):
-        stop = min(start + length, len(p))
-        found = softmax_of(model, np.array(tokens[start:stop], np.int32)[None])[0]
-        p[start:stop] = found[:, :vocab_size]
+    tokens = np.array(tokens[:-1], np.int32)
+    p = np.full((len(tokens), vocab_size), np.nan)
+    last = len(tokens) - (len(tokens) - offset) % length
+    for start, stop, width in (
+        (offset, last, length),
+        (last, len(tokens), len(tokens) - last),
+    ):
+        if start < stop:
+            found = softmax_of(model, tokens[start:stop].reshape(-1, width))
+            p[start:stop] = found.reshape(stop - start, -1)[:, :vocab_size]
     return p / p.sum(axis=-1, keepdims=True)
 
 
@@ -69,6 +75,22 @@ def expected_codes(p, k):
 
 def bytes_of(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once():
+    """Let extractions that differ in nothing else share what XLA compiled."""
+    compiled, compile_anew = {}, knowledge._compiled
+
+    def look_up(teacher, mapping, *shape):
+        key = (id(teacher), mapping.name, mapping.top_k, *shape)
+        if key not in compiled:
+            compiled[key] = teacher, compile_anew(teacher, mapping, *shape)
+        return compiled[key][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knowledge, "_compiled", look_up)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +244,9 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(
     assert bytes_of(path) == bytes_of(made.path)
     assert store.manifest == made.manifest
     assert sorted(file.name for file in tmp_path.iterdir()) == ["store"]
-    # What was done and not yet saved is done again, and no more than that.
-    assert calls[stop:][0][0] <= calls[stop - 1][0] + 4
-    assert len(calls) <= stop + 2 + len(set(calls)) - stop
+    # Only what was not yet saved is done again.
+    saved = stop // 2 * 2
+    assert len(calls[stop:]) == len(set(calls)) - saved
     assert calls[-1][0] == calls[-1][1] == calls[0][1]
 
 
@@ -239,10 +261,8 @@ def test_another_teacher_starts_anew(teacher, token_file, tmp_path, monkeypatch)
         model = teacher if options else make_teacher(seed=1)
         notices = []
         options["on_notice"] = notices.append
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             store = extracted(model, token_file, tmp_path / "store", **options)
-        except KeyboardInterrupt:
-            continue
     assert "starts anew" in notices[-1]
     p = direct(model, token_file.tokens, 0)
     codes = store.read(0, np.arange(len(p)))[1].astype(int)
