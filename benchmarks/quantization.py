@@ -142,7 +142,7 @@ def ratio(losses, base, name):
 
 def study(name, source, folder, course, num_tokens):
     """Measure all variants of one model."""
-    from gpt_tf import files, training
+    from gpt_tf import files, runs, training
     from gpt_tf.edge import EdgeGPT
     from gpt_tf.export.trained import export_trained
 
@@ -197,7 +197,7 @@ def study(name, source, folder, course, num_tokens):
         "sizes": model.get_config(),
         "tokens": count * context,
         "further_training": course,
-        "made_from": files.sha256_of(training._model_file(source)),
+        "made_from": files.sha256_of(runs.model_file(source)),
         "rows": rows,
     }
 

@@ -60,6 +60,10 @@ _Strategy = Annotated[
 _VirtualDevices = Annotated[
     int | None, typer.Option(help="Split the CPU into so many logical devices.")
 ]
+_SourceCorpus = Annotated[
+    list[str] | None,
+    typer.Option(help="As for train; the source's own. May be repeated."),
+]
 
 
 @app.command()
@@ -178,10 +182,7 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder of the new run.")] = Path(
         "runs/gpt-qat"
     ),
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(help="As for train; the source's own. May be repeated."),
-    ] = None,
+    corpus: _SourceCorpus = None,
     full: Annotated[
         bool, typer.Option(help="Residual, softmax and logits in integers too.")
     ] = False,
@@ -231,6 +232,139 @@ def quantize(
 
 
 _QUANTIZE_METHODS = ("qat",)
+
+
+@app.command()
+def distil(
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of the teacher's run or model.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the student's run.")] = Path(
+        "runs/gpt-student"
+    ),
+    corpus: _SourceCorpus = None,
+    student_layers: Annotated[
+        int | None, typer.Option(help="Blocks; the teacher's if not given.")
+    ] = None,
+    student_embedding_dim: Annotated[int | None, typer.Option(help="Width.")] = None,
+    student_heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    student_feedforward_dim: Annotated[
+        int | None, typer.Option(help="Feed-forward width.")
+    ] = None,
+    student_vocab_size: Annotated[
+        int | None, typer.Option(help="Tokens, the first of the teacher's tokenizer.")
+    ] = None,
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Blocks to take: evenly, every_second, first, last, first_and_last, "
+            "importance."
+        ),
+    ] = "evenly",
+    init: Annotated[
+        str, typer.Option(help="teacher: begin with its weights; or fresh.")
+    ] = "teacher",
+    init_from: Annotated[
+        str | None, typer.Option(help="Trained student to go on with instead.")
+    ] = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="forward_kl, reverse_kl, jensen_shannon, total_variation, skewed_kl, "
+            "skewed_reverse_kl, hidden_states, attention_transfer."
+        ),
+    ] = "forward_kl",
+    alpha: Annotated[
+        float, typer.Option(help="Share of the loss by labels, 0 to 1.")
+    ] = 0.1,
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits of both.")
+    ] = 1.0,
+    on_policy_fraction: Annotated[
+        float, typer.Option(help="Share of steps on the student's own text.")
+    ] = 0.0,
+    written_tokens: Annotated[
+        int, typer.Option(help="Tokens of text that the teacher writes first.")
+    ] = 0,
+    extract: Annotated[
+        Path | None, typer.Option(help="Store the teacher's knowledge here, and end.")
+    ] = None,
+    knowledge: Annotated[
+        Path | None, typer.Option(help="Learn from a store, without the teacher.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Of --extract: likeliest tokens.")] = 32,
+    passes: Annotated[
+        int, typer.Option(help="Of --extract: times that the text is cut anew.")
+    ] = 1,
+    quantize: Annotated[
+        bool, typer.Option(help="Make the student ready for integers at once.")
+    ] = False,
+    resume: _Resume = False,
+    overwrite: _Overwrite = False,
+    steps: Annotated[int | None, typer.Option(help="The teacher's.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its peak; the teacher's.")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of the student; 0.")] = None,
+    batch_size: _BatchSize = None,
+    validate_every: _ValidateEvery = None,
+    checkpoint_every: _CheckpointEvery = None,
+    strategy: _Strategy = None,
+    virtual_devices: _VirtualDevices = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of fresh weights and of the data's order.")
+    ] = None,
+):
+    """Train a small student on what a large teacher knows, or store that first."""
+    given = locals()
+    courses = ("corpus", "init_from", "steps", "learning_rate", "dropout", "seed")
+    courses += ("batch_size", "validate_every", "checkpoint_every", "strategy")
+    changes = _changes({name: given[name] for name in courses}, ())
+    wanted = {
+        "num_layers": student_layers,
+        "embedding_dim": student_embedding_dim,
+        "num_heads": student_heads,
+        "feedforward_dim": student_feedforward_dim,
+        "vocab_size": student_vocab_size,
+        **{name: given[name] for name in ("layers", "init", "loss", "alpha")},
+        **{name: given[name] for name in ("temperature", "on_policy_fraction")},
+        **{name: given[name] for name in ("written_tokens", "knowledge")},
+    }
+    _import_tensorflow()
+    from gpt_tf import training
+    from gpt_tf.display import StepProgress, print_knowledge, print_result
+    from gpt_tf.parallel.strategy import split_cpu
+    from gpt_tf.quantization.config import QuantizationConfig
+
+    if virtual_devices is not None:
+        split_cpu(virtual_devices)
+    if extract is not None:
+        with StepProgress("windows") as progress:
+            store = training.extract_knowledge(
+                teacher,
+                extract,
+                vocab_size=student_vocab_size,
+                top_k=top_k,
+                passes=passes,
+                overwrite=overwrite,
+                on_notice=progress.notice,
+                on_progress=progress.update,
+                **_changes({name: given[name] for name in ("corpus", "seed")}, ()),
+            )
+        print_knowledge(store)
+        return
+    if quantize:
+        changes["quantization"] = QuantizationConfig().get_config()
+    result = training.distil(
+        teacher,
+        out,
+        None if resume else wanted,
+        resume=resume,
+        overwrite=overwrite,
+        on_notice=_notice,
+        **changes,
+    )
+    print_result(result)
 
 
 @app.command()

@@ -37,7 +37,7 @@ class TrainingProgress(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self.progress is not None:
             return
-        model, config = self.run.model, self.run.config
+        model, config = self.run.trained, self.run.config
         self.console.print(
             f"training {model.count_params():,} parameters on "
             f"{config.steps * self.run.tokens_per_step:,} tokens; "
@@ -74,18 +74,64 @@ class TrainingProgress(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         if logs and "val_loss" in logs:
-            self.console.print(
+            validation = logs[f"val_{self.run.own_loss}"]
+            line = (
                 f"step {self.run.step:>6}  loss {logs['loss']:.3f}  "
-                f"validation {logs['val_loss']:.3f}  "
-                f"perplexity {math.exp(min(logs['val_loss'], 700.0)):.2f}  "
+                f"validation {validation:.3f}  "
+                f"perplexity {math.exp(min(validation, 700.0)):.2f}  "
                 f"accuracy {logs['val_token_accuracy']:.1%}"
             )
+            if self.run.distillation is not None and self.run.knowledge is None:
+                line += f"  agreement {logs['val_teacher_agreement']:.1%}"
+            self.console.print(line)
         self.began = None
 
     def close(self):
         """Stop redrawing the bar."""
         if self.progress is not None:
             self.progress.stop()
+
+
+class StepProgress:
+    """A progress bar for work in steps whose number is known once it begins.
+
+    Args:
+        unit: What the steps are called.
+        console: Where to write; standard output unless given.
+
+    Example:
+        >>> with StepProgress("windows") as progress:
+        ...     progress.update(3, 10)
+    """
+
+    def __init__(self, unit, console=None):
+        self.console = console or _plain_in_notebooks()
+        self.progress = Progress(
+            TextColumn(unit),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.progress.stop()
+
+    def notice(self, line):
+        """Print a line above the bar."""
+        self.console.print(Text(line))
+
+    def update(self, done, total):
+        """Say how far the work is."""
+        if self.task is None:
+            self.task = self.progress.add_task("", total=total)
+            self.progress.start()
+        self.progress.update(self.task, completed=done, total=total)
 
 
 def _plain_in_notebooks():
@@ -111,6 +157,24 @@ def print_result(result, console=None):
     # A path may hold brackets; none of it is rich's markup.
     table.add_row("model", Text(str(result.out / "model")))
     table.add_row("loss curve", Text(str(result.out / "loss.png")))
+    (console or Console()).print(table)
+
+
+def print_knowledge(store, console=None):
+    """Print a table of what a store of knowledge holds.
+
+    Args:
+        store: A `gpt_tf.distillation.knowledge.KnowledgeStore`.
+        console: Where to write; standard output unless given.
+    """
+    manifest = store.manifest
+    table = Table(title="Knowledge extracted", show_header=False)
+    table.add_row("store", Text(str(store.path)))
+    table.add_row("tokens", f"{manifest['count']:,}, {store.passes} times")
+    table.add_row("of each", f"the {store.top_k} likeliest next tokens, and the rest")
+    table.add_row("size", f"{store.size_bytes / 1e6:,.1f} MB")
+    table.add_row("a token", f"{store.bytes_per_token} bytes")
+    table.add_row("vocabularies", manifest["mapping"])
     (console or Console()).print(table)
 
 

@@ -5,15 +5,7 @@ lie in `data/`; each checkpoint holds the weights, the optimiser's state, the ra
 state and the step, from which the position in the data follows. So a run that was
 killed goes on from its newest good checkpoint exactly as if nothing had happened.
 
-    run.json            configuration, corpus, versions
-    tokenizer.json      Hugging Face format
-    data/               token files of the two splits
-    initial/            the model that training starts from, if it is not a new one
-    checkpoints/        step-00000200/, ... each written whole or not at all
-    model/              the finished model with its tokenizer and manifest
-    history.json        what was measured, step by step
-    loss.png            the same as a picture
-    logs/               for TensorBoard
+What a run's folder holds is told in `runs`.
 """
 
 import contextlib
@@ -21,7 +13,6 @@ import dataclasses
 import errno
 import math
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -32,230 +23,28 @@ import safetensors.numpy
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import files
+from gpt_tf import files, preparation
+from gpt_tf.distillation.config import DistillationConfig
+from gpt_tf.distillation.distiller import Distiller
+from gpt_tf.distillation.knowledge import KnowledgeStore
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel import strategy as strategies
 from gpt_tf.quantization.config import QuantizationConfig
-from gpt_tf.text import corpus as corpora
-from gpt_tf.text import tokenizer as tokenizers
-from gpt_tf.text.dataset import TokenFile, Windows, write_token_file
-
-OWN_ENTRIES = (
-    "run.json",
-    "tokenizer.json",
-    "data",
-    "initial",
-    "checkpoints",
-    "model",
-    "history.json",
-    "loss.png",
-    "logs",
+from gpt_tf.runs import (
+    PRESETS,  # noqa: F401 - a part of this module's interface
+    TrainingConfig,
+    copy_of,
+    load_model,
+    model_file,
+    read_run,
+    save_model,
+    windows_of,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """Everything that decides the course of a training run.
-
-    Args:
-        corpus: `"python-stdlib"`, `"shakespeare"`, or paths of files and folders.
-        tokenizer: `"bpe"`, `"character"`, or the path of a tokenizer to use.
-        vocab_size: Size of the vocabulary that `"bpe"` trains, at least 257.
-        validation_fraction: Share of the text that is held out, in (0, 1).
-        embedding_dim, num_layers, num_heads, feedforward_dim, dropout,
-            tie_embeddings: As for `GPTModel`.
-        context_length: Tokens per window and positions of the model.
-        batch_size: Windows per step over all replicas.
-        gradient_accumulation_steps: Parts in which a batch is computed.
-        steps: Number of optimiser steps.
-        learning_rate: Largest learning rate, above 0.
-        final_learning_rate: Learning rate at the end, a tenth unless given.
-        warmup_steps: Steps over which the learning rate rises.
-        weight_decay: Decay of matrices per unit of learning rate.
-        beta_2: Decay of Adam's second moment, in [0, 1).
-        global_clipnorm: Largest norm of the gradient.
-        validate_every: Steps between validations.
-        validation_batches: Batches per validation; None takes all.
-        patience: Validations without improvement after which training stops and
-            the best weights are kept; 0 trains to the end.
-        checkpoint_every: Steps between checkpoints; 0 writes one at the end.
-        keep_checkpoints: Number of newest checkpoints that stay.
-        sample_every: Steps between samples of text; 0 writes none.
-        sample_prompt: What the samples begin with.
-        precision: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"`.
-        jit_compile: `"auto"`, `"on"` or `"off"`: XLA.
-        strategy: One of `gpt_tf.parallel.strategy.STRATEGIES`.
-        seed: Seed of weights, data order and dropout.
-        init_from: Trained model to start from: a run's or model's folder, or a
-            `.keras` file. Architecture and tokenizer are then that model's, whatever
-            the fields above say.
-        quantization: Fields of a `QuantizationConfig`: the model of `init_from`
-            becomes quantisation-aware before it is trained. None leaves it as it is.
-    """
-
-    corpus: str | tuple[str, ...] = "python-stdlib"
-    tokenizer: str = "bpe"
-    vocab_size: int = 4096
-    validation_fraction: float = 0.1
-    embedding_dim: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    context_length: int = 128
-    feedforward_dim: int | None = None
-    dropout: float = 0.0
-    tie_embeddings: bool = True
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    steps: int = 1000
-    learning_rate: float = 1e-3
-    final_learning_rate: float | None = None
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    beta_2: float = 0.99
-    global_clipnorm: float = 1.0
-    validate_every: int = 200
-    validation_batches: int | None = 50
-    patience: int = 0
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 3
-    sample_every: int = 0
-    sample_prompt: str = "\n"
-    precision: str = "float32"
-    jit_compile: str = "auto"
-    strategy: str = "auto"
-    seed: int = 1337
-    init_from: str | None = None
-    quantization: dict | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.corpus, str):
-            object.__setattr__(self, "corpus", tuple(str(p) for p in self.corpus))
-        for name in (
-            "vocab_size",
-            "embedding_dim",
-            "num_layers",
-            "num_heads",
-            "context_length",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "steps",
-            "validate_every",
-            "keep_checkpoints",
-        ):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("feedforward_dim", "validation_batches"):
-            value = getattr(self, name)
-            self._check(name, value is None or value >= 1, "at least 1, or None")
-        for name in (
-            "warmup_steps",
-            "weight_decay",
-            "patience",
-            "checkpoint_every",
-            "sample_every",
-        ):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
-        final = self.final_learning_rate
-        self._check(
-            "final_learning_rate", final is None or final >= 0, "at least 0, or None"
-        )
-        for name in ("learning_rate", "global_clipnorm"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("dropout", "beta_2"):
-            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        self._check("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32")
-        width = self.embedding_dim
-        self._check(
-            "num_heads", self.num_heads <= width, f"at most `embedding_dim`, {width}"
-        )
-        fraction = self.validation_fraction
-        self._check("validation_fraction", 0 < fraction < 1, "between 0 and 1")
-        precisions = ("float32", "mixed_bfloat16", "mixed_float16")
-        self._check("precision", self.precision in precisions, f"one of {precisions}")
-        modes = ("auto", "on", "off")
-        self._check("jit_compile", self.jit_compile in modes, f"one of {modes}")
-        known = strategies.STRATEGIES
-        self._check("strategy", self.strategy in known, f"one of {known}")
-        parts = self.gradient_accumulation_steps
-        self._check(
-            "batch_size", self.batch_size % parts == 0, f"a multiple of {parts}"
-        )
-        if self.init_from is not None:
-            object.__setattr__(self, "init_from", str(self.init_from))
-        if self.quantization is not None:
-            self._check("init_from", self.init_from, "that names a trained model")
-            fields = QuantizationConfig.of(self.quantization).get_config()
-            object.__setattr__(self, "quantization", fields)
-
-    def _check(self, name, good, expected):
-        if not good:
-            raise InputError(
-                f"`{name}` expects a value {expected}. "
-                f"Received: {getattr(self, name)!r}."
-            )
-
-
-PRESETS = {
-    "quickstart": TrainingConfig(
-        vocab_size=1024,
-        embedding_dim=128,
-        num_layers=4,
-        num_heads=4,
-        context_length=128,
-        batch_size=16,
-        steps=600,
-        learning_rate=4e-3,
-        warmup_steps=60,
-        validate_every=100,
-        validation_batches=30,
-        checkpoint_every=100,
-    ),
-    "tiny": TrainingConfig(
-        vocab_size=512,
-        embedding_dim=32,
-        num_layers=2,
-        num_heads=2,
-        context_length=32,
-        batch_size=8,
-        steps=20,
-        warmup_steps=2,
-        validate_every=10,
-        validation_batches=4,
-        checkpoint_every=10,
-    ),
-    "shakespeare-char": TrainingConfig(
-        corpus="shakespeare",
-        tokenizer="character",
-        embedding_dim=128,
-        num_layers=4,
-        num_heads=4,
-        context_length=64,
-        batch_size=12,
-        steps=2000,
-        learning_rate=4e-3,
-        final_learning_rate=0.0,
-        warmup_steps=100,
-        validate_every=250,
-        validation_batches=None,
-        checkpoint_every=500,
-        sample_prompt="\n",
-    ),
-    "small": TrainingConfig(
-        vocab_size=10000,
-        embedding_dim=512,
-        num_layers=6,
-        num_heads=8,
-        context_length=256,
-        batch_size=16,
-        steps=5000,
-        learning_rate=6e-4,
-        warmup_steps=200,
-        validate_every=250,
-        checkpoint_every=250,
-    ),
-}
+from gpt_tf.text import tokenizer as tokenizers
+from gpt_tf.text.dataset import TokenFile
 
 
 @keras.saving.register_keras_serializable(package="gpt_tf")
@@ -368,7 +157,7 @@ def train(
                 "A resumed run keeps its own configuration. "
                 f"Received: {', '.join(sorted(changes))}. Start a new run for these."
             )
-        config = _read_run(out)
+        config = read_run(out)
     else:
         config = dataclasses.replace(config or TrainingConfig(), **changes)
     strategy = strategies.make_strategy(config.strategy)
@@ -382,7 +171,7 @@ def train(
         )
     if not resume:
         _start_run(config, out, overwrite, strategy, notice)
-        config = _read_run(out)  # with the shape of the model that it starts from
+        config = read_run(out)  # with the shape of the model that it starts from
     with _precision(config.precision):
         return _Run(config, out, strategy, notice, verbose).train(
             list(callbacks), resume
@@ -451,17 +240,21 @@ def quantize(
     return train(_course_after(Path(source), fields, changes), out, **options)
 
 
+def _course_of(source, changes, what):
+    """Return the configuration of the run that trained a model."""
+    if (source / "run.json").is_file():
+        return read_run(source)
+    if "corpus" in changes:
+        return TrainingConfig()
+    raise InputError(
+        f"{what} expects the run that trained the model, for its text. "
+        f"Received: {source}, without run.json. Name the text with `corpus`."
+    )
+
+
 def _course_after(source, quantization, changes):
     """Return the configuration of a run that quantises the model of `source`."""
-    if (source / "run.json").is_file():
-        before = _read_run(source)
-    elif "corpus" in changes:
-        before = TrainingConfig()
-    else:
-        raise InputError(
-            f"Quantisation expects the run that trained the model, for its text. "
-            f"Received: {source}, without run.json. Name the text with `corpus`."
-        )
+    before = _course_of(source, changes, "Quantisation")
     steps = changes.get("steps", max(1, before.steps // 10))
     course = {
         "steps": steps,
@@ -472,288 +265,128 @@ def _course_after(source, quantization, changes):
         "precision": "float32",
         "init_from": str(source.absolute()),
         "quantization": quantization,
+        "distillation": None,
     }
     return dataclasses.replace(before, **{**course, **changes})
 
 
-def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None"]:
-    """Load a trained model and its tokenizer.
+def distil(
+    teacher: str | Path | None,
+    out: str | Path = "runs/gpt-student",
+    distillation: DistillationConfig | dict | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks=(),
+    verbose: bool = True,
+    on_notice: Callable[[str], None] | None = None,
+    **changes,
+) -> TrainingResult:
+    """Train a small GPT on a text and on what a large one makes of it.
+
+    The student is cut from the teacher, or is the model of `init_from`. The course is
+    that of the teacher's run, and so is the text; `changes` say otherwise.
 
     Args:
-        path: A run's folder, a model's folder, or a `.keras` file.
+        teacher: The run's folder of the teacher, or that of a model or a `.keras`
+            file, for which `corpus` has to be given. Not needed with `resume`.
+        out: Folder of the new run.
+        distillation: `DistillationConfig`, or a dict of its fields.
+        resume: As for `train`.
+        overwrite: As for `train`.
+        callbacks: As for `train`.
+        verbose: As for `train`.
+        on_notice: As for `train`.
+        **changes: Fields of `TrainingConfig` to set.
 
     Returns:
-        The model, a `GPTModel` or `QuantizationAwareGPT`, and its tokenizer or None
-        where none lies beside it.
+        A `TrainingResult` whose model is the student.
 
     Raises:
-        InputError: There is no model.
-        DamagedFileError: A file is not what its manifest says.
+        InputError: There is no teacher, teacher and student do not fit each other, or
+            as for `train`.
+        DamagedFileError: As for `train`.
+
+    Example:
+        >>> result = distil("runs/tiny", "runs/student", {"num_layers": 1})
+
+    Reference: article 3.3.
     """
-    file = _model_file(path)
-    folder = file.parent
-    if not file.is_file():
+    options = {
+        "overwrite": overwrite,
+        "callbacks": callbacks,
+        "verbose": verbose,
+        "on_notice": on_notice,
+    }
+    if resume:
+        if distillation is not None:
+            changes["distillation"] = distillation
+        return train(None, out, resume=True, **options, **changes)
+    if teacher is None:
         raise InputError(
-            f"Expected a trained model at {path}; there is none. Point to a folder "
-            "that `gpt-tf train` finished, or to a .keras file."
+            "Distillation expects a trained teacher. Received: none. Name the folder "
+            "that `gpt-tf train` wrote."
         )
-    if (folder / files.MANIFEST_NAME).is_file():
-        files.check_manifest(folder, "model")
-    try:
-        model = keras.models.load_model(file, compile=False)
-    except Exception as error:  # zipfile's, h5py's, TensorFlow's or Keras's own
-        raise DamagedFileError(
-            f"{file} cannot be loaded as a Keras model: {error}."
-        ) from error
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    return model, tokenizers.load_tokenizer(folder) if has_tokenizer else None
+    wanted = DistillationConfig.of(distillation)
+    teacher = Path(teacher)
+    wanted = dataclasses.replace(
+        wanted,
+        teacher=str(teacher.absolute()),
+        knowledge=wanted.knowledge and str(Path(wanted.knowledge).absolute()),
+    )
+    before = _course_of(teacher, changes, "Distillation")
+    course = {"init_from": None, "quantization": None, "patience": 0, "dropout": 0.0}
+    course["distillation"] = wanted.get_config()
+    config = dataclasses.replace(before, **{**course, **changes})
+    return train(config, out, **options)
 
 
-def _model_file(path):
-    path = Path(path)
-    if path.suffix == ".keras":
-        return path
-    return (path / "model" if (path / "model").is_dir() else path) / "model.keras"
-
-
-def save_model(model, tokenizer, folder: str | Path, **facts) -> None:
-    """Write model, tokenizer and manifest to a folder, whole or not at all.
+def extract_knowledge(
+    teacher: str | Path,
+    path: str | Path,
+    *,
+    vocab_size: int | None = None,
+    top_k: int = 32,
+    passes: int = 1,
+    overwrite: bool = False,
+    on_notice: Callable[[str], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    **changes,
+) -> KnowledgeStore:
+    """Store what a teacher says of its training text, for students to come.
 
     Args:
-        model: A `GPTModel` or `QuantizationAwareGPT`.
-        tokenizer: Its tokenizer.
-        folder: Where to write; a folder that stands there is replaced.
-        **facts: More to record in the manifest, as JSON values.
+        teacher: As for `distil`.
+        path: Folder of the store.
+        vocab_size: Size of the student's vocabulary, with a tokenizer derived from the
+            teacher's; the teacher's own unless given.
+        top_k: As for `gpt_tf.distillation.knowledge.extract`.
+        passes: As for `gpt_tf.distillation.knowledge.extract`.
+        overwrite: Whether a store that stands at `path` is replaced.
+        on_notice: As for `train`.
+        on_progress: As for `gpt_tf.distillation.knowledge.extract`.
+        **changes: Fields of `TrainingConfig` to set: `corpus`, `context_length`.
+
+    Returns:
+        The store, opened.
+
+    Raises:
+        InputError: There is no teacher or no text, or a number is out of its range.
     """
-    folder = Path(folder)
-    with files.atomic_folder(folder, replace=True) as temporary:
-        model.save(temporary / "model.keras")
-        tokenizer.save(temporary)
-        files.write_manifest(
-            temporary,
-            "model",
-            ["model.keras", "tokenizer.json"],
-            config=model.get_config(),
-            parameters=model.count_params(),
-            tokenizer_fingerprint=tokenizer.fingerprint(),
-            **facts,
-        )
-
-
-# Starting a run
-
-
-def _start_run(config, out, overwrite, strategy, notice):
-    """Let the chief prepare the run, from which all workers then read."""
-    strategies.on_chief(strategy, lambda: _prepare(config, out, overwrite, notice))
-    if not (out / "run.json").is_file():
-        raise InputError(
-            f"This worker expects the run that the chief prepared in {out}; there is "
-            "none. Name a folder that all workers share."
-        )
-
-
-def _prepare(config, out, overwrite, notice):
-    """Write tokens and configuration beside `out`, then move them in."""
-    _refuse_foreign_folder(out, overwrite)
-    initial, tokenizer, config = _load_initial(config)
-    source = _source_with_this_text(config)
-    text = None
-    if source is None:
-        text = corpora.open_corpus(
-            list(config.corpus) if isinstance(config.corpus, tuple) else config.corpus,
-            validation_fraction=config.validation_fraction,
-            on_notice=notice,
-        )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise InputError(
-            f"The run's folder {out} cannot be written: {error.strerror}. "
-            "Choose another."
-        ) from None
-    try:
-        tokenizer = tokenizer or _prepare_tokenizer(config, text, notice)
-        if config.sample_every and not tokenizer.encode(config.sample_prompt):
-            raise InputError(
-                "`sample_prompt` expects at least one token. "
-                f"Received: {config.sample_prompt!r}."
-            )
-        tokenizer.save(staging)
-        if source is None:
-            _encode(text, tokenizer, staging / "data", notice)
-            corpus = text.describe()
-        else:
-            notice(f"taking the tokens of the run {source.name}")
-            shutil.copytree(source / "data", staging / "data")
-            corpus = files.read_json(source / "run.json")["corpus"]
-        windows = [
-            _windows(
-                TokenFile.open(staging / "data" / f"{split}.tokens"), config, shuffle
-            )
-            for split, shuffle in (("validation", False), ("train", True))
-        ]
-        made_from = {}
-        if initial is not None:
-            made_from["model"] = files.sha256_of(_model_file(config.init_from))
-            initial = _quantized(initial, config, windows[1], notice)
-            save_model(initial, tokenizer, staging / "initial", made_from=made_from)
-        files.write_json(
-            staging / "run.json",
-            {
-                "kind": "run",
-                "config": dataclasses.asdict(config),
-                "corpus": corpus,
-                "made_from": made_from,
-                "versions": files.versions(),
-            },
-        )
-        _move_in(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _encode(text, tokenizer, folder, notice):
-    notice(f"encoding {text.name} with a vocabulary of {tokenizer.vocab_size}")
-    for split in ("train", "validation"):
-        token_file = write_token_file(
-            folder / f"{split}.tokens",
-            text.documents(split),
-            tokenizer,
-            facts={"corpus": text.name, "split": split},
-        )
-        notice(f"{split}: {token_file.count:,} tokens")
-
-
-def _load_initial(config):
-    """Return the model to start from, its tokenizer, and what that decides.
-
-    Model and tokenizer are None where a run starts from a new model.
-    """
-    if config.init_from is None:
-        return None, None, config
-    model, tokenizer = load_model(config.init_from)
-    if tokenizer is None:
-        raise InputError(
-            f"Expected tokenizer.json beside the model in {config.init_from}. Put it "
-            "there, or name the folder that `gpt-tf train` wrote."
-        )
-    shape = model.gpt if hasattr(model, "gpt") else model.get_config()
-    if config.context_length > shape["context_length"]:
-        raise InputError(
-            f"`context_length` expects at most {shape['context_length']}, the "
-            f"positions of the model in {config.init_from}. "
-            f"Received: {config.context_length}."
-        )
-    taken = (
-        "vocab_size",
-        "embedding_dim",
-        "num_layers",
-        "num_heads",
-        "feedforward_dim",
-        "dropout",
-        "tie_embeddings",
+    teacher = Path(teacher)
+    before = _course_of(teacher, changes, "Extraction")
+    wanted = DistillationConfig(teacher=str(teacher.absolute()), vocab_size=vocab_size)
+    config = dataclasses.replace(
+        before, **{"distillation": wanted.get_config(), "init_from": None, **changes}
     )
-    shape = {name: shape[name] for name in taken}
-    return model, tokenizer, dataclasses.replace(config, **shape)
-
-
-def _source_with_this_text(config):
-    """Return the run whose token files are those that this run wants, or None."""
-    folder = Path(config.init_from or "")
-    if config.init_from is None or not (folder / "run.json").is_file():
-        return None
-    before = _read_run(folder)
-    same = ("corpus", "validation_fraction")
-    if any(getattr(before, name) != getattr(config, name) for name in same):
-        return None
-    return folder
-
-
-def _quantized(model, config, windows, notice):
-    """Return the model that training starts from, its ranges known."""
-    if config.quantization is None:
-        return model
-    # Here and not above: only who quantises waits for TF-MOT.
-    from gpt_tf.quantization.qat import quantize_aware
-
-    model = quantize_aware(model, config.quantization)
-    batches = min(model.quantization.calibration_batches, windows.steps_per_epoch)
-    if batches:
-        notice(f"calibrating ranges on {batches} batches")
-        model.calibrate(windows, num_batches=batches)
-    return model
-
-
-def _refuse_foreign_folder(out, overwrite):
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise InputError(
-            f"The run's folder is to be {out}, but that is a file. Choose another."
-        )
-    if any(out.iterdir()) and not overwrite:
-        what = "a run" if (out / "run.json").exists() else "something else"
-        raise InputError(
-            f"The folder {out} already holds {what}. Choose another, or add "
-            "--overwrite to replace what gpt_tf wrote there"
-            + (", or --resume to go on." if what == "a run" else ".")
-        )
-
-
-def _move_in(staging, out):
-    out.mkdir(parents=True, exist_ok=True)
-    # run.json goes first and comes last: without it the folder is no run.
-    for name in OWN_ENTRIES:
-        old = out / name
-        if old.is_dir():
-            shutil.rmtree(old)
-        elif old.exists():
-            old.unlink()
-    for name in reversed(OWN_ENTRIES):
-        if (staging / name).exists():
-            shutil.move(staging / name, out / name)
-
-
-def _prepare_tokenizer(config, text, notice):
-    texts = (document.text for document in text.documents("train"))
-    if config.tokenizer == "character":
-        # Every character must be known, those of the held-out text included.
-        texts = (
-            document.text
-            for split in ("train", "validation")
-            for document in text.documents(split)
-        )
-        return tokenizers.CharacterTokenizer.train(texts, end_of_text=False)
-    if config.tokenizer == "bpe":
-        notice(f"training a tokenizer of {config.vocab_size} tokens on {text.name}")
-        return tokenizers.BPETokenizer.train(texts, config.vocab_size)
-    return tokenizers.load_tokenizer(config.tokenizer)
-
-
-def _read_run(out):
-    if not (out / "run.json").is_file():
-        raise InputError(
-            f"Expected an interrupted run in {out}; there is no run.json. "
-            "Start a run without --resume first."
-        )
-    run = files.read_json(out / "run.json")
-    try:
-        return TrainingConfig(**run["config"])
-    except (KeyError, TypeError) as error:
-        raise DamagedFileError(
-            f"{out / 'run.json'} is no configuration of this version: {error}."
-        ) from None
-
-
-def _windows(token_file, config, shuffle):
-    return Windows(
-        token_file,
-        config.context_length,
-        config.batch_size,
-        seed=config.seed,
-        shuffle=shuffle,
+    return preparation.store_knowledge(
+        config,
+        path,
+        top_k=top_k,
+        passes=passes,
+        overwrite=overwrite,
+        on_notice=on_notice or print,
+        on_progress=on_progress,
     )
 
 
@@ -785,6 +418,18 @@ def _keras_not_comparing_speeds():
         logger.removeFilter(keep)
 
 
+def _start_run(config, out, overwrite, strategy, notice):
+    """Let the chief prepare the run, from which all workers then read."""
+    strategies.on_chief(
+        strategy, lambda: preparation.prepare(config, out, overwrite, notice)
+    )
+    if not (out / "run.json").is_file():
+        raise InputError(
+            f"This worker expects the run that the chief prepared in {out}; there is "
+            "none. Name a folder that all workers share."
+        )
+
+
 # Running
 
 
@@ -800,7 +445,7 @@ class _Run:
         self.is_chief = strategies.is_chief(strategy)
         self.tokenizer = tokenizers.load_tokenizer(out)
         self.windows = {
-            split: _windows(
+            split: windows_of(
                 TokenFile.open(out / "data" / f"{split}.tokens"),
                 config,
                 shuffle=split == "train",
@@ -809,12 +454,47 @@ class _Run:
         }
         for windows in self.windows.values():
             self._check_tokens(windows.token_file)
+        self.distillation = config.distillation and DistillationConfig.of(
+            config.distillation
+        )
+        self.knowledge = self._open_knowledge()
+        if self.knowledge is not None:
+            self.windows["train"] = self.knowledge.windows(
+                self.windows["train"].token_file,
+                config.batch_size,
+                context_length=config.context_length,
+                seed=config.seed,
+            )
         self.step = 0
         self.tokens_per_step = config.batch_size * config.context_length
         self.history = {"steps": [], "validations": []}
         self.best = {"loss": None, "step": 0, "waited": 0}
         self.best_weights = None
         self.model = self._build()
+
+    @property
+    def trained(self):
+        """The model that is trained and shipped: of a Distiller, its student."""
+        return getattr(self.model, "student", self.model)
+
+    @property
+    def own_loss(self):
+        """What Keras calls the trained model's own loss in nats per token."""
+        return "loss" if self.distillation is None else "student_loss"
+
+    def _open_knowledge(self):
+        if self.distillation is None:
+            return None
+        path = self.distillation.knowledge
+        if path is None and (self.out / "knowledge").is_dir():
+            path = self.out / "knowledge"
+        if path is None:
+            return None
+        knowledge = KnowledgeStore.open(path)
+        knowledge.check_fits(
+            token_file=self.windows["train"].token_file, tokenizer=self.tokenizer
+        )
+        return knowledge
 
     def _check_tokens(self, token_file):
         token_file.check_fits(self.tokenizer.vocab_size)
@@ -837,7 +517,12 @@ class _Run:
             config.steps,
         )
         with self.strategy.scope():
-            model = self._new_model()
+            trained = self._new_model()
+            model, losses = trained, {}
+            if self.distillation is not None:
+                model = Distiller(teacher=self._load_teacher(), student=trained)
+                losses = self.distillation.compile_arguments()
+                losses["on_policy_seed"] = config.seed
             optimizer = AdamW(
                 schedule,
                 weight_decay=config.weight_decay,
@@ -850,17 +535,33 @@ class _Run:
                     config.jit_compile
                 ],
                 gradient_accumulation_steps=config.gradient_accumulation_steps,
+                **losses,
             )
             model.optimizer.build(model.trainable_variables)
-            if hasattr(model, "freeze_ranges"):
-                share = model.quantization.freeze_ranges_at
-                model.freeze_ranges(None if share == 1 else int(share * config.steps))
+            if hasattr(trained, "freeze_ranges"):
+                share = trained.quantization.freeze_ranges_at
+                trained.freeze_ranges(None if share == 1 else int(share * config.steps))
         return model
+
+    def _load_teacher(self):
+        """Load the teacher under the strategy's scope, if it is to run along."""
+        if self.knowledge is not None:
+            return None
+        path = self.distillation.teacher
+        stated = files.read_json(self.out / "run.json")["made_from"]["teacher"]
+        if files.sha256_of(model_file(path)) != stated:
+            raise InputError(
+                f"The student in {self.out} expects the teacher that it began with. "
+                f"Received: another model in {path}. Put the first one back, or start "
+                "again with --overwrite."
+            )
+        teacher, _ = load_model(path)
+        return copy_of(teacher)
 
     def _new_model(self):
         """Build the model that training starts from, under the strategy's scope."""
         config = self.config
-        if config.init_from is None:
+        if config.init_from is None and config.distillation is None:
             return GPTModel(
                 self.tokenizer.vocab_size,
                 config.embedding_dim,
@@ -872,7 +573,7 @@ class _Run:
                 tie_embeddings=config.tie_embeddings,
             )
         initial, _ = load_model(self.out / "initial")
-        return _copy_of(initial)
+        return copy_of(initial)
 
     def train(self, callbacks, resume):
         if resume:
@@ -965,7 +666,7 @@ class _Run:
 
     def _finish(self):
         if self.best_weights is not None:
-            self.model.set_weights(self.best_weights)
+            self.trained.set_weights(self.best_weights)
             self.notice(f"kept the weights of step {self.best['step']}, the best")
         loss = None
         validations = self.history["validations"]
@@ -975,7 +676,9 @@ class _Run:
             loss = validations[-1]["loss"]
         # A worker that left at once would be taken for a crashed one.
         strategies.on_chief(self.strategy, lambda: self._write_results(loss))
-        return TrainingResult(self.model, self.tokenizer, self.history, self.out, loss)
+        return TrainingResult(
+            self.trained, self.tokenizer, self.history, self.out, loss
+        )
 
     def _write_results(self, loss):
         from gpt_tf.display import draw_history
@@ -986,7 +689,7 @@ class _Run:
         made_from = {"run": files.sha256_of(self.out / "run.json")}
         made_from |= files.read_json(self.out / "run.json").get("made_from", {})
         save_model(
-            _copy_of(self.model),
+            copy_of(self.trained),
             self.tokenizer,
             self.out / "model",
             step=self.step,
@@ -1002,7 +705,9 @@ class _Run:
         optimizer = self.model.optimizer
         named = {
             f"model/{index:04d}": variable
-            for index, variable in enumerate(self.model.weights)
+            for index, variable in enumerate(
+                getattr(self.model, "changing_weights", self.model.weights)
+            )
         }
         if isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
             if optimizer.dynamic:
@@ -1038,7 +743,7 @@ class _Run:
                     ["state.safetensors", "history.json"],
                     step=self.step,
                     best=self.best,
-                    config=self.model.get_config(),
+                    config=self.trained.get_config(),
                 )
         except (OSError, safetensors.SafetensorError) as error:
             full = getattr(
@@ -1075,10 +780,11 @@ class _Run:
         self.notice("no checkpoint was written yet: starting from step 0")
 
     def _restore(self, folder, manifest):
-        if manifest["config"] != self.model.get_config():
+        config = self.trained.get_config()
+        if manifest["config"] != config:
             raise InputError(
                 f"The checkpoint in {folder} is of another shape: "
-                f"{_differences(manifest['config'], self.model.get_config())}. "
+                f"{_differences(manifest['config'], config)}. "
                 "Resume the run that wrote it."
             )
         state = safetensors.numpy.load_file(folder / "state.safetensors")
@@ -1098,12 +804,6 @@ class _Run:
         self.best = manifest["best"]
         self.step = int(manifest["step"])
         self.history = files.read_json(folder / "history.json")
-
-
-def _copy_of(model):
-    copy = type(model).from_config(model.get_config())
-    copy.set_weights(model.get_weights())
-    return copy
 
 
 def _differences(old, new):
@@ -1137,9 +837,10 @@ class _Recorder(keras.callbacks.Callback):
             self.began = self.now
             self.sums = {}
         if run.step % 10 == 0 or run.step == 1:
-            run.history["steps"].append(
-                {"step": run.step, **self._means(batch + 1, logs or {})}
-            )
+            means = self._means(batch + 1, logs or {})
+            if run.own_loss in means:
+                means["loss"] = means.pop(run.own_loss)
+            run.history["steps"].append({"step": run.step, **means})
 
     def _means(self, count, logs):
         """Return the means since they were last asked for.
@@ -1149,7 +850,7 @@ class _Recorder(keras.callbacks.Callback):
         before = self.sums.get("count", 0)
         sums = {
             key: float(logs[key]) * count
-            for key in ("loss", "token_accuracy")
+            for key in (self.run.own_loss, "distillation_loss", "token_accuracy")
             if key in logs
         }
         means = {
@@ -1163,7 +864,7 @@ class _Recorder(keras.callbacks.Callback):
         run, logs = self.run, logs or {}
         if "val_loss" not in logs:
             return
-        loss = float(logs["val_loss"])
+        loss = float(logs[f"val_{run.own_loss}"])
         logs["tokens_per_second"] = self.tokens_per_second
         run.history["validations"].append(
             {
@@ -1171,8 +872,13 @@ class _Recorder(keras.callbacks.Callback):
                 "loss": loss,
                 "perplexity": math.exp(min(loss, 700.0)),
                 "token_accuracy": float(logs.get("val_token_accuracy", float("nan"))),
-                "train_loss": float(logs.get("loss", float("nan"))),
+                "train_loss": float(logs.get(run.own_loss, float("nan"))),
                 "tokens_per_second": self.tokens_per_second,
+                **{
+                    key: float(logs[f"val_{key}"])
+                    for key in ("teacher_agreement", "kl_divergence")
+                    if f"val_{key}" in logs and run.knowledge is None
+                },
             }
         )
         better = run.best["loss"] is None or loss < run.best["loss"]
@@ -1183,7 +889,7 @@ class _Recorder(keras.callbacks.Callback):
         if not run.config.patience:
             return
         if better:
-            run.best_weights = run.model.get_weights()
+            run.best_weights = run.trained.get_weights()
         elif run.best["waited"] >= run.config.patience:
             run.notice(
                 f"validation has not improved for {run.config.patience} rounds: "
@@ -1230,7 +936,7 @@ class _Sampler(keras.callbacks.Callback):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             text = generate(
-                run.model,
+                run.trained,
                 run.config.sample_prompt,
                 tokenizer=run.tokenizer,
                 max_new_tokens=min(64, run.config.context_length),

@@ -55,11 +55,11 @@ def token_weights(labels, sample_weight=None):
     return tf.broadcast_to(weights, tf.shape(labels))
 
 
-class LanguageModel(keras.Model):
-    """A Functional model from token ids `(B, T)` to logits `(B, T, V)` that trains.
+class TokenTraining:
+    """What a Keras model from token ids `(B, T)` to logits `(B, T, V)` trains with.
 
-    `fit` works without a `compile` before it. A subclass builds the graph and has
-    the attribute `vocab_size`. One that wants to observe its activations while it
+    Stands before `keras.Model` among the bases of a class. `fit` works without a
+    `compile` before it. The model has the attribute `vocab_size`. One that wants to observe its activations while it
     trains, as quantisation does, overrides `call_and_observe` and `take_maxima`; one
     that learns from more than the labels, `sums_of` and `new_token_metrics`.
     """
@@ -378,6 +378,13 @@ class LanguageModel(keras.Model):
             self.compiled_metrics.update_state(labels, logits, weights)
             metrics = self.metrics
         return {metric.name: metric.result() for metric in metrics}
+
+
+class LanguageModel(TokenTraining, keras.Model):
+    """A Functional model from token ids `(B, T)` to logits `(B, T, V)` that trains.
+
+    A subclass builds the graph of this package's layers.
+    """
 
 
 @keras.saving.register_keras_serializable(package="gpt_tf")

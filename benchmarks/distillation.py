@@ -1,0 +1,561 @@
+"""What a student keeps of its teacher: trained alone, and distilled in many ways.
+
+    python benchmarks/distillation.py [--text FILE] [--parts shakespeare,stdlib,article]
+
+A teacher of 6 layers, 384 wide, is trained until its validation loss stops improving.
+Students of at most half its parameters are then trained on the same text with the
+same number of tokens: alone, and in each way that `gpt-tf distil` offers. Both were
+tuned by the same search over the learning rate, which is part of the run. All runs
+stay in `--folder`, and what was measured there is not trained again.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+from harness import RESULTS, console, print_machine, print_table, save
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+OURS, THEIRS = "#c2410c", "#8fa8c8"
+
+TEACHER = {
+    "vocab_size": 1024,
+    "embedding_dim": 384,
+    "num_layers": 6,
+    "num_heads": 6,
+    "context_length": 128,
+    "dropout": 0.2,
+    "batch_size": 16,
+    "steps": 2000,
+    "learning_rate": 1e-3,
+    "warmup_steps": 100,
+    "validate_every": 100,
+    "validation_batches": 1000,
+    "patience": 3,
+    "checkpoint_every": 100,
+    "keep_checkpoints": 1,
+}
+STUDENT = {"num_layers": 3, "feedforward_dim": 1024}
+ARTICLE_TEACHER = {
+    **TEACHER,
+    "vocab_size": 10000,
+    "embedding_dim": 512,
+    "num_heads": 8,
+    "steps": 400,
+    "learning_rate": 6e-4,
+    "warmup_steps": 50,
+    "validate_every": 50,
+    "checkpoint_every": 50,
+}
+ARTICLE_STUDENT = {
+    "num_layers": 4,
+    "embedding_dim": 256,
+    "num_heads": 6,
+    "vocab_size": 5000,
+}
+RATES = (5e-4, 1e-3, 2e-3)
+LOSSES = ("reverse_kl", "jensen_shannon", "skewed_kl")
+COURSE = {
+    "dropout": 0.0,
+    "batch_size": 16,
+    "context_length": 128,
+    "warmup_steps": 40,
+    "validate_every": 200,
+    "validation_batches": 1000,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to come to a student.
+
+    Args:
+        name: As it stands in the table.
+        distillation: Fields of a `DistillationConfig`, or None for a student alone.
+        changes: Fields of `TrainingConfig`.
+        source: Name of the run whose beginning, or with `end` whose result, it takes.
+        end: Whether it goes on from the result.
+    """
+
+    name: str
+    distillation: dict | None = None
+    changes: dict = dataclasses.field(default_factory=dict)
+    source: str | None = None
+    end: bool = False
+
+
+class Study:
+    """A teacher, its text and its students.
+
+    Args:
+        name: Names the folder.
+        corpus: As for `gpt_tf.train`.
+        teacher: Configuration of the teacher.
+        student: Sizes of the student.
+        folder: Where the runs are kept.
+        steps: Optimiser steps of every student.
+    """
+
+    def __init__(self, name, corpus, teacher, student, folder, steps):
+        from gpt_tf import training
+
+        self.name, self.student, self.steps = name, student, steps
+        self.corpus, self.folder = corpus, folder / name
+        self.teacher_run = self.folder / "teacher"
+        if not (self.teacher_run / "model").is_dir():
+            console.print(f"{name}: training the teacher")
+            training.train(
+                None, self.teacher_run, corpus=corpus, overwrite=True, **teacher
+            )
+        self.teacher, self.tokenizer = training.load_model(self.teacher_run)
+        self.reference = None
+
+    def run(self, way, seed=0):
+        """Train a student, unless it is there; return what was measured."""
+        out = self.folder / f"{_slug(way.name)}-{seed}"
+        what = dataclasses.replace(way, name="")
+        facts = repr((what, seed, self.steps, self.student, COURSE))
+        wanted = hashlib.sha256(facts.encode()).hexdigest()
+        for measured in self.folder.glob(f"*-{seed}/measured.json"):
+            found = json.loads(measured.read_text("utf-8"))
+            if found["way"] == wanted:
+                return {**found, "name": way.name}
+        console.print(f"{self.name}: {way.name}, seed {seed}")
+        began = time.perf_counter()
+        result = self._train(way, out, seed)
+        seconds = time.perf_counter() - began
+        found = {
+            "way": wanted,
+            "name": way.name,
+            "seed": seed,
+            "parameters": result.model.count_params(),
+            "training_seconds": seconds,
+            "step_ms": _step_ms(result),
+            **self.measure(result.model, out),
+        }
+        console.print(
+            f"  perplexity {found['perplexity']:.3f}, "
+            f"{found['bits_per_byte']:.4f} bits per byte, {seconds:.0f} s"
+        )
+        (out / "measured.json").write_text(json.dumps(found), "utf-8")
+        return found
+
+    def _train(self, way, out, seed):
+        from gpt_tf import training
+
+        course = {
+            **COURSE,
+            "corpus": self.corpus,
+            "seed": 100 + seed,
+            "steps": self.steps,
+            **way.changes,
+        }
+        course["final_learning_rate"] = course["learning_rate"] / 10
+        options = {"overwrite": True, "on_notice": lambda line: None, "verbose": False}
+        if way.source is not None:
+            source = self.folder / f"{_slug(way.source)}-{seed}"
+            course["init_from"] = str(source if way.end else source / "initial")
+        if way.distillation is not None:
+            sizes = {} if way.source else self.student
+            return training.distil(
+                self.teacher_run,
+                out,
+                {**sizes, **way.distillation},
+                **options,
+                **course,
+            )
+        if way.source is None:
+            course |= self._fresh()
+        return training.train(None, out, **options, **course)
+
+    def _fresh(self):
+        """Sizes and tokenizer of a student that never saw the teacher."""
+        sizes = {
+            name: self.student.get(name, getattr(self.teacher, name))
+            for name in ("num_layers", "embedding_dim", "num_heads")
+        }
+        if "feedforward_dim" in self.student:
+            sizes["feedforward_dim"] = self.student["feedforward_dim"]
+        vocab_size = self.student.get("vocab_size", self.tokenizer.vocab_size)
+        path = self.folder / f"tokenizer-{vocab_size}"
+        if not path.is_dir():
+            from gpt_tf.distillation.vocabulary import derive_tokenizer
+
+            tokenizer = self.tokenizer
+            if vocab_size != tokenizer.vocab_size:
+                tokenizer = derive_tokenizer(tokenizer, vocab_size)
+            path.mkdir()
+            tokenizer.save(path)
+        return {**sizes, "tokenizer": str(path)}
+
+    def measure(self, model, run):
+        """Perplexity and bits per byte of held-out text; nearness to the teacher."""
+        from gpt_tf.text.dataset import TokenFile, Windows
+
+        tokens = TokenFile.open(run / "data" / "validation.tokens")
+        windows = Windows(tokens, model.context_length, 16, shuffle=False)
+        is_teachers = model.vocab_size == self.teacher.vocab_size
+        if is_teachers and self.reference is None:
+            self.reference = [
+                _log_softmax(self.teacher, windows.batch(step)[0])
+                for step in range(windows.steps_per_epoch)
+            ]
+        sums = np.zeros(4)
+        for step in range(windows.steps_per_epoch):
+            inputs, labels, weights = windows.batch(step)
+            found = _log_softmax(model, inputs)
+            losses = -np.take_along_axis(found, labels[..., None], -1)[..., 0]
+            sums[0] += (losses * weights).sum()
+            sums[1] += weights.sum()
+            if is_teachers:
+                wanted = self.reference[step]
+                same = found.argmax(-1) == wanted.argmax(-1)
+                divergence = (np.exp(wanted) * (wanted - found)).sum(-1)
+                sums[2] += (same * weights).sum()
+                sums[3] += (divergence * weights).sum()
+        nats = sums[0] / sums[1]
+        return {
+            "nats": float(nats),
+            "perplexity": float(math.exp(nats)),
+            "bits_per_byte": float(sums[0] / math.log(2) / tokens.text_bytes),
+            "agreement": float(sums[2] / sums[1]) if is_teachers else None,
+            "divergence_nats": float(sums[3] / sums[1]) if is_teachers else None,
+        }
+
+    def best_rate(self, name, distillation):
+        """Search the learning rate with seed 0; return the way with the best one."""
+        ways = [
+            Way(f"{name}, rate {rate:g}", distillation, {"learning_rate": rate})
+            for rate in RATES
+        ]
+        found = [self.run(way) for way in ways]
+        best = int(np.argmin([row["nats"] for row in found]))
+        console.print(f"{self.name}: {name} is best at a rate of {RATES[best]:g}")
+        return RATES[best], found
+
+    def knowledge(self, passes=4):
+        """Extract the teacher's knowledge, once."""
+        from gpt_tf import training
+
+        path = self.folder / "knowledge"
+        if not (path / "manifest.json").is_file():
+            began = time.perf_counter()
+            training.extract_knowledge(self.teacher_run, path, passes=passes)
+            console.print(f"  extracted in {time.perf_counter() - began:.0f} s")
+        return str(path)
+
+
+def _slug(name):
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
+
+
+def _log_softmax(model, inputs):
+    logits = model.predict_on_batch(inputs).astype(np.float32)
+    logits -= logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def _step_ms(result):
+    speeds = [row["tokens_per_second"] for row in result.history["validations"]]
+    tokens = COURSE["batch_size"] * COURSE["context_length"]
+    return 1e3 * tokens / float(np.median(speeds)) if any(speeds) else None
+
+
+# The studies
+
+
+def study_text(name, corpus, arguments):
+    """A teacher of 6 layers, 384 wide, and all ways on one text."""
+    study = Study(
+        name, corpus, TEACHER, STUDENT, arguments.folder, arguments.steps[name]
+    )
+    seeds = arguments.seeds if name == "shakespeare" else 1
+    stored = {"knowledge": study.knowledge()}
+    alone_rate, alone_search = study.best_rate("alone", None)
+    rate, search = study.best_rate("distilled, stored", stored)
+    at = {"learning_rate": rate}
+    ways = [
+        (Way("alone", None, {"learning_rate": alone_rate}), seeds),
+        (Way("distilled", {}, at), seeds),
+        (Way("distilled, stored", stored, at), seeds),
+        (Way("alone, from the teacher's layers", None, at, "distilled"), seeds),
+        (Way("distilled, fresh weights", {**stored, "init": "fresh"}, at), 1),
+        (Way("distilled, temperature 2", {**stored, "temperature": 2.0}, at), 1),
+        (Way("distilled, alpha 0.5", {**stored, "alpha": 0.5}, at), 1),
+        (Way("distilled, first layers", {**stored, "layers": "first"}, at), 1),
+        (Way("distilled, by importance", {**stored, "layers": "importance"}, at), 1),
+    ]
+    if name == "shakespeare":
+        ways += [
+            (Way(f"distilled, {loss}", {**stored, "loss": loss}, at), 1)
+            for loss in LOSSES
+        ]
+        features = [("forward_kl", 1.0), ("hidden_states", 0.1)]
+        ways += [
+            (Way("distilled, and hidden states", {"loss": features}, at), 1),
+            (Way("distilled, on-policy 0.25", {"on_policy_fraction": 0.25}, at), 1),
+            (Way("distilled, and written text", {"written_tokens": 100_000}, at), 1),
+        ]
+        ways += quantised_ways(stored, rate, arguments.steps[name])
+    rows = [study.run(way, seed) for way, count in ways for seed in range(count)]
+    teacher = study.measure(study.teacher, study.teacher_run)
+    teacher |= {"name": "teacher", "parameters": study.teacher.count_params()}
+    speeds = decode_speeds(study)
+    summary = summarise(teacher, rows, speeds)
+    report(name, teacher, rows, summary)
+    return {
+        "teacher": teacher,
+        "rows": rows,
+        "searches": {"alone": alone_search, "distilled": search},
+        "speeds": speeds,
+        "summary": summary,
+        "steps": arguments.steps[name],
+    }
+
+
+def quantised_ways(stored, rate, steps):
+    """Integers and distillation at once, or one after the other, in equal steps."""
+    late = {"learning_rate": rate / 20, "warmup_steps": 5, "steps": steps // 5}
+    early = {"learning_rate": rate, "steps": steps - steps // 5}
+    quantized = {"quantization": {}}
+    whole = {"learning_rate": rate, **quantized}
+    return [
+        (Way("QAT and distilled at once", stored, whole), 1),
+        (Way("distilled, four fifths", stored, early), 1),
+        (
+            Way(
+                "distilled, then QAT",
+                None,
+                {**late, **quantized},
+                "distilled, four fifths",
+                end=True,
+            ),
+            1,
+        ),
+        (
+            Way(
+                "distilled, then QAT and distilled",
+                stored,
+                {**late, **quantized},
+                "distilled, four fifths",
+                end=True,
+            ),
+            1,
+        ),
+    ]
+
+
+def study_article(corpus, arguments):
+    """The article's pair: 10000/512/6/8 teaches 5000/256/4/6."""
+    study = Study(
+        "article",
+        corpus,
+        ARTICLE_TEACHER,
+        ARTICLE_STUDENT,
+        arguments.folder,
+        arguments.steps["article"],
+    )
+    alone_rate, alone_search = study.best_rate("alone", None)
+    derived = {"alpha": 0.3}
+    rate, search = study.best_rate("distilled, derived tokenizer", derived)
+    at = {"learning_rate": rate}
+    fresh = {**derived, "init": "fresh"}
+    ways = [
+        (Way("alone", None, {"learning_rate": alone_rate}), arguments.seeds),
+        (Way("distilled, derived tokenizer", derived, at), arguments.seeds),
+        (Way("distilled, derived, fresh weights", fresh, at), 1),
+    ]
+    rows = [study.run(way, seed) for way, count in ways for seed in range(count)]
+    teacher = study.measure(study.teacher, study.teacher_run)
+    teacher |= {"name": "teacher", "parameters": study.teacher.count_params()}
+    summary = summarise(teacher, rows, None)
+    report("the article's pair", teacher, rows, summary)
+    return {
+        "teacher": teacher,
+        "rows": rows,
+        "searches": {"alone": alone_search, "distilled": search},
+        "summary": summary,
+        "steps": arguments.steps["article"],
+    }
+
+
+def decode_speeds(study):
+    """Tokens per second of teacher and student, in turn: Keras, and the int8 file."""
+    import gpt_tf
+    from gpt_tf import training
+    from gpt_tf.edge import EdgeGPT
+    from gpt_tf.export.trained import export_trained
+    from gpt_tf.text.dataset import TokenFile
+
+    runs = {"teacher": study.teacher_run, "student": study.folder / "distilled-0"}
+    models = {name: training.load_model(run)[0] for name, run in runs.items()}
+    held_out = TokenFile.open(study.teacher_run / "data" / "validation.tokens")
+    prompt = [int(token) for token in held_out.tokens[:16]]
+    found = {f"{kind}/{name}": [] for kind in ("keras", "int8") for name in runs}
+    engines, bytes_of = {}, {}
+    for name, run in runs.items():
+        path = study.folder / f"{name}.litertlm"
+        manifest = export_trained(run, path, "int8", on_notice=lambda line: None)
+        engines[name] = EdgeGPT(path)
+        bytes_of[name] = manifest["size_bytes"]
+    for turn in range(6):
+        for name in runs:
+            calls = {
+                "keras": lambda name=name: gpt_tf.generate(
+                    models[name], prompt, max_new_tokens=96, temperature=0
+                ),
+                "int8": lambda name=name: engines[name].generate(
+                    prompt, max_new_tokens=96, temperature=0
+                ),
+            }
+            for kind, call in calls.items():
+                began = time.perf_counter()
+                count = len(call())
+                seconds = time.perf_counter() - began
+                if turn:  # the first compiles
+                    found[f"{kind}/{name}"].append(count / seconds)
+    for engine in engines.values():
+        engine.close()
+    speeds = {key: float(np.median(values)) for key, values in found.items()}
+    return {**speeds, "int8_bytes": bytes_of}
+
+
+def summarise(teacher, rows, speeds):
+    """The promises, in numbers: means and spreads over the seeds."""
+    by_name = {}
+    for row in rows:
+        by_name.setdefault(row["name"], []).append(row)
+    ways = {}
+    for name, found in by_name.items():
+        nats = np.array([row["nats"] for row in found])
+        bits = np.array([row["bits_per_byte"] for row in found])
+        ways[name] = {
+            "seeds": len(found),
+            "perplexity": float(np.exp(nats).mean()),
+            "perplexity_spread": float(np.ptp(np.exp(nats))),
+            "of_teacher": float(np.exp(nats - teacher["nats"]).mean()),
+            "bits_per_byte": float(bits.mean()),
+            "bits_per_byte_spread": float(np.ptp(bits)),
+            "step_ms": found[0]["step_ms"],
+        }
+        if found[0]["agreement"] is not None:
+            ways[name]["agreement"] = float(np.mean([r["agreement"] for r in found]))
+            ways[name]["divergence_nats"] = float(
+                np.mean([r["divergence_nats"] for r in found])
+            )
+    return {"ways": ways, "speeds": speeds}
+
+
+def report(name, teacher, rows, summary):
+    lines = [
+        (
+            "teacher",
+            f"{teacher['parameters'] / 1e6:.2f} M",
+            f"{teacher['perplexity']:.2f}",
+            "1",
+            f"{teacher['bits_per_byte']:.4f}",
+            "",
+            "",
+        )
+    ]
+    parameters = {row["name"]: row["parameters"] for row in rows}
+    for way, found in summary["ways"].items():
+        spread = (
+            f" ± {found['perplexity_spread'] / 2:.2f}" if found["seeds"] > 1 else ""
+        )
+        agreement = found.get("agreement")
+        lines.append(
+            (
+                way,
+                f"{parameters[way] / 1e6:.2f} M",
+                f"{found['perplexity']:.2f}{spread}",
+                f"{found['of_teacher']:.3f}",
+                f"{found['bits_per_byte']:.4f}",
+                "" if agreement is None else f"{agreement:.1%}",
+                "" if found["step_ms"] is None else f"{found['step_ms']:.0f}",
+            )
+        )
+    print_table(
+        name,
+        (
+            "",
+            "parameters",
+            "perplexity",
+            "of teacher's",
+            "bits/byte",
+            "agreement",
+            "step, ms",
+        ),
+        lines,
+    )
+
+
+def draw(studies):
+    """Draw perplexity above the teacher's, a panel per text."""
+    panels = {k: v for k, v in studies.items() if k != "article"}
+    figure = Figure(figsize=(6.4 * max(1, len(panels)), 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (name, study) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        ways = sorted(
+            study["summary"]["ways"].items(), key=lambda w: -w[1]["of_teacher"]
+        )
+        values = [100 * (found["of_teacher"] - 1) for _, found in ways]
+        colours = [THEIRS if way.startswith("alone") else OURS for way, _ in ways]
+        axes.barh([way for way, _ in ways], values, color=colours, height=0.65)
+        axes.axvline(0, color="#555555", linewidth=0.8)
+        for place, value in enumerate(values):
+            axes.annotate(
+                f"{value:+.1f}",
+                (max(value, 0), place),
+                textcoords="offset points",
+                xytext=(4, -3),
+                fontsize=8,
+            )
+        axes.margins(x=0.15)
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_xlabel("perplexity above the teacher's, %")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.savefig(RESULTS / "distillation.png", dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", default="shakespeare", help="a file, offline")
+    parser.add_argument("--parts", default="shakespeare,article,stdlib")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--shakespeare-steps", type=int, default=400)
+    parser.add_argument("--stdlib-steps", type=int, default=400)
+    parser.add_argument("--article-steps", type=int, default=300)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "distillation")
+    arguments = parser.parse_args()
+    arguments.steps = {
+        "shakespeare": arguments.shakespeare_steps,
+        "stdlib": arguments.stdlib_steps,
+        "article": arguments.article_steps,
+    }
+    print_machine()
+    path = RESULTS / "distillation.json"
+    studies = json.loads(path.read_text("utf-8"))["studies"] if path.is_file() else {}
+    for part in arguments.parts.split(","):
+        if part == "article":
+            studies[part] = study_article(arguments.text, arguments)
+        else:
+            corpus = arguments.text if part == "shakespeare" else "python-stdlib"
+            studies[part] = study_text(part, corpus, arguments)
+        save("distillation", {"studies": studies})
+    draw(studies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,502 @@
+"""`Distiller`: a Keras model in which a teacher's knowledge trains a student."""
+
+import math
+import numbers
+
+import tensorflow as tf
+import tf_keras as keras
+
+from gpt_tf.distillation import losses, on_policy
+from gpt_tf.distillation.observe import outputs_of
+from gpt_tf.distillation.top_k import logits_from_sorted, logits_from_top_k
+from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.models import operations, step
+from gpt_tf.models.language_model import (
+    LanguageModel,
+    NextTokenLoss,
+    TokenMetrics,
+    TokenTraining,
+    refuse_keras_3,
+)
+
+
+_NO_KNOWLEDGE = (
+    "A Distiller without a teacher expects stored knowledge among its inputs. Received: "
+    "none. Take the data from `KnowledgeStore.windows`, or pass `teacher=`."
+)
+
+
+class DistillationWarning(UserWarning):
+    """A pair of teacher and student from which little is to be expected."""
+
+
+@keras.saving.register_keras_serializable(package="gpt_tf")
+class Distiller(TokenTraining, keras.Model):
+    """Trains a student on the labels and on what a teacher makes of the same text.
+
+        loss = alpha * student_loss + (1 - alpha) * distillation_loss
+
+    Each is a sum over the tokens of the global batch divided by the weight of all of
+    them, so replicas, micro-batches and padding change nothing. The teacher runs in
+    inference mode and is not trained; the student is an ordinary GPT, to generate
+    from, save and export by itself.
+
+    Args:
+        teacher: A trained GPT, float or quantisation-aware. None where the inputs
+            bring stored knowledge with them.
+        student: A smaller GPT of at most the teacher's context, float or
+            quantisation-aware. It is trained in place.
+
+    Call arguments:
+        inputs: Token ids `(B, T)`, or a dict with `"tokens"` and one of
+            `"teacher_ids"` and `"teacher_log_probs"`, as `KnowledgeStore.windows`
+            gives them; `"teacher_tokens"` `(B, U)` and `"teacher_positions"` `(B, T)`,
+            where the teacher has a tokenizer of its own: what it reads, and which of
+            its positions stands beside each of the student's, -1 for none.
+
+    Returns:
+        The student's logits `(B, T, V)`, float32.
+
+    Raises:
+        InputError: Teacher and student do not fit each other.
+        InputTypeError: One of them is no GPT of this package.
+
+    Example:
+        >>> student = make_student(teacher, num_layers=2)
+        >>> distiller = Distiller(teacher=teacher, student=student)
+        >>> distiller.compile(distillation_loss="forward_kl", temperature=2.0)
+        >>> distiller.fit(inputs, labels, epochs=3)
+        >>> student.save("student.keras")
+
+    Reference: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural
+    Network", arXiv:1503.02531; article 3.3.
+    """
+
+    def __init__(self, *, teacher, student, name="distiller", **kwargs):
+        _check_pair(teacher, student)
+        super().__init__(name=name, **kwargs)
+        self.teacher = teacher
+        self.student = student
+        self.distillation_loss = None
+        self.vocab_size = student.vocab_size
+        self.context_length = student.context_length
+        self.built = True
+
+    def get_config(self):
+        def described(model):
+            return keras.saving.serialize_keras_object(model)
+
+        return {
+            "teacher": None if self.teacher is None else described(self.teacher),
+            "student": described(self.student),
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        models = {
+            role: config[role]
+            and keras.saving.deserialize_keras_object(config[role], custom_objects)
+            for role in ("teacher", "student")
+        }
+        return cls(**{**config, **models})
+
+    def build_from_config(self, config):
+        """Nothing: teacher and student are built."""
+
+    def call(self, inputs, training=None):
+        return self.student(_tokens_of(inputs), training=training)
+
+    # What is trained
+
+    @property
+    def trainable_weights(self):
+        found = list(self.student.trainable_weights)
+        if self.distillation_loss is not None:
+            found += self.distillation_loss.trainable_weights
+        return found
+
+    @property
+    def non_trainable_weights(self):
+        teacher = [] if self.teacher is None else self.teacher.weights
+        return [*self.student.non_trainable_weights, *teacher]
+
+    @property
+    def changing_weights(self):
+        """All weights but the teacher's, which stay as they are."""
+        return [*self.trainable_weights, *self.student.non_trainable_weights]
+
+    # Keras: compile and fit
+
+    def compile(
+        self,
+        optimizer=None,
+        metrics=None,
+        *,
+        student_loss=None,
+        distillation_loss=None,
+        alpha=0.1,
+        temperature=1.0,
+        on_policy_fraction=0.0,
+        on_policy_prompt_length=None,
+        on_policy_seed=0,
+        **kwargs,
+    ):
+        """Choose optimiser, losses and their balance; each has a sensible default.
+
+        Args:
+            optimizer: As for `GPTModel.compile`.
+            metrics: As for `GPTModel.compile`, of the student's logits.
+            student_loss: A tf_keras loss of labels `(B, T)` and logits `(B, T, V)`
+                that has a value per token. Default: `NextTokenLoss`.
+            distillation_loss: A `DistillationLoss`, its name, a tf_keras loss of
+                probabilities, or a list of (loss, weight). Default: `"forward_kl"`.
+            alpha: Share of the student loss, in [0, 1].
+            temperature: Divides the logits of both before they are compared, above 0.
+            on_policy_fraction: Share of the steps, in [0, 1], in which the student
+                continues the text itself and only the teacher judges what it wrote.
+            on_policy_prompt_length: Tokens of the text that it is given then; a
+                quarter of the window unless given.
+            on_policy_seed: Of these steps and of what the student writes.
+            **kwargs: As for `GPTModel.compile`.
+
+        Raises:
+            InputError: A number is out of its range, or the loss does not fit the
+                pair: plain divergences across vocabularies, for example.
+            InputTypeError: A Keras 3 object was handed in.
+
+        Reference: on-policy, Agarwal et al., "On-Policy Distillation of Language
+        Models" (GKD), arXiv:2306.13649, algorithm 1.
+        """
+        if "loss" in kwargs:
+            raise InputError(
+                "`Distiller.compile` expects `student_loss` and `distillation_loss`. "
+                "Received: `loss`. Name the one that is meant."
+            )
+        for role, loss in (("student_loss", student_loss), ("metrics", metrics)):
+            for value in tf.nest.flatten(loss):
+                refuse_keras_3(value, role)
+        _check_share("alpha", alpha)
+        _check_share("on_policy_fraction", on_policy_fraction)
+        losses.check_temperature(temperature)
+        student_loss = student_loss or NextTokenLoss()
+        if not isinstance(student_loss, keras.losses.Loss):
+            student_loss = keras.losses.get(student_loss)
+        distillation_loss = losses.get(distillation_loss)
+        if not distillation_loss.built:
+            distillation_loss.build_for(
+                None if self.teacher is None else _shape_of(self.teacher),
+                _shape_of(self.student),
+            )
+        if on_policy_fraction and self.teacher is None:
+            raise InputError(
+                "`on_policy_fraction` expects a teacher, to judge what the student "
+                "writes. Received: stored knowledge. Pass `teacher=`, or 0."
+            )
+        self.student_loss = student_loss
+        self.distillation_loss = distillation_loss
+        self.alpha = float(alpha)
+        self.temperature = float(temperature)
+        self.on_policy_fraction = float(on_policy_fraction)
+        self.on_policy_prompt_length = on_policy_prompt_length
+        self.on_policy_seed = int(on_policy_seed)
+        super().compile(optimizer, None, metrics, **kwargs)
+        if hasattr(self.student, "count_steps_of"):
+            self.student.count_steps_of(self.optimizer)
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        if config is None:
+            return None
+        config.pop("loss", None)
+        described = keras.saving.serialize_keras_object
+        return {
+            **config,
+            "student_loss": described(self.student_loss),
+            "distillation_loss": described(self.distillation_loss),
+            "alpha": self.alpha,
+            "temperature": self.temperature,
+            "on_policy_fraction": self.on_policy_fraction,
+            "on_policy_prompt_length": self.on_policy_prompt_length,
+            "on_policy_seed": self.on_policy_seed,
+        }
+
+    def prepare_fit(self, x, batch_size):
+        inputs = x
+        if isinstance(x, tf.data.Dataset):
+            inputs = x.element_spec[0]
+        if self.teacher is None and "teacher_log_probs" not in (
+            inputs if isinstance(inputs, dict) else ()
+        ):
+            raise InputError(_NO_KNOWLEDGE)
+        return self.student.prepare_fit(_tokens_of(x), batch_size)
+
+    # Keras: the steps
+
+    def train_step(self, data):
+        if self.on_policy_fraction:
+            data = self._with_own_text(data)
+        return super().train_step(data)
+
+    def _with_own_text(self, data):
+        """Let the student write the batch, in a share of the steps."""
+        x, y, weights = self._unpack(data)
+        x = x if isinstance(x, dict) else {"tokens": x}
+        if set(x) != {"tokens"}:
+            raise InputError(
+                "`on_policy_fraction` expects token ids as inputs, which a live "
+                f"teacher reads. Received: {sorted(x)}. Pass token ids, or 0."
+            )
+        tokens = x["tokens"]
+        length = tokens.shape[1]
+        prompt = self.on_policy_prompt_length or max(1, (length or 0) // 4)
+        if length is None or not 1 <= prompt < length:
+            raise InputError(
+                "`on_policy_prompt_length` expects a number from 1 to below the "
+                f"windows' known length. Received: {prompt} for windows of {length}."
+            )
+        done = tf.cast(self.optimizer.iterations, tf.int32)
+        seed = tf.stack([self.on_policy_seed, done])
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        apart = tf.stack([7919 * (1 + tf.cast(replica, tf.int32)), 0])
+
+        def own():
+            written = self._compiled(self._write)(tokens, seed + apart)
+            is_written = tf.range(length) >= prompt - 1
+            ours = tf.where(weights > 0.0, 1.0, 0.0) * tf.cast(is_written, tf.float32)
+            return written[:, :-1], written[:, 1:], ours, tf.zeros_like(weights)
+
+        draw = tf.random.stateless_uniform([], seed)
+        tokens, y, weights, labelled = tf.cond(
+            draw < self.on_policy_fraction,
+            own,
+            lambda: (tokens, y, weights, tf.ones_like(weights)),
+        )
+        return {"tokens": tokens, "labelled": labelled}, y, weights
+
+    def _write(self, tokens, seed):
+        """Continue the beginnings of windows `(B, T)` to `(B, T + 1)`."""
+        length = tokens.shape[1]
+        prompt = self.on_policy_prompt_length or max(1, length // 4)
+        return on_policy.write(self.student, tokens[:, :prompt], length + 1, seed)
+
+    def cast_inputs(self, x):
+        if not isinstance(x, dict):
+            return tf.cast(x, tf.int32)
+        real = ("teacher_log_probs", "labelled")
+        return {
+            key: tf.cast(value, tf.float32 if key in real else tf.int32)
+            for key, value in x.items()
+        }
+
+    def take_maxima(self, maxima):
+        if maxima:
+            self.student.take_maxima(maxima)
+
+    def sums_of(self, part, training):
+        inputs, labels, weights = part
+        tokens = _tokens_of(inputs)
+        wants = self.distillation_loss.wants
+
+        def forward(tokens):
+            return outputs_of(self.student, tokens, wants, training)
+
+        maxima = ()
+        if training:
+            student, maxima = self.student.call_and_observe(tokens, weights, forward)
+        else:
+            student = forward(tokens)
+        teacher, known = self._teacher_outputs(inputs, student, wants, training)
+        labelled = weights
+        if isinstance(inputs, dict) and "labelled" in inputs:
+            labelled = weights * inputs["labelled"]
+        hard = self._hard_losses(labels, student.logits)
+        soft = self.distillation_loss(teacher, student, self.temperature)
+        student_sum = _weighted_sum(hard, labelled)
+        distillation_sum = _weighted_sum(soft, weights * known)
+        total = self.alpha * student_sum + (1.0 - self.alpha) * distillation_sum
+        cross_entropy, correct, labelled_weight = operations.token_sums(
+            tf.stop_gradient(student.logits), labels, labelled
+        )
+        agreement, divergence = _nearness(teacher.logits, student.logits)
+        if isinstance(inputs, dict) and not _same_tokens(inputs):
+            agreement = divergence = tf.zeros_like(agreement)
+        sums = (
+            total,
+            student_sum,
+            distillation_sum,
+            cross_entropy,
+            correct,
+            _weighted_sum(agreement, weights * known),
+            _weighted_sum(divergence, weights * known),
+            tf.reduce_sum(weights),
+            labelled_weight,
+            tf.reduce_sum(weights * known),
+        )
+        return sums, maxima, student.logits
+
+    def _hard_losses(self, labels, logits):
+        found = self.student_loss.call(labels, logits)
+        if found.shape.rank != 2:
+            raise InputError(
+                "`student_loss` expects a loss per token, (B, T). Received: shape "
+                f"{tuple(found.shape)} from {type(self.student_loss).__name__}. Use "
+                "NextTokenLoss() or SparseCategoricalCrossentropy(from_logits=True)."
+            )
+        return tf.cast(found, tf.float32)
+
+    def _teacher_outputs(self, inputs, student, wants, training):
+        """Return what the teacher says, and where it says something, `(B, T)`."""
+        everywhere = tf.ones(tf.shape(student.logits)[:2])
+        given = inputs if isinstance(inputs, dict) else {}
+        if "teacher_log_probs" in given:
+            log_probs = given["teacher_log_probs"]
+            if "teacher_ids" in given:
+                own = tf.stop_gradient(student.logits)
+                logits = logits_from_top_k(given["teacher_ids"], log_probs, own)
+            else:
+                logits = logits_from_sorted(log_probs, self.vocab_size)
+            known = tf.cast(log_probs[..., -1] < -1e-6, tf.float32)
+            return losses.Outputs(logits), known
+        if self.teacher is None and not training:
+            # Whoever validates without the teacher learns the student's own loss.
+            return losses.Outputs(tf.stop_gradient(student.logits)), 0.0 * everywhere
+        if self.teacher is None:
+            raise InputError(_NO_KNOWLEDGE)
+        if "teacher_tokens" not in given:
+            found = outputs_of(self.teacher, _tokens_of(inputs), wants)
+            return tf.nest.map_structure(tf.stop_gradient, found), everywhere
+        positions = given["teacher_positions"]  # (B, T)
+        found = outputs_of(self.teacher, given["teacher_tokens"], ("logits",))
+        logits = tf.gather(found.logits, tf.maximum(positions, 0), batch_dims=1)
+        known = tf.cast(positions >= 0, tf.float32)
+        return losses.Outputs(tf.stop_gradient(logits)), known
+
+    def new_token_metrics(self):
+        return DistillationMetrics()
+
+
+class DistillationMetrics(TokenMetrics):
+    """The metrics of a Distiller, from its sums over tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.student_loss = keras.metrics.Mean(name="student_loss")
+        self.distillation_loss = keras.metrics.Mean(name="distillation_loss")
+        self.agreement = keras.metrics.Mean(name="teacher_agreement")
+        self.divergence = keras.metrics.Mean(name="kl_divergence")
+        self.all = (
+            *self.all,
+            self.student_loss,
+            self.distillation_loss,
+            self.agreement,
+            self.divergence,
+        )
+
+    def update(
+        self,
+        total,
+        student,
+        distillation,
+        cross_entropy,
+        correct,
+        agreement,
+        divergence,
+        weight,
+        labelled,
+        known,
+    ):
+        """Take the sums of a batch, over all replicas."""
+        for metric, value, weight_of_all in (
+            (self.loss, total, weight),
+            (self.student_loss, student, labelled),
+            (self.distillation_loss, distillation, known),
+            (self.perplexity, cross_entropy, labelled),
+            (self.accuracy, correct, labelled),
+            (self.agreement, agreement, known),
+            (self.divergence, divergence, known),
+        ):
+            mean = step.mean_of(value, weight_of_all)
+            metric.update_state(mean, sample_weight=weight_of_all)
+
+
+def _nearness(teacher_logits, student_logits):
+    """Return equal likeliest tokens and KL divergence in nats, each `(B, T)`.
+
+    Across vocabularies neither has a meaning; both are then 0.
+    """
+    if teacher_logits.shape[-1] != student_logits.shape[-1]:
+        nothing = tf.zeros(tf.shape(student_logits)[:2])
+        return nothing, nothing
+    teacher_logits, student_logits = map(
+        tf.stop_gradient, (teacher_logits, student_logits)
+    )
+    same = tf.argmax(teacher_logits, -1) == tf.argmax(student_logits, -1)
+    return tf.cast(same, tf.float32), losses.forward_kl(teacher_logits, student_logits)
+
+
+def _same_tokens(inputs):
+    """Whether the teacher's probabilities are of the student's own tokens."""
+    of_others = "teacher_tokens" in inputs
+    ranks = "teacher_log_probs" in inputs and "teacher_ids" not in inputs
+    return not (of_others or ranks)
+
+
+def _weighted_sum(values, weights):
+    # A token of weight 0 may have any loss, infinities included.
+    return tf.reduce_sum(tf.where(weights > 0.0, values * weights, 0.0))
+
+
+def _tokens_of(inputs):
+    return inputs["tokens"] if isinstance(inputs, dict) else inputs
+
+
+def _shape_of(model):
+    """Return the configuration of the GPTModel that a model is or holds."""
+    return dict(model.gpt) if hasattr(model, "gpt") else model.get_config()
+
+
+def _check_pair(teacher, student):
+    for role, model in (("teacher", teacher), ("student", student)):
+        refuse_keras_3(model, role)
+        if role == "teacher" and model is None:
+            continue
+        if not isinstance(model, LanguageModel):
+            raise InputTypeError(
+                f"`{role}` expects a GPTModel, or one that `quantize_aware` made. "
+                f"Received: {type(model).__module__}.{type(model).__name__}."
+            )
+    if teacher is None:
+        return
+    ours = {id(variable) for variable in teacher.weights}
+    if teacher is student or any(id(variable) in ours for variable in student.weights):
+        raise InputError(
+            "`teacher` and `student` expect two models. Received: the same one, or "
+            "models that share weights. Cut the student with `make_student(teacher)`."
+        )
+    sizes = teacher.count_params(), student.count_params()
+    if sizes[0] < sizes[1]:
+        raise InputError(
+            "`teacher` expects a model at least as large as the student. Received: "
+            f"{sizes[0]:,} parameters for the teacher, {sizes[1]:,} for the student. "
+            "Are they swapped?"
+        )
+    if teacher.context_length < student.context_length:
+        raise InputError(
+            "`teacher` expects a context at least as long as the student's. Received: "
+            f"{teacher.context_length} and {student.context_length} positions. Build "
+            f"the student with context_length={teacher.context_length}."
+        )
+    if teacher.distribute_strategy is not student.distribute_strategy:
+        raise InputError(
+            "Teacher and student expect the same tf.distribute strategy. Received: "
+            f"{type(teacher.distribute_strategy).__name__} and "
+            f"{type(student.distribute_strategy).__name__}. Build or load both under "
+            "`strategy.scope()`."
+        )
+
+
+def _check_share(name, value):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0.0 <= value <= 1.0:
+        raise InputError(f"`{name}` expects a number from 0 to 1. Received: {value!r}.")

@@ -1,0 +1,648 @@
+"""How far a student is from its teacher, token by token.
+
+Every loss is a value per token, `(B, T)`, so that `Distiller` can weigh tokens and
+leave out padding. The teacher gets no gradient. Losses of logits are plain functions
+with a small Keras object around each, which has a name and can be saved; those of
+hidden states and attention have weights or a layer map.
+"""
+
+import math
+import numbers
+from typing import NamedTuple
+
+import tensorflow as tf
+import tf_keras as keras
+
+from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.models.language_model import refuse_keras_3
+
+
+class Outputs(NamedTuple):
+    """What a GPT computes, to be compared.
+
+    Attributes:
+        logits: `(B, T, V)` float32.
+        hidden_states: `L + 1` of `(B, T, C)`: after the embedding and each block.
+        attentions: `L` of `(B, H, T, T)`, probabilities.
+    """
+
+    logits: tf.Tensor
+    hidden_states: tuple = ()
+    attentions: tuple = ()
+
+
+# Logits
+
+
+def _log_probabilities(teacher_logits, student_logits, temperature):
+    teacher = tf.stop_gradient(tf.cast(teacher_logits, tf.float32))
+    student = tf.cast(student_logits, tf.float32)
+    return (
+        tf.nn.log_softmax(teacher / temperature),
+        tf.nn.log_softmax(student / temperature),
+    )
+
+
+def _divergence(log_p, log_q):
+    """KL(p || q) over the last axis; where p is 0, its share is 0."""
+    return tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _mixture(log_p, log_q, share):
+    """Return log(share * p + (1 - share) * q) without leaving the logarithm."""
+    one, other = log_p + math.log(share), log_q + math.log(1.0 - share)
+    high = tf.stop_gradient(tf.maximum(one, other))
+    return high + tf.math.log(tf.exp(one - high) + tf.exp(other - high))
+
+
+def forward_kl(teacher_logits, student_logits, temperature=1.0):
+    """`T² KL(p || q)`, `p = softmax(teacher / T)`, `q = softmax(student / T)`.
+
+    The factor `T²` keeps the gradient's size as `T` grows.
+
+    Args:
+        teacher_logits: `(..., V)`; no gradient.
+        student_logits: `(..., V)`.
+        temperature: `T`, above 0.
+
+    Returns:
+        `(...)` float32, in nats times `T²`, at least 0.
+
+    Reference: Hinton, Vinyals and Dean, arXiv:1503.02531, section 2.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
+    return temperature**2 * _divergence(log_p, log_q)
+
+
+def reverse_kl(teacher_logits, student_logits, temperature=1.0):
+    """`T² KL(q || p)`: the student keeps to what the teacher finds likely.
+
+    Args and returns: as for `forward_kl`.
+
+    Reference: Gu et al., "MiniLLM", arXiv:2306.08543.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
+    return temperature**2 * _divergence(log_q, log_p)
+
+
+def jensen_shannon(teacher_logits, student_logits, temperature=1.0, weight=0.5):
+    """`T² (w KL(p || m) + (1 - w) KL(q || m))`, `m = w p + (1 - w) q`.
+
+    Args and returns: as for `forward_kl`, and
+        weight: `w`, in (0, 1): near 0 its gradient is that of the forward KL times
+            `w`, near 1 that of the reverse KL times `1 - w`.
+
+    Reference: Agarwal et al. (GKD), arXiv:2306.13649, section 3.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
+    log_m = _mixture(log_p, log_q, weight)
+    both = weight * _divergence(log_p, log_m)
+    both += (1.0 - weight) * _divergence(log_q, log_m)
+    return temperature**2 * both
+
+
+def total_variation(teacher_logits, student_logits, temperature=1.0):
+    """`T * sum |p - q| / 2`: half the distance, in [0, T].
+
+    Its gradient shrinks with `1 / T`, not with its square, hence the factor.
+
+    Args and returns: as for `forward_kl`.
+
+    Reference: Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge
+    Distillation", arXiv:2307.15190.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
+    gaps = tf.abs(tf.exp(log_p) - tf.exp(log_q))
+    return 0.5 * temperature * tf.reduce_sum(gaps, axis=-1)
+
+
+def skewed_kl(teacher_logits, student_logits, temperature=1.0, skew=0.1):
+    """`T² KL(p || s p + (1 - s) q)`: finite, however unlikely the student finds it.
+
+    Args and returns: as for `forward_kl`, and
+        skew: `s`, in (0, 1).
+
+    Reference: Ko et al., "DistiLLM", arXiv:2402.03898, section 3.1.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
+    return temperature**2 * _divergence(log_p, _mixture(log_p, log_q, skew))
+
+
+def skewed_reverse_kl(teacher_logits, student_logits, temperature=1.0, skew=0.1):
+    """`T² KL(q || (1 - s) p + s q)`.
+
+    Args and returns: as for `skewed_kl`.
+
+    Reference: Ko et al., "DistiLLM", arXiv:2402.03898, section 3.1.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
+    return temperature**2 * _divergence(log_q, _mixture(log_q, log_p, skew))
+
+
+def universal_logit_distance(teacher_logits, student_logits, temperature=1.0):
+    """`T * sum_i |p_(i) - q_(i)|` of probabilities sorted from the largest down.
+
+    The order alone says which are compared, so the vocabularies may differ; the
+    shorter one is filled up with zeros.
+
+    Args:
+        teacher_logits: `(..., V)`; no gradient.
+        student_logits: `(..., V')`.
+        temperature: `T`, above 0.
+
+    Returns:
+        `(...)` float32, in [0, 2 T].
+
+    Reference: Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal
+    Logit Distillation Loss for LLMs", arXiv:2402.12030, equation 3.
+    """
+    log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
+    p, q = (tf.sort(tf.exp(x), direction="DESCENDING") for x in (log_p, log_q))
+    missing = p.shape[-1] - q.shape[-1]
+    p, q = _lengthened(p, -missing), _lengthened(q, missing)
+    return temperature * tf.reduce_sum(tf.abs(p - q), axis=-1)
+
+
+def _lengthened(x, count):
+    ends = [[0, 0]] * (x.shape.rank - 1) + [[0, max(0, count)]]
+    return tf.pad(x, ends)
+
+
+# Hidden states and attention
+
+
+def hidden_state_distance(teacher, student):
+    """Mean squared error of hidden states, of the teacher's mean square.
+
+    Args:
+        teacher: `(B, T, C)`; no gradient.
+        student: `(B, T, C)`, projected to the teacher's width.
+
+    Returns:
+        `(B, T)` float32; 1 for a student that says 0 throughout.
+
+    Reference: Jiao et al., "TinyBERT", arXiv:1909.10351, equation 8; the division
+    by the teacher's scale is ours.
+    """
+    teacher = tf.stop_gradient(tf.cast(teacher, tf.float32))
+    error = tf.reduce_mean((tf.cast(student, tf.float32) - teacher) ** 2, axis=-1)
+    return error / (tf.reduce_mean(teacher**2, axis=-1) + 1e-6)
+
+
+def attention_distance(teacher, student):
+    """KL divergence of attention, averaged over heads, whose numbers may differ.
+
+    Args:
+        teacher: `(B, H, T, T)`, probabilities; no gradient.
+        student: `(B, H', T, T)`, probabilities.
+
+    Returns:
+        `(B, T)` float32, in nats, at least 0.
+
+    Reference: Wang et al., "MiniLM", arXiv:2002.10957, section 3.1, with heads
+    averaged as in Zagoruyko and Komodakis, arXiv:1612.03928.
+    """
+    p = tf.stop_gradient(tf.reduce_mean(tf.cast(teacher, tf.float32), axis=1))
+    q = tf.reduce_mean(tf.cast(student, tf.float32), axis=1)  # (B, T, T)
+    # Hidden keys are 0 in both, and log(1) - log(1) there.
+    logs = tf.math.log(tf.maximum(p, 1e-9)) - tf.math.log(tf.maximum(q, 1e-9))
+    return tf.reduce_sum(p * logs, axis=-1)
+
+
+# Keras objects
+
+
+def _registered(kind):
+    return keras.saving.register_keras_serializable(package="gpt_tf")(kind)
+
+
+class DistillationLoss(keras.layers.Layer):
+    """A distance between teacher and student that has a name and can be saved.
+
+    Attributes:
+        wants: What it compares, of `"logits"`, `"hidden_states"`, `"attentions"`.
+        across_vocabularies: Whether teacher and student may differ in theirs.
+
+    Call arguments:
+        teacher: `Outputs`.
+        student: `Outputs`.
+        temperature: Above 0; losses that compare no logits do not look at it.
+
+    Returns:
+        `(B, T)` float32.
+    """
+
+    wants = frozenset({"logits"})
+    across_vocabularies = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"dtype": "float32", **kwargs})
+
+    def build_for(self, teacher_config, student_config):
+        """Check that the loss fits a pair, and make the weights that it needs.
+
+        Args:
+            teacher_config: The teacher's `GPTModel.get_config()`, or None where its
+                knowledge was stored.
+            student_config: The student's.
+
+        Raises:
+            InputError: It does not fit.
+        """
+        self._check_vocabularies(teacher_config, student_config)
+        if teacher_config is None and self.wants != {"logits"}:
+            raise InputError(
+                f"{type(self).__name__} compares {', '.join(sorted(self.wants))}, "
+                "which stored knowledge does not have. Received: no teacher. Pass "
+                "`teacher=`, or choose a loss of logits."
+            )
+        self._make_weights(teacher_config, student_config)
+        self.built = True
+
+    def _check_vocabularies(self, teacher_config, student_config):
+        if self.across_vocabularies or teacher_config is None:
+            return
+        sizes = teacher_config["vocab_size"], student_config["vocab_size"]
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"{type(self).__name__} compares probabilities of the same tokens. "
+                f"Received: vocabularies of {sizes[0]:,} tokens for the teacher and "
+                f"{sizes[1]:,} for the student. Use `UniversalLogit()`, or derive the "
+                "student's tokenizer with `derive_tokenizer(teacher's, vocab_size)` "
+                "and extract the teacher's knowledge for it: `gpt-tf distil "
+                "--student-vocab-size` does both."
+            )
+
+    def _make_weights(self, teacher_config, student_config):
+        """Make weights, where a loss has any."""
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+def _of_logits(function, own=None):
+    """Return the `call` of a loss that is a function of both logits."""
+
+    def call(self, teacher, student, temperature):
+        options = {} if own is None else {own: getattr(self, own)}
+        return function(teacher.logits, student.logits, temperature, **options)
+
+    return call
+
+
+@_registered
+class ForwardKL(DistillationLoss):
+    """See `forward_kl`."""
+
+    call = _of_logits(forward_kl)
+
+
+@_registered
+class ReverseKL(DistillationLoss):
+    """See `reverse_kl`."""
+
+    call = _of_logits(reverse_kl)
+
+
+@_registered
+class TotalVariation(DistillationLoss):
+    """See `total_variation`."""
+
+    call = _of_logits(total_variation)
+
+
+@_registered
+class UniversalLogit(DistillationLoss):
+    """See `universal_logit_distance`."""
+
+    across_vocabularies = True
+    call = _of_logits(universal_logit_distance)
+
+
+@_registered
+class JensenShannon(DistillationLoss):
+    """See `jensen_shannon`.
+
+    Args:
+        weight: In (0, 1).
+
+    Raises:
+        InputError: The weight is out of its range.
+    """
+
+    def __init__(self, weight=0.5, **kwargs):
+        super().__init__(**kwargs)
+        self.weight = _share("weight", weight)
+
+    call = _of_logits(jensen_shannon, "weight")
+
+    def get_config(self):
+        return {**super().get_config(), "weight": self.weight}
+
+
+class _Skewed(DistillationLoss):
+    def __init__(self, skew=0.1, **kwargs):
+        super().__init__(**kwargs)
+        self.skew = _share("skew", skew)
+
+    def get_config(self):
+        return {**super().get_config(), "skew": self.skew}
+
+
+@_registered
+class SkewedKL(_Skewed):
+    """See `skewed_kl`.
+
+    Args:
+        skew: In (0, 1).
+
+    Raises:
+        InputError: The skew is out of its range.
+    """
+
+    call = _of_logits(skewed_kl, "skew")
+
+
+@_registered
+class SkewedReverseKL(_Skewed):
+    """See `skewed_reverse_kl`.
+
+    Args:
+        skew: In (0, 1).
+
+    Raises:
+        InputError: The skew is out of its range.
+    """
+
+    call = _of_logits(skewed_reverse_kl, "skew")
+
+
+@_registered
+class OnProbabilities(DistillationLoss):
+    """A loss of tf_keras on the softened probabilities of both.
+
+    Args:
+        loss: A `tf_keras.losses.Loss` of probabilities, `KLDivergence()` for example.
+
+    Example:
+        >>> loss = OnProbabilities(keras.losses.KLDivergence())
+    """
+
+    def __init__(self, loss, **kwargs):
+        super().__init__(**kwargs)
+        if isinstance(loss, dict):
+            loss = keras.saving.deserialize_keras_object(loss)
+        self.loss = loss
+
+    def call(self, teacher, student, temperature):
+        log_p, log_q = _log_probabilities(teacher.logits, student.logits, temperature)
+        return tf.cast(self.loss.call(tf.exp(log_p), tf.exp(log_q)), tf.float32)
+
+    def get_config(self):
+        loss = keras.saving.serialize_keras_object(self.loss)
+        return {**super().get_config(), "loss": loss}
+
+
+class _OfLayers(DistillationLoss):
+    across_vocabularies = True
+    first = 0  # number of the first layer that can be named
+
+    def __init__(self, layer_map="evenly", **kwargs):
+        super().__init__(**kwargs)
+        self.layer_map = _normal_map(layer_map)
+
+    def _make_weights(self, teacher_config, student_config):
+        counts = [
+            config["num_layers"] + 1 - self.first
+            for config in (teacher_config, student_config)
+        ]
+        self.pairs = _pairs_of(self.layer_map, *counts)
+
+    def get_config(self):
+        return {**super().get_config(), "layer_map": self.layer_map}
+
+
+@_registered
+class HiddenStates(_OfLayers):
+    """Hidden states of the teacher, from learned projections of the student's.
+
+    Args:
+        layer_map: `"evenly"`, or pairs of a student's and a teacher's layer: 0 is the
+            embedding, `n` the output of block `n - 1`. Evenly spaced, the last
+            stands beside the last.
+
+    See `hidden_state_distance`; the mean over the pairs is taken.
+
+    Raises:
+        InputError: The map names no layer.
+    """
+
+    wants = frozenset({"logits", "hidden_states"})
+
+    def _make_weights(self, teacher_config, student_config):
+        super()._make_weights(teacher_config, student_config)
+        wide = teacher_config["embedding_dim"]
+        narrow = student_config["embedding_dim"]
+        initializer = keras.initializers.RandomNormal(stddev=narrow**-0.5, seed=1)
+        if narrow == wide:
+            initializer = keras.initializers.Identity()
+        self.projections = [
+            self.add_weight(
+                f"projection_{index}", (narrow, wide), initializer=initializer
+            )
+            for index in range(len(self.pairs))
+        ]
+
+    def call(self, teacher, student, temperature):
+        found = []
+        for kernel, (ours, theirs) in zip(self.projections, self.pairs, strict=True):
+            states = student.hidden_states[ours]
+            projected = tf.matmul(states, tf.cast(kernel, states.dtype))
+            found.append(
+                hidden_state_distance(teacher.hidden_states[theirs], projected)
+            )
+        return tf.add_n(found) / len(found)
+
+
+@_registered
+class AttentionTransfer(_OfLayers):
+    """Where the teacher looks, for the student to look there too.
+
+    Args:
+        layer_map: `"evenly"`, or pairs of a student's and a teacher's block, counted
+            from 0.
+
+    See `attention_distance`; the mean over the pairs is taken.
+
+    Raises:
+        InputError: The map names no block.
+    """
+
+    wants = frozenset({"logits", "attentions"})
+    first = 1
+
+    def call(self, teacher, student, temperature):
+        found = [
+            attention_distance(teacher.attentions[theirs], student.attentions[ours])
+            for ours, theirs in self.pairs
+        ]
+        return tf.add_n(found) / len(found)
+
+
+@_registered
+class WeightedSum(DistillationLoss):
+    """Several losses, each times its weight.
+
+    Args:
+        terms: Pairs of a loss, as for `get`, and a weight above 0.
+
+    Raises:
+        InputError: There are none, or a weight is not above 0.
+
+    Example:
+        >>> loss = WeightedSum([("forward_kl", 1.0), (HiddenStates(), 0.1)])
+    """
+
+    def __init__(self, terms, **kwargs):
+        super().__init__(**kwargs)
+        if not terms:
+            raise InputError(
+                "A weighted sum expects pairs (loss, weight). It got none."
+            )
+        self.factors = [_positive("weight", weight) for _, weight in terms]
+        self.terms = [get(loss) for loss, _ in terms]
+        self.wants = frozenset().union(*(term.wants for term in self.terms))
+
+    def build_for(self, teacher_config, student_config):
+        for term in self.terms:
+            term.build_for(teacher_config, student_config)
+        self.built = True
+
+    def call(self, teacher, student, temperature):
+        return tf.add_n(
+            [
+                factor * term(teacher, student, temperature)
+                for factor, term in zip(self.factors, self.terms, strict=True)
+            ]
+        )
+
+    def get_config(self):
+        terms = [
+            [keras.saving.serialize_keras_object(term), factor]
+            for term, factor in zip(self.terms, self.factors, strict=True)
+        ]
+        return {**super().get_config(), "terms": terms}
+
+
+NAMES = {
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "jensen_shannon": JensenShannon,
+    "total_variation": TotalVariation,
+    "skewed_kl": SkewedKL,
+    "skewed_reverse_kl": SkewedReverseKL,
+    "universal_logit": UniversalLogit,
+    "hidden_states": HiddenStates,
+    "attention_transfer": AttentionTransfer,
+}
+
+
+def get(identifier=None):
+    """Return a distillation loss.
+
+    Args:
+        identifier: A `DistillationLoss`, a name of `NAMES`, a loss of tf_keras for
+            probabilities, pairs of these and a weight, the configuration of a saved
+            one, or None for `ForwardKL()`.
+
+    Raises:
+        InputError: There is none of this name.
+        InputTypeError: It is nothing of these.
+    """
+    if identifier is None:
+        return ForwardKL()
+    if isinstance(identifier, DistillationLoss):
+        return identifier
+    refuse_keras_3(identifier, "distillation_loss")
+    if isinstance(identifier, dict):
+        return get(keras.saving.deserialize_keras_object(identifier))
+    if isinstance(identifier, keras.losses.Loss):
+        return OnProbabilities(identifier)
+    if isinstance(identifier, (list, tuple)):
+        return WeightedSum(identifier)
+    if isinstance(identifier, str):
+        if identifier in NAMES:
+            return NAMES[identifier]()
+        raise InputError(
+            f"A distillation loss is one of {', '.join(NAMES)}. "
+            f"Received: {identifier!r}."
+        )
+    raise InputTypeError(
+        "`distillation_loss` expects a DistillationLoss, a name, a tf_keras loss or "
+        f"pairs of these and a weight. Received: {type(identifier).__name__}."
+    )
+
+
+def check_temperature(value):
+    """Refuse what is no temperature.
+
+    Raises:
+        InputError: It is not a finite number above 0.
+    """
+    _positive("temperature", value)
+
+
+def _positive(name, value):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0.0 < value < math.inf:
+        raise InputError(
+            f"`{name}` expects a finite number above 0. Received: {value!r}."
+        )
+    return float(value)
+
+
+def _share(name, value):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0.0 < value < 1.0:
+        raise InputError(
+            f"`{name}` expects a number between 0 and 1, both excluded. "
+            f"Received: {value!r}."
+        )
+    return float(value)
+
+
+def _normal_map(layer_map):
+    if layer_map == "evenly":
+        return layer_map
+    if isinstance(layer_map, dict):
+        layer_map = layer_map.items()
+    try:
+        pairs = [[int(ours), int(theirs)] for ours, theirs in layer_map]
+    except (TypeError, ValueError):
+        pairs = []
+    if not pairs:
+        raise InputError(
+            "`layer_map` expects 'evenly', or pairs of a student's and a teacher's "
+            f"layer. Received: {layer_map!r}."
+        )
+    return pairs
+
+
+def _pairs_of(layer_map, num_teacher, num_student):
+    if layer_map == "evenly":
+        last = max(1, num_student - 1)
+        places = [index * (num_teacher - 1) / last for index in range(num_student)]
+        if num_student == 1:
+            places = [num_teacher - 1]
+        return [(index, round(place)) for index, place in enumerate(places)]
+    for ours, theirs in layer_map:
+        for role, layer, count in (
+            ("student", ours, num_student),
+            ("teacher", theirs, num_teacher),
+        ):
+            if not 0 <= layer < count:
+                raise InputError(
+                    f"`layer_map` expects layers of the {role} from 0 to {count - 1}. "
+                    f"Received: {layer}. Count them anew."
+                )
+    return [tuple(pair) for pair in layer_map]

@@ -1,0 +1,106 @@
+"""Sequence-level distillation: text that the teacher writes, for the student to read.
+
+The teacher continues beginnings of the training text; what repeats itself is thrown
+away, and the rest is mixed with real text.
+
+Reference: Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from gpt_tf.errors import InputError
+from gpt_tf.models import decoding
+from gpt_tf.text.corpus import Document
+
+# Rounds in a row of which nothing may be kept before we give up.
+_FRUITLESS_ROUNDS = 5
+
+
+def written_documents(
+    teacher,
+    tokenizer,
+    tokens,
+    num_tokens: int,
+    *,
+    prompt_length: int = 16,
+    temperature: float = 1.0,
+    top_p: float | None = 0.95,
+    max_repetition: float = 0.3,
+    batch_size: int = 32,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[Document]:
+    """Let a teacher write documents.
+
+    Args:
+        teacher: A trained GPT.
+        tokenizer: Its tokenizer.
+        tokens: Ids of real text `(N,)`; beginnings are taken from random places.
+        num_tokens: Number of tokens to write at least, beginnings included.
+        prompt_length: Tokens of each beginning, below the teacher's context.
+        temperature: As for `generate`.
+        top_p: As for `generate`.
+        max_repetition: Documents with a larger `repetition` are left out, in [0, 1].
+        batch_size: Documents written at once.
+        seed: The same seed writes the same documents.
+        on_progress: Called with the number of tokens written so far.
+
+    Yields:
+        Documents, each as long as the teacher's context at most.
+
+    Raises:
+        InputError: A number is out of its range, or the teacher repeats itself so
+            much that nothing can be kept.
+
+    Example:
+        >>> documents = list(written_documents(teacher, tokenizer, ids, 10_000))
+    """
+    context = teacher.context_length
+    if not 1 <= prompt_length < min(context, len(tokens)):
+        raise InputError(
+            f"`prompt_length` expects a number from 1 to below the context, {context}, "
+            f"and the text, {len(tokens)} tokens. Received: {prompt_length}."
+        )
+    if not 0.0 <= max_repetition <= 1.0:
+        raise InputError(
+            f"`max_repetition` expects a share from 0 to 1. Received: {max_repetition}."
+        )
+    generator = np.random.default_rng(seed)
+    count = kept = fruitless = 0
+    while count < num_tokens:
+        starts = generator.integers(0, len(tokens) - prompt_length, batch_size)
+        prompts = [[int(t) for t in tokens[s : s + prompt_length]] for s in starts]
+        continued = decoding.generate(
+            teacher,
+            prompts,
+            tokenizer=tokenizer,
+            max_new_tokens=context - prompt_length,
+            temperature=temperature,
+            top_p=top_p,
+            seed=int(generator.integers(2**31)),
+        )
+        before = kept
+        for prompt, new in zip(prompts, continued, strict=True):
+            ids = [*prompt, *new]
+            if count >= num_tokens or repetition(ids) > max_repetition:
+                continue
+            yield Document(f"written-{kept}", tokenizer.decode(ids))
+            kept += 1
+            count += len(ids)
+        fruitless = 0 if kept > before else fruitless + 1
+        if fruitless == _FRUITLESS_ROUNDS:
+            raise InputError(
+                f"Of {fruitless * batch_size} documents that the teacher wrote, each "
+                f"repeats itself in over {max_repetition:.0%} of its places. Train "
+                "the teacher longer, or allow more with `max_repetition`."
+            )
+        if on_progress is not None:
+            on_progress(count)
+
+
+def repetition(ids, length: int = 4) -> float:
+    """Return the share of runs of `length` tokens that occurred before, in [0, 1]."""
+    runs = [tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)]
+    return 1.0 - len(set(runs)) / len(runs) if runs else 0.0

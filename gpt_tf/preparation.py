@@ -1,0 +1,429 @@
+"""Before the first step: text to tokens, the model to start from, a teacher's part."""
+
+import dataclasses
+import itertools
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import tf_keras as keras
+
+from gpt_tf import files
+from gpt_tf.distillation.config import DistillationConfig
+from gpt_tf.distillation.distiller import DistillationWarning
+from gpt_tf.distillation.knowledge import KnowledgeStore, extract
+from gpt_tf.distillation.sequences import written_documents
+from gpt_tf.distillation.student import make_student
+from gpt_tf.distillation.vocabulary import derive_tokenizer, shared_tokens
+from gpt_tf.errors import InputError
+from gpt_tf.models.decoding import parts_of
+from gpt_tf.runs import (
+    OWN_ENTRIES,
+    load_model,
+    model_file,
+    read_run,
+    save_model,
+    windows_of,
+)
+from gpt_tf.text import corpus as corpora
+from gpt_tf.text import tokenizer as tokenizers
+from gpt_tf.text.dataset import TokenFile, Windows, write_token_file
+
+
+def prepare(config, out, overwrite, notice):
+    """Write tokens and configuration beside `out`, then move them in."""
+    _refuse_foreign_folder(out, overwrite)
+    start = _load_start(config)
+    source = _source_with_this_text(config, start.tokenizer)
+    text = _open_corpus(config, notice) if source is None else None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise InputError(
+            f"The run's folder {out} cannot be written: {error.strerror}. "
+            "Choose another."
+        ) from None
+    try:
+        tokenizer = start.tokenizer or _prepare_tokenizer(config, text, notice)
+        if config.sample_every and not tokenizer.encode(config.sample_prompt):
+            raise InputError(
+                "`sample_prompt` expects at least one token. "
+                f"Received: {config.sample_prompt!r}."
+            )
+        tokenizer.save(staging)
+        if source is None:
+            _encode(text, tokenizer, staging / "data", notice)
+            _add_written_text(config, start, text, staging / "data", notice)
+            corpus = text.describe()
+        else:
+            notice(f"taking the tokens of the run {source.name}")
+            shutil.copytree(source / "data", staging / "data")
+            corpus = files.read_json(source / "run.json")["corpus"]
+        token_file = TokenFile.open(staging / "data" / "train.tokens")
+        start = _cut_student(start, config, token_file, notice)
+        config = _with_shape_of(start.model, config)
+        windows = [
+            windows_of(
+                TokenFile.open(staging / "data" / f"{split}.tokens"), config, shuffle
+            )
+            for split, shuffle in (("validation", False), ("train", True))
+        ]
+        _prepare_knowledge(config, start, text, token_file, staging, notice)
+        if start.model is not None:
+            initial = _quantized(start.model, config, windows[1], notice)
+            save_model(
+                initial, tokenizer, staging / "initial", made_from=start.made_from
+            )
+        files.write_json(
+            staging / "run.json",
+            {
+                "kind": "run",
+                "config": dataclasses.asdict(config),
+                "corpus": corpus,
+                "made_from": start.made_from,
+                "versions": files.versions(),
+            },
+        )
+        _move_in(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _open_corpus(config, notice):
+    return corpora.open_corpus(
+        list(config.corpus) if isinstance(config.corpus, tuple) else config.corpus,
+        validation_fraction=config.validation_fraction,
+        on_notice=notice,
+    )
+
+
+def _encode(text, tokenizer, folder, notice):
+    notice(f"encoding {text.name} with a vocabulary of {tokenizer.vocab_size}")
+    for split in ("train", "validation"):
+        token_file = write_token_file(
+            folder / f"{split}.tokens",
+            text.documents(split),
+            tokenizer,
+            facts={"corpus": text.name, "split": split},
+        )
+        notice(f"{split}: {token_file.count:,} tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """What a run starts from, as far as it does not start from nothing.
+
+    Attributes:
+        model: The model whose training goes on, or None.
+        tokenizer: Its tokenizer, or None.
+        teacher: The teacher that a student learns from, or None.
+        teacher_tokenizer: The teacher's tokenizer, or None.
+        made_from: SHA-256 of the files of both, by role.
+    """
+
+    model: keras.Model | None = None
+    tokenizer: tokenizers.Tokenizer | None = None
+    teacher: keras.Model | None = None
+    teacher_tokenizer: tokenizers.Tokenizer | None = None
+    made_from: dict = dataclasses.field(default_factory=dict)
+
+
+def _load_start(config):
+    start = _Start()
+    if config.init_from is not None:
+        model, tokenizer = _load_with_tokenizer(config.init_from)
+        made_from = {"model": files.sha256_of(model_file(config.init_from))}
+        start = _Start(model, tokenizer, made_from=made_from)
+    if config.distillation is None:
+        return start
+    wanted = DistillationConfig.of(config.distillation)
+    teacher, teacher_tokenizer = _load_with_tokenizer(wanted.teacher)
+    _warn_of_untrained(teacher)
+    tokenizer = start.tokenizer
+    if tokenizer is None:
+        tokenizer = teacher_tokenizer
+        if wanted.vocab_size not in (None, teacher_tokenizer.vocab_size):
+            tokenizer = derive_tokenizer(teacher_tokenizer, wanted.vocab_size)
+    sha256 = files.sha256_of(model_file(wanted.teacher))
+    return dataclasses.replace(
+        start,
+        tokenizer=tokenizer,
+        teacher=teacher,
+        teacher_tokenizer=teacher_tokenizer,
+        made_from={**start.made_from, "teacher": sha256},
+    )
+
+
+def _load_with_tokenizer(path):
+    model, tokenizer = load_model(path)
+    if tokenizer is None:
+        raise InputError(
+            f"Expected tokenizer.json beside the model in {path}. Put it "
+            "there, or name the folder that `gpt-tf train` wrote."
+        )
+    return model, tokenizer
+
+
+def _warn_of_untrained(teacher):
+    blocks = (getattr(block, "layer", block) for block in parts_of(teacher).blocks)
+    if not any(np.any(block.down_bias.numpy()) for block in blocks):
+        warnings.warn(
+            "the teacher looks untrained: all its biases are 0, as before the first "
+            "step. The student will learn noise from it",
+            DistillationWarning,
+            stacklevel=2,
+        )
+
+
+def _cut_student(start, config, token_file, notice):
+    """Make the student, where a teacher is given and no student yet."""
+    if start.teacher is None or start.model is not None:
+        return start
+    wanted = DistillationConfig.of(config.distillation)
+    teacher = start.teacher
+    if hasattr(teacher, "gpt"):
+        from gpt_tf.quantization.qat import to_float
+
+        teacher = to_float(teacher)
+    options = wanted.student_sizes()
+    inputs = None
+    if start.tokenizer.fingerprint() != start.teacher_tokenizer.fingerprint():
+        options["vocab_size"] = start.tokenizer.vocab_size
+        options["token_ids"] = shared_tokens(start.teacher_tokenizer, start.tokenizer)
+    else:
+        length = min(config.context_length, teacher.context_length)
+        windows = Windows(token_file, length, 8, seed=config.seed)
+        batches = min(4, windows.steps_per_epoch)
+        inputs = np.concatenate([windows.batch(step)[0] for step in range(batches)])
+    student = make_student(
+        teacher,
+        **options,
+        layers=wanted.layers if isinstance(wanted.layers, str) else list(wanted.layers),
+        init=wanted.init,
+        inputs=inputs,
+        dropout=config.dropout,
+        seed=config.seed,
+    )
+    notice(
+        f"a student of {student.count_params():,} parameters, "
+        f"{student.count_params() / teacher.count_params():.0%} of the teacher's"
+    )
+    return dataclasses.replace(start, model=student)
+
+
+def _with_shape_of(model, config):
+    """Return the configuration with the sizes of a model that is there."""
+    if model is None:
+        return config
+    shape = model.gpt if hasattr(model, "gpt") else model.get_config()
+    if config.context_length > shape["context_length"]:
+        raise InputError(
+            f"`context_length` expects at most {shape['context_length']}, the "
+            f"positions of the model in {config.init_from}. "
+            f"Received: {config.context_length}."
+        )
+    taken = (
+        "vocab_size",
+        "embedding_dim",
+        "num_layers",
+        "num_heads",
+        "feedforward_dim",
+        "dropout",
+        "tie_embeddings",
+    )
+    return dataclasses.replace(config, **{name: shape[name] for name in taken})
+
+
+def _source_with_this_text(config, tokenizer):
+    """Return the run whose token files are those that this run wants, or None."""
+    wanted = DistillationConfig.of(config.distillation)
+    if wanted.written_tokens:
+        return None
+    for folder in (config.init_from, wanted.teacher):
+        folder = Path(folder or "")
+        if not (folder / "run.json").is_file() or not str(folder.name):
+            continue
+        before = read_run(folder)
+        same = ("corpus", "validation_fraction")
+        if any(getattr(before, name) != getattr(config, name) for name in same):
+            continue
+        found = tokenizers.load_tokenizer(folder)
+        if found.fingerprint() == tokenizer.fingerprint():
+            return folder
+    return None
+
+
+def _add_written_text(config, start, text, folder, notice):
+    """Write the training tokens anew, with text of the teacher after the real one."""
+    wanted = DistillationConfig.of(config.distillation)
+    if not wanted.written_tokens:
+        return
+    real = TokenFile.open(folder / "train.tokens")
+    notice(f"the teacher writes {wanted.written_tokens:,} tokens")
+    ids = real.tokens
+    if start.tokenizer.fingerprint() != start.teacher_tokenizer.fingerprint():
+        beginning = start.tokenizer.decode(ids[:200_000].tolist())
+        ids = np.asarray(start.teacher_tokenizer.encode(beginning))
+    written = list(
+        written_documents(
+            start.teacher,
+            start.teacher_tokenizer,
+            ids,
+            wanted.written_tokens,
+            prompt_length=min(16, start.teacher.context_length // 2),
+            seed=config.seed,
+        )
+    )
+    facts = {"corpus": text.name, "split": "train", "written_documents": len(written)}
+    documents = itertools.chain(text.documents("train"), written)
+    both = write_token_file(
+        folder / "train.tokens", documents, start.tokenizer, facts=facts
+    )
+    notice(f"train: {both.count:,} tokens, those of the teacher among them")
+
+
+def _prepare_knowledge(config, start, text, token_file, staging, notice):
+    """Check the stored knowledge that was named, or extract what has to be stored.
+
+    A teacher of another vocabulary cannot run along: what it says of the text is
+    mapped to the student's tokens once, before training.
+    """
+    if start.teacher is None:
+        return
+    wanted = DistillationConfig.of(config.distillation)
+    student, teacher = start.tokenizer, start.teacher_tokenizer
+    if wanted.knowledge is not None:
+        KnowledgeStore.open(wanted.knowledge).check_fits(
+            token_file=token_file,
+            tokenizer=student,
+            teacher=start.teacher,
+            context_length=config.context_length,
+        )
+    elif student.fingerprint() != teacher.fingerprint():
+        read = _teacher_tokens(config, start, text, staging, notice)
+        notice("storing what the teacher says of the text, in the student's tokens")
+        extract(
+            start.teacher,
+            read,
+            staging / "knowledge",
+            tokenizer=teacher,
+            context_length=min(config.context_length, start.teacher.context_length),
+            student=(student, token_file),
+            on_notice=notice,
+        )
+
+
+def _teacher_tokens(config, start, text, staging, notice):
+    """Return the training text as the teacher's tokens."""
+    source = _source_with_this_text(config, start.teacher_tokenizer)
+    if source is not None:
+        return TokenFile.open(source / "data" / "train.tokens")
+    text = text or _open_corpus(config, notice)
+    path = staging / "teacher" / "train.tokens"
+    return write_token_file(path, text.documents("train"), start.teacher_tokenizer)
+
+
+def _quantized(model, config, windows, notice):
+    """Return the model that training starts from, its ranges known."""
+    if config.quantization is None:
+        return model
+    # Here and not above: only who quantises waits for TF-MOT.
+    from gpt_tf.quantization.qat import quantize_aware
+
+    model = quantize_aware(model, config.quantization)
+    batches = min(model.quantization.calibration_batches, windows.steps_per_epoch)
+    if batches:
+        notice(f"calibrating ranges on {batches} batches")
+        model.calibrate(windows, num_batches=batches)
+    return model
+
+
+def _refuse_foreign_folder(out, overwrite):
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(
+            f"The run's folder is to be {out}, but that is a file. Choose another."
+        )
+    if any(out.iterdir()) and not overwrite:
+        what = "a run" if (out / "run.json").exists() else "something else"
+        raise InputError(
+            f"The folder {out} already holds {what}. Choose another, or add "
+            "--overwrite to replace what gpt_tf wrote there"
+            + (", or --resume to go on." if what == "a run" else ".")
+        )
+
+
+def _move_in(staging, out):
+    out.mkdir(parents=True, exist_ok=True)
+    # run.json goes first and comes last: without it the folder is no run.
+    for name in OWN_ENTRIES:
+        old = out / name
+        if old.is_dir():
+            shutil.rmtree(old)
+        elif old.exists():
+            old.unlink()
+    for name in reversed(OWN_ENTRIES):
+        if (staging / name).exists():
+            shutil.move(staging / name, out / name)
+
+
+def _prepare_tokenizer(config, text, notice):
+    texts = (document.text for document in text.documents("train"))
+    if config.tokenizer == "character":
+        # Every character must be known, those of the held-out text included.
+        texts = (
+            document.text
+            for split in ("train", "validation")
+            for document in text.documents(split)
+        )
+        return tokenizers.CharacterTokenizer.train(texts, end_of_text=False)
+    if config.tokenizer == "bpe":
+        notice(f"training a tokenizer of {config.vocab_size} tokens on {text.name}")
+        return tokenizers.BPETokenizer.train(texts, config.vocab_size)
+    return tokenizers.load_tokenizer(config.tokenizer)
+
+
+def store_knowledge(config, path, *, on_notice, **options):
+    """Store what the teacher of a configuration says of its text.
+
+    Args:
+        config: A `TrainingConfig` with `distillation`.
+        path: Folder of the store.
+        on_notice: Takes one-line notices.
+        **options: As for `gpt_tf.distillation.knowledge.extract`.
+
+    Returns:
+        The store, opened.
+    """
+    path = Path(path)
+    start = _load_start(config)
+    staging = path.parent / f".{path.name}.tokens"
+    try:
+        read = _teacher_tokens(config, start, None, staging, on_notice)
+        if start.tokenizer.fingerprint() != start.teacher_tokenizer.fingerprint():
+            own = _student_tokens(config, start, staging, on_notice)
+            options["student"] = (start.tokenizer, own)
+        return extract(
+            start.teacher,
+            read,
+            path,
+            tokenizer=start.teacher_tokenizer,
+            context_length=min(config.context_length, start.teacher.context_length),
+            seed=config.seed,
+            on_notice=on_notice,
+            **options,
+        )
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _student_tokens(config, start, staging, notice):
+    source = _source_with_this_text(config, start.tokenizer)
+    if source is not None:
+        return TokenFile.open(source / "data" / "train.tokens")
+    documents = _open_corpus(config, notice).documents("train")
+    return write_token_file(staging / "train.tokens", documents, start.tokenizer)

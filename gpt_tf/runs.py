@@ -1,0 +1,345 @@
+"""A run's folder: what decides its course, and the model that comes out of it.
+
+run.json            configuration, corpus, versions
+tokenizer.json      Hugging Face format
+data/               token files of the two splits
+initial/            the model that training starts from, if it is not a new one
+knowledge/          what a teacher of another vocabulary says of the text
+checkpoints/        step-00000200/, ... each written whole or not at all
+model/              the finished model with its tokenizer and manifest
+history.json        what was measured, step by step
+loss.png            the same as a picture
+logs/               for TensorBoard
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tf_keras as keras
+
+from gpt_tf import files
+from gpt_tf.distillation.config import DistillationConfig
+from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.models.gpt import GPTModel
+from gpt_tf.parallel import strategy as strategies
+from gpt_tf.quantization.config import QuantizationConfig
+from gpt_tf.text import tokenizer as tokenizers
+from gpt_tf.text.dataset import Windows
+
+OWN_ENTRIES = (
+    "run.json",
+    "tokenizer.json",
+    "data",
+    "initial",
+    "knowledge",
+    "checkpoints",
+    "model",
+    "history.json",
+    "loss.png",
+    "logs",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that decides the course of a training run.
+
+    Args:
+        corpus: `"python-stdlib"`, `"shakespeare"`, or paths of files and folders.
+        tokenizer: `"bpe"`, `"character"`, or the path of a tokenizer to use.
+        vocab_size: Size of the vocabulary that `"bpe"` trains, at least 257.
+        validation_fraction: Share of the text that is held out, in (0, 1).
+        embedding_dim, num_layers, num_heads, feedforward_dim, dropout,
+            tie_embeddings: As for `GPTModel`.
+        context_length: Tokens per window and positions of the model.
+        batch_size: Windows per step over all replicas.
+        gradient_accumulation_steps: Parts in which a batch is computed.
+        steps: Number of optimiser steps.
+        learning_rate: Largest learning rate, above 0.
+        final_learning_rate: Learning rate at the end, a tenth unless given.
+        warmup_steps: Steps over which the learning rate rises.
+        weight_decay: Decay of matrices per unit of learning rate.
+        beta_2: Decay of Adam's second moment, in [0, 1).
+        global_clipnorm: Largest norm of the gradient.
+        validate_every: Steps between validations.
+        validation_batches: Batches per validation; None takes all.
+        patience: Validations without improvement after which training stops and
+            the best weights are kept; 0 trains to the end.
+        checkpoint_every: Steps between checkpoints; 0 writes one at the end.
+        keep_checkpoints: Number of newest checkpoints that stay.
+        sample_every: Steps between samples of text; 0 writes none.
+        sample_prompt: What the samples begin with.
+        precision: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"`.
+        jit_compile: `"auto"`, `"on"` or `"off"`: XLA.
+        strategy: One of `gpt_tf.parallel.strategy.STRATEGIES`.
+        seed: Seed of weights, data order and dropout.
+        init_from: Trained model to start from: a run's or model's folder, or a
+            `.keras` file. Architecture and tokenizer are then that model's, whatever
+            the fields above say.
+        quantization: Fields of a `QuantizationConfig`: the model of `init_from`
+            becomes quantisation-aware before it is trained. None leaves it as it is.
+        distillation: Fields of a `DistillationConfig`: the model of `init_from`, or one
+            cut from the teacher, learns from the teacher. None learns from text alone.
+    """
+
+    corpus: str | tuple[str, ...] = "python-stdlib"
+    tokenizer: str = "bpe"
+    vocab_size: int = 4096
+    validation_fraction: float = 0.1
+    embedding_dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    context_length: int = 128
+    feedforward_dim: int | None = None
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    final_learning_rate: float | None = None
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta_2: float = 0.99
+    global_clipnorm: float = 1.0
+    validate_every: int = 200
+    validation_batches: int | None = 50
+    patience: int = 0
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 3
+    sample_every: int = 0
+    sample_prompt: str = "\n"
+    precision: str = "float32"
+    jit_compile: str = "auto"
+    strategy: str = "auto"
+    seed: int = 1337
+    init_from: str | None = None
+    quantization: dict | None = None
+    distillation: dict | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.corpus, str):
+            object.__setattr__(self, "corpus", tuple(str(p) for p in self.corpus))
+        for name in (
+            "vocab_size",
+            "embedding_dim",
+            "num_layers",
+            "num_heads",
+            "context_length",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "steps",
+            "validate_every",
+            "keep_checkpoints",
+        ):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("feedforward_dim", "validation_batches"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1, or None")
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "patience",
+            "checkpoint_every",
+            "sample_every",
+        ):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        final = self.final_learning_rate
+        self._check(
+            "final_learning_rate", final is None or final >= 0, "at least 0, or None"
+        )
+        for name in ("learning_rate", "global_clipnorm"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        for name in ("dropout", "beta_2"):
+            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self._check("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32")
+        width = self.embedding_dim
+        self._check(
+            "num_heads", self.num_heads <= width, f"at most `embedding_dim`, {width}"
+        )
+        fraction = self.validation_fraction
+        self._check("validation_fraction", 0 < fraction < 1, "between 0 and 1")
+        precisions = ("float32", "mixed_bfloat16", "mixed_float16")
+        self._check("precision", self.precision in precisions, f"one of {precisions}")
+        modes = ("auto", "on", "off")
+        self._check("jit_compile", self.jit_compile in modes, f"one of {modes}")
+        known = strategies.STRATEGIES
+        self._check("strategy", self.strategy in known, f"one of {known}")
+        parts = self.gradient_accumulation_steps
+        self._check(
+            "batch_size", self.batch_size % parts == 0, f"a multiple of {parts}"
+        )
+        if self.init_from is not None:
+            object.__setattr__(self, "init_from", str(self.init_from))
+        if self.distillation is not None:
+            fields = DistillationConfig.of(self.distillation).get_config()
+            self._check("distillation", fields["teacher"], "that names a teacher")
+            object.__setattr__(self, "distillation", fields)
+        if self.quantization is not None:
+            source = self.init_from or self.distillation
+            self._check("init_from", source, "that names a trained model")
+            fields = QuantizationConfig.of(self.quantization).get_config()
+            object.__setattr__(self, "quantization", fields)
+
+    def _check(self, name, good, expected):
+        if not good:
+            raise InputError(
+                f"`{name}` expects a value {expected}. "
+                f"Received: {getattr(self, name)!r}."
+            )
+
+
+PRESETS = {
+    "quickstart": TrainingConfig(
+        vocab_size=1024,
+        embedding_dim=128,
+        num_layers=4,
+        num_heads=4,
+        context_length=128,
+        batch_size=16,
+        steps=600,
+        learning_rate=4e-3,
+        warmup_steps=60,
+        validate_every=100,
+        validation_batches=30,
+        checkpoint_every=100,
+    ),
+    "tiny": TrainingConfig(
+        vocab_size=512,
+        embedding_dim=32,
+        num_layers=2,
+        num_heads=2,
+        context_length=32,
+        batch_size=8,
+        steps=20,
+        warmup_steps=2,
+        validate_every=10,
+        validation_batches=4,
+        checkpoint_every=10,
+    ),
+    "shakespeare-char": TrainingConfig(
+        corpus="shakespeare",
+        tokenizer="character",
+        embedding_dim=128,
+        num_layers=4,
+        num_heads=4,
+        context_length=64,
+        batch_size=12,
+        steps=2000,
+        learning_rate=4e-3,
+        final_learning_rate=0.0,
+        warmup_steps=100,
+        validate_every=250,
+        validation_batches=None,
+        checkpoint_every=500,
+        sample_prompt="\n",
+    ),
+    "small": TrainingConfig(
+        vocab_size=10000,
+        embedding_dim=512,
+        num_layers=6,
+        num_heads=8,
+        context_length=256,
+        batch_size=16,
+        steps=5000,
+        learning_rate=6e-4,
+        warmup_steps=200,
+        validate_every=250,
+        checkpoint_every=250,
+    ),
+}
+
+
+def read_run(out):
+    if not (out / "run.json").is_file():
+        raise InputError(
+            f"Expected an interrupted run in {out}; there is no run.json. "
+            "Start a run without --resume first."
+        )
+    run = files.read_json(out / "run.json")
+    try:
+        return TrainingConfig(**run["config"])
+    except (KeyError, TypeError) as error:
+        raise DamagedFileError(
+            f"{out / 'run.json'} is no configuration of this version: {error}."
+        ) from None
+
+
+def windows_of(token_file, config, shuffle):
+    return Windows(
+        token_file,
+        config.context_length,
+        config.batch_size,
+        seed=config.seed,
+        shuffle=shuffle,
+    )
+
+
+def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None"]:
+    """Load a trained model and its tokenizer.
+
+    Args:
+        path: A run's folder, a model's folder, or a `.keras` file.
+
+    Returns:
+        The model, a `GPTModel` or `QuantizationAwareGPT`, and its tokenizer or None
+        where none lies beside it.
+
+    Raises:
+        InputError: There is no model.
+        DamagedFileError: A file is not what its manifest says.
+    """
+    file = model_file(path)
+    folder = file.parent
+    if not file.is_file():
+        raise InputError(
+            f"Expected a trained model at {path}; there is none. Point to a folder "
+            "that `gpt-tf train` finished, or to a .keras file."
+        )
+    if (folder / files.MANIFEST_NAME).is_file():
+        files.check_manifest(folder, "model")
+    try:
+        model = keras.models.load_model(file, compile=False)
+    except Exception as error:  # zipfile's, h5py's, TensorFlow's or Keras's own
+        raise DamagedFileError(
+            f"{file} cannot be loaded as a Keras model: {error}."
+        ) from error
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    return model, tokenizers.load_tokenizer(folder) if has_tokenizer else None
+
+
+def model_file(path):
+    path = Path(path)
+    if path.suffix == ".keras":
+        return path
+    return (path / "model" if (path / "model").is_dir() else path) / "model.keras"
+
+
+def save_model(model, tokenizer, folder: str | Path, **facts) -> None:
+    """Write model, tokenizer and manifest to a folder, whole or not at all.
+
+    Args:
+        model: A `GPTModel` or `QuantizationAwareGPT`.
+        tokenizer: Its tokenizer.
+        folder: Where to write; a folder that stands there is replaced.
+        **facts: More to record in the manifest, as JSON values.
+    """
+    folder = Path(folder)
+    with files.atomic_folder(folder, replace=True) as temporary:
+        model.save(temporary / "model.keras")
+        tokenizer.save(temporary)
+        files.write_manifest(
+            temporary,
+            "model",
+            ["model.keras", "tokenizer.json"],
+            config=model.get_config(),
+            parameters=model.count_params(),
+            tokenizer_fingerprint=tokenizer.fingerprint(),
+            **facts,
+        )
+
+
+def copy_of(model):
+    copy = type(model).from_config(model.get_config())
+    copy.set_weights(model.get_weights())
+    return copy

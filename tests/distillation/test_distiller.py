@@ -1,0 +1,517 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+from gpt_tf import Distiller
+from gpt_tf.distillation import losses
+from gpt_tf.distillation.observe import outputs_of
+from gpt_tf.distillation.on_policy import write
+from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.models.optimizer import AdamW
+from gpt_tf.parallel import strategy as strategies
+from gpt_tf.quantization.qat import activation_ranges, quantize_aware
+
+METRICS = {
+    "loss",
+    "student_loss",
+    "distillation_loss",
+    "perplexity",
+    "token_accuracy",
+    "teacher_agreement",
+    "kl_divergence",
+}
+
+
+@pytest.fixture
+def pair(make_model):
+    """A teacher that has opinions, and a smaller student."""
+    teacher = make_model(seed=1)
+    generator = np.random.default_rng(2)
+    teacher.set_weights(
+        [w + generator.normal(0, 0.2, w.shape) for w in teacher.get_weights()]
+    )
+    return teacher, make_model(seed=5, num_layers=1, embedding_dim=8, num_heads=2)
+
+
+def distiller_of(pair, **options):
+    distiller = Distiller(teacher=pair[0], student=pair[1])
+    options.setdefault("optimizer", AdamW(1e-2))
+    options.setdefault("jit_compile", False)  # which compiles longer than it trains
+    distiller.compile(**options)
+    return distiller
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def stated_loss(teacher, student, x, y, weights, alpha, temperature):
+    """The loss in NumPy, from both models' logits."""
+    ours, theirs = (model.predict(x, verbose=0) for model in (student, teacher))
+    hard = -np.take_along_axis(log_softmax(ours), y[..., None], -1)[..., 0]
+    p, q = log_softmax(theirs / temperature), log_softmax(ours / temperature)
+    soft = temperature**2 * (np.exp(p) * (p - q)).sum(-1)
+    both = alpha * hard + (1 - alpha) * soft
+    return (both * weights).sum() / weights.sum()
+
+
+# What is trained
+
+
+def test_fit_moves_student_and_not_teacher(pair, windows_of):
+    before = [model.get_weights() for model in pair]
+    distiller = distiller_of(pair)
+    distiller.fit(*windows_of(8, 16), batch_size=4, epochs=2, verbose=0)
+    for model, weights, moves in zip(pair, before, (False, True), strict=True):
+        same = map(np.array_equal, model.get_weights(), weights)
+        assert all(same) is not moves
+
+
+def test_the_student_comes_nearer_to_the_teacher(pair, windows_of):
+    x, y = windows_of(16, 16)
+    distiller = distiller_of(pair, alpha=0.0)
+    before = distiller.evaluate(x, y, verbose=0, return_dict=True)
+    distiller.fit(x, y, batch_size=8, epochs=15, verbose=0)
+    after = distiller.evaluate(x, y, verbose=0, return_dict=True)
+    assert after["kl_divergence"] < 0.8 * before["kl_divergence"]
+    assert after["teacher_agreement"] > before["teacher_agreement"]
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.1, 1.0), (0.5, 2.0)])
+def test_the_loss_is_what_the_formula_says(
+    pair, windows_of, alpha, temperature, jit_compile
+):
+    x, y = windows_of(4, 16)
+    weights = np.random.default_rng(3).uniform(0, 2, y.shape).astype("float32")
+    weights[:, 12:] = 0
+    options = {"alpha": alpha, "temperature": temperature}
+    distiller = distiller_of(pair, jit_compile=jit_compile, **options)
+    found = distiller.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True)
+    wanted = stated_loss(*pair, x, y, weights, alpha, temperature)
+    assert set(found) == METRICS
+    assert found["loss"] == pytest.approx(wanted, rel=1e-4)
+    off = stated_loss(*pair, x, y, weights, 0.9 * alpha, temperature)
+    assert found["loss"] != pytest.approx(off, rel=1e-4)
+
+
+def test_padding_has_no_influence_on_the_student(pair, windows_of):
+    x, y = windows_of(4, 16)
+    weights = np.ones(y.shape, "float32")
+    weights[:, 10:] = 0
+    start = pair[1].get_weights()
+    found = []
+    for filling in (0, 7):
+        pair[1].set_weights(start)
+        padded = x.copy(), y.copy()
+        padded[0][:, 11:] = padded[1][:, 10:] = filling
+        distiller = distiller_of(pair, distillation_loss="reverse_kl")
+        distiller.fit(*padded, sample_weight=weights, verbose=0)
+        found.append(pair[1].get_weights())
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def trained_on(replicas, make_model, data, quantized=False, **options):
+    strategies._use_fresh_collective_keys()
+    options.setdefault("jit_compile", "auto")
+    devices = [f"CPU:{index}" for index in range(replicas)]
+    strategy = tf.distribute.MirroredStrategy(devices)
+    with strategy.scope():
+        teacher = make_model(seed=1)
+        student = make_model(seed=5, num_layers=1)
+        if quantized:
+            student = quantize_aware(student)
+        distiller = distiller_of((teacher, student), **options)
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(8)
+    distiller.fit(dataset, epochs=3, verbose=0)
+    return student
+
+
+def test_replicas_give_the_same_student(make_model, windows_of):
+    x, y = windows_of(16, 16)
+    weights = np.random.default_rng(3).uniform(0, 2, y.shape).astype("float32")
+    students = [
+        trained_on(replicas, make_model, (x, y, weights)).get_weights()
+        for replicas in (1, 2, 4)
+    ]
+    for other in students[1:]:
+        for one, two in zip(students[0], other, strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-4)
+    moved = np.abs(students[0][0] - make_model(seed=5, num_layers=1).get_weights()[0])
+    assert moved.max() > 1e-2
+
+
+def test_a_quantisation_aware_student_learns_and_its_ranges_do_not_depend_on_replicas(
+    make_model, windows_of
+):
+    data = windows_of(16, 16)
+    students = [
+        trained_on(replicas, make_model, data, quantized=True) for replicas in (1, 2)
+    ]
+    ranges = [activation_ranges(student) for student in students]
+    for name, (low, high) in ranges[0].items():
+        assert low < high
+        np.testing.assert_allclose(ranges[1][name], (low, high), atol=1e-4)
+    for one, two in zip(*(s.get_weights() for s in students), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-4)
+
+
+def test_parts_of_a_batch_give_the_same_student(pair, windows_of):
+    data = windows_of(8, 16)
+    start, found = pair[1].get_weights(), []
+    for parts in (1, 4):
+        pair[1].set_weights(start)
+        distiller = distiller_of(pair, gradient_accumulation_steps=parts)
+        distiller.fit(*data, batch_size=8, epochs=3, verbose=0)
+        found.append(pair[1].get_weights())
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-4)
+
+
+def test_it_trains_in_mixed_precision(make_model, windows_of):
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        pair = make_model(seed=1), make_model(seed=5, num_layers=1)
+        found = distiller_of(pair).fit(*windows_of(8, 16), epochs=2, verbose=0)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    assert found.history["loss"][1] < found.history["loss"][0]
+    assert {weight.dtype.name for weight in pair[1].weights} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "reverse_kl",
+        "jensen_shannon",
+        "total_variation",
+        "skewed_kl",
+        "skewed_reverse_kl",
+        "universal_logit",
+        [("forward_kl", 1.0), ("hidden_states", 0.5), ("attention_transfer", 0.5)],
+        keras.losses.KLDivergence(),
+    ],
+)
+def test_every_loss_trains(pair, windows_of, loss):
+    distiller = distiller_of(pair, distillation_loss=loss, alpha=0.0)
+    found = distiller.fit(*windows_of(8, 16), batch_size=8, epochs=8, verbose=0)
+    assert found.history["loss"][-1] < found.history["loss"][0]
+
+
+def test_projections_are_trained_with_the_student(pair, windows_of):
+    loss = losses.HiddenStates()
+    distiller = distiller_of(pair, distillation_loss=loss)
+    before = [weight.numpy() for weight in loss.trainable_weights]
+    assert before
+    distiller.fit(*windows_of(8, 16), verbose=0)
+    for old, new in zip(before, loss.trainable_weights, strict=True):
+        assert not np.array_equal(old, new.numpy())
+
+
+def test_another_loss_of_the_labels_may_be_chosen(pair, windows_of):
+    x, y = windows_of(4, 16)
+    chosen = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    values = [
+        distiller_of(pair, student_loss=loss).evaluate(x, y, verbose=0)[0]
+        for loss in (None, chosen)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+# Keras's customs
+
+
+def test_predict_is_the_students(pair, windows_of):
+    x, _ = windows_of(4, 16)
+    found = distiller_of(pair).predict(x, verbose=0)
+    np.testing.assert_allclose(found, pair[1].predict(x, verbose=0), atol=1e-6)
+
+
+def test_user_metrics_see_the_students_logits(pair, windows_of):
+    metric = keras.metrics.SparseCategoricalAccuracy(name="own")
+    found = distiller_of(pair, metrics=[metric]).evaluate(
+        *windows_of(4, 16), verbose=0, return_dict=True
+    )
+    assert found["own"] == pytest.approx(found["token_accuracy"])
+
+
+def test_a_saved_distiller_goes_on_as_if_nothing_had_happened(
+    pair, windows_of, tmp_path
+):
+    data = windows_of(8, 16)
+    options = {"batch_size": 8, "shuffle": False, "verbose": 0}
+    loss = [("forward_kl", 1.0), ("hidden_states", 0.5)]
+    distiller = distiller_of(pair, distillation_loss=loss, alpha=0.3, temperature=2.0)
+    distiller.fit(*data, epochs=2, **options)
+    distiller.save(tmp_path / "distiller.keras")
+    loaded = keras.models.load_model(tmp_path / "distiller.keras")
+    assert loaded.temperature == 2.0
+    for model in (distiller, loaded):
+        model.fit(*data, epochs=2, **options)
+    for one, two in zip(distiller.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(one.numpy(), two.numpy())
+
+
+def test_callbacks_and_checkpoints_of_keras_work(pair, windows_of, tmp_path):
+    x, y = windows_of(8, 16)
+    path = str(tmp_path / "best.weights.h5")
+    best = keras.callbacks.ModelCheckpoint(
+        path, monitor="val_student_loss", save_best_only=True, save_weights_only=True
+    )
+    stop = keras.callbacks.EarlyStopping("val_kl_divergence", patience=1)
+    distiller = distiller_of(pair)
+    found = distiller.fit(
+        x, y, validation_data=(x, y), epochs=3, callbacks=[best, stop], verbose=0
+    )
+    distiller.student.set_weights([w * 0 for w in distiller.student.get_weights()])
+    distiller.load_weights(path)
+    measured = distiller.evaluate(x, y, verbose=0, return_dict=True)
+    wanted = min(found.history["val_student_loss"])
+    assert measured["student_loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_it_trains_from_arrays_and_from_tf_data_alike(pair, windows_of):
+    data = windows_of(8, 16)
+    start, found = pair[1].get_weights(), []
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(4)
+    for arguments in ((dataset,), data):
+        pair[1].set_weights(start)
+        distiller_of(pair).fit(
+            *arguments,
+            batch_size=None if len(arguments) == 1 else 4,
+            shuffle=False,
+            verbose=0,
+        )
+        found.append(pair[1].get_weights())
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+# Stored knowledge, and teachers that read other tokens
+
+
+def stored(teacher, x, k):
+    """Token ids with the teacher's k largest probabilities beside them."""
+    log_probs = log_softmax(teacher.predict(x, verbose=0))
+    ids = np.argsort(-log_probs, axis=-1)[..., :k]
+    largest = np.take_along_axis(log_probs, ids, -1)
+    rest = np.log(np.maximum(1 - np.exp(largest).sum(-1, keepdims=True), 1e-30))
+    return {
+        "tokens": x,
+        "teacher_ids": ids.astype("int32"),
+        "teacher_log_probs": np.concatenate([largest, rest], -1).astype("float32"),
+    }
+
+
+@pytest.mark.parametrize(("k", "tolerance"), [(31, 1e-4), (8, None)])
+def test_stored_and_live_knowledge_give_the_same_loss(pair, windows_of, k, tolerance):
+    x, y = windows_of(4, 16)
+    live = distiller_of(pair, alpha=0.0).evaluate(x, y, verbose=0)[0]
+    alone = distiller_of((None, pair[1]), alpha=0.0)
+    found = alone.evaluate(stored(pair[0], x, k), y, verbose=0)[0]
+    if tolerance is not None:
+        assert found == pytest.approx(live, rel=tolerance)
+    else:  # what lies outside of the largest is left out, and nothing else
+        p = np.exp(log_softmax(pair[0].predict(x, verbose=0)))
+        q = np.exp(log_softmax(pair[1].predict(x, verbose=0)))
+        ids = stored(pair[0], x, k)["teacher_ids"]
+        for values in (p, q):
+            np.put_along_axis(values, ids, 0, -1)
+        rest = p.sum(-1)
+        tails = [values / values.sum(-1, keepdims=True) for values in (p, q)]
+        logs = np.log(np.where(p > 0, tails[0] / np.where(p > 0, tails[1], 1), 1))
+        left_out = (rest * (tails[0] * logs).sum(-1)).mean()
+        assert left_out > 0.01
+        assert found == pytest.approx(live - left_out, rel=1e-4)
+
+
+def test_a_student_learns_without_the_teacher_in_memory(pair, windows_of):
+    x, y = windows_of(8, 16)
+    distiller = distiller_of((None, pair[1]), alpha=0.0)
+    found = distiller.fit(stored(pair[0], x, 31), y, epochs=8, verbose=0)
+    assert found.history["loss"][-1] < found.history["loss"][0]
+    # Validation without knowledge tells the student's own loss.
+    measured = distiller.evaluate(x, y, verbose=0, return_dict=True)
+    assert measured["student_loss"] > 0
+    assert measured["kl_divergence"] == 0
+
+
+def test_a_distiller_with_neither_teacher_nor_knowledge_says_so(pair, windows_of):
+    distiller = distiller_of((None, pair[1]))
+    x, y = windows_of(4, 16)
+    for data in ((x, y), (tf.data.Dataset.from_tensors((x, y)),)):
+        with pytest.raises(InputError, match="stored knowledge"):
+            distiller.fit(*data, verbose=0)
+
+
+def test_a_teacher_of_other_tokens_is_read_at_its_own_positions(make_model, windows_of):
+    teacher = make_model(seed=1, vocab_size=40)
+    student = make_model(seed=5, vocab_size=23, num_layers=1)
+    x, y = windows_of(2, 8, vocab_size=23)
+    theirs, _ = windows_of(2, 6, vocab_size=40, seed=9)
+    positions = np.array([[-1, 0, 1, -1, 2, 3, -1, 5]] * 2, "int32")
+    distiller = distiller_of(
+        (teacher, student), distillation_loss="universal_logit", alpha=0.0
+    )
+    inputs = {"tokens": x, "teacher_tokens": theirs, "teacher_positions": positions}
+    found = distiller.evaluate(inputs, y, verbose=0, return_dict=True)
+    p = -np.sort(-np.exp(log_softmax(teacher.predict(theirs, verbose=0))), -1)
+    q = -np.sort(-np.exp(log_softmax(student.predict(x, verbose=0))), -1)
+    q = np.pad(q, [(0, 0), (0, 0), (0, 17)])
+    gaps = np.abs(p[:, np.maximum(positions[0], 0)] - q).sum(-1)
+    known = positions >= 0
+    assert found["loss"] == pytest.approx((gaps * known).sum() / known.size, rel=1e-4)
+    assert found["distillation_loss"] == pytest.approx(gaps[known].mean(), rel=1e-4)
+
+
+# What the student writes
+
+
+def test_the_student_writes_what_generate_would(make_model):
+    student = make_model(seed=5)
+    # So sure of itself that sampling and taking the likeliest are the same.
+    weights = student.get_weights()
+    student.set_weights([w * 4000 if w.shape == (31, 12) else w for w in weights])
+    prompts = np.array([[3, 1, 4], [1, 5, 9]], "int32")
+    text = tf.function(
+        lambda prompts: write(student, prompts, 12, tf.constant([1, 2])),
+        jit_compile=False,
+    )(tf.constant(prompts)).numpy()
+    import gpt_tf
+
+    for row, prompt in zip(text, prompts.tolist(), strict=True):
+        assert row[:3].tolist() == prompt
+        wanted = gpt_tf.generate(student, prompt, max_new_tokens=9, temperature=0)
+        assert row[3:].tolist() == wanted
+
+
+def test_a_seed_decides_what_is_written(make_model):
+    student = make_model(seed=5)
+    prompts = tf.constant([[3, 1, 4]] * 4)
+    texts = [
+        write(student, prompts, 16, tf.constant(seed))
+        for seed in ([1, 2], [1, 2], [1, 3])
+    ]
+    np.testing.assert_array_equal(texts[0], texts[1])
+    assert not np.array_equal(texts[0], texts[2])
+    assert len({tuple(row) for row in texts[0].numpy().tolist()}) == 4
+
+
+def test_samples_follow_the_students_distribution(make_model):
+    student = make_model(seed=5, vocab_size=5)
+    weights = student.get_weights()
+    student.set_weights([w * 20 if w.shape == (5, 12) else w for w in weights])
+    prompts = tf.ones([4000, 1], tf.int32)
+    found = write(student, prompts, 2, tf.constant([4, 4])).numpy()[:, 1]
+    wanted = np.exp(log_softmax(student.predict(np.ones((1, 1), "int32"), verbose=0)))
+    shares = np.bincount(found, minlength=5) / 4000
+    np.testing.assert_allclose(shares, wanted[0, 0], atol=0.03)
+
+
+def test_on_policy_steps_learn_from_the_teacher_alone(pair, windows_of):
+    distiller = distiller_of(pair, on_policy_fraction=1.0, alpha=0.5)
+    found = distiller.fit(*windows_of(8, 16), batch_size=8, epochs=6, verbose=0)
+    assert found.history["student_loss"] == [0.0] * 6  # no label was looked at
+    assert (
+        found.history["distillation_loss"][-1] < found.history["distillation_loss"][0]
+    )
+
+
+def test_a_share_of_the_steps_is_on_policy(pair, windows_of):
+    x, y = windows_of(64, 16)
+    distiller = distiller_of(pair, on_policy_fraction=0.5, alpha=1.0)
+    found = [
+        distiller.train_on_batch(x[i : i + 2], y[i : i + 2], return_dict=True)["loss"]
+        for i in range(0, 64, 2)
+    ]
+    without_labels = sum(loss == 0.0 for loss in found)
+    assert 6 < without_labels < 26
+
+
+# Observation
+
+
+def test_observed_logits_are_the_models_own(pair, windows_of):
+    x, _ = windows_of(2, 16)
+    found = outputs_of(pair[0], x, ("logits", "hidden_states", "attentions"))
+    np.testing.assert_allclose(found.logits, pair[0](x), atol=1e-5)
+    assert [h.shape for h in found.hidden_states] == [(2, 16, 12)] * 3
+    assert [a.shape for a in found.attentions] == [(2, 3, 16, 16)] * 2
+    np.testing.assert_allclose(np.sum(found.attentions[1], -1), 1.0, rtol=1e-5)
+    assert not np.triu(found.attentions[0][0, 0], 1).any()
+
+
+def test_observing_leaves_the_model_as_it_was(pair, windows_of):
+    x, _ = windows_of(2, 16)
+    block = pair[0].get_layer("block_0")
+    before = block.probabilities_activation
+    outputs_of(pair[0], x, ("attentions",))
+    assert block.probabilities_activation is before
+
+
+def test_a_quantised_student_without_visible_attention_says_so(pair, windows_of):
+    student = quantize_aware(pair[1])
+    distiller = distiller_of((pair[0], student), distillation_loss="hidden_states")
+    distiller.fit(*windows_of(4, 16), verbose=0)
+
+
+# Bad input
+
+
+def test_the_same_model_twice_is_refused(pair):
+    with pytest.raises(InputError, match="two models"):
+        Distiller(teacher=pair[0], student=pair[0])
+
+
+def test_swapped_models_are_refused(pair):
+    with pytest.raises(InputError, match="swapped"):
+        Distiller(teacher=pair[1], student=pair[0])
+
+
+def test_a_student_of_a_longer_context_is_refused(make_model):
+    with pytest.raises(InputError, match="16 and 32 positions"):
+        Distiller(
+            teacher=make_model(embedding_dim=24),
+            student=make_model(context_length=32),
+        )
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_what_is_no_gpt_is_refused(pair, role):
+    models = {"teacher": pair[0], "student": pair[1], role: keras.Sequential()}
+    with pytest.raises(InputTypeError, match=f"`{role}` expects a GPTModel"):
+        Distiller(**models)
+
+
+def test_models_under_different_strategies_are_refused(pair, make_model):
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        student = make_model(num_layers=1)
+    with pytest.raises(InputError, match="scope"):
+        Distiller(teacher=pair[0], student=student)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 1.5}, "`alpha` expects a number from 0 to 1"),
+        ({"alpha": float("nan")}, "`alpha`"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"on_policy_fraction": -0.1}, "`on_policy_fraction`"),
+        ({"loss": "mse"}, "`student_loss` and `distillation_loss`"),
+        ({"distillation_loss": "no_such_loss"}, "no_such_loss"),
+    ],
+)
+def test_options_out_of_their_range_are_refused(pair, options, message):
+    with pytest.raises(InputError, match=message):
+        distiller_of(pair, **options)
+
+
+def test_other_vocabularies_are_refused_with_what_to_use(make_model):
+    teacher, student = make_model(vocab_size=40), make_model(num_layers=1)
+    with pytest.raises(InputError, match="UniversalLogit"):
+        distiller_of((teacher, student))
+    distiller_of((teacher, student), distillation_loss="universal_logit")
