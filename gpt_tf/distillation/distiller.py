@@ -19,10 +19,9 @@ from gpt_tf.models.language_model import (
     refuse_keras_3,
 )
 
-
 _NO_KNOWLEDGE = (
-    "A Distiller without a teacher expects stored knowledge among its inputs. Received: "
-    "none. Take the data from `KnowledgeStore.windows`, or pass `teacher=`."
+    "A Distiller without a teacher expects stored knowledge among its inputs. "
+    "Received: none. Take the data from `KnowledgeStore.windows`, or pass `teacher=`."
 )
 
 

@@ -59,9 +59,10 @@ class TokenTraining:
     """What a Keras model from token ids `(B, T)` to logits `(B, T, V)` trains with.
 
     Stands before `keras.Model` among the bases of a class. `fit` works without a
-    `compile` before it. The model has the attribute `vocab_size`. One that wants to observe its activations while it
-    trains, as quantisation does, overrides `call_and_observe` and `take_maxima`; one
-    that learns from more than the labels, `sums_of` and `new_token_metrics`.
+    `compile` before it. The model has the attribute `vocab_size`. One that wants to
+    observe its activations while it trains, as quantisation does, overrides
+    `call_and_observe` and `take_maxima`; one that learns from more than the labels,
+    `sums_of` and `new_token_metrics`.
     """
 
     def __init__(self, *args, **kwargs):

@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from gpt_tf.distillation import losses
+from gpt_tf.distillation.config import DistillationConfig
+from gpt_tf.errors import InputError
+
+
+def test_it_survives_json():
+    config = DistillationConfig(
+        "runs/teacher",
+        layers=[0, 2],
+        loss=[["forward_kl", 1.0], ["hidden_states", 0.1]],
+    )
+    again = DistillationConfig.of(json.loads(json.dumps(config.get_config())))
+    assert again == config
+    terms = losses.get(again.compile_arguments()["distillation_loss"])
+    assert terms.factors == [1.0, 0.1]
+
+
+def test_sizes_that_were_not_given_are_the_teachers():
+    config = DistillationConfig(num_layers=2, num_heads=4)
+    assert config.student_sizes() == {"num_layers": 2, "num_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"alpha": 2.0}, "`alpha`"),
+        ({"temperature": 0.0}, "`temperature`"),
+        ({"temperature": float("inf")}, "`temperature`"),
+        ({"on_policy_fraction": -1.0}, "`on_policy_fraction`"),
+        ({"written_tokens": -1}, "`written_tokens`"),
+        ({"init": "other"}, "`init`"),
+        ({"layers": "middle"}, "`layers`"),
+        ({"num_layers": 0}, "`num_layers`"),
+        ({"knowledge": "k", "on_policy_fraction": 0.5}, "Leave out one"),
+        ({"knowledge": "k", "written_tokens": 5}, "Leave out one"),
+    ],
+)
+def test_values_out_of_range_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        DistillationConfig(**fields)
+
+
+def test_unknown_fields_are_refused():
+    with pytest.raises(InputError, match="distillation config expects"):
+        DistillationConfig.of({"tempreature": 2.0})

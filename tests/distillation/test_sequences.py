@@ -1,0 +1,96 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from gpt_tf.distillation.sequences import repetition, written_documents
+from gpt_tf.errors import InputError
+from gpt_tf.text.dataset import TokenFile
+
+
+@pytest.fixture
+def written(trained):
+    """Let the tiny trained model write."""
+    tokens = TokenFile.open(trained.out / "data" / "train.tokens").tokens
+
+    def write(num_tokens, **options):
+        options = {"prompt_length": 8, "batch_size": 4, "max_repetition": 1.0} | options
+        return list(
+            written_documents(
+                trained.model, trained.tokenizer, tokens, num_tokens, **options
+            )
+        )
+
+    return write
+
+
+def test_so_many_tokens_are_written_and_the_same_again(trained, written):
+    documents = written(200, seed=3)
+    count = sum(len(trained.tokenizer.encode(document.text)) for document in documents)
+    context = trained.model.context_length
+    assert 150 < count < 200 + 2 * context
+    assert documents == written(200, seed=3)
+    assert documents != written(200, seed=4)
+
+
+def test_each_document_begins_with_real_text(trained, written):
+    tokens = TokenFile.open(trained.out / "data" / "train.tokens").tokens
+    text = trained.tokenizer.decode(tokens.tolist())
+    for document in written(60, seed=1):
+        start = trained.tokenizer.encode(document.text)[:4]
+        assert trained.tokenizer.decode(start) in text
+
+
+def test_the_text_goes_on_as_the_teacher_would(trained, written):
+    document = written(20, seed=1, temperature=0.0)[0]
+    ids = trained.tokenizer.encode(document.text)
+    logits = trained.model.predict(np.array([ids]), verbose=0)[0]
+    likeliest = logits.argmax(-1)[8:-1]
+    assert (
+        likeliest == np.array(ids[9:])
+    ).mean() > 0.7  # but where tokens fell together
+
+
+def test_what_repeats_itself_is_left_out(trained, written):
+    everything = written(400, seed=3)
+    shares = [repetition(trained.tokenizer.encode(d.text)) for d in everything]
+    limit = float(np.median(shares))
+    kept = written(400, seed=3, max_repetition=limit)
+    assert kept != everything
+    for document in kept:
+        ids = trained.tokenizer.encode(document.text)
+        assert repetition(ids) <= limit + 0.2  # encoded anew, some runs differ
+
+
+def test_repetition_is_the_share_of_runs_seen_before():
+    assert repetition([1, 2, 3, 4, 5, 6]) == 0.0
+    assert repetition([1] * 8) == pytest.approx(4 / 5)
+    assert repetition([1, 2]) == 0.0
+
+
+def test_a_teacher_that_only_repeats_itself_ends_with_a_message(written, monkeypatch):
+    from gpt_tf.distillation import sequences
+
+    monkeypatch.setattr(sequences, "repetition", lambda ids: 1.0)
+    with pytest.raises(InputError, match="repeats itself in over 20%"):
+        written(50, max_repetition=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_length": 0}, "`prompt_length`"),
+        ({"prompt_length": 32}, "below the context, 32"),
+        ({"max_repetition": 1.5}, "`max_repetition`"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(written, options, message):
+    with pytest.raises(InputError, match=message):
+        written(10, **options)
+
+
+def test_progress_rises(written):
+    seen = []
+    written(150, on_progress=seen.append)
+    assert all(a < b for a, b in itertools.pairwise(seen))
+    assert seen[-1] >= 150

@@ -1,0 +1,228 @@
+"""Students from teachers' runs: what is prepared, trained, resumed and refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from gpt_tf import files, training
+from gpt_tf.distillation.distiller import DistillationWarning
+from gpt_tf.distillation.knowledge import KnowledgeStore
+from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.runs import load_model, read_run
+
+COURSE = {
+    "steps": 6,
+    "batch_size": 4,
+    "validate_every": 3,
+    "validation_batches": 2,
+    "checkpoint_every": 2,
+    "jit_compile": "off",
+    "strategy": "one_device",
+    "verbose": False,
+    "on_notice": lambda line: None,
+}
+SMALL = {"num_layers": 1}
+
+
+def distil(trained, out, distillation=SMALL, **changes):
+    return training.distil(trained.out, out, distillation, **{**COURSE, **changes})
+
+
+@pytest.fixture(scope="module")
+def student(trained, tmp_path_factory):
+    """A finished student."""
+    return distil(trained, tmp_path_factory.mktemp("students") / "student")
+
+
+@pytest.fixture(scope="module")
+def knowledge(trained, tmp_path_factory):
+    """The tiny teacher's knowledge."""
+    path = tmp_path_factory.mktemp("stores") / "knowledge"
+    return training.extract_knowledge(
+        trained.out, path, top_k=8, passes=2, on_notice=lambda line: None
+    )
+
+
+def test_the_student_is_a_gpt_by_itself(trained, student):
+    model, tokenizer = load_model(student.out)
+    assert type(model).__name__ == "GPTModel"
+    assert model.num_layers == 1
+    assert tokenizer.fingerprint() == trained.tokenizer.fingerprint()
+    for one, two in zip(model.get_weights(), student.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    manifest = files.check_manifest(student.out / "model", "model")
+    teacher_file = trained.out / "model" / "model.keras"
+    assert manifest["made_from"]["teacher"] == files.sha256_of(teacher_file)
+
+
+def test_the_history_tells_the_students_own_loss_and_its_nearness(student):
+    validation = student.history["validations"][-1]
+    assert validation["loss"] == student.validation_loss
+    assert 0 <= validation["teacher_agreement"] <= 1
+    assert validation["kl_divergence"] > 0
+    assert student.validation_perplexity == pytest.approx(np.exp(validation["loss"]))
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_student(
+    trained, student, tmp_path, interrupt_after
+):
+    out = tmp_path / "student"
+    with pytest.raises(KeyboardInterrupt):
+        distil(trained, out, callbacks=[interrupt_after(5)])
+    options = {"verbose": False, "on_notice": lambda line: None}
+    resumed = training.distil(None, out, resume=True, **options)
+    for one, two in zip(
+        resumed.model.get_weights(), student.model.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
+    assert resumed.history == {
+        **student.history,
+        "validations": [
+            {
+                **row,
+                "tokens_per_second": pytest.approx(row["tokens_per_second"], rel=99),
+            }
+            for row in student.history["validations"]
+        ],
+    }
+
+
+def test_a_student_of_the_store_needs_no_teacher(trained, knowledge, tmp_path):
+    home = tmp_path / "teacher"
+    shutil.copytree(trained.out, home)
+    wanted = {**SMALL, "knowledge": str(knowledge.path)}
+    options = {**COURSE, "corpus": read_run(trained.out).corpus}
+    result = training.distil(home, tmp_path / "student", wanted, **options)
+    # Going on works when the teacher is gone.
+    shutil.rmtree(home)
+    shutil.rmtree(tmp_path / "student" / "checkpoints" / "step-00000006")
+    quiet = {"verbose": False, "on_notice": lambda line: None}
+    again = training.distil(None, tmp_path / "student", resume=True, **quiet)
+    for one, two in zip(
+        result.model.get_weights(), again.model.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_smaller_vocabulary_brings_its_own_tokenizer_and_knowledge(trained, tmp_path):
+    result = distil(trained, tmp_path / "student", {**SMALL, "vocab_size": 280})
+    assert result.tokenizer.vocab_size == result.model.vocab_size == 280
+    store = KnowledgeStore.open(result.out / "knowledge")
+    assert store.mapping == "derived"
+    text = "the quick brown fox"
+    assert result.tokenizer.decode(result.tokenizer.encode(text)) == text
+
+
+def test_a_store_for_a_smaller_vocabulary_can_be_extracted_first(trained, tmp_path):
+    quiet = {"on_notice": lambda line: None}
+    store = training.extract_knowledge(
+        trained.out, tmp_path / "knowledge", vocab_size=280, top_k=8, **quiet
+    )
+    assert store.mapping == "derived"
+    wanted = {**SMALL, "vocab_size": 280, "knowledge": str(store.path)}
+    result = distil(trained, tmp_path / "student", wanted)
+    assert not (result.out / "knowledge").exists()
+    assert result.model.vocab_size == 280
+
+
+def test_text_of_the_teacher_is_added_to_the_real_one(trained, tmp_path):
+    result = distil(trained, tmp_path / "student", {**SMALL, "written_tokens": 120})
+    path = result.out / "data" / "train.tokens"
+    tokens = np.fromfile(path, "<u2")
+    real = np.fromfile(trained.out / "data" / "train.tokens", "<u2")
+    np.testing.assert_array_equal(tokens[: len(real)], real)
+    assert 60 < len(tokens) - len(real) < 400
+    manifest = files.read_json(path.with_name("train.tokens.json"))
+    assert manifest["written_documents"] > 0
+
+
+def test_a_student_may_be_made_ready_for_integers_at_once(trained, tmp_path):
+    result = distil(trained, tmp_path / "student", quantization={})
+    assert result.model.is_calibrated
+    assert type(load_model(result.out)[0]).__name__ == "QuantizationAwareGPT"
+
+
+def test_a_trained_student_may_go_on(trained, student, tmp_path):
+    wanted = {"loss": "reverse_kl"}
+    result = distil(trained, tmp_path / "more", wanted, init_from=str(student.out))
+    assert result.model.num_layers == 1
+    assert set(json.loads((result.out / "run.json").read_text())["made_from"]) == {
+        "model",
+        "teacher",
+    }
+
+
+# Bad input
+
+
+def test_an_untrained_teacher_is_warned_of(trained, make_model, tmp_path):
+    sizes = {"vocab_size": trained.tokenizer.vocab_size, "context_length": 32}
+    training.save_model(make_model(**sizes), trained.tokenizer, tmp_path / "new")
+    with pytest.warns(DistillationWarning, match="looks untrained"):
+        training.distil(
+            tmp_path / "new",
+            tmp_path / "student",
+            SMALL,
+            corpus=read_run(trained.out).corpus,
+            context_length=32,
+            **COURSE,
+        )
+
+
+def test_another_teacher_in_its_place_is_noticed(trained, student, tmp_path):
+    out = tmp_path / "student"
+    shutil.copytree(student.out, out)
+    run = files.read_json(out / "run.json")
+    run["config"]["distillation"]["teacher"] = str(student.out)
+    files.write_json(out / "run.json", run)
+    with pytest.raises(InputError, match="the teacher that it began with"):
+        training.distil(None, out, resume=True, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("distillation", "changes", "message"),
+    [
+        ({"num_layers": 5}, {}, "`num_layers`"),
+        ({"vocab_size": 299, "loss": "no_loss"}, {}, "no_loss"),
+        ({"loss": "no_loss"}, {}, "no_loss"),
+        ({"vocab_size": 100}, {}, "257"),
+        ({"knowledge": "nowhere"}, {}, "nowhere"),
+        ({}, {"context_length": 64}, "at most 32"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_written(
+    trained, tmp_path, distillation, changes, message
+):
+    with pytest.raises(InputError, match=message):
+        distil(trained, tmp_path / "student", {**SMALL, **distillation}, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_of_another_text_is_refused(trained, knowledge, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for index in range(12):
+        path = tmp_path / "texts" / f"{index}.txt"
+        path.write_text("another text altogether. " * 40, "utf-8")
+    wanted = {**SMALL, "knowledge": str(knowledge.path)}
+    with pytest.raises(InputError, match="another text"):
+        distil(trained, tmp_path / "student", wanted, corpus=str(tmp_path / "texts"))
+
+
+def test_a_damaged_store_is_refused(trained, knowledge, tmp_path):
+    copy = tmp_path / "knowledge"
+    shutil.copytree(knowledge.path, copy)
+    with open(copy / "codes.bin", "r+b") as file:
+        file.seek(100)
+        byte = file.read(1)
+        file.seek(100)
+        file.write(bytes([byte[0] ^ 1]))
+    wanted = {**SMALL, "knowledge": str(copy)}
+    with pytest.raises(DamagedFileError, match=r"codes\.bin"):
+        distil(trained, tmp_path / "student", wanted)
+
+
+def test_distillation_without_a_teacher_is_refused(tmp_path):
+    with pytest.raises(InputError, match="expects a trained teacher"):
+        training.distil(None, tmp_path / "student", SMALL)
