@@ -11,8 +11,9 @@ import numpy as np
 import tf_keras as keras
 
 from gpt_tf import files
+from gpt_tf.distillation import losses
 from gpt_tf.distillation.config import DistillationConfig
-from gpt_tf.distillation.distiller import DistillationWarning
+from gpt_tf.distillation.distiller import DistillationWarning, shape_of
 from gpt_tf.distillation.knowledge import KnowledgeStore, extract
 from gpt_tf.distillation.sequences import written_documents
 from gpt_tf.distillation.student import make_student
@@ -71,6 +72,7 @@ def prepare(config, out, overwrite, notice):
             )
             for split, shuffle in (("validation", False), ("train", True))
         ]
+        _check_loss(config, start)
         _prepare_knowledge(config, start, text, token_file, staging, notice)
         if start.model is not None:
             initial = _quantized(start.model, config, windows[1], notice)
@@ -218,7 +220,7 @@ def _with_shape_of(model, config):
     """Return the configuration with the sizes of a model that is there."""
     if model is None:
         return config
-    shape = model.gpt if hasattr(model, "gpt") else model.get_config()
+    shape = shape_of(model)
     if config.context_length > shape["context_length"]:
         raise InputError(
             f"`context_length` expects at most {shape['context_length']}, the "
@@ -283,6 +285,21 @@ def _add_written_text(config, start, text, folder, notice):
         folder / "train.tokens", documents, start.tokenizer, facts=facts
     )
     notice(f"train: {both.count:,} tokens, those of the teacher among them")
+
+
+def _check_loss(config, start):
+    """Refuse a loss that does not fit the pair, before anything is stored."""
+    if start.teacher is None:
+        return
+    wanted = DistillationConfig.of(config.distillation)
+    loss = losses.get(wanted.compile_arguments()["distillation_loss"])
+    is_stored = (
+        wanted.knowledge is not None
+        or start.tokenizer.fingerprint() != start.teacher_tokenizer.fingerprint()
+    )
+    loss.build_for(
+        None if is_stored else shape_of(start.teacher), shape_of(start.model)
+    )
 
 
 def _prepare_knowledge(config, start, text, token_file, staging, notice):

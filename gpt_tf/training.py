@@ -373,6 +373,11 @@ def extract_knowledge(
     Raises:
         InputError: There is no teacher or no text, or a number is out of its range.
     """
+    if teacher is None:
+        raise InputError(
+            "Extraction expects a trained teacher. Received: none. Name the folder "
+            "that `gpt-tf train` wrote."
+        )
     teacher = Path(teacher)
     before = _course_of(teacher, changes, "Extraction")
     wanted = DistillationConfig(teacher=str(teacher.absolute()), vocab_size=vocab_size)

@@ -478,6 +478,7 @@ OTHER = {field.name: None for field in dataclasses.fields(TrainingConfig)} | {
     "init_from": "runs/before",
 }
 del OTHER["quantization"]  # of `gpt-tf quantize`
+del OTHER["distillation"]  # of `gpt-tf distil`
 
 
 def test_every_field_of_the_configuration_is_an_option_and_arrives(
@@ -544,6 +545,78 @@ def test_every_option_of_quantize_arrives(command, trained, monkeypatch, tmp_pat
     assert command("quantize", *folders).status == 0
     expected["quantization"] = None
     assert given == {**expected, "resume": False, "overwrite": False}
+
+
+def test_every_option_of_distil_arrives(command, trained, monkeypatch, tmp_path):
+    given = {}
+
+    def take(teacher, out, distillation, *, on_notice, **options):
+        given.update(options, teacher=teacher, out=out, distillation=distillation)
+        return trained
+
+    monkeypatch.setattr(training, "distil", take)
+    numbers = "steps batch_size validate_every checkpoint_every seed".split()
+    changes = {name: index + 2 for index, name in enumerate(numbers)}
+    changes |= {"learning_rate": 1e-3, "strategy": "mirrored", "corpus": "shakespeare"}
+    changes |= {"dropout": 0.1, "init_from": "runs/before"}
+    sizes = {"layers": 3, "embedding_dim": 64, "heads": 2, "feedforward_dim": 99}
+    sizes |= {"vocab_size": 300}
+    wanted = {"layers": "importance", "init": "fresh", "loss": "reverse_kl"}
+    wanted |= {"alpha": 0.3, "temperature": 2.0, "on_policy_fraction": 0.5}
+    wanted |= {"written_tokens": 7}
+    student = {f"student_{name}": value for name, value in sizes.items()}
+    options = [
+        part
+        for name, value in {**changes, **student, **wanted}.items()
+        for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    folders = ("--teacher", trained.out, "--out", tmp_path)
+    result = command("distil", *folders, *options, "--quantize", "--overwrite")
+    assert result.status == 0, result.err
+    config = given.pop("distillation")
+    named = {
+        "num_layers": 3,
+        "embedding_dim": 64,
+        "num_heads": 2,
+        "feedforward_dim": 99,
+        "vocab_size": 300,
+    }
+    assert config == {**named, **wanted, "knowledge": None}
+    expected = {"teacher": trained.out, "out": tmp_path, "resume": False}
+    quantization = QuantizationConfig().get_config()
+    assert given == {
+        **changes,
+        **expected,
+        "overwrite": True,
+        "quantization": quantization,
+    }
+
+
+def test_knowledge_is_extracted_on_the_command_line(command, trained, tmp_path):
+    out = tmp_path / "knowledge"
+    options = ("--top-k", 4, "--passes", 2)
+    result = command("distil", "--teacher", trained.out, "--extract", out, *options)
+    assert result.status == 0, result.err
+    assert "13 bytes" in result.out  # 4 of 2 for ids, 5 of 1 for probabilities
+    again = command("distil", "--teacher", trained.out, "--extract", out, *options)
+    assert_one_line(again, "knowledge")
+
+
+def test_what_cannot_be_distilled_is_one_line(command, trained, tmp_path):
+    out = ("--out", tmp_path / "out")
+    teacher = ("--teacher", trained.out)
+    for options, message in (
+        ([], "expects a trained teacher"),
+        (["--extract", tmp_path / "store"], "expects a trained teacher"),
+        (["--teacher", tmp_path], "without run.json"),
+        ([*teacher, "--alpha", 3], "`alpha`"),
+        ([*teacher, "--temperature", 0], "`temperature`"),
+        ([*teacher, "--student-layers", 9], "`num_layers`"),
+        ([*teacher, "--loss", "magic"], "'magic'"),
+        ([*teacher, "--knowledge", tmp_path / "nowhere"], "nowhere"),
+    ):
+        assert_one_line(command("distil", *out, *options), message)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_option_says_what_it_does():

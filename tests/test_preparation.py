@@ -77,16 +77,11 @@ def test_a_run_that_was_interrupted_ends_with_the_same_student(
         resumed.model.get_weights(), student.model.get_weights(), strict=True
     ):
         np.testing.assert_array_equal(one, two)
-    assert resumed.history == {
-        **student.history,
-        "validations": [
-            {
-                **row,
-                "tokens_per_second": pytest.approx(row["tokens_per_second"], rel=99),
-            }
-            for row in student.history["validations"]
-        ],
-    }
+    for ours, theirs in zip(
+        resumed.history["validations"], student.history["validations"], strict=True
+    ):
+        for name in ("loss", "teacher_agreement", "kl_divergence"):
+            assert ours[name] == theirs[name]
 
 
 def test_a_student_of_the_store_needs_no_teacher(trained, knowledge, tmp_path):

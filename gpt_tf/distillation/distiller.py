@@ -184,8 +184,8 @@ class Distiller(TokenTraining, keras.Model):
         distillation_loss = losses.get(distillation_loss)
         if not distillation_loss.built:
             distillation_loss.build_for(
-                None if self.teacher is None else _shape_of(self.teacher),
-                _shape_of(self.student),
+                None if self.teacher is None else shape_of(self.teacher),
+                shape_of(self.student),
             )
         if on_policy_fraction and self.teacher is None:
             raise InputError(
@@ -450,7 +450,7 @@ def _tokens_of(inputs):
     return inputs["tokens"] if isinstance(inputs, dict) else inputs
 
 
-def _shape_of(model):
+def shape_of(model):
     """Return the configuration of the GPTModel that a model is or holds."""
     return dict(model.gpt) if hasattr(model, "gpt") else model.get_config()
 
