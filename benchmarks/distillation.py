@@ -19,7 +19,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from harness import RESULTS, console, print_machine, print_table, save
+from harness import (
+    RESULTS,
+    Contender,
+    console,
+    print_machine,
+    print_table,
+    save,
+    take_turns,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -303,9 +311,10 @@ def study_text(name, corpus, arguments):
         (Way("alone", None, {"learning_rate": alone_rate}), seeds),
         (Way("distilled", {}, at), seeds),
         (Way("distilled, stored", stored, at), seeds),
-        (Way("alone, from the teacher's layers", None, at, "distilled"), seeds),
-        *quantised_ways(stored, rate, steps),
+        (Way("alone, from the teacher's layers", None, at, "distilled"), 1),
     ]
+    if small:
+        ways += quantised_ways(stored, rate, steps)
     ways += (
         []
         if arguments.few
@@ -411,6 +420,67 @@ def study_article(corpus, arguments):
         "summary": summary,
         "steps": arguments.steps["article"],
     }
+
+
+def training_step(kind):
+    """Return a function that trains the student so many steps, and their seconds."""
+    import tensorflow as tf
+
+    import gpt_tf
+
+    sizes = ("vocab_size", "embedding_dim", "num_layers", "num_heads")
+    teacher = gpt_tf.GPTModel(
+        *(TEACHER[name] for name in sizes), context_length=TEACHER["context_length"]
+    )
+    student = gpt_tf.make_student(teacher, **STUDENT)
+    generator = np.random.default_rng(1)
+    shape = (COURSE["batch_size"], COURSE["context_length"])
+    tokens, labels = generator.integers(0, 1024, (2, *shape)).astype("int32")
+    model, inputs = student, tokens
+    if kind != "alone":
+        taught_by = teacher if kind == "live" else None
+        model = gpt_tf.Distiller(teacher=taught_by, student=student)
+    if kind == "stored":
+        log_probs = np.full((*shape, 33), np.log(1 / 33), "float32")
+        ids = generator.permuted(np.tile(np.arange(1024), (*shape, 1)), axis=-1)
+        inputs = {
+            "tokens": tokens,
+            "teacher_ids": ids[..., :32].astype("int32"),
+            "teacher_log_probs": log_probs,
+        }
+    model.compile(optimizer=gpt_tf.AdamW(1e-4))
+    tensors = tf.nest.map_structure(tf.constant, (inputs, labels))
+
+    def repeat(count):
+        seconds = []
+        for _ in range(count):
+            began = time.perf_counter()
+            model.train_on_batch(*tensors)
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    return repeat
+
+
+def step_times():
+    """A step of the student alone, with the teacher, and from its store, in turn."""
+    kinds = ("alone", "live", "stored")
+    found = take_turns([Contender(k, training_step, (k,)) for k in kinds], 5, 4)
+    rows = {measured.name: measured.as_dict() for measured in found}
+    print_table(
+        "A training step of 2048 tokens",
+        ("", "median, ms", "p95, ms", "of live"),
+        [
+            (
+                kind,
+                f"{row['median_ms']:.0f}",
+                f"{row['p95_ms']:.0f}",
+                f"{row['median_ms'] / rows['live']['median_ms']:.2f}",
+            )
+            for kind, row in rows.items()
+        ],
+    )
+    return rows
 
 
 def decode_speeds(study):
@@ -557,7 +627,7 @@ def draw(studies):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", default="shakespeare", help="a file, offline")
-    parser.add_argument("--parts", default="shakespeare,article,stdlib")
+    parser.add_argument("--parts", default="steps,shakespeare,article,stdlib")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--few", action="store_true", help="only the main ways")
     parser.add_argument("--shakespeare-steps", type=int, default=400)
@@ -572,14 +642,18 @@ def main():
     }
     print_machine()
     path = RESULTS / "distillation.json"
-    studies = json.loads(path.read_text("utf-8"))["studies"] if path.is_file() else {}
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    studies, steps = before.get("studies", {}), before.get("steps")
     for part in arguments.parts.split(","):
+        if part == "steps":
+            steps = step_times()
+            continue
         if part == "article":
             studies[part] = study_article(arguments.text, arguments)
         else:
             corpus = arguments.text if part == "shakespeare" else "python-stdlib"
             studies[part] = study_text(part, corpus, arguments)
-        save("distillation", {"studies": studies})
+        save("distillation", {"studies": studies, "steps": steps})
     draw(studies)
 
 

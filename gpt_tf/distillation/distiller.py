@@ -182,11 +182,10 @@ class Distiller(TokenTraining, keras.Model):
         if not isinstance(student_loss, keras.losses.Loss):
             student_loss = keras.losses.get(student_loss)
         distillation_loss = losses.get(distillation_loss)
-        if not distillation_loss.built:
-            distillation_loss.build_for(
-                None if self.teacher is None else shape_of(self.teacher),
-                shape_of(self.student),
-            )
+        distillation_loss.build_for(
+            None if self.teacher is None else shape_of(self.teacher),
+            shape_of(self.student),
+        )
         if on_policy_fraction and self.teacher is None:
             raise InputError(
                 "`on_policy_fraction` expects a teacher, to judge what the student "
@@ -221,14 +220,15 @@ class Distiller(TokenTraining, keras.Model):
         }
 
     def prepare_fit(self, x, batch_size):
-        inputs = x
-        if isinstance(x, tf.data.Dataset):
-            inputs = x.element_spec[0]
-        if self.teacher is None and "teacher_log_probs" not in (
-            inputs if isinstance(inputs, dict) else ()
-        ):
+        is_dataset = isinstance(x, tf.data.Dataset)
+        inputs = x.element_spec[0] if is_dataset else x
+        names = inputs if isinstance(inputs, dict) else ()
+        if self.teacher is None and "teacher_log_probs" not in names:
             raise InputError(_NO_KNOWLEDGE)
-        return self.student.prepare_fit(_tokens_of(x), batch_size)
+        tokens = _tokens_of(x)
+        if is_dataset and names:
+            tokens = x.map(lambda inputs, *others: inputs["tokens"])
+        return self.student.prepare_fit(tokens, batch_size)
 
     # Keras: the steps
 

@@ -237,6 +237,7 @@ class DistillationLoss(keras.layers.Layer):
 
     def __init__(self, **kwargs):
         super().__init__(**{"dtype": "float32", **kwargs})
+        self._built_for = None
 
     def build_for(self, teacher_config, student_config):
         """Check that the loss fits a pair, and make the weights that it needs.
@@ -256,7 +257,16 @@ class DistillationLoss(keras.layers.Layer):
                 "which stored knowledge does not have. Received: no teacher. Pass "
                 "`teacher=`, or choose a loss of logits."
             )
+        pair = repr((teacher_config, student_config))
+        if self.built and self._built_for == pair:
+            return
+        if self.weights:
+            raise InputError(
+                f"A {type(self).__name__} that has learned projections belongs to one "
+                "teacher and one student. Received: another pair. Make a new one."
+            )
         self._make_weights(teacher_config, student_config)
+        self._built_for = pair
         self.built = True
 
     def _check_vocabularies(self, teacher_config, student_config):

@@ -271,6 +271,16 @@ def test_hidden_states_pass_through_learned_projections():
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
+def test_projections_belong_to_one_pair():
+    loss = losses.HiddenStates()
+    loss.build_for(TEACHER, STUDENT)
+    before = loss.trainable_weights
+    loss.build_for(TEACHER, STUDENT)  # compiled again
+    assert all(a is b for a, b in zip(before, loss.trainable_weights, strict=True))
+    with pytest.raises(InputError, match="another pair"):
+        loss.build_for(TEACHER, {**STUDENT, "num_layers": 3})
+
+
 def test_equal_widths_begin_with_the_identity():
     loss = losses.HiddenStates()
     loss.build_for(TEACHER, {**STUDENT, "embedding_dim": 6})
