@@ -31,7 +31,7 @@ quickstart: $(VENV)/.train ## Train a GPT on Python's own sources, make it small
 	$(BIN)/gpt-tf generate --model $(RUN)-int8/gpt.litertlm --prompt "    def __init__(self" --max-new-tokens 200 --seed 7
 
 test: $(VENV)/.dev ## Run the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev ## Run the long tests too
 	$(BIN)/python -m pytest -m "not network"

@@ -70,6 +70,7 @@ setup(
         ],
         "dev": [
             "pytest>=8.3,<10",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.115,<7",
             "psutil>=6",
             "ruff>=0.9,<1",

@@ -19,15 +19,24 @@ def console():
     return Console(file=io.StringIO(), width=100)
 
 
+def run_of(**changes):
+    """A run as far as its progress is shown."""
+    facts = {
+        "config": PRESETS["tiny"],
+        "trained": SimpleNamespace(count_params=lambda: 12345),
+        "step": 0,
+        "tokens_per_step": 256,
+        "own_loss": "loss",
+        "distillation": None,
+        "knowledge": None,
+    }
+    return SimpleNamespace(**{**facts, **changes})
+
+
 @pytest.fixture
 def progress(console):
     """The callback of a run of 20 steps that is at its start."""
-    run = SimpleNamespace(
-        config=PRESETS["tiny"],
-        model=SimpleNamespace(count_params=lambda: 12345),
-        step=0,
-        tokens_per_step=256,
-    )
+    run = run_of()
     progress = display.TrainingProgress(run, console)
     progress.set_model(SimpleNamespace(stop_training=False))
     progress.on_train_begin()
@@ -76,13 +85,7 @@ def test_the_bar_goes_on_where_every_step_is_validated(progress, console):
 
 
 def test_a_resumed_run_begins_at_its_step(console):
-    run = SimpleNamespace(
-        config=PRESETS["tiny"],
-        model=SimpleNamespace(count_params=lambda: 1),
-        step=12,
-        tokens_per_step=256,
-    )
-    progress = display.TrainingProgress(run, console)
+    progress = display.TrainingProgress(run_of(step=12), console)
     progress.on_train_begin()
     progress.close()
     assert "12/20" in text_of(console)
@@ -106,6 +109,40 @@ def test_a_validation_is_one_line(progress, console, loss):
         assert part in line
     progress.on_epoch_end(1, {"loss": 2.0})
     assert text_of(console).count("validation") == 1
+
+
+def test_a_distilled_students_validation_is_its_own_loss(console):
+    run = run_of(own_loss="student_loss", distillation=object(), step=7)
+    progress = display.TrainingProgress(run, console)
+    logs = {"loss": 0.5, "val_loss": 0.4, "val_student_loss": 2.0}
+    logs |= {"val_token_accuracy": 0.25, "val_teacher_agreement": 0.75}
+    progress.on_epoch_end(0, logs)
+    for part in ("validation 2.000", "perplexity 7.39", "agreement 75.0%"):
+        assert part in text_of(console)
+
+
+def test_steps_are_shown_once_their_number_is_known(console):
+    with display.StepProgress("windows", console) as progress:
+        progress.notice("[5] tokens")
+        progress.update(3, 10)
+    assert not is_drawing()
+    assert "[5] tokens" in text_of(console)
+    assert "windows" in text_of(console)
+    assert "3/10" in text_of(console)
+
+
+def test_a_store_of_knowledge_is_a_table(console, tmp_path):
+    store = SimpleNamespace(
+        path=tmp_path / "knowledge",
+        manifest={"count": 1234, "mapping": "derived"},
+        passes=2,
+        top_k=32,
+        size_bytes=5_000_000,
+        bytes_per_token=97,
+    )
+    display.print_knowledge(store, console)
+    for part in ("1,234, 2 times", "the 32 likeliest", "5.0 MB", "97 bytes", "derived"):
+        assert part in text_of(console)
 
 
 def test_the_bar_stops_when_training_is_interrupted(corpus_folder, tmp_path, capsys):
