@@ -17,7 +17,11 @@ from gpt_tf.distillation.distiller import DistillationWarning, shape_of
 from gpt_tf.distillation.knowledge import KnowledgeStore, extract
 from gpt_tf.distillation.sequences import written_documents
 from gpt_tf.distillation.student import make_student
-from gpt_tf.distillation.vocabulary import derive_tokenizer, shared_tokens
+from gpt_tf.distillation.vocabulary import (
+    derive_tokenizer,
+    is_derived,
+    shared_tokens,
+)
 from gpt_tf.errors import InputError
 from gpt_tf.models.decoding import parts_of
 from gpt_tf.runs import (
@@ -48,6 +52,7 @@ def prepare(config, out, overwrite, notice):
             "Choose another."
         ) from None
     try:
+        _check_losses(config, start)
         tokenizer = start.tokenizer or _prepare_tokenizer(config, text, notice)
         if config.sample_every and not tokenizer.encode(config.sample_prompt):
             raise InputError(
@@ -72,7 +77,7 @@ def prepare(config, out, overwrite, notice):
             )
             for split, shuffle in (("validation", False), ("train", True))
         ]
-        _check_loss(config, start)
+        _check_pair(config, start)
         _prepare_knowledge(config, start, text, token_file, staging, notice)
         if start.model is not None:
             initial = _quantized(start.model, config, windows[1], notice)
@@ -131,6 +136,11 @@ class _Start:
     teacher: keras.Model | None = None
     teacher_tokenizer: tokenizers.Tokenizer | None = None
     made_from: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def reads_other_tokens(self):
+        """Whether the teacher's tokenizer is another than the student's."""
+        return self.tokenizer.fingerprint() != self.teacher_tokenizer.fingerprint()
 
 
 def _load_start(config):
@@ -192,7 +202,7 @@ def _cut_student(start, config, token_file, notice):
         teacher = to_float(teacher)
     options = wanted.student_sizes()
     inputs = None
-    if start.tokenizer.fingerprint() != start.teacher_tokenizer.fingerprint():
+    if start.reads_other_tokens:
         options["vocab_size"] = start.tokenizer.vocab_size
         options["token_ids"] = shared_tokens(start.teacher_tokenizer, start.tokenizer)
     else:
@@ -265,15 +275,11 @@ def _add_written_text(config, start, text, folder, notice):
         return
     real = TokenFile.open(folder / "train.tokens")
     notice(f"the teacher writes {wanted.written_tokens:,} tokens")
-    ids = real.tokens
-    if start.tokenizer.fingerprint() != start.teacher_tokenizer.fingerprint():
-        beginning = start.tokenizer.decode(ids[:200_000].tolist())
-        ids = np.asarray(start.teacher_tokenizer.encode(beginning))
     written = list(
         written_documents(
             start.teacher,
             start.teacher_tokenizer,
-            ids,
+            real.tokens,
             wanted.written_tokens,
             prompt_length=min(16, start.teacher.context_length // 2),
             seed=config.seed,
@@ -287,16 +293,36 @@ def _add_written_text(config, start, text, folder, notice):
     notice(f"train: {both.count:,} tokens, those of the teacher among them")
 
 
-def _check_loss(config, start):
-    """Refuse a loss that does not fit the pair, before anything is stored."""
+def _check_losses(config, start):
+    """Refuse what does not go with a teacher of other tokens."""
+    if start.teacher is None or not start.reads_other_tokens:
+        return
+    wanted = DistillationConfig.of(config.distillation)
+    for name in ("on_policy_fraction", "written_tokens"):
+        if getattr(wanted, name):
+            raise InputError(
+                f"`{name}` expects a teacher that reads the student's tokens. "
+                "Received: two tokenizers. Leave it out, or keep the vocabulary."
+            )
+    loss = losses.get(wanted.compile_arguments()["distillation_loss"])
+    if not loss.across_vocabularies and not is_derived(
+        start.teacher_tokenizer, start.tokenizer
+    ):
+        raise InputError(
+            f"{type(loss).__name__} expects tokens that the teacher's are made of. "
+            "Received: a student's tokenizer that is not derived from the teacher's. "
+            "Use the loss universal_logit, or give the student a `vocab_size` instead "
+            "of a tokenizer of its own."
+        )
+
+
+def _check_pair(config, start):
+    """Refuse a loss that does not fit the models, before anything is stored."""
     if start.teacher is None:
         return
     wanted = DistillationConfig.of(config.distillation)
     loss = losses.get(wanted.compile_arguments()["distillation_loss"])
-    is_stored = (
-        wanted.knowledge is not None
-        or start.tokenizer.fingerprint() != start.teacher_tokenizer.fingerprint()
-    )
+    is_stored = wanted.knowledge is not None or start.reads_other_tokens
     loss.build_for(
         None if is_stored else shape_of(start.teacher), shape_of(start.model)
     )
@@ -311,24 +337,23 @@ def _prepare_knowledge(config, start, text, token_file, staging, notice):
     if start.teacher is None:
         return
     wanted = DistillationConfig.of(config.distillation)
-    student, teacher = start.tokenizer, start.teacher_tokenizer
     if wanted.knowledge is not None:
         KnowledgeStore.open(wanted.knowledge).check_fits(
             token_file=token_file,
-            tokenizer=student,
+            tokenizer=start.tokenizer,
             teacher=start.teacher,
             context_length=config.context_length,
         )
-    elif student.fingerprint() != teacher.fingerprint():
+    elif start.reads_other_tokens:
         read = _teacher_tokens(config, start, text, staging, notice)
         notice("storing what the teacher says of the text, in the student's tokens")
         extract(
             start.teacher,
             read,
             staging / "knowledge",
-            tokenizer=teacher,
+            tokenizer=start.teacher_tokenizer,
             context_length=min(config.context_length, start.teacher.context_length),
-            student=(student, token_file),
+            student=(start.tokenizer, token_file),
             on_notice=notice,
         )
 
@@ -421,7 +446,7 @@ def store_knowledge(config, path, *, on_notice, **options):
     staging = path.parent / f".{path.name}.tokens"
     try:
         read = _teacher_tokens(config, start, None, staging, on_notice)
-        if start.tokenizer.fingerprint() != start.teacher_tokenizer.fingerprint():
+        if start.reads_other_tokens:
             own = _student_tokens(config, start, staging, on_notice)
             options["student"] = (start.tokenizer, own)
         return extract(

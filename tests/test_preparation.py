@@ -11,6 +11,7 @@ from gpt_tf.distillation.distiller import DistillationWarning
 from gpt_tf.distillation.knowledge import KnowledgeStore
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.runs import load_model, read_run
+from gpt_tf.text.tokenizer import BPETokenizer
 
 COURSE = {
     "steps": 6,
@@ -149,6 +150,36 @@ def test_a_trained_student_may_go_on(trained, student, tmp_path):
     }
 
 
+def student_of_other_tokens(corpus_folder, out):
+    """A trained model whose tokenizer has nothing to do with the teacher's."""
+    texts = [path.read_text("utf-8")[:900] for path in corpus_folder.glob("*.txt")]
+    BPETokenizer.train([text[::-1] for text in texts], 270).save(out / "own.json")
+    return training.train(
+        None,
+        out / "other",
+        corpus=str(corpus_folder),
+        tokenizer=str(out / "own.json"),
+        embedding_dim=16,
+        num_layers=1,
+        num_heads=2,
+        context_length=32,
+        **COURSE,
+    )
+
+
+def test_any_two_tokenizers_go_together_with_sorted_probabilities(
+    trained, corpus_folder, tmp_path
+):
+    other = student_of_other_tokens(corpus_folder, tmp_path)
+    options = {"init_from": str(other.out)}
+    with pytest.raises(InputError, match="universal_logit"):
+        distil(trained, tmp_path / "student", {}, **options)
+    wanted = {"loss": "universal_logit", "alpha": 0.5}
+    result = distil(trained, tmp_path / "student", wanted, **options)
+    assert KnowledgeStore.open(result.out / "knowledge").mapping == "sorted"
+    assert result.history["steps"][-1]["distillation_loss"] > 0
+
+
 # Bad input
 
 
@@ -185,6 +216,9 @@ def test_another_teacher_in_its_place_is_noticed(trained, student, tmp_path):
         ({"vocab_size": 100}, {}, "257"),
         ({"knowledge": "nowhere"}, {}, "nowhere"),
         ({}, {"context_length": 64}, "at most 32"),
+        ({"vocab_size": 280, "written_tokens": 50}, {}, "`written_tokens`"),
+        ({"vocab_size": 280, "on_policy_fraction": 0.5}, {}, "`on_policy_fraction`"),
+        ({"vocab_size": 280, "loss": "hidden_states"}, {}, "stored knowledge"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_written(

@@ -353,8 +353,14 @@ class Distiller(TokenTraining, keras.Model):
             if "teacher_ids" in given:
                 own = tf.stop_gradient(student.logits)
                 logits = logits_from_top_k(given["teacher_ids"], log_probs, own)
-            else:
+            elif self.distillation_loss.across_vocabularies:
                 logits = logits_from_sorted(log_probs, self.vocab_size)
+            else:
+                raise InputError(
+                    f"{type(self.distillation_loss).__name__} compares probabilities "
+                    "of the same tokens. Received: sorted ones, of a teacher with "
+                    "another tokenizer. Compile with 'universal_logit'."
+                )
             known = tf.cast(log_probs[..., -1] < -1e-6, tf.float32)
             return losses.Outputs(logits), known
         if self.teacher is None and not training:

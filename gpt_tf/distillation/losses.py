@@ -522,6 +522,7 @@ class WeightedSum(DistillationLoss):
         self.factors = [_positive("weight", weight) for _, weight in terms]
         self.terms = [get(loss) for loss, _ in terms]
         self.wants = frozenset().union(*(term.wants for term in self.terms))
+        self.across_vocabularies = all(term.across_vocabularies for term in self.terms)
 
     def build_for(self, teacher_config, student_config):
         for term in self.terms:
