@@ -8,6 +8,7 @@ hidden states and attention have weights or a layer map.
 
 import math
 import numbers
+import operator
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -48,9 +49,13 @@ def _divergence(log_p, log_q):
     return tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), axis=-1)
 
 
-def _mixture(log_p, log_q, share):
-    """Return log(share * p + (1 - share) * q) without leaving the logarithm."""
-    one, other = log_p + math.log(share), log_q + math.log(1.0 - share)
+def _mixture(gap, share):
+    """Return log(m / p), `m = share * p + (1 - share) * q`, from log(q / p).
+
+    The ratio, not m itself: where p and q are near each other it is near 0, and so is
+    its rounding error, which `T²` multiplies.
+    """
+    one, other = math.log(share), gap + math.log(1.0 - share)
     high = tf.stop_gradient(tf.maximum(one, other))
     return high + tf.math.log(tf.exp(one - high) + tf.exp(other - high))
 
@@ -61,12 +66,17 @@ def forward_kl(teacher_logits, student_logits, temperature=1.0):
     The factor `T²` keeps the gradient's size as `T` grows.
 
     Args:
-        teacher_logits: `(..., V)`; no gradient.
-        student_logits: `(..., V)`.
+        teacher_logits: `(..., V)`, any float type, finite: -1e9 hides a token where
+            an infinity would give NaN. No gradient.
+        student_logits: `(..., V)`, likewise.
         temperature: `T`, above 0.
 
     Returns:
         `(...)` float32, in nats times `T²`, at least 0.
+
+    Example:
+        >>> float(forward_kl([0.0, 0.0], [0.0, math.log(3.0)]))  # log(4 / 3) / 2
+        0.1438410...
 
     Reference: Hinton, Vinyals and Dean, arXiv:1503.02531, section 2.
     """
@@ -92,13 +102,18 @@ def jensen_shannon(teacher_logits, student_logits, temperature=1.0, weight=0.5):
         weight: `w`, in (0, 1): near 0 its gradient is that of the forward KL times
             `w`, near 1 that of the reverse KL times `1 - w`.
 
+    Raises:
+        InputError: The weight is out of its range.
+
     Reference: Agarwal et al. (GKD), arXiv:2306.13649, section 3.
     """
+    weight = _share("weight", weight)
     log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
-    log_m = _mixture(log_p, log_q, weight)
-    both = weight * _divergence(log_p, log_m)
-    both += (1.0 - weight) * _divergence(log_q, log_m)
-    return temperature**2 * both
+    gap = log_q - log_p
+    above = _mixture(gap, weight)
+    of_p = weight * tf.reduce_sum(tf.exp(log_p) * -above, axis=-1)
+    of_q = (1.0 - weight) * tf.reduce_sum(tf.exp(log_q) * (gap - above), axis=-1)
+    return temperature**2 * (of_p + of_q)
 
 
 def total_variation(teacher_logits, student_logits, temperature=1.0):
@@ -120,23 +135,28 @@ def skewed_kl(teacher_logits, student_logits, temperature=1.0, skew=0.1):
     """`T² KL(p || s p + (1 - s) q)`: finite, however unlikely the student finds it.
 
     Args and returns: as for `forward_kl`, and
-        skew: `s`, in (0, 1).
+        skew: `s`, in (0, 1): near 0 it is the forward KL, near 1 nothing is left.
+
+    Raises:
+        InputError: The skew is out of its range.
 
     Reference: Ko et al., "DistiLLM", arXiv:2402.03898, section 3.1.
     """
     log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
-    return temperature**2 * _divergence(log_p, _mixture(log_p, log_q, skew))
+    above = _mixture(log_q - log_p, _share("skew", skew))
+    return temperature**2 * tf.reduce_sum(tf.exp(log_p) * -above, axis=-1)
 
 
 def skewed_reverse_kl(teacher_logits, student_logits, temperature=1.0, skew=0.1):
     """`T² KL(q || (1 - s) p + s q)`.
 
-    Args and returns: as for `skewed_kl`.
+    Args, returns and raises: as for `skewed_kl`; near 0 it is the reverse KL.
 
     Reference: Ko et al., "DistiLLM", arXiv:2402.03898, section 3.1.
     """
     log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
-    return temperature**2 * _divergence(log_q, _mixture(log_q, log_p, skew))
+    above = _mixture(log_p - log_q, _share("skew", skew))
+    return temperature**2 * tf.reduce_sum(tf.exp(log_q) * -above, axis=-1)
 
 
 def universal_logit_distance(teacher_logits, student_logits, temperature=1.0):
@@ -252,10 +272,11 @@ class DistillationLoss(keras.layers.Layer):
         """
         self._check_vocabularies(teacher_config, student_config)
         if teacher_config is None and self.wants != {"logits"}:
+            hidden = ", ".join(sorted(self.wants - {"logits"}))
             raise InputError(
-                f"{type(self).__name__} compares {', '.join(sorted(self.wants))}, "
-                "which stored knowledge does not have. Received: no teacher. Pass "
-                "`teacher=`, or choose a loss of logits."
+                f"{type(self).__name__} compares {hidden}, which stored knowledge does "
+                "not have. Received: no teacher. Pass `teacher=`, or choose a loss of "
+                "logits."
             )
         pair = repr((teacher_config, student_config))
         if self.built and self._built_for == pair:
@@ -391,8 +412,14 @@ class SkewedReverseKL(_Skewed):
 class OnProbabilities(DistillationLoss):
     """A loss of tf_keras on the softened probabilities of both.
 
+    No power of the temperature is multiplied in, since the right one depends on the
+    loss: `KLDivergence()` is `ForwardKL()` without its `T²`.
+
     Args:
         loss: A `tf_keras.losses.Loss` of probabilities, `KLDivergence()` for example.
+
+    Raises:
+        InputTypeError: It is none, or one of Keras 3.
 
     Example:
         >>> loss = OnProbabilities(keras.losses.KLDivergence())
@@ -402,6 +429,12 @@ class OnProbabilities(DistillationLoss):
         super().__init__(**kwargs)
         if isinstance(loss, dict):
             loss = keras.saving.deserialize_keras_object(loss)
+        refuse_keras_3(loss, "loss")
+        if not isinstance(loss, keras.losses.Loss):
+            raise InputTypeError(
+                "`OnProbabilities` expects a loss of tf_keras. "
+                f"Received: {loss!r}. Use `keras.losses.KLDivergence()`, for example."
+            )
         self.loss = loss
 
     def call(self, teacher, student, temperature):
@@ -437,9 +470,9 @@ class HiddenStates(_OfLayers):
     """Hidden states of the teacher, from learned projections of the student's.
 
     Args:
-        layer_map: `"evenly"`, or pairs of a student's and a teacher's layer: 0 is the
-            embedding, `n` the output of block `n - 1`. Evenly spaced, the last
-            stands beside the last.
+        layer_map: `"evenly"`, or pairs of a student's and a teacher's layer, or a
+            dict of them: 0 is the embedding, `n` the output of block `n - 1`. Evenly
+            spaced, the last stands beside the last.
 
     See `hidden_state_distance`; the mean over the pairs is taken.
 
@@ -479,8 +512,8 @@ class AttentionTransfer(_OfLayers):
     """Where the teacher looks, for the student to look there too.
 
     Args:
-        layer_map: `"evenly"`, or pairs of a student's and a teacher's block, counted
-            from 0.
+        layer_map: `"evenly"`, or pairs of a student's and a teacher's block, or a
+            dict of them, counted from 0.
 
     See `attention_distance`; the mean over the pairs is taken.
 
@@ -507,7 +540,7 @@ class WeightedSum(DistillationLoss):
         terms: Pairs of a loss, as for `get`, and a weight above 0.
 
     Raises:
-        InputError: There are none, or a weight is not above 0.
+        InputError: There are none, they are no pairs, or a weight is not above 0.
 
     Example:
         >>> loss = WeightedSum([("forward_kl", 1.0), (HiddenStates(), 0.1)])
@@ -515,12 +548,9 @@ class WeightedSum(DistillationLoss):
 
     def __init__(self, terms, **kwargs):
         super().__init__(**kwargs)
-        if not terms:
-            raise InputError(
-                "A weighted sum expects pairs (loss, weight). It got none."
-            )
-        self.factors = [_positive("weight", weight) for _, weight in terms]
-        self.terms = [get(loss) for loss, _ in terms]
+        pairs = _pairs_in(terms)
+        self.factors = [_positive("weight", weight) for _, weight in pairs]
+        self.terms = [get(loss) for loss, _ in pairs]
         self.wants = frozenset().union(*(term.wants for term in self.terms))
         self.across_vocabularies = all(term.across_vocabularies for term in self.terms)
 
@@ -569,13 +599,23 @@ def get(identifier=None):
     Raises:
         InputError: There is none of this name.
         InputTypeError: It is nothing of these.
+
+    Example:
+        >>> get("reverse_kl")
+        >>> get([("forward_kl", 1.0), (HiddenStates({2: 4}), 0.1)])
     """
     if identifier is None:
         return ForwardKL()
     if isinstance(identifier, DistillationLoss):
         return identifier
-    refuse_keras_3(identifier, "distillation_loss")
+    refuse_keras_3(identifier, "loss")
     if isinstance(identifier, dict):
+        if "class_name" not in identifier:
+            raise InputError(
+                "The configuration of a distillation loss expects `class_name`. "
+                f"Received: {identifier!r}. Take it from "
+                "`keras.saving.serialize_keras_object(loss)`."
+            )
         return get(keras.saving.deserialize_keras_object(identifier))
     if isinstance(identifier, keras.losses.Loss):
         return OnProbabilities(identifier)
@@ -622,13 +662,25 @@ def _share(name, value):
     return float(value)
 
 
-def _normal_map(layer_map):
-    if layer_map == "evenly":
-        return layer_map
-    if isinstance(layer_map, dict):
-        layer_map = layer_map.items()
+def _pairs_in(terms):
     try:
-        pairs = [[int(ours), int(theirs)] for ours, theirs in layer_map]
+        pairs = [(loss, weight) for loss, weight in terms]
+    except (TypeError, ValueError):
+        pairs = []
+    if not pairs:
+        raise InputError(
+            "A sum of distillation losses expects pairs of a loss and a weight, "
+            f"[('forward_kl', 1.0)] for example. Received: {terms!r}."
+        )
+    return pairs
+
+
+def _normal_map(layer_map):
+    if isinstance(layer_map, str) and layer_map == "evenly":
+        return layer_map
+    found = layer_map.items() if isinstance(layer_map, dict) else layer_map
+    try:
+        pairs = [[operator.index(layer) for layer in (a, b)] for a, b in found]
     except (TypeError, ValueError):
         pairs = []
     if not pairs:

@@ -1,5 +1,7 @@
 """Every loss against its formula in NumPy, its gradient against finite differences."""
 
+import json
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -148,6 +150,18 @@ def test_equal_logits_have_no_distance_and_a_gradient_of_nothing(loss):
         np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
+@EVERY
+def test_equal_logits_of_many_tokens_have_no_distance_when_softened(loss):
+    logits = tf.constant(pair_of(10, rows=3, width=20_000, size=3.0)[0], tf.float32)
+    np.testing.assert_allclose(loss(logits, logits, 20.0), 0, atol=5e-5)
+
+
+@EVERY
+def test_almost_equal_logits_have_a_distance_when_softened(loss):
+    logits = tf.constant(pair_of(10, rows=3, width=20_000, size=3.0)[0], tf.float32)
+    assert loss(logits, 1.1 * logits, 20.0).numpy().min() > 5e-4
+
+
 @pytest.mark.parametrize("loss", DIVERGENCES, ids=lambda loss: loss.__name__)
 def test_a_divergence_is_not_negative(loss):
     teacher, student = pair_of(5, rows=200, size=4.0)
@@ -180,10 +194,7 @@ def test_half_precision_is_computed_in_float32(loss):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [losses.forward_kl, losses.reverse_kl, losses.jensen_shannon, losses.skewed_kl],
-)
+@EVERY
 def test_the_gradient_keeps_its_size_as_the_temperature_grows(loss):
     teacher, student = (tf.constant(x, tf.float32) for x in pair_of(7, size=1.0))
 
@@ -201,6 +212,18 @@ def test_near_its_ends_jensen_shannon_is_one_of_the_two():
     for weight, loss in ((1e-4, losses.forward_kl), (1 - 1e-4, losses.reverse_kl)):
         found = losses.jensen_shannon(teacher, student, weight=weight).numpy()
         np.testing.assert_allclose(found / 1e-4, loss(teacher, student), rtol=2e-2)
+
+
+def test_with_little_skew_the_skewed_are_the_plain_ones():
+    teacher, student = pair_of(8)
+    for skewed, plain in (
+        (losses.skewed_kl, losses.forward_kl),
+        (losses.skewed_reverse_kl, losses.reverse_kl),
+    ):
+        wanted = plain(teacher, student)
+        near, far = (skewed(teacher, student, skew=skew) for skew in (1e-5, 0.1))
+        np.testing.assert_allclose(near, wanted, rtol=1e-2)
+        assert np.abs(far / wanted - 1).max() > 1e-1
 
 
 def test_sorted_probabilities_do_not_ask_for_their_tokens():
@@ -248,6 +271,57 @@ def test_attention_is_compared_with_heads_averaged():
     found = losses.attention_distance(teacher.attentions[0], student.attentions[0])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
     assert found.shape == (2, 5)
+
+
+def test_attention_notices_another_key():
+    teacher = outputs(1, 1, 4).attentions[0].numpy()
+    student = teacher.copy()
+    np.testing.assert_allclose(losses.attention_distance(teacher, student), 0)
+    student[0, :, 3, :2] = student[0, :, 3, 1::-1]
+    found = losses.attention_distance(teacher, student).numpy()
+    assert found[0, 3] > 1e-3
+    assert np.count_nonzero(found) == 1
+
+
+INNER = pytest.mark.parametrize(
+    ("distance", "kind"),
+    [
+        (losses.hidden_state_distance, "hidden_states"),
+        (losses.attention_distance, "attentions"),
+    ],
+)
+
+
+@INNER
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_inside_the_model_too_only_the_student_gets_a_finite_gradient(
+    distance, kind, equal, jit_compile
+):
+    teacher = getattr(outputs(1, 1, 4), kind)[0]  # the future holds zeros
+    student = teacher if equal else getattr(outputs(2, 1, 4), kind)[0]
+
+    def both(teacher, student):
+        teacher, student = tf.identity(teacher), tf.identity(student)
+        with tf.GradientTape() as tape:
+            tape.watch([teacher, student])
+            value = tf.reduce_sum(distance(teacher, student))
+        return value, tape.gradient(value, [teacher, student])
+
+    run = tf.function(both, jit_compile=jit_compile, autograph=False)
+    value, (of_teacher, of_student) = run(teacher, student)
+    assert of_teacher is None
+    assert np.isfinite(of_student).all()
+    assert (value.numpy() == 0) == equal
+
+
+@INNER
+def test_inside_the_model_too_half_precision_is_computed_in_float32(distance, kind):
+    teacher, student = (getattr(outputs(seed, 1, 4), kind)[0] for seed in (1, 2))
+    halves = [tf.cast(x, tf.float16) for x in (teacher, student)]
+    found = distance(*halves)
+    assert found.dtype == tf.float32
+    np.testing.assert_allclose(found, distance(teacher, student), rtol=2e-2, atol=2e-3)
 
 
 def test_hidden_states_pass_through_learned_projections():
@@ -309,6 +383,9 @@ def test_evenly_spaced_the_last_stands_beside_the_last(kind, pairs):
         (losses.AttentionTransfer, [(-1, 0)], "student"),
         (losses.HiddenStates, [], "`layer_map` expects"),
         (losses.HiddenStates, "oddly", "`layer_map` expects"),
+        (losses.HiddenStates, [(0.6, 1.7)], "`layer_map` expects"),
+        (losses.HiddenStates, [(0, 1, 2)], "`layer_map` expects"),
+        (losses.AttentionTransfer, 1, "`layer_map` expects"),
     ],
 )
 def test_a_map_that_names_no_layer_is_refused(kind, layer_map, message):
@@ -337,7 +414,8 @@ OBJECTS = [
 @pytest.mark.parametrize("loss", OBJECTS, ids=lambda loss: type(loss).__name__)
 def test_a_saved_loss_is_the_same_loss(loss):
     teacher, student = outputs(1, 4, 6), outputs(2, 2, 4)
-    again = losses.get(keras.saving.serialize_keras_object(loss))
+    written = json.dumps(keras.saving.serialize_keras_object(loss))
+    again = losses.get(json.loads(written))
     found = []
     for one in (loss, again):
         one.build_for(TEACHER, STUDENT)
@@ -408,7 +486,14 @@ def test_what_is_no_temperature_is_refused(value):
         (lambda: losses.SkewedKL(0.0), "`skew`"),
         (lambda: losses.SkewedReverseKL(float("nan")), "`skew`"),
         (lambda: losses.WeightedSum([("forward_kl", 0.0)]), "`weight`"),
-        (lambda: losses.WeightedSum([]), "got none"),
+        (lambda: losses.jensen_shannon([0.0], [0.0], weight=0.0), "`weight`"),
+        (lambda: losses.skewed_kl([0.0], [0.0], skew=1.0), "`skew`"),
+        (lambda: losses.skewed_reverse_kl([0.0], [0.0], skew=2.0), "`skew`"),
+        (lambda: losses.WeightedSum([]), "pairs of a loss and a weight"),
+        (lambda: losses.get(["forward_kl", "reverse_kl"]), "pairs of a loss"),
+        (lambda: losses.get([("forward_kl",)]), "pairs of a loss"),
+        (lambda: losses.get([1, 2]), "pairs of a loss"),
+        (lambda: losses.get({"name": "forward_kl"}), "`class_name`"),
         (lambda: losses.get("no_loss"), "'no_loss'"),
     ],
 )
@@ -420,6 +505,20 @@ def test_values_out_of_range_are_refused(make, message):
 def test_what_is_no_loss_is_refused():
     with pytest.raises(InputTypeError, match="Received: int"):
         losses.get(3)
+
+
+@pytest.mark.parametrize("loss", ["kl", None, keras.layers.Dense(1)])
+def test_what_is_no_loss_of_probabilities_is_refused(loss):
+    with pytest.raises(InputTypeError, match="a loss of tf_keras"):
+        losses.OnProbabilities(loss)
+
+
+@pytest.mark.parametrize("take", [losses.get, losses.OnProbabilities])
+def test_a_loss_of_keras_3_gets_the_teaching_error(take):
+    import keras as keras_3
+
+    with pytest.raises(InputTypeError, match=r"keras\.losses\.KLDivergence\(\.\.\.\)"):
+        take(keras_3.losses.KLDivergence())
 
 
 def test_other_vocabularies_are_refused_with_what_to_use():
@@ -434,5 +533,5 @@ def test_other_vocabularies_are_refused_with_what_to_use():
 
 def test_stored_knowledge_has_no_hidden_states():
     losses.ForwardKL().build_for(None, STUDENT)
-    with pytest.raises(InputError, match="hidden_states"):
+    with pytest.raises(InputError, match="compares hidden_states, which stored"):
         losses.HiddenStates().build_for(None, STUDENT)
