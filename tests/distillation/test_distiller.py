@@ -117,7 +117,6 @@ def test_padding_has_no_influence_on_the_student(pair, windows_of):
 
 def trained_on(replicas, make_model, data, quantized=False, **options):
     strategies._use_fresh_collective_keys()
-    options.setdefault("jit_compile", "auto")
     devices = [f"CPU:{index}" for index in range(replicas)]
     strategy = tf.distribute.MirroredStrategy(devices)
     with strategy.scope():
@@ -131,12 +130,21 @@ def trained_on(replicas, make_model, data, quantized=False, **options):
     return student
 
 
-def test_replicas_give_the_same_student(make_model, windows_of):
+REPLICAS = pytest.mark.parametrize(
+    ("counts", "jit_compile"),
+    [((1, 2), False), pytest.param((1, 2, 4), "auto", marks=pytest.mark.slow)],
+)
+
+
+@REPLICAS
+def test_replicas_give_the_same_student(make_model, windows_of, counts, jit_compile):
     x, y = windows_of(16, 16)
     weights = np.random.default_rng(3).uniform(0, 2, y.shape).astype("float32")
     students = [
-        trained_on(replicas, make_model, (x, y, weights)).get_weights()
-        for replicas in (1, 2, 4)
+        trained_on(
+            replicas, make_model, (x, y, weights), jit_compile=jit_compile
+        ).get_weights()
+        for replicas in counts
     ]
     for other in students[1:]:
         for one, two in zip(students[0], other, strict=True):
@@ -145,12 +153,14 @@ def test_replicas_give_the_same_student(make_model, windows_of):
     assert moved.max() > 1e-2
 
 
+@REPLICAS
 def test_a_quantisation_aware_student_learns_and_its_ranges_do_not_depend_on_replicas(
-    make_model, windows_of
+    make_model, windows_of, counts, jit_compile
 ):
-    data = windows_of(16, 16)
+    options = {"quantized": True, "jit_compile": jit_compile}
     students = [
-        trained_on(replicas, make_model, data, quantized=True) for replicas in (1, 2)
+        trained_on(replicas, make_model, windows_of(16, 16), **options)
+        for replicas in counts[:2]
     ]
     ranges = [activation_ranges(student) for student in students]
     for name, (low, high) in ranges[0].items():
