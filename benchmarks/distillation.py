@@ -23,6 +23,7 @@ from harness import (
     RESULTS,
     Contender,
     console,
+    draw_bars,
     print_machine,
     print_table,
     save,
@@ -606,21 +607,9 @@ def draw(studies):
         )
         values = [100 * (found["of_teacher"] - 1) for _, found in ways]
         colours = [THEIRS if way.startswith("alone") else OURS for way, _ in ways]
-        axes.barh([way for way, _ in ways], values, color=colours, height=0.65)
-        axes.axvline(0, color="#555555", linewidth=0.8)
-        for place, value in enumerate(values):
-            axes.annotate(
-                f"{value:+.1f}",
-                (max(value, 0), place),
-                textcoords="offset points",
-                xytext=(4, -3),
-                fontsize=8,
-            )
-        axes.margins(x=0.15)
+        draw_bars(axes, [way for way, _ in ways], values, colours)
         axes.set_title(name, fontsize=10, loc="left")
         axes.set_xlabel("perplexity above the teacher's, %")
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
     figure.savefig(RESULTS / "distillation.png", dpi=110)
 
 

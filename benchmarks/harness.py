@@ -257,6 +257,23 @@ def keras_hub_gpt2(shape):
     return keras_nlp.models.GPT2CausalLM(backbone, preprocessor=None)
 
 
+def draw_bars(axes, labels, values, colours, errors=None, digits=1):
+    """Draw values in per cent as bars from 0, each with its number."""
+    axes.barh(labels, values, xerr=errors, color=colours, height=0.65)
+    axes.axvline(0, color="#555555", linewidth=0.8)
+    for place, value in enumerate(values):
+        axes.annotate(
+            f"{value:+.{digits}f}",
+            (max(value, 0) + (errors[place] if errors else 0), place),
+            textcoords="offset points",
+            xytext=(4, -3),
+            fontsize=8,
+        )
+    axes.margins(x=0.18)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
 _PACKAGES = (
     *("gpt-tf", "tensorflow", "tf_keras", "keras", "keras-nlp", "torch"),
     *("ai-edge-litert", "litert-lm", "onnxruntime", "llama-cpp-python"),

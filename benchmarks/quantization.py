@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from harness import RESULTS, console, print_machine, print_table, save
+from harness import RESULTS, console, draw_bars, print_machine, print_table, save
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -238,21 +238,9 @@ def draw(studies):
         labels = [
             f"{name} ({size:.2f} MB)" for name, size in zip(names, sizes, strict=True)
         ]
-        axes.barh(labels, values, xerr=errors, color=colours, height=0.65)
-        axes.axvline(0, color="#555555", linewidth=0.8)
-        for place, value in enumerate(values):
-            axes.annotate(
-                f"{value:+.2f}",
-                (max(value, 0) + errors[place], place),
-                textcoords="offset points",
-                xytext=(4, -3),
-                fontsize=8,
-            )
-        axes.margins(x=0.18)
+        draw_bars(axes, labels, values, colours, errors, digits=2)
         axes.set_title(name, fontsize=10, loc="left")
         axes.set_xlabel("perplexity above float32 trained as long, %")
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
     figure.savefig(RESULTS / "quantization.png", dpi=110)
 
 

@@ -316,19 +316,32 @@ def distil(
     ] = None,
 ):
     """Train a small student on what a large teacher knows, or store that first."""
-    given = locals()
-    courses = ("corpus", "init_from", "steps", "learning_rate", "dropout", "seed")
-    courses += ("batch_size", "validate_every", "checkpoint_every", "strategy")
-    changes = _changes({name: given[name] for name in courses}, ())
     wanted = {
         "num_layers": student_layers,
         "embedding_dim": student_embedding_dim,
         "num_heads": student_heads,
         "feedforward_dim": student_feedforward_dim,
         "vocab_size": student_vocab_size,
-        **{name: given[name] for name in ("layers", "init", "loss", "alpha")},
-        **{name: given[name] for name in ("temperature", "on_policy_fraction")},
-        **{name: given[name] for name in ("written_tokens", "knowledge")},
+        "layers": layers,
+        "init": init,
+        "loss": loss,
+        "alpha": alpha,
+        "temperature": temperature,
+        "on_policy_fraction": on_policy_fraction,
+        "written_tokens": written_tokens,
+        "knowledge": knowledge,
+    }
+    course = {
+        "corpus": corpus,
+        "init_from": init_from,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "dropout": dropout,
+        "batch_size": batch_size,
+        "validate_every": validate_every,
+        "checkpoint_every": checkpoint_every,
+        "strategy": strategy,
+        "seed": seed,
     }
     _import_tensorflow()
     from gpt_tf import training
@@ -349,10 +362,11 @@ def distil(
                 overwrite=overwrite,
                 on_notice=progress.notice,
                 on_progress=progress.update,
-                **_changes({name: given[name] for name in ("corpus", "seed")}, ()),
+                **_changes({"corpus": corpus, "seed": seed}),
             )
         print_knowledge(store)
         return
+    changes = _changes(course)
     if quantize:
         changes["quantization"] = QuantizationConfig().get_config()
     result = training.distil(
@@ -460,7 +474,7 @@ def generate(
         answer(line)
 
 
-def _changes(given, others):
+def _changes(given, others=()):
     """Return the fields of a configuration that the command line gave."""
     changes = {
         name: value

@@ -23,7 +23,7 @@ from gpt_tf.distillation.vocabulary import (
     shared_tokens,
 )
 from gpt_tf.errors import InputError
-from gpt_tf.models.decoding import parts_of
+from gpt_tf.models.decoding import looks_untrained
 from gpt_tf.runs import (
     OWN_ENTRIES,
     load_model,
@@ -68,19 +68,19 @@ def prepare(config, out, overwrite, notice):
             notice(f"taking the tokens of the run {source.name}")
             shutil.copytree(source / "data", staging / "data")
             corpus = files.read_json(source / "run.json")["corpus"]
-        token_file = TokenFile.open(staging / "data" / "train.tokens")
+        token_files = {
+            split: TokenFile.open(staging / "data" / f"{split}.tokens")
+            for split in corpora.SPLITS
+        }
+        token_file = token_files["train"]
         start = _cut_student(start, config, token_file, notice)
         config = _with_shape_of(start.model, config)
-        windows = [
-            windows_of(
-                TokenFile.open(staging / "data" / f"{split}.tokens"), config, shuffle
-            )
-            for split, shuffle in (("validation", False), ("train", True))
-        ]
+        windows_of(token_files["validation"], config, shuffle=False)  # long enough?
+        windows = windows_of(token_file, config, shuffle=True)
         _check_pair(config, start)
         _prepare_knowledge(config, start, text, token_file, staging, notice)
         if start.model is not None:
-            initial = _quantized(start.model, config, windows[1], notice)
+            initial = _quantized(start.model, config, windows, notice)
             save_model(
                 initial, tokenizer, staging / "initial", made_from=start.made_from
             )
@@ -180,8 +180,7 @@ def _load_with_tokenizer(path):
 
 
 def _warn_of_untrained(teacher):
-    blocks = (getattr(block, "layer", block) for block in parts_of(teacher).blocks)
-    if not any(np.any(block.down_bias.numpy()) for block in blocks):
+    if looks_untrained(teacher):
         warnings.warn(
             "the teacher looks untrained: all its biases are 0, as before the first "
             "step. The student will learn noise from it",

@@ -18,6 +18,7 @@ from pathlib import Path
 import tf_keras as keras
 
 from gpt_tf import files
+from gpt_tf.configuration import Configuration
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models.gpt import GPTModel
@@ -41,7 +42,7 @@ OWN_ENTRIES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Configuration):
     """Everything that decides the course of a training run.
 
     Args:
@@ -180,13 +181,6 @@ class TrainingConfig:
             self._check("init_from", source, "that names a trained model")
             fields = QuantizationConfig.of(self.quantization).get_config()
             object.__setattr__(self, "quantization", fields)
-
-    def _check(self, name, good, expected):
-        if not good:
-            raise InputError(
-                f"`{name}` expects a value {expected}. "
-                f"Received: {getattr(self, name)!r}."
-            )
 
 
 PRESETS = {

@@ -228,20 +228,25 @@ def quantize(
         "on_notice": on_notice,
     }
     if resume:
-        if quantization is not None:
-            changes["quantization"] = quantization
-        return train(None, out, resume=True, **options, **changes)
+        return _resume(out, options, changes, quantization=quantization)
+    fields = QuantizationConfig.of(quantization).get_config()
+    return train(_course_after(source, fields, changes), out, **options)
+
+
+def _resume(out, options, changes, **wanted):
+    """Go on with a run, which refuses whatever else is asked for."""
+    given = {name: value for name, value in wanted.items() if value is not None}
+    return train(None, out, resume=True, **options, **given, **changes)
+
+
+def _course_of(source, changes, what, role="model"):
+    """Return the configuration of the run that trained a model."""
     if source is None:
         raise InputError(
-            "Quantisation expects a trained model. Received: none. Name the folder "
+            f"{what} expects a trained {role}. Received: none. Name the folder "
             "that `gpt-tf train` wrote."
         )
-    fields = QuantizationConfig.of(quantization).get_config()
-    return train(_course_after(Path(source), fields, changes), out, **options)
-
-
-def _course_of(source, changes, what):
-    """Return the configuration of the run that trained a model."""
+    source = Path(source)
     if (source / "run.json").is_file():
         return read_run(source)
     if "corpus" in changes:
@@ -263,7 +268,7 @@ def _course_after(source, quantization, changes):
         "warmup_steps": steps // 20,
         "patience": 0,
         "precision": "float32",
-        "init_from": str(source.absolute()),
+        "init_from": str(Path(source).absolute()),
         "quantization": quantization,
         "distillation": None,
     }
@@ -319,22 +324,14 @@ def distil(
         "on_notice": on_notice,
     }
     if resume:
-        if distillation is not None:
-            changes["distillation"] = distillation
-        return train(None, out, resume=True, **options, **changes)
-    if teacher is None:
-        raise InputError(
-            "Distillation expects a trained teacher. Received: none. Name the folder "
-            "that `gpt-tf train` wrote."
-        )
+        return _resume(out, options, changes, distillation=distillation)
+    before = _course_of(teacher, changes, "Distillation", "teacher")
     wanted = DistillationConfig.of(distillation)
-    teacher = Path(teacher)
     wanted = dataclasses.replace(
         wanted,
-        teacher=str(teacher.absolute()),
+        teacher=str(Path(teacher).absolute()),
         knowledge=wanted.knowledge and str(Path(wanted.knowledge).absolute()),
     )
-    before = _course_of(teacher, changes, "Distillation")
     course = {"init_from": None, "quantization": None, "patience": 0, "dropout": 0.0}
     course["distillation"] = wanted.get_config()
     config = dataclasses.replace(before, **{**course, **changes})
@@ -373,14 +370,9 @@ def extract_knowledge(
     Raises:
         InputError: There is no teacher or no text, or a number is out of its range.
     """
-    if teacher is None:
-        raise InputError(
-            "Extraction expects a trained teacher. Received: none. Name the folder "
-            "that `gpt-tf train` wrote."
-        )
-    teacher = Path(teacher)
-    before = _course_of(teacher, changes, "Extraction")
-    wanted = DistillationConfig(teacher=str(teacher.absolute()), vocab_size=vocab_size)
+    before = _course_of(teacher, changes, "Extraction", "teacher")
+    path_of_teacher = str(Path(teacher).absolute())
+    wanted = DistillationConfig(teacher=path_of_teacher, vocab_size=vocab_size)
     config = dataclasses.replace(
         before, **{"distillation": wanted.get_config(), "init_from": None, **changes}
     )

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+from gpt_tf.configuration import Configuration
 from gpt_tf.errors import InputError
 
 _LAYERS = ("evenly", "every_second", "first", "last", "first_and_last", "importance")
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillationConfig:
+class DistillationConfig(Configuration):
     """A student cut from a teacher, and the losses that train it.
 
     Args:
@@ -35,6 +36,8 @@ class DistillationConfig:
         >>> DistillationConfig("runs/teacher", num_layers=3).alpha
         0.1
     """
+
+    title = "A distillation config"
 
     teacher: str | None = None
     knowledge: str | None = None
@@ -78,34 +81,6 @@ class DistillationConfig:
                 "`knowledge` with `on_policy_fraction` or `written_tokens`. Leave out "
                 "one of the two."
             )
-
-    def _check(self, name, good, expected):
-        if not good:
-            raise InputError(
-                f"`{name}` expects a value {expected}. "
-                f"Received: {getattr(self, name)!r}."
-            )
-
-    @classmethod
-    def of(cls, value):
-        """Return a configuration from one, from a dict of its fields, or from None.
-
-        Raises:
-            InputError: A field is unknown, or its value is.
-        """
-        if value is None or isinstance(value, cls):
-            return value or cls()
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(value, dict) or not set(value) <= known:
-            raise InputError(
-                "A distillation config expects a DistillationConfig or a dict of its "
-                f"fields, {', '.join(sorted(known))}. Received: {value!r}."
-            )
-        return cls(**value)
-
-    def get_config(self):
-        """Return the fields as a dict of JSON values."""
-        return dataclasses.asdict(self)
 
     def student_sizes(self):
         """Return the sizes that were given, as arguments of `make_student`."""

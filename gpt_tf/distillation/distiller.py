@@ -9,13 +9,13 @@ import tf_keras as keras
 from gpt_tf.distillation import losses, on_policy
 from gpt_tf.distillation.observe import outputs_of
 from gpt_tf.distillation.top_k import logits_from_sorted, logits_from_top_k
-from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.errors import InputError
 from gpt_tf.models import operations, step
 from gpt_tf.models.language_model import (
-    LanguageModel,
     NextTokenLoss,
     TokenMetrics,
     TokenTraining,
+    check_language_model,
     refuse_keras_3,
 )
 
@@ -248,7 +248,7 @@ class Distiller(TokenTraining, keras.Model):
             )
         tokens = x["tokens"]
         length = tokens.shape[1]
-        prompt = self.on_policy_prompt_length or max(1, (length or 0) // 4)
+        prompt = self._prompt_length(length or 0)
         if length is None or not 1 <= prompt < length:
             raise InputError(
                 "`on_policy_prompt_length` expects a number from 1 to below the "
@@ -276,8 +276,11 @@ class Distiller(TokenTraining, keras.Model):
     def _write(self, tokens, seed):
         """Continue the beginnings of windows `(B, T)` to `(B, T + 1)`."""
         length = tokens.shape[1]
-        prompt = self.on_policy_prompt_length or max(1, length // 4)
-        return on_policy.write(self.student, tokens[:, :prompt], length + 1, seed)
+        beginnings = tokens[:, : self._prompt_length(length)]
+        return on_policy.write(self.student, beginnings, length + 1, seed)
+
+    def _prompt_length(self, length):
+        return self.on_policy_prompt_length or max(1, length // 4)
 
     def cast_inputs(self, x):
         if not isinstance(x, dict):
@@ -317,9 +320,7 @@ class Distiller(TokenTraining, keras.Model):
         cross_entropy, correct, labelled_weight = operations.token_sums(
             tf.stop_gradient(student.logits), labels, labelled
         )
-        agreement, divergence = _nearness(teacher.logits, student.logits)
-        if isinstance(inputs, dict) and not _same_tokens(inputs):
-            agreement = divergence = tf.zeros_like(agreement)
+        agreement, divergence = _nearness(inputs, teacher.logits, student.logits)
         sums = (
             total,
             student_sum,
@@ -425,12 +426,16 @@ class DistillationMetrics(TokenMetrics):
             metric.update_state(mean, sample_weight=weight_of_all)
 
 
-def _nearness(teacher_logits, student_logits):
+def _nearness(inputs, teacher_logits, student_logits):
     """Return equal likeliest tokens and KL divergence in nats, each `(B, T)`.
 
-    Across vocabularies neither has a meaning; both are then 0.
+    Where the teacher's probabilities are not of the student's own tokens neither has
+    a meaning; both are then 0.
     """
-    if teacher_logits.shape[-1] != student_logits.shape[-1]:
+    given = inputs if isinstance(inputs, dict) else {}
+    ranks = "teacher_log_probs" in given and "teacher_ids" not in given
+    other = teacher_logits.shape[-1] != student_logits.shape[-1]
+    if other or ranks or "teacher_tokens" in given:
         nothing = tf.zeros(tf.shape(student_logits)[:2])
         return nothing, nothing
     teacher_logits, student_logits = map(
@@ -438,13 +443,6 @@ def _nearness(teacher_logits, student_logits):
     )
     same = tf.argmax(teacher_logits, -1) == tf.argmax(student_logits, -1)
     return tf.cast(same, tf.float32), losses.forward_kl(teacher_logits, student_logits)
-
-
-def _same_tokens(inputs):
-    """Whether the teacher's probabilities are of the student's own tokens."""
-    of_others = "teacher_tokens" in inputs
-    ranks = "teacher_log_probs" in inputs and "teacher_ids" not in inputs
-    return not (of_others or ranks)
 
 
 def _weighted_sum(values, weights):
@@ -463,14 +461,8 @@ def shape_of(model):
 
 def _check_pair(teacher, student):
     for role, model in (("teacher", teacher), ("student", student)):
-        refuse_keras_3(model, role)
-        if role == "teacher" and model is None:
-            continue
-        if not isinstance(model, LanguageModel):
-            raise InputTypeError(
-                f"`{role}` expects a GPTModel, or one that `quantize_aware` made. "
-                f"Received: {type(model).__module__}.{type(model).__name__}."
-            )
+        if role == "student" or model is not None:
+            check_language_model(model, role)
     if teacher is None:
         return
     ours = {id(variable) for variable in teacher.weights}

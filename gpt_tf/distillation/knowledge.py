@@ -31,8 +31,8 @@ from gpt_tf.distillation.unfinished import Unfinished, check_place, partial_path
 from gpt_tf.distillation.vocabulary import VocabularyMap, align, is_derived
 from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
 from gpt_tf.models import operations
-from gpt_tf.models.language_model import LanguageModel, refuse_keras_3
-from gpt_tf.text.dataset import TokenFile, Windows
+from gpt_tf.models.language_model import check_language_model
+from gpt_tf.text.dataset import TokenFile, Windows, check_at_least
 from gpt_tf.text.tokenizer import Tokenizer
 
 KIND = "knowledge"
@@ -350,8 +350,8 @@ def extract(
     """
     path, notice = Path(path), on_notice or (lambda line: None)
     _check_teacher(teacher, tokenizer, context_length)
-    _check_at_least(1, passes=passes, top_k=top_k, batch_size=batch_size)
-    _check_at_least(0, seed=seed)
+    check_at_least(1, passes=passes, top_k=top_k, batch_size=batch_size)
+    check_at_least(0, seed=seed)
     check_place(path, KIND, overwrite)
     own = student or (tokenizer, token_file)
     for pair in ((tokenizer, token_file), own):
@@ -504,12 +504,7 @@ def _check_sound(manifest, path):
 
 
 def _check_teacher(teacher, tokenizer, context_length):
-    refuse_keras_3(teacher, "teacher")
-    if not isinstance(teacher, LanguageModel):
-        raise InputTypeError(
-            "`teacher` expects a GPTModel, or one that `quantize_aware` made. "
-            f"Received: {type(teacher).__module__}.{type(teacher).__name__}."
-        )
+    check_language_model(teacher, "teacher")
     if tokenizer.vocab_size > teacher.vocab_size:
         raise InputError(
             f"A tokenizer of at most the teacher's {teacher.vocab_size} tokens was "
@@ -542,9 +537,3 @@ def _check_top_k(top_k, vocab_size):
             f"`top_k` expects at most {vocab_size}, the size of the vocabulary. "
             f"Received: {top_k}."
         )
-
-
-def _check_at_least(least, **values):
-    for name, value in values.items():
-        if value < least:
-            raise InputError(f"`{name}` expects at least {least}. Received: {value}.")

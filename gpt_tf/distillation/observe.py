@@ -5,6 +5,7 @@ import contextlib
 from gpt_tf.distillation.losses import Outputs
 from gpt_tf.errors import InputError
 from gpt_tf.models.decoding import parts_of
+from gpt_tf.models.layers import observed
 
 
 def outputs_of(model, tokens, wants=("logits",), training=False):
@@ -26,19 +27,20 @@ def outputs_of(model, tokens, wants=("logits",), training=False):
     if set(wants) <= {"logits"}:
         return Outputs(model(tokens, training=training))
     parts = parts_of(model)
-    attentions = []
-    with contextlib.ExitStack() as stack:
-        if "attentions" in wants:
-            for block in parts.blocks:
-                stack.enter_context(_recording(block, attentions))
-        outputs = parts.embedding(tokens, training=training)
-        x, table = outputs if isinstance(outputs, (list, tuple)) else (outputs, None)
+    attentions, watching = [], contextlib.nullcontext()
+    if "attentions" in wants:
+        watching = observed(
+            parts.blocks,
+            lambda layer, name, x: attentions.append(x),
+            ("probabilities_activation",),
+        )
+    with watching:
+        x, table = parts.embed(tokens, training)
         hidden = [x]
         for block in parts.blocks:
             x = block(x, training=training)
             hidden.append(x)
-        x = _call(parts.norm, x, training)
-        logits = _call(parts.head, x if table is None else [x, table], training)
+        logits = parts.score(x, table, training)
     if "attentions" in wants and len(attentions) != len(parts.blocks):
         raise InputError(
             "Attention transfer expects blocks that show their attention. Received: "
@@ -46,26 +48,3 @@ def outputs_of(model, tokens, wants=("logits",), training=False):
             "compare hidden states."
         )
     return Outputs(logits, tuple(hidden), tuple(attentions))
-
-
-def _call(layer, x, training):
-    # Only TF-MOT's wrappers of these layers ask whether they are trained.
-    return layer(x, training=training) if hasattr(layer, "layer") else layer(x)
-
-
-@contextlib.contextmanager
-def _recording(block, found):
-    """Append the probabilities of a block's attention while it is called."""
-    layer = getattr(block, "layer", block)
-    before = layer.probabilities_activation
-
-    def record(probabilities):
-        probabilities = before(probabilities)
-        found.append(probabilities)
-        return probabilities
-
-    layer.probabilities_activation = record
-    try:
-        yield
-    finally:
-        layer.probabilities_activation = before

@@ -17,6 +17,7 @@ from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.decoding import parts_of
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import LanguageModel, refuse_keras_3
+from gpt_tf.models.layers import observed
 
 LAYER_CHOICES = (
     *("evenly", "every_second", "first", "last", "first_and_last"),
@@ -120,7 +121,7 @@ def layer_importance(teacher, inputs, labels=None, batch_size=8):
 
     @tf.function
     def losses(tokens, labels):
-        x, table = _embedded(parts, tokens)
+        x, table = parts.embed(tokens)
         outputs = [x]
         for block in parts.blocks:
             outputs.append(block(outputs[-1], training=False))
@@ -129,7 +130,7 @@ def layer_importance(teacher, inputs, labels=None, batch_size=8):
             x = outputs[min(left_out, count)]
             for block in parts.blocks[left_out + 1 :]:
                 x = block(x, training=False)
-            logits = parts.head(_norm_and(parts, x, table))
+            logits = parts.score(x, table)
             found.append(
                 tf.reduce_sum(
                     tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
@@ -434,28 +435,19 @@ def _mean_sizes(parts, blocks, inputs, batch_size=8):
         *("qkv_activation", "context_activation", "hidden_activation"),
     )
 
+    numbers = {block.name: index for index, block in enumerate(blocks)}
+
     def run(tokens):
         seen = {}
 
-        def recorder(key):
-            def record(x):
-                seen[key] = tf.reduce_sum(tf.abs(tf.cast(x, tf.float32)), axis=0)
-                return x
+        def add_up(block, name, x):
+            sums = tf.reduce_sum(tf.abs(tf.cast(x, tf.float32)), axis=0)
+            seen[numbers[block.name], name] = sums
 
-            return record
-
-        before = []
-        for index, block in enumerate(blocks):
-            for name in wanted:
-                before.append((block, name, getattr(block, name)))
-                setattr(block, name, recorder((index, name)))
-        try:
-            x, _ = _embedded(parts, tokens)
+        with observed(blocks, add_up, wanted):
+            x, _ = parts.embed(tokens)
             for block in parts.blocks:
                 x = block(x, training=False)
-        finally:
-            for block, name, hook in before:
-                setattr(block, name, hook)
         return seen
 
     compiled, sums = tf.function(run), {}
@@ -479,13 +471,3 @@ def _mean_sizes(parts, blocks, inputs, batch_size=8):
         "context": of("context_activation"),
         "hidden": of("hidden_activation"),
     }
-
-
-def _embedded(parts, tokens):
-    outputs = parts.embedding(tokens, training=False)
-    return outputs if isinstance(outputs, (list, tuple)) else (outputs, None)
-
-
-def _norm_and(parts, x, table):
-    x = parts.norm(x)
-    return x if table is None else [x, table]

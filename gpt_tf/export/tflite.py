@@ -12,7 +12,7 @@ from gpt_tf import files
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.export import constants as weights
 from gpt_tf.export import flatbuffer, graph, seal, signatures, verify
-from gpt_tf.models.decoding import parts_of
+from gpt_tf.models.decoding import looks_untrained
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.quiet import quiet
@@ -204,7 +204,7 @@ def _source_of(model, mode, ranges, representative, say):
 
 
 def _refuse_untrained(model):
-    if not any(np.any(block.down_bias.numpy()) for block in parts_of(model).blocks):
+    if looks_untrained(model):
         raise InputError(
             "Exporting expects a trained model. Received: one whose biases are all 0, "
             "as before the first step. Train it, load its weights, or pass "

@@ -30,6 +30,21 @@ class Parts(NamedTuple):
     norm: tf.Module
     head: tf.Module
 
+    def embed(self, inputs, training=False):
+        """Return vectors `(B, T, C)`, and the token table or None for `score`."""
+        outputs = self.embedding(inputs, training=training)
+        return outputs if isinstance(outputs, (list, tuple)) else (outputs, None)
+
+    def score(self, x, table, training=False):
+        """Return logits `(B, T, V)` of what the last block gives."""
+        x = self._call(self.norm, x, training)
+        return self._call(self.head, x if table is None else [x, table], training)
+
+    @staticmethod
+    def _call(layer, x, training):
+        # Only TF-MOT's wrappers of these layers ask whether they are trained.
+        return layer(x, training=training) if hasattr(layer, "layer") else layer(x)
+
 
 def parts_of(model) -> Parts:
     """Find a GPT's layers by their kind, through TF-MOT's wrappers.
@@ -53,6 +68,12 @@ def parts_of(model) -> Parts:
             f"Decoding expects a GPT of gpt_tf's layers; {error.args[0].__name__} is "
             f"missing in {type(model).__name__} {model.name!r}."
         ) from None
+
+
+def looks_untrained(model) -> bool:
+    """Whether the biases of a GPT are all 0, as before the first step."""
+    blocks = (getattr(block, "layer", block) for block in parts_of(model).blocks)
+    return not any(np.any(block.down_bias.numpy()) for block in blocks)
 
 
 def empty_cache(model, batch_size: int, capacity: int) -> list[tf.Tensor]:
@@ -89,8 +110,7 @@ def forward_cached(model, tokens, position, starts, caches):
         columns >= starts[:, tf.newaxis, tf.newaxis, tf.newaxis],
     )
     mask = tf.where(visible, 0.0, operations.MASKED)  # (B, 1, T, S)
-    outputs = parts.embedding([tokens, places], training=False)
-    x, table = outputs if isinstance(outputs, (list, tuple)) else (outputs, None)
+    x, table = parts.embed([tokens, places])
     updated = []
     for index, block in enumerate(parts.blocks):
         x, keys, values = block(
@@ -98,8 +118,7 @@ def forward_cached(model, tokens, position, starts, caches):
             training=False,
         )
         updated += [keys, values]
-    x = parts.norm(x)
-    return parts.head(x if table is None else [x, table]), updated
+    return parts.score(x, table), updated
 
 
 def prefill(model, tokens, starts, caches):

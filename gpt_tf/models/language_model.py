@@ -418,6 +418,20 @@ class TokenMetrics:
         self.accuracy.update_state(share, sample_weight=weight_sum)
 
 
+def check_language_model(model, role):
+    """Refuse what is no GPT of this package.
+
+    Raises:
+        InputTypeError: It is none.
+    """
+    refuse_keras_3(model, role)
+    if not isinstance(model, LanguageModel):
+        raise InputTypeError(
+            f"`{role}` expects a GPTModel, or one that `quantize_aware` made. "
+            f"Received: {type(model).__module__}.{type(model).__name__}."
+        )
+
+
 def refuse_keras_3(value, role):
     """Raise an error that teaches where a Keras 3 object was handed in."""
     for kind in type(value).__mro__:

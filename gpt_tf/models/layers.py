@@ -12,6 +12,8 @@ many small ones slowly. Three customs keep them fit for quantisation and caching
   pass it on. With a cache the list is longer and the result holds the new cache.
 """
 
+import contextlib
+
 import tensorflow as tf
 import tf_keras as keras
 
@@ -21,6 +23,40 @@ from gpt_tf.models import operations
 
 def _identity(x):
     return x
+
+
+@contextlib.contextmanager
+def observed(layers, observe, names=None):
+    """Show activations to `observe(layer, name, x)` while the block runs.
+
+    Args:
+        layers: Layers, wrapped by TF-MOT or not; those without activations are passed
+            over.
+        observe: Called in the order of the data, also while a graph is traced.
+        names: Names of activations; None takes all.
+    """
+    before = []
+
+    def shown(layer, name, activation):
+        def call(x):
+            x = activation(x)
+            observe(layer, name, x)
+            return x
+
+        return call
+
+    try:
+        for layer in layers:
+            layer = getattr(layer, "layer", layer)
+            for name in getattr(layer, "ACTIVATIONS", ()):
+                if names is None or name in names:
+                    activation = getattr(layer, name)
+                    before.append((layer, name, activation))
+                    setattr(layer, name, shown(layer, name, activation))
+        yield
+    finally:
+        for layer, name, activation in before:
+            setattr(layer, name, activation)
 
 
 class Dropout(keras.layers.Layer):

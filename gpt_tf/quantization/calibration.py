@@ -6,7 +6,6 @@ meet: two passes, the first for the extremes, the second for a histogram of each
 activation between them, from which a method chooses where to cut.
 """
 
-import contextlib
 import itertools
 
 import numpy as np
@@ -15,6 +14,7 @@ import tensorflow as tf
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
+from gpt_tf.models.layers import observed
 from gpt_tf.text.dataset import Windows
 
 METHODS = ("minmax", "percentile", "mse")
@@ -199,30 +199,6 @@ def _check_ids(ids, model):
 # Passes over the data
 
 
-@contextlib.contextmanager
-def _hooked(model, hook):
-    """Replace all hooks by `hook(name, x)` for a while."""
-    before = []
-    for layer in model.layers:
-        for name in getattr(layer, "ACTIVATIONS", ()):
-            before.append((layer, name, getattr(layer, name)))
-
-    def replaced(path):
-        def call(x):
-            hook(path, x)
-            return x
-
-        return call
-
-    try:
-        for layer, name, _ in before:
-            setattr(layer, name, replaced(f"{layer.name}/{name}"))
-        yield
-    finally:
-        for layer, name, function in before:
-            setattr(layer, name, function)
-
-
 def _observer(model, measure):
     """Return a compiled function of ids that measures all activations, and names.
 
@@ -235,11 +211,11 @@ def _observer(model, measure):
         names.clear()
         found = []
 
-        def hook(name, x):
-            names.append(name)
+        def see(layer, name, x):
+            names.append(f"{layer.name}/{name}")
             found.append(measure(len(found), tf.cast(x, tf.float32)))
 
-        with _hooked(model, hook):
+        with observed(model.layers, see):
             model(ids, training=False)
         return tf.stack(found)
 

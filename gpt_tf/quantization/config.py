@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gpt_tf.errors import InputError
+from gpt_tf.configuration import Configuration
 
 TYPES = ("float32", "int16", "int8")
 
@@ -27,7 +27,7 @@ _FIELD_OF = {
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizationConfig:
+class QuantizationConfig(Configuration):
     """Types of weights and activations, and the course of their ranges.
 
     Args:
@@ -87,6 +87,8 @@ class QuantizationConfig:
         'int16'
     """
 
+    title = "A quantisation config"
+
     weight_bits: int = 8
     per_channel: bool = True
     inputs: str = "int8"
@@ -114,13 +116,6 @@ class QuantizationConfig:
         known = self.calibration_method in methods
         self._check("calibration_method", known, f"one of {methods}")
 
-    def _check(self, name, good, expected):
-        if not good:
-            raise InputError(
-                f"`{name}` expects a value {expected}. "
-                f"Received: {getattr(self, name)!r}."
-            )
-
     @classmethod
     def full(cls, **changes):
         """Return the configuration of a model without floating point.
@@ -130,27 +125,6 @@ class QuantizationConfig:
         """
         whole = {"residual": "int16", "scores": "int8", "softmax": "int8"}
         return cls(**{**whole, "logits": "int8", **changes})
-
-    @classmethod
-    def of(cls, value):
-        """Return a configuration from one, from a dict of its fields, or from None.
-
-        Raises:
-            InputError: A field is unknown, or its value is.
-        """
-        if value is None or isinstance(value, cls):
-            return value or cls()
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(value, dict) or not set(value) <= known:
-            raise InputError(
-                "A quantisation config expects a QuantizationConfig or a dict of its "
-                f"fields, {', '.join(sorted(known))}. Received: {value!r}."
-            )
-        return cls(**value)
-
-    def get_config(self):
-        """Return the fields as a dict of JSON values."""
-        return dataclasses.asdict(self)
 
     def type_of(self, activation):
         """Return the type of an activation, such as `"qkv_activation"`."""

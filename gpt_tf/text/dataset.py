@@ -245,8 +245,8 @@ class Windows:
                 "`tokens` expects a TokenFile or integer ids of shape (N,). Received: "
                 f"{self.tokens.dtype} of shape {self.tokens.shape}."
             )
-        _check_at_least(1, context_length=context_length, batch_size=batch_size)
-        _check_at_least(0, seed=seed)
+        check_at_least(1, context_length=context_length, batch_size=batch_size)
+        check_at_least(0, seed=seed)
         self.context_length = int(context_length)
         self.batch_size = int(batch_size)
         self.seed = int(seed)
@@ -290,7 +290,7 @@ class Windows:
         Raises:
             InputError: The step is negative, or the batch cannot be divided so.
         """
-        _check_at_least(0, step=step)
+        check_at_least(0, step=step)
         self._check_shard(shard, num_shards)
         arrays = self._batches(step, step + 1, shard, num_shards)
         return self._element(*(array[0] for array in arrays))
@@ -350,7 +350,7 @@ class Windows:
         return x, y, is_text.astype(np.float32)
 
     def _check_shard(self, shard, num_shards):
-        _check_at_least(1, num_shards=num_shards)
+        check_at_least(1, num_shards=num_shards)
         if self.batch_size % num_shards:
             raise InputError(
                 f"The batch of {self.batch_size} is to be divided among {num_shards} "
@@ -395,7 +395,7 @@ class Windows:
             >>> windows = Windows(np.arange(100), context_length=8, batch_size=4)
             >>> model.fit(windows.dataset(), steps_per_epoch=windows.steps_per_epoch)
         """
-        _check_at_least(0, start_step=start_step, num_steps=num_steps or 0)
+        check_at_least(0, start_step=start_step, num_steps=num_steps or 0)
         self._check_shard(shard, num_shards)
         if not repeat:
             rest = self.steps_per_epoch - start_step % self.steps_per_epoch
@@ -523,7 +523,12 @@ def _check_token_manifest(manifest, path: Path) -> None:
         )
 
 
-def _check_at_least(least: int, **values) -> None:
+def check_at_least(least: int, **values) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        InputError: A value is below `least`.
+    """
     for name, value in values.items():
         if value < least:
             raise InputError(f"`{name}` expects at least {least}. Received: {value}.")

@@ -1,0 +1,43 @@
+"""What the configurations of all rooms have in common: checks, and a way to a file."""
+
+import dataclasses
+
+from gpt_tf.errors import InputError
+
+
+class Configuration:
+    """Base of frozen dataclasses whose fields are values that JSON knows.
+
+    A subclass calls `_check` in its `__post_init__`, and says by `title` what an error
+    calls it.
+    """
+
+    title = "A configuration"
+
+    @classmethod
+    def of(cls, value):
+        """Return a configuration from one, from a dict of its fields, or from None.
+
+        Raises:
+            InputError: A field is unknown, or its value is.
+        """
+        if value is None or isinstance(value, cls):
+            return value or cls()
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(value, dict) or not set(value) <= known:
+            raise InputError(
+                f"{cls.title} expects a {cls.__name__} or a dict of its "
+                f"fields, {', '.join(sorted(known))}. Received: {value!r}."
+            )
+        return cls(**value)
+
+    def get_config(self):
+        """Return the fields as a dict of JSON values."""
+        return dataclasses.asdict(self)
+
+    def _check(self, name, good, expected):
+        if not good:
+            raise InputError(
+                f"`{name}` expects a value {expected}. "
+                f"Received: {getattr(self, name)!r}."
+            )
