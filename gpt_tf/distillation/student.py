@@ -9,11 +9,13 @@ of the size that a new model begins with.
 """
 
 import itertools
+import numbers
 
 import numpy as np
 import tensorflow as tf
 
 from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.models import operations
 from gpt_tf.models.decoding import parts_of
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import LanguageModel, refuse_keras_3
@@ -24,6 +26,9 @@ LAYER_CHOICES = (
     "importance",
 )
 _SPREAD = 0.02
+
+# Logits that are in memory at once while importance is measured: 128 MiB.
+_VALUES_AT_ONCE = 1 << 25
 
 
 def make_student(
@@ -54,12 +59,14 @@ def make_student(
         feedforward_dim: In the teacher's ratio to `embedding_dim` unless given.
         vocab_size: At most the teacher's; a smaller one needs `token_ids`.
         layers: Which blocks are taken, in their order: `"evenly"` spaced, the first
-            and the last among them; `"every_second"`, from the first on, which needs
-            at most half of them; `"first"`, `"last"`, or `"first_and_last"`, half from
-            either end; `"importance"`, which needs `inputs`; or a list of numbers.
+            and the last among them, or the first alone; `"every_second"`, from the
+            first on, which needs at most half of them; `"first"`, `"last"`, or
+            `"first_and_last"`, half from either end; `"importance"`, which needs
+            `inputs`; or a list of numbers.
         init: `"teacher"` takes the teacher's weights; `"fresh"` begins anew.
         inputs: Token ids `(N, T)` like those that the student will see, to measure
-            importance on; a few thousand tokens do.
+            importance on; a few thousand tokens do. Without them the norms of
+            weights decide, which is much worse for channels and feed-forward units.
         token_ids: `(vocab_size,)`: the teacher's id of each token of the student, or
             -1 for tokens that the teacher does not know.
         dropout: Rate in training; the teacher's unless given.
@@ -77,10 +84,12 @@ def make_student(
     Example:
         >>> student = make_student(teacher, num_layers=3, feedforward_dim=1024)
     """
-    _check_teacher(teacher)
+    _check_teacher(teacher, "make_student")
+    if inputs is not None:
+        inputs = _checked_ids("inputs", inputs, teacher)
     config = teacher.get_config()
     sizes = _sizes(config, num_layers, embedding_dim, num_heads, feedforward_dim)
-    sizes["vocab_size"] = vocab_size or config["vocab_size"]
+    sizes["vocab_size"] = config["vocab_size"] if vocab_size is None else vocab_size
     _check_sizes(config, sizes)
     token_ids = _checked_token_ids(config, sizes, token_ids, init)
     if init not in ("teacher", "fresh"):
@@ -101,90 +110,106 @@ def make_student(
     return student
 
 
-def layer_importance(teacher, inputs, labels=None, batch_size=8):
-    """Return by how much the loss grows if a block is left out.
+def layer_importance(teacher, inputs, labels=None):
+    """Measure by how much the loss grows if a block is left out.
 
     Args:
-        teacher: A `GPTModel`.
+        teacher: A `GPTModel`; it is not changed.
         inputs: Token ids `(N, T)`.
-        labels: The next tokens `(N, T)`; those of `inputs` unless given.
-        batch_size: Windows computed at once.
+        labels: The next tokens `(N, T)`. None: those within `inputs`, `T` then being
+            at least 2.
 
     Returns:
         `(L,)` float64, nats per token; a block that does harm has a negative one.
+
+    Raises:
+        InputError: The ids are none of the teacher's.
+        InputTypeError: The teacher is no GPTModel.
+
+    Example:
+        >>> layer_importance(teacher, inputs).argmin()
+        2
+
+    Reference: Minitron, arXiv:2407.14679, section 2.2.
     """
-    inputs = np.asarray(inputs)
+    _check_teacher(teacher, "layer_importance")
+    inputs = _checked_ids("inputs", inputs, teacher)
     if labels is None:
         inputs, labels = inputs[:, :-1], inputs[:, 1:]
-    parts = parts_of(teacher)
-    count = len(parts.blocks)
-
-    @tf.function
-    def losses(tokens, labels):
-        x, table = parts.embed(tokens)
-        outputs = [x]
-        for block in parts.blocks:
-            outputs.append(block(outputs[-1], training=False))
-        found = []
-        for left_out in range(count + 1):
-            x = outputs[min(left_out, count)]
-            for block in parts.blocks[left_out + 1 :]:
-                x = block(x, training=False)
-            logits = parts.score(x, table)
-            found.append(
-                tf.reduce_sum(
-                    tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-                )
-            )
-        return tf.stack(found)
-
-    sums = np.zeros(count + 1)
-    for start in range(0, len(inputs), batch_size):
-        piece = slice(start, start + batch_size)
-        tokens, wanted = (
-            tf.cast(ids[piece], tf.int32) for ids in (inputs, np.asarray(labels))
+    labels = _checked_ids("labels", labels, teacher)
+    if labels.shape != inputs.shape:
+        raise InputError(
+            "`labels` expects a next token for each of `inputs`. "
+            f"Received: {labels.shape} for {inputs.shape}. Cut both alike."
         )
-        sums += losses(tokens, wanted).numpy()
+    parts = parts_of(teacher)
+    sums = sum(
+        _losses_without_each(parts, inputs[rows], labels[rows])
+        for rows in _pieces(inputs, teacher.vocab_size)
+    )
     return (sums[:-1] - sums[-1]) / inputs.size
+
+
+def _losses_without_each(parts, tokens, labels):
+    """Sum the loss of a GPT without each of its blocks, and of all, `(L + 1,)`.
+
+    Eagerly, so that the logits of only one of them are in memory.
+    """
+    x, table = parts.embed(tokens)
+    found = []
+    for left_out in range(len(parts.blocks) + 1):
+        rest = x
+        for block in parts.blocks[left_out + 1 :]:
+            rest = block(rest, training=False)
+        logits = parts.score(rest, table)
+        ones = tf.ones(labels.shape)
+        found.append(operations.token_sums(logits, labels, ones)[0].numpy())
+        if left_out < len(parts.blocks):
+            x = parts.blocks[left_out](x, training=False)
+    return np.array(found, np.float64)
 
 
 # Sizes
 
 
-def _check_teacher(teacher):
+def _check_teacher(teacher, function):
     refuse_keras_3(teacher, "teacher")
     if isinstance(teacher, LanguageModel) and not isinstance(teacher, GPTModel):
         raise InputError(
-            "`make_student` expects a float GPTModel. Received: a model that is "
+            f"`{function}` expects a float GPTModel. Received: a model that is "
             "quantisation-aware. Hand in `gpt_tf.to_float(teacher)`."
         )
     if not isinstance(teacher, GPTModel):
         raise InputTypeError(
-            "`make_student` expects a GPTModel built on tf_keras. "
+            f"`{function}` expects a GPTModel built on tf_keras. "
             f"Received: {type(teacher).__module__}.{type(teacher).__name__}. "
             "Build it with `gpt_tf.GPTModel(...)`."
         )
 
 
 def _sizes(config, num_layers, embedding_dim, num_heads, feedforward_dim):
-    width = embedding_dim or config["embedding_dim"]
-    if feedforward_dim is None:
+    width = config["embedding_dim"] if embedding_dim is None else embedding_dim
+    if feedforward_dim is None and isinstance(width, numbers.Real):
         share = config["feedforward_dim"] / config["embedding_dim"]
         feedforward_dim = max(1, round(width * share))
+    if num_heads is None and isinstance(width, numbers.Real):
+        num_heads = min(config["num_heads"], width)
     return {
-        "num_layers": num_layers or config["num_layers"],
+        "num_layers": config["num_layers"] if num_layers is None else num_layers,
         "embedding_dim": width,
-        "num_heads": num_heads or min(config["num_heads"], width),
+        "num_heads": num_heads,
         "feedforward_dim": feedforward_dim,
     }
 
 
 def _check_sizes(config, sizes):
     for name in ("num_layers", "embedding_dim", "vocab_size"):
-        if not 1 <= sizes[name] <= config[name]:
+        size = sizes[name]
+        whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
+        if not whole or not 1 <= size <= config[name]:
             raise InputError(
                 f"`{name}` of a student expects a number from 1 to the teacher's, "
-                f"{config[name]}. Received: {sizes[name]}. A larger one is a new "
+                f"{config[name]}. Received: {size!r}. A larger one is a new "
                 "model: `GPTModel(...)`."
             )
 
@@ -209,6 +234,23 @@ def _checked_token_ids(config, sizes, token_ids, init):
     return token_ids
 
 
+def _checked_ids(role, ids, teacher):
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+        raise InputError(
+            f"`{role}` expects token ids (N, T), more than none. Received: "
+            f"{ids.dtype} of shape {ids.shape}. Cut the ids of a text into windows."
+        )
+    last, length = teacher.vocab_size - 1, teacher.context_length
+    if not 0 <= ids.min() <= ids.max() <= last or ids.shape[1] > length:
+        raise InputError(
+            f"`{role}` expects ids from 0 to {last} in windows of at most {length}. "
+            f"Received: ids from {ids.min()} to {ids.max()} in windows of "
+            f"{ids.shape[1]}. Encode with the teacher's tokenizer, and cut."
+        )
+    return ids.astype(np.int32)
+
+
 # Layers
 
 
@@ -218,7 +260,8 @@ def _choose_layers(layers, teacher, count, inputs):
     if not isinstance(layers, str):
         return _checked_layers(list(layers), total, count)
     if layers == "evenly":
-        places = np.linspace(0, total - 1, count) if count > 1 else [total - 1]
+        # A single one is the first: others cannot read the bare embedding.
+        places = np.linspace(0, total - 1, count)
         return [int(place + 0.5) for place in places]
     if layers == "every_second":
         if 2 * count > total + 1:
@@ -277,6 +320,13 @@ def _begin_anew(student, generator):
 
 def _take_over(teacher, student, chosen, inputs, token_ids):
     ours, theirs = parts_of(student), parts_of(teacher)
+    is_as_wide = (
+        student.embedding_dim == teacher.embedding_dim
+        and student.num_heads == teacher.num_heads
+        and student.feedforward_dim >= teacher.feedforward_dim
+    )
+    if is_as_wide:
+        inputs = None  # nothing goes, so nothing need be measured
     importance = _Importance(theirs, [theirs.blocks[i] for i in chosen], inputs)
     channels = importance.channels(student.embedding_dim)
     _copy_embedding(ours, theirs, channels, token_ids)
@@ -341,9 +391,9 @@ def _copy_attention(ours, theirs, channels, importance, index):
             scale = (narrow / wide) ** 0.5 if part == 0 else 1.0
             kernel[:, part, mine, :count] = taken * scale
             bias[part, mine, :count] = source_bias[part, other, places] * scale
-            if part < 2:
-                kernel[:, part, mine, count:] = 0.0
-                bias[part, mine, count:] = 0.0
+        # Added dimensions score nothing while their keys are 0. Their queries are
+        # not, or neither would ever have a gradient.
+        kernel[:, 1, mine, count:] = 0.0
         output[mine, :count] = source_output[other][np.ix_(valued, channels)]
     ours.qkv_kernel.assign(kernel.reshape(ours.qkv_kernel.shape))
     ours.qkv_bias.assign(bias.reshape(ours.qkv_bias.shape))
@@ -360,10 +410,11 @@ class _Importance:
     """
 
     def __init__(self, parts, blocks, inputs):
+        self._parts = parts
         self._blocks = blocks
         self._measured = None
         if inputs is not None:
-            self._measured = _mean_sizes(parts, blocks, np.asarray(inputs))
+            self._measured = _mean_sizes(parts, blocks, inputs)
 
     def channels(self, count):
         """Numbers of the channels to keep, rising; the same in all layers."""
@@ -374,15 +425,20 @@ class _Importance:
             sizes = self._measured["channels"]
         else:
             sizes = sum(
-                np.abs(getattr(block, f"{name}_gamma").numpy())
-                * np.linalg.norm(getattr(block, kernel).numpy(), axis=1)
-                for block in self._blocks
-                for name, kernel in (
-                    ("attention_norm", "qkv_kernel"),
-                    ("feedforward_norm", "up_kernel"),
-                )
+                np.abs(gamma.numpy()) * np.linalg.norm(kernel, axis=1)
+                for gamma, kernel in self._readers()
             )
         return _largest(sizes, count)
+
+    def _readers(self):
+        """Yield each norm's scale and the kernel `(C, ...)` that reads behind it."""
+        for block in self._blocks:
+            yield block.attention_norm_gamma, block.qkv_kernel.numpy()
+            yield block.feedforward_norm_gamma, block.up_kernel.numpy()
+        table = self._parts.head.kernel
+        if table is None:
+            table = self._parts.embedding.token_table
+        yield self._parts.norm.gamma, table.numpy().T
 
     def units(self, index, count):
         """Numbers of the feed-forward units to keep, rising."""
@@ -428,32 +484,33 @@ def _largest(sizes, count):
     return np.sort(np.argsort(-np.asarray(sizes), kind="stable")[:count])
 
 
-def _mean_sizes(parts, blocks, inputs, batch_size=8):
+def _mean_sizes(parts, blocks, inputs):
     """Measure mean magnitudes of activations in the blocks that stay."""
     wanted = (
         *("attention_norm_activation", "feedforward_norm_activation"),
         *("qkv_activation", "context_activation", "hidden_activation"),
     )
-
-    numbers = {block.name: index for index, block in enumerate(blocks)}
+    final = (len(blocks), "norm_activation")
+    numbers_of = {block.name: index for index, block in enumerate(blocks)}
 
     def run(tokens):
         seen = {}
 
-        def add_up(block, name, x):
-            sums = tf.reduce_sum(tf.abs(tf.cast(x, tf.float32)), axis=0)
-            seen[numbers[block.name], name] = sums
+        def add_up(layer, name, x):
+            index = numbers_of.get(layer.name, len(blocks))
+            sizes = tf.abs(tf.cast(tf.reshape(x, [-1, x.shape[-1]]), tf.float32))
+            seen[index, name] = tf.reduce_sum(sizes, axis=0)
 
-        with observed(blocks, add_up, wanted):
+        with observed([*blocks, parts.norm], add_up, (*wanted, final[1])):
             x, _ = parts.embed(tokens)
             for block in parts.blocks:
                 x = block(x, training=False)
+            parts.norm(x)
         return seen
 
     compiled, sums = tf.function(run), {}
-    for start in range(0, len(inputs), batch_size):
-        tokens = tf.cast(inputs[start : start + batch_size], tf.int32)
-        for key, value in compiled(tokens).items():
+    for rows in _pieces(inputs, 1):
+        for key, value in compiled(tf.constant(inputs[rows])).items():
             sums[key] = sums.get(key, 0.0) + value.numpy()
 
     def of(name):
@@ -465,9 +522,17 @@ def _mean_sizes(parts, blocks, inputs, batch_size=8):
         for sizes, block in zip(of("qkv_activation"), blocks, strict=True)
     ]
     return {
-        "channels": np.sum(norms, axis=0),
+        "channels": np.sum([*norms, sums[final] / inputs.size], axis=0),
         "query": [sizes[0] for sizes in qkv],
         "key": [sizes[1] for sizes in qkv],
         "context": of("context_activation"),
         "hidden": of("hidden_activation"),
     }
+
+
+def _pieces(inputs, width):
+    """Yield slices of a few windows each, of bounded `width` values per token."""
+    count = _VALUES_AT_ONCE // (inputs.shape[1] * width)
+    count = min(max(count, 1), 8)
+    for start in range(0, len(inputs), count):
+        yield slice(start, start + count)

@@ -1,30 +1,43 @@
 import numpy as np
 import pytest
+import tf_keras as keras
 
 from gpt_tf import GPTModel
 from gpt_tf.distillation import student
 from gpt_tf.distillation.student import layer_importance, make_student
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.decoding import parts_of
+from gpt_tf.models.gpt import NextTokenLoss
 from gpt_tf.quantization.qat import quantize_aware
 
 ARTICLE = {"embedding_dim": 256, "num_layers": 4, "num_heads": 6, "vocab_size": 5000}
 
 
-@pytest.fixture
-def teacher(make_model):
-    """A teacher whose every weight matters."""
-    model = make_model(num_layers=4, embedding_dim=12, num_heads=3)
+@pytest.fixture(scope="module")
+def built():
+    """A GPT and weights of which every one matters."""
+    keras.utils.set_random_seed(3)
+    model = GPTModel(31, 12, num_layers=4, num_heads=3, context_length=16)
     generator = np.random.default_rng(2)
-    model.set_weights(
-        [w + generator.normal(0, 0.3, w.shape) for w in model.get_weights()]
-    )
+    return model, [w + generator.normal(0, 0.3, w.shape) for w in model.get_weights()]
+
+
+@pytest.fixture
+def teacher(built):
+    """The same teacher for every test, which may change its weights."""
+    model, weights = built
+    model.set_weights(weights)
     return model
 
 
 @pytest.fixture
 def ids():
     return np.random.default_rng(4).integers(0, 31, (6, 16)).astype("int32")
+
+
+def loss_of(model, inputs, labels):
+    """Nats per token, without compiling anything."""
+    return float(NextTokenLoss()(labels, model(inputs)))
 
 
 def silence(model, heads=(), units=(), channels=()):
@@ -112,28 +125,122 @@ def test_channels_that_say_nothing_may_go(teacher, ids):
     )
 
 
-def test_what_is_important_stays(trained, corpus_folder, monkeypatch):
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_channels_that_only_the_head_reads_stay(teacher, ids, with_inputs):
+    parts = parts_of(teacher)
+    for block in parts.blocks:
+        for norm in ("attention_norm", "feedforward_norm"):
+            for part in ("gamma", "beta"):
+                weight = getattr(block, f"{norm}_{part}")
+                weight.assign(weight * 0)
+    for weight in (parts.norm.gamma, parts.norm.beta):
+        weight.assign(np.where(np.arange(12) == 5, 0, weight.numpy()))
+    inputs = ids if with_inputs else None
+    student = make_student(teacher, embedding_dim=11, inputs=inputs)
+    table = parts.embedding.token_table.numpy()
+    np.testing.assert_array_equal(
+        parts_of(student).embedding.token_table, np.delete(table, 5, axis=1)
+    )
+
+
+@pytest.fixture
+def teacher_with_gaps(make_model):
+    """A GPT in which 3 channels, a head and 16 units are exactly nothing."""
+    model = make_model(num_layers=2, layer_norm_epsilon=1e-12)
+    generator = np.random.default_rng(7)
+    model.set_weights(
+        [w + generator.normal(0, 0.3, w.shape) for w in model.get_weights()]
+    )
+    silence(model, heads=[1], units=range(0, 48, 3))
+    gone = np.isin(np.arange(12), [2, 7, 8])
+    parts = parts_of(model)
+    writers = [parts.embedding.token_table, parts.embedding.position_table]
+    norms = [parts.norm.gamma, parts.norm.beta]
+    for block in parts.blocks:
+        writers += [block.output_kernel, block.output_bias]
+        writers += [block.down_kernel, block.down_bias]
+        norms += [block.attention_norm_gamma, block.attention_norm_beta]
+        norms += [block.feedforward_norm_gamma, block.feedforward_norm_beta]
+    for weight in writers:
+        values = np.where(gone, 0, weight.numpy())
+        # A mean of 0 stays one where channels of 0 go.
+        mean = values.sum(axis=-1, keepdims=True) / 9
+        weight.assign(np.where(gone, 0, values - mean))
+    for weight in norms:
+        weight.assign(np.where(gone, 0, weight.numpy()))
+    return model
+
+
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_every_tensor_is_cut_to_the_same_parts(teacher_with_gaps, ids, with_inputs):
+    student = make_student(
+        teacher_with_gaps,
+        embedding_dim=9,
+        num_heads=2,
+        feedforward_dim=32,
+        inputs=ids if with_inputs else None,
+    )
+    parts = parts_of(student)
+    # The spread over 9 channels is larger than over 12 of which 3 are 0.
+    for norm in (
+        *(block.attention_norm_gamma for block in parts.blocks),
+        *(block.feedforward_norm_gamma for block in parts.blocks),
+        parts.norm.gamma,
+    ):
+        norm.assign(norm * (12 / 9) ** 0.5)
+    wanted = teacher_with_gaps(ids)
+    np.testing.assert_allclose(student(ids), wanted, atol=1e-4)
+    generator = np.random.default_rng(8)
+    for weight in student.weights:
+        values = weight.numpy()
+        weight.assign(values + generator.normal(0, 0.02, values.shape))
+        assert np.abs(student(ids) - wanted).max() > 1e-3, weight.name
+        weight.assign(values)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"embedding_dim": 16}, {"num_heads": 1, "feedforward_dim": 24}]
+)
+def test_what_is_important_stays(trained, corpus_folder, monkeypatch, sizes):
     text = (corpus_folder / "text3.txt").read_text("utf-8")
     ids = np.array(trained.tokenizer.encode(text)[: 33 * 16]).reshape(16, 33)
     inputs, labels = ids[:, :-1], ids[:, 1:]
 
-    def loss(model):
-        return model.evaluate(inputs, labels, verbose=0)[0]
+    def loss_where_stays(choice):
+        if choice is not None:
+            monkeypatch.setattr(
+                student,
+                "_largest",
+                lambda values, count: choice(len(values))[:count],
+            )
+        cut = make_student(trained.model, inputs=inputs, **sizes)
+        return loss_of(cut, inputs, labels)
 
-    sizes = {"feedforward_dim": 24, "num_heads": 1}
-    chosen = loss(make_student(trained.model, inputs=inputs, **sizes))
-    monkeypatch.setattr(
-        student,
-        "_largest",
-        lambda values, count: np.sort(np.argsort(values)[:count]),
-    )
-    assert chosen < loss(make_student(trained.model, inputs=inputs, **sizes))
+    chosen = loss_where_stays(None)
+    generator = np.random.default_rng(1)
+    assert chosen < loss_where_stays(np.arange)
+    assert chosen < loss_where_stays(generator.permutation)
 
 
 def test_what_the_teacher_has_not_begins_as_nothing(teacher, ids):
     student = make_student(teacher, feedforward_dim=60)
     np.testing.assert_allclose(student(ids), teacher(ids), atol=1e-5)
     assert np.abs(parts_of(student).blocks[0].up_kernel.numpy()).min() > 0
+
+
+def test_what_begins_as_nothing_learns(teacher, ids):
+    """Heads 6 wide from heads 4 wide; 3 heads of 4 from 2 of 6; more units."""
+    wide = make_student(teacher, num_layers=1, num_heads=2, feedforward_dim=60)
+    many = make_student(wide, num_heads=3)
+    for model, added in ((wide, np.s_[:, :, :, 4:]), (many, np.s_[:, :, 2:])):
+        block = parts_of(model).blocks[0]
+        before = block.qkv_kernel.numpy(), block.up_kernel.numpy()
+        model.compile(jit_compile=False)
+        model.fit(ids, np.roll(ids, -1, axis=1), epochs=3, verbose=0)
+        shape = (12, 3, block.num_heads, block.head_dim)
+        moved = (block.qkv_kernel.numpy() - before[0]).reshape(shape)[added]
+        assert (np.abs(moved).max(axis=0) > 0).all()
+        assert (np.abs(block.up_kernel.numpy() - before[1]).max(axis=0) > 0).all()
 
 
 # Layers
@@ -144,7 +251,7 @@ def test_what_the_teacher_has_not_begins_as_nothing(teacher, ids):
     [
         ("evenly", 2, [0, 3]),
         ("evenly", 3, [0, 2, 3]),
-        ("evenly", 1, [3]),
+        ("evenly", 1, [0]),
         ("every_second", 2, [0, 2]),
         ("first", 2, [0, 1]),
         ("last", 3, [1, 2, 3]),
@@ -162,23 +269,53 @@ def test_the_layers_named_are_taken(teacher, layers, count, taken):
 def test_importance_is_the_growth_of_the_loss(teacher, ids):
     labels = np.roll(ids, 1, axis=1)
     found = layer_importance(teacher, ids, labels)
-    whole = teacher.evaluate(ids, labels, verbose=0)[0]
+    whole = loss_of(teacher, ids, labels)
     for index, growth in enumerate(found):
         rest = [i for i in range(4) if i != index]
         without = make_student(teacher, num_layers=3, layers=rest)
-        loss = without.evaluate(ids, labels, verbose=0)[0]
+        loss = loss_of(without, ids, labels)
         assert growth == pytest.approx(loss - whole, abs=1e-4)
 
 
-def test_the_most_important_layers_are_taken(teacher, ids):
+def test_labels_are_the_next_tokens_unless_given(teacher, ids):
+    found = layer_importance(teacher, ids)
+    np.testing.assert_array_equal(
+        found, layer_importance(teacher, ids[:, :-1], ids[:, 1:])
+    )
+
+
+def test_importance_is_the_same_in_whatever_pieces(teacher, ids, monkeypatch):
+    whole = layer_importance(teacher, ids)
+    cut = make_student(teacher, embedding_dim=8, inputs=ids).get_weights()
+    monkeypatch.setattr(student, "_VALUES_AT_ONCE", 1)
+    np.testing.assert_allclose(layer_importance(teacher, ids), whole, atol=1e-5)
+    again = make_student(teacher, embedding_dim=8, inputs=ids).get_weights()
+    for one, two in zip(cut, again, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_block_that_does_nothing_may_go(teacher, ids):
     block = parts_of(teacher).blocks[1]
-    for kernel in (block.output_kernel, block.down_kernel):
-        kernel.assign(kernel * 0)
-    for bias in (block.output_bias, block.down_bias):
-        bias.assign(bias * 0)
+    for weight in (
+        *(block.output_kernel, block.output_bias),
+        *(block.down_kernel, block.down_bias),
+    ):
+        weight.assign(weight * 0)
     assert layer_importance(teacher, ids)[1] == pytest.approx(0, abs=1e-6)
     student = make_student(teacher, num_layers=3, layers=[0, 2, 3])
     np.testing.assert_allclose(student(ids), teacher(ids), atol=1e-5)
+    block.down_bias.assign(np.arange(12) / 100)
+    assert np.abs(student(ids) - teacher(ids)).max() > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_most_important_layers_are_taken(teacher, ids, count):
+    growth = layer_importance(teacher, ids)
+    wanted = np.flatnonzero(growth >= np.sort(growth)[-count])
+    student = make_student(teacher, num_layers=count, layers="importance", inputs=ids)
+    for block, index in zip(parts_of(student).blocks, wanted, strict=True):
+        theirs = parts_of(teacher).blocks[index].qkv_kernel
+        np.testing.assert_array_equal(block.qkv_kernel, theirs)
 
 
 # Fresh weights, other vocabularies
@@ -196,13 +333,16 @@ def test_fresh_weights_follow_the_seed(teacher):
     assert 0.7 * 0.01 < down.std() < 1.3 * 0.01
 
 
-def test_the_global_random_state_is_left_alone(teacher):
-    np.random.seed(5)
-    wanted = np.random.default_rng(5).random()
-    state = np.random.get_state()[1].copy()
-    make_student(teacher, num_layers=1)
-    np.testing.assert_array_equal(state, np.random.get_state()[1])
-    assert wanted == np.random.default_rng(5).random()
+def test_a_student_does_not_depend_on_the_global_random_state(teacher):
+    def cut(seed):
+        keras.utils.set_random_seed(seed)
+        student = make_student(teacher, num_layers=1, feedforward_dim=60)
+        return student.get_weights(), np.random.random()
+
+    (one, after_one), (two, after_two) = cut(5), cut(6)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [after_one, after_two] == [np.random.RandomState(s).random() for s in (5, 6)]
 
 
 def test_a_smaller_vocabulary_takes_the_rows_of_the_same_tokens(teacher, ids):
@@ -228,10 +368,13 @@ def test_the_articles_pair_is_made():
 def test_the_student_trains_and_the_teacher_stays(teacher, ids, tmp_path):
     before = teacher.get_weights()
     student = make_student(teacher, num_layers=2, embedding_dim=8, inputs=ids)
+    student.compile(jit_compile=False)
     student.fit(ids, ids, verbose=0)
     for one, two in zip(before, teacher.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
     student.save(tmp_path / "student.keras")
+    loaded = keras.models.load_model(tmp_path / "student.keras")
+    np.testing.assert_array_equal(loaded(ids), student(ids))
 
 
 # Bad input
@@ -241,7 +384,19 @@ def test_the_student_trains_and_the_teacher_stays(teacher, ids, tmp_path):
     ("options", "message"),
     [
         ({"num_layers": 5}, "`num_layers` of a student expects .* 4. Received: 5"),
+        ({"num_layers": 0}, "`num_layers` .* Received: 0"),
+        ({"num_layers": "2"}, "`num_layers` .* Received: '2'"),
         ({"embedding_dim": 16}, "`embedding_dim`"),
+        ({"embedding_dim": 0}, "`embedding_dim`"),
+        ({"embedding_dim": "8"}, "`embedding_dim`"),
+        ({"embedding_dim": 7.5}, "`embedding_dim`"),
+        ({"num_heads": 0}, "`num_heads`"),
+        ({"vocab_size": 0}, "`vocab_size`"),
+        ({"inputs": [[31]]}, "`inputs` expects ids from 0 to 30"),
+        ({"inputs": [[-1]]}, "`inputs` expects ids from 0 to 30"),
+        ({"inputs": [[0] * 17]}, "windows of at most 16"),
+        ({"inputs": [1, 2]}, r"\(N, T\)"),
+        ({"inputs": [[0.5]]}, r"\(N, T\)"),
         ({"vocab_size": 99}, "`vocab_size`"),
         ({"vocab_size": 20}, "`token_ids`"),
         ({"vocab_size": 3, "token_ids": [1, 2]}, "expects 3 integers"),
@@ -257,6 +412,17 @@ def test_the_student_trains_and_the_teacher_stays(teacher, ids, tmp_path):
 def test_what_cannot_be_cut_is_refused(teacher, options, message):
     with pytest.raises(InputError, match=message):
         make_student(teacher, **options)
+
+
+def test_importance_is_measured_on_ids_and_their_labels(teacher, ids):
+    with pytest.raises(InputError, match="more than none"):
+        layer_importance(teacher, ids[:, :1])
+    with pytest.raises(InputError, match="a next token for each"):
+        layer_importance(teacher, ids, ids[:, 1:])
+    with pytest.raises(InputError, match="`labels` expects ids"):
+        layer_importance(teacher, ids, ids + 31)
+    with pytest.raises(InputTypeError, match="`layer_importance`"):
+        layer_importance("a teacher", ids)
 
 
 def test_only_a_float_gpt_is_cut(teacher):
