@@ -73,12 +73,13 @@ def prepare(config, out, overwrite, notice):
             for split in corpora.SPLITS
         }
         token_file = token_files["train"]
-        start = _cut_student(start, config, token_file, notice)
+        read = _read_by_teacher(config, start, text, token_file, staging, notice)
+        start = _cut_student(start, config, read, notice)
         config = _with_shape_of(start.model, config)
         windows_of(token_files["validation"], config, shuffle=False)  # long enough?
         windows = windows_of(token_file, config, shuffle=True)
         _check_pair(config, start)
-        _prepare_knowledge(config, start, text, token_file, staging, notice)
+        _prepare_knowledge(config, start, read, token_file, staging, notice)
         if start.model is not None:
             initial = _quantized(start.model, config, windows, notice)
             save_model(
@@ -189,8 +190,11 @@ def _warn_of_untrained(teacher):
         )
 
 
-def _cut_student(start, config, token_file, notice):
-    """Make the student, where a teacher is given and no student yet."""
+def _cut_student(start, config, read, notice):
+    """Make the student, where a teacher is given and no student yet.
+
+    What of the teacher matters is measured on `read`, text in its own tokens.
+    """
     if start.teacher is None or start.model is not None:
         return start
     wanted = DistillationConfig.of(config.distillation)
@@ -200,15 +204,13 @@ def _cut_student(start, config, token_file, notice):
 
         teacher = to_float(teacher)
     options = wanted.student_sizes()
-    inputs = None
     if start.reads_other_tokens:
         options["vocab_size"] = start.tokenizer.vocab_size
         options["token_ids"] = shared_tokens(start.teacher_tokenizer, start.tokenizer)
-    else:
-        length = min(config.context_length, teacher.context_length)
-        windows = Windows(token_file, length, 8, seed=config.seed)
-        batches = min(4, windows.steps_per_epoch)
-        inputs = np.concatenate([windows.batch(step)[0] for step in range(batches)])
+    length = min(config.context_length, teacher.context_length)
+    windows = Windows(read, length, 8, seed=config.seed)
+    batches = min(4, windows.steps_per_epoch)
+    inputs = np.concatenate([windows.batch(step)[0] for step in range(batches)])
     student = make_student(
         teacher,
         **options,
@@ -327,7 +329,7 @@ def _check_pair(config, start):
     )
 
 
-def _prepare_knowledge(config, start, text, token_file, staging, notice):
+def _prepare_knowledge(config, start, read, token_file, staging, notice):
     """Check the stored knowledge that was named, or extract what has to be stored.
 
     A teacher of another vocabulary cannot run along: what it says of the text is
@@ -344,7 +346,6 @@ def _prepare_knowledge(config, start, text, token_file, staging, notice):
             context_length=config.context_length,
         )
     elif start.reads_other_tokens:
-        read = _teacher_tokens(config, start, text, staging, notice)
         notice("storing what the teacher says of the text, in the student's tokens")
         extract(
             start.teacher,
@@ -357,14 +358,24 @@ def _prepare_knowledge(config, start, text, token_file, staging, notice):
         )
 
 
-def _teacher_tokens(config, start, text, staging, notice):
-    """Return the training text as the teacher's tokens."""
-    source = _source_with_this_text(config, start.teacher_tokenizer)
+def _read_by_teacher(config, start, text, token_file, staging, notice):
+    """Return the training text in the teacher's tokens, or None where nobody asks."""
+    if start.teacher is None or not start.reads_other_tokens:
+        return token_file
+    wanted = DistillationConfig.of(config.distillation)
+    if start.model is not None and wanted.knowledge is not None:
+        return None
+    return _in_tokens_of(start.teacher_tokenizer, config, text, staging, notice)
+
+
+def _in_tokens_of(tokenizer, config, text, staging, notice):
+    """Return the training text in a tokenizer's tokens, of the run that has them."""
+    source = _source_with_this_text(config, tokenizer)
     if source is not None:
         return TokenFile.open(source / "data" / "train.tokens")
     text = text or _open_corpus(config, notice)
-    path = staging / "teacher" / "train.tokens"
-    return write_token_file(path, text.documents("train"), start.teacher_tokenizer)
+    path = staging / tokenizer.fingerprint() / "train.tokens"
+    return write_token_file(path, text.documents("train"), tokenizer)
 
 
 def _quantized(model, config, windows, notice):
@@ -444,9 +455,10 @@ def store_knowledge(config, path, *, on_notice, **options):
     start = _load_start(config)
     staging = path.parent / f".{path.name}.tokens"
     try:
-        read = _teacher_tokens(config, start, None, staging, on_notice)
+        where = (config, None, staging, on_notice)
+        read = _in_tokens_of(start.teacher_tokenizer, *where)
         if start.reads_other_tokens:
-            own = _student_tokens(config, start, staging, on_notice)
+            own = _in_tokens_of(start.tokenizer, *where)
             options["student"] = (start.tokenizer, own)
         return extract(
             start.teacher,
@@ -460,11 +472,3 @@ def store_knowledge(config, path, *, on_notice, **options):
         )
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _student_tokens(config, start, staging, notice):
-    source = _source_with_this_text(config, start.tokenizer)
-    if source is not None:
-        return TokenFile.open(source / "data" / "train.tokens")
-    documents = _open_corpus(config, notice).documents("train")
-    return write_token_file(staging / "train.tokens", documents, start.tokenizer)

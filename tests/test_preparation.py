@@ -111,6 +111,18 @@ def test_a_smaller_vocabulary_brings_its_own_tokenizer_and_knowledge(trained, tm
     assert result.tokenizer.decode(result.tokenizer.encode(text)) == text
 
 
+def test_importance_is_measured_on_the_teachers_tokens(trained, tmp_path):
+    """Whatever the student reads: the same blocks are cut, and equally narrow."""
+    kernels = []
+    for vocab_size in (None, 280):
+        wanted = {**SMALL, "layers": "importance", "embedding_dim": 8, "num_heads": 1}
+        out = tmp_path / str(vocab_size)
+        distil(trained, out, {**wanted, "vocab_size": vocab_size})
+        student, _ = load_model(out / "initial")
+        kernels.append(student.get_layer("block_0").up_kernel.numpy())
+    np.testing.assert_array_equal(*kernels)
+
+
 def test_a_store_for_a_smaller_vocabulary_can_be_extracted_first(trained, tmp_path):
     quiet = {"on_notice": lambda line: None}
     store = training.extract_knowledge(
