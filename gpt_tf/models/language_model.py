@@ -440,11 +440,18 @@ def refuse_keras_3(value, role):
             raise InputTypeError(
                 f"`{role}` expects an object of tf_keras (Keras 2), which TF-MOT "
                 f"works on. Received: {type(value).__module__}."
-                f"{type(value).__name__}, of Keras 3. Write `import tf_keras as "
-                f"keras` and `keras.{_keras_2_home(role)}.{type(value).__name__}(...)`."
+                f"{type(value).__name__}, of Keras 3. {_mend(value, role)}"
             )
 
 
-def _keras_2_home(role):
-    homes = {"optimizer": "optimizers", "loss": "losses"}
-    return homes.get(role, role)
+def _mend(value, role):
+    """Say what to write instead of an object of Keras 3."""
+    homes = {"optimizer": "optimizers", "loss": "losses", "student_loss": "losses"}
+    homes |= {"metrics": "metrics", "callbacks": "callbacks"}
+    if role not in homes:
+        return (
+            "Build it after `import tf_keras as keras`; a GPT is a `gpt_tf.GPTModel`, "
+            "whose `from_preset` takes KerasHub's weights."
+        )
+    name = f"keras.{homes[role]}.{type(value).__name__}(...)"
+    return f"Write `import tf_keras as keras` and `{name}`."

@@ -497,6 +497,17 @@ def test_what_is_no_gpt_is_refused(pair, role):
         Distiller(**models)
 
 
+def test_objects_of_keras_3_are_refused_with_the_repair(pair):
+    import keras as keras_3
+
+    loss = keras_3.losses.SparseCategoricalCrossentropy(from_logits=True)
+    with pytest.raises(InputTypeError, match=r"`keras\.losses\.SparseCategorical"):
+        distiller_of(pair, student_loss=loss)
+    network = keras_3.Sequential([keras_3.layers.Dense(2)])
+    with pytest.raises(InputTypeError, match="a GPT is a `gpt_tf.GPTModel`"):
+        Distiller(teacher=network, student=pair[1])
+
+
 def test_models_under_different_strategies_are_refused(pair, make_model):
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         student = make_model(num_layers=1)
