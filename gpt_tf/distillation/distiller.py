@@ -15,6 +15,7 @@ from gpt_tf.models.language_model import (
     NextTokenLoss,
     TokenMetrics,
     TokenTraining,
+    beside,
     check_language_model,
     refuse_keras_3,
 )
@@ -73,7 +74,8 @@ class Distiller(TokenTraining, keras.Model):
 
     def __init__(self, *, teacher, student, name="distiller", **kwargs):
         _check_pair(teacher, student)
-        super().__init__(name=name, **kwargs)
+        with beside(student):  # Keras trains a model where it was built
+            super().__init__(name=name, **kwargs)
         self.teacher = teacher
         self.student = student
         self.distillation_loss = None

@@ -18,7 +18,7 @@ from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import operations
 from gpt_tf.models.decoding import parts_of
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.models.language_model import LanguageModel, refuse_keras_3
+from gpt_tf.models.language_model import LanguageModel, beside, refuse_keras_3
 from gpt_tf.models.layers import observed
 
 LAYER_CHOICES = (
@@ -94,19 +94,13 @@ def make_student(
     token_ids = _checked_token_ids(config, sizes, token_ids, init)
     if init not in ("teacher", "fresh"):
         raise InputError(f"`init` expects teacher or fresh. Received: {init!r}.")
-    student = GPTModel(
-        **{
-            **config,
-            **sizes,
-            "dropout": config["dropout"] if dropout is None else dropout,
-            "name": name,
-        }
-    )
-    generator = np.random.default_rng(seed)
-    _begin_anew(student, generator)
-    if init == "teacher":
-        chosen = _choose_layers(layers, teacher, sizes["num_layers"], inputs)
-        _take_over(teacher, student, chosen, inputs, token_ids)
+    dropout = config["dropout"] if dropout is None else dropout
+    with beside(teacher):
+        student = GPTModel(**{**config, **sizes, "dropout": dropout, "name": name})
+        _begin_anew(student, np.random.default_rng(seed))
+        if init == "teacher":
+            chosen = _choose_layers(layers, teacher, sizes["num_layers"], inputs)
+            _take_over(teacher, student, chosen, inputs, token_ids)
     return student
 
 

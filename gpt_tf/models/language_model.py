@@ -5,6 +5,8 @@ the loss and the metrics are sums over tokens, added up over micro-batches and
 replicas, and XLA compiles the forward and the backward pass.
 """
 
+import contextlib
+
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
@@ -430,6 +432,16 @@ def check_language_model(model, role):
             f"`{role}` expects a GPTModel, or one that `quantize_aware` made. "
             f"Received: {type(model).__module__}.{type(model).__name__}."
         )
+
+
+def beside(model):
+    """Return a scope in which what is built goes together with a model.
+
+    It is that of the model's own strategy, unless the caller has opened one already.
+    """
+    if tf.distribute.has_strategy():
+        return contextlib.nullcontext()
+    return model.distribute_strategy.scope()
 
 
 def refuse_keras_3(value, role):

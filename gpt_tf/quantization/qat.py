@@ -26,7 +26,7 @@ import tf_keras as keras
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import step
 from gpt_tf.models.gpt import CUSTOM_OBJECTS, GPTModel
-from gpt_tf.models.language_model import LanguageModel, refuse_keras_3
+from gpt_tf.models.language_model import LanguageModel, beside, refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.quantization import calibration, quantizers
 from gpt_tf.quantization.config import QuantizationConfig
@@ -240,11 +240,13 @@ def quantize_aware(model, config=None):
     Reference: Jacob et al., arXiv:1712.05877; article 3.2.
     """
     _check_model(model, "quantize_aware")
-    aware = QuantizationAwareGPT(model.get_config(), config)
-    for wrapper in aware.layers[1:]:
-        layer = model.get_layer(wrapper.layer.name)
-        for ours, theirs in zip(_float_variables(wrapper), layer.weights, strict=True):
-            ours.assign(theirs)
+    with beside(model):
+        aware = QuantizationAwareGPT(model.get_config(), config)
+        for wrapper in aware.layers[1:]:
+            layer = model.get_layer(wrapper.layer.name)
+            pairs = zip(_float_variables(wrapper), layer.weights, strict=True)
+            for ours, theirs in pairs:
+                ours.assign(theirs)
     return aware
 
 
@@ -330,11 +332,13 @@ def to_float(model):
         A `GPTModel` with a copy of the trained weights, not rounded.
     """
     _check_aware(model, "to_float")
-    gpt = GPTModel.from_config(model.gpt)
-    for wrapper in model.layers[1:]:
-        layer = gpt.get_layer(wrapper.layer.name)
-        for ours, theirs in zip(layer.weights, _float_variables(wrapper), strict=True):
-            ours.assign(theirs)
+    with beside(model):
+        gpt = GPTModel.from_config(model.gpt)
+        for wrapper in model.layers[1:]:
+            layer = gpt.get_layer(wrapper.layer.name)
+            pairs = zip(layer.weights, _float_variables(wrapper), strict=True)
+            for ours, theirs in pairs:
+                ours.assign(theirs)
     return gpt
 
 

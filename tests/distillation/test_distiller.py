@@ -3,14 +3,14 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import Distiller
+from gpt_tf import Distiller, make_student
 from gpt_tf.distillation import losses
 from gpt_tf.distillation.observe import outputs_of
 from gpt_tf.distillation.on_policy import write
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel import strategy as strategies
-from gpt_tf.quantization.qat import activation_ranges, quantize_aware
+from gpt_tf.quantization.qat import activation_ranges, quantize_aware, to_float
 
 METRICS = {
     "loss",
@@ -506,6 +506,28 @@ def test_objects_of_keras_3_are_refused_with_the_repair(pair):
     network = keras_3.Sequential([keras_3.layers.Dense(2)])
     with pytest.raises(InputTypeError, match="a GPT is a `gpt_tf.GPTModel`"):
         Distiller(teacher=network, student=pair[1])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tf.distribute.OneDeviceStrategy("/cpu:0"),
+        lambda: tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"]),
+    ],
+)
+def test_what_is_made_of_a_model_is_built_beside_it(make_model, windows_of, make):
+    """As after `train`, whose model belongs to a strategy that is closed by then."""
+    strategies._use_fresh_collective_keys()
+    strategy = make()
+    with strategy.scope():
+        teacher = make_model(seed=1)
+    student = quantize_aware(make_student(teacher, num_layers=1))
+    distiller = Distiller(teacher=teacher, student=student)
+    for model in (student, to_float(student), distiller):
+        assert model.distribute_strategy is strategy
+    distiller.compile(jit_compile=False)
+    history = distiller.fit(*windows_of(4, 16), batch_size=4, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
 
 
 def test_models_under_different_strategies_are_refused(pair, make_model):
