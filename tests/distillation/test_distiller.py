@@ -504,7 +504,7 @@ def test_objects_of_keras_3_are_refused_with_the_repair(pair):
     with pytest.raises(InputTypeError, match=r"`keras\.losses\.SparseCategorical"):
         distiller_of(pair, student_loss=loss)
     network = keras_3.Sequential([keras_3.layers.Dense(2)])
-    with pytest.raises(InputTypeError, match="a GPT is a `gpt_tf.GPTModel`"):
+    with pytest.raises(InputTypeError, match=r"a GPT is a `gpt_tf\.GPTModel`"):
         Distiller(teacher=network, student=pair[1])
 
 
