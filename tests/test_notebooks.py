@@ -37,6 +37,18 @@ TINY = {
         "num_windows": 4,
         "max_new_tokens": 8,
     },
+    "03_distil": {
+        "vocab_size": 300,
+        "context_length": 32,
+        "batch_size": 4,
+        "embedding_dim": 16,
+        "num_layers": 2,
+        "student_layers": 1,
+        "num_heads": 2,
+        "steps": 10,
+        "student_steps": 5,
+        "max_new_tokens": 8,
+    },
 }
 # A path of a machine, in a text or a link: `/home/...`, `C:\Users\...`.
 MACHINE_PATH = re.compile(
