@@ -682,7 +682,7 @@ def report(name, teacher, rows, summary):
             )
         )
     head = ("", "seeds", "parameters", "perplexity", "of teacher's")
-    print_table(name, (*head, "bits/byte", "of teacher's", "same top-1"), lines)
+    print_table(name, (*head, "bits/byte", "bits of teacher's", "same top-1"), lines)
     speeds = summary["speeds"]
     if speeds is None:
         return
