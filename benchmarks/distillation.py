@@ -477,11 +477,12 @@ def int8_files(study, whole, others, seeds, num_windows=250):
             (
                 name,
                 f"{np.exp(nats).mean():.3f}",
-                f"{np.mean(ratios):.4f} ± {np.ptp(ratios) / 2:.4f}",
+                f"{np.mean(ratios):.4f}",
+                f"{np.ptp(ratios) / 2:.4f}",
             )
         )
-    title = f"int8 files, equal steps, {seeds} seeds, {windows[:, 1:].size:,} tokens"
-    print_table(title, ("", "perplexity", "of the float student's"), lines)
+    title = f"int8 files, equal steps, seeds: {seeds}, {windows[:, 1:].size:,} tokens"
+    print_table(title, ("", "perplexity", "of the float student's", "±"), lines)
     return rows
 
 
