@@ -147,8 +147,8 @@ for name in ("loss", "student_loss", "teacher_agreement", "kl_divergence"):
 # trained without one, on the same text for as many steps, says. A third one begins with
 # the teacher's layers and learns alone: it shows what comes of the layers, and what of
 # the probabilities. After a teacher that was trained as briefly as ours the layers are
-# nearly everything, and the text itself teaches as much as it does; the longer
-# a teacher has learnt, the more its probabilities are worth.
+# nearly everything, and the text itself teaches as much as it does. In
+# `benchmarks/distillation.py`, a teacher trained until it stopped improving adds more.
 
 # %%
 course = {
