@@ -24,7 +24,10 @@ from harness import (
     RESULTS,
     Contender,
     console,
+    cut_windows,
     draw_bars,
+    file_log_probs,
+    log_softmax,
     print_machine,
     print_table,
     save,
@@ -339,11 +342,6 @@ def _slug(name):
     return "".join(c if c.isalnum() else "-" for c in name).strip("-")
 
 
-def log_softmax(logits):
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
 # The studies
 
 
@@ -445,20 +443,15 @@ def int8_files(study, whole, others, seeds, num_windows=250):
 
     held_out = TokenFile.open(study.teacher_run / "data" / "validation.tokens").tokens
     length = COURSE["context_length"]
-    starts = np.linspace(0, len(held_out) - length - 1, num_windows).astype(np.int64)
-    windows = np.asarray(held_out)[starts[:, None] + np.arange(length + 1)].astype(int)
+    windows = cut_windows(held_out, length, num_windows)
 
     def nats_of(way, mode, seed):
         run = study.run_of(way, seed)
         path = study.folder / f"{run.name}-{mode}.litertlm"
         export_trained(run, path, mode, on_notice=lambda line: None)
-        found = []
         with EdgeGPT(path) as gpt:
-            for window in windows:
-                gpt.reset()
-                scores = log_softmax(gpt.logits(window[:-1]))
-                found.append(-scores[np.arange(length), window[1:]].mean())
-        return float(np.mean(found))
+            found = file_log_probs(gpt, windows)
+        return -float(np.take_along_axis(found, windows[:, 1:, None], -1).mean())
 
     rows = []
     floats = {seed: nats_of(whole, "float32", seed) for seed in range(seeds)}
@@ -520,17 +513,24 @@ def study_article(corpus, arguments):
     }
 
 
-def training_step(kind):
-    """Return a function that trains the student so many steps, and their seconds."""
-    import tensorflow as tf
-
+def untrained_pair():
+    """Return a teacher and a student of the sizes that are trained here."""
     import gpt_tf
 
     sizes = ("vocab_size", "embedding_dim", "num_layers", "num_heads")
     teacher = gpt_tf.GPTModel(
         *(TEACHER[name] for name in sizes), context_length=TEACHER["context_length"]
     )
-    student = gpt_tf.make_student(teacher, **STUDENT)
+    return teacher, gpt_tf.make_student(teacher, **STUDENT)
+
+
+def training_step(kind):
+    """Return a function that trains the student so many steps, and their seconds."""
+    import tensorflow as tf
+
+    import gpt_tf
+
+    teacher, student = untrained_pair()
     generator = np.random.default_rng(1)
     shape = (COURSE["batch_size"], COURSE["context_length"])
     tokens, labels = generator.integers(0, 1024, (2, *shape)).astype("int32")
@@ -573,7 +573,7 @@ def step_times():
         for measured in found
     }
     # Floor: 6 operations per parameter and token forward and back, 2 forward alone.
-    teacher, student = 11.09, 4.59
+    teacher, student = (model.count_params() for model in untrained_pair())
     work = {"alone": 6 * student, "live": 6 * student + 2 * teacher}
     work["stored"] = work["alone"]
     lines = []

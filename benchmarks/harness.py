@@ -257,6 +257,27 @@ def keras_hub_gpt2(shape):
     return keras_nlp.models.GPT2CausalLM(backbone, preprocessor=None)
 
 
+def cut_windows(tokens, length, count):
+    """Cut `count` windows `(N, length + 1)`, evenly spaced, out of token ids."""
+    starts = np.linspace(0, len(tokens) - length - 1, count).astype(np.int64)
+    return np.asarray(tokens)[starts[:, None] + np.arange(length + 1)].astype(int)
+
+
+def log_softmax(logits):
+    """Return log-probabilities of logits `(..., V)`."""
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def file_log_probs(gpt, windows):
+    """Run a file over windows `(N, T + 1)`; return log-probabilities `(N, T, V)`."""
+    pieces = []
+    for window in windows:
+        gpt.reset()
+        pieces.append(log_softmax(gpt.logits(window[:-1])))
+    return np.stack(pieces)
+
+
 def draw_bars(axes, labels, values, colours, errors=None, digits=1):
     """Draw values in per cent as bars from 0, each with its number."""
     axes.barh(labels, values, xerr=errors, color=colours, height=0.65)

@@ -15,7 +15,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from harness import RESULTS, console, draw_bars, print_machine, print_table, save
+from harness import (
+    RESULTS,
+    console,
+    cut_windows,
+    draw_bars,
+    file_log_probs,
+    print_machine,
+    print_table,
+    save,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -107,18 +116,6 @@ def further(source, kind, folder, course):
     return out
 
 
-def measure(gpt, windows):
-    """Run a file over windows `(N, T + 1)`; return log-probabilities `(N, T, V)`."""
-    pieces = []
-    for window in windows:
-        gpt.reset()
-        pieces.append(gpt.logits(window[:-1]))
-    logits = np.stack(pieces)
-    logits -= logits.max(axis=-1, keepdims=True)
-    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    return logits
-
-
 def compare(found, wanted, targets):
     """Return perplexity, divergence and agreement of log-probabilities."""
     losses = -np.take_along_axis(found, targets[..., None], -1)[..., 0]
@@ -152,8 +149,7 @@ def study(name, source, folder, course, num_tokens):
     qat = further(source, "qat", folder, course)
     tokens = training.TokenFile.open(qat / "data" / "validation.tokens").tokens
     count = -(-num_tokens // context)
-    starts = np.linspace(0, len(tokens) - context - 1, count).astype(np.int64)
-    windows = np.asarray(tokens)[starts[:, None] + np.arange(context + 1)].astype(int)
+    windows = cut_windows(tokens, context, count)
     console.print(f"{name}: {count * context:,} held-out tokens in {count} windows")
     rows, wanted, losses = [], None, {}
     for variant in VARIANTS:
@@ -170,7 +166,7 @@ def study(name, source, folder, course, num_tokens):
             per_channel=variant.per_channel,
         )
         with EdgeGPT(path) as gpt:
-            found = measure(gpt, windows)
+            found = file_log_probs(gpt, windows)
         wanted = found if wanted is None else wanted
         row = compare(found, wanted, windows[:, 1:])
         losses[variant.name] = row.pop("losses")
