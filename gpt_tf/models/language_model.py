@@ -458,8 +458,13 @@ def refuse_keras_3(value, role):
 
 def _mend(value, role):
     """Say what to write instead of an object of Keras 3."""
-    homes = {"optimizer": "optimizers", "loss": "losses", "student_loss": "losses"}
-    homes |= {"metrics": "metrics", "callbacks": "callbacks"}
+    homes = {
+        "optimizer": "optimizers",
+        "loss": "losses",
+        "student_loss": "losses",
+        "metrics": "metrics",
+        "callbacks": "callbacks",
+    }
     if role not in homes:
         return (
             "Build it after `import tf_keras as keras`; a GPT is a `gpt_tf.GPTModel`, "
