@@ -5,6 +5,7 @@ import numbers
 import tf_keras as keras
 
 from gpt_tf.errors import InputError
+from gpt_tf.models import placement
 from gpt_tf.models.language_model import (
     LanguageModel,
     NextTokenLoss,  # noqa: F401 - a part of this module's interface
@@ -106,33 +107,39 @@ class GPTModel(LanguageModel):
                 "`layer_norm_epsilon` expects a number above 0. "
                 f"Received: {layer_norm_epsilon}. GPT-2 uses 1e-5."
             )
+        plan = placement.plan_for(sizes)
         tokens = keras.Input(shape=(None,), dtype="int32", name="tokens")
-        x = TokenAndPositionEmbedding(
-            sizes["vocab_size"],
-            sizes["embedding_dim"],
-            sizes["context_length"],
-            dropout=dropout,
-            share_table=bool(tie_embeddings),
-            name="embedding",
-        )(tokens)
+        with plan.at("embedding"):
+            x = TokenAndPositionEmbedding(
+                sizes["vocab_size"],
+                sizes["embedding_dim"],
+                sizes["context_length"],
+                dropout=dropout,
+                share_table=bool(tie_embeddings),
+                name="embedding",
+            )(tokens)
         table = None
         if tie_embeddings:
             x, table = x
         for index in range(sizes["num_layers"]):
-            x = TransformerBlock(
-                sizes["num_heads"],
-                sizes["feedforward_dim"],
-                dropout=dropout,
-                residual_stddev=0.02 / (2 * sizes["num_layers"]) ** 0.5,
-                epsilon=layer_norm_epsilon,
-                seed=index,
-                name=f"block_{index}",
-            )(x)
-        x = LayerNormalization(epsilon=layer_norm_epsilon, name="final_norm")(x)
-        logits = LanguageModelHead(sizes["vocab_size"], name="head")(
-            [x, table] if tie_embeddings else x
-        )
+            with plan.at(f"block_{index}"):
+                x = TransformerBlock(
+                    sizes["num_heads"],
+                    sizes["feedforward_dim"],
+                    dropout=dropout,
+                    residual_stddev=0.02 / (2 * sizes["num_layers"]) ** 0.5,
+                    epsilon=layer_norm_epsilon,
+                    seed=index,
+                    name=f"block_{index}",
+                )(x)
+        with plan.at("final_norm"):
+            x = LayerNormalization(epsilon=layer_norm_epsilon, name="final_norm")(x)
+        with plan.at("head"):
+            logits = LanguageModelHead(sizes["vocab_size"], name="head")(
+                [x, table] if tie_embeddings else x
+            )
         super().__init__(inputs=tokens, outputs=logits, name=name, **kwargs)
+        self.plan = plan
         self.vocab_size = sizes["vocab_size"]
         self.embedding_dim = sizes["embedding_dim"]
         self.num_layers = sizes["num_layers"]
@@ -142,6 +149,29 @@ class GPTModel(LanguageModel):
         self.dropout = dropout
         self.tie_embeddings = bool(tie_embeddings)
         self.layer_norm_epsilon = layer_norm_epsilon
+
+    # A model whose layers stand in several places
+
+    def compile(self, *args, **kwargs):
+        super().compile(*args, **kwargs)
+        if self.plan.is_divided:
+            self.plan.compile(self)
+
+    def differentiate(self, batch, scale):
+        if self.plan.is_divided:
+            return self.plan.differentiate(self, batch, scale)
+        return super().differentiate(batch, scale)
+
+    def measure(self, batch):
+        if self.plan.is_divided:
+            return self.plan.measure(self, batch)
+        return super().measure(batch)
+
+    def predict_step(self, data):
+        if self.plan.is_divided:
+            tokens, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+            return self.plan.logits(self, self.cast_inputs(tokens))
+        return super().predict_step(data)
 
     # Configuration
 

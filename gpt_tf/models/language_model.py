@@ -212,6 +212,16 @@ class TokenTraining:
     # Keras: the steps
 
     @property
+    def uses_xla(self):
+        """Whether XLA compiles the steps; known after `compile`."""
+        return self._use_xla
+
+    @property
+    def sums_tokens(self):
+        """Whether the loss is a sum over tokens; known after `compile`."""
+        return self._sums_tokens
+
+    @property
     def metrics(self):
         if not self._is_compiled or not self._sums_tokens:
             return super().metrics
@@ -226,9 +236,7 @@ class TokenTraining:
         # before the forward pass, so the gradients need no pass of their own.
         weight = step.add_over_replicas(tf.reduce_sum(batch[2]))
         scale = self._loss_scale() * tf.math.reciprocal_no_nan(weight)
-        sums, gradients, maxima, logits = self._compiled(self._differentiate)(
-            batch, scale
-        )
+        sums, gradients, maxima, logits = self.differentiate(batch, scale)
         sums, gradients = step.add_over_replicas((sums, gradients))
         self.take_maxima(maxima)
         self.optimizer.apply_gradients(
@@ -242,7 +250,7 @@ class TokenTraining:
         if not self._sums_tokens:
             return super().test_step(data)
         batch = self._unpack(data)
-        sums, logits = self._compiled(self._measure)(batch)
+        sums, logits = self.measure(batch)
         return self._report(step.add_over_replicas(sums), batch, logits)
 
     def _unpack(self, data):
@@ -310,6 +318,24 @@ class TokenTraining:
         """Return metrics that are updated from the sums of `sums_of`."""
         return TokenMetrics()
 
+    def differentiate(self, batch, scale):
+        """Compute a training step on a batch, all but the update.
+
+        Args:
+            batch: Inputs, labels `(B, T)` int32 and weights `(B, T)` float32.
+            scale: Float32 scalar, by which the summed loss is multiplied.
+
+        Returns:
+            Sums as of `sums_of`; the gradients of the first one, scaled, in the order
+            of the trainable variables; what is for `take_maxima`; and the logits, or
+            None where no metric wants them.
+        """
+        return self._compiled(self._differentiate)(batch, scale)
+
+    def measure(self, batch):
+        """Compute the sums of a batch, and its logits or None, without training."""
+        return self._compiled(self._measure)(batch)
+
     def _differentiate(self, batch, scale):
         """Return sums, gradients of the scaled loss sum, maxima, and logits if asked.
 
@@ -319,7 +345,7 @@ class TokenTraining:
 
         def values(part):
             sums, maxima, logits = self.sums_of(part, training=True)
-            if self._wants_logits():
+            if self.wants_logits():
                 kept.append(logits)
             return (sums[0] * scale, *sums), maxima
 
@@ -334,9 +360,10 @@ class TokenTraining:
 
     def _measure(self, batch):
         sums, _, logits = self.sums_of(batch, training=False)
-        return sums, logits if self._wants_logits() else None
+        return sums, logits if self.wants_logits() else None
 
-    def _wants_logits(self):
+    def wants_logits(self):
+        """Whether a metric of the user's is to be computed from the logits."""
         return bool(
             self.compiled_metrics is not None and self.compiled_metrics._user_metrics
         ) or bool(

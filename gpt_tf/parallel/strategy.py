@@ -6,6 +6,7 @@ import os
 import re
 
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 from gpt_tf.errors import InputError
 
@@ -39,6 +40,60 @@ def split_cpu(num_devices):
                 f"TensorFlow already runs with {found} in this process. "
                 "Split it before anything else uses TensorFlow."
             ) from None
+
+
+def devices_for(count, devices=None, what="This"):
+    """Return as many devices as are wanted.
+
+    Args:
+        count: How many.
+        devices: Their names, `"GPU:0"` for example. Default: the GPUs of this machine
+            or, where there are fewer, logical CPUs, into which the CPU is split if
+            TensorFlow has not been used yet.
+        what: How messages call what they are for.
+
+    Raises:
+        InputError: There are too few, or a name is unknown.
+    """
+    if devices is None:
+        gpus = tf.config.list_physical_devices("GPU")
+        if len(gpus) < count and not _is_running():
+            split_cpu(max(count, len(_wanted_cpus())))
+        known = [_local_devices(), tf.config.list_logical_devices("CPU")]
+        for names in known:
+            names = [getattr(device, "name", device) for device in names]
+            if len(names) >= count:
+                return names[:count]
+        raise InputError(
+            f"{what} expect {count} devices. Received: {len(names)} logical CPUs in "
+            "this process, which TensorFlow has been used in already. Call "
+            f"`gpt_tf.parallel.strategy.split_cpu({count})` before anything else, or "
+            "pass --virtual-devices."
+        )
+    names = list(devices)
+    known = {
+        spec.name.rpartition("device:")[2]: spec.name
+        for spec in tf.config.list_logical_devices()
+    }
+    known |= {name: name for name in known.values()}
+    unknown = [name for name in names if name not in known]
+    if unknown or len(names) != count:
+        received = f"{unknown[0]!r}" if unknown else f"{len(names)} of them"
+        raise InputError(
+            f"{what} expect {count} devices out of "
+            f"{', '.join(n for n in known if n[0] != '/')}. Received: {received}."
+        )
+    return [known[name] for name in names]
+
+
+def _is_running():
+    """Whether TensorFlow has been used, so that devices can no longer be split."""
+    return context.context()._context_handle is not None
+
+
+def _wanted_cpus():
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    return tf.config.get_logical_device_configuration(cpu) or [None]
 
 
 def make_strategy(name="auto"):

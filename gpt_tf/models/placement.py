@@ -1,0 +1,43 @@
+"""Where a model's layers stand and how its step is computed, if not all in one place.
+
+`GPTModel` asks for a plan while it is built. There is one inside the scope of a
+`gpt_tf.parallel.pipeline.Pipeline`, which then also computes the model's steps.
+"""
+
+import contextlib
+import contextvars
+
+_PLANNER = contextvars.ContextVar("planner", default=None)
+
+
+class OnePlace:
+    """The plan of a model that is computed as one."""
+
+    is_divided = False
+
+    def at(self, layer_name):
+        """Return a context in which a layer of this name is built."""
+        return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def planned_by(planner):
+    """Let models that are built in this block be placed by a planner.
+
+    Args:
+        planner: Function of a model's sizes, a dict of `GPTModel`'s arguments, that
+            returns a plan: with `is_divided`, `at(layer_name)`, and what `GPTModel`
+            calls in the place of its own: `compile`, `differentiate`, `measure` and
+            `logits`.
+    """
+    token = _PLANNER.set(planner)
+    try:
+        yield
+    finally:
+        _PLANNER.reset(token)
+
+
+def plan_for(sizes):
+    """Return the plan for a model of these sizes."""
+    planner = _PLANNER.get()
+    return OnePlace() if planner is None else planner(sizes)

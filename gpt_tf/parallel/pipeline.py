@@ -1,0 +1,559 @@
+"""Layers in parts: every device computes some of the blocks (article 3.1).
+
+A batch is cut into micro-batches. While the second device computes the second part
+of the layers for one of them, the first device computes its own for the next. A
+stage's forward pass is one XLA computation and its backward pass another; the last
+stage, whose gradient can begin at once, does both in one.
+"""
+
+import contextlib
+import itertools
+import time
+
+import tensorflow as tf
+
+from gpt_tf.errors import InputError
+from gpt_tf.models import operations, placement, step
+from gpt_tf.models.decoding import parts_of
+from gpt_tf.parallel.strategy import devices_for
+
+SCHEDULES = ("1f1b", "gpipe")
+
+_FORWARD, _BACKWARD = "forward", "backward"
+
+
+class Pipeline:
+    """A way to train and run a GPT whose layers stand on several devices.
+
+    What is built in its `scope()` is an ordinary `GPTModel`: the same weights, losses
+    and files. A step equals that of the undivided model with
+    `gradient_accumulation_steps=micro_batches`.
+
+    Args:
+        num_stages: Number of parts, at least 1 and at most the model's blocks.
+        micro_batches: Parts of a batch, at least 1. Stages are idle for
+            `(num_stages - 1) / (micro_batches + num_stages - 1)` of a step.
+        schedule: `"gpipe"`: all forward passes, then all backward passes; `"1f1b"`:
+            forward and backward by turns as soon as possible, so that a stage keeps
+            the activations of at most `num_stages` micro-batches.
+        devices: A device per stage. Default: the GPUs of this machine, or logical
+            CPUs, into which the CPU is split if TensorFlow has not been used yet.
+        costs: What balances the stages: `None`, computed from the sizes; a list of
+            what each block and then the head costs, in any unit, as `measure_costs`
+            returns; or, with `blocks`, nothing.
+        blocks: Number of blocks of each stage, if they are not to be balanced.
+
+    Raises:
+        InputError: A number is out of its range, or there are too few devices.
+
+    Example:
+        >>> pipeline = Pipeline(num_stages=2, micro_batches=4)
+        >>> with pipeline.scope():
+        ...     model = GPTModel(vocab_size=100, embedding_dim=16, num_layers=4,
+        ...                      num_heads=2)
+        >>> model.fit(inputs, labels)
+
+    Reference: Huang et al., "GPipe", arXiv:1811.06965; Narayanan et al.,
+    "PipeDream", arXiv:1806.03377; article 3.1, layers as independent sub-tasks.
+    """
+
+    def __init__(
+        self,
+        num_stages,
+        micro_batches=4,
+        schedule="1f1b",
+        *,
+        devices=None,
+        costs=None,
+        blocks=None,
+    ):
+        for name, value in (
+            ("num_stages", num_stages),
+            ("micro_batches", micro_batches),
+        ):
+            if isinstance(value, bool) or int(value) != value or value < 1:
+                raise InputError(
+                    f"`{name}` expects an integer of at least 1. Received: {value!r}."
+                )
+        if schedule not in SCHEDULES:
+            raise InputError(
+                f"`schedule` expects one of {', '.join(SCHEDULES)}. "
+                f"Received: {schedule!r}."
+            )
+        self.num_stages = int(num_stages)
+        self.micro_batches = int(micro_batches)
+        self.schedule = schedule
+        self.devices = devices_for(self.num_stages, devices, "A pipeline's stages")
+        self.costs = costs
+        self.blocks = blocks
+
+    def scope(self):
+        """Return a context in which the GPTs that are built are pipelines."""
+        if tf.distribute.has_strategy():
+            raise InputError(
+                "A pipeline expects to place the layers itself. Received: the scope of "
+                f"{type(tf.distribute.get_strategy()).__name__}. Leave that scope first."
+            )
+        return placement.planned_by(self.plan)
+
+    def plan(self, sizes):
+        """Divide a model of these sizes among the stages."""
+        num_layers = sizes["num_layers"]
+        if self.num_stages > num_layers:
+            raise InputError(
+                "A pipeline expects at most one stage per block. Received: "
+                f"{self.num_stages} stages for {num_layers} blocks. Use fewer stages."
+            )
+        if self.blocks is not None:
+            blocks = [int(count) for count in self.blocks]
+            if (
+                len(blocks) != self.num_stages
+                or min(blocks) < 1
+                or sum(blocks) != num_layers
+            ):
+                raise InputError(
+                    f"`blocks` expects {self.num_stages} numbers of at least 1 that "
+                    f"add up to {num_layers}. Received: {self.blocks}."
+                )
+        else:
+            costs = computed_costs(sizes) if self.costs is None else list(self.costs)
+            if len(costs) != num_layers + 1:
+                raise InputError(
+                    f"`costs` expects {num_layers + 1} numbers, of the blocks and of "
+                    f"the head. Received: {len(costs)}."
+                )
+            blocks = balance(costs, self.num_stages)
+        return _Plan(self, blocks)
+
+
+def computed_costs(sizes):
+    """Return the multiplications per token of each block and of the head.
+
+    Args:
+        sizes: `vocab_size`, `embedding_dim`, `num_layers`, `num_heads`,
+            `feedforward_dim` and `context_length` of a GPT.
+    """
+    width = sizes["embedding_dim"]
+    inner = width // sizes["num_heads"] * sizes["num_heads"]
+    block = 4 * width * inner + 2 * width * sizes["feedforward_dim"]
+    block += sizes["context_length"] * inner  # scores and values, half of each hidden
+    return [block] * sizes["num_layers"] + [width * sizes["vocab_size"]]
+
+
+def measure_costs(model, inputs, labels, repeats=5):
+    """Measure what each block and the head cost in a training step.
+
+    Args:
+        model: A GPTModel.
+        inputs: Token ids `(B, T)` of a micro-batch.
+        labels: The next tokens `(B, T)`.
+        repeats: Number of runs, of which the fastest counts.
+
+    Returns:
+        Seconds, a list of `num_layers + 1`: forward and backward of the blocks, and
+        of the final norm, head and loss.
+    """
+    parts = parts_of(model)
+    tokens = tf.convert_to_tensor(inputs, tf.int32)
+    labels = tf.convert_to_tensor(labels, tf.int32)
+    weights = tf.ones(tf.shape(labels))
+    x, table = parts.embed(tokens)
+
+    def differentiated(layers, function):
+        @tf.function(jit_compile=True, autograph=False)
+        def run(x):
+            with operations.inside_xla(), tf.GradientTape() as tape:
+                tape.watch(x)
+                total = function(x)
+            variables = [v for layer in layers for v in layer.trainable_variables]
+            return tape.gradient(total, [x, *variables])
+
+        return run
+
+    def loss(x):
+        return operations.token_sums(parts.score(x, table), labels, weights)[0]
+
+    runs = [
+        differentiated([block], lambda x, block=block: tf.reduce_sum(block(x)))
+        for block in parts.blocks
+    ]
+    runs.append(differentiated([parts.norm, parts.head], loss))
+    costs = []
+    for run in runs:
+        run(x)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            _ = [g.numpy() for g in run(x)[:1]]
+            times.append(time.perf_counter() - start)
+        costs.append(min(times))
+    return costs
+
+
+def balance(costs, num_stages):
+    """Divide a chain of blocks so that the costliest stage costs least.
+
+    Args:
+        costs: Cost of each block, and at the end that of the head, which belongs to
+            the last stage.
+        num_stages: At most the number of blocks.
+
+    Returns:
+        Number of blocks of each stage, at least 1.
+
+    Example:
+        >>> balance([1, 1, 1, 1, 1, 1, 2], 2)
+        [4, 2]
+    """
+    *blocks, head = costs
+    best = {(0, 0): (0.0, [])}  # stages and blocks so far -> costliest, division
+    for stage in range(1, num_stages + 1):
+        for end in range(stage, len(blocks) + 1):
+            extra = head if stage == num_stages else 0.0
+            options = []
+            for begin in range(stage - 1, end):
+                if (stage - 1, begin) in best:
+                    worst, division = best[stage - 1, begin]
+                    cost = sum(blocks[begin:end]) + extra
+                    options.append((max(worst, cost), [*division, end - begin]))
+            best[stage, end] = min(options)
+    return best[num_stages, len(blocks)][1]
+
+
+def tasks_of(schedule, stage, num_stages, micro_batches):
+    """Return what a stage does in a step, in order.
+
+    Args:
+        schedule: `"gpipe"` or `"1f1b"`.
+        stage: Its index from 0.
+        num_stages: Number of stages.
+        micro_batches: Number of micro-batches.
+
+    Returns:
+        Pairs of `"forward"` or `"backward"` and the micro-batch's index.
+    """
+    forward = [(_FORWARD, index) for index in range(micro_batches)]
+    backward = [(_BACKWARD, index) for index in range(micro_batches)]
+    if schedule == "gpipe":
+        return forward + backward
+    # As many forward passes ahead as there are stages behind this one.
+    ahead = min(num_stages - 1 - stage, micro_batches)
+    turns = itertools.zip_longest(forward[ahead:], backward)
+    return forward[:ahead] + [task for pair in turns for task in pair if task]
+
+
+class _Stage:
+    """Some of the layers of a model, on one device."""
+
+    def __init__(self, plan, model, index, begin, end):
+        self.plan = plan
+        self.model = model
+        self.device = plan.devices[index]
+        self.parts = parts_of(model)
+        self.is_first = index == 0
+        self.is_last = index == plan.num_stages - 1
+        self.blocks = self.parts.blocks[begin:end]
+        layers = list(self.blocks)
+        if self.is_first:
+            layers.insert(0, self.parts.embedding)
+        if self.is_last:
+            layers += [self.parts.norm, self.parts.head]
+        self.variables = [v for layer in layers for v in layer.trainable_variables]
+        self._functions = {}
+
+    def call(self, x, training):
+        """Return what the next stage reads, `(B, T, C)`."""
+        if self.is_first:
+            x, _ = self.parts.embed(x, training=training)
+        for block in self.blocks:
+            x = block(x, training=training)
+        return x
+
+    def sums(self, x, table, labels, weights, training):
+        """Return the sums over tokens of the last stage, and the logits."""
+        logits = self.parts.score(self.call(x, training), table, training=training)
+        return operations.token_sums(logits, labels, weights), logits
+
+    # The functions that run, each one XLA computation where the model uses XLA.
+
+    def forward(self, x, training=False):
+        return self._run(self.call, training)(x)
+
+    def logits(self, x, table):
+        def score(x, table, training):
+            return self.parts.score(self.call(x, training), table, training=training)
+
+        return self._run(score, False)(x, table)
+
+    def measure(self, x, table, labels, weights):
+        return self._run(self.sums, False)(x, table, labels, weights)
+
+    def differentiate(self, x, table, labels, weights, scale):
+        """Return sums, gradients of x, table and variables, and the logits."""
+
+        def both(x, table, labels, weights, scale, training):
+            inputs = [x] if table is None else [x, table]
+            if self.is_first:  # token ids have no gradient
+                inputs = inputs[1:]
+            with tf.GradientTape() as tape:
+                tape.watch(inputs)
+                sums, logits = self.sums(x, table, labels, weights, training)
+                loss = sums[0] * scale
+            gradients = tape.gradient(
+                loss,
+                [*inputs, *self.variables],
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
+            gradients = [tf.convert_to_tensor(g) for g in gradients]
+            return sums, gradients, logits if self.model.wants_logits() else None
+
+        return self._run(both, True)(x, table, labels, weights, scale)
+
+    def _run(self, function, training):
+        key = (function.__name__, training)
+        if key not in self._functions:
+
+            def traced(*args):
+                if not self.model.uses_xla:
+                    return function(*args, training=training)
+                with operations.inside_xla():
+                    return function(*args, training=training)
+
+            self._functions[key] = tf.function(
+                traced, jit_compile=self.model.uses_xla, autograph=False
+            )
+        return self._functions[key]
+
+
+class _Plan:
+    """The stages of one model; what `placement.planned_by` asks for."""
+
+    is_divided = True
+
+    def __init__(self, pipeline, blocks):
+        self.num_stages = pipeline.num_stages
+        self.micro_batches = pipeline.micro_batches
+        self.schedule = pipeline.schedule
+        self.devices = pipeline.devices
+        self.blocks = blocks
+        ends = list(itertools.accumulate(blocks))
+        self._places = {}
+        for stage, (count, end) in enumerate(zip(blocks, ends, strict=True)):
+            for index in range(end - count, end):
+                self._places[f"block_{index}"] = stage
+        self._places["embedding"] = 0
+        self._places["final_norm"] = self._places["head"] = self.num_stages - 1
+        self._stages = None
+
+    def at(self, layer_name):
+        """Return a context that puts a layer's weights on its stage's device."""
+        return tf.device(self.devices[self._places[layer_name]])
+
+    def compile(self, model):
+        """Forget what was traced; the model's options may have changed."""
+        if not model.sums_tokens:
+            raise InputError(
+                "A pipeline expects the loss NextTokenLoss, which can be added up over "
+                "micro-batches. Received: another one. Train without a pipeline."
+            )
+        if model.gradient_accumulation_steps > 1:
+            raise InputError(
+                "A pipeline expects its `micro_batches` in the place of "
+                "`gradient_accumulation_steps`. Received: "
+                f"{model.gradient_accumulation_steps}. Leave it at 1."
+            )
+        self._stages = None
+
+    def stages(self, model):
+        if self._stages is None:
+            ends = list(itertools.accumulate(self.blocks))
+            self._stages = [
+                _Stage(self, model, index, end - count, end)
+                for index, (count, end) in enumerate(
+                    zip(self.blocks, ends, strict=True)
+                )
+            ]
+        return self._stages
+
+    def differentiate(self, model, batch, scale):
+        """Compute a training step's sums and gradients, all stages at work."""
+        return _Step(self, model, scale).run(batch)
+
+    def measure(self, model, batch):
+        """Compute the sums of a batch, and its logits if they are wanted."""
+        outputs = self._flow(
+            model,
+            batch,
+            lambda last, x, table, part: last.measure(x, table, *part[1:]),
+        )
+        sums = tuple(map(tf.add_n, zip(*(sums for sums, _ in outputs), strict=True)))
+        logits = None
+        if model.wants_logits():
+            logits = _joined([logits for _, logits in outputs], batch)
+        return sums, logits
+
+    def logits(self, model, tokens):
+        """Compute logits `(B, T, V)`."""
+        outputs = self._flow(
+            model, (tokens,), lambda last, x, table, part: last.logits(x, table)
+        )
+        return _joined(outputs, (tokens,))
+
+    def _flow(self, model, batch, finish):
+        """Send micro-batches through all stages; return what `finish` makes of each."""
+        stages = self.stages(model)
+        parts = step.split_batch(batch, self.micro_batches)
+        table = _table_of(stages)
+        before = [None] * len(stages)
+        outputs = []
+        for index in range(self.micro_batches):
+            part = tf.nest.map_structure(lambda x, index=index: x[index], parts)
+            x = part[0]
+            for place, stage in enumerate(stages):
+                with tf.device(stage.device), _after(before[place]):
+                    if stage.is_last:
+                        x = finish(stage, x, table, part)
+                    else:
+                        x = stage.forward(x)
+                before[place] = x
+            outputs.append(x)
+        return outputs
+
+
+class _Step:
+    """The computation of one training step, task by task."""
+
+    def __init__(self, plan, model, scale):
+        self.plan = plan
+        self.model = model
+        self.scale = scale
+        self.stages = plan.stages(model)
+        self.table = _table_of(self.stages)
+        self.sums = None
+        self.logits = []
+        self.totals = [None] * len(self.stages)  # gradients of each stage's variables
+        self.table_total = None
+        self.tapes = {}
+        self.outputs = {}
+        self.slopes = {}  # what a stage gets back from the one behind it
+
+    def run(self, batch):
+        parts = step.split_batch(batch, self.plan.micro_batches)
+        self.parts = [
+            tf.nest.map_structure(lambda x, index=index: x[index], parts)
+            for index in range(self.plan.micro_batches)
+        ]
+        queues = [
+            tasks_of(
+                self.plan.schedule,
+                index,
+                self.plan.num_stages,
+                self.plan.micro_batches,
+            )
+            for index in range(len(self.stages))
+        ]
+        before = [None] * len(self.stages)
+        # The graph's edges decide when a task runs. Here they are only written down,
+        # in an order in which each finds what it needs.
+        while any(queues):
+            for place, queue in enumerate(queues):
+                if queue and self._is_ready(place, *queue[0]):
+                    kind, index = queue.pop(0)
+                    stage = self.stages[place]
+                    with tf.device(stage.device), _after(before[place]):
+                        before[place] = getattr(self, f"_{kind}")(place, stage, index)
+        logits = None
+        if self.model.wants_logits():
+            logits = _joined(self.logits, batch)
+        return self.sums, self._gradients(), (), logits
+
+    def _is_ready(self, place, kind, index):
+        if kind == _FORWARD:
+            return place == 0 or (place - 1, index) in self.outputs
+        return self.stages[place].is_last or (place, index) in self.slopes
+
+    def _forward(self, place, stage, index):
+        if stage.is_last:
+            return None  # comes with the backward pass
+        x = self.outputs[place - 1, index] if place else self.parts[index][0]
+        with tf.GradientTape() as tape:
+            if place:
+                tape.watch(x)
+            y = stage.forward(x, training=True)
+        self.tapes[place, index] = tape, x, y
+        self.outputs[place, index] = y
+        return y
+
+    def _backward(self, place, stage, index):
+        if stage.is_last:
+            gradients = self._last(place, stage, index)
+        else:
+            tape, x, y = self.tapes.pop((place, index))
+            inputs = [x] if place else []
+            gradients = tape.gradient(
+                y,
+                [*inputs, *stage.variables],
+                output_gradients=self.slopes.pop((place, index)),
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
+        if place:
+            self.slopes[place - 1, index] = gradients[0]
+            gradients = gradients[1:]
+        gradients = [tf.convert_to_tensor(g) for g in gradients]
+        self.totals[place] = _sum(self.totals[place], gradients)
+        return gradients
+
+    def _last(self, place, stage, index):
+        tokens, labels, weights = self.parts[index]
+        x = self.outputs[place - 1, index] if place else tokens
+        sums, gradients, logits = stage.differentiate(
+            x, self.table, labels, weights, self.scale
+        )
+        self.logits.append(logits)
+        self.sums = _sum(self.sums, sums)
+        if self.table is not None:
+            where = 1 if place else 0
+            gradients = list(gradients)
+            self.table_total = _sum(self.table_total, [gradients.pop(where)])
+        return gradients
+
+    def _gradients(self):
+        """Return the gradients in the order of the model's variables."""
+        found = {}
+        for stage, total in zip(self.stages, self.totals, strict=True):
+            for variable, gradient in zip(stage.variables, total, strict=True):
+                found[variable.ref()] = gradient
+        if self.table is not None:
+            embedding = self.stages[0].parts.embedding
+            with tf.device(self.stages[0].device):
+                found[embedding.token_table.ref()] += self.table_total[0]
+        return [found[v.ref()] for v in self.model.trainable_variables]
+
+
+def _table_of(stages):
+    """Return the token table for a tied head, or None."""
+    embedding = stages[0].parts.embedding
+    if not embedding.share_table:
+        return None
+    with tf.device(stages[0].device):
+        table = tf.convert_to_tensor(embedding.token_table)
+        return tf.cast(table, embedding.compute_dtype)
+
+
+def _sum(total, new):
+    if total is None:
+        return tuple(new)
+    return tuple(a + b for a, b in zip(total, new, strict=True))
+
+
+def _after(tensors):
+    """Return a context whose operations wait for tensors, None for none."""
+    tensors = [t for t in tf.nest.flatten(tensors) if t is not None]
+    if not tensors or tf.executing_eagerly():
+        return contextlib.nullcontext()
+    return tf.control_dependencies(tensors[:1])
+
+
+def _joined(pieces, batch):
+    """Put the logits of micro-batches together, without the rows that were added."""
+    return tf.concat(pieces, axis=0)[: tf.shape(batch[0])[0]]
