@@ -3,7 +3,8 @@
 LiteRT computes with every row of the cache, filled or not, so speed follows its
 capacity. Here the capacity in use starts small and grows in steps; a growth copies
 the rows once. Between growths nothing is copied: the same buffers are bound as cache
-input and output of every signature.
+input and output of every signature. A loaded model may have several sessions, texts
+with a cache each.
 """
 
 import ctypes
@@ -35,7 +36,11 @@ _COST_PER_POSITION = 1 / 12
 
 
 class Executor:
-    """One model, its signatures and one cache.
+    """One loaded model, or a stage of one, for any number of sessions.
+
+    The sessions share weights and signatures; each has a cache of its own. Whoever
+    runs them in turn pays for it where their capacities differ: LiteRT then lays its
+    memory out anew, 0.5 ms for GPT-2 small, where a token takes 8 to 16.
 
     Args:
         model: Name or bytes of a `.tflite` that was verified.
@@ -44,35 +49,105 @@ class Executor:
         name: How messages call the file.
 
     Attributes:
-        position: Number of positions in the cache.
-        limit: Largest number of positions.
+        limit: Largest number of positions of a session.
+        lengths: Lengths of the prefill signatures, ascending.
     """
 
     def __init__(self, model: str | bytes, facts: dict, num_threads: int, name: str):
         config = facts["config"]
-        self.position = 0
+        blocks = signatures.blocks_of(facts)
         self.limit = min(facts["capacity"], config["context_length"])
-        self._vocab_size = config["vocab_size"]
-        self._largest = facts["capacity"]
-        self._dtype = np.dtype(facts["cache_dtype"])
-        self._cache_names = signatures.caches(config["num_layers"])
+        self.largest = facts["capacity"]
+        self.dtype = np.dtype(facts["cache_dtype"])
+        self.cache_names = signatures.caches(len(blocks), blocks.start)
         # LiteRT goes on reading it.
         self._data = model
         with quiet():
-            self._model = _load(model, num_threads, name)
+            self.model = _load(model, num_threads, name)
             self._signatures = self._find_signatures(name)
-            self._decode = self._signatures[signatures.DECODE]
-            shape = self._decode.shape_of(self._cache_names[0])
-            _, self._heads, _, self._width = shape
-            self._prefills = self._by_length("prefill", signatures.prefill)
-            self._scores = self._by_length("score", signatures.score)
-            self._rooms = {}
-            self._room = None
-            self._enter(min(GROWTH, self._largest))
+            self.decode = self._signatures[signatures.DECODE]
+            shape = self.decode.shape_of(self.cache_names[0])
+            _, self.heads, _, self.head_dim = shape
+            self.prefills = self._by_length("prefill", signatures.prefill)
+            self.scores = self._by_length("score", signatures.score)
+            self.lengths = tuple(self.prefills)
+            self._free = []
             # The first run sets up what later ones use.
-            self.decode(0)
+            session = self.session()
+            session.run(self.decode, self.decode.values[:1])
+            session.close()
         end_quietly()
+
+    def session(self) -> "Session":
+        """Begin a session with an empty cache."""
+        return Session(self)
+
+    def room(self, capacity: int) -> "_Room":
+        """Return a cache of this capacity, one that was given back if there is one."""
+        for index, room in enumerate(self._free):
+            if room.capacity == capacity:
+                return self._free.pop(index)
+        return self._new_room(capacity)
+
+    def give_back(self, room: "_Room") -> None:
+        """Take a cache back."""
+        self._free.append(room)
+        # Small ones are kept for other texts, half as many rows as are possible.
+        self._free.sort(key=lambda room: room.capacity)
+        while sum(room.capacity for room in self._free) > self.largest // 2:
+            self._free.pop()
+
+    def close(self) -> None:
+        """Give model and buffers back; its sessions are of no use afterwards."""
+        self._free = self.model = self._data = None
+        self._signatures = self.prefills = self.scores = self.decode = None
+
+    def _find_signatures(self, name):
+        found = {}
+        for key, names in self.model.get_signature_list().items():
+            found[key] = _Signature(self.model, key, names, self.largest)
+        wanted = {*self.cache_names, signatures.MASK}
+        if signatures.DECODE not in found or not wanted <= set(
+            found[signatures.DECODE].inputs
+        ):
+            raise DamagedFileError(
+                f"Expected the signature {signatures.DECODE} with "
+                f"{len(self.cache_names)} caches in {name}. Received: "
+                f"{', '.join(sorted(found))}. Export the model again."
+            )
+        return found
+
+    def _by_length(self, kind, name_of):
+        lengths = signatures.lengths_of(self._signatures, kind)
+        return {length: self._signatures[name_of(length)] for length in lengths}
+
+    def _new_room(self, capacity):
+        self.decode.resize(capacity)
+        # What is hidden is multiplied by 0, so it must be finite.
+        blank = np.zeros(self.heads * capacity * self.head_dim, self.dtype)
+        caches = {}
+        for name in self.cache_names:
+            caches[name] = self.decode.input_buffer(name)
+            caches[name].write(blank)
+        return _Room(capacity, caches, {})
+
+
+class Session:
+    """One text in a cache of its own.
+
+    Args:
+        executor: The model that runs it.
+
+    Attributes:
+        position: Number of positions in the cache.
+        limit: Largest number of positions.
+    """
+
+    def __init__(self, executor: Executor):
         self.position = 0
+        self.limit = executor.limit
+        self._executor = executor
+        self._room = executor.room(min(GROWTH, executor.largest))
 
     @property
     def capacity(self) -> int:
@@ -85,108 +160,102 @@ class Executor:
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Append tokens to the cache; they must have room in it."""
-        for signature, chunk in self._chunks(ids, self._prefills):
-            self._run(signature, chunk)
+        for signature, chunk in self._chunks(ids, self._executor.prefills):
+            self.run(signature, chunk)
 
     def decode(self, token: int) -> np.ndarray:
         """Append a token and return the logits of the next one, `(V,)` float32."""
-        self._reserve(self.position + 1)
-        return self._run(self._decode, [token])[0]
+        self.reserve(1)
+        return self.run(self._executor.decode, [token])[0]
 
     def score(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Append tokens; yield the logits behind each, in pieces `(n, V)` float32."""
-        for signature, chunk in self._chunks(ids, self._scores):
-            yield self._run(signature, chunk)
+        for signature, chunk in self._chunks(ids, self._executor.scores):
+            yield self.run(signature, chunk)
 
-    def close(self) -> None:
-        """Give model and buffers back."""
-        self._rooms = self._room = self._model = self._data = None
-        self._signatures = self._prefills = self._scores = self._decode = None
+    def plan(self, count: int, most: int | None = None) -> list[int]:
+        """Make room for tokens and return the lengths of the calls for them.
 
-    def _find_signatures(self, name):
-        found = {}
-        for key, names in self._model.get_signature_list().items():
-            found[key] = _Signature(self._model, key, names, self._largest)
-        wanted = {*self._cache_names, signatures.TOKENS, signatures.MASK}
-        if signatures.DECODE not in found or not wanted <= set(
-            found[signatures.DECODE].inputs
-        ):
-            raise DamagedFileError(
-                f"Expected the signature {signatures.DECODE} with "
-                f"{len(self._cache_names)} caches in {name}. Received: "
-                f"{', '.join(sorted(found))}. Export the model again."
-            )
-        return found
+        Args:
+            count: Number of tokens that are to be prefilled.
+            most: Largest length that may be chosen, at least 1; None: any.
+        """
+        lengths = [n for n in self._executor.lengths if most is None or n <= most]
+        chosen = plan(count, self.limit - self.position, lengths)
+        self.reserve(rows_for(count, chosen, self.limit - self.position))
+        return chosen
 
-    def _by_length(self, kind, name_of):
-        lengths = signatures.lengths_of(self._signatures, kind)
-        return {length: self._signatures[name_of(length)] for length in lengths}
-
-    def _chunks(self, ids, by_length):
-        """Cut tokens into pieces, each with the signature that runs it."""
-        lengths = plan(len(ids), self.limit - self.position, by_length)
-        # The next token has its row too, so that it does not make the cache grow.
-        rows = max(min(len(ids) + 1, self.limit - self.position), sum(lengths))
-        self._reserve(self.position + rows)
-        begin = 0
-        for length in lengths:
-            chunk = ids[begin : begin + length]
-            yield by_length.get(length, self._decode), chunk
-            begin += len(chunk)
-
-    def _run(self, signature, chunk):
-        """Run tokens, filled up to the signature's length; return their logits."""
-        call = self._call(signature)
-        position, count = self.position, len(chunk)
-        signature.tokens[:count] = chunk
-        signature.tokens[count:] = 0
-        signature.positions[:] = np.arange(position, position + signature.length)
-        call.show(position)
-        signature.token_buffer.write(signature.tokens)
-        signature.position_buffer.write(signature.positions)
-        call.mask_buffer.write(call.mask)
-        self._model.run_by_index(signature.index, call.inputs, call.outputs)
-        self.position += count
-        if signature.logit_buffer is None:
-            return None
-        logits = signature.logit_buffer.read(
-            signature.length * self._vocab_size, np.float32
-        )
-        return logits.reshape(signature.length, -1)[:count]
-
-    def _reserve(self, rows):
-        """Grow the cache, or shrink an empty one, to what a text needs."""
-        capacity = min(-(-rows // GROWTH) * GROWTH, self._largest)
+    def reserve(self, rows: int) -> None:
+        """Grow the cache, or shrink an empty one, to so many more rows."""
+        rows += self.position
+        capacity = min(-(-rows // GROWTH) * GROWTH, self._executor.largest)
         if capacity > self.capacity or (not self.position and capacity < self.capacity):
             self._enter(capacity)
 
+    def step(self, values, length: int | None) -> np.ndarray | None:
+        """Append tokens, or what a stage hands on, with one call.
+
+        There must be room for them.
+
+        Args:
+            values: Token ids `(n,)`, or `hidden` `(n, C)` float32; `n` from 1 to
+                `length`.
+            length: Which prefill signature runs them; None: decode.
+
+        Returns:
+            `hidden` `(n, C)` of a stage that is not the last; else logits `(1, V)`
+            of decode, and None of a prefill.
+        """
+        executor = self._executor
+        signature = executor.decode if length is None else executor.prefills[length]
+        return self.run(signature, values)
+
+    def run(self, signature: "_Signature", chunk) -> np.ndarray | None:
+        """Run a chunk, filled up to the signature's length; return what comes out."""
+        call = self._call(signature)
+        position, count = self.position, len(chunk)
+        signature.values[:count] = chunk
+        signature.values[count:] = 0
+        signature.positions[:] = np.arange(position, position + signature.length)
+        call.show(position)
+        signature.value_buffer.write(signature.values)
+        signature.position_buffer.write(signature.positions)
+        call.mask_buffer.write(call.mask)
+        self._executor.model.run_by_index(signature.index, call.inputs, call.outputs)
+        self.position += count
+        return signature.read(count)
+
+    def close(self) -> None:
+        """Give the cache back, for other sessions."""
+        if self._room is not None:
+            self._executor.give_back(self._room)
+        self._room = None
+
+    def _chunks(self, ids, by_length):
+        """Cut tokens into pieces, each with the signature that runs it."""
+        room = self.limit - self.position
+        lengths = plan(len(ids), room, by_length)
+        self.reserve(rows_for(len(ids), lengths, room))
+        begin = 0
+        for length in lengths:
+            chunk = ids[begin : begin + length]
+            yield by_length.get(length, self._executor.decode), chunk
+            begin += len(chunk)
+
     def _enter(self, capacity):
-        old = self._room
-        self._room = self._rooms.get(capacity) or self._new_room(capacity)
-        self._rooms[capacity] = self._room
+        old, executor = self._room, self._executor
+        self._room = executor.room(capacity)
         if self.position:
             self._copy_rows(old, self._room)
-        # Small ones are kept for the next text, half as many rows as are possible.
-        others = sorted(size for size in self._rooms if size != capacity)
-        while sum(others) > self._largest // 2:
-            del self._rooms[others.pop()]
-
-    def _new_room(self, capacity):
-        self._decode.resize(capacity)
-        # What is hidden is multiplied by 0, so it must be finite.
-        blank = np.zeros(self._heads * capacity * self._width, self._dtype)
-        caches = {}
-        for name in self._cache_names:
-            caches[name] = self._decode.input_buffer(name)
-            caches[name].write(blank)
-        return _Room(capacity, caches, {})
+        executor.give_back(old)
 
     def _copy_rows(self, old, new):
-        shape = (self._heads, old.capacity, self._width)
-        rows = np.zeros((self._heads, new.capacity, self._width), self._dtype)
-        for name in self._cache_names:
-            kept = old.caches[name].read(math.prod(shape), self._dtype).reshape(shape)
-            rows[:, : self.position] = kept[:, : self.position]
+        executor = self._executor
+        shape = (executor.heads, old.capacity, executor.head_dim)
+        rows = np.zeros((shape[0], new.capacity, shape[2]), executor.dtype)
+        for name in executor.cache_names:
+            kept = old.caches[name].read(math.prod(shape), executor.dtype)
+            rows[:, : self.position] = kept.reshape(shape)[:, : self.position]
             new.caches[name].write(rows)
 
     def _call(self, signature):
@@ -195,6 +264,19 @@ class Executor:
         if signature.name not in room.calls:
             room.calls[signature.name] = _Call(signature, room)
         return room.calls[signature.name]
+
+
+def rows_for(count: int, lengths: Sequence[int], room: int) -> int:
+    """Return how many rows calls need for so many tokens.
+
+    The next token has its row too, so that it does not make the cache grow.
+
+    Args:
+        count: Number of tokens.
+        lengths: Lengths of the calls, as `plan` chose them.
+        room: Positions that are free.
+    """
+    return max(min(count + 1, room), sum(lengths))
 
 
 def plan(count: int, room: int, lengths: Sequence[int]) -> list[int]:
@@ -251,25 +333,39 @@ class _Signature:
         self.inputs, self.outputs = names["inputs"], names["outputs"]
         self.index = model.get_signature_index(name)
         shapes = model.get_input_tensor_details(name)
-        self.length = int(shapes[signatures.TOKENS]["shape"][1])
-        self.tokens = np.zeros(self.length, np.int32)
+        # Tokens, or what the stage before hands on.
+        value = (
+            signatures.TOKENS
+            if signatures.TOKENS in names["inputs"]
+            else signatures.HIDDEN
+        )
+        _, self.length, *width = map(int, shapes[value]["shape"])
+        kind = np.int32 if value == signatures.TOKENS else np.float32
+        self.values = np.zeros((self.length, *width), kind)
         self.positions = np.zeros(self.length, np.int32)
         self._model = model
         self._capacity = capacity
         self._shapes = [list(shapes[name]["shape"]) for name in self.inputs]
-        self.token_buffer = self.input_buffer(signatures.TOKENS)
+        self.value_buffer = self.input_buffer(value)
         self.position_buffer = self.input_buffer(signatures.POSITIONS)
-        self.logit_buffer = None
-        if signatures.LOGITS in self.outputs:
-            self.logit_buffer = model.create_output_buffer_by_name(
-                name, signatures.LOGITS
-            )
+        self.result_buffer = None
+        for result in {signatures.LOGITS, signatures.HIDDEN}.intersection(self.outputs):
+            shape = model.get_output_tensor_details(name)[result]["shape"]
+            self._result_shape = self.length, int(shape[-1])
+            self.result_buffer = model.create_output_buffer_by_name(name, result)
 
     def shape_of(self, name):
         return self._shapes[self.inputs.index(name)]
 
     def input_buffer(self, name):
         return self._model.create_input_buffer_by_name(self.name, name)
+
+    def read(self, count):
+        """Return the first rows of what came out, or None where nothing does."""
+        if self.result_buffer is None:
+            return None
+        values = self.result_buffer.read(math.prod(self._result_shape), np.float32)
+        return values.reshape(self._result_shape)[:count]
 
     def resize(self, capacity):
         """Let mask and caches have this many rows."""
@@ -280,7 +376,7 @@ class _Signature:
         ):
             if name == signatures.MASK:
                 shape[3] = capacity
-            elif name not in (signatures.TOKENS, signatures.POSITIONS):
+            elif name.startswith("kv_cache"):
                 shape[2] = capacity
             else:
                 continue
@@ -296,14 +392,15 @@ class _Call:
         self.mask = np.zeros((signature.length, room.capacity), np.float32)
         self._position = None
         buffers = {
-            **room.caches,
-            signatures.TOKENS: signature.token_buffer,
             signatures.POSITIONS: signature.position_buffer,
             signatures.MASK: self.mask_buffer,
-            signatures.LOGITS: signature.logit_buffer,
+            **room.caches,
         }
-        self.inputs = [buffers[name] for name in signature.inputs]
-        self.outputs = [buffers[name] for name in signature.outputs]
+        # What is none of these goes in, or comes out.
+        self.inputs = [buffers.get(n, signature.value_buffer) for n in signature.inputs]
+        self.outputs = [
+            buffers.get(n, signature.result_buffer) for n in signature.outputs
+        ]
 
     def show(self, position):
         """Let the tokens from a position on see the rows up to their own."""

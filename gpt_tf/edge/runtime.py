@@ -77,6 +77,7 @@ class EdgeGPT:
         self._executor = Executor(
             artefact.model, artefact.facts, self.num_threads, str(path)
         )
+        self._session = self._executor.session()
         self.context_length = self._executor.limit
         self._keep = max(1, self.context_length // 2)
         self._ids = []  # what is in the cache
@@ -181,8 +182,8 @@ class EdgeGPT:
             # Behind the last token nothing is asked for.
             end = min(begin + context, len(scores))
             self.reset()
-            self._executor.prefill(ids[begin:known])
-            for logits in self._executor.score(ids[known:end]):
+            self._session.prefill(ids[begin:known])
+            for logits in self._session.score(ids[known:end]):
                 after = known + len(logits)
                 targets = ids[known + 1 : after + 1]
                 scores[known:after] = _log_probabilities(logits, targets)
@@ -193,13 +194,13 @@ class EdgeGPT:
     @property
     def position(self) -> int:
         """Number of tokens in the cache."""
-        return self._executor.position
+        return self._session.position
 
     def reset(self) -> None:
         """Empty the cache: the next token is the first of a text."""
         self._check_open()
         self._turn += 1
-        self._executor.reset()
+        self._session.reset()
         self._ids = []
 
     def prefill(self, ids: Sequence[int]) -> int:
@@ -235,7 +236,7 @@ class EdgeGPT:
             InputError: As for `prefill`.
         """
         ids = self._appendable(ids)
-        pieces = list(self._executor.score(ids))
+        pieces = list(self._session.score(ids))
         self._ids += ids
         return np.concatenate(pieces or [np.zeros((0, self.config["vocab_size"]))])
 
@@ -271,7 +272,7 @@ class EdgeGPT:
         """Give the model's memory back; the object is of no use afterwards."""
         if self._executor is not None:
             self._executor.close()
-        self._executor = None
+        self._executor = self._session = None
 
     def __enter__(self) -> "EdgeGPT":
         return self
@@ -350,12 +351,12 @@ class EdgeGPT:
         return self._append(window[-1])
 
     def _fill(self, ids):
-        self._executor.prefill(ids)
+        self._session.prefill(ids)
         self._ids += ids
 
     def _append(self, token):
         self._check_open()
-        logits = self._executor.decode(token)
+        logits = self._session.decode(token)
         self._ids.append(token)
         return logits
 

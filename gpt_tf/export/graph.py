@@ -55,8 +55,15 @@ _EVERYTHING = _PRODUCTS | {
 }
 
 
-def build(model: Model, constants: Constants, kind: str, length: int, capacity: int):
-    """Add a signature to a model.
+def build(
+    model: Model,
+    constants: Constants,
+    kind: str,
+    length: int,
+    capacity: int,
+    blocks: range | None = None,
+):
+    """Add a signature to a model, or to a stage of one.
 
     Args:
         model: The `flatbuffer.Model`.
@@ -64,6 +71,7 @@ def build(model: Model, constants: Constants, kind: str, length: int, capacity: 
         kind: `"decode"`, `"prefill"` or `"score"`.
         length: `T`, tokens per call; 1 for `decode`.
         capacity: `S`, rows of the caches.
+        blocks: The blocks of the stage; None: all.
     """
     names = {
         "decode": signatures.DECODE,
@@ -71,7 +79,12 @@ def build(model: Model, constants: Constants, kind: str, length: int, capacity: 
         "score": signatures.score(length),
     }
     graph = _Graph(model.subgraph(names[kind]), constants, length, capacity)
-    graph.build(wants_logits=kind != "prefill")
+    num_layers = constants.sizes["num_layers"]
+    blocks = range(num_layers) if blocks is None else blocks
+    if blocks.stop < num_layers:
+        graph.build(blocks, signatures.HIDDEN)
+    else:
+        graph.build(blocks, None if kind == "prefill" else signatures.LOGITS)
 
 
 class _Graph:
@@ -90,34 +103,43 @@ class _Graph:
         if mode.activations is not None:
             self.fixed = _EVERYTHING if mode.everything else _PRODUCTS
 
-    def build(self, wants_logits):
+    def build(self, blocks, wanted):
+        """Build the graph of these blocks with the output that is wanted, or none."""
         length, capacity = self.length, self.capacity
-        num_layers = self.constants.sizes["num_layers"]
-        self.tokens = self.graph.input(signatures.TOKENS, (1, length), Type.INT32)
+        first, last = blocks[0], blocks[-1]
+        width = self.constants.sizes["embedding_dim"]
+        if first == 0:
+            tokens = self.graph.input(signatures.TOKENS, (1, length), Type.INT32)
+        else:
+            hidden = self.graph.input(signatures.HIDDEN, (1, length, width))
         self.positions = self.graph.input(signatures.POSITIONS, (length,), Type.INT32)
         self.mask = self.graph.input(signatures.MASK, (1, 1, length, capacity))
-        self.caches = [
-            self.graph.input(name, (1, self.heads, capacity, self.head_dim), *kind)
-            for index in range(num_layers)
-            for name, kind in (
-                (signatures.key_cache(index), self._cache_kind(index)),
-                (signatures.value_cache(index), self._cache_kind(index)),
-            )
-        ]
+        shape = (1, self.heads, capacity, self.head_dim)
+        self.caches = {
+            name: self.graph.input(name, shape, *self._cache_kind(index))
+            for index in blocks
+            for name in signatures.caches(1, index)
+        }
         self.start = self._first_row()
-        x = self._embed()
-        for index in range(num_layers):
+        if first == 0:
+            x = self._embed(tokens)
+        else:
+            # Exact: the stage before had it on the same grid.
+            x = self.at(f"block_{first - 1}/feedforward_residual_activation", hidden)
+        for index in blocks:
             # The caches of the last block are written before its attention, which
             # a prefill therefore does without.
-            x = self._block(index, x, wants_logits or index < num_layers - 1)
-        if wants_logits:
-            self.graph.output(signatures.LOGITS, self._head(x))
+            x = self._block(index, x, wanted is not None or index < last)
+        if wanted == signatures.LOGITS:
+            self.graph.output(wanted, self._head(x))
+        elif wanted == signatures.HIDDEN:
+            self.graph.output(wanted, self._real(x))
 
     # Layers
 
-    def _embed(self):
+    def _embed(self, tokens):
         width = self.constants.sizes["embedding_dim"]
-        tokens = self._reshape(self.tokens, (self.length,))
+        tokens = self._reshape(tokens, (self.length,))
         rows = self._lookup("embedding/token_table", tokens, width)
         places = self._lookup("embedding/position_table", self.positions, width)
         x = self._reshape(self._add(rows, places), (1, self.length, width))
@@ -130,11 +152,11 @@ class _Graph:
             self._norm(x, f"{block}/attention_norm_"),
         )
         query, key, value = self._query_key_value(block, normal, goes_on)
-        key_cache, value_cache = self.caches[2 * index : 2 * index + 2]
-        keys = self._write_rows(key_cache, key)
-        values = self._write_rows(value_cache, value)
-        self.graph.output(signatures.key_cache(index), keys)
-        self.graph.output(signatures.value_cache(index), values)
+        names = signatures.key_cache(index), signatures.value_cache(index)
+        keys = self._write_rows(self.caches[names[0]], key)
+        values = self._write_rows(self.caches[names[1]], value)
+        self.graph.output(names[0], keys)
+        self.graph.output(names[1], values)
         if not goes_on:
             return None
         context = self._attend(block, query, keys, values)

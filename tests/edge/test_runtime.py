@@ -90,14 +90,14 @@ def test_the_capacity_follows_the_text(exported, monkeypatch):
         seen = []
         for token in random_ids(CONTEXT):
             gpt.decode(token)
-            seen.append(gpt._executor.capacity)
+            seen.append(gpt._session.capacity)
         assert seen == [4 * (i // 4 + 1) for i in range(CONTEXT)]
         # What is kept for the next text is at most half as large again.
-        rooms = gpt._executor._rooms
-        assert CONTEXT < sum(rooms) <= CONTEXT * 3 // 2
+        free = [room.capacity for room in gpt._executor._free]
+        assert gpt._session.capacity == CONTEXT and 0 < sum(free) <= CONTEXT // 2
         gpt.reset()
         gpt.decode(1)
-        assert gpt._executor.capacity == 4
+        assert gpt._session.capacity == 4
 
 
 def test_a_second_text_of_the_same_length_allocates_no_cache(exported, monkeypatch):
@@ -179,9 +179,9 @@ def test_stop_texts_end_the_generation_as_in_keras(gpt, exported):
 def test_after_a_stop_text_nothing_more_is_computed(gpt, monkeypatch):
     whole = gpt.generate("abc", max_new_tokens=30, seed=5)
     calls = []
-    decode = gpt._executor.decode
+    decode = gpt._session.decode
     monkeypatch.setattr(
-        gpt._executor, "decode", lambda token: calls.append(token) or decode(token)
+        gpt._session, "decode", lambda token: calls.append(token) or decode(token)
     )
     gpt.generate(["abc"], max_new_tokens=30, seed=5, stop=whole[3])
     assert len(calls) <= 4
