@@ -8,7 +8,6 @@ checked against published measurements, and against this machine's own where
 `results/parallel.json` holds them. Formulas and limits: docs/scaling.md.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -116,6 +115,7 @@ class Machine:
         optimizer_bytes: Of the optimizer's state per parameter; Adam in mixed
             precision keeps a float32 copy and two moments.
         fused_attention: Whether scores never reach memory.
+        memory_share: Of the memory that tensors may fill, in (0, 1].
         shared: Whether the devices are parts of one processor that computes for
             whichever is busy, so that an idle device costs nothing.
     """
@@ -132,6 +132,7 @@ class Machine:
     value_bytes: int = 2
     optimizer_bytes: int = 12
     fused_attention: bool = False
+    memory_share: float = 0.9
     shared: bool = False
 
     def product_s(self, rows, inner, columns):
@@ -179,6 +180,7 @@ class Layout:
         recompute: Whether blocks keep their input only and run forward again.
         overlap: Whether gradients travel during the last micro-batch's backward.
         ring: Whether keys and values travel while attention is computed.
+        balance: Whether the last stage has fewer blocks, since it has the head.
     """
 
     data: int = 1
@@ -191,6 +193,7 @@ class Layout:
     recompute: bool = False
     overlap: bool = True
     ring: bool = False
+    balance: bool = False
 
     @property
     def devices(self):
@@ -432,10 +435,25 @@ class StageCost:
         return StageCost(*(count * value for value in dataclasses.astuple(self)))
 
 
-def split_layers(num_layers, stages):
-    """Spread blocks over stages, the ones left over to the first."""
-    least, more = divmod(num_layers, stages)
-    return [least + (stage < more) for stage in range(stages)]
+@functools.lru_cache(maxsize=4096)
+def split_layers(model, stages, balance=False):
+    """Spread blocks over stages, the ones left over to the first.
+
+    With `balance`, the last stage has as many as make the slowest stage fastest.
+    """
+    last = model.num_layers // stages
+    if balance and stages > 1:
+        head = model.vocab_size / (12 * model.embedding_dim + 2 * model.context_length)
+        last = min(
+            range(1, last + 1),
+            key=lambda n: max(
+                math.ceil((model.num_layers - n) / (stages - 1)), n + head
+            ),
+        )
+    if stages == 1:
+        return (model.num_layers,)
+    least, more = divmod(model.num_layers - last, stages - 1)
+    return (*(least + (stage < more) for stage in range(stages - 1)), last)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -506,7 +524,7 @@ def stage_costs(model, machine, layout, batch):
     blocks = block_cost(model, machine, layout, sequences)
     heads = head_cost(model, machine, layout, sequences)
     call = StageCost(overhead_s=machine.call_overhead_s)
-    layers = split_layers(model.num_layers, layout.stages)
+    layers = split_layers(model, layout.stages, layout.balance)
     both = [
         [block.times(count) + call for count in layers] for block in blocks
     ]  # forward, backward
@@ -517,7 +535,7 @@ def stage_costs(model, machine, layout, batch):
 
 def device_layers(model, layout):
     """Count each device's blocks."""
-    layers = split_layers(model.num_layers, layout.stages)
+    layers = split_layers(model, layout.stages, layout.balance)
     return [sum(layers[d :: layout.pipeline]) for d in range(layout.pipeline)]
 
 
@@ -564,10 +582,11 @@ def memory_use(model, machine, layout, batch):
 
 def check_memory(machine, use):
     needed = sum(use.values())
-    if needed > machine.memory_bytes:
+    limit = machine.memory_bytes * machine.memory_share
+    if needed > limit:
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in use.items())
         _refuse(
-            f"at most {machine.memory_bytes / 1e9:.0f} GB a device",
+            f"at most {limit / 1e9:.0f} GB a device",
             f"{needed / 1e9:.1f} GB ({parts})",
             "Split the model further, recompute, or take smaller micro-batches",
         )
@@ -719,6 +738,7 @@ def all_layouts(devices, batch, kinds=KINDS, chunks=(1, 2, 4)):
                         chunks=chunk,
                         recompute=recompute,
                         ring=ring,
+                        balance=pipeline > 1,
                     )
 
 
@@ -842,7 +862,7 @@ TABLE_2 = (
 )
 
 
-def megatron_2021():
+def megatron_2021(machine=A100):
     """Rows of tables 1 and 2. Those of table 1 without a pipeline are fitted on."""
     rows = []
     for table, entries in (("table 1", TABLE_1), ("table 2", TABLE_2)):
@@ -867,7 +887,7 @@ def megatron_2021():
                     name=f"{name}, {devices} devices",
                     value=tflops,
                     unit="TFLOP/s",
-                    run=(model, A100, layout, batch),
+                    run=(model, machine, layout, batch),
                     fitted=pipeline == 1,
                 )
             )
@@ -1010,7 +1030,7 @@ def check_published():
     marked; all others are held out.
 
     Returns:
-        A dict of `shares` and `rows`.
+        A dict of `shares`, `rows`, `held_out` errors and `ablations`.
     """
     groups = {
         "A100": megatron_2021(),
@@ -1036,7 +1056,60 @@ def check_published():
                     "fitted": row.fitted,
                 }
             )
-    return {"shares": shares, "rows": told, "held_out": held_out_errors(told)}
+    return {
+        "shares": shares,
+        "rows": told,
+        "held_out": held_out_errors(told),
+        "ablations": ablate(),
+    }
+
+
+def ablate():
+    """Leave parts of the model out, or change what is assumed, and fit again.
+
+    Returns:
+        A dict of errors on the 12 held-out rows of Megatron 2021: `mean`, absolute,
+        and `scaling`, what the same model and batch lose on twice and four times the
+        devices, published less predicted in mean points of per cent. "one number"
+        answers each row with the mean of the fitted ones.
+    """
+    slower = {
+        "node": Link(0.7 * NVLINK_3.bandwidth, NVLINK_3.latency_s),
+        "network": Link(0.7 * HDR.bandwidth, HDR.latency_s),
+    }
+    later = {
+        "node": Link(NVLINK_3.bandwidth, 4 * NVLINK_3.latency_s),
+        "network": Link(HDR.bandwidth, 4 * HDR.latency_s),
+    }
+    changes = {
+        "the model": {},
+        "no traffic of memory": {"memory_bandwidth": math.inf},
+        "no communication": {"node": Link(math.inf), "network": Link(math.inf)},
+        "no bubble": {"shared": True},
+        "links at 70 % of their data sheets": slower,
+        "4 times the latency": later,
+        "4 times the overhead of a call": {"call_overhead_s": 200e-6},
+    }
+    errors = {}
+    for name, change in changes.items():
+        rows = megatron_2021(dataclasses.replace(A100, **change))
+        share = fit_share([row for row in rows if row.fitted])
+        errors[name] = _row_errors(rows, [expected(row, share) for row in rows])
+    mean = float(np.mean([row.value for row in rows if row.fitted]))
+    errors["one number"] = _row_errors(rows, [mean] * len(rows))
+    return errors
+
+
+def _row_errors(rows, answers):
+    both = list(zip(rows, answers, strict=True))
+    held_out = [abs(a / row.value - 1) for row, a in both if not row.fitted]
+    table_2 = [(row.value, a) for row, a in both if row.source.endswith("table 2")]
+    lost = [
+        abs(more[0] / fewest[0] - more[1] / fewest[1])
+        for fewest, *others in (table_2[:3], table_2[3:])
+        for more in others
+    ]
+    return {"mean": float(np.mean(held_out)), "scaling": 100 * float(np.mean(lost))}
 
 
 def held_out_errors(rows):
@@ -1080,6 +1153,14 @@ def print_published(report):
             f"held out, {source}: {error['rows']} rows, mean error "
             f"{error['mean']:.1%}, largest {error['largest']:.1%}"
         )
+    print_table(
+        "Narayanan 2021, 12 rows held out, parts changed",
+        ("", "mean error", "scaling, points"),
+        [
+            (name, f"{error['mean']:.1%}", f"{error['scaling']:.1f}")
+            for name, error in report["ablations"].items()
+        ],
+    )
 
 
 # This machine
@@ -1151,6 +1232,7 @@ def row_layout(row):
         micro_batches=row.get("micro_batches") or 1,
         schedule=row.get("schedule") or "1f1b",
         overlap=False,
+        balance=True,
     )
 
 
@@ -1323,3 +1405,221 @@ def print_calibration(report):
         console.print(f"  read as {reading}: left out {error:.0%}")
     for refused in report["refused"]:
         console.print(f"  not laid out: {refused['row']['way']}: {refused['reason']}")
+
+
+# What it says of 8 to 512 accelerators
+
+STUDIED = Model(32, 2560, 32, 51200, 2048)  # 2.7 billion parameters
+STUDIED_BATCH = 512
+DEVICES = (8, 16, 32, 64, 128, 256, 512)
+WAYS = {**{kind: (kind,) for kind in KINDS}, "best mix": KINDS}
+
+
+def study(share):
+    """Predict each kind alone and the best mix, on two networks.
+
+    Args:
+        share: Share of the peak that products reach.
+
+    Returns:
+        A dict of `networks`, each a dict of ways, each a list of points; a point
+        that cannot run has a `reason` for its numbers.
+    """
+    networks = {}
+    for machine in (A100, A100_ETHERNET):
+        machine = dataclasses.replace(machine, matrix_share=share)
+        networks[machine.name] = {
+            way: [_point(machine, devices, kinds) for devices in DEVICES]
+            for way, kinds in WAYS.items()
+        }
+    return {
+        "model": dataclasses.asdict(STUDIED),
+        "parameters": STUDIED.parameters,
+        "batch": STUDIED_BATCH,
+        "networks": networks,
+    }
+
+
+def _point(machine, devices, kinds):
+    try:
+        layout, found = best_layout(STUDIED, machine, devices, STUDIED_BATCH, kinds)
+    except LayoutError as error:
+        return {"devices": devices, "reason": str(error)}
+    return {
+        "devices": devices,
+        "layout": str(layout),
+        "mesh": dataclasses.asdict(layout),
+        **found.as_dict(),
+    }
+
+
+def print_study(report):
+    for name, ways in report["networks"].items():
+        rows = []
+        for way, points in ways.items():
+            for point in points:
+                if "reason" in point:
+                    rows.append((way, str(point["devices"]), *[""] * 7))
+                    continue
+                rows.append(
+                    (
+                        way,
+                        str(point["devices"]),
+                        f"{point['step_s']:.2f}",
+                        f"{point['flops_share']:.0%}",
+                        *(
+                            f"{point[part] / point['step_s']:.0%}"
+                            for part in ("tensor_s", "sequence_s", "bubble_s", "data_s")
+                        ),
+                        f"{point['memory_bytes'] / 1e9:.0f}",
+                    )
+                )
+        columns = ("", "devices", "step s", "of peak")
+        parts = ("tensor", "sequence", "bubble", "data", "GB")
+        print_table(name, (*columns, *parts), rows)
+        for point in ways["best mix"]:
+            console.print(f"  {point['devices']}: {point['layout']}")
+
+
+COLOURS = {
+    "data": "#2563a8",
+    "pipeline": "#7b5ea7",
+    "tensor": "#2f7d4f",
+    "sequence": "#a8862a",
+    "best mix": "#c2410c",
+}
+
+
+def draw(published, studied):
+    """Draw both networks and the published check as `results/scaling_model.png`."""
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    titles = ("InfiniBand, 25 GB/s a device", "Ethernet, 1.6 GB/s a device")
+    networks = studied["networks"].values()
+    for one, title, ways in zip(axes, titles, networks, strict=False):
+        _draw_network(one, title, ways)
+    axes[0].set_ylabel("share of the peak that trains the model, per cent")
+    _draw_published(axes[2], published["rows"])
+    for one in axes:
+        for side in ("top", "right"):
+            one.spines[side].set_visible(False)
+        one.tick_params(labelsize=9)
+    billions = studied["parameters"] / 1e9
+    figure.suptitle(
+        f"Predicted: GPT of {billions:.1f} billion parameters, {studied['batch']} "
+        "sequences of 2048 a step, A100 80 GB, 8 a node",
+        fontsize=10,
+    )
+    path = RESULTS / "scaling_model.png"
+    figure.savefig(path, dpi=110)
+    console.print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
+
+
+def _draw_network(axes, title, ways):
+    ends = []
+    for way, points in ways.items():
+        points = [point for point in points if "reason" not in point]
+        if not points:
+            continue
+        devices = [point["devices"] for point in points]
+        shares = [100 * point["flops_share"] for point in points]
+        axes.plot(
+            devices,
+            shares,
+            color=COLOURS[way],
+            linewidth=2.4 if way == "best mix" else 1.5,
+            marker="o",
+            markersize=3.5,
+            zorder=3 if way == "best mix" else 2,
+        )
+        if devices[-1] < DEVICES[-1]:
+            _label_stop(axes, devices[-1], shares[-1], way)
+        else:
+            ends.append((shares[-1], way))
+    _label_ends(axes, ends)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(DEVICES, [str(count) for count in DEVICES])
+    axes.set_xlim(7, 1400)
+    axes.set_ylim(0, 48)
+    axes.minorticks_off()
+    axes.set_xlabel("accelerators")
+    axes.set_title(title, fontsize=10, loc="left")
+
+
+def _label_stop(axes, devices, share, way):
+    """Name a line that stops early, and what stops it."""
+    what = {"pipeline": "layers", "tensor": "heads"}.get(way)
+    label = f"{way} ({devices} {what})" if what else f"{way}, to {devices}"
+    # The lines below keep away from these places.
+    align, place = "right", (devices * 1.3, share - 2.6)
+    if way == "pipeline" or place[1] < 5:
+        align, place = "left", (devices * 1.15, max(share, 5))
+    axes.text(*place, label, color=COLOURS[way], fontsize=9, va="center", ha=align)
+
+
+def _label_ends(axes, ends, gap=2.4):
+    """Name lines where they end, pushed apart where they would overlap."""
+    height = -gap
+    for share, way in sorted(ends):
+        height = max(share, height + gap, 1.2)
+        axes.text(
+            DEVICES[-1] * 1.15, height, way, color=COLOURS[way], fontsize=9, va="center"
+        )
+
+
+def _draw_published(axes, rows):
+    rows = [row for row in rows if row["unit"] == "TFLOP/s" and row["published"] > 100]
+    axes.plot([125, 180], [125, 180], color="#555555", linewidth=0.8)
+    axes.text(174, 175.5, "equal", fontsize=8, color="#555555", ha="right")
+    for fitted, colour in ((True, "#8fa8c8"), (False, "#c2410c")):
+        some = [row for row in rows if row["fitted"] == fitted]
+        axes.scatter(
+            [row["published"] for row in some],
+            [row["predicted"] for row in some],
+            color=colour,
+            s=26,
+            zorder=3,
+        )
+    held = [abs(row["error"]) for row in rows if not row["fitted"]]
+    axes.text(128, 171, "4 rows fitted, one constant", color="#5f7ea6", fontsize=9)
+    axes.text(
+        128,
+        167,
+        f"{len(held)} rows held out, {np.mean(held):.0%} off on average",
+        color="#c2410c",
+        fontsize=9,
+    )
+    axes.set_xlim(125, 180)
+    axes.set_ylim(125, 180)
+    axes.set_aspect("equal")
+    axes.set_xlabel("published TFLOP/s a device (arXiv:2104.04473)")
+    axes.set_ylabel("predicted")
+    axes.set_title("32 to 3072 A100, 1.7 to 1008 billion", fontsize=10, loc="left")
+
+
+def main():
+    published = check_published()
+    print_published(published)
+    measured = read_measured()
+    calibration = calibrate(measured) if measured else None
+    if calibration:
+        print_calibration(calibration)
+    studied = study(published["shares"]["A100"])
+    print_study(studied)
+    save(
+        "scaling_model",
+        {
+            "published": published,
+            "this_machine": calibration,
+            "study": studied,
+            "machines": [
+                dataclasses.asdict(machine) for machine in (A100, A100_ETHERNET, DGX_2H)
+            ],
+        },
+    )
+    draw(published, studied)
+
+
+if __name__ == "__main__":
+    main()
