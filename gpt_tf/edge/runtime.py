@@ -8,7 +8,8 @@ import numpy as np
 
 from gpt_tf import generation
 from gpt_tf.edge.container import open_artefact
-from gpt_tf.edge.executor import Executor
+from gpt_tf.edge.continuation import continuations, half_of
+from gpt_tf.edge.executor import Executor, Session
 from gpt_tf.errors import InputError
 from gpt_tf.sampling import Sampler
 
@@ -79,7 +80,6 @@ class EdgeGPT:
         )
         self._session = self._executor.session()
         self.context_length = self._executor.limit
-        self._keep = max(1, self.context_length // 2)
         self._ids = []  # what is in the cache
         self._turn = 0
 
@@ -126,7 +126,7 @@ class EdgeGPT:
         Example:
             >>> gpt.generate(["def ", "class "], max_new_tokens=20, seed=1)
         """
-        self._check_open()
+        self.check_open()
         sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
         return generation.answer(
             prompt,
@@ -167,7 +167,7 @@ class EdgeGPT:
         Example:
             >>> perplexity = np.exp(-gpt.score("the quick brown fox").mean())
         """
-        self._check_open()
+        self.check_open()
         ids = self._ids_of(prompt)
         context = self.context_length
         overlap = context // 2 if overlap is None else overlap
@@ -198,7 +198,7 @@ class EdgeGPT:
 
     def reset(self) -> None:
         """Empty the cache: the next token is the first of a text."""
-        self._check_open()
+        self.check_open()
         self._turn += 1
         self._session.reset()
         self._ids = []
@@ -255,7 +255,7 @@ class EdgeGPT:
             InputError: The id is unknown, or the cache is full and
                 `when_full="stop"`.
         """
-        self._check_open()
+        self.check_open()
         token = int(token)
         self._check_ids([token])
         self._turn += 1
@@ -266,7 +266,7 @@ class EdgeGPT:
                 f"The cache is full: it has {self.context_length} tokens. Call "
                 '`reset()` first, or open the model with when_full="slide".'
             )
-        return self._begin([*self._ids, token][-self._keep :])
+        return self._begin([*self._ids, token][-half_of(self.context_length) :])
 
     def close(self) -> None:
         """Give the model's memory back; the object is of no use afterwards."""
@@ -282,56 +282,34 @@ class EdgeGPT:
 
     def _steps(self, rows, max_new_tokens, sampler, end, done):
         """Yield a dict of row to new token per step, row after row."""
-        generators = sampler.generators(len(rows))
-        windows = [row[-self.context_length :] for row in rows]
-        # The Keras side shifts the rows of a list together.
-        ahead = max(map(len, windows)) if self.when_full == "slide" else None
-        for row, text in enumerate(rows):
-            for token in self._continue(
-                text, ahead, max_new_tokens, sampler, generators[row], end
-            ):
+        texts = continuations(
+            rows, max_new_tokens, sampler, end, self.context_length, self.when_full
+        )
+        for row, text in enumerate(texts):
+            for token in self._continue(text):
                 yield {row: token}
                 if row in done:
                     break
 
-    def _continue(self, text, ahead, max_new_tokens, sampler, generator, end):
-        """Yield the new tokens of one text.
-
-        Args:
-            ahead: Length of the longest text of a list: when that fills the context,
-                the oldest half of this one is dropped. None: it ends when full.
-        """
-        text, left, keep = list(text), max_new_tokens, self.context_length
-        while left:
-            window = text[-keep:]
-            count, full = len(window), self.context_length
-            if ahead is not None:
-                full += count - ahead
-            logits = self._begin(window)
+    def _continue(self, text):
+        """Yield the new tokens of one text."""
+        turn = None
+        while not text.finished:
+            if turn != self._turn:
+                # Whoever used the cache meanwhile has left another text in it.
+                text.restart()
+            if text.begins:
+                logits = self._begin(text.pending)
+            else:
+                logits = self._append(text.pending[0])
             turn = self._turn
-            while True:
-                token = sampler.choose(logits, text, generator)
-                if token == end:
-                    return
-                text.append(token)
+            token = text.push(logits)
+            if token is not None:
                 yield token
-                left -= 1
-                if not left or count == full:
-                    break
-                count += 1
-                if turn == self._turn:
-                    logits = self._append(token)
-                else:
-                    # Whoever used the cache meanwhile has left another text in it.
-                    logits = self._begin(text[-count:])
-                    turn = self._turn
-            if ahead is None:
-                return
-            keep = ahead = self._keep
 
     def _appendable(self, ids):
         """Return ids as a list, seen to be known and to have room in the cache."""
-        self._check_open()
+        self.check_open()
         ids = [int(token) for token in ids]
         if ids:
             self._check_ids(ids)
@@ -355,7 +333,7 @@ class EdgeGPT:
         self._ids += ids
 
     def _append(self, token):
-        self._check_open()
+        self.check_open()
         logits = self._session.decode(token)
         self._ids.append(token)
         return logits
@@ -375,7 +353,17 @@ class EdgeGPT:
             raise InputError(f"{name} is empty. Give it at least one token.")
         generation.check_rows([ids], self.config["vocab_size"])
 
-    def _check_open(self):
+    def new_session(self) -> Session:
+        """Begin a text with a cache of its own, beside the one that `reset` empties."""
+        self.check_open()
+        return self._executor.session()
+
+    def check_open(self) -> None:
+        """Refuse to go on with a closed model.
+
+        Raises:
+            InputError: It was closed.
+        """
         if self._executor is None:
             raise InputError("The model was closed. Open it again: `EdgeGPT(path)`.")
 

@@ -147,9 +147,10 @@ def test_a_fault_in_any_one_signature_is_noticed(write, monkeypatch, mode, name)
         rows = self._real(rows)
         minus = self.graph.constant(np.full((1,), -3, np.float32))
         rows = self._multiply(rows, minus)
-        if not self.caches[0].grid:
+        cache = next(iter(self.caches.values()))
+        if not cache.grid:
             return rows
-        grid = self.caches[0].grid
+        grid = cache.grid
         return self._quantize(rows, Type.INT8, grid)
 
     break_method(monkeypatch, "_write_rows", rows)
