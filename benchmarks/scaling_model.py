@@ -1222,13 +1222,26 @@ def _least_squares(columns, values):
     return [factor if i == kept else 0.0 for i, factor in enumerate(alone)]
 
 
+# Which devices a measured way of training multiplies.
+WAY_KINDS = {
+    "one_device": None,
+    "mirrored": "data",
+    "batch": "data",
+    "multi_worker": "data",
+    "pipeline": "pipeline",
+    "tensor": "tensor",
+    "sequence": "sequence",
+}
+
+
 def row_layout(row):
     """Return a measured row's `Layout`."""
     devices = max(row.get("devices") or 1, row.get("workers") or 1)
-    kinds = {"pipeline": "pipeline", "tensor": "tensor", "sequence": "sequence"}
-    kind = kinds.get(row["way"], "data")
+    if row["way"] not in WAY_KINDS:
+        _refuse(f"a way of {', '.join(WAY_KINDS)}", row["way"], "Name its kind here")
+    kind = WAY_KINDS[row["way"]]
     return Layout(
-        **{kind: 1 if row["way"] == "one_device" else devices},
+        **({kind: devices} if kind else {}),
         micro_batches=row.get("micro_batches") or 1,
         schedule=row.get("schedule") or "1f1b",
         overlap=False,
@@ -1309,6 +1322,9 @@ def calibrate(report):
     rows, refused = [], []
     probe = Calibration(0.5, 0.0, Link(math.inf), Link(math.inf), True)
     for row in report["rows"]:
+        if not row.get("step_ms"):
+            refused.append({"row": row, "reason": "it has no time"})
+            continue
         try:
             row_step_s(report, row, probe)
             rows.append(row)

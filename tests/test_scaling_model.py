@@ -376,6 +376,24 @@ def test_calibration_finds_the_constants_that_made_the_rows(shared):
     assert scaling.calibrate(report)["left_out_error"] > 0.02
 
 
+def test_rows_that_cannot_be_laid_out_are_told_and_left_out():
+    report = made_up_report(
+        scaling.Calibration(0.4, 2e-3, Link(5e9, 1e-5), Link(1e9, 2e-4), True)
+    )
+    report["rows"] += [
+        {"way": "tensor", "devices": 3, "step_ms": 1.0},
+        {"way": "by hand", "devices": 2, "step_ms": 1.0},
+        {"way": "mirrored", "devices": 2, "step_ms": None},
+    ]
+    found = scaling.calibrate(report)
+    reasons = [refused["reason"] for refused in found["refused"]]
+    assert len(reasons) == 3
+    assert len(found["rows"]) == len(report["rows"]) - 3
+    del report["rows"][2:]
+    with pytest.raises(ValueError, match="at least 3 measured rows"):
+        scaling.calibrate(report)
+
+
 def test_a_missing_measurement_is_told_and_not_fatal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "RESULTS", tmp_path)
     assert scaling.read_measured() is None
