@@ -43,13 +43,13 @@ def layer_norm(x, gamma, beta, epsilon):
     """Normalise the last axis to mean 0 and variance 1, then scale and shift.
 
     Args:
-        x: `(N, C)`, any float type.
+        x: `(..., C)`, any float type.
         gamma: `(C,)`, scale.
         beta: `(C,)`, shift.
         epsilon: Added to the variance, above 0.
 
     Returns:
-        `(N, C)` in the type of `x`.
+        `(..., C)` in the type of `x`.
 
     Reference: Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450.
     """
@@ -66,7 +66,9 @@ def layer_norm(x, gamma, beta, epsilon):
             mean = tf.reduce_mean(dnormal, axis=-1, keepdims=True)
             slope = tf.reduce_mean(dnormal * normal, axis=-1, keepdims=True)
             dx = (dnormal - mean - normal * slope) * scale
-            return dx, tf.reduce_sum(dy * normal, axis=0), tf.reduce_sum(dy, axis=0)
+            others = list(range(x.shape.rank - 1))
+            dgamma = tf.reduce_sum(dy * normal, axis=others)
+            return dx, dgamma, tf.reduce_sum(dy, axis=others)
 
         return normal * gamma + beta, gradient
 

@@ -56,6 +56,9 @@ class AdamW(keras.optimizers.AdamW):
             return super()._clip_gradients(grads)
         norm = tf.linalg.global_norm(grads)
         limit = tf.cast(self.global_clipnorm, norm.dtype)
+        if self._mesh:  # DTensor has no branches
+            share = tf.where(norm <= limit, tf.ones_like(norm), limit / norm)
+            return [grad * share for grad in grads]
         return tf.cond(
             norm <= limit,
             lambda: [tf.identity(grad) for grad in grads],
@@ -67,7 +70,18 @@ class AdamW(keras.optimizers.AdamW):
         """Nothing: the decay belongs to `update_step`."""
 
     def _distributed_apply_gradients_fn(self, distribution, grads_and_vars, **kwargs):
-        # What all variables share is computed once a step, not once a variable.
+        self._share_factors()
+        return super()._distributed_apply_gradients_fn(
+            distribution, grads_and_vars, **kwargs
+        )
+
+    def _internal_apply_gradients(self, grads_and_vars):
+        if self._mesh:  # then the method above is not called
+            self._share_factors()
+        return super()._internal_apply_gradients(grads_and_vars)
+
+    def _share_factors(self):
+        """Compute what all variables share, once a step and not once a variable."""
         step = tf.cast(self.iterations + 1, tf.float32)
         rate = tf.cast(self.learning_rate, tf.float32)
         decay = 1.0 - rate * (self.weight_decay or 0.0)
@@ -76,9 +90,6 @@ class AdamW(keras.optimizers.AdamW):
             tf.pow(tf.cast(self.beta_1, tf.float32), step),
             tf.pow(tf.cast(self.beta_2, tf.float32), step),
             decay,
-        )
-        return super()._distributed_apply_gradients_fn(
-            distribution, grads_and_vars, **kwargs
         )
 
     def update_step(self, gradient, variable):

@@ -91,7 +91,7 @@ class Pipeline:
         """Return a context in which the GPTs that are built are pipelines."""
         if tf.distribute.has_strategy():
             raise InputError(
-                "A pipeline expects to place the layers itself. Received: the scope of "
+                "A pipeline places the layers itself. Received: the scope of "
                 f"{type(tf.distribute.get_strategy()).__name__}. Leave that scope first."
             )
         return placement.planned_by(self.plan)
