@@ -13,6 +13,7 @@ import typer.core
 from rich.console import Console
 
 from gpt_tf.errors import InputError
+from gpt_tf.export import signatures
 from gpt_tf.quiet import held_back
 
 
@@ -385,7 +386,8 @@ def distil(
 def export(
     model: Annotated[Path, typer.Option(help="A run's or model's folder.")],
     out: Annotated[
-        Path, typer.Option(help="File to write, .litertlm or .tflite.")
+        Path,
+        typer.Option(help="File to write, .litertlm or .tflite; a folder for stages."),
     ] = Path("gpt.litertlm"),
     mode: Annotated[
         str,
@@ -407,6 +409,10 @@ def export(
     allow_untrained: Annotated[
         bool, typer.Option(help="Write a model that was never trained too.")
     ] = False,
+    stages: Annotated[
+        int | None,
+        typer.Option(help="Cut it by layers into so many files, a core's work each."),
+    ] = None,
 ):
     """Write a trained model as one file for a device, verified."""
     _import_tensorflow()
@@ -419,6 +425,7 @@ def export(
         out,
         mode,
         corpus=corpus or None,
+        num_stages=stages,
         allow_untrained=allow_untrained,
         on_notice=_notice,
         **{name: value for name, value in options.items() if value is not None},
@@ -429,7 +436,10 @@ def export(
 @app.command()
 def generate(
     model: Annotated[
-        Path, typer.Option(help="A run's or model's folder, a .tflite or .litertlm.")
+        Path,
+        typer.Option(
+            help="A run's or model's folder, a .tflite or .litertlm, or stages."
+        ),
     ],
     prompt: Annotated[
         str | None, typer.Option(help="What to continue; without it, a dialogue.")
@@ -493,15 +503,15 @@ def _notice(line):
 
 
 def _is_edge(model):
-    if model.suffix in (".tflite", ".litertlm"):
+    if model.suffix in (".tflite", ".litertlm") or signatures.is_staged(model):
         return True
     return model.is_file() and model.suffix != ".keras"
 
 
 def _edge_stream(model):
-    from gpt_tf.edge import EdgeGPT
+    from gpt_tf.edge import EdgeGPT, EdgePipeline
 
-    gpt = EdgeGPT(model)
+    gpt = EdgePipeline(model) if signatures.is_staged(model) else EdgeGPT(model)
     _require_tokenizer(gpt.tokenizer, model, "the file that `gpt-tf export` wrote")
     return gpt.stream
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.export.seal import read_seal
-from gpt_tf.export.signatures import stage_file
+from gpt_tf.export.signatures import is_staged, stage_file
 from gpt_tf.text.tokenizer import (
     FILE_NAME,
     Tokenizer,
@@ -155,7 +155,7 @@ def open_stages(folder: str | os.PathLike, tokenizer=None) -> list[Artefact]:
                 f"The stages in {folder} lack {path.name}. Copy the whole folder, or "
                 "export it again."
             )
-        facts = _facts_of(path)
+        facts = read_stage(path)
         first = found[0].facts["stage"] if found else facts["stage"]
         _check_stage(facts["stage"], index, first, path)
         count = first["count"]
@@ -173,13 +173,15 @@ def open_stages(folder: str | os.PathLike, tokenizer=None) -> list[Artefact]:
     return [artefact._replace(tokenizer=tokenizer) for artefact in found]
 
 
-def is_staged(path: str | os.PathLike) -> bool:
-    """Whether a folder has a stage of a model in it, or several."""
-    return any(Path(path).glob(stage_file("*")))
+def read_stage(path: Path) -> dict:
+    """Verify a stage's file and return what its seal says.
 
+    Args:
+        path: The file.
 
-def _facts_of(path):
-    """Return what the seal of a stage says."""
+    Raises:
+        DamagedFileError: It is empty, truncated, altered, or no stage.
+    """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if not size:

@@ -91,6 +91,8 @@ class Executor:
 
     def give_back(self, room: "_Room") -> None:
         """Take a cache back."""
+        if self._free is None:  # closed
+            return
         self._free.append(room)
         # Small ones are kept for other texts, half as many rows as are possible.
         self._free.sort(key=lambda room: room.capacity)
@@ -207,7 +209,7 @@ class Session:
             of decode, and None of a prefill.
         """
         executor = self._executor
-        signature = executor.decode if length is None else executor.prefills[length]
+        signature = executor.prefills.get(length, executor.decode)
         return self.run(signature, values)
 
     def run(self, signature: "_Signature", chunk) -> np.ndarray | None:

@@ -41,7 +41,9 @@ where a prefill, too, hands `hidden` on. Of the last stage it has the caches onl
 Reference: LiteRT-LM's executor, github.com/google-ai-edge/LiteRT-LM.
 """
 
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -121,6 +123,11 @@ def caches(num_layers: int, first: int = 0) -> list[str]:
 def stage_file(index: int) -> str:
     """Return the name of a stage's file in its folder."""
     return f"stage-{index}.tflite"
+
+
+def is_staged(path: str | os.PathLike) -> bool:
+    """Whether a path is a folder with stages of a model in it."""
+    return any(Path(path).glob(stage_file("*")))
 
 
 def blocks_of(facts: dict) -> range:
