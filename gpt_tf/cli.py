@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +13,7 @@ import typer
 import typer.core
 from rich.console import Console
 
-from gpt_tf.errors import InputError
-from gpt_tf.export import signatures
+from gpt_tf.errors import InputError, PeerLostError
 from gpt_tf.quiet import held_back
 
 
@@ -50,6 +50,14 @@ def _main(
 # Options that several commands have.
 _Resume = Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")]
 _Overwrite = Annotated[bool, typer.Option(help="Replace the run that stands in --out.")]
+_ResumeOrStart = Annotated[
+    bool,
+    typer.Option("--resume-or-start", help="Go on with the run in --out, or start it."),
+]
+_JoinTimeout = Annotated[
+    float | None,
+    typer.Option(help="Seconds that workers wait for each other; 600."),
+]
 _BatchSize = Annotated[int | None, typer.Option(help="Windows per step.")]
 _ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations.")]
 _CheckpointEvery = Annotated[
@@ -81,7 +89,9 @@ def train(
         typer.Option(help="quickstart, tiny, shakespeare-char or small."),
     ] = None,
     resume: _Resume = False,
+    resume_or_start: _ResumeOrStart = False,
     overwrite: _Overwrite = False,
+    join_timeout: _JoinTimeout = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="bpe, character, or a tokenizer.json.")
     ] = None,
@@ -147,9 +157,7 @@ def train(
     ] = None,
 ):
     """Train a GPT on text and leave a folder to generate from."""
-    changes = _changes(
-        locals(), ("out", "preset", "resume", "overwrite", "virtual_devices")
-    )
+    changes = _changes(locals(), ("out", "preset", *_NOT_OF_THE_COURSE))
     _import_tensorflow()
     from gpt_tf import training
     from gpt_tf.display import print_result
@@ -165,7 +173,9 @@ def train(
         training.PRESETS.get(preset),
         out,
         resume=resume,
+        resume_or_start=resume_or_start,
         overwrite=overwrite,
+        join_timeout=join_timeout,
         on_notice=_notice,
         **changes,
     )
@@ -188,7 +198,9 @@ def quantize(
         bool, typer.Option(help="Residual, softmax and logits in integers too.")
     ] = False,
     resume: _Resume = False,
+    resume_or_start: _ResumeOrStart = False,
     overwrite: _Overwrite = False,
+    join_timeout: _JoinTimeout = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimiser steps; a tenth of the source's.")
     ] = None,
@@ -205,7 +217,7 @@ def quantize(
     """Make a trained model ready for integers, by training it a little further."""
     changes = _changes(
         locals(),
-        ("model", "method", "out", "full", "resume", "overwrite", "virtual_devices"),
+        ("model", "method", "out", "full", *_NOT_OF_THE_COURSE),
     )
     if method not in _QUANTIZE_METHODS:
         raise InputError(
@@ -225,7 +237,9 @@ def quantize(
         out,
         QuantizationConfig.full() if full else None,
         resume=resume,
+        resume_or_start=resume_or_start,
         overwrite=overwrite,
+        join_timeout=join_timeout,
         on_notice=_notice,
         **changes,
     )
@@ -233,6 +247,9 @@ def quantize(
 
 
 _QUANTIZE_METHODS = ("qat",)
+_NOT_OF_THE_COURSE = (
+    *("resume", "resume_or_start", "overwrite", "join_timeout", "virtual_devices"),
+)
 
 
 @app.command()
@@ -301,7 +318,9 @@ def distil(
         bool, typer.Option(help="Make the student ready for integers at once.")
     ] = False,
     resume: _Resume = False,
+    resume_or_start: _ResumeOrStart = False,
     overwrite: _Overwrite = False,
+    join_timeout: _JoinTimeout = None,
     steps: Annotated[int | None, typer.Option(help="The teacher's.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="At its peak; the teacher's.")
@@ -375,7 +394,9 @@ def distil(
         out,
         None if resume else wanted,
         resume=resume,
+        resume_or_start=resume_or_start,
         overwrite=overwrite,
+        join_timeout=join_timeout,
         on_notice=_notice,
         **changes,
     )
@@ -503,15 +524,18 @@ def _notice(line):
 
 
 def _is_edge(model):
-    if model.suffix in (".tflite", ".litertlm") or signatures.is_staged(model):
+    from gpt_tf.export.signatures import is_staged
+
+    if model.suffix in (".tflite", ".litertlm") or is_staged(model):
         return True
     return model.is_file() and model.suffix != ".keras"
 
 
 def _edge_stream(model):
     from gpt_tf.edge import EdgeGPT, EdgePipeline
+    from gpt_tf.export.signatures import is_staged
 
-    gpt = EdgePipeline(model) if signatures.is_staged(model) else EdgeGPT(model)
+    gpt = EdgePipeline(model) if is_staged(model) else EdgeGPT(model)
     _require_tokenizer(gpt.tokenizer, model, "the file that `gpt-tf export` wrote")
     return gpt.stream
 
@@ -551,6 +575,11 @@ def main():
             raise
         _say(error)
         sys.exit(2)
+    except PeerLostError as error:
+        if getattr(app, "debug", False):
+            traceback.print_exc()
+        _say(error)
+        _exit_at_once(PeerLostError.EXIT_STATUS)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if getattr(app, "debug", False) or package not in _EXTRAS:
@@ -577,6 +606,13 @@ def _import_tensorflow():
     with held_back(lambda line, failed: failed):
         import tensorflow as tf
     tf.get_logger().setLevel("ERROR")
+
+
+def _exit_at_once(status):
+    """Leave without TensorFlow's own farewell, which waits for the lost worker."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _one_line(message, category, filename, lineno, file=None, line=None):

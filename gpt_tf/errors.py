@@ -16,3 +16,12 @@ class InputTypeError(InputError, TypeError):
 
 class DamagedFileError(InputError):
     """A file is truncated, tampered with, or not what its manifest says."""
+
+
+class PeerLostError(RuntimeError):
+    """Another worker of the run is gone; started again, all go on together.
+
+    The command line then exits with `EXIT_STATUS`, "try again" of sysexits.h.
+    """
+
+    EXIT_STATUS = 75

@@ -36,6 +36,17 @@ from gpt_tf.text import corpus as corpora
 from gpt_tf.text import tokenizer as tokenizers
 from gpt_tf.text.dataset import TokenFile, Windows, write_token_file
 
+# What a run that starts from a model takes from it, whatever its configuration says.
+SHAPE = (
+    "vocab_size",
+    "embedding_dim",
+    "num_layers",
+    "num_heads",
+    "feedforward_dim",
+    "dropout",
+    "tie_embeddings",
+)
+
 
 def prepare(config, out, overwrite, notice):
     """Write tokens and configuration beside `out`, then move them in."""
@@ -238,16 +249,7 @@ def _with_shape_of(model, config):
             f"positions of the model in {config.init_from}. "
             f"Received: {config.context_length}."
         )
-    taken = (
-        "vocab_size",
-        "embedding_dim",
-        "num_layers",
-        "num_heads",
-        "feedforward_dim",
-        "dropout",
-        "tie_embeddings",
-    )
-    return dataclasses.replace(config, **{name: shape[name] for name in taken})
+    return dataclasses.replace(config, **{name: shape[name] for name in SHAPE})
 
 
 def _source_with_this_text(config, tokenizer):

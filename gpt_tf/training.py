@@ -34,6 +34,7 @@ from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel import strategy as strategies
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.runs import (
+    OWN_ENTRIES,
     PRESETS,  # noqa: F401 - a part of this module's interface
     TrainingConfig,
     copy_of,
@@ -117,7 +118,9 @@ def train(
     out: str | Path = "runs/gpt",
     *,
     resume: bool = False,
+    resume_or_start: bool = False,
     overwrite: bool = False,
+    join_timeout: float | None = None,
     callbacks=(),
     verbose: bool = True,
     on_notice: Callable[[str], None] | None = None,
@@ -129,8 +132,12 @@ def train(
         config: The course of training; `TrainingConfig()` unless given.
         out: Folder of the run.
         resume: Go on with the run in `out`. The configuration is the run's own.
+        resume_or_start: Go on with the run in `out` if there is one, of this very
+            configuration; else start it. A run that is finished is only loaded. So a
+            command that is started again after every failure comes to its end.
         overwrite: Replace a run that stands in `out`. Files that gpt_tf did not
             write stay.
+        join_timeout: As for `gpt_tf.parallel.strategy.make_strategy`.
         callbacks: More tf_keras callbacks.
         verbose: Whether progress is shown.
         on_notice: Takes one-line notices; they are printed unless given.
@@ -143,6 +150,7 @@ def train(
         InputError: The corpus, the configuration or the folder cannot be used.
             Nothing is then overwritten.
         DamagedFileError: No good checkpoint or token file is left to resume from.
+        PeerLostError: Another worker of the strategy `multi_worker` is gone.
 
     Example:
         >>> result = train(PRESETS["tiny"], "runs/tiny")
@@ -151,6 +159,11 @@ def train(
     out = Path(out)
     for callback in callbacks:
         refuse_keras_3(callback, "callbacks")
+    if resume_or_start and (resume or overwrite):
+        raise InputError(
+            "--resume-or-start finds out itself whether a run stands there. Received: "
+            f"{'--resume' if resume else '--overwrite'} with it. Choose one."
+        )
     if resume:
         if changes:
             raise InputError(
@@ -160,21 +173,30 @@ def train(
         config = read_run(out)
     else:
         config = dataclasses.replace(config or TrainingConfig(), **changes)
-    strategy = strategies.make_strategy(config.strategy)
-    replicas = strategy.num_replicas_in_sync
+        if resume_or_start and (finished := _finished(config, out)) is not None:
+            notice(f"the run in {out} is finished")
+            return finished
+    strategy = strategies.make_strategy(config.strategy, join_timeout)
+    with strategies.watched(strategy), _precision(config.precision):
+        _check_division(config, strategy.num_replicas_in_sync)
+        if resume_or_start:
+            _start_run_unless_there(config, out, strategy, notice)
+        elif not resume:
+            _start_run(config, out, overwrite, strategy, notice)
+        if not resume:
+            config = read_run(out)  # with the shape of the model that it starts from
+        return _Run(config, out, strategy, notice, verbose).train(
+            list(callbacks), resume or resume_or_start
+        )
+
+
+def _check_division(config, replicas):
     if config.batch_size % (replicas * config.gradient_accumulation_steps):
         raise InputError(
             "`batch_size` is divided among replicas and accumulation steps. "
             f"Received: {config.batch_size} for {replicas} replicas and "
             f"{config.gradient_accumulation_steps} accumulation steps. "
             "Use a multiple of their product."
-        )
-    if not resume:
-        _start_run(config, out, overwrite, strategy, notice)
-        config = read_run(out)  # with the shape of the model that it starts from
-    with _precision(config.precision):
-        return _Run(config, out, strategy, notice, verbose).train(
-            list(callbacks), resume
         )
 
 
@@ -184,7 +206,9 @@ def quantize(
     quantization: QuantizationConfig | dict | None = None,
     *,
     resume: bool = False,
+    resume_or_start: bool = False,
     overwrite: bool = False,
+    join_timeout: float | None = None,
     callbacks=(),
     verbose: bool = True,
     on_notice: Callable[[str], None] | None = None,
@@ -202,7 +226,9 @@ def quantize(
         out: Folder of the new run.
         quantization: What becomes integers; `QuantizationConfig()` unless given.
         resume: As for `train`.
+        resume_or_start: As for `train`.
         overwrite: As for `train`.
+        join_timeout: As for `train`.
         callbacks: As for `train`.
         verbose: As for `train`.
         on_notice: As for `train`.
@@ -223,6 +249,8 @@ def quantize(
     """
     options = {
         "overwrite": overwrite,
+        "resume_or_start": resume_or_start,
+        "join_timeout": join_timeout,
         "callbacks": callbacks,
         "verbose": verbose,
         "on_notice": on_notice,
@@ -281,7 +309,9 @@ def distil(
     distillation: DistillationConfig | dict | None = None,
     *,
     resume: bool = False,
+    resume_or_start: bool = False,
     overwrite: bool = False,
+    join_timeout: float | None = None,
     callbacks=(),
     verbose: bool = True,
     on_notice: Callable[[str], None] | None = None,
@@ -298,7 +328,9 @@ def distil(
         out: Folder of the new run.
         distillation: `DistillationConfig`, or a dict of its fields.
         resume: As for `train`.
+        resume_or_start: As for `train`.
         overwrite: As for `train`.
+        join_timeout: As for `train`.
         callbacks: As for `train`.
         verbose: As for `train`.
         on_notice: As for `train`.
@@ -319,6 +351,8 @@ def distil(
     """
     options = {
         "overwrite": overwrite,
+        "resume_or_start": resume_or_start,
+        "join_timeout": join_timeout,
         "callbacks": callbacks,
         "verbose": verbose,
         "on_notice": on_notice,
@@ -420,6 +454,53 @@ def _start_run(config, out, overwrite, strategy, notice):
     strategies.on_chief(
         strategy, lambda: preparation.prepare(config, out, overwrite, notice)
     )
+    _check_shared(out)
+
+
+def _start_run_unless_there(config, out, strategy, notice):
+    """Let the chief prepare the run if none stands in its folder."""
+
+    def prepare():
+        if (out / "run.json").is_file():
+            _check_same(config, out)
+            return
+        # A folder of nothing but our own files was killed while it was prepared.
+        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        preparation.prepare(config, out, names <= set(OWN_ENTRIES), notice)
+
+    strategies.on_chief(strategy, prepare)
+    _check_shared(out)
+
+
+def _check_same(config, out):
+    """Refuse a run that has another configuration than the one asked for."""
+    old, new = (dataclasses.asdict(c) for c in (read_run(out), config))
+    if config.init_from is not None or config.distillation is not None:
+        for name in preparation.SHAPE:
+            del old[name], new[name]
+    if old != new:
+        raise InputError(
+            f"The run in {out} expects the configuration that it was started with. "
+            f"Received: another one. It has {_differences(old, new)}. Give these "
+            "again, or choose another folder."
+        )
+
+
+def _finished(config, out):
+    """Return the result of the run in a folder if it is finished, else None."""
+    manifest = out / "model" / files.MANIFEST_NAME
+    if not ((out / "run.json").is_file() and manifest.is_file()):
+        return None
+    facts = files.read_json(manifest)
+    if facts.get("made_from", {}).get("run") != files.sha256_of(out / "run.json"):
+        return None
+    _check_same(config, out)
+    model, tokenizer = load_model(out)
+    history = files.read_json(out / "history.json")
+    return TrainingResult(model, tokenizer, history, out, facts["validation_loss"])
+
+
+def _check_shared(out):
     if not (out / "run.json").is_file():
         raise InputError(
             f"This worker expects the run that the chief prepared in {out}; there is "
@@ -608,6 +689,8 @@ class _Run:
             )
         )
         self.model.stop_training = False
+        if self._stopped_early():
+            return
         for start, stop, length in self._segments():
             first = start // self.config.validate_every
             self.model.fit(
@@ -626,6 +709,9 @@ class _Run:
             )
             if self.model.stop_training:
                 break
+
+    def _stopped_early(self):
+        return 0 < self.config.patience <= self.best["waited"]
 
     def _segments(self):
         """Yield (start, stop, epoch length) of the calls of `fit` that are left.
@@ -716,11 +802,14 @@ class _Run:
             named[f"optimizer/{index:04d}"] = variable
         return named
 
+    def _checkpoint(self, step):
+        return self.out / "checkpoints" / f"step-{step:08d}"
+
     def save_checkpoint(self):
         """Write the state of this step; the older checkpoints stay until then."""
         if not self.is_chief:
             return
-        folder = self.out / "checkpoints" / f"step-{self.step:08d}"
+        folder = self._checkpoint(self.step)
         if folder.exists():
             return
         state = {
@@ -758,6 +847,20 @@ class _Run:
             shutil.rmtree(old)
 
     def _restore_newest(self):
+        """Let all workers take the checkpoint that the chief takes."""
+        strategies.on_chief(self.strategy, self._restore_newest_whole)
+        step = strategies.of_chief(self.strategy, self.step)
+        if self.is_chief or not step:
+            return
+        folder = self._checkpoint(step)
+        if not folder.is_dir():
+            raise InputError(
+                "This worker expects the checkpoint that the chief goes on from. "
+                f"Received: no {folder}. Name a folder that all workers share."
+            )
+        self._restore(folder, files.check_manifest(folder, "checkpoint"))
+
+    def _restore_newest_whole(self):
         """Take the newest checkpoint that is whole; say which ones were not."""
         folders = sorted((self.out / "checkpoints").glob("step-*"), reverse=True)
         for folder in folders:

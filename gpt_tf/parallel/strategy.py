@@ -1,14 +1,23 @@
 """Data parallelism: every device computes a part of each batch (article 3.1)."""
 
+import _thread
+import atexit
+import contextlib
 import itertools
 import json
 import os
 import re
+import sys
+import threading
+import time
 
 import tensorflow as tf
+from tensorflow.python.distribute import collective_all_reduce_strategy
 from tensorflow.python.eager import context
 
-from gpt_tf.errors import InputError
+from gpt_tf.errors import InputError, PeerLostError
+from gpt_tf.parallel.peers import Peers
+from gpt_tf.parallel.peers import join_timeout as seconds_to_join
 
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 
@@ -96,7 +105,7 @@ def _wanted_cpus():
     return tf.config.get_logical_device_configuration(cpu) or [None]
 
 
-def make_strategy(name="auto"):
+def make_strategy(name="auto", join_timeout=None):
     """Make a `tf.distribute.Strategy` by name.
 
     Args:
@@ -105,13 +114,15 @@ def make_strategy(name="auto"):
             environment variable `TF_CONFIG` lists; `"tpu"`; or `"auto"`: a TPU or
             several GPUs, logical CPUs or workers where there are any, else one
             device.
+        join_timeout: Seconds that the workers of `multi_worker` wait for each other;
+            None takes the environment variable `GPT_TF_JOIN_TIMEOUT`, or ten minutes.
 
     Returns:
         The strategy; build models under its `scope()`.
 
     Raises:
-        InputError: The name is unknown, `TF_CONFIG` cannot be used, or there is no
-            such device.
+        InputError: The name is unknown, `TF_CONFIG` cannot be used, not all workers
+            came in time, or there is no such device.
 
     Example:
         >>> with make_strategy("auto").scope():
@@ -125,8 +136,7 @@ def make_strategy(name="auto"):
     if name == "auto":
         name = _best_strategy()
     if name == "multi_worker":
-        read_tf_config()
-        return _multi_worker_strategy()
+        return _multi_worker_strategy(read_tf_config(), seconds_to_join(join_timeout))
     if name == "mirrored":
         _use_fresh_collective_keys()
         return tf.distribute.MirroredStrategy(_local_devices())
@@ -143,7 +153,8 @@ def read_tf_config():
         process's `type` and `index`.
 
     Raises:
-        InputError: `TF_CONFIG` is missing, is not JSON, or names no such task.
+        InputError: `TF_CONFIG` is missing, is not JSON, names no such task, or
+            gives two tasks one address.
     """
     text = os.environ.get("TF_CONFIG", "")
     example = (
@@ -175,6 +186,14 @@ def read_tf_config():
             f"TF_CONFIG says that this is task {kind} {index}, but its cluster has "
             f"{ {k: len(v) for k, v in cluster.items()} }. Give every process an "
             "index of its own, from 0."
+        )
+    addresses = list(itertools.chain(*cluster.values()))
+    twice = sorted({a for a in addresses if addresses.count(a) > 1})
+    if twice:
+        raise InputError(
+            "TF_CONFIG expects an address of its own for every task. "
+            f"Received: {', '.join(twice)} more than once. Give each process on one "
+            "machine another port."
         )
     return {"cluster": cluster, "task": {"type": kind, "index": index}}
 
@@ -220,6 +239,58 @@ def on_chief(strategy, prepare):
         )
 
 
+def of_chief(strategy, number):
+    """Return the chief's number, on all workers.
+
+    Args:
+        strategy: The strategy of this process.
+        number: An integer from 0 to 2**31; that of other workers is not looked at.
+    """
+    if not is_multi_worker(strategy):
+        return number
+    own = number if is_chief(strategy) else 0
+    # Each replica gives the whole number, so that the mean over a machine's is it.
+    total = strategy.reduce(
+        tf.distribute.ReduceOp.SUM,
+        strategy.run(tf.function(lambda: tf.constant(own, tf.int64))),
+        axis=None,
+    )
+    replicas = strategy.num_replicas_in_sync // len(_peers_of(strategy).addresses)
+    return int(total) // replicas
+
+
+@contextlib.contextmanager
+def watched(strategy):
+    """End a block within seconds when another worker is lost, instead of waiting.
+
+    Args:
+        strategy: The strategy of this process, made by `make_strategy`. Alone, a
+            process has nobody to lose. Once the block has ended, no more is computed
+            together.
+
+    Raises:
+        PeerLostError: Another worker ended before it was done, or was silent for a
+            minute.
+    """
+    peers = _peers_of(strategy)
+    if peers is None:
+        yield
+        return
+    try:
+        yield
+    except (tf.errors.OpError, KeyboardInterrupt) as error:
+        # TensorFlow may have noticed first.
+        lost = peers.lost_event.wait(0 if isinstance(error, KeyboardInterrupt) else 3)
+        peers.abandon()
+        if not lost:
+            raise
+        raise PeerLostError(_lost(peers.lost)) from error
+    except BaseException:
+        peers.abandon()
+        raise
+    peers.leave()
+
+
 def is_multi_worker(strategy):
     """Whether other processes, each with its own `TF_CONFIG`, take part."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
@@ -249,9 +320,25 @@ def _local_devices():
     return [d.name for d in gpus or tf.config.list_logical_devices("CPU")]
 
 
-def _multi_worker_strategy():
+def _multi_worker_strategy(config, join_timeout):
+    eager = context.context()
+    if eager._context_handle is not None:
+        raise InputError(
+            "The strategy multi_worker expects to come before anything else uses "
+            "TensorFlow in this process. Received: TensorFlow that already runs. "
+            "Make the strategy first, once in a process."
+        )
+    peers = None
+    if sum(map(len, config["cluster"].values())) > 1:
+        peers = Peers(**config)
+        peers.join(join_timeout)
+    # TensorFlow's coordination service has no limit for joining that its leader keeps
+    # to, and takes SIGTERM away; its older health check answers after minutes.
+    eager.configure_coordination_service(service_type="")
+    extended = collective_all_reduce_strategy.CollectiveAllReduceExtended
+    extended._enable_check_health = False
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except (ValueError, RuntimeError, tf.errors.OpError) as error:
         raise InputError(
             "The strategy multi_worker expects a cluster that TensorFlow can join, "
@@ -259,6 +346,45 @@ def _multi_worker_strategy():
             f"Received: {str(error).splitlines()[0]}. Check TF_CONFIG and that every "
             "worker runs."
         ) from None
+    if peers is not None:
+        strategy._gpt_tf_peers = peers
+        peers.watch(lambda name: _end_without(name, peers))
+        atexit.register(_say_goodbye, peers)
+    return strategy
+
+
+def _peers_of(strategy):
+    return getattr(strategy, "_gpt_tf_peers", None)
+
+
+def _lost(name):
+    return (
+        f"This worker expects all others until the run is done, but {name} ended or "
+        "fell silent. Start all workers again with --resume-or-start; they go on from "
+        "the newest checkpoint."
+    )
+
+
+def _end_without(name, peers):
+    """Take the main thread out of whatever it waits for; runs in the watcher's."""
+    # One that failed together with the lost worker is about to say so itself.
+    time.sleep(1.0)
+    context.context().abort_collective_ops(tf.errors.UNAVAILABLE, f"{name} is lost")
+    if peers.ended(10.0):
+        return
+    _thread.interrupt_main()  # it does not compute, and can clean up
+    if peers.ended(10.0) or not threading.main_thread().is_alive():
+        return
+    print(f"gpt-tf: {_lost(name)}", file=sys.stderr, flush=True)
+    os._exit(PeerLostError.EXIT_STATUS)
+
+
+def _say_goodbye(peers):
+    """At the end of a program that used the strategy without `watched`."""
+    if hasattr(sys, "last_value"):
+        peers.abandon()
+    else:
+        peers.leave()
 
 
 def _tpu_strategy():
