@@ -150,6 +150,22 @@ def train(
     ] = None,
     jit_compile: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
     strategy: _Strategy = None,
+    pipeline_stages: Annotated[
+        int | None, typer.Option(help="Devices to divide the blocks among.")
+    ] = None,
+    micro_batches: Annotated[
+        int | None, typer.Option(help="Parts of a batch in the pipeline.")
+    ] = None,
+    pipeline_schedule: Annotated[
+        str | None, typer.Option(help="1f1b or gpipe.")
+    ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Devices to divide batch x weights (x positions) among: 2x2, 1x2x2, "
+            "or batch=2,sequence=2."
+        ),
+    ] = None,
     virtual_devices: _VirtualDevices = None,
     seed: Annotated[int | None, typer.Option(help="Of weights and data.")] = None,
     init_from: Annotated[

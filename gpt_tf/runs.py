@@ -23,9 +23,23 @@ from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.parallel import strategy as strategies
+from gpt_tf.parallel.mesh import parse_mesh
+from gpt_tf.parallel.pipeline import SCHEDULES
+from gpt_tf.parallel.sequence import MeshGPT
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.text import tokenizer as tokenizers
 from gpt_tf.text.dataset import Windows
+
+# Fields that say where a step is computed and not what: a run that goes on may have
+# others than it began with.
+PLACEMENT = (
+    "strategy",
+    "pipeline_stages",
+    "micro_batches",
+    "pipeline_schedule",
+    "mesh",
+    "jit_compile",
+)
 
 OWN_ENTRIES = (
     "run.json",
@@ -73,6 +87,12 @@ class TrainingConfig(Configuration):
         precision: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"`.
         jit_compile: `"auto"`, `"on"` or `"off"`: XLA.
         strategy: One of `gpt_tf.parallel.strategy.STRATEGIES`.
+        pipeline_stages: Devices among which the blocks are divided, as by
+            `gpt_tf.parallel.pipeline.Pipeline`; 1 keeps them together.
+        micro_batches: Parts of a batch that flow through the pipeline.
+        pipeline_schedule: `"1f1b"` or `"gpipe"`.
+        mesh: Devices among which batch, weights and positions are divided, as read by
+            `gpt_tf.parallel.mesh.parse_mesh`: `"2x2"` for example; or None.
         seed: Seed of weights, data order and dropout.
         init_from: Trained model to start from: a run's or model's folder, or a
             `.keras` file. Architecture and tokenizer are then that model's, whatever
@@ -113,6 +133,10 @@ class TrainingConfig(Configuration):
     precision: str = "float32"
     jit_compile: str = "auto"
     strategy: str = "auto"
+    pipeline_stages: int = 1
+    micro_batches: int = 4
+    pipeline_schedule: str = "1f1b"
+    mesh: str | None = None
     seed: int = 1337
     init_from: str | None = None
     quantization: dict | None = None
@@ -132,6 +156,8 @@ class TrainingConfig(Configuration):
             "steps",
             "validate_every",
             "keep_checkpoints",
+            "pipeline_stages",
+            "micro_batches",
         ):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("feedforward_dim", "validation_batches"):
@@ -166,6 +192,11 @@ class TrainingConfig(Configuration):
         self._check("jit_compile", self.jit_compile in modes, f"one of {modes}")
         known = strategies.STRATEGIES
         self._check("strategy", self.strategy in known, f"one of {known}")
+        modes = SCHEDULES
+        self._check(
+            "pipeline_schedule", self.pipeline_schedule in modes, f"one of {modes}"
+        )
+        self._check_division()
         parts = self.gradient_accumulation_steps
         self._check(
             "batch_size", self.batch_size % parts == 0, f"a multiple of {parts}"
@@ -181,6 +212,30 @@ class TrainingConfig(Configuration):
             self._check("init_from", source, "that names a trained model")
             fields = QuantizationConfig.of(self.quantization).get_config()
             object.__setattr__(self, "quantization", fields)
+
+    def _check_division(self):
+        """Refuse what does not go with layers, weights or positions in parts."""
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+        name = "mesh" if self.mesh is not None else "pipeline_stages"
+        if self.mesh is None and self.pipeline_stages == 1:
+            return
+        self._check(
+            "strategy",
+            self.strategy in ("auto", "one_device"),
+            f"auto beside `{name}`, which places the model itself",
+        )
+        self._check(
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps == 1,
+            f"1 beside `{name}`",
+        )
+        if self.mesh is not None:
+            self._check("pipeline_stages", self.pipeline_stages == 1, "1 beside `mesh`")
+            whole = self.precision == "float32"
+            self._check("precision", whole, "float32 beside `mesh`")
+        others = self.quantization or self.distillation
+        self._check(name, not others, "left out in quantisation and distillation")
 
 
 PRESETS = {
@@ -334,6 +389,9 @@ def save_model(model, tokenizer, folder: str | Path, **facts) -> None:
 
 
 def copy_of(model):
+    """Return a model with the same weights, in one place unless a scope is open."""
+    if isinstance(model, MeshGPT):
+        return model.to_model()
     copy = type(model).from_config(model.get_config())
     copy.set_weights(model.get_weights())
     return copy

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import os
 import shutil
 import time
 import warnings
@@ -32,9 +33,13 @@ from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel import strategy as strategies
+from gpt_tf.parallel.mesh import make_mesh, parse_mesh
+from gpt_tf.parallel.pipeline import Pipeline
+from gpt_tf.parallel.sequence import MeshGPT
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.runs import (
     OWN_ENTRIES,
+    PLACEMENT,
     PRESETS,  # noqa: F401 - a part of this module's interface
     TrainingConfig,
     copy_of,
@@ -165,18 +170,23 @@ def train(
             f"{'--resume' if resume else '--overwrite'} with it. Choose one."
         )
     if resume:
-        if changes:
+        others = changes.keys() - set(PLACEMENT)
+        if others:
             raise InputError(
-                "A resumed run keeps its own configuration. "
-                f"Received: {', '.join(sorted(changes))}. Start a new run for these."
+                "A resumed run keeps its own configuration, but for what says where "
+                f"it is computed: {', '.join(PLACEMENT)}. "
+                f"Received: {', '.join(sorted(others))}. Start a new run for these."
             )
-        config = read_run(out)
+        config = dataclasses.replace(read_run(out), **changes)
     else:
         config = dataclasses.replace(config or TrainingConfig(), **changes)
         if resume_or_start and (finished := _finished(config, out)) is not None:
             notice(f"the run in {out} is finished")
             return finished
-    strategy = strategies.make_strategy(config.strategy, join_timeout)
+    division = _division_of(config)
+    strategy = tf.distribute.get_strategy()
+    if division is None:
+        strategy = strategies.make_strategy(config.strategy, join_timeout)
     with strategies.watched(strategy), _precision(config.precision):
         _check_division(config, strategy.num_replicas_in_sync)
         if resume_or_start:
@@ -185,9 +195,29 @@ def train(
             _start_run(config, out, overwrite, strategy, notice)
         if not resume:
             config = read_run(out)  # with the shape of the model that it starts from
-        return _Run(config, out, strategy, notice, verbose).train(
+        return _Run(config, out, strategy, division, notice, verbose).train(
             list(callbacks), resume or resume_or_start
         )
+
+
+def _division_of(config):
+    """Return the pipeline or the mesh that a model is divided by, or None.
+
+    Before TensorFlow is used otherwise: the CPU may have to be split for it.
+    """
+    if config.pipeline_stages == 1 and config.mesh is None:
+        return None
+    if os.environ.get("TF_CONFIG"):
+        raise InputError(
+            "Layers, weights and positions are divided among the devices of one "
+            "process. Received: a cluster in TF_CONFIG. Unset it, or leave out "
+            "`pipeline_stages` and `mesh`."
+        )
+    if config.mesh is not None:
+        return make_mesh(**parse_mesh(config.mesh))
+    return Pipeline(
+        config.pipeline_stages, config.micro_batches, config.pipeline_schedule
+    )
 
 
 def _check_division(config, replicas):
@@ -514,10 +544,11 @@ def _check_shared(out):
 class _Run:
     """A run in progress: model, data and the state that checkpoints hold."""
 
-    def __init__(self, config, out, strategy, notice, verbose):
+    def __init__(self, config, out, strategy, division, notice, verbose):
         self.config = config
         self.out = out
         self.strategy = strategy
+        self.division = division
         self.notice = notice
         self.verbose = verbose
         self.is_chief = strategies.is_chief(strategy)
@@ -595,7 +626,7 @@ class _Run:
             config.steps,
         )
         with self.strategy.scope():
-            trained = self._new_model()
+            trained = self._new_divided_model()
             model, losses = trained, {}
             if self.distillation is not None:
                 model = Distiller(teacher=self._load_teacher(), student=trained)
@@ -635,6 +666,14 @@ class _Run:
             )
         teacher, _ = load_model(path)
         return copy_of(teacher)
+
+    def _new_divided_model(self):
+        """Build the model, its layers or weights on the devices that they belong to."""
+        if isinstance(self.division, Pipeline):
+            with self.division.scope():
+                return self._new_model()
+        model = self._new_model()
+        return model if self.division is None else MeshGPT(model, self.division)
 
     def _new_model(self):
         """Build the model that training starts from, under the strategy's scope."""
@@ -759,9 +798,10 @@ class _Run:
             loss = validations[-1]["loss"]
         # A worker that left at once would be taken for a crashed one.
         strategies.on_chief(self.strategy, lambda: self._write_results(loss))
-        return TrainingResult(
-            self.trained, self.tokenizer, self.history, self.out, loss
-        )
+        model = self.trained
+        if isinstance(model, MeshGPT):
+            model = model.to_model()
+        return TrainingResult(model, self.tokenizer, self.history, self.out, loss)
 
     def _write_results(self, loss):
         from gpt_tf.display import draw_history
@@ -802,6 +842,19 @@ class _Run:
             named[f"optimizer/{index:04d}"] = variable
         return named
 
+    # A mesh has some variables in other shapes than checkpoints have.
+
+    def _read(self, variable):
+        if isinstance(self.model, MeshGPT):
+            return self.model.read_variable(variable)
+        return np.asarray(variable.numpy())
+
+    def _write(self, variable, value):
+        if isinstance(self.model, MeshGPT):
+            self.model.write_variable(variable, value)
+        else:
+            variable.assign(value)
+
     def _checkpoint(self, step):
         return self.out / "checkpoints" / f"step-{step:08d}"
 
@@ -813,8 +866,7 @@ class _Run:
         if folder.exists():
             return
         state = {
-            name: np.asarray(variable.numpy())
-            for name, variable in self._variables().items()
+            name: self._read(variable) for name, variable in self._variables().items()
         }
         if self.best_weights is not None:
             for index, weight in enumerate(self.best_weights):
@@ -890,15 +942,18 @@ class _Run:
         state = safetensors.numpy.load_file(folder / "state.safetensors")
         variables = self._variables()
         for name, variable in variables.items():
-            if name not in state or state[name].shape != tuple(variable.shape):
+            shape = tuple(variable.shape)
+            if isinstance(self.model, MeshGPT):
+                shape = self.model.outer_shape(variable)
+            if name not in state or state[name].shape != shape:
                 raise InputError(
                     f"The checkpoint in {folder} does not fit this model: {name} "
-                    f"expects the shape {tuple(variable.shape)}. Received: "
+                    f"expects the shape {shape}. Received: "
                     f"{state[name].shape if name in state else 'nothing'}."
                 )
         with self.strategy.scope():
             for name, variable in variables.items():
-                variable.assign(state[name])
+                self._write(variable, state[name])
         best = [state[name] for name in sorted(state) if name.startswith("best/")]
         self.best_weights = best or None
         self.best = manifest["best"]
@@ -1035,8 +1090,9 @@ class _Sampler(keras.callbacks.Callback):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            mesh = isinstance(run.trained, MeshGPT)
             text = generate(
-                run.trained,
+                run.trained.to_model() if mesh else run.trained,
                 run.config.sample_prompt,
                 tokenizer=run.tokenizer,
                 max_new_tokens=min(64, run.config.context_length),

@@ -15,7 +15,7 @@ import tensorflow as tf
 from gpt_tf import generation
 from gpt_tf.errors import InputError
 from gpt_tf.generation import GenerationNotice as GenerationNotice
-from gpt_tf.models import layers, operations
+from gpt_tf.models import layers, operations, placement
 from gpt_tf.sampling import Sampler
 from gpt_tf.text.tokenizer import Tokenizer
 
@@ -101,7 +101,24 @@ def forward_cached(model, tokens, position, starts, caches):
         Logits `(B, T, V)` and the caches with `T` more rows.
     """
     parts = parts_of(model)
-    length, capacity = tokens.shape[1], caches[0].shape[2]
+    mask, places = cached_mask(position, starts, tokens.shape[1], caches[0].shape[2])
+    x, table = parts.embed([tokens, places])
+    x, caches = blocks_cached(parts.blocks, x, caches, position, mask)
+    return parts.score(x, table), caches
+
+
+def cached_mask(position, starts, length, capacity):
+    """Say what tokens behind a cache see, and where in their texts they stand.
+
+    Args:
+        position: `()` int32, cache row of the first of them.
+        starts: `(B,)` int32, cache row at which each row's text begins.
+        length: `T`, number of tokens of each row.
+        capacity: `S`, rows of the cache.
+
+    Returns:
+        The additive mask `(B, 1, T, S)` float32 and the positions `(B, T)` int32.
+    """
     rows = position + tf.range(length)  # (T,)
     places = tf.maximum(rows[tf.newaxis] - starts[:, tf.newaxis], 0)  # (B, T)
     columns = tf.range(capacity)[tf.newaxis, tf.newaxis, tf.newaxis]
@@ -109,16 +126,30 @@ def forward_cached(model, tokens, position, starts, caches):
         columns <= rows[tf.newaxis, tf.newaxis, :, tf.newaxis],
         columns >= starts[:, tf.newaxis, tf.newaxis, tf.newaxis],
     )
-    mask = tf.where(visible, 0.0, operations.MASKED)  # (B, 1, T, S)
-    x, table = parts.embed([tokens, places])
+    return tf.where(visible, 0.0, operations.MASKED), places
+
+
+def blocks_cached(blocks, x, caches, position, mask):
+    """Run blocks one after the other, each with its cache.
+
+    Args:
+        blocks: Some of a GPT's blocks.
+        x: `(B, T, C)`.
+        caches: Two tensors `(B, H, S, D)` for each of them.
+        position: `()` int32, cache row of the first token.
+        mask: As of `cached_mask`.
+
+    Returns:
+        `(B, T, C)` and the caches with `T` more rows.
+    """
     updated = []
-    for index, block in enumerate(parts.blocks):
+    for index, block in enumerate(blocks):
         x, keys, values = block(
             [x, caches[2 * index], caches[2 * index + 1], position, mask],
             training=False,
         )
         updated += [keys, values]
-    return parts.score(x, table), updated
+    return x, updated
 
 
 def prefill(model, tokens, starts, caches):
@@ -164,13 +195,16 @@ def _compiled(model, caches, num_tokens):
     batch_size, _, capacity, _ = caches[0].shape
     key = (batch_size, num_tokens, capacity)
     if key not in functions:
+        plan = getattr(model, "plan", placement.OnePlace())
 
         def run(tokens, position, starts, caches):
+            if plan.is_divided:  # each of its stages is compiled by itself
+                return plan.forward_cached(model, tokens, position, starts, caches)
             with operations.inside_xla():
                 return forward_cached(model, tokens, position, starts, caches)
 
         functions[key] = tf.function(
-            run, jit_compile=True, autograph=False
+            run, jit_compile=not plan.is_divided, autograph=False
         ).get_concrete_function(
             tf.TensorSpec([batch_size, num_tokens], tf.int32),
             tf.TensorSpec([], tf.int32),

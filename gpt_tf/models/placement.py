@@ -28,7 +28,7 @@ def planned_by(planner):
         planner: Function of a model's sizes, a dict of `GPTModel`'s arguments, that
             returns a plan: with `is_divided`, `at(layer_name)`, and what `GPTModel`
             calls in the place of its own: `compile`, `differentiate`, `measure` and
-            `logits`.
+            `logits`; and decoding, `forward_cached`.
     """
     token = _PLANNER.set(planner)
     try:

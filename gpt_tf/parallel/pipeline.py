@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from gpt_tf.errors import InputError
 from gpt_tf.models import operations, placement, step
-from gpt_tf.models.decoding import parts_of
+from gpt_tf.models.decoding import blocks_cached, cached_mask, parts_of
 from gpt_tf.parallel.strategy import devices_for
 
 SCHEDULES = ("1f1b", "gpipe")
@@ -92,7 +92,7 @@ class Pipeline:
         if tf.distribute.has_strategy():
             raise InputError(
                 "A pipeline places the layers itself. Received: the scope of "
-                f"{type(tf.distribute.get_strategy()).__name__}. Leave that scope first."
+                f"{type(tf.distribute.get_strategy()).__name__}. Leave it first."
             )
         return placement.planned_by(self.plan)
 
@@ -285,6 +285,19 @@ class _Stage:
 
         return self._run(score, False)(x, table)
 
+    def forward_cached(self, x, table, position, starts, caches):
+        """Run tokens that follow what is in this stage's caches."""
+
+        def cached(x, table, position, starts, caches, training):
+            length, capacity = x.shape[1], caches[0].shape[2]
+            mask, places = cached_mask(position, starts, length, capacity)
+            if self.is_first:
+                x, _ = self.parts.embed([x, places])
+            x, caches = blocks_cached(self.blocks, x, caches, position, mask)
+            return self.parts.score(x, table) if self.is_last else x, caches
+
+        return self._run(cached, False)(x, table, position, starts, caches)
+
     def measure(self, x, table, labels, weights):
         return self._run(self.sums, False)(x, table, labels, weights)
 
@@ -312,15 +325,17 @@ class _Stage:
     def _run(self, function, training):
         key = (function.__name__, training)
         if key not in self._functions:
+            # Decoding always does, and needs no `compile` before it.
+            uses_xla = function.__name__ == "cached" or self.model.uses_xla
 
             def traced(*args):
-                if not self.model.uses_xla:
+                if not uses_xla:
                     return function(*args, training=training)
                 with operations.inside_xla():
                     return function(*args, training=training)
 
             self._functions[key] = tf.function(
-                traced, jit_compile=self.model.uses_xla, autograph=False
+                traced, jit_compile=uses_xla, autograph=False
             )
         return self._functions[key]
 
@@ -398,6 +413,38 @@ class _Plan:
             model, (tokens,), lambda last, x, table, part: last.logits(x, table)
         )
         return _joined(outputs, (tokens,))
+
+    def forward_cached(self, model, tokens, position, starts, caches):
+        """Run tokens behind a cache; rows flow through the stages in parts."""
+        stages = self.stages(model)
+        table = _table_of(stages)
+        rows = tokens.shape[0]
+        parts = max(n for n in range(1, self.micro_batches + 1) if rows % n == 0)
+        tokens, starts, *caches = (
+            tf.split(x, parts) for x in (tokens, starts, *caches)
+        )
+        scores, updated = [], []
+        before = [None] * len(stages)
+        for part in range(parts):
+            x, own = tokens[part], [cache[part] for cache in caches]
+            after = []
+            for place, stage in enumerate(stages):
+                first = 2 * sum(self.blocks[:place])
+                used = own[first : first + 2 * self.blocks[place]]
+                with tf.device(stage.device), _after(before[place]):
+                    x, used = stage.forward_cached(
+                        x,
+                        table if stage.is_last else None,
+                        position,
+                        starts[part],
+                        used,
+                    )
+                before[place] = x
+                after += used
+            scores.append(x)
+            updated.append(after)
+        caches = [tf.concat(pieces, axis=0) for pieces in zip(*updated, strict=True)]
+        return tf.concat(scores, axis=0), caches
 
     def _flow(self, model, batch, finish):
         """Send micro-batches through all stages; return what `finish` makes of each."""

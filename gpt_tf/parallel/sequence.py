@@ -7,6 +7,7 @@ what they tell each other follows from the layouts, by DTensor.
 """
 
 import itertools
+import math
 
 import numpy as np
 import tensorflow as tf
@@ -101,12 +102,16 @@ class MeshGPT(TokenTraining, keras.Model):
 
     def read_variable(self, variable):
         """Return a weight, or what the optimiser keeps of it, as `GPTModel` has it."""
-        value = gather(variable)
-        if value.ndim == 4:  # the QKV kernel: (C, 3, H, D)
-            return value.reshape(len(value), -1)
-        if value.ndim == 3:  # the output kernel: (H, D, C)
-            return value.reshape(-1, value.shape[-1])
-        return value
+        return gather(variable).reshape(self.outer_shape(variable))
+
+    def outer_shape(self, variable):
+        """Return the shape that `GPTModel` gives to what a variable holds."""
+        shape = tuple(variable.shape)
+        if len(shape) == 4:  # the QKV kernel: (C, 3, H, D)
+            return (shape[0], math.prod(shape[1:]))
+        if len(shape) == 3:  # the output kernel: (H, D, C)
+            return (math.prod(shape[:2]), shape[2])
+        return shape
 
     def write_variable(self, variable, value):
         """Set a weight, or what the optimiser keeps of it, from `GPTModel`'s shape."""
@@ -117,7 +122,7 @@ class MeshGPT(TokenTraining, keras.Model):
         return [self.read_variable(variable) for variable in self.weights]
 
     def set_weights(self, weights):
-        shapes = self._own.outer_shapes
+        shapes = [self.outer_shape(variable) for variable in self.weights]
         given = [np.shape(weight) for weight in weights]
         if given != shapes:
             raise InputError(
@@ -242,7 +247,9 @@ class MeshGPT(TokenTraining, keras.Model):
                 "A mesh expects the precision float32, without loss scale."
             )
         if optimizer._mesh is None:
-            optimizer = type(optimizer)(mesh=self.mesh, **optimizer.get_config())
+            optimizer = type(optimizer).from_config(
+                {**optimizer.get_config(), "mesh": self.mesh}
+            )
         super().compile(optimizer, loss, **{**kwargs, "jit_compile": False})
         if not self.sums_tokens or self.gradient_accumulation_steps > 1:
             raise InputError(
@@ -344,6 +351,7 @@ class MeshGPT(TokenTraining, keras.Model):
             for index, batch in enumerate(data.epoch(steps)):
                 callbacks.on_train_batch_begin(index)
                 logs = self._run(batch, training=True)
+                self._train_counter.assign_add(1)  # where TensorBoard finds the step
                 callbacks.on_train_batch_end(index, logs)
                 if self.stop_training:
                     break
@@ -413,11 +421,10 @@ class _Weights:
     def __init__(self, model, divided, layouts):
         self.variables = {}
         self.seeds = _seeds_of(model)
-        self.outer_shapes = [tuple(variable.shape) for variable in model.weights]
-        for variable, shape in zip(model.weights, self.outer_shapes, strict=True):
+        for variable in model.weights:
             path = variable.name.partition(":")[0]  # block_0/dropout_1/calls
             name = path.replace("/", ".")
-            shape = divided(name, shape)
+            shape = divided(name, tuple(variable.shape))
             self.variables[name] = dtensor.DVariable(
                 place(
                     variable.numpy().reshape(shape),
