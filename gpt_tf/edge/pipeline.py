@@ -104,7 +104,8 @@ class EdgePipeline:
         paths = [artefact.model for artefact in found]
         self._line = (_Processes if processes else _Turns)(paths, num_threads)
         self._finalizer = weakref.finalize(self, self._line.close)
-        self._exchange(Frame(stages.READY))
+        self._send(Frame(stages.READY))
+        self._receive()
 
     def generate(
         self,
@@ -235,36 +236,32 @@ class EdgePipeline:
                 chunk.tobytes(),
             )
             flow.position += len(chunk)
-            self._send(frame, None if length else flow)
+            self._send(frame)
+            self._under_way.append(None if length else flow)
             # The next chunk of a prompt need not wait for this one's end.
             if flow.calls:
                 self._ready.append(flow)
         if self._under_way:
             content = self._receive().content
             flow = self._under_way.popleft()
-            if flow is not None and not flow.ended:
+            if flow is not None:
                 flow.logits = np.frombuffer(content, np.float32)
 
     def _end(self, flow):
-        flow.ended = True
         if flow in self._ready:
             self._ready.remove(flow)
         if self._finalizer.alive:
-            self._send(Frame(stages.END, flow.number), None)
+            self._send(Frame(stages.END, flow.number))
 
-    def _exchange(self, frame):
-        self._send(frame, None)
-        self._receive()
-        self._under_way.popleft()
-
-    def _send(self, frame, flow):
+    def _send(self, frame):
         with self._closed_by_failure():
             self._line.send(frame)
-        self._under_way.append(flow)
 
     def _receive(self):
         with self._closed_by_failure():
             frame = self._line.receive()
+            while frame.kind == stages.END:  # all stages have forgotten it
+                frame = self._line.receive()
             if frame.kind == stages.FAILED:
                 raise StageError(
                     f"A stage failed: {frame.content.decode('utf-8')} Open the "
@@ -296,7 +293,6 @@ class _Flow:
         self.position = 0
         self.calls = collections.deque()  # rows, length and tokens of each
         self.logits = None
-        self.ended = False
 
 
 class _Turns:

@@ -48,7 +48,8 @@ class EdgeScheduler:
     - after every chunk of a prompt, each request that writes gets one token, the one
       that waits longest first;
     - a chunk goes to the prompt of which least is left, and of equal ones to the one
-      that came first; but one that was passed over `patience` times comes first;
+      that came first; but when `patience` chunks have passed the oldest prompt by, it
+      is its turn;
     - at most `max_active` requests have a cache, the others wait in order of arrival.
 
     Every request gets the text that `EdgeGPT` alone would give for the same seed. With
@@ -63,7 +64,7 @@ class EdgeScheduler:
         chunked: False: prompts are prefilled whole, in order of arrival, before
             anything else; for comparison.
         max_active: Largest number of requests with a cache.
-        patience: How often a prompt is passed over at most.
+        patience: How many chunks may pass the oldest prompt by.
 
     Raises:
         InputError: An argument cannot be used.
@@ -117,6 +118,7 @@ class EdgeScheduler:
         self._writers = collections.deque()  # one token each before the next chunk
         self._served = collections.deque()  # had theirs since the last chunk
         self._arrivals = itertools.count()
+        self._passed = 0  # chunks since the oldest prompt's
 
     def submit(
         self,
@@ -238,7 +240,7 @@ class EdgeScheduler:
         session.reset()
         most = self.max_chunk if self.chunked else None
         request._calls = collections.deque(session.plan(len(text.pending) - 1, most))
-        request._read = request._passed = 0
+        request._read = 0
         if request._calls:
             self._prompts.append(request)
             self._prompts.sort(key=lambda other: other.arrival)
@@ -248,10 +250,11 @@ class EdgeScheduler:
     def _next_prompt(self):
         if not self.chunked:
             return self._prompts[0]
-        late = [r for r in self._prompts if r._passed >= self.patience]
-        chosen = (late or sorted(self._prompts, key=Request._unread.fget))[0]
-        for request in self._prompts:
-            request._passed = 0 if request is chosen else request._passed + 1
+        oldest = self._prompts[0]
+        chosen = min(self._prompts, key=lambda request: request.unread)
+        if self._passed >= self.patience:
+            chosen = oldest
+        self._passed = 0 if chosen is oldest else self._passed + 1
         return chosen
 
     def _read(self, request):
@@ -313,7 +316,7 @@ class Request:
         if self._is_text or stop:
             self._written = GrowingText(self._tokenizer, stop)
         self._session = self._calls = None
-        self._read = self._passed = 0
+        self._read = 0
         self._pieces = collections.deque()
         self._cancelled = False
 
@@ -321,6 +324,13 @@ class Request:
     def tokens(self) -> list[int]:
         """The new tokens so far; those of a stop text among them."""
         return list(self._text.new)
+
+    @property
+    def unread(self) -> int:
+        """Tokens of its prompt that are still to be prefilled."""
+        if not self._text.begins:
+            return 0
+        return len(self._text.pending) - 1 - self._read
 
     @property
     def done(self) -> bool:
@@ -378,11 +388,6 @@ class Request:
             self._cancelled = True
             self._scheduler._forget(self)
             self._finish()
-
-    @property
-    def _unread(self):
-        """How much of the prompt is left to prefill."""
-        return len(self._text.pending) - 1 - self._read
 
     def _push(self, logits):
         token = self._text.push(logits)

@@ -1,0 +1,440 @@
+"""Several requests on one device: response beside a long prompt, and throughput.
+
+    python benchmarks/serving.py [--rounds N] [--folder DIR]
+
+A model of GPT-2 small's shape with random weights, `dynamic_int8`, greedy.
+
+Response: a prompt of 960 tokens comes first, and while it is prefilled short requests
+arrive, 50 ms apart. Measured is how long each waits for its first token, from its
+arrival on, with the prompt prefilled whole and in chunks of several lengths.
+
+Throughput: 1, 2, 4 and 8 requests at once, and the new tokens of all in a second:
+one `EdgeGPT` with 1 and with 2 threads, which takes them one after the other;
+`EdgePipeline` with 2 stages of 1 thread; and what else 2 cores could be used for, two
+copies of the whole model, as threads of one process and as processes.
+
+A token reads every weight once, whoever computes it, so the rate at which the cores
+read memory sets the floor.
+"""
+
+import argparse
+import collections
+import dataclasses
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from generation import Task
+from harness import (
+    RESULTS,
+    Contender,
+    console,
+    gpt_tf_model,
+    print_machine,
+    print_table,
+    read_rate,
+    save,
+    take_turns,
+)
+
+MODE = "dynamic_int8"
+CHUNKS = (None, 256, 64, 8)  # None: whole
+LONG_TOKENS = 960
+SHORT_TOKENS = 16
+SHORT_NEW_TOKENS = 8
+ARRIVALS_S = tuple(0.025 + 0.05 * index for index in range(8))
+REQUESTS = (1, 2, 4, 8)
+NEW_TOKENS = 32
+
+
+class Seconds(float):
+    """A time with all that was measured beside it, in `details`."""
+
+    details: dict
+
+
+def with_details(seconds, details):
+    measured = Seconds(seconds)
+    measured.details = details
+    return measured
+
+
+# The model
+
+
+def file_of(folder):
+    return str(Path(folder) / f"serving-{MODE}.tflite")
+
+
+def stages_of(folder):
+    return str(Path(folder) / f"serving-{MODE}-stages")
+
+
+def export(task, folder):
+    """Export the model whole and in two stages.
+
+    A contender, so that TensorFlow's memory goes with its process.
+    """
+    from gpt_tf.export.stages import export_stages
+    from gpt_tf.export.tflite import export_tflite
+
+    began = time.perf_counter()
+    if not Path(stages_of(folder)).is_dir():
+        model = gpt_tf_model(task)
+        options = {"mode": MODE, "allow_untrained": True}
+        export_tflite(model, file_of(folder), **options)
+        export_stages(model, stages_of(folder), num_stages=2, **options)
+    seconds = time.perf_counter() - began
+    return lambda count: [seconds] * count
+
+
+def prompts_of(task, count, length):
+    generator = np.random.default_rng(2)
+    return generator.integers(0, task.vocab_size, (count, length)).tolist()
+
+
+# Response
+
+
+def respond(task, folder, chunk, threads):
+    """Short requests while a long prompt is read, by a scheduler of `chunk` tokens."""
+    from gpt_tf.edge import EdgeGPT, EdgeScheduler
+
+    gpt = EdgeGPT(file_of(folder), num_threads=threads)
+    options = {"chunked": False} if chunk is None else {"max_chunk": chunk}
+    (long,) = prompts_of(task, 1, LONG_TOKENS)
+    shorts = prompts_of(task, len(ARRIVALS_S), SHORT_TOKENS)
+
+    def once():
+        with EdgeScheduler(gpt, max_active=len(ARRIVALS_S) + 1, **options) as scheduler:
+            return measure(scheduler)
+
+    def measure(scheduler):
+        began = time.perf_counter()
+        first = scheduler.submit(long, max_new_tokens=8, temperature=0)
+        arrived = {first: 0.0}
+        coming = collections.deque(zip(ARRIVALS_S, shorts, strict=True))
+        waited = {}
+        while True:
+            now = time.perf_counter() - began
+            while coming and coming[0][0] <= now:
+                arrival, prompt = coming.popleft()
+                request = scheduler.submit(
+                    prompt, max_new_tokens=SHORT_NEW_TOKENS, temperature=0
+                )
+                arrived[request] = arrival
+            work = scheduler.step()
+            if work is None:
+                if not coming:
+                    break
+                time.sleep(1e-3)
+            elif work.kind == "decode" and work.request not in waited:
+                elapsed = time.perf_counter() - began
+                waited[work.request] = elapsed - arrived[work.request]
+        total = time.perf_counter() - began
+        long_waited = waited.pop(first)
+        shorts_waited = list(waited.values())
+        return with_details(
+            np.median(shorts_waited),
+            {"shorts": shorts_waited, "long": long_waited, "total": total},
+        )
+
+    return lambda count: [once() for _ in range(count)]
+
+
+def response_of(measured):
+    """Return what the rounds of one setting say together."""
+    details = [seconds.details for seconds in measured.seconds]
+    shorts = np.concatenate([one["shorts"] for one in details]) * 1e3
+    return {
+        "name": measured.name,
+        "short_median_ms": float(np.median(shorts)),
+        "short_p95_ms": float(np.percentile(shorts, 95)),
+        "short_worst_ms": float(shorts.max()),
+        "long_ms": float(np.median([one["long"] for one in details])) * 1e3,
+        "total_ms": float(np.median([one["total"] for one in details])) * 1e3,
+        "short_ms": [round(float(value), 2) for value in shorts],
+    }
+
+
+# Throughput
+
+
+def one_model(task, folder, threads):
+    from gpt_tf.edge import EdgeGPT
+
+    return rates_of(task, EdgeGPT(file_of(folder), num_threads=threads).generate)
+
+
+def pipeline(task, folder):
+    from gpt_tf.edge import EdgePipeline
+
+    return rates_of(task, EdgePipeline(stages_of(folder), num_threads=1).generate)
+
+
+def two_threads(task, folder):
+    from gpt_tf.edge import EdgeGPT
+
+    copies = [EdgeGPT(file_of(folder), num_threads=1) for _ in range(2)]
+
+    def generate(prompts, **options):
+        workers = [
+            threading.Thread(target=copy.generate, args=(share,), kwargs=options)
+            for copy, share in zip(copies, (prompts[::2], prompts[1::2]), strict=True)
+            if share
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    return rates_of(task, generate)
+
+
+def two_processes(task, folder):
+    copies = [Copy(file_of(folder)) for _ in range(2)]
+
+    def generate(prompts, **options):
+        shares = prompts[::2], prompts[1::2]
+        for copy, share in zip(copies, shares, strict=True):
+            copy.ask(len(share))
+        for copy in copies:
+            copy.wait()
+
+    return rates_of(task, generate)
+
+
+class Copy:
+    """A whole model in a process of its own, which ends with its input."""
+
+    def __init__(self, path):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--copy", path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.wait()
+
+    def ask(self, count):
+        print(count, file=self.process.stdin, flush=True)
+
+    def wait(self):
+        if not self.process.stdout.readline():
+            raise RuntimeError("a copy of the model ended")
+
+
+def be_copy(path):
+    """Continue as many prompts as each line of standard input says."""
+    from gpt_tf.edge import EdgeGPT
+
+    task = Task()
+    with EdgeGPT(path, num_threads=1) as gpt:
+        print("ready", flush=True)
+        for line in sys.stdin:
+            prompts = prompts_of(task, int(line), SHORT_TOKENS)
+            if prompts:
+                gpt.generate(prompts, max_new_tokens=NEW_TOKENS, temperature=0)
+            print("done", flush=True)
+
+
+def rates_of(task, generate):
+    """Return a repetition: new tokens per second by number of requests."""
+
+    def once():
+        rates = {}
+        for count in REQUESTS:
+            prompts = prompts_of(task, count, SHORT_TOKENS)
+            began = time.perf_counter()
+            generate(prompts, max_new_tokens=NEW_TOKENS, temperature=0)
+            rates[count] = count * NEW_TOKENS / (time.perf_counter() - began)
+        return with_details(1 / rates[REQUESTS[-1]], rates)
+
+    return lambda count: [once() for _ in range(count)]
+
+
+def throughput_of(measured):
+    rates = {
+        count: float(np.median([s.details[count] for s in measured.seconds]))
+        for count in REQUESTS
+    }
+    return {"name": measured.name, "tokens_per_second": rates}
+
+
+def weight_bytes(task, folder):
+    """Return the bytes that a token reads."""
+    from gpt_tf.files import check_file_manifest
+
+    manifest = check_file_manifest(file_of(folder))
+    # Of the position table a token reads one row.
+    return (
+        manifest["verification"]["parameter_bytes"]
+        - task.context_length * task.embedding_dim
+    )
+
+
+# Telling
+
+
+def print_response(rows, threads):
+    print_table(
+        f"First token of short requests beside a prompt of {LONG_TOKENS} tokens, "
+        f"{threads} threads",
+        ("", "median, ms", "p95", "worst", "the long one's", "all done"),
+        [
+            (
+                row["name"],
+                f"{row['short_median_ms']:.0f}",
+                f"{row['short_p95_ms']:.0f}",
+                f"{row['short_worst_ms']:.0f}",
+                f"{row['long_ms']:.0f}",
+                f"{row['total_ms']:.0f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def print_throughput(rows):
+    print_table(
+        "New tokens per second of all requests together",
+        ("", *(f"{count} at once" for count in REQUESTS)),
+        [
+            (
+                row["name"],
+                *(f"{rate:.0f}" for rate in row["tokens_per_second"].values()),
+            )
+            for row in rows
+        ],
+    )
+
+
+def draw(report, path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from picture import FLOOR, OURS, THEIRS
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    rows = report["response"]
+    for place, row in enumerate(rows):
+        colour = OURS if place else THEIRS
+        values = row["short_ms"]
+        left.scatter(values, [place] * len(values), s=14, color=colour, alpha=0.35)
+        median = row["short_median_ms"]
+        left.scatter([median], [place], marker="|", s=420, color=colour, linewidth=2.5)
+        left.annotate(
+            f"{median:.0f}",
+            (median, place),
+            textcoords="offset points",
+            xytext=(0, 13),
+            ha="center",
+            fontsize=9,
+        )
+        left.scatter([row["long_ms"]], [place], marker="x", s=36, color=FLOOR)
+    left.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    left.set_xlim(0)
+    left.set_xlabel("ms to the first token (bar: median; x: the long prompt's own)")
+    left.set_title(
+        f"Short requests beside a prompt of {LONG_TOKENS} tokens",
+        fontsize=10,
+        loc="left",
+    )
+    styles = {"EdgePipeline": (OURS, "-"), "EdgeGPT": (THEIRS, "-")}
+    shades = iter((":", "--", "-"))
+    for row in report["throughput"]:
+        kind = row["name"].split(",")[0]
+        colour, line = styles.get(kind, ("#7a8b5a", "-"))
+        if kind != "EdgePipeline":
+            line = next(shades) if kind == "EdgeGPT" else line
+        right.plot(
+            range(len(REQUESTS)),
+            list(row["tokens_per_second"].values()),
+            marker="o",
+            markersize=4,
+            color=colour,
+            linestyle=line,
+            label=row["name"],
+        )
+    right.axhline(report["floor_tokens_per_second"], color=FLOOR, linestyle=":")
+    right.set_xticks(range(len(REQUESTS)), REQUESTS)
+    right.set_ylim(0)
+    right.set_xlabel("requests at once (dotted: what reading the weights allows)")
+    right.set_title("New tokens per second", fontsize=10, loc="left")
+    right.legend(fontsize=8, frameon=False, loc="lower right")
+    for axes in (left, right):
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="keeps the models")
+    parser.add_argument("--copy", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.copy:
+        be_copy(arguments.copy)
+        return
+    task = Task()
+    folder = arguments.folder or Path(tempfile.gettempdir()) / "gpt-tf-serving"
+    folder.mkdir(parents=True, exist_ok=True)
+    print_machine()
+    console.print("exporting the file and its stages")
+    take_turns([Contender("export", export, (task, folder))], 1, 1, 1)
+    threads = 2
+    contenders = [
+        Contender(
+            "whole" if chunk is None else f"chunks of {chunk}",
+            respond,
+            (task, folder, chunk, threads),
+        )
+        for chunk in CHUNKS
+    ]
+    response = take_turns(contenders, arguments.rounds, 1, warm_up=1)
+    response = [response_of(measured) for measured in response]
+    print_response(response, threads)
+    bandwidth = {count: read_rate(count) for count in (1, 2)}
+    size = weight_bytes(task, folder)
+    floor = bandwidth[2] / size
+    console.print(
+        f"a token reads {size / 1e6:.0f} MB; 1 core reads "
+        f"{bandwidth[1] / 1e9:.1f} GB/s, 2 read {bandwidth[2] / 1e9:.1f}, which allows "
+        f"{bandwidth[1] / size:.0f} and {floor:.0f} tokens/s"
+    )
+    contenders = [
+        Contender("EdgeGPT, 1 thread", one_model, (task, folder, 1)),
+        Contender("EdgeGPT, 2 threads", one_model, (task, folder, 2)),
+        Contender("EdgePipeline, 2 stages x 1 thread", pipeline, (task, folder)),
+        Contender("2 copies, threads of a process", two_threads, (task, folder)),
+        Contender("2 copies, 2 processes", two_processes, (task, folder)),
+    ]
+    throughput = take_turns(contenders, arguments.rounds, 1, warm_up=1)
+    throughput = [throughput_of(measured) for measured in throughput]
+    print_throughput(throughput)
+    report = {
+        "task": dataclasses.asdict(task),
+        "mode": MODE,
+        "threads": threads,
+        "long_tokens": LONG_TOKENS,
+        "short_tokens": SHORT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "response": response,
+        "bytes_per_token": size,
+        "read_gigabytes_per_second": {c: r / 1e9 for c, r in bandwidth.items()},
+        "floor_tokens_per_second": floor,
+        "throughput": throughput,
+    }
+    save("serving", report)
+    draw(report, RESULTS / "serving.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+import numpy as np
+import pytest
+
+from gpt_tf.edge import EdgeGPT, EdgeScheduler
+from gpt_tf.edge.executor import Executor
+from gpt_tf.errors import InputError
+from gpt_tf.generation import GenerationNotice
+from tests.edge.conftest import CONTEXT, VOCAB_SIZE
+from tests.edge.test_runtime import OPTIONS, random_ids
+
+PROMPTS = [random_ids(20), [3], random_ids(11, seed=2), random_ids(CONTEXT), [5, 3, 5]]
+KINDS = [{}, {"chunked": False}, {"max_chunk": 4}, {"max_active": 2}]
+
+
+def works_of(scheduler):
+    """Let it work; return what was done: the request's number, kind and tokens."""
+    works = []
+    while work := scheduler.step():
+        works.append((work.request.arrival, work.kind, work.tokens))
+    return works
+
+
+# Sessions
+
+
+def test_sessions_do_not_disturb_each_other(gpt):
+    texts = [random_ids(CONTEXT, seed=seed) for seed in range(3)]
+    alone = []
+    for text in texts:
+        gpt.reset()
+        alone.append([gpt.decode(token) for token in text])
+    sessions = [gpt.new_session() for _ in texts]
+    together = [[] for _ in texts]
+    # The third one is behind the others, so that their capacities differ.
+    for place in range(CONTEXT + 9):
+        for index, (session, text) in enumerate(zip(sessions, texts, strict=True)):
+            at = place - (9 if index == 2 else 0)
+            if 0 <= at < CONTEXT:
+                together[index].append(session.decode(text[at]))
+    np.testing.assert_array_equal(alone, together)
+    for session in sessions:
+        session.close()
+
+
+def test_a_session_takes_the_cache_that_another_gave_back(exported, monkeypatch):
+    with EdgeGPT(exported.tflite) as gpt:
+        first = gpt.new_session()
+        logits = first.decode(4)
+        first.prefill([1, 2, 3])
+        first.close()
+        made = []
+        monkeypatch.setattr(Executor, "_new_room", made.append)
+        second = gpt.new_session()
+        np.testing.assert_array_equal(second.decode(4), logits)
+        assert not made
+
+
+# Texts
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_texts_are_those_that_each_request_has_alone(gpt, kind, options):
+    # Long enough for the oldest half to be dropped.
+    options = {"max_new_tokens": 30, **options}
+    alone = [gpt.generate(prompt, **options) for prompt in PROMPTS]
+    with EdgeScheduler(gpt, **kind) as scheduler:
+        requests = [scheduler.submit(prompt, **options) for prompt in PROMPTS]
+        scheduler.run()
+        assert all(request.done for request in requests)
+        assert [request.result() for request in requests] == alone
+        assert scheduler.active == 0 and scheduler.step() is None
+
+
+def test_requests_may_come_at_any_time(gpt):
+    options = {"max_new_tokens": 12, "seed": 4}
+    prompts = ["abc", "hello there", "x.\n", "fox and fox"]
+    alone = [gpt.generate(prompt, **options) for prompt in prompts]
+    with EdgeScheduler(gpt) as scheduler:
+        requests = []
+        for prompt in prompts:
+            requests.append(scheduler.submit(prompt, **options))
+            for _ in range(5):
+                scheduler.step()
+        assert [request.result() for request in reversed(requests)] == alone[::-1]
+
+
+def test_streamed_pieces_join_to_the_text_and_others_go_on_meanwhile(gpt):
+    options = {"max_new_tokens": 20, "seed": 3}
+    with EdgeScheduler(gpt) as scheduler:
+        other = scheduler.submit("fox", **options)
+        pieces = list(scheduler.submit("abc", **options).stream())
+        assert "".join(pieces) == gpt.generate("abc", **options) and len(pieces) > 1
+        assert other.done and other.result() == gpt.generate("fox", **options)
+        ids = scheduler.submit([1, 2], **options)
+        assert list(ids.stream()) == gpt.generate([1, 2], **options) == ids.result()
+
+
+def test_a_loop_over_the_scheduler_gives_every_piece(gpt):
+    options = {"max_new_tokens": 10, "seed": 3}
+    with EdgeScheduler(gpt) as scheduler:
+        requests = [scheduler.submit(prompt, **options) for prompt in ("abc", "fox")]
+        texts = dict.fromkeys(requests, "")
+        for request, piece in scheduler:
+            texts[request] += piece
+        assert list(texts.values()) == [request.result() for request in requests]
+
+
+@pytest.mark.parametrize("prompt", ["abc", [1, 2, 3]], ids=str)
+def test_stop_texts_end_a_request(gpt, prompt):
+    options = {"max_new_tokens": 30, "seed": 5}
+    whole = gpt.generate("abc", **options)
+    options["stop"] = whole[6:8]
+    with EdgeScheduler(gpt) as scheduler:
+        request = scheduler.submit(prompt, **options)
+        assert request.result() == gpt.generate(prompt, **options)
+        if prompt == "abc":
+            assert len(request.tokens) < 30
+            pieces = scheduler.submit(prompt, **options).stream()
+            assert "".join(pieces) == request.result()
+
+
+def test_the_model_may_be_used_meanwhile_and_stays_open(gpt):
+    with EdgeScheduler(gpt) as scheduler:
+        request = scheduler.submit([1, 2, 3], max_new_tokens=20, temperature=0)
+        scheduler.step()
+        alone = gpt.generate([1, 2, 3], max_new_tokens=20, temperature=0)
+        assert request.result() == alone
+    assert gpt.generate([1, 2, 3], max_new_tokens=20, temperature=0) == alone
+
+
+# Order
+
+
+def test_a_short_request_does_not_wait_for_a_long_prompt(gpt):
+    with EdgeScheduler(gpt, max_chunk=8) as scheduler:
+        scheduler.submit(PROMPTS[3], max_new_tokens=1)
+        scheduler.step()
+        scheduler.submit([1, 2, 3], max_new_tokens=2)
+        kinds = [(number, kind) for number, kind, _ in works_of(scheduler)]
+    # Its prompt goes before the rest of the long one's, between whose chunks it writes.
+    long, short = (0, "prefill"), (1, "decode")
+    assert kinds[:4] == [(1, "prefill"), short, long, short]
+    assert kinds[4:-1] == [long] * (len(kinds) - 5) and kinds[-1] == (0, "decode")
+
+
+def test_without_chunks_it_waits_for_all_of_it(gpt):
+    with EdgeScheduler(gpt, max_chunk=8, chunked=False) as scheduler:
+        scheduler.submit(PROMPTS[3], max_new_tokens=2)
+        scheduler.submit([1, 2, 3], max_new_tokens=2)
+        assert works_of(scheduler)[:2] == [
+            (0, "prefill", CONTEXT - 1),
+            (1, "prefill", 2),
+        ]
+
+
+@pytest.mark.parametrize("max_chunk", [1, 4, 8, 12, 64])
+def test_no_chunk_is_longer_than_asked_for_and_every_token_is_read(gpt, max_chunk):
+    with EdgeScheduler(gpt, max_chunk=max_chunk) as scheduler:
+        scheduler.submit(PROMPTS[3], max_new_tokens=1)
+        counts = [count for _, kind, count in works_of(scheduler) if kind == "prefill"]
+    assert sum(counts) == CONTEXT - 1 and max(counts) <= max_chunk
+    assert len(counts) == 1 or max_chunk < CONTEXT
+
+
+def test_between_two_chunks_every_writer_gets_one_token(gpt):
+    with EdgeScheduler(gpt, max_chunk=4) as scheduler:
+        for prompt in ([1], [2], [3]):
+            scheduler.submit(prompt, max_new_tokens=4)
+        scheduler.submit(PROMPTS[0], max_new_tokens=1)
+        works = [(number, kind) for number, kind, _ in works_of(scheduler)]
+    chunks = [place for place, (_, kind) in enumerate(works) if kind == "prefill"]
+    for begin, end in zip([-1, *chunks[:3]], chunks, strict=False):
+        assert works[begin + 1 : end] == [(0, "decode"), (1, "decode"), (2, "decode")]
+
+
+def test_the_shortest_prompt_goes_first_but_none_is_passed_over_for_ever(gpt):
+    with EdgeScheduler(gpt, max_chunk=1, patience=3) as scheduler:
+        scheduler.submit(random_ids(9), max_new_tokens=1)
+        for _ in range(6):
+            scheduler.submit(random_ids(3), max_new_tokens=1)
+        order = [n for n, kind, _ in works_of(scheduler) if kind == "prefill"]
+    # Chunks of one token: two for each short prompt, and 8 for the long one.
+    assert order == [1, 1, 2, 0, 2, 3, 3, 0, 4, 4, 5, 0, 5, 6, 6, 0, *[0] * 4]
+
+
+def test_no_more_than_max_active_have_a_cache(gpt):
+    with EdgeScheduler(gpt, max_active=2) as scheduler:
+        options = {"max_new_tokens": 3, "temperature": 0}
+        requests = [scheduler.submit([n], **options) for n in range(5)]
+        seen = []
+        while scheduler.step():
+            seen.append(scheduler.active)
+            held = [request for request in requests if request._session is not None]
+            assert len(held) == scheduler.active
+        assert max(seen) == 2
+    assert [r.tokens for r in requests] == gpt.generate(
+        [[n] for n in range(5)], **options
+    )
+
+
+# Ends
+
+
+def test_a_cancelled_request_makes_room(gpt):
+    with EdgeScheduler(gpt, max_active=1) as scheduler:
+        first = scheduler.submit([1], max_new_tokens=50)
+        second = scheduler.submit([2], max_new_tokens=3, temperature=0)
+        scheduler.step()
+        first.cancel()
+        first.cancel()
+        assert first.done and len(first.tokens) == 1
+        assert second.result() == gpt.generate([2], max_new_tokens=3, temperature=0)
+        pieces = scheduler.submit([3], max_new_tokens=50).stream()
+        next(pieces)
+        pieces.close()
+        assert scheduler.active == 0
+
+
+def test_a_request_that_fails_does_not_touch_the_others(gpt, monkeypatch):
+    options = {"max_new_tokens": 5, "temperature": 0}
+    alone = gpt.generate([4], **options)
+    with EdgeScheduler(gpt) as scheduler:
+        bad, good = (scheduler.submit([n], **options) for n in (3, 4))
+        scheduler.step()
+        scheduler.step()
+        decode = bad._session.decode
+        monkeypatch.setattr(
+            bad._session, "decode", lambda token: decode(token) * np.nan
+        )
+        assert good.result() == alone
+        scheduler.run()
+        assert bad.done and len(bad.tokens) == 1 and scheduler.active == 0
+        for call in (bad.result, lambda: list(bad.stream())):
+            with pytest.raises(InputError, match="finite logits"):
+                call()
+
+
+def test_nothing_asked_for_is_nothing_done(gpt):
+    with EdgeScheduler(gpt) as scheduler:
+        assert scheduler.step() is None and list(scheduler) == []
+        request = scheduler.submit("abc", max_new_tokens=0)
+        assert request.done and request.result() == "" and not list(request.stream())
+        assert scheduler.step() is None
+
+
+def test_closing_ends_requests_and_a_file_that_it_opened(exported):
+    scheduler = EdgeScheduler(exported.litertlm, num_threads=1)
+    request = scheduler.submit("abc")
+    waiting = scheduler.submit("fox")
+    scheduler.step()
+    scheduler.close()
+    assert request.done and waiting.done
+    with pytest.raises(InputError, match="was closed"):
+        scheduler.submit("abc")
+    with pytest.raises(InputError, match="was closed"):
+        scheduler.step()
+
+
+# Bad requests
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "Prompt 0 is empty"),
+        ([VOCAB_SIZE], {}, f"0 to {VOCAB_SIZE - 1}"),
+        (["abc"], {}, "one prompt"),
+        ("A", {}, "lacks 'A'"),
+        ([1], {"temperature": -1}, "temperature"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens"),
+    ],
+)
+def test_bad_requests_are_refused_and_nothing_is_queued(gpt, prompt, options, message):
+    with EdgeScheduler(gpt) as scheduler:
+        with pytest.raises(InputError, match=message):
+            scheduler.submit(prompt, **options)
+        assert scheduler.step() is None
+
+
+def test_a_long_prompt_is_cut_on_the_left_with_a_notice(gpt):
+    with EdgeScheduler(gpt) as scheduler:
+        with pytest.warns(GenerationNotice, match="of 40 tokens"):
+            request = scheduler.submit(random_ids(40), max_new_tokens=5, temperature=0)
+        expected = gpt.generate(
+            random_ids(40)[-CONTEXT:], max_new_tokens=5, temperature=0
+        )
+        assert request.result() == expected
+
+
+@pytest.mark.parametrize("name", ["max_chunk", "max_active", "patience"])
+def test_bad_arguments_are_refused(gpt, name):
+    with pytest.raises(InputError, match=rf"`{name}` expects at least 1"):
+        EdgeScheduler(gpt, **{name: 0})
+    with pytest.raises(InputError, match="open EdgeGPT"):
+        EdgeScheduler(gpt, num_threads=2)
