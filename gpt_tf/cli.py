@@ -13,7 +13,7 @@ import typer
 import typer.core
 from rich.console import Console
 
-from gpt_tf.errors import InputError, PeerLostError
+from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
 from gpt_tf.quiet import held_back
 
 
@@ -521,6 +521,34 @@ def generate(
         answer(line)
 
 
+@app.command(
+    # What follows the command's name is the command's own.
+    context_settings={"allow_extra_args": True, "allow_interspersed_args": False}
+)
+def launch(
+    context: typer.Context,
+    workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 2,
+    max_restarts: Annotated[
+        int, typer.Option(help="New starts in a row without a new checkpoint.")
+    ] = 3,
+    port: Annotated[
+        int | None, typer.Option(help="First port of the workers; free ones if not.")
+    ] = None,
+    join_timeout: _JoinTimeout = None,
+):
+    """Train with several workers on this machine: launch --workers 2 train --out ..."""
+    from gpt_tf.parallel.launch import launch as launch_workers
+
+    launch_workers(
+        context.args,
+        workers,
+        max_restarts=max_restarts,
+        port=port,
+        join_timeout=join_timeout,
+        on_line=functools.partial(print, flush=True),
+    )
+
+
 def _changes(given, others=()):
     """Return the fields of a configuration that the command line gave."""
     changes = {
@@ -596,6 +624,9 @@ def main():
             traceback.print_exc()
         _say(error)
         _exit_at_once(PeerLostError.EXIT_STATUS)
+    except WorkerFailedError as error:
+        _say(error)
+        sys.exit(error.status)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if getattr(app, "debug", False) or package not in _EXTRAS:

@@ -25,3 +25,16 @@ class PeerLostError(RuntimeError):
     """
 
     EXIT_STATUS = 75
+
+
+class WorkerFailedError(RuntimeError):
+    """A worker that was launched failed in a way that a new start does not mend.
+
+    Args:
+        message: Which worker failed, and how.
+        status: The exit status for the command line.
+    """
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
