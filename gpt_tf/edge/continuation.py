@@ -162,6 +162,6 @@ class GrowingText:
         if places:
             self.stopped, end = True, min(places)
             self._whole = self._whole[:end]
-        piece = self._whole[len(self.text) : end]
+        piece = self._whole[len(self.text) : max(end, len(self.text))]
         self.text += piece
         return piece
