@@ -28,6 +28,7 @@ from gpt_tf.errors import InputError
 JOIN_TIMEOUT_S = 600.0
 JOIN_TIMEOUT_VARIABLE = "GPT_TF_JOIN_TIMEOUT"
 _LONGEST_LINE = 1 << 20
+_TIMEOUT_S = 5.0
 
 
 def join_timeout(given=None):
@@ -161,37 +162,37 @@ class Peers:
     def _gather(self, listener, deadline, timeout_s, unreached):
         """Collect hello and readiness of all others, then let all go."""
         listener.setblocking(False)
-        strangers, waiting, told = [], {}, 0.0
+        waiting, told = {}, 0.0
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
-            while True:
-                missing = self._missing(waiting, unreached)
-                now = time.monotonic()
-                if not missing:
-                    break
-                if now > deadline:
-                    text = _who_is_missing(timeout_s, missing)
-                    self._tell_all({"failed": text})
-                    raise InputError(text)
-                if now - told > 0.5:
-                    self._tell_all({"missing": missing})
-                    told = now
-                for key, _ in selector.select(0.2):
-                    if key.fileobj is listener:
-                        with contextlib.suppress(OSError):
-                            channel = _Channel(listener.accept()[0])
-                            strangers.append(channel)
-                            selector.register(channel, selectors.EVENT_READ, channel)
-                    elif not self._hear(key.data, waiting):
-                        selector.unregister(key.data)
+            try:
+                while missing := self._missing(waiting, unreached):
+                    now = time.monotonic()
+                    if now > deadline:
+                        text = _who_is_missing(timeout_s, missing)
+                        self._tell_all({"failed": text})
+                        raise InputError(text)
+                    if now - told > 0.5:
+                        self._tell_all({"missing": missing})
+                        told = now
+                    for key, _ in selector.select(0.2):
+                        if key.data is None:
+                            _accept(listener, selector)
+                        elif not self._hear(key.data, waiting):
+                            selector.unregister(key.data)
+                            self._forget(key.data, waiting)
+            finally:
+                known = self._channels.values()
+                for key in list(selector.get_map().values()):
+                    if key.data is not None and key.data not in known:
                         key.data.close()
-                        if self._channels.get(key.data.name) is key.data:
-                            del self._channels[key.data.name]
-                            waiting.pop(key.data.name, None)
-        for channel in strangers:
-            if self._channels.get(channel.name) is not channel:
-                channel.close()
         self._tell_all({"go": True})
+
+    def _forget(self, channel, waiting):
+        channel.close()
+        if self._channels.get(channel.name) is channel:
+            del self._channels[channel.name]
+            waiting.pop(channel.name, None)
 
     def _missing(self, waiting, unreached):
         missing = [
@@ -234,43 +235,57 @@ class Peers:
 
     def _report(self, deadline, timeout_s, unreached):
         """Say hello to the leader until it answers, then wait until it says go."""
-        address = self.addresses[self.leader]
         missing = [self._describe(self.leader)]
         while time.monotonic() < deadline:
             try:
-                channel = _Channel(_connect(address, 2.0), self.leader)
+                connection = _connect(self.addresses[self.leader], 2.0)
             except OSError:
                 time.sleep(0.2)
                 continue
-            channel.send({"hello": self.name, "cluster": self._fingerprint()})
-            said = time.monotonic()
-            welcome = False
-            while time.monotonic() < deadline:
-                messages, is_open = channel.wait(0.2)
-                for message in messages:
-                    if "refused" in message:
-                        raise InputError(
-                            "All workers expect the same cluster in TF_CONFIG. "
-                            f"Received: {', '.join(self.addresses.values())} here, "
-                            f"{message['refused']} at {self._describe(self.leader)}. "
-                            "Give all the same list."
-                        )
-                    if "failed" in message:
-                        raise InputError(message["failed"])
-                    if "go" in message:
-                        self._channels[self.leader] = channel
-                        return
-                    if "taken" in message:
-                        missing = [f"{self.name} twice: another process is that too"]
-                    welcome = welcome or "welcome" in message
-                    missing = message.get("missing", missing)
-                if not is_open or (not welcome and time.monotonic() - said > 5.0):
-                    break  # not our leader, or not yet: TensorFlow of the run before
-                if welcome:
-                    channel.send({"unreached": list(unreached)})
+            channel = _Channel(connection, self.leader)
+            try:
+                missing = self._wait_for_go(channel, deadline, unreached, missing)
+            except BaseException:
+                channel.close()
+                raise
+            if not missing:
+                self._channels[self.leader] = channel
+                return
             channel.close()
             time.sleep(0.2)
         raise InputError(_who_is_missing(timeout_s, missing))
+
+    def _wait_for_go(self, channel, deadline, unreached, missing):
+        """Return nothing once the leader says go, or who is missing if it is gone."""
+        channel.send({"hello": self.name, "cluster": self._fingerprint()})
+        said, welcome, is_open = time.monotonic(), False, True
+        # Who does not answer is not the leader, or not yet: TensorFlow of the run
+        # before may still hold the port.
+        while (
+            is_open
+            and (now := time.monotonic()) < deadline
+            and (welcome or now - said < _TIMEOUT_S)
+        ):
+            messages, is_open = channel.read(0.2)
+            for message in messages:
+                if "go" in message:
+                    return []
+                if "failed" in message:
+                    raise InputError(message["failed"])
+                if "refused" in message:
+                    raise InputError(
+                        "All workers expect the same cluster in TF_CONFIG. "
+                        f"Received: {', '.join(self.addresses.values())} here, "
+                        f"{message['refused']} at {self._describe(self.leader)}. "
+                        "Give all the same list."
+                    )
+                if "taken" in message:
+                    missing = [f"{self.name} twice: another process is that too"]
+                welcome = welcome or "welcome" in message
+                missing = message.get("missing", missing)
+            if welcome:
+                channel.send({"unreached": list(unreached)})
+        return missing
 
     def _fingerprint(self):
         text = json.dumps(self.addresses, sort_keys=True)
@@ -317,7 +332,7 @@ class Peers:
             channel.seen = now
         while not self._ended.is_set():
             for name, channel in list(self._channels.items()):
-                messages, is_open = channel.wait(0.2 / len(self._channels))
+                messages, is_open = channel.read(0.2 / len(self._channels))
                 for message in messages:
                     if "done" in message:
                         done.add(name)
@@ -358,42 +373,34 @@ class _Channel:
     """Lines of JSON over a connection; a broken connection only stops to be open."""
 
     def __init__(self, connection, name=None):
-        connection.settimeout(5.0)
+        connection.settimeout(_TIMEOUT_S)
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection = connection
         self.name = name
         self.seen = time.monotonic()
         self._rest = b""
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(connection, selectors.EVENT_READ)
-        self._lock = threading.Lock()
 
     def fileno(self):
         return self.connection.fileno()
 
     def close(self):
-        with self._lock, contextlib.suppress(OSError):
-            # Wakes the thread that reads, too.
-            self.connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
         self.connection.close()
 
     def send(self, message):
-        with self._lock, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            self.connection.settimeout(_TIMEOUT_S)
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def wait(self, timeout_s):
+    def read(self, timeout_s=_TIMEOUT_S):
         """Return what comes within a time, and whether the connection is open."""
         try:
-            if not self._selector.select(timeout_s):
-                return [], self.connection.fileno() >= 0
-        except (OSError, ValueError):
-            return [], False
-        return self.read()
-
-    def read(self):
-        try:
+            self.connection.settimeout(timeout_s)
             data = self.connection.recv(1 << 16)
+        except TimeoutError:
+            return [], True
         except OSError:
             return [], False
         if not data or len(self._rest) > _LONGEST_LINE:
@@ -409,6 +416,12 @@ class _Channel:
             if isinstance(message, dict):
                 messages.append(message)
         return messages, True
+
+
+def _accept(listener, selector):
+    with contextlib.suppress(OSError):
+        channel = _Channel(listener.accept()[0])
+        selector.register(channel, selectors.EVENT_READ, channel)
 
 
 def _host_and_port(address):
