@@ -49,6 +49,17 @@ TINY = {
         "student_steps": 5,
         "max_new_tokens": 8,
     },
+    "04_train_in_parallel": {
+        "vocab_size": 300,
+        "context_length": 16,
+        "batch_size": 8,
+        "embedding_dim": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "steps": 4,
+        "steps_per_epoch": 2,
+        "timed_rounds": 1,
+    },
 }
 # A path of a machine, in a text or a link: `/home/...`, `C:\Users\...`.
 MACHINE_PATH = re.compile(
