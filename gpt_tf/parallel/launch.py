@@ -112,6 +112,7 @@ def supervise(
     port=None,
     progress=lambda: None,
     on_line=print,
+    settle_s=3.0,
     grace_s=10.0,
 ):
     """Run one command in several processes, all or none, until all have succeeded.
@@ -124,6 +125,8 @@ def supervise(
         port: As for `launch`.
         progress: Returns what tells whether a start got further than the last.
         on_line: As for `launch`.
+        settle_s: Seconds after the first failure in which others may end by
+            themselves: the cause may be among them.
         grace_s: Seconds that a process has to end before it is killed.
 
     Raises:
@@ -145,7 +148,7 @@ def supervise(
             group = _Group(keeper, on_line, grace_s)
             try:
                 group.start(command(start), ports)
-                group.run(caught)
+                group.run(caught, settle_s)
             finally:
                 group.end()
             if caught:
@@ -158,8 +161,8 @@ def supervise(
             _refuse_hopeless(failure, None if moved else before)
             if restarts > max_restarts:
                 raise WorkerFailedError(
-                    f"{failure.text} No start got further than the one before, "
-                    f"{max_restarts} times.",
+                    f"All workers were ended, after {max_restarts} new starts without "
+                    f"progress. {failure.text}",
                     failure.exit_status,
                 )
             on_line(f"[launch] {failure.text}")
@@ -238,7 +241,7 @@ class _Group:
                 process.stdin.write(b"\n")
                 process.stdin.close()
 
-    def run(self, caught):
+    def run(self, caught, settle_s):
         """Pass lines on until all have ended, or one failed, or a signal came."""
         deadline = None
         while not caught and len(self.statuses) < len(self.processes):
@@ -248,8 +251,7 @@ class _Group:
             if 2 in failed or (deadline is not None and time.monotonic() > deadline):
                 return
             if failed and deadline is None:
-                # Those that lose a peer end too, and the cause may be among them.
-                deadline = time.monotonic() + 3.0
+                deadline = time.monotonic() + settle_s
 
     def _look(self):
         for index, process in enumerate(self.processes):
