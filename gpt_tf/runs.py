@@ -223,19 +223,21 @@ class TrainingConfig(Configuration):
         self._check(
             "strategy",
             self.strategy in ("auto", "one_device"),
-            f"auto beside `{name}`, which places the model itself",
+            f"of auto beside `{name}`, which places the model itself",
         )
         self._check(
             "gradient_accumulation_steps",
             self.gradient_accumulation_steps == 1,
-            f"1 beside `{name}`",
+            f"of 1 beside `{name}`",
         )
         if self.mesh is not None:
-            self._check("pipeline_stages", self.pipeline_stages == 1, "1 beside `mesh`")
+            self._check(
+                "pipeline_stages", self.pipeline_stages == 1, "of 1 beside `mesh`"
+            )
             whole = self.precision == "float32"
-            self._check("precision", whole, "float32 beside `mesh`")
+            self._check("precision", whole, "of float32 beside `mesh`")
         others = self.quantization or self.distillation
-        self._check(name, not others, "left out in quantisation and distillation")
+        self._check(name, not others, "left out in quantisation and in distillation")
 
 
 PRESETS = {

@@ -33,7 +33,7 @@ from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel import strategy as strategies
-from gpt_tf.parallel.mesh import make_mesh, parse_mesh
+from gpt_tf.parallel.mesh import check_divides, check_fits, make_mesh, parse_mesh
 from gpt_tf.parallel.pipeline import Pipeline
 from gpt_tf.parallel.sequence import MeshGPT
 from gpt_tf.quantization.config import QuantizationConfig
@@ -213,11 +213,20 @@ def _division_of(config):
             "process. Received: a cluster in TF_CONFIG. Unset it, or leave out "
             "`pipeline_stages` and `mesh`."
         )
+    sizes = dataclasses.asdict(config)
+    sizes["feedforward_dim"] = config.feedforward_dim or 4 * config.embedding_dim
     if config.mesh is not None:
-        return make_mesh(**parse_mesh(config.mesh))
-    return Pipeline(
+        mesh = make_mesh(**parse_mesh(config.mesh))
+        check_divides(mesh, (config.batch_size, config.context_length))
+        if config.init_from is None:
+            check_fits(mesh, sizes)
+        return mesh
+    pipeline = Pipeline(
         config.pipeline_stages, config.micro_batches, config.pipeline_schedule
     )
+    if config.init_from is None:
+        pipeline.plan(sizes)
+    return pipeline
 
 
 def _check_division(config, replicas):

@@ -159,11 +159,7 @@ class TokenTraining:
             InputError: An id in an array is not below `vocab_size`.
             InputTypeError: A Keras 3 callback was handed in.
         """
-        if y is None and isinstance(x, (list, np.ndarray, tf.Tensor)):
-            raise InputError(
-                "`fit` expects labels, the next tokens (B, T). Received: inputs only. "
-                "Pass `fit(inputs, labels)` or a dataset of (inputs, labels)."
-            )
+        self._check_labels(x, y)
         self._prepare(x, y, kwargs.get("callbacks"))
         callbacks = self.prepare_fit(x, kwargs.get("batch_size") or 32)
         if callbacks:
@@ -188,6 +184,14 @@ class TokenTraining:
         if not self._is_compiled:
             with self.distribute_strategy.scope():
                 self.compile()
+
+    @staticmethod
+    def _check_labels(x, y):
+        if y is None and isinstance(x, (list, np.ndarray, tf.Tensor)):
+            raise InputError(
+                "`fit` expects labels, the next tokens (B, T). Received: inputs only. "
+                "Pass `fit(inputs, labels)` or a dataset of (inputs, labels)."
+            )
 
     def _check_ids(self, ids, role):
         if isinstance(ids, list) and ids and not hasattr(ids[0], "dtype"):

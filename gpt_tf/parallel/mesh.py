@@ -114,6 +114,28 @@ def check_fits(mesh, sizes):
             )
 
 
+def check_divides(mesh, shape):
+    """Refuse batches that a mesh does not divide.
+
+    Args:
+        mesh: As of `make_mesh`.
+        shape: `(B, T)`, windows of a batch and positions of a window.
+
+    Raises:
+        InputError: It does not divide them.
+    """
+    for what, size, axis in (
+        ("windows of a batch", shape[0], "batch"),
+        ("positions of a window", shape[1], "sequence"),
+    ):
+        parts = mesh.dim_size(axis)
+        if size % parts:
+            raise InputError(
+                f"The mesh divides the {what} among {parts} devices of its axis "
+                f"`{axis}`. Received: {size}. Use a multiple of {parts}."
+            )
+
+
 def layout(mesh, *axes):
     """Return the layout in which each axis of a tensor is divided, None for whole."""
     return dtensor.Layout([axis or dtensor.UNSHARDED for axis in axes], mesh)

@@ -20,7 +20,14 @@ from gpt_tf.models.decoding import parts_of
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import TokenTraining, refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
-from gpt_tf.parallel.mesh import check_fits, gather, layout, layout_map, place
+from gpt_tf.parallel.mesh import (
+    check_divides,
+    check_fits,
+    gather,
+    layout,
+    layout_map,
+    place,
+)
 
 _X = ("batch", "sequence", None)  # (B, T, C)
 _TOKENS = ("batch", "sequence")  # (B, T)
@@ -329,6 +336,7 @@ class MeshGPT(TokenTraining, keras.Model):
             InputError: The mesh does not divide the batch or its positions, or as for
                 `GPTModel.fit`.
         """
+        self._check_labels(x, y)
         self._prepare(x, y, callbacks)
         data = _Batches(self, x, y, sample_weight, batch_size, shuffle)
         steps = data.steps if steps_per_epoch is None else steps_per_epoch
@@ -390,6 +398,7 @@ class MeshGPT(TokenTraining, keras.Model):
         return_dict=False,
     ):
         """Measure, as `GPTModel.evaluate`."""
+        self._check_labels(x, y)
         self._prepare(x, y, callbacks)
         data = _Batches(self, x, y, sample_weight, batch_size, shuffle=False)
         self.reset_metrics()
@@ -472,13 +481,8 @@ class _Batches:
             if not isinstance(x, dtensor.DTensorDataset):
                 self.steps = max(-1, int(x.cardinality()))
                 self.steps = None if self.steps < 0 else self.steps
-            self._check(_shape_of(x))
+            check_divides(model.mesh, _shape_of(x))
             return
-        if x is None or y is None:
-            raise InputError(
-                "A mesh expects token ids and the next tokens (N, T), or a dataset of "
-                "both. Received: neither."
-            )
         x, y = np.asarray(x, np.int32), np.asarray(y, np.int32)
         weights = _spread(sample_weight, y.shape)
         # Windows of weight 0 fill the last batch.
@@ -487,18 +491,7 @@ class _Batches:
         self.source = [np.pad(array, filling) for array in (x, y, weights)]
         self.num_windows, self.batch_size = len(x), batch_size
         self.steps = (len(x) + missing) // batch_size
-        self._check((batch_size, x.shape[1]))
-
-    def _check(self, shape):
-        for what, size, axis in zip(
-            ("windows of a batch", "positions of a window"), shape, _TOKENS, strict=True
-        ):
-            parts = self.layout.mesh.dim_size(axis)
-            if size % parts:
-                raise InputError(
-                    f"The mesh divides the {what} among {parts} devices of its axis "
-                    f"`{axis}`. Received: {size}. Use a multiple of {parts}."
-                )
+        check_divides(model.mesh, (batch_size, x.shape[1]))
 
     def epoch(self, steps):
         """Yield batches; a dataset without an end goes on where it was."""
@@ -522,10 +515,13 @@ class _Batches:
 
     def _placed(self, batch):
         if isinstance(self.source, dtensor.DTensorDataset):
+            if len(batch) == 2:
+                ones = np.ones(batch[0].shape, np.float32)
+                batch = [*batch, place(ones, self.layout)]
             return batch
         x, y, weights = keras.utils.unpack_x_y_sample_weight(tuple(batch))
         x, y = np.asarray(x, np.int32), np.asarray(y, np.int32)
-        self._check(x.shape)
+        check_divides(self.layout.mesh, x.shape)
         arrays = (x, y, _spread(weights, y.shape))
         return [place(array, self.layout) for array in arrays]
 
