@@ -255,8 +255,7 @@ def of_chief(strategy, number):
         strategy.run(tf.function(lambda: tf.constant(own, tf.int64))),
         axis=None,
     )
-    replicas = strategy.num_replicas_in_sync // len(_peers_of(strategy).addresses)
-    return int(total) // replicas
+    return int(total) // strategy.extended._num_devices_per_worker
 
 
 @contextlib.contextmanager
