@@ -96,7 +96,7 @@ def gpt_tf_fit(shape, jit_compile):
     windows = gpt_tf.Windows(token_ids(shape), shape.context_length, shape.batch_size)
     import tf_keras
 
-    return _fit_by_steps(model, windows.dataset(), tf_keras)
+    return fit_by_steps(model, windows.dataset(), tf_keras)
 
 
 def keras_hub_fit(shape, jit_compile):
@@ -123,10 +123,10 @@ def keras_hub_fit(shape, jit_compile):
     dataset = windows.dataset().map(
         lambda x, y, weights: ({"token_ids": x, "padding_mask": padding}, y, weights)
     )
-    return _fit_by_steps(model, dataset.prefetch(4), keras)
+    return fit_by_steps(model, dataset.prefetch(4), keras)
 
 
-def _fit_by_steps(model, dataset, keras):
+def fit_by_steps(model, dataset, keras):
     class Clock(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
             self.ends = []

@@ -1,0 +1,520 @@
+"""A training step divided among devices in every way, beside the undivided one.
+
+    python benchmarks/parallel.py [--rounds N] [--only mirrored,pipeline]
+
+The devices are logical ones of the same cores, so nothing can become faster here: what
+is measured is what the division costs. All contenders train the same model on the same
+global batch, by `fit`, and take turns; the undivided model takes part in every group.
+Workers are processes on this machine.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from harness import (
+    RESULTS,
+    Contender,
+    console,
+    gpt_tf_model,
+    print_machine,
+    print_table,
+    save,
+    take_turns,
+)
+from training import Shape, fit_by_steps, token_ids
+
+SHAPE = Shape(6, 8, 512, 128, 8, 10000)
+MICRO_BATCHES = 4
+FLOAT = 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way of dividing the work.
+
+    Args:
+        name: Its kind: a strategy, `pipeline`, or an axis of a mesh.
+        devices: Number of devices in all.
+        workers: Number of processes.
+        xla: Whether XLA compiles the steps.
+        schedule: Of a pipeline.
+        parts: Sizes of a mesh's axes.
+    """
+
+    name: str
+    devices: int = 1
+    workers: int = 1
+    xla: bool = True
+    schedule: str | None = None
+    parts: tuple = ()
+
+    @property
+    def label(self):
+        if self.name == "one_device":
+            return "one device" + ("" if self.xla else ", without XLA")
+        if self.name == "pipeline":
+            return f"pipeline, {self.devices} stages, {self.schedule}"
+        if self.name == "multi_worker":
+            return f"{self.workers} worker{'s' * (self.workers > 1)}"
+        if self.name == "mirrored":
+            return f"mirrored, {self.devices} devices" + (
+                "" if self.xla else ", without XLA"
+            )
+        axes = zip(("batch", "model", "sequence"), self.parts, strict=True)
+        return "mesh, " + " x ".join(f"{axis} {n}" for axis, n in axes if n > 1)
+
+
+def mesh(name, batch=1, model=1, sequence=1):
+    return Way(
+        name, batch * model * sequence, xla=False, parts=(batch, model, sequence)
+    )
+
+
+ONE = Way("one_device")
+PLAIN = Way("one_device", xla=False)
+# Each group is measured in turns, beside its own undivided model.
+GROUPS = {
+    "mirrored": [
+        ONE,
+        Way("mirrored", 1),
+        Way("mirrored", 2),
+        Way("mirrored", 4),
+        PLAIN,
+        Way("mirrored", 2, xla=False),
+    ],
+    "pipeline": [
+        ONE,
+        Way("pipeline", 2, schedule="1f1b"),
+        Way("pipeline", 2, schedule="gpipe"),
+        Way("pipeline", 4, schedule="1f1b"),
+    ],
+    "mesh": [
+        PLAIN,
+        mesh("batch", batch=2),
+        mesh("tensor", model=2),
+        mesh("sequence", sequence=2),
+        mesh("tensor", model=4),
+        mesh("batch_tensor", batch=2, model=2),
+    ],
+    "workers": [ONE, Way("multi_worker", 1, 1), Way("multi_worker", 2, 2)],
+}
+
+
+# What a contender does in its own process
+
+
+def divided_fit(way, shape, facts):
+    """Build the model in a way and return what trains it; write down its memory."""
+    import gpt_tf
+
+    if way.name == "multi_worker":
+        return _with_workers(way, shape, facts)
+    if way.devices > 1:
+        gpt_tf.split_cpu(way.devices)
+    model = _compiled(_built(way, shape), way)
+    return _fit(model, shape, facts)
+
+
+def _built(way, shape):
+    import gpt_tf
+
+    if way.name == "pipeline":
+        with gpt_tf.Pipeline(way.devices, MICRO_BATCHES, way.schedule).scope():
+            return gpt_tf_model(shape)
+    if way.parts:
+        return gpt_tf.MeshGPT(gpt_tf_model(shape), gpt_tf.make_mesh(*way.parts))
+    with gpt_tf.make_strategy(way.name).scope():
+        return gpt_tf_model(shape)
+
+
+def _compiled(model, way):
+    with model.distribute_strategy.scope():
+        model.compile(jit_compile=way.xla)
+    return model
+
+
+def _dataset(model, shape):
+    import gpt_tf
+
+    windows = gpt_tf.Windows(token_ids(shape), shape.context_length, shape.batch_size)
+    strategy = model.distribute_strategy
+    if strategy.cluster_resolver is None:
+        return windows.dataset()
+    return strategy.distribute_datasets_from_function(
+        lambda context: windows.dataset(
+            num_shards=context.num_input_pipelines, shard=context.input_pipeline_id
+        )
+    )
+
+
+def _fit(model, shape, facts):
+    import tf_keras
+
+    repeat = fit_by_steps(model, _dataset(model, shape), tf_keras)
+
+    def measured(count):
+        seconds = repeat(count)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        content = {"state_bytes": _state_bytes(model), "peak_bytes": peak}
+        Path(facts).write_text(json.dumps(content), "utf-8")
+        return seconds
+
+    return measured
+
+
+def _state_bytes(model):
+    """Return bytes of weights, gradients and the optimiser's moments by device."""
+    from tensorflow.experimental import dtensor
+
+    found = {}
+    weights = {id(v) for v in model.trainable_weights}
+    for variable in [*model.weights, *model.optimizer.variables]:
+        copies = 2 if id(variable) in weights else 1  # with its gradient
+        if isinstance(variable, dtensor.DVariable):
+            parts = dtensor.unpack(variable.read_value())
+            places = [(part.device, part.shape.num_elements()) for part in parts]
+        else:
+            replicas = getattr(variable, "values", [variable])
+            places = [(v.device, v.shape.num_elements()) for v in replicas]
+        for device, size in places:
+            found[device] = found.get(device, 0) + copies * size * FLOAT
+    return found
+
+
+# Workers: the first one is the contender, the others are told how much to do.
+
+
+def _with_workers(way, shape, facts):
+    addresses = [f"localhost:{port}" for port in _free_ports(way.workers)]
+
+    def environment(index):
+        task = {"type": "worker", "index": index}
+        return json.dumps({"cluster": {"worker": addresses}, "task": task})
+
+    others = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--worker", json.dumps(vars_of(way, shape))],
+            env={**os.environ, "TF_CONFIG": environment(index)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for index in range(1, way.workers)
+    ]
+    os.environ["TF_CONFIG"] = environment(0)
+    repeat = _fit(_compiled(_built(way, shape), way), shape, facts)
+
+    def together(count):
+        for other in others:
+            print(count, file=other.stdin, flush=True)
+        return repeat(count)
+
+    return together
+
+
+def _free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for opened in sockets:
+            opened.bind(("localhost", 0))
+        return [opened.getsockname()[1] for opened in sockets]
+
+
+def vars_of(way, shape):
+    return {"way": dataclasses.asdict(way), "shape": dataclasses.asdict(shape)}
+
+
+def work(text):
+    """Be another worker: train as often as the first one says."""
+    given = json.loads(text)
+    way = Way(**{**given["way"], "parts": tuple(given["way"]["parts"])})
+    shape = Shape(**given["shape"])
+    repeat = _fit(_compiled(_built(way, shape), way), shape, os.devnull)
+    for line in sys.stdin:
+        repeat(int(line))
+
+
+# Rates of this machine
+
+
+def product(size, threads):
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    a = tf.random.normal([size, size])
+
+    def repeat(count):
+        seconds = []
+        for _ in range(count):
+            began = time.perf_counter()
+            tf.matmul(a, a).numpy()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    return repeat
+
+
+def all_reduce(num_bytes, devices):
+    """Add up a tensor over logical devices, as MirroredStrategy does."""
+    import tensorflow as tf
+
+    import gpt_tf
+
+    gpt_tf.split_cpu(devices)
+    strategy = gpt_tf.make_strategy("mirrored")
+    values = strategy.run(lambda: tf.ones([num_bytes // FLOAT]))
+
+    @tf.function
+    def add(values):
+        def inside(value):
+            context = tf.distribute.get_replica_context()
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, value)[:1]
+
+        return strategy.run(inside, (values,))
+
+    def repeat(count):
+        seconds = []
+        for _ in range(count):
+            began = time.perf_counter()
+            result = add(values)
+            _ = [v.numpy() for v in strategy.experimental_local_results(result)]
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    return repeat
+
+
+def measure_rates(rounds):
+    products = take_turns(
+        [
+            Contender("a product, 1 thread", product, (1536, 1)),
+            Contender("a product, all threads", product, (1536, 0)),
+        ],
+        rounds,
+        10,
+    )
+    one, every = (2 * 1536**3 / min(m.seconds) / 1e9 for m in products)
+    sizes = [(1 << exponent, k) for k in (2, 4) for exponent in (12, 20, 24, 26)]
+    reduced = take_turns(
+        [
+            Contender(f"{size / 1e6:.3g} MB, {k} devices", all_reduce, (size, k))
+            for size, k in sizes
+        ],
+        rounds,
+        5,
+    )
+    return {
+        "matrix_product_gflops_1_core": one,
+        "matrix_product_gflops": every,
+        "all_reduce": [
+            {
+                "bytes": size,
+                "devices": k,
+                "between": "logical devices",
+                "seconds": measured.median_ms / 1e3,
+            }
+            for (size, k), measured in zip(sizes, reduced, strict=True)
+            if not measured.failure
+        ],
+    }
+
+
+# What follows from sizes alone
+
+
+def communicated_bytes(way, shape):
+    """Return the bytes that the busiest device sends in a step.
+
+    A sum over `k` devices by a ring sends `2 (k - 1) / k` times the tensor.
+    """
+    width, vocab = shape.embedding_dim, shape.vocab_size
+    activations = FLOAT * shape.tokens * width
+    weights = FLOAT * (
+        shape.num_layers * (12 * width * width + 13 * width)
+        + (vocab + shape.context_length + 2) * width
+    )
+    k = way.workers if way.name == "multi_worker" else way.devices
+    ring = 2 * (k - 1) / k
+    if way.name in ("mirrored", "multi_worker", "batch"):
+        return ring * weights
+    if way.name == "pipeline":
+        boundaries = min(2, k - 1)  # activations forward, their gradients back
+        return boundaries * activations + (FLOAT * vocab * width if k > 1 else 0)
+    if way.name == "sequence":
+        # Keys and values of all positions forward, the sums of their gradients back.
+        gathered = shape.num_layers * 2 * activations
+        return ring * weights + (ring / 2 + ring) * gathered
+    if way.name in ("tensor", "batch_tensor"):
+        batch, model, _ = way.parts
+        sums = 4 * shape.num_layers + 2  # two a block and way; the embedding, the head
+        within = 2 * (model - 1) / model * sums * activations / batch
+        return within + 2 * (batch - 1) / batch * weights / model
+    return 0.0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="steps in a turn")
+    parser.add_argument("--only", help="groups, apart by commas")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.worker)
+        return
+    only = arguments.only.split(",") if arguments.only else list(GROUPS)
+    print_machine()
+    report = {"shape": dataclasses.asdict(SHAPE), "rates": {}, "rows": []}
+    if not arguments.only:
+        report["rates"] = measure_rates(arguments.rounds)
+    for name in only:
+        console.print(f"\n{name}: {SHAPE}")
+        rows = measure_group(GROUPS[name], arguments)
+        report["rows"] += [{"group": name, **row} for row in rows]
+        _print(name, rows)
+    if not arguments.only:
+        save("parallel", report)
+        draw(report)
+
+
+def measure_group(ways, arguments):
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / str(index) for index in range(len(ways))]
+        results = take_turns(
+            [
+                Contender(way.label, divided_fit, (way, SHAPE, str(path)))
+                for way, path in zip(ways, paths, strict=True)
+            ],
+            arguments.rounds,
+            arguments.steps,
+        )
+        facts = [
+            json.loads(path.read_text("utf-8")) if path.exists() else {}
+            for path in paths
+        ]
+    plain = next((m for w, m in zip(ways, results, strict=True) if w == PLAIN), None)
+    rows = []
+    for way, measured, fact in zip(ways, results, facts, strict=True):
+        if measured.failure:
+            rows.append({"label": way.label, "failure": measured.failure})
+            continue
+        same = results[0] if way.xla or plain is None else plain
+        rows.append(
+            {
+                "label": way.label,
+                "way": way.name,
+                "devices": way.devices,
+                "workers": way.workers,
+                "micro_batches": MICRO_BATCHES if way.name == "pipeline" else 1,
+                "schedule": way.schedule,
+                "xla": way.xla,
+                "step_ms": measured.median_ms,
+                "p10_ms": measured.percentile_ms(10),
+                "p95_ms": measured.percentile_ms(95),
+                "of_one_device": measured.median_ms / same.median_ms,
+                # Both run in the same seconds, so the ratio of a turn is the quieter.
+                "of_one_device_p10": measured.percentile_ms(10)
+                / same.percentile_ms(10),
+                "tokens_per_second": SHAPE.tokens / measured.median_ms * 1e3,
+                "communicated_bytes_per_step": communicated_bytes(way, SHAPE),
+                "memory_bytes_per_device": max(fact["state_bytes"].values()),
+                "peak_bytes_of_process": fact["peak_bytes"],
+                "first_seconds": measured.first_seconds,
+            }
+        )
+    return rows
+
+
+def _print(name, rows):
+    cells = [
+        (row["label"], row["failure"].splitlines()[-1][:60], *[""] * 6)
+        if "failure" in row
+        else (
+            row["label"],
+            f"{row['step_ms']:.0f}",
+            f"{row['p95_ms']:.0f}",
+            f"{row['of_one_device']:.2f} ({row['of_one_device_p10']:.2f})",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['communicated_bytes_per_step'] / 1e6:.1f}",
+            f"{row['memory_bytes_per_device'] / 1e6:.0f}",
+            f"{row['peak_bytes_of_process'] / 1e6:.0f}",
+        )
+        for row in rows
+    ]
+    print_table(
+        f"{name}: a step of {SHAPE.tokens} tokens",
+        (
+            "",
+            "median ms",
+            "p95",
+            "of one device (p10)",
+            "tokens/s",
+            "sent MB",
+            "state MB/device",
+            "process MB",
+        ),
+        cells,
+    )
+
+
+def draw(report):
+    """Draw every way's step time against the undivided model's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [
+        row
+        for row in report["rows"]
+        if "failure" not in row and row["way"] != "one_device"
+    ]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 0.36 * len(rows) + 1.2), sharey=True, layout="constrained"
+    )
+    places = np.arange(len(rows))[::-1]
+    colours = dict(
+        zip(GROUPS, ("#2b6cb0", "#2f855a", "#b7791f", "#805ad5"), strict=True)
+    )
+    for axes, key, unit, title in (
+        (left, "of_one_device", 1, "step time, of the undivided model's"),
+        (right, "memory_bytes_per_device", 1e6, "weights, gradients, moments: MB"),
+    ):
+        values = [row[key] / unit for row in rows]
+        axes.barh(
+            places, values, color=[colours[row["group"]] for row in rows], height=0.66
+        )
+        for place, value in zip(places, values, strict=True):
+            text = f"{value:.2f}" if unit == 1 else f"{value:.0f}"
+            axes.annotate(
+                text,
+                (value, place),
+                textcoords="offset points",
+                xytext=(4, -3),
+                fontsize=8,
+            )
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.margins(x=0.12)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    left.axvline(1, color="#555555", linewidth=0.8)
+    left.set_yticks(places, [row["label"] for row in rows], fontsize=9)
+    figure.savefig(RESULTS / "parallel.png", dpi=150)
+    plt.close(figure)
+    console.print("wrote benchmarks/results/parallel.png")
+
+
+if __name__ == "__main__":
+    main()
