@@ -487,6 +487,8 @@ def test_every_field_of_the_configuration_is_an_option_and_arrives(
     given = []
 
     def take(config, out, *, resume, overwrite, on_notice, **changes):
+        assert not changes.pop("resume_or_start")
+        assert changes.pop("join_timeout") is None
         given.append(dataclasses.replace(config or TrainingConfig(), **changes))
         return trained
 
@@ -515,6 +517,8 @@ def test_train_has_no_option_that_is_nothing():
         "preset",
         "resume",
         "overwrite",
+        "resume_or_start",
+        "join_timeout",
         "virtual_devices",
     }
 
@@ -540,11 +544,12 @@ def test_every_option_of_quantize_arrives(command, trained, monkeypatch, tmp_pat
     assert result.status == 0, result.err
     full = QuantizationConfig.full()
     expected = {"source": trained.out, "out": tmp_path, "quantization": full}
-    assert given == {**changes, **expected, "resume": False, "overwrite": True}
+    expected |= {"resume": False, "resume_or_start": False, "join_timeout": None}
+    assert given == {**changes, **expected, "overwrite": True}
     given.clear()
     assert command("quantize", *folders).status == 0
     expected["quantization"] = None
-    assert given == {**expected, "resume": False, "overwrite": False}
+    assert given == {**expected, "overwrite": False}
 
 
 def test_every_option_of_distil_arrives(command, trained, monkeypatch, tmp_path):
@@ -583,6 +588,7 @@ def test_every_option_of_distil_arrives(command, trained, monkeypatch, tmp_path)
     }
     assert config == {**named, **wanted, "knowledge": None}
     expected = {"teacher": trained.out, "out": tmp_path, "resume": False}
+    expected |= {"resume_or_start": False, "join_timeout": None}
     quantization = QuantizationConfig().get_config()
     assert given == {
         **changes,

@@ -320,6 +320,13 @@ def _local_devices():
 
 
 def _multi_worker_strategy(config, join_timeout):
+    kind = config["task"]["type"]
+    if kind not in ("chief", "worker"):
+        raise InputError(
+            "The strategy multi_worker expects a cluster that TensorFlow can join: "
+            "tasks are of the type worker, or one of them chief. "
+            f"Received: {kind!r}. Name it so in TF_CONFIG."
+        )
     eager = context.context()
     if eager._context_handle is not None:
         raise InputError(
@@ -328,7 +335,7 @@ def _multi_worker_strategy(config, join_timeout):
             "Make the strategy first, once in a process."
         )
     peers = None
-    if sum(map(len, config["cluster"].values())) > 1:
+    if len(config["cluster"].get("worker", ())) + ("chief" in config["cluster"]) > 1:
         peers = Peers(**config)
         peers.join(join_timeout)
     # TensorFlow's coordination service has no limit for joining that its leader keeps
