@@ -17,8 +17,8 @@
 # At the end of this notebook you will have trained one small GPT in five ways: on one
 # device, and on several devices between which the data, the layers, the weights or the
 # positions of the text are divided. You will have seen which device holds what, and
-# that the five models are the same, up to rounding. What you write stays an ordinary
-# Keras model with `compile`, `fit` and `save`; only where it is built changes.
+# that the five models are the same, up to rounding. Each stays a Keras model with
+# `compile`, `fit` and `save`; only how it is built changes.
 #
 # Parallel computation always goes alike: cut the work into parts that do not wait for
 # each other, give each part a device, and run them at once. A GPT can be cut in several
@@ -46,8 +46,8 @@ gpt_tf.split_cpu(4)
 
 # %% [markdown]
 # That comes before anything else. TensorFlow counts its devices once, when it is first
-# used, and cannot count again: after that, `split_cpu` asks for a new kernel. On a
-# machine with several GPUs leave the line out; everything below then takes the GPUs.
+# used, and cannot count again: after that `split_cpu` refuses, and you need a new
+# kernel. Where a machine has enough GPUs, everything below takes those instead.
 
 # %%
 import email
@@ -123,10 +123,10 @@ sizes = {
 models, losses, weights = {}, {}, {}
 
 
-def train(name, model):
+def train(name, model, windows=windows, **options):
     """Train a model from the same weights as all others, and keep what became of it."""
     model.set_weights(start)
-    model.compile(gpt_tf.AdamW(2e-3), jit_compile=False)
+    model.compile(gpt_tf.AdamW(2e-3), jit_compile=False, **options)
     history = model.fit(
         windows.dataset(),
         steps_per_epoch=steps_per_epoch,
@@ -144,6 +144,17 @@ reference = gpt_tf.GPTModel(**sizes)
 start = reference.get_weights()
 
 train("one device", reference)
+
+# %% [markdown]
+# Computers round, so the order in which numbers are added up shows in the last digits.
+# How much does that matter? The same device once more, with each batch in four parts
+# whose gradients are added up; and, for comparison, with the windows in another order.
+
+# %%
+train("in four parts", gpt_tf.GPTModel(**sizes), gradient_accumulation_steps=4)
+
+other_windows = gpt_tf.Windows(tokens, context_length, batch_size, seed=1)
+train("other order", gpt_tf.GPTModel(**sizes), other_windows)
 
 # %% [markdown]
 # ## Data
@@ -326,8 +337,8 @@ divided = gpt_tf.MeshGPT(gpt_tf.GPTModel(**sizes), mesh)
 train("weights", divided)
 
 # %% [markdown]
-# A weight's *layout* says which of its axes is divided among which axis of the mesh.
-# `unpack` shows what the devices really hold:
+# A weight's *layout* says which of its axes is divided among which axis of the mesh;
+# `unsharded` axes are whole. `unpack` shows what the devices really hold:
 
 # %%
 for variable in divided.weights:
@@ -360,7 +371,7 @@ train("sequence", by_positions)
 x, _, _ = windows.batch(step=0)
 for model in (divided, by_positions):
     placed = place(x, layout(model.mesh, "batch", "sequence"))
-    logits = tf.function(model)(placed)
+    logits = tf.function(model)(placed)  # DTensor wants a graph, as `fit` makes one
     for name, tensor in (("tokens", placed), ("logits", logits)):
         parts = [tuple(part.shape) for part in dtensor.unpack(tensor)]
         axes = dtensor.fetch_layout(tensor).sharding_specs
@@ -402,10 +413,12 @@ def draw_parts(axes, laid_out, shown, names):
     axes.spines[:].set_visible(False)
 
 
-figure, grid = plt.subplots(2, 6, figsize=(10, 4.2), layout="constrained")
-for row, (cut, model) in zip(
-    grid,
-    (("batch=2, model=2", divided), ("batch=2, sequence=2", by_positions)),
+figure = plt.figure(figsize=(10, 4.6), layout="constrained")
+halves = figure.subfigures(2)
+for half, cut, model in zip(
+    halves,
+    ("batch=2, model=2", "batch=2, sequence=2"),
+    (divided, by_positions),
     strict=True,
 ):
     kernels = {variable.name: variable.layout for variable in model.weights}
@@ -420,18 +433,20 @@ for row, (cut, model) in zip(
         ("queries", queries, (1, 2), ("heads", "T")),
         ("keys, values", keys, (1, 2), ("heads", "T")),
     ]
-    for axes, (name, laid_out, shown, names) in zip(row, tensors, strict=True):
+    half.suptitle(cut, x=0.01, ha="left", fontweight="bold")
+    for axes, (name, laid_out, shown, names) in zip(
+        half.subplots(1, 6), tensors, strict=True
+    ):
         draw_parts(axes, laid_out, shown, names)
-        axes.set_title(name)
-    row[0].set_title(f"{cut}\n\nqkv kernel", loc="left")
+        axes.set_title(name, fontsize="medium")
 plt.show()
 
 # %% [markdown]
-# Above, the two devices with the same windows have different heads and units. Below,
-# every device has all weights; it has its own windows and positions, and the keys and
-# values of all positions. The two products of a feed-forward layer are divided as in
-# Megatron-LM, the first by its outputs and the second by its inputs, so that sums are
-# exchanged once for both.
+# Above, two devices with the same windows, 0 and 1 or 2 and 3, have different heads and
+# units. The two products of a feed-forward layer are divided as in Megatron-LM, the
+# first by its outputs and the second by its inputs, so that sums are exchanged once for
+# both. Below, every device has all weights. It has its own windows and positions, and
+# the keys and values of all positions of its windows.
 #
 # ### Back to an ordinary model
 #
@@ -458,51 +473,62 @@ for name, model in {
 # %% [markdown]
 # ## The same model, five times
 #
-# All began with the same weights and saw the same windows. So they should have become
-# the same model, up to rounding: sums are added up in another order.
+# All began with the same weights. Those that saw the same windows should have become
+# the same model, up to rounding. The second and third row say what to expect: rounding
+# alone, and then training that really differs.
 
 # %%
 moved = max(
     np.abs(a - b).max() for a, b in zip(weights["one device"], start, strict=True)
 )
 print(f"training moved a weight by up to {moved:.4f}\n")
-print(f"{'':12} first loss  last loss   largest difference of weights")
+print(f"{'':14} first loss  last loss   largest difference of a weight")
 for name, own in weights.items():
     difference = max(
         np.abs(a - b).max() for a, b in zip(own, weights["one device"], strict=True)
     )
     print(
-        f"{name:12} {losses[name][0]:10.6f} {losses[name][-1]:10.6f}   {difference:.1e}"
+        f"{name:14} {losses[name][0]:10.6f} {losses[name][-1]:10.6f}   {difference:.1e}"
     )
 
 # %%
 epochs = np.arange(1, len(losses["one device"]) + 1) * steps_per_epoch
 styles = {
-    "one device": {"color": "#d8d8d8", "linewidth": 9},
-    "data": {"color": "#8fa8c8", "linewidth": 5},
-    "layers": {"color": "#c2410c", "linewidth": 2},
-    "weights": {"color": "black", "linestyle": ":", "linewidth": 2},
-    "sequence": {"color": "black", "marker": "x", "linestyle": "none"},
+    "one device": {"color": "#d8d8d8", "linewidth": 10},
+    "data": {"color": "#8fa8c8", "linewidth": 7},
+    "layers": {"color": "#e0a184", "linewidth": 4.5},
+    "weights": {"color": "#4d7c3a", "linewidth": 2},
+    "sequence": {"color": "black", "linestyle": ":", "linewidth": 1.5},
 }
+smallest = np.spacing(np.float32(losses["one device"][-1]))
 
 figure, (above, below) = plt.subplots(
     2, figsize=(8, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
 )
 for name, style in styles.items():
     above.plot(epochs, losses[name], label=name, **style)
-    if name != "one device":
-        apart = np.abs(np.subtract(losses[name], losses["one device"]))
-        below.semilogy(epochs, np.maximum(apart, 1e-9), "o-", label=name)
+styles["other order"] = {"color": "grey", "linestyle": "--"}
+for name, style in list(styles.items())[1:]:
+    apart = np.abs(np.subtract(losses[name], losses["one device"]))
+    below.semilogy(epochs, np.maximum(apart, smallest), label=name, **style)
+below.set_ylim(smallest / 100, 1)
+below.axhline(smallest, color="grey", linewidth=0.8)
+labels = {"other order": 3e-3, "smallest step of float32": smallest / 10}
+for label, height in labels.items():
+    below.text(epochs[-1], height, label, ha="right", va="center", color="grey")
 above.set_ylabel("training loss (nats per token)")
 above.legend(frameon=False)
-below.set_ylabel("distance from\none device")
+below.set_ylabel("distance from\none device's")
 below.set_xlabel("training step")
-below.legend(frameon=False, ncols=4)
 for axes in (above, below):
     axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
+# The curves lie on each other; they are drawn so broad that they can be told apart at
+# all. Rounding grows on the way, as each step goes on from the rounded weights of the
+# one before. It does so on a single device, too: see "in four parts" above.
+#
 # ## How long a step takes
 #
 # Now they train on for a few steps each, in turn, so that whatever else the machine
@@ -511,19 +537,17 @@ plt.show()
 
 # %%
 class StepTimes(keras.callbacks.Callback):
-    """Keeps how long each training step took."""
+    """Keeps when each training step ended."""
 
     def __init__(self):
         super().__init__()
-        self.times_ms = []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.began = time.perf_counter()
+        self.ends = []
 
     def on_train_batch_end(self, batch, logs=None):
-        self.times_ms.append(1000 * (time.perf_counter() - self.began))
+        self.ends.append(time.perf_counter())
 
 
+del models["other order"]  # computes what "one device" computes
 times_ms = {name: [] for name in models}
 for _ in range(timed_rounds):
     for name, model in models.items():
@@ -534,12 +558,12 @@ for _ in range(timed_rounds):
             callbacks=[clock],
             verbose=0,
         )
-        times_ms[name] += clock.times_ms[1:]
+        times_ms[name] += list(1000 * np.diff(clock.ends))
 
 medians_ms = {name: statistics.median(times) for name, times in times_ms.items()}
 for name, median_ms in medians_ms.items():
     ratio = median_ms / medians_ms["one device"]
-    print(f"{name:12} {median_ms:6.1f} ms a step, {ratio:.2f} of one device's")
+    print(f"{name:14} {median_ms:6.1f} ms a step, {ratio:.2f} of one device's")
 print(f"\nprocessor cores: {os.cpu_count()}")
 
 
@@ -561,7 +585,7 @@ def on_each_device(name):
 
 
 figure, (left, right) = plt.subplots(
-    1, 2, figsize=(9, 3), sharey=True, layout="constrained"
+    1, 2, figsize=(9, 3.8), sharey=True, layout="constrained"
 )
 for place_of, name in enumerate(models):
     held = np.array(on_each_device(name)) / 1000
@@ -569,10 +593,10 @@ for place_of, name in enumerate(models):
         left.barh(
             place_of + 0.2 * (device - (len(held) - 1) / 2),
             count,
-            height=0.18,
+            height=0.13,
             color="#8fa8c8",
         )
-right.barh(list(models), list(medians_ms.values()), color="#e0a184")
+right.barh(list(models), list(medians_ms.values()), height=0.5, color="#e0a184")
 left.set_yticks(range(len(models)), list(models))
 left.invert_yaxis()
 left.set_xlabel("thousand parameters on each device")
@@ -582,12 +606,13 @@ for axes in (left, right):
 plt.show()
 
 # %% [markdown]
-# Nothing became faster here, and nothing could: logical devices share the cores that
-# one device had for itself. What the others take longer is the price of the cut, which
-# you pay on real devices as well: smaller computations, copies and sums between
-# devices, waiting. It is large here because the model is small. What they gain shows
-# on devices of their own only. The left picture is true anywhere: it is what a
-# device has to hold.
+# Do not look for speed here: logical devices share the cores that one device has for
+# itself. What a cut adds is its price, and part of it is paid on real devices as well:
+# many small computations in the place of a large one ("in four parts" pays for that
+# alone), sums and copies between devices, weights that every replica updates. With a
+# model as small as this one, it counts for much. What a cut gains in time shows on
+# devices of their own only. The left picture is true anywhere: it is what each device
+# has to hold.
 #
 # ## From the command line
 #
