@@ -244,6 +244,8 @@ def work(text):
     repeat = _fit(_compiled(_built(way, shape), way), shape, os.devnull)
     for line in sys.stdin:
         repeat(int(line))
+    # The first worker is gone; saying goodbye to it would wait for an answer.
+    os._exit(0)
 
 
 # Rates of this machine
