@@ -10,7 +10,7 @@ import gpt_tf
 from gpt_tf.errors import InputError
 from gpt_tf.parallel import pipeline as pipelines
 from gpt_tf.parallel.pipeline import Pipeline
-from gpt_tf.training import PRESETS, load_model, train
+from gpt_tf.training import load_model
 
 SCHEDULES = pipelines.SCHEDULES
 
@@ -273,18 +273,7 @@ def test_costs_are_measured_of_every_block_and_of_the_head(make_model, windows_o
 # In a run
 
 
-@pytest.fixture
-def config(corpus_folder):
-    return dataclasses.replace(
-        PRESETS["tiny"], corpus=str(corpus_folder), vocab_size=270, jit_compile="off"
-    )
-
-
-def run(config, out, **options):
-    return train(config, out, verbose=False, on_notice=lambda line: None, **options)
-
-
-def test_a_run_in_stages_equals_one_on_one_device(config, tmp_path):
+def test_a_run_in_stages_equals_one_on_one_device(config, run, tmp_path):
     whole = run(
         config,
         tmp_path / "whole",
@@ -299,7 +288,7 @@ def test_a_run_in_stages_equals_one_on_one_device(config, tmp_path):
 
 
 def test_a_run_in_stages_goes_on_exactly_and_elsewhere(
-    config, tmp_path, interrupt_after
+    config, run, tmp_path, interrupt_after
 ):
     config = dataclasses.replace(config, pipeline_stages=2, micro_batches=2)
     straight = run(config, tmp_path / "straight")
@@ -370,20 +359,22 @@ def test_what_does_not_add_up_over_micro_batches_is_refused(make_model):
     ],
 )
 def test_a_run_that_cannot_be_divided_so_writes_nothing(
-    config, tmp_path, changes, message
+    config, run, tmp_path, changes, message
 ):
     with pytest.raises(InputError, match=message):
         run(config, tmp_path / "run", **{"pipeline_stages": 2, **changes})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cluster_and_a_pipeline_do_not_go_together(config, tmp_path, monkeypatch):
+def test_a_cluster_and_a_pipeline_do_not_go_together(
+    config, run, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TF_CONFIG", "{}")
     with pytest.raises(InputError, match="TF_CONFIG"):
         run(config, tmp_path / "run", pipeline_stages=2)
 
 
-def test_a_run_with_more_stages_than_blocks_writes_nothing(config, tmp_path):
+def test_a_run_with_more_stages_than_blocks_writes_nothing(config, run, tmp_path):
     with pytest.raises(InputError, match="3 stages for 2 blocks"):
         run(config, tmp_path / "run", pipeline_stages=3)
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,7 +8,7 @@ import gpt_tf
 from gpt_tf.errors import InputError
 from gpt_tf.parallel.mesh import gather, layout, make_mesh, parse_mesh, place
 from gpt_tf.parallel.sequence import MeshGPT
-from gpt_tf.training import PRESETS, load_model, train
+from gpt_tf.training import load_model
 
 SHAPES = [(1, 2, 1), (2, 1, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2)]
 SIZES = {"vocab_size": 30, "num_heads": 2}  # the axis `model` divides both
@@ -205,19 +203,8 @@ def test_what_is_placed_is_gathered(shape, axes):
 # In a run
 
 
-@pytest.fixture
-def config(corpus_folder):
-    return dataclasses.replace(
-        PRESETS["tiny"], corpus=str(corpus_folder), vocab_size=270, jit_compile="off"
-    )
-
-
-def run(config, out, **options):
-    return train(config, out, verbose=False, on_notice=lambda line: None, **options)
-
-
 def test_a_run_on_a_mesh_goes_on_on_another_mesh_and_on_one_device(
-    config, tmp_path, interrupt_after
+    config, run, tmp_path, interrupt_after
 ):
     whole = run(config, tmp_path / "whole", strategy="one_device")
     for name, changes in (
@@ -235,7 +222,9 @@ def test_a_run_on_a_mesh_goes_on_on_another_mesh_and_on_one_device(
         assert_same(resumed.model, model, atol=0)
 
 
-def test_a_run_that_goes_on_keeps_what_it_learns(config, tmp_path, interrupt_after):
+def test_a_run_that_goes_on_keeps_what_it_learns(
+    config, run, tmp_path, interrupt_after
+):
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "run", callbacks=[interrupt_after(12)])
     with pytest.raises(InputError, match="Received: learning_rate"):
@@ -316,7 +305,7 @@ def test_what_a_mesh_cannot_compute_is_refused(make_model, windows_of):
     ],
 )
 def test_a_run_that_a_mesh_does_not_divide_writes_nothing(
-    config, tmp_path, changes, message
+    config, run, tmp_path, changes, message
 ):
     with pytest.raises(InputError, match=message):
         run(config, tmp_path / "run", **changes)
