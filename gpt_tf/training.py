@@ -186,7 +186,7 @@ def train(
     division = _division_of(config)
     strategy = tf.distribute.get_strategy()
     if division is None:
-        strategy = strategies.make_strategy(config.strategy, join_timeout)
+        strategy = strategies.make_strategy(config.strategy, join_timeout, notice)
     with strategies.watched(strategy), _precision(config.precision):
         _check_division(config, strategy.num_replicas_in_sync)
         if resume_or_start:

@@ -29,6 +29,7 @@ JOIN_TIMEOUT_S = 600.0
 JOIN_TIMEOUT_VARIABLE = "GPT_TF_JOIN_TIMEOUT"
 _LONGEST_LINE = 1 << 20
 _TIMEOUT_S = 5.0
+_LONG_S = 5.0
 
 
 def join_timeout(given=None):
@@ -87,6 +88,8 @@ class Peers:
         self.silence_s = silence_s
         self.lost = None
         self.lost_event = threading.Event()
+        self._missing = []
+        self._came = set()
         self._channels = {}
         self._leaving = threading.Event()
         self._ended = threading.Event()
@@ -100,17 +103,20 @@ class Peers:
 
     # Coming together
 
-    def join(self, timeout_s):
+    def join(self, timeout_s, on_waiting=None):
         """Wait until all workers are there and reach each other.
 
         Args:
             timeout_s: Seconds to wait at most.
+            on_waiting: Takes one line on who is missing, if that takes long.
 
         Raises:
             InputError: This worker's port is in use, its cluster is another than the
                 leader's, or not all workers came in time.
         """
         deadline = time.monotonic() + timeout_s
+        timer = threading.Timer(_LONG_S, self._say_who_is_missing, [on_waiting])
+        timer.daemon = True
         with self._listen() as listener:
             others = [n for n in self.addresses if n not in (self.name, self.leader)]
             unreached = dict.fromkeys(others)
@@ -118,6 +124,7 @@ class Peers:
             threading.Thread(
                 target=self._reach, args=(unreached, over), daemon=True
             ).start()
+            timer.start()
             try:
                 if self.is_leader:
                     self._gather(listener, deadline, timeout_s, unreached)
@@ -127,7 +134,12 @@ class Peers:
                 self.abandon()
                 raise
             finally:
+                timer.cancel()
                 over.set()
+
+    def _say_who_is_missing(self, on_waiting):
+        if on_waiting is not None and self._missing:
+            on_waiting(f"waiting for {', '.join(self._missing)}")
 
     def _listen(self):
         port = _host_and_port(self.addresses[self.name])[1]
@@ -166,7 +178,8 @@ class Peers:
         with selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
             try:
-                while missing := self._missing(waiting, unreached):
+                while missing := self._who_is_missing(waiting, unreached):
+                    self._missing = missing
                     now = time.monotonic()
                     if now > deadline:
                         text = _who_is_missing(timeout_s, missing)
@@ -194,14 +207,12 @@ class Peers:
             del self._channels[channel.name]
             waiting.pop(channel.name, None)
 
-    def _missing(self, waiting, unreached):
-        missing = [
-            self._describe(name)
-            for name in self.addresses
-            if name not in waiting and name != self.name
-        ]
+    def _who_is_missing(self, waiting, unreached):
+        missing = [n for n in self.addresses if n not in waiting and n != self.name]
         if missing:
-            return missing
+            # Who came and gave up before us is not the cause.
+            never = [name for name in missing if name not in self._came]
+            return list(map(self._describe, never or missing))
         reports = {**waiting, self.name: list(unreached)}
         return [
             f"{self._describe(name)} from {reporter}"
@@ -228,6 +239,7 @@ class Peers:
             elif name in self.addresses and name not in (self.name, *self._channels):
                 channel.name = name
                 self._channels[name] = channel
+                self._came.add(name)
                 channel.send({"welcome": True})
             else:
                 channel.send({"taken": True})
@@ -235,7 +247,7 @@ class Peers:
 
     def _report(self, deadline, timeout_s, unreached):
         """Say hello to the leader until it answers, then wait until it says go."""
-        missing = [self._describe(self.leader)]
+        self._missing = [self._describe(self.leader)]
         while time.monotonic() < deadline:
             try:
                 connection = _connect(self.addresses[self.leader], 2.0)
@@ -244,19 +256,19 @@ class Peers:
                 continue
             channel = _Channel(connection, self.leader)
             try:
-                missing = self._wait_for_go(channel, deadline, unreached, missing)
+                go = self._wait_for_go(channel, deadline, unreached)
             except BaseException:
                 channel.close()
                 raise
-            if not missing:
+            if go:
                 self._channels[self.leader] = channel
                 return
             channel.close()
             time.sleep(0.2)
-        raise InputError(_who_is_missing(timeout_s, missing))
+        raise InputError(_who_is_missing(timeout_s, self._missing))
 
-    def _wait_for_go(self, channel, deadline, unreached, missing):
-        """Return nothing once the leader says go, or who is missing if it is gone."""
+    def _wait_for_go(self, channel, deadline, unreached):
+        """Return whether the leader said go before it was gone."""
         channel.send({"hello": self.name, "cluster": self._fingerprint()})
         said, welcome, is_open = time.monotonic(), False, True
         # Who does not answer is not the leader, or not yet: TensorFlow of the run
@@ -269,7 +281,7 @@ class Peers:
             messages, is_open = channel.read(0.2)
             for message in messages:
                 if "go" in message:
-                    return []
+                    return True
                 if "failed" in message:
                     raise InputError(message["failed"])
                 if "refused" in message:
@@ -280,12 +292,13 @@ class Peers:
                         "Give all the same list."
                     )
                 if "taken" in message:
-                    missing = [f"{self.name} twice: another process is that too"]
+                    twice = f"{self.name} twice: another process is that too"
+                    self._missing = [twice]
                 welcome = welcome or "welcome" in message
-                missing = message.get("missing", missing)
+                self._missing = message.get("missing", self._missing)
             if welcome:
                 channel.send({"unreached": list(unreached)})
-        return missing
+        return False
 
     def _fingerprint(self):
         text = json.dumps(self.addresses, sort_keys=True)

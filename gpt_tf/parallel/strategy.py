@@ -75,9 +75,9 @@ def devices_for(count, devices=None, what="This"):
                 return names[:count]
         raise InputError(
             f"{what} expect {count} devices. Received: {len(names)} logical CPUs in "
-            "this process, which TensorFlow has been used in already. Call "
-            f"`gpt_tf.parallel.strategy.split_cpu({count})` before anything else, or "
-            "pass --virtual-devices."
+            "this process, in which TensorFlow has been used already. Begin a new one "
+            f"(in a notebook, restart the kernel) with `gpt_tf.split_cpu({count})`; on "
+            "the command line, leave out --virtual-devices or give more."
         )
     names = list(devices)
     known = {

@@ -112,12 +112,38 @@ def test_a_worker_that_never_comes_is_named_to_all_that_came(make):
         assert "worker 1 (" not in message
 
 
+def test_who_came_and_gave_up_first_is_not_named_as_missing(make):
+    workers = make(3)
+    with ThreadPoolExecutor(2) as pool:
+        leader = pool.submit(workers[0].join, 3.0)
+        early = pool.submit(workers[1].join, 1.0)
+        assert "worker 2 (" in str(early.exception())
+        message = str(leader.exception())
+    assert "No answer from worker 2 (" in message
+    assert "worker 1" not in message
+
+
 def test_a_leader_that_never_comes_is_named(make):
     workers = make(3)
     began = time.monotonic()
     for message in join(workers[1:], timeout_s=1.0):
         assert f"worker 0 ({workers[0].addresses['worker 0']})" in message
     assert time.monotonic() - began < 10.0
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_who_waits_long_says_for_whom(make, monkeypatch, present):
+    monkeypatch.setattr(module, "_LONG_S", 0.5)
+    workers, said = make(2), []
+    with pytest.raises(InputError):
+        workers[present].join(1.0, said.append)
+    absent = f"worker {1 - present}"
+    assert said == [f"waiting for {absent} ({workers[0].addresses[absent]})"]
+    said.clear()
+    monkeypatch.setattr(module, "_LONG_S", 60.0)
+    with pytest.raises(InputError):
+        workers[present].join(1.0, said.append)
+    assert said == []
 
 
 def test_a_worker_that_cannot_be_reached_by_another_is_named(make, monkeypatch):
