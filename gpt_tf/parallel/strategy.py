@@ -105,7 +105,7 @@ def _wanted_cpus():
     return tf.config.get_logical_device_configuration(cpu) or [None]
 
 
-def make_strategy(name="auto", join_timeout=None):
+def make_strategy(name="auto", join_timeout=None, on_notice=None):
     """Make a `tf.distribute.Strategy` by name.
 
     Args:
@@ -116,6 +116,7 @@ def make_strategy(name="auto", join_timeout=None):
             device.
         join_timeout: Seconds that the workers of `multi_worker` wait for each other;
             None takes the environment variable `GPT_TF_JOIN_TIMEOUT`, or ten minutes.
+        on_notice: Takes one line on who is missing, if that takes long.
 
     Returns:
         The strategy; build models under its `scope()`.
@@ -136,7 +137,8 @@ def make_strategy(name="auto", join_timeout=None):
     if name == "auto":
         name = _best_strategy()
     if name == "multi_worker":
-        return _multi_worker_strategy(read_tf_config(), seconds_to_join(join_timeout))
+        seconds = seconds_to_join(join_timeout)
+        return _multi_worker_strategy(read_tf_config(), seconds, on_notice)
     if name == "mirrored":
         _use_fresh_collective_keys()
         return tf.distribute.MirroredStrategy(_local_devices())
@@ -319,7 +321,7 @@ def _local_devices():
     return [d.name for d in gpus or tf.config.list_logical_devices("CPU")]
 
 
-def _multi_worker_strategy(config, join_timeout):
+def _multi_worker_strategy(config, join_timeout, on_notice):
     kind = config["task"]["type"]
     if kind not in ("chief", "worker"):
         raise InputError(
@@ -337,7 +339,7 @@ def _multi_worker_strategy(config, join_timeout):
     peers = None
     if len(config["cluster"].get("worker", ())) + ("chief" in config["cluster"]) > 1:
         peers = Peers(**config)
-        peers.join(join_timeout)
+        peers.join(join_timeout, on_notice)
     # TensorFlow's coordination service has no limit for joining that its leader keeps
     # to, and takes SIGTERM away; its older health check answers after minutes.
     eager.configure_coordination_service(service_type="")
