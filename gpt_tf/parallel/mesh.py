@@ -16,6 +16,15 @@ from gpt_tf.parallel.strategy import devices_for
 
 AXES = ("batch", "model", "sequence")
 
+# How activations lie on a mesh: for each of their axes the mesh's that divides it.
+ACTIVATIONS = {
+    "tokens": ("batch", "sequence"),  # (B, T), labels and weights too
+    "x": ("batch", "sequence", None),  # (B, T, C), between and within blocks
+    "query": ("batch", "model", "sequence", None),  # (B, H, T, D)
+    "key": ("batch", "model", None, None),  # every device sees those of all positions
+    "value": ("batch", "model", None, None),
+}
+
 
 def make_mesh(batch=1, model=1, sequence=1, *, devices=None):
     """Arrange devices in a mesh.

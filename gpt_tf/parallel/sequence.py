@@ -21,6 +21,7 @@ from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import TokenTraining, refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel.mesh import (
+    ACTIVATIONS,
     check_divides,
     check_fits,
     gather,
@@ -28,9 +29,6 @@ from gpt_tf.parallel.mesh import (
     layout_map,
     place,
 )
-
-_X = ("batch", "sequence", None)  # (B, T, C)
-_TOKENS = ("batch", "sequence")  # (B, T)
 
 
 class MeshGPT(TokenTraining, keras.Model):
@@ -78,6 +76,7 @@ class MeshGPT(TokenTraining, keras.Model):
         self.context_length = model.context_length
         self.head_dim = model.embedding_dim // model.num_heads
         layouts = layouts or layout_map(mesh, model.vocab_size)
+        self._graphs = {}
         self._own = _Weights(model, self._divided, layouts)
         self.built = True
 
@@ -155,7 +154,13 @@ class MeshGPT(TokenTraining, keras.Model):
     # The forward pass
 
     def call(self, inputs, training=False):
-        """Return logits `(B, T, V)` of token ids `(B, T)` on the mesh."""
+        """Return logits `(B, T, V)` on the mesh, of token ids `(B, T)`."""
+        if tf.executing_eagerly():
+            # DTensor divides graphs.
+            if not dtensor.is_dtensor(inputs):
+                inputs = self._placed(inputs)
+            with dtensor.default_mesh(self.mesh):
+                return self._graph(training)(inputs)
         weights = {
             name: tf.convert_to_tensor(variable)
             for name, variable in self._own.variables.items()
@@ -164,7 +169,7 @@ class MeshGPT(TokenTraining, keras.Model):
         table = weights["embedding.token_table"]
         length = inputs.shape[1]
         places = weights["embedding.position_table"][:length]  # (T, C)
-        x = self._on(_X, tf.gather(table, inputs) + places)
+        x = self._on("x", tf.gather(table, inputs) + places)
         x = self._dropped(x, "embedding.dropout", training)
         for index in range(self.sizes["num_layers"]):
             x = self._block(x, f"block_{index}.", weights, training)
@@ -172,8 +177,22 @@ class MeshGPT(TokenTraining, keras.Model):
         kernel = weights.get("head.kernel", table)
         return tf.einsum("btc,vc->btv", x, kernel)
 
-    def _on(self, axes, x):
-        return dtensor.relayout(x, layout(self.mesh, *axes))
+    def _placed(self, tokens):
+        tokens = np.asarray(tokens, np.int32)
+        check_divides(self.mesh, tokens.shape)
+        return place(tokens, layout(self.mesh, *ACTIVATIONS["tokens"]))
+
+    def _graph(self, training):
+        """Return the forward pass as a graph."""
+        key = "call", bool(training)
+        if key not in self._graphs:
+            self._graphs[key] = tf.function(
+                lambda tokens: self.call(tokens, training=training), autograph=False
+            )
+        return self._graphs[key]
+
+    def _on(self, name, x):
+        return dtensor.relayout(x, layout(self.mesh, *ACTIVATIONS[name]))
 
     def _normalised(self, x, weights, prefix):
         return operations.layer_norm(
@@ -189,27 +208,26 @@ class MeshGPT(TokenTraining, keras.Model):
         bias = tf.reshape(
             weights[f"{block}qkv_bias"], [3, self.sizes["num_heads"], self.head_dim]
         )
-        # Every device sees the keys and values of all positions.
         query, key, value = (
-            self._on(
-                ("batch", "model", positions, None),
-                tf.transpose(x + bias, [0, 2, 1, 3]),  # -> (B, H, T, D)
-            )
-            for x, bias, positions in zip(
-                tf.unstack(qkv), tf.unstack(bias), ("sequence", None, None), strict=True
+            self._on(name, tf.transpose(x + bias, [0, 2, 1, 3]))  # -> (B, H, T, D)
+            for name, x, bias in zip(
+                ("query", "key", "value"),
+                tf.unstack(qkv),
+                tf.unstack(bias),
+                strict=True,
             )
         )
         mask = operations.causal_mask(x.shape[1])
         context = operations.attention(query, key, value, mask)
         attended = tf.einsum("bhtd,hdc->btc", context, weights[f"{block}output_kernel"])
-        attended = self._on(_X, attended) + weights[f"{block}output_bias"]
+        attended = self._on("x", attended) + weights[f"{block}output_bias"]
         x = x + self._dropped(attended, f"{block}dropout_1", training)
 
         normal = self._normalised(x, weights, f"{block}feedforward_norm_")
         up = tf.einsum("btc,cf->btf", normal, weights[f"{block}up_kernel"])
         hidden = operations.gelu(up + weights[f"{block}up_bias"])
         down = tf.einsum("btf,fc->btc", hidden, weights[f"{block}down_kernel"])
-        down = self._on(_X, down) + weights[f"{block}down_bias"]
+        down = self._on("x", down) + weights[f"{block}down_bias"]
         return x + self._dropped(down, f"{block}dropout_2", training)
 
     def _dropped(self, x, name, training):
@@ -237,7 +255,7 @@ class MeshGPT(TokenTraining, keras.Model):
     # Training
 
     def compile(self, optimizer=None, loss=None, metrics=None, **kwargs):
-        """Choose optimiser and options, as `GPTModel.compile`.
+        """Choose optimiser and options, as `GPTModel.compile`; XLA has no part in it.
 
         Raises:
             InputError: A loss, metrics or gradient accumulation are wanted, or an
@@ -264,13 +282,15 @@ class MeshGPT(TokenTraining, keras.Model):
                 "another loss, or gradient accumulation. Use a larger axis `batch`."
             )
         self.optimizer.build(self.trainable_weights)
-        self._steps = {}
+        self._graphs = {}
 
     def _step(self, training):
-        if training not in self._steps:
+        """Return the training step or the test step as a graph."""
+        key = "step", training
+        if key not in self._graphs:
             run = self._train if training else self._test
-            self._steps[training] = tf.function(run, autograph=False)
-        return self._steps[training]
+            self._graphs[key] = tf.function(run, autograph=False)
+        return self._graphs[key]
 
     def _train(self, tokens, labels, weights):
         variables = self.trainable_weights
@@ -412,12 +432,7 @@ class MeshGPT(TokenTraining, keras.Model):
         self._prepare(x, None, None)
         x = np.asarray(x, np.int32)
         data = _Batches(self, x, x, None, batch_size, shuffle=False)
-        if "predict" not in self._steps:
-            self._steps["predict"] = tf.function(self.call, autograph=False)
-        pieces = []
-        for tokens, *_ in data.epoch(data.steps):
-            with dtensor.default_mesh(self.mesh):
-                pieces.append(gather(self._steps["predict"](tokens)))
+        pieces = [gather(self(tokens)) for tokens, *_ in data.epoch(data.steps)]
         return np.concatenate(pieces)[: len(x)]
 
 
@@ -472,7 +487,7 @@ class _Batches:
     """
 
     def __init__(self, model, x, y, sample_weight, batch_size, shuffle):
-        self.layout = layout(model.mesh, *_TOKENS)
+        self.layout = layout(model.mesh, *ACTIVATIONS["tokens"])
         self.iterator = None
         self.source = x
         self.shuffle = shuffle
