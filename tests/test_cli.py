@@ -476,9 +476,15 @@ OTHER = {field.name: None for field in dataclasses.fields(TrainingConfig)} | {
     "strategy": "mirrored",
     "seed": 8,
     "init_from": "runs/before",
+    "micro_batches": 3,
+    "pipeline_schedule": "gpipe",
 }
 del OTHER["quantization"]  # of `gpt-tf quantize`
 del OTHER["distillation"]  # of `gpt-tf distil`
+# These do not go together with others of the above.
+ALONE = {"pipeline_stages": 2, "mesh": "1x2"}
+for name in ALONE:
+    del OTHER[name]
 
 
 def test_every_field_of_the_configuration_is_an_option_and_arrives(
@@ -507,6 +513,9 @@ def test_every_field_of_the_configuration_is_an_option_and_arrives(
         assert given.pop() == TrainingConfig(**OTHER)
         assert command("train", *start).status == 0
         assert given.pop() == (PRESETS[preset] if preset else TrainingConfig())
+    for name, value in ALONE.items():
+        assert command("train", "--" + name.replace("_", "-"), value).status == 0
+        assert given.pop() == TrainingConfig(**{name: value})
 
 
 def test_train_has_no_option_that_is_nothing():
