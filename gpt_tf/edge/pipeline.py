@@ -32,6 +32,9 @@ from gpt_tf.sampling import Sampler
 
 # Seconds that a stage has to end by itself.
 _PATIENCE_S = 5
+# Room for the logits of several tokens, so that no stage waits until they are read.
+# What Linux gives a pipe by itself is 65,536.
+_PIPE_BYTES = 1 << 20
 
 
 class StageError(InputError):
@@ -383,11 +386,21 @@ def _start(path, num_threads, source):
         f"from gpt_tf.edge.stage import work; work({path!r}, {num_threads})"
     )
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=source, stdout=subprocess.PIPE
         )
+        _widen(process.stdout)
+        return process
     except OSError as error:
         raise StageError(
             f"No process can be started for {path}: {error.strerror}. Open the "
             "pipeline with `processes=False`."
         ) from None
+
+
+def _widen(pipe):
+    # Where the system cannot do it, or does not allow it, it is slower.
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
