@@ -53,6 +53,9 @@ benchmarks: $(VENV)/.bench ## Measure the numbers in the README
 	$(BIN)/python benchmarks/quantization.py --wide
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/distillation.py $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/parallel.py
+	$(BIN)/python benchmarks/scaling_model.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/picture.py
 
 notebooks: $(VENV)/.dev ## Run the tutorials and keep their outputs
