@@ -791,9 +791,7 @@ class _Run:
             self.strategy, tf.distribute.TPUStrategy
         ):
             return make(1, 0)
-        return self.strategy.distribute_datasets_from_function(
-            lambda context: make(context.num_input_pipelines, context.input_pipeline_id)
-        )
+        return strategies.distribute(self.strategy, make)
 
     def _finish(self):
         if self.best_weights is not None:

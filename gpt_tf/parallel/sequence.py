@@ -177,9 +177,19 @@ class MeshGPT(TokenTraining, keras.Model):
         kernel = weights.get("head.kernel", table)
         return tf.einsum("btc,vc->btv", x, kernel)
 
+    def check_shape(self, shape):
+        """Refuse batches `(B, T)` that are too long or that the mesh cannot divide."""
+        if shape[1] > self.context_length:
+            raise InputError(
+                f"The model sees at most {self.context_length} positions. "
+                f"Received: {shape[1]}. Cut the sequences, or build the model "
+                f"with `context_length={shape[1]}`."
+            )
+        check_divides(self.mesh, shape)
+
     def _placed(self, tokens):
         tokens = np.asarray(tokens, np.int32)
-        check_divides(self.mesh, tokens.shape)
+        self.check_shape(tokens.shape)
         return place(tokens, layout(self.mesh, *ACTIVATIONS["tokens"]))
 
     def _graph(self, training):
@@ -487,6 +497,7 @@ class _Batches:
     """
 
     def __init__(self, model, x, y, sample_weight, batch_size, shuffle):
+        self.model = model
         self.layout = layout(model.mesh, *ACTIVATIONS["tokens"])
         self.iterator = None
         self.source = x
@@ -496,7 +507,7 @@ class _Batches:
             if not isinstance(x, dtensor.DTensorDataset):
                 self.steps = max(-1, int(x.cardinality()))
                 self.steps = None if self.steps < 0 else self.steps
-            check_divides(model.mesh, _shape_of(x))
+            model.check_shape(_shape_of(x))
             return
         x, y = np.asarray(x, np.int32), np.asarray(y, np.int32)
         weights = _spread(sample_weight, y.shape)
@@ -506,7 +517,7 @@ class _Batches:
         self.source = [np.pad(array, filling) for array in (x, y, weights)]
         self.num_windows, self.batch_size = len(x), batch_size
         self.steps = (len(x) + missing) // batch_size
-        check_divides(model.mesh, (batch_size, x.shape[1]))
+        model.check_shape((batch_size, x.shape[1]))
 
     def epoch(self, steps):
         """Yield batches; a dataset without an end goes on where it was."""
@@ -536,7 +547,7 @@ class _Batches:
             return batch
         x, y, weights = keras.utils.unpack_x_y_sample_weight(tuple(batch))
         x, y = np.asarray(x, np.int32), np.asarray(y, np.int32)
-        check_divides(self.layout.mesh, x.shape)
+        self.model.check_shape(x.shape)
         arrays = (x, y, _spread(weights, y.shape))
         return [place(array, self.layout) for array in arrays]
 

@@ -292,6 +292,30 @@ def watched(strategy):
     peers.leave()
 
 
+def distribute(strategy, make):
+    """Give each worker its part of every batch, and each of its replicas a part of it.
+
+    Args:
+        strategy: The strategy of this process; not that of a TPU.
+        make: Function of a number of parts and of the part's index that returns a
+            dataset of parts of batches `(B / parts, T)`.
+
+    Returns:
+        A distributed dataset for `fit`, which has to be told the number of steps.
+    """
+
+    def part(context):
+        dataset = make(context.num_input_pipelines, context.input_pipeline_id)
+        replicas = context.num_replicas_in_sync // context.num_input_pipelines
+        if replicas == 1:
+            return dataset
+        rows = tf.nest.flatten(dataset.element_spec)[0].shape[0]
+        cut = dataset.unbatch().batch(rows // replicas, drop_remainder=True)
+        return cut.with_options(dataset.options())
+
+    return strategy.distribute_datasets_from_function(part)
+
+
 def is_multi_worker(strategy):
     """Whether other processes, each with its own `TF_CONFIG`, take part."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)

@@ -429,6 +429,9 @@ class Windows:
             dataset = dataset.apply(tf.data.experimental.assert_cardinality(num_steps))
         options = tf.data.Options()
         options.deterministic = True
+        # There is nothing to tune, and the end of an iterator waits for the thread
+        # that would.
+        options.autotune.enabled = False
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.OFF
         )

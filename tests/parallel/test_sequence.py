@@ -282,6 +282,9 @@ def test_what_a_mesh_cannot_compute_is_refused(make_model, windows_of):
     for call, message in (
         (lambda: model.fit(x, y, batch_size=8), "positions of a window among 2"),
         (lambda: model.fit(x[:, :6], y[:, :6], batch_size=3), "windows of a batch"),
+        (lambda: model.predict(np.zeros((2, 18), int)), "at most 16 positions"),
+        (lambda: model(np.zeros((2, 18), int)), "at most 16 positions"),
+        (lambda: model(x), "positions of a window among 2"),
         (lambda: model.fit(x), "labels"),
         (lambda: model.compile(metrics=["accuracy"]), "other metrics"),
         (lambda: model.compile(loss="mse"), "NextTokenLoss"),
