@@ -53,7 +53,7 @@ def assert_same(one, other, atol=1e-6):
 @pytest.mark.parametrize(
     ("num_stages", "schedule", "changes"),
     [
-        (2, "1f1b", {}),
+        pytest.param(2, "1f1b", {}, marks=pytest.mark.slow),
         (2, "gpipe", {"tie_embeddings": False, "dropout": 0.2}),
         # Four stages; the heads are narrower than the model.
         (4, "1f1b", {"dropout": 0.2, "num_heads": 5, "num_layers": 4}),
@@ -99,6 +99,7 @@ def test_the_comparison_notices_one_gradient_that_is_off(
         assert_same(whole, divided)
 
 
+@pytest.mark.slow
 def test_stages_compiled_by_xla_train_the_same(make_model, windows_of):
     whole = undivided(make_model, 2, jit_compile=True, num_layers=2)
     divided = in_stages(make_model, Pipeline(2, 2), jit_compile=True, num_layers=2)

@@ -12,7 +12,13 @@ from gpt_tf.parallel.mesh import gather, layout, make_mesh, parse_mesh, place
 from gpt_tf.parallel.sequence import MeshGPT
 from gpt_tf.training import load_model
 
-SHAPES = [(1, 2, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2)]
+SHAPES = [
+    (1, 2, 1),
+    (2, 1, 1),
+    (2, 2, 1),
+    pytest.param((1, 1, 2), marks=pytest.mark.slow),
+    pytest.param((1, 2, 2), marks=pytest.mark.slow),
+]
 SIZES = {"vocab_size": 30, "num_heads": 2}  # the axis `model` divides both
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import gpt_tf
 from gpt_tf.errors import InputError
 from gpt_tf.parallel import strategy as strategies
 from gpt_tf.training import PRESETS, train
@@ -87,6 +88,20 @@ def test_strategies_of_one_process_do_not_disturb_each_other(make_model, windows
         model.fit(x, y, verbose=0)
 
 
+def test_each_replica_gets_its_part_of_each_batch():
+    windows = gpt_tf.Windows(np.arange(400), context_length=4, batch_size=8)
+    dataset = strategies.distribute(
+        strategies.make_strategy("mirrored"),
+        lambda parts, part: windows.dataset(num_shards=parts, shard=part),
+    )
+    iterator = iter(dataset)
+    for step in range(3):
+        expected = windows.batch(step)
+        for whole, parts in zip(expected, next(iterator), strict=True):
+            assert [part.shape[0] for part in parts.values] == [2] * 4
+            np.testing.assert_array_equal(whole, tf.concat(parts.values, axis=0))
+
+
 def test_an_unknown_strategy_is_refused():
     with pytest.raises(InputError, match="one of auto, one_device"):
         strategies.make_strategy("telepathy")
@@ -130,6 +145,7 @@ def test_a_tpu_that_is_not_there_is_refused():
 
 
 def test_a_running_tensorflow_cannot_be_split_otherwise():
+    tf.constant(0)  # from now on TensorFlow runs
     strategies.split_cpu(4)  # as it is
     with pytest.raises(InputError, match="already runs with 4"):
         strategies.split_cpu(3)
