@@ -124,9 +124,11 @@ def take_turns(contenders, rounds, repetitions, warm_up=2):
             f"  round {turn + 1} of {rounds}: "
             + ", ".join(f"{m.name} {m.median_ms:.1f} ms" for m, _, _ in running)
         )
-    for _, pipe, process in running:
+    for _, pipe, _ in running:
         pipe.send(0)
-        process.join(20)
+    for _, _, process in running:
+        process.join(5)
+        process.terminate()  # a library's own farewell may take long
     return results
 
 
