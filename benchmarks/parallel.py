@@ -68,9 +68,8 @@ class Way:
         if self.name == "multi_worker":
             return f"{self.workers} worker{'s' * (self.workers > 1)}"
         if self.name == "mirrored":
-            return f"mirrored, {self.devices} devices" + (
-                "" if self.xla else ", without XLA"
-            )
+            devices = f"{self.devices} device{'s' * (self.devices > 1)}"
+            return f"mirrored, {devices}" + ("" if self.xla else ", without XLA")
         axes = zip(("batch", "model", "sequence"), self.parts, strict=True)
         return "mesh, " + " x ".join(f"{axis} {n}" for axis, n in axes if n > 1)
 
