@@ -26,8 +26,10 @@ def all_have_begun():
     while not all(os.path.exists(f"{folder}/{start}.{i}") for i in range(2)):
         time.sleep(0.01)
 """
+# What a shell starts in the background ignores the interrupt, and so would this.
 LAUNCHER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from gpt_tf.parallel.launch import supervise
 supervise(
     lambda start: [sys.executable, "-c", sys.argv[1], str(start), sys.argv[2]],

@@ -121,6 +121,7 @@ def test_a_batch_that_micro_batches_do_not_divide_is_filled_up(make_model, windo
     assert_same(whole, divided)
 
 
+@pytest.mark.slow
 def test_metrics_of_the_users_see_the_logits(make_model, windows_of):
     x, y = windows_of(8, 8)
     found = []

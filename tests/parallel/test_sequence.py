@@ -122,6 +122,7 @@ def test_a_vocabulary_that_the_mesh_does_not_divide_stays_whole(make_model, wind
     np.testing.assert_allclose(found, model.predict(x, verbose=0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_is_seeded_and_leaves_evaluation_alone(make_model, windows_of):
     x, y = windows_of(8, 8, vocab_size=30)
     losses, logits = [], []
