@@ -9,12 +9,10 @@ Workers are processes on this machine.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
@@ -195,7 +193,9 @@ def _state_bytes(model):
 
 
 def _with_workers(way, shape, facts):
-    addresses = [f"localhost:{port}" for port in _free_ports(way.workers)]
+    from gpt_tf.parallel.launch import free_ports
+
+    addresses = [f"localhost:{port}" for port in free_ports(way.workers)]
 
     def environment(index):
         task = {"type": "worker", "index": index}
@@ -221,14 +221,6 @@ def _with_workers(way, shape, facts):
         return repeat(count)
 
     return together
-
-
-def _free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for opened in sockets:
-            opened.bind(("localhost", 0))
-        return [opened.getsockname()[1] for opened in sockets]
 
 
 def vars_of(way, shape):

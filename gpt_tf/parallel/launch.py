@@ -144,7 +144,7 @@ def supervise(
         failure, restarts = None, 0
         for start in itertools.count():
             reached = progress()
-            ports = _free_ports(workers) if port is None else _ports_at(port, workers)
+            ports = free_ports(workers) if port is None else _ports_at(port, workers)
             group = _Group(keeper, on_line, grace_s)
             try:
                 group.start(command(start), ports)
@@ -381,7 +381,12 @@ def _environment(workers, cluster):
     return {**defaults, **os.environ, "TF_CONFIG": json.dumps(cluster)}
 
 
-def _free_ports(count):
+def free_ports(count):
+    """Return so many ports of this machine that nobody listens on.
+
+    Raises:
+        InputError: There are not so many.
+    """
     ports = random.SystemRandom().sample(_PORTS, 200)
     free = list(itertools.islice(filter(_is_free, ports), count))
     if len(free) < count:

@@ -505,8 +505,8 @@ class _Batches:
         self.steps = None
         if _is_dataset(x):
             if not isinstance(x, dtensor.DTensorDataset):
-                self.steps = max(-1, int(x.cardinality()))
-                self.steps = None if self.steps < 0 else self.steps
+                count = int(x.cardinality())
+                self.steps = count if count >= 0 else None
             model.check_shape(_shape_of(x))
             return
         x, y = np.asarray(x, np.int32), np.asarray(y, np.int32)

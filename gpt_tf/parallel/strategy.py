@@ -68,9 +68,8 @@ def devices_for(count, devices=None, what="This"):
         gpus = tf.config.list_physical_devices("GPU")
         if len(gpus) < count and not _is_running():
             split_cpu(max(count, len(_wanted_cpus())))
-        known = [_local_devices(), tf.config.list_logical_devices("CPU")]
-        for names in known:
-            names = [getattr(device, "name", device) for device in names]
+        for kind in ("GPU", "CPU"):
+            names = [device.name for device in tf.config.list_logical_devices(kind)]
             if len(names) >= count:
                 return names[:count]
         raise InputError(

@@ -75,7 +75,7 @@ def wait_for_checkpoint(out, number=1, seconds=200):
 def test_a_worker_that_never_joins_is_one_clear_line_to_all_others(
     words, start_worker, tmp_path
 ):
-    ports = launcher._free_ports(3)
+    ports = launcher.free_ports(3)
     command = [*words(tmp_path / "run"), "--join-timeout", "15"]
     joining = [start_worker(command, ports, index) for index in range(2)]
     for process in joining:
@@ -190,7 +190,7 @@ def test_a_lost_peer_is_one_line_and_asks_for_another_try(monkeypatch, capsys):
 def test_when_a_worker_is_lost_the_other_ends_instead_of_waiting(
     words, start_worker, tmp_path, lost, number, limit_s
 ):
-    ports = launcher._free_ports(2)
+    ports = launcher.free_ports(2)
     command = words(tmp_path / "run", steps=100_000)
     workers = [start_worker(command, ports, index) for index in range(2)]
     wait_for_checkpoint(tmp_path / "run")
