@@ -1,78 +1,28 @@
-"""The command line: a verb per stage, no logic of its own."""
+"""The commands that train: train, quantize, distil, launch."""
 
 import functools
-import itertools
-import os
-import sys
-import traceback
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import typer.core
-from rich.console import Console
 
-from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
-from gpt_tf.quiet import held_back
-
-
-class _Commands(typer.core.TyperGroup):
-    """Commands that say that they were interrupted, whatever version typer has."""
-
-    def invoke(self, context):
-        try:
-            return super().invoke(context)
-        except KeyboardInterrupt:
-            typer.echo("gpt-tf: interrupted", err=True)
-            raise typer.Exit(130) from None
-
-
-app = typer.Typer(
-    cls=_Commands,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Train a GPT, make it fast, and ship it to an edge device.",
+from gpt_tf.cli.common import (
+    BatchSize,
+    CheckpointEvery,
+    JoinTimeout,
+    Overwrite,
+    Resume,
+    ResumeOrStart,
+    SourceCorpus,
+    Strategy,
+    ValidateEvery,
+    VirtualDevices,
+    app,
+    given_of,
+    import_tensorflow,
+    notice,
 )
-
-
-@app.callback()
-def _main(
-    debug: Annotated[
-        bool, typer.Option(help="Show the traceback of an error.")
-    ] = False,
-):
-    """Train a GPT, make it fast, and ship it to an edge device."""
-    app.debug = debug
-
-
-# Options that several commands have.
-_Resume = Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")]
-_Overwrite = Annotated[bool, typer.Option(help="Replace the run that stands in --out.")]
-_ResumeOrStart = Annotated[
-    bool,
-    typer.Option("--resume-or-start", help="Go on with the run in --out, or start it."),
-]
-_JoinTimeout = Annotated[
-    float | None,
-    typer.Option(help="Seconds that workers wait for each other; 600."),
-]
-_BatchSize = Annotated[int | None, typer.Option(help="Windows per step.")]
-_ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations.")]
-_CheckpointEvery = Annotated[
-    int | None, typer.Option(help="Steps between checkpoints.")
-]
-_Strategy = Annotated[
-    str | None, typer.Option(help="auto, one_device, mirrored, multi_worker or tpu.")
-]
-_VirtualDevices = Annotated[
-    int | None, typer.Option(help="Split the CPU into so many logical devices.")
-]
-_SourceCorpus = Annotated[
-    list[str] | None,
-    typer.Option(help="As for train; the source's own. May be repeated."),
-]
+from gpt_tf.errors import InputError
 
 
 @app.command()
@@ -88,10 +38,10 @@ def train(
         str | None,
         typer.Option(help="quickstart, tiny, shakespeare-char or small."),
     ] = None,
-    resume: _Resume = False,
-    resume_or_start: _ResumeOrStart = False,
-    overwrite: _Overwrite = False,
-    join_timeout: _JoinTimeout = None,
+    resume: Resume = False,
+    resume_or_start: ResumeOrStart = False,
+    overwrite: Overwrite = False,
+    join_timeout: JoinTimeout = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="bpe, character, or a tokenizer.json.")
     ] = None,
@@ -110,7 +60,7 @@ def train(
     tie_embeddings: Annotated[
         bool | None, typer.Option(help="Score with the token table.")
     ] = None,
-    batch_size: _BatchSize = None,
+    batch_size: BatchSize = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option(help="Parts in which a batch is computed.")
     ] = None,
@@ -127,7 +77,7 @@ def train(
     global_clipnorm: Annotated[
         float | None, typer.Option(help="Largest norm of the gradient.")
     ] = None,
-    validate_every: _ValidateEvery = None,
+    validate_every: ValidateEvery = None,
     validation_batches: Annotated[
         int | None, typer.Option(help="Batches per validation.")
     ] = None,
@@ -135,7 +85,7 @@ def train(
         int | None,
         typer.Option(help="Stop after so many validations without improvement."),
     ] = None,
-    checkpoint_every: _CheckpointEvery = None,
+    checkpoint_every: CheckpointEvery = None,
     keep_checkpoints: Annotated[
         int | None, typer.Option(help="Newest checkpoints that stay.")
     ] = None,
@@ -149,7 +99,7 @@ def train(
         str | None, typer.Option(help="float32, mixed_bfloat16 or mixed_float16.")
     ] = None,
     jit_compile: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
-    strategy: _Strategy = None,
+    strategy: Strategy = None,
     pipeline_stages: Annotated[
         int | None, typer.Option(help="Devices to divide the blocks among.")
     ] = None,
@@ -166,15 +116,15 @@ def train(
             "or batch=2,sequence=2."
         ),
     ] = None,
-    virtual_devices: _VirtualDevices = None,
+    virtual_devices: VirtualDevices = None,
     seed: Annotated[int | None, typer.Option(help="Of weights and data.")] = None,
     init_from: Annotated[
         str | None, typer.Option(help="Trained run or model to go on from.")
     ] = None,
 ):
     """Train a GPT on text and leave a folder to generate from."""
-    changes = _changes(locals(), ("out", "preset", *_NOT_OF_THE_COURSE))
-    _import_tensorflow()
+    changes = given_of(locals(), ("out", "preset", *_NOT_OF_THE_COURSE))
+    import_tensorflow()
     from gpt_tf import training
     from gpt_tf.display import print_result
     from gpt_tf.parallel.strategy import split_cpu
@@ -192,7 +142,7 @@ def train(
         resume_or_start=resume_or_start,
         overwrite=overwrite,
         join_timeout=join_timeout,
-        on_notice=_notice,
+        on_notice=notice,
         **changes,
     )
     print_result(result)
@@ -209,29 +159,29 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder of the new run.")] = Path(
         "runs/gpt-qat"
     ),
-    corpus: _SourceCorpus = None,
+    corpus: SourceCorpus = None,
     full: Annotated[
         bool, typer.Option(help="Residual, softmax and logits in integers too.")
     ] = False,
-    resume: _Resume = False,
-    resume_or_start: _ResumeOrStart = False,
-    overwrite: _Overwrite = False,
-    join_timeout: _JoinTimeout = None,
+    resume: Resume = False,
+    resume_or_start: ResumeOrStart = False,
+    overwrite: Overwrite = False,
+    join_timeout: JoinTimeout = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimiser steps; a tenth of the source's.")
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="At its peak; a twentieth of the source's.")
     ] = None,
-    batch_size: _BatchSize = None,
-    validate_every: _ValidateEvery = None,
-    checkpoint_every: _CheckpointEvery = None,
-    strategy: _Strategy = None,
-    virtual_devices: _VirtualDevices = None,
+    batch_size: BatchSize = None,
+    validate_every: ValidateEvery = None,
+    checkpoint_every: CheckpointEvery = None,
+    strategy: Strategy = None,
+    virtual_devices: VirtualDevices = None,
     seed: Annotated[int | None, typer.Option(help="Of the data's order.")] = None,
 ):
     """Make a trained model ready for integers, by training it a little further."""
-    changes = _changes(
+    changes = given_of(
         locals(),
         ("model", "method", "out", "full", *_NOT_OF_THE_COURSE),
     )
@@ -240,7 +190,7 @@ def quantize(
             f"`--method` expects one of {', '.join(_QUANTIZE_METHODS)}. "
             f"Received: {method!r}."
         )
-    _import_tensorflow()
+    import_tensorflow()
     from gpt_tf import training
     from gpt_tf.display import print_result
     from gpt_tf.parallel.strategy import split_cpu
@@ -256,7 +206,7 @@ def quantize(
         resume_or_start=resume_or_start,
         overwrite=overwrite,
         join_timeout=join_timeout,
-        on_notice=_notice,
+        on_notice=notice,
         **changes,
     )
     print_result(result)
@@ -276,7 +226,7 @@ def distil(
     out: Annotated[Path, typer.Option(help="Folder of the student's run.")] = Path(
         "runs/gpt-student"
     ),
-    corpus: _SourceCorpus = None,
+    corpus: SourceCorpus = None,
     student_layers: Annotated[
         int | None, typer.Option(help="Blocks; the teacher's if not given.")
     ] = None,
@@ -333,20 +283,20 @@ def distil(
     quantize: Annotated[
         bool, typer.Option(help="Make the student ready for integers at once.")
     ] = False,
-    resume: _Resume = False,
-    resume_or_start: _ResumeOrStart = False,
-    overwrite: _Overwrite = False,
-    join_timeout: _JoinTimeout = None,
+    resume: Resume = False,
+    resume_or_start: ResumeOrStart = False,
+    overwrite: Overwrite = False,
+    join_timeout: JoinTimeout = None,
     steps: Annotated[int | None, typer.Option(help="The teacher's.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="At its peak; the teacher's.")
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="Of the student; 0.")] = None,
-    batch_size: _BatchSize = None,
-    validate_every: _ValidateEvery = None,
-    checkpoint_every: _CheckpointEvery = None,
-    strategy: _Strategy = None,
-    virtual_devices: _VirtualDevices = None,
+    batch_size: BatchSize = None,
+    validate_every: ValidateEvery = None,
+    checkpoint_every: CheckpointEvery = None,
+    strategy: Strategy = None,
+    virtual_devices: VirtualDevices = None,
     seed: Annotated[
         int | None, typer.Option(help="Of fresh weights and of the data's order.")
     ] = None,
@@ -379,7 +329,7 @@ def distil(
         "strategy": strategy,
         "seed": seed,
     }
-    _import_tensorflow()
+    import_tensorflow()
     from gpt_tf import training
     from gpt_tf.display import StepProgress, print_knowledge, print_result
     from gpt_tf.parallel.strategy import split_cpu
@@ -398,11 +348,11 @@ def distil(
                 overwrite=overwrite,
                 on_notice=progress.notice,
                 on_progress=progress.update,
-                **_changes({"corpus": corpus, "seed": seed}),
+                **given_of({"corpus": corpus, "seed": seed}),
             )
         print_knowledge(store)
         return
-    changes = _changes(course)
+    changes = given_of(course)
     if quantize:
         changes["quantization"] = QuantizationConfig().get_config()
     result = training.distil(
@@ -413,112 +363,10 @@ def distil(
         resume_or_start=resume_or_start,
         overwrite=overwrite,
         join_timeout=join_timeout,
-        on_notice=_notice,
+        on_notice=notice,
         **changes,
     )
     print_result(result)
-
-
-@app.command()
-def export(
-    model: Annotated[Path, typer.Option(help="A run's or model's folder.")],
-    out: Annotated[
-        Path,
-        typer.Option(help="File to write, .litertlm or .tflite; a folder for stages."),
-    ] = Path("gpt.litertlm"),
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="float32, float16, dynamic_int8, int8, int8_full, int16x8 or int4."
-        ),
-    ] = "dynamic_int8",
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(help="Typical text; a run brings its own. As for train."),
-    ] = None,
-    context_length: Annotated[
-        int | None, typer.Option(help="Tokens that the cache holds at most.")
-    ] = None,
-    prefill_length: Annotated[
-        list[int] | None,
-        typer.Option(help="Tokens a prefill takes at once; may be repeated."),
-    ] = None,
-    allow_untrained: Annotated[
-        bool, typer.Option(help="Write a model that was never trained too.")
-    ] = False,
-    stages: Annotated[
-        int | None,
-        typer.Option(help="Cut it by layers into so many files, a core's work each."),
-    ] = None,
-):
-    """Write a trained model as one file for a device, verified."""
-    _import_tensorflow()
-    from gpt_tf.display import print_export
-    from gpt_tf.export.trained import export_trained
-
-    options = {"context_length": context_length, "prefill_lengths": prefill_length}
-    manifest = export_trained(
-        model,
-        out,
-        mode,
-        corpus=corpus or None,
-        num_stages=stages,
-        allow_untrained=allow_untrained,
-        on_notice=_notice,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    print_export(manifest, out)
-
-
-@app.command()
-def generate(
-    model: Annotated[
-        Path,
-        typer.Option(
-            help="A run's or model's folder, a .tflite or .litertlm, or stages."
-        ),
-    ],
-    prompt: Annotated[
-        str | None, typer.Option(help="What to continue; without it, a dialogue.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Among so many tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Among tokens of this probability.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes repetition less likely.")
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends it; may be repeated.")
-    ] = None,
-):
-    """Continue a prompt, streaming; without a prompt, line by line from you."""
-    stream = _edge_stream(model) if _is_edge(model) else _keras_stream(model)
-
-    def answer(text):
-        pieces = stream(
-            text,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop or (),
-        )
-        for piece in itertools.chain([text], pieces, ["\n"]):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-
-    if prompt is not None:
-        answer(prompt)
-        return
-    typer.echo("Type a beginning; an empty line ends.", err=True)
-    while line := _ask():
-        answer(line)
 
 
 @app.command(
@@ -534,7 +382,7 @@ def launch(
     port: Annotated[
         int | None, typer.Option(help="First port of the workers; free ones if not.")
     ] = None,
-    join_timeout: _JoinTimeout = None,
+    join_timeout: JoinTimeout = None,
 ):
     """Train with several workers on this machine: launch --workers 2 train --out ..."""
     from gpt_tf.parallel.launch import launch as launch_workers
@@ -547,130 +395,3 @@ def launch(
         join_timeout=join_timeout,
         on_line=functools.partial(print, flush=True),
     )
-
-
-def _changes(given, others=()):
-    """Return the fields of a configuration that the command line gave."""
-    changes = {
-        name: value
-        for name, value in given.items()
-        if name not in others and value is not None
-    }
-    if "corpus" in changes:
-        paths = changes["corpus"]
-        changes["corpus"] = paths[0] if len(paths) == 1 else tuple(paths)
-    return changes
-
-
-def _notice(line):
-    # It may quote any text; none of it is rich's markup.
-    Console(markup=False, emoji=False, highlight=False).print(line)
-
-
-def _is_edge(model):
-    from gpt_tf.export.signatures import is_staged
-
-    if model.suffix in (".tflite", ".litertlm") or is_staged(model):
-        return True
-    return model.is_file() and model.suffix != ".keras"
-
-
-def _edge_stream(model):
-    from gpt_tf.edge import EdgeGPT, EdgePipeline
-    from gpt_tf.export.signatures import is_staged
-
-    gpt = EdgePipeline(model) if is_staged(model) else EdgeGPT(model)
-    _require_tokenizer(gpt.tokenizer, model, "the file that `gpt-tf export` wrote")
-    return gpt.stream
-
-
-def _keras_stream(model):
-    _import_tensorflow()
-    from gpt_tf.models import decoding
-    from gpt_tf.training import load_model
-
-    gpt, tokenizer = load_model(model)
-    _require_tokenizer(tokenizer, model, "the folder that `gpt-tf train` wrote")
-    return functools.partial(decoding.stream, gpt, tokenizer=tokenizer)
-
-
-def _require_tokenizer(tokenizer, model, instead):
-    if tokenizer is None:
-        raise InputError(
-            f"Expected tokenizer.json with the model {model}. Put it there, or name "
-            f"{instead}."
-        )
-
-
-def _ask():
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
-
-
-def main():
-    """Run the command line; what the user can mend is one line and status 2."""
-    warnings.showwarning = _one_line
-    try:
-        app(prog_name="gpt-tf")
-    except InputError as error:
-        if getattr(app, "debug", False):
-            raise
-        _say(error)
-        sys.exit(2)
-    except PeerLostError as error:
-        if getattr(app, "debug", False):
-            traceback.print_exc()
-        _say(error)
-        _exit_at_once(PeerLostError.EXIT_STATUS)
-    except WorkerFailedError as error:
-        _say(error)
-        sys.exit(error.status)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if getattr(app, "debug", False) or package not in _EXTRAS:
-            raise
-        _say(
-            f"this command expects the package {package}, which is not installed. "
-            f"Install it with: pip install 'gpt-tf[{_EXTRAS[package]}]'"
-        )
-        sys.exit(2)
-
-
-_EXTRAS = dict.fromkeys(
-    (
-        *("tensorflow", "tf_keras", "tensorflow_model_optimization", "keras_nlp"),
-        *("safetensors", "matplotlib", "flatbuffers", "litert_lm_builder"),
-    ),
-    "train",
-) | {"ai_edge_litert": "edge"}
-
-
-def _import_tensorflow():
-    """Import TensorFlow without the lines that its libraries log meanwhile."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with held_back(lambda line, failed: failed):
-        import tensorflow as tf
-    tf.get_logger().setLevel("ERROR")
-
-
-def _exit_at_once(status):
-    """Leave without TensorFlow's own farewell, which waits for the lost worker."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _one_line(message, category, filename, lineno, file=None, line=None):
-    if category.__module__.startswith("gpt_tf"):
-        _say(message)
-
-
-def _say(message):
-    # What a library remarks within a message may run over several lines.
-    typer.echo(f"gpt-tf: {' '.join(str(message).splitlines())}", err=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,73 @@
+"""The command line: a verb per stage, no logic of its own.
+
+A command stands in the module named after its group and registers itself with the
+program in `common`. Here is what ends it: errors become one line and a status.
+"""
+
+import os
+import sys
+import traceback
+import warnings
+
+import typer
+
+from gpt_tf.cli import artefacts, training  # noqa: F401  they register themselves
+from gpt_tf.cli.common import app
+from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
+
+__all__ = ["app", "main"]
+
+
+def main():
+    """Run the command line; what the user can mend is one line and status 2."""
+    warnings.showwarning = _one_line
+    try:
+        app(prog_name="gpt-tf")
+    except InputError as error:
+        if getattr(app, "debug", False):
+            raise
+        _say(error)
+        sys.exit(2)
+    except PeerLostError as error:
+        if getattr(app, "debug", False):
+            traceback.print_exc()
+        _say(error)
+        _exit_at_once(PeerLostError.EXIT_STATUS)
+    except WorkerFailedError as error:
+        _say(error)
+        sys.exit(error.status)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if getattr(app, "debug", False) or package not in _EXTRAS:
+            raise
+        _say(
+            f"this command expects the package {package}, which is not installed. "
+            f"Install it with: pip install 'gpt-tf[{_EXTRAS[package]}]'"
+        )
+        sys.exit(2)
+
+
+_EXTRAS = dict.fromkeys(
+    (
+        *("tensorflow", "tf_keras", "tensorflow_model_optimization", "keras_nlp"),
+        *("safetensors", "matplotlib", "flatbuffers", "litert_lm_builder"),
+    ),
+    "train",
+) | {"ai_edge_litert": "edge"}
+
+
+def _exit_at_once(status):
+    """Leave without TensorFlow's own farewell, which waits for the lost worker."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _one_line(message, category, filename, lineno, file=None, line=None):
+    if category.__module__.startswith("gpt_tf"):
+        _say(message)
+
+
+def _say(message):
+    # What a library remarks within a message may run over several lines.
+    typer.echo(f"gpt-tf: {' '.join(str(message).splitlines())}", err=True)

@@ -1,0 +1,156 @@
+"""The commands for a finished model: export, generate."""
+
+import functools
+import itertools
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpt_tf.cli.common import app, import_tensorflow, notice
+from gpt_tf.errors import InputError
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Option(help="A run's or model's folder.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="File to write, .litertlm or .tflite; a folder for stages."),
+    ] = Path("gpt.litertlm"),
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="float32, float16, dynamic_int8, int8, int8_full, int16x8 or int4."
+        ),
+    ] = "dynamic_int8",
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Typical text; a run brings its own. As for train."),
+    ] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="Tokens that the cache holds at most.")
+    ] = None,
+    prefill_length: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens a prefill takes at once; may be repeated."),
+    ] = None,
+    allow_untrained: Annotated[
+        bool, typer.Option(help="Write a model that was never trained too.")
+    ] = False,
+    stages: Annotated[
+        int | None,
+        typer.Option(help="Cut it by layers into so many files, a core's work each."),
+    ] = None,
+):
+    """Write a trained model as one file for a device, verified."""
+    import_tensorflow()
+    from gpt_tf.display import print_export
+    from gpt_tf.export.trained import export_trained
+
+    options = {"context_length": context_length, "prefill_lengths": prefill_length}
+    manifest = export_trained(
+        model,
+        out,
+        mode,
+        corpus=corpus or None,
+        num_stages=stages,
+        allow_untrained=allow_untrained,
+        on_notice=notice,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    print_export(manifest, out)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        Path,
+        typer.Option(
+            help="A run's or model's folder, a .tflite or .litertlm, or stages."
+        ),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="What to continue; without it, a dialogue.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Among so many tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Among tokens of this probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes repetition less likely.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends it; may be repeated.")
+    ] = None,
+):
+    """Continue a prompt, streaming; without a prompt, line by line from you."""
+    stream = _edge_stream(model) if _is_edge(model) else _keras_stream(model)
+
+    def answer(text):
+        pieces = stream(
+            text,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+        )
+        for piece in itertools.chain([text], pieces, ["\n"]):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    if prompt is not None:
+        answer(prompt)
+        return
+    typer.echo("Type a beginning; an empty line ends.", err=True)
+    while line := _ask():
+        answer(line)
+
+
+def _is_edge(model):
+    from gpt_tf.export.signatures import is_staged
+
+    if model.suffix in (".tflite", ".litertlm") or is_staged(model):
+        return True
+    return model.is_file() and model.suffix != ".keras"
+
+
+def _edge_stream(model):
+    from gpt_tf.edge import EdgeGPT, EdgePipeline
+    from gpt_tf.export.signatures import is_staged
+
+    gpt = EdgePipeline(model) if is_staged(model) else EdgeGPT(model)
+    _require_tokenizer(gpt.tokenizer, model, "the file that `gpt-tf export` wrote")
+    return gpt.stream
+
+
+def _keras_stream(model):
+    import_tensorflow()
+    from gpt_tf.models import decoding
+    from gpt_tf.training import load_model
+
+    gpt, tokenizer = load_model(model)
+    _require_tokenizer(tokenizer, model, "the folder that `gpt-tf train` wrote")
+    return functools.partial(decoding.stream, gpt, tokenizer=tokenizer)
+
+
+def _require_tokenizer(tokenizer, model, instead):
+    if tokenizer is None:
+        raise InputError(
+            f"Expected tokenizer.json with the model {model}. Put it there, or name "
+            f"{instead}."
+        )
+
+
+def _ask():
+    try:
+        return input("> ")
+    except EOFError:
+        return ""

@@ -1,0 +1,103 @@
+"""What the commands share: the program itself, options, notices, TensorFlow."""
+
+import os
+from typing import Annotated
+
+import typer
+import typer.core
+from rich.console import Console
+
+from gpt_tf.quiet import held_back
+
+
+# The order in which `--help` names the commands: the way of the data.
+_STAGES = (
+    *("optimize", "train", "launch", "distil", "quantize", "export", "generate"),
+    *("evaluate", "benchmark", "recommend", "explain"),
+)
+
+
+class _Commands(typer.core.TyperGroup):
+    """Commands that say that they were interrupted, whatever version typer has."""
+
+    def list_commands(self, context):
+        names = super().list_commands(context)
+        return sorted(names, key=lambda name: [*_STAGES, name].index(name))
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            typer.echo("gpt-tf: interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train a GPT, make it fast, and ship it to an edge device.",
+)
+
+
+@app.callback()
+def _main(
+    debug: Annotated[
+        bool, typer.Option(help="Show the traceback of an error.")
+    ] = False,
+):
+    """Train a GPT, make it fast, and ship it to an edge device."""
+    app.debug = debug
+
+
+# Options that several commands have.
+Resume = Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace the run that stands in --out.")]
+ResumeOrStart = Annotated[
+    bool,
+    typer.Option("--resume-or-start", help="Go on with the run in --out, or start it."),
+]
+JoinTimeout = Annotated[
+    float | None,
+    typer.Option(help="Seconds that workers wait for each other; 600."),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Windows per step.")]
+ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations.")]
+CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.")]
+Strategy = Annotated[
+    str | None, typer.Option(help="auto, one_device, mirrored, multi_worker or tpu.")
+]
+VirtualDevices = Annotated[
+    int | None, typer.Option(help="Split the CPU into so many logical devices.")
+]
+SourceCorpus = Annotated[
+    list[str] | None,
+    typer.Option(help="As for train; the source's own. May be repeated."),
+]
+
+
+def given_of(given, others=()):
+    """Return the fields of a configuration that the command line gave."""
+    changes = {
+        name: value
+        for name, value in given.items()
+        if name not in others and value is not None
+    }
+    if "corpus" in changes:
+        paths = changes["corpus"]
+        changes["corpus"] = paths[0] if len(paths) == 1 else tuple(paths)
+    return changes
+
+
+def notice(line):
+    # It may quote any text; none of it is rich's markup.
+    Console(markup=False, emoji=False, highlight=False).print(line)
+
+
+def import_tensorflow():
+    """Import TensorFlow without the lines that its libraries log meanwhile."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with held_back(lambda line, failed: failed):
+        import tensorflow as tf
+    tf.get_logger().setLevel("ERROR")
