@@ -9,7 +9,6 @@ from rich.console import Console
 
 from gpt_tf.quiet import held_back
 
-
 # The order in which `--help` names the commands: the way of the data.
 _STAGES = (
     *("optimize", "train", "launch", "distil", "quantize", "export", "generate"),

@@ -185,6 +185,22 @@ def decode(model, tokens, position, starts, caches):
     return logits[:, 0], caches
 
 
+def append(model, tokens, position, caches):
+    """Run tokens that follow what is in the cache, compiled, and score all of them.
+
+    Args:
+        model: A GPT.
+        tokens: `(B, T)` int32, texts that began in the cache's row 0.
+        position: Cache row of the first of them.
+        caches: `2 * L` tensors `(B, H, S, D)`, with room for `T` more rows.
+
+    Returns:
+        Logits `(B, T, V)`, and the caches with `T` more rows.
+    """
+    starts = tf.zeros([tokens.shape[0]], tf.int32)
+    return _run(model, tokens, position, starts, caches)
+
+
 def _compiled(model, caches, num_tokens):
     """Return the cached forward pass for these shapes, compiled by XLA.
 

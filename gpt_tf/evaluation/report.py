@@ -1,0 +1,235 @@
+"""report.json: what was measured of which files, for people, programs and later runs.
+
+A report is a dict of plain JSON values:
+
+    kind            "gpt-tf report"
+    format          REPORT_FORMAT; another is refused
+    made_at         when, ISO 8601 in UTC
+    command         the command line that made it, or None
+    versions        of Python and packages, as in every manifest
+    machine         as `gpt_tf.evaluation.machine.describe_machine` says, or None
+    corpus          what accuracy was measured on: name, split, tokens, bytes, or None
+    budgets         max_perplexity_increase (0.03 is 3 %), max_latency_ms,
+                    max_size_mb; each a number or None
+    reference       name of the entry that others are compared with, or None
+    entries         a list of entries, below
+    recommendation  as `gpt_tf.evaluation.advisor.recommend` returns it, or None
+    explanations    as `gpt_tf.evaluation.deletion` measures them, or None
+    stages          of `gpt-tf optimize`: what was done, in seconds, or []
+    notes           sentences that a reader should know
+
+An entry is one file or model:
+
+    name            unique in the report; a label in tables and pictures
+    path            relative to the report where it lies below it
+    kind            "tflite", "litertlm" or "keras"
+    mode            "dynamic_int8" and so on; "keras" or "keras_qat"
+    parameters      number
+    size_bytes      of the file
+    sha256          of the file
+    context_length  positions
+    config          the GPT's sizes
+    made_from       a sentence, or None
+    accuracy        below, or None
+    latency         below, or None
+    estimate        as `gpt_tf.evaluation.advisor.estimate` returns it, or None
+
+Accuracy (`gpt_tf.evaluation.accuracy`). An INTERVAL is {"value", "low", "high"}, its
+bounds those of a 95 % block bootstrap:
+
+    tokens, bytes, blocks   what was judged, in how many blocks
+    perplexity              INTERVAL
+    bits_per_byte           INTERVAL
+    token_accuracy          INTERVAL, 0 to 1
+    perplexity_increase     INTERVAL, 0.03 is 3 % above the reference's, or None
+    divergence_nats         INTERVAL, KL from the reference, or None
+    top1_agreement          INTERVAL, with the reference, 0 to 1, or None
+    parsed                  {"share": INTERVAL, "of_true_text": share, "count"}, or None
+
+Latency (`gpt_tf.evaluation.latency`). A SPREAD is {"median", "p95", "p99", "worst",
+"q1", "q3", "count"}:
+
+    engine                  "gpt_tf", "litert-lm" or "keras"
+    threads, prompt_tokens, new_tokens, repetitions
+    time_to_first_token_ms  SPREAD
+    inter_token_latency_ms  SPREAD
+    response_time_ms        SPREAD, of prompt_tokens and new_tokens
+    tokens_per_s            of one request while it writes
+    load_ms                 SPREAD, opening the file in a process that runs
+    cold_start_ms           SPREAD, from a new process to its first token
+    peak_memory_bytes       resident, of a process that runs it
+    bandwidth_share         bytes read per token over what memory could give meanwhile
+    energy_j_per_token      or None where the machine does not tell
+    by_context              [{"context", "time_to_first_token_ms": SPREAD,
+                              "inter_token_latency_ms": SPREAD}]
+    by_threads              [{"threads", "inter_token_latency_ms": SPREAD}]
+    throughput              [{"requests", "tokens_per_s"}]
+
+The latency that a budget is about is the 95th percentile of `inter_token_latency_ms`.
+"""
+
+import datetime
+import math
+import os
+from pathlib import Path
+
+from gpt_tf import files
+from gpt_tf.errors import DamagedFileError, InputError
+
+REPORT_KIND = "gpt-tf report"
+REPORT_FORMAT = 1
+BUDGETS = ("max_perplexity_increase", "max_latency_ms", "max_size_mb")
+
+_PARTS = (
+    *("made_at", "command", "versions", "machine", "corpus", "budgets", "reference"),
+    *("entries", "recommendation", "explanations", "stages", "notes"),
+)
+_ENTRY_PARTS = (
+    *("name", "path", "kind", "mode", "parameters", "size_bytes", "sha256"),
+    *("context_length", "config", "made_from", "accuracy", "latency", "estimate"),
+)
+
+
+def new_report(entries, **parts) -> dict:
+    """Put a report together.
+
+    Args:
+        entries: Dicts as `new_entry` makes them.
+        **parts: Any other part of a report; those not given are None or empty.
+
+    Returns:
+        The report.
+
+    Raises:
+        InputError: Two entries have the same name, or a part is unknown.
+    """
+    report = {
+        "kind": REPORT_KIND,
+        "format": REPORT_FORMAT,
+        "made_at": datetime.datetime.now(datetime.timezone.utc).isoformat(
+            timespec="seconds"
+        ),
+        "versions": files.versions(),
+        **dict.fromkeys(("command", "machine", "corpus", "reference"), None),
+        "budgets": dict.fromkeys(BUDGETS),
+        "entries": list(entries),
+        "recommendation": None,
+        "explanations": None,
+        "stages": [],
+        "notes": [],
+    }
+    _refuse_unknown(parts, report, "A report")
+    report.update(parts)
+    names = [entry["name"] for entry in report["entries"]]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"The entries of a report expect a name each. Received: {name!r} "
+                "twice. Give one of the files another name."
+            )
+    return report
+
+
+def new_entry(described: dict, **parts) -> dict:
+    """Make an entry of what `gpt_tf.evaluation.subjects.describe` says.
+
+    Args:
+        described: That dict.
+        **parts: `made_from`, `accuracy`, `latency`, `estimate`, or another name.
+
+    Returns:
+        The entry; what is not given is None.
+    """
+    entry = dict.fromkeys(_ENTRY_PARTS) | described
+    _refuse_unknown(parts, entry, "An entry")
+    return entry | parts
+
+
+def entry_of(report: dict, name: str) -> dict:
+    """Return the entry of that name.
+
+    Raises:
+        InputError: There is none.
+    """
+    for entry in report["entries"]:
+        if entry["name"] == name:
+            return entry
+    names = ", ".join(entry["name"] for entry in report["entries"])
+    raise InputError(f"The report has entries {names}. Received: {name!r}.")
+
+
+def write_report(path: str | os.PathLike, report: dict) -> None:
+    """Write report.json, whole or not at all.
+
+    Raises:
+        InputError: A number in it is not finite.
+    """
+    _check_finite(report, "report")
+    files.write_json(path, report)
+
+
+def read_report(path: str | os.PathLike) -> dict:
+    """Read report.json.
+
+    Args:
+        path: The file, or the folder that holds it.
+
+    Returns:
+        The report.
+
+    Raises:
+        DamagedFileError: It is missing, no report, or incomplete.
+        InputError: Another version of gpt_tf wrote it in another format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "report.json"
+    report = files.read_json(path)
+    if not isinstance(report, dict) or report.get("kind") != REPORT_KIND:
+        raise DamagedFileError(
+            f"Expected a report in {path}. Received: other JSON. Name the report.json "
+            "that `gpt-tf optimize`, `evaluate` or `benchmark` wrote."
+        )
+    if report.get("format") != REPORT_FORMAT:
+        version = (report.get("versions") or {}).get("gpt-tf", "unknown")
+        raise InputError(
+            f"Expected a report of format {REPORT_FORMAT} in {path}. Received: format "
+            f"{report.get('format')!r}, of gpt_tf {version}. Measure again with this "
+            f"version, {files.versions().get('gpt-tf', 'unknown')}."
+        )
+    missing = [part for part in _PARTS if part not in report]
+    entries = report.get("entries")
+    if not missing and isinstance(entries, list):
+        missing = [
+            f"entries.{part}"
+            for entry in entries
+            for part in _ENTRY_PARTS
+            if not isinstance(entry, dict) or part not in entry
+        ]
+    if missing or not isinstance(entries, list):
+        raise DamagedFileError(
+            f"The report in {path} lacks {', '.join(missing[:3]) or 'its entries'}: "
+            "it is incomplete. Measure again."
+        )
+    return report
+
+
+def _refuse_unknown(parts, known, what):
+    for name in parts:
+        if name not in known:
+            raise InputError(
+                f"{what} has the parts {', '.join(known)}. Received: {name!r}."
+            )
+
+
+def _check_finite(value, place):
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _check_finite(part, f"{place}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            _check_finite(part, f"{place}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(
+            f"A report expects finite numbers. Received: {value} in {place}."
+        )
