@@ -5,6 +5,23 @@ import dataclasses
 from gpt_tf.errors import InputError
 
 
+def differences(old: dict, new: dict) -> str:
+    """Say in which fields a configuration differs from the one asked for.
+
+    Args:
+        old: Fields as they are.
+        new: Fields as they were asked for.
+
+    Returns:
+        `"steps=10 instead of 20, ..."`; empty where all are the same.
+    """
+    return ", ".join(
+        f"{key}={old.get(key)} instead of {new.get(key)}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    )
+
+
 class Configuration:
     """Base of frozen dataclasses whose fields are values that JSON knows.
 

@@ -21,6 +21,7 @@ from typing import IO, Any
 from gpt_tf.errors import DamagedFileError, InputError
 
 MANIFEST_NAME = "manifest.json"
+LOCK_NAME = ".lock"
 
 _VERSIONED_PACKAGES = (
     "gpt-tf",
@@ -104,6 +105,69 @@ def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs.
+
+    The operating system takes the lock away from a process that ends, however it
+    ends: a lock never has to be removed by hand.
+
+    Args:
+        folder: The folder; it is made where there is none. Its file `.lock` names the
+            process that has it.
+
+    Raises:
+        InputError: Another process has it.
+
+    Example:
+        >>> with locked("runs/mine"):
+        ...     write_json("runs/mine/state.json", {"step": 3})
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            f"A folder is expected at {folder}, but that is a file. Choose another "
+            "name."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not _try_lock(handle):
+            raise InputError(
+                f"The folder {folder} is in use by another process{_owner(handle)}. "
+                "Wait until that has ended, or choose another folder."
+            )
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def _owner(handle) -> str:
+    with contextlib.suppress(OSError, ValueError):  # Windows lets nobody read
+        return f", {int(os.read(handle, 20))}"
+    return ""
+
+
+def _try_lock(handle) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

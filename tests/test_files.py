@@ -2,6 +2,8 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -284,3 +286,59 @@ def test_a_damaged_file_or_manifest_is_named(single, damage, message):
     damage(single, files.file_manifest_path(single))
     with pytest.raises(DamagedFileError, match=message):
         files.check_file_manifest(single)
+
+
+# Locks
+
+
+def _hold(folder):
+    """Start a process that has a folder until its input is closed."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import sys; from gpt_tf import files\n"
+            f"with files.locked({str(folder)!r}):\n"
+            "    print('locked', flush=True)\n"
+            "    sys.stdin.read()\n",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_locked_folder_is_refused_and_its_process_named(tmp_path):
+    with _hold(tmp_path / "run") as process:
+        with (
+            pytest.raises(InputError, match=f"another process, {process.pid}"),
+            files.locked(tmp_path / "run"),
+        ):
+            pytest.fail("two processes had the folder")
+        process.stdin.close()
+    with files.locked(tmp_path / "run"):
+        assert (tmp_path / "run" / files.LOCK_NAME).read_text() == str(os.getpid())
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    with _hold(tmp_path) as process:
+        process.kill()
+    with files.locked(tmp_path):
+        pass
+
+
+def test_a_lock_is_given_back_after_an_error(tmp_path):
+    with pytest.raises(Accident), files.locked(tmp_path):
+        raise Accident
+    with files.locked(tmp_path):
+        pass
+
+
+def test_a_file_cannot_be_locked_as_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match="that is a file"),
+        files.locked(tmp_path / "file"),
+    ):
+        pass
