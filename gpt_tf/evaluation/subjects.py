@@ -52,6 +52,33 @@ def is_keras(path: str | os.PathLike) -> bool:
     return path.suffix == ".keras" or path.is_dir()
 
 
+def unique_names(paths) -> list[str]:
+    """Name each of several paths by as much of its end as tells it from the others.
+
+    Args:
+        paths: Paths of subjects.
+
+    Returns:
+        A name per path: `gpt.litertlm`, or `a/gpt.litertlm` beside `b/gpt.litertlm`.
+
+    Raises:
+        InputError: One is named twice.
+    """
+    parts = [Path(path).absolute().parts for path in paths]
+    for index, one in enumerate(parts):
+        if one in parts[:index]:
+            raise InputError(
+                f"Each file is measured once. Received: {paths[index]} twice."
+            )
+    names = []
+    for one in parts:
+        length = 1
+        while sum(other[-length:] == one[-length:] for other in parts) > 1:
+            length += 1
+        names.append("/".join(one[-length:]))
+    return names
+
+
 def describe(path: str | os.PathLike, subject) -> dict:
     """Say what a subject is, as an entry of a report begins.
 
@@ -71,7 +98,7 @@ def describe(path: str | os.PathLike, subject) -> dict:
 
         file, kind = model_file(path), "keras"
     return {
-        "name": path.stem if path.is_file() else path.name,
+        "name": path.name,
         "path": str(path),
         "kind": kind,
         "mode": subject.mode,

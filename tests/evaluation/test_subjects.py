@@ -1,0 +1,91 @@
+"""Files and Keras models answer the same questions in the same way."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt_tf.errors import InputError
+from gpt_tf.evaluation.subjects import (
+    KerasGPT,
+    count_parameters,
+    describe,
+    open_subject,
+    unique_names,
+)
+
+SAVED = Path(__file__).parent.parent.parent / "saved_models"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_heads": 5, "embedding_dim": 12},
+        {"tie_embeddings": False, "feedforward_dim": 7},
+        {"num_layers": 1, "context_length": 3},
+    ],
+)
+def test_parameters_are_counted_as_keras_counts_them(make_model, changes):
+    model = make_model(**changes)
+    assert count_parameters(model.get_config()) == model.count_params()
+
+
+def test_pieces_of_a_text_give_the_logits_of_the_whole(make_model):
+    model = make_model(context_length=150)
+    ids = np.random.default_rng(1).integers(0, 31, 150)
+    whole = model(ids[None]).numpy()[0]
+    gpt = KerasGPT(model)
+    found = [gpt.logits(ids[:70]), gpt.logits(ids[70:83]), gpt.decode(ids[83])[None]]
+    gpt.prefill(ids[84:140])
+    found.append(gpt.logits(ids[140:]))
+    assert gpt.position == 150
+    wanted = np.concatenate([whole[:84], whole[140:]])
+    np.testing.assert_allclose(np.concatenate(found), wanted, atol=2e-5)
+    gpt.reset()
+    # Another first token is another text: the cache was emptied.
+    assert np.abs(gpt.logits(ids[1:3]) - whole[1:3]).max() > 1e-3
+    np.testing.assert_allclose(
+        gpt.logits(ids[3:5]), model(ids[None, 1:5]).numpy()[0, 2:], atol=2e-5
+    )
+
+
+def test_what_cannot_be_appended_is_refused(make_model):
+    gpt = KerasGPT(make_model())
+    with pytest.raises(InputError, match="room for 16 more. Received: 17"):
+        gpt.logits([1] * 17)
+    with pytest.raises(InputError, match="31"):
+        gpt.logits([31])
+    assert gpt.logits([]).shape == (0, 31)
+    assert gpt.position == 0
+
+
+def test_a_file_and_its_model_are_described_alike():
+    paths = [SAVED / "python-small", SAVED / "python-small.litertlm"]
+    facts = []
+    for path in paths:
+        with open_subject(path) as subject:
+            facts.append(describe(path, subject))
+    model, file = facts
+    assert model["parameters"] == file["parameters"] == 940_800
+    assert (model["kind"], model["mode"]) == ("keras", "keras")
+    assert (file["kind"], file["mode"]) == ("litertlm", "dynamic_int8")
+    assert file["size_bytes"] == paths[1].stat().st_size < model["size_bytes"] / 3
+    shared = model["config"].keys() & file["config"].keys()
+    assert {"vocab_size", "num_layers", "num_heads"} <= shared
+    assert all(model["config"][name] == file["config"][name] for name in shared)
+
+
+def test_names_are_as_long_as_they_must_be():
+    assert unique_names(["a/x.tflite", "a/y.tflite"]) == ["x.tflite", "y.tflite"]
+    assert unique_names(["a/g/x", "b/g/x", "y"]) == ["a/g/x", "b/g/x", "y"]
+    with pytest.raises(InputError, match="twice"):
+        unique_names(["x", "./x"])
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.litertlm").write_text("no model")
+    for name in ("folder", "text.litertlm", "missing.litertlm"):
+        with pytest.raises(InputError, match=name):
+            open_subject(tmp_path / name)
