@@ -10,6 +10,7 @@ import typer
 
 from gpt_tf.cli.common import app, import_tensorflow, notice
 from gpt_tf.errors import InputError
+from gpt_tf.shipped import shipped_model
 
 
 @app.command()
@@ -66,11 +67,12 @@ def export(
 @app.command()
 def generate(
     model: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help="A run's or model's folder, a .tflite or .litertlm, or stages."
+            help="A run's or model's folder, a .tflite or .litertlm, or stages; "
+            "without it, the small model of Python that comes along."
         ),
-    ],
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What to continue; without it, a dialogue.")
     ] = None,
@@ -89,6 +91,7 @@ def generate(
     ] = None,
 ):
     """Continue a prompt, streaming; without a prompt, line by line from you."""
+    model = model or shipped_model()
     stream = _edge_stream(model) if _is_edge(model) else _keras_stream(model)
 
     def answer(text):
