@@ -9,7 +9,7 @@ RUN ?= runs/quickstart
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format benchmarks notebooks saved-models clean
+.PHONY: help quickstart test test-slow lint format benchmarks notebooks saved-models docs docs-serve clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,6 +57,7 @@ benchmarks: $(VENV)/.bench ## Measure the numbers in the README
 	$(BIN)/python benchmarks/scaling_model.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/picture.py
+	$(BIN)/python benchmarks/numbers_page.py
 
 notebooks: $(VENV)/.dev ## Run the tutorials and keep their outputs
 	$(BIN)/python notebooks/execute.py
@@ -69,8 +70,14 @@ saved-models: $(VENV)/.train ## Train the models in saved_models/ anew
 	cp -R runs/python-small/model saved_models/python-small
 	$(BIN)/gpt-tf export --model runs/python-small --mode dynamic_int8 --out saved_models/python-small.litertlm
 
+docs: $(VENV)/.docs ## Build the documentation into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs ## Show the documentation while it is written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build site *.egg-info
 
 # pip's lines are kept in a log, which is shown where an install fails.
 define install
@@ -91,6 +98,9 @@ $(VENV)/.train: setup.py pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: setup.py pyproject.toml | $(VENV)/bin/python
 	$(call install,gpt_tf$(comma) TensorFlow and the test tools,train$(comma)dev)
+
+$(VENV)/.docs: setup.py pyproject.toml | $(VENV)/bin/python
+	$(call install,gpt_tf and what builds its documentation,docs)
 
 $(VENV)/.bench: setup.py pyproject.toml | $(VENV)/bin/python
 	$(call install,gpt_tf and what the benchmarks compare it with,train$(comma)bench)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(
@@ -35,7 +36,28 @@ TRAIN = [
     'setuptools>=69; python_version >= "3.12"',
 ]
 EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1"]
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.6,<10",
+    "mkdocstrings[python]>=0.29,<2",
+]
 NOTEBOOKS = ["jupytext>=1.16,<2", "nbclient>=0.10,<1", "ipykernel>=6.29,<8"]
+
+
+class BuildWithModel(build_py):
+    """Put the model that comes along into the package."""
+
+    MODEL = "python-student.litertlm"
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # it is found where it stands
+            return
+        folder = Path(self.build_lib) / "gpt_tf" / "saved_models"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (self.MODEL, f"{self.MODEL}.json"):
+            self.copy_file(str(HERE / "saved_models" / name), str(folder / name))
+
 
 setup(
     name="gpt-tf",
@@ -45,6 +67,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    cmdclass={"build_py": BuildWithModel},
     packages=find_packages(include=["gpt_tf", "gpt_tf.*"]),
     python_requires=">=3.10,<3.13",
     install_requires=[
@@ -59,6 +82,7 @@ setup(
         "edge-test": EDGE_TEST,
         "explain": EXPLAIN,
         "notebooks": NOTEBOOKS,
+        "docs": DOCS,
         "bench": [
             "torch>=2.4",
             "psutil>=6",

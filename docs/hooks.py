@@ -1,0 +1,248 @@
+"""What MkDocs makes while it builds: reference, tutorials, files of the repository.
+
+The reference is written from the package each time the site is built, so it cannot go
+stale: a page per room with every public name of `gpt_tf/__init__.py`, and one with
+every command and option of `gpt-tf`. Neither needs TensorFlow. A link of a page to a
+file outside `docs/`, a picture of a benchmark for example, works in the repository as
+it stands; for the site the file is copied.
+"""
+
+import ast
+import inspect
+import json
+import logging
+import os
+import posixpath
+import re
+import types
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_log = logging.getLogger("mkdocs.plugins.gpt_tf")
+
+# The rooms' titles; a room that is not named here is called by its name.
+ROOMS = {
+    "training": "Training",
+    "text": "Text and tokens",
+    "models": "Models and generation",
+    "parallel": "Parallel computation",
+    "quantization": "Quantisation",
+    "distillation": "Distillation",
+    "export": "Export",
+    "edge": "The device",
+    "evaluation": "Measuring, choosing, explaining",
+    "errors": "Errors",
+}
+
+_TYPES = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", bool: ""}
+
+
+def public_names():
+    """Return the public names by room, read from `gpt_tf/__init__.py`.
+
+    Returns:
+        `{"models": {"GPTModel": "gpt_tf.models.gpt"}}` and so on, in the order of the
+        site.
+    """
+    tree = ast.parse((ROOT / "gpt_tf" / "__init__.py").read_text("utf-8"))
+    found = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "_PUBLIC"
+    )
+    rooms = {}
+    for name, module in found.items():
+        rooms.setdefault(module.split(".")[1], {})[name] = module
+    order = [*ROOMS, *sorted(rooms)]
+    return {room: rooms[room] for room in sorted(rooms, key=order.index)}
+
+
+def python_page(room, names):
+    """Return the page of a room, in the language of mkdocstrings."""
+    title = ROOMS.get(room, room.replace("_", " ").capitalize())
+    lines = [f"# {title}", "", f"What `gpt_tf` has from `gpt_tf.{room}`.", ""]
+    for name, module in sorted(names.items(), key=lambda item: item[0].lower()):
+        lines += [f"::: {module}.{name}", ""]
+    return "\n".join(lines)
+
+
+def command_line_page():
+    """Return the page of all commands and options, read from the program itself."""
+    program = load_program()
+    lines = ["# The command line", "", program.help, ""]
+    lines += [
+        "What cannot be used gets one line that says how to mend it, and exit status "
+        "2; `gpt-tf --debug COMMAND` shows the traceback.",
+        "",
+    ]
+    for name in program.list_commands(None):
+        command = program.commands[name]
+        if not command.hidden:
+            lines += _command_section(name, command)
+    return "\n".join(lines)
+
+
+def load_program():
+    """Return `gpt-tf` as click's group of commands, without TensorFlow."""
+    import typer.main
+
+    from gpt_tf.cli import app
+
+    return typer.main.get_command(app)
+
+
+def _command_section(name, command):
+    own = [p for p in command.params if not getattr(p, "hidden", False)]
+    arguments = [p for p in own if p.param_type_name == "argument"]
+    options = [p for p in own if p.param_type_name == "option" and p.name != "help"]
+    hints = typing.get_type_hints(command.callback)
+    usage = ["gpt-tf", name]
+    for argument in arguments:
+        several = "..." if argument.nargs == -1 else ""
+        word = f"{argument.name.upper()}{several}"
+        usage.append(word if argument.required else f"[{word}]")
+    usage += ["[OPTIONS]"] if options else []
+    if command.context_settings.get("allow_extra_args"):
+        usage.append("COMMAND ...")
+    text = inspect.cleandoc(command.help or "").replace("\f", "")
+    lines = [f"## gpt-tf {name}", "", text, "", "```text", " ".join(usage), "```", ""]
+    if arguments:
+        rows = [(f"`{p.name.upper()}`", getattr(p, "help", "")) for p in arguments]
+        lines += [*_table(("argument", "meaning"), rows), ""]
+    if options:
+        rows = [
+            (_option_names(p, hints.get(p.name)), p.help or "", _default(p))
+            for p in options
+        ]
+        lines += [*_table(("option", "meaning", "default"), rows), ""]
+    return lines
+
+
+def _option_names(option, hint):
+    names = ", ".join(f"`{name}`" for name in option.opts)
+    if option.secondary_opts:
+        names += ", " + ", ".join(f"`{name}`" for name in option.secondary_opts)
+    kind = _kind(hint)
+    return f"{names} {kind}".strip()
+
+
+def _kind(hint):
+    """Name a type as `--help` does: INTEGER for `int | None` or a list of them."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return _kind(next(a for a in typing.get_args(hint) if a is not type(None)))
+    if typing.get_origin(hint) in (list, tuple):
+        return _kind(typing.get_args(hint)[0])
+    return _TYPES.get(hint, "TEXT")
+
+
+def _default(option):
+    if option.required:
+        return "required"
+    if option.default is None or option.default == ():
+        return ""
+    if isinstance(option.default, bool):
+        return "yes" if option.default else "no"
+    return f"`{option.default}`"
+
+
+def _table(titles, rows):
+    cells = [[str(cell or "").replace("|", r"\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *cells)]
+
+
+def tutorials_page():
+    """Return the list of the notebooks, with the beginning of each."""
+    lines = [
+        "# Tutorials",
+        "",
+        "Notebooks with the outputs and pictures of a real run, in `notebooks/`. Each",
+        "runs in a few minutes on two cores.",
+        "",
+    ]
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        title, text = _beginning(path)
+        lines += [f"## {title}", "", text, ""]
+        lines += [f"[{path.name}](../notebooks/{path.name})", ""]
+    return "\n".join(lines)
+
+
+def _beginning(path):
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    text = next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    title, _, rest = text.partition("\n")
+    return title.lstrip("# "), rest.strip().partition("\n\n")[0]
+
+
+def generated_pages():
+    """Return all pages that are written while the site is built, by their place."""
+    pages = {"tutorials.md": tutorials_page()}
+    pages["reference/command_line.md"] = command_line_page()
+    for room, names in public_names().items():
+        pages[f"reference/{room}.md"] = python_page(room, names)
+    return pages
+
+
+def links_outside(text, page):
+    """Return the links of a page to files outside `docs/`: `{link: file}`.
+
+    Args:
+        text: The page, Markdown.
+        page: Its place in `docs/`, `"concepts/parallel.md"` for example.
+    """
+    found = {}
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        if ":" in link:
+            continue
+        place = posixpath.normpath(
+            posixpath.join("docs", posixpath.dirname(page), link)
+        )
+        if not place.startswith("docs/"):
+            found[link] = place
+    return found
+
+
+# What MkDocs calls
+
+
+def on_config(config):
+    """Put the generated pages of the reference into the navigation."""
+    for entry in config.nav:
+        if "Reference" in entry:
+            rooms = [
+                {ROOMS.get(room, room.capitalize()): f"reference/{room}.md"}
+                for room in public_names()
+            ]
+            entry["Reference"] = [*entry["Reference"], *rooms]
+    return config
+
+
+def on_files(files, config):
+    """Add the generated pages, and the files outside `docs/` that pages link to."""
+    from mkdocs.structure.files import File
+
+    for place, text in generated_pages().items():
+        files.append(File.generated(config, place, content=text))
+    for page in list(files.documentation_pages()):
+        for link, place in links_outside(page.content_string, page.src_uri).items():
+            path = ROOT / place
+            if not path.is_file():
+                _log.warning("%s links to %s, which is no file", page.src_uri, link)
+            elif f"repository/{place}" not in files.src_uris:
+                copied = f"repository/{place}"
+                files.append(File.generated(config, copied, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Let links to files outside `docs/` lead to their copies."""
+    own = page.file.src_uri
+    for link, place in links_outside(markdown, own).items():
+        copied = posixpath.relpath(f"repository/{place}", posixpath.dirname(own) or ".")
+        markdown = markdown.replace(f"]({link}", f"]({copied}")
+    return markdown
+
+
+def on_startup(command, dirty):
+    """Keep the packages quiet: pages are made, nothing is trained."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
