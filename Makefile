@@ -14,21 +14,9 @@ comma := ,
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-quickstart: $(VENV)/.train ## Train a GPT on Python's own sources, distil it, quantise it, run it as one file
-	$(BIN)/gpt-tf train --preset quickstart --corpus python-stdlib --out $(RUN) --overwrite
-	@echo
-	@echo "Distilled into a student of half its layers, which answers faster:"
-	$(BIN)/gpt-tf distil --teacher $(RUN) --student-layers 2 --steps 200 --out $(RUN)-student --overwrite
-	@echo
-	@echo "Trained on with rounded weights and activations, so that integers cost little:"
-	$(BIN)/gpt-tf quantize --model $(RUN)-student --method qat --out $(RUN)-int8 --overwrite
-	@echo
-	@echo "As one file for a device, with its tokenizer:"
-	$(BIN)/gpt-tf export --model $(RUN)-int8 --mode int8 --out $(RUN)-int8/gpt.litertlm
-	@echo
-	@echo "What the file writes after '    def __init__(self', without TensorFlow:"
-	@echo
-	$(BIN)/gpt-tf generate --model $(RUN)-int8/gpt.litertlm --prompt "    def __init__(self" --max-new-tokens 200 --seed 7
+quickstart: $(VENV)/.train ## Train a GPT on Python's own sources, make it fast in three ways, choose the best file
+	$(BIN)/gpt-tf optimize --corpus python-stdlib --preset quickstart \
+		--max-perplexity-increase 3% --max-latency-ms 5 --max-size-mb 1 --out $(RUN)
 
 test: $(VENV)/.dev ## Run the default tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -56,6 +44,8 @@ benchmarks: $(VENV)/.bench ## Measure the numbers in the README
 	$(BIN)/python benchmarks/parallel.py
 	$(BIN)/python benchmarks/scaling_model.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/generalisation.py $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/explanation.py
 	$(BIN)/python benchmarks/picture.py
 	$(BIN)/python benchmarks/numbers_page.py
 
@@ -63,18 +53,7 @@ notebooks: $(VENV)/.dev ## Run the tutorials and keep their outputs
 	$(BIN)/python notebooks/execute.py
 
 saved-models: $(VENV)/.train ## Train the models in saved_models/ anew
-	$(BIN)/gpt-tf train --corpus python-stdlib --out runs/python-small --overwrite \
-		--vocab-size 1024 --embedding-dim 128 --num-layers 4 --num-heads 4 \
-		--context-length 128 --steps 3000 --learning-rate 4e-3 --validate-every 500
-	rm -rf saved_models/python-small
-	cp -R runs/python-small/model saved_models/python-small
-	$(BIN)/gpt-tf export --model runs/python-small --mode dynamic_int8 --out saved_models/python-small.litertlm
-
-docs: $(VENV)/.docs ## Build the documentation into site/; a broken link fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
-docs-serve: $(VENV)/.docs ## Show the documentation while it is written
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+	$(BIN)/python saved_models/make.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build site *.egg-info
@@ -94,7 +73,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
 
 $(VENV)/.train: setup.py pyproject.toml | $(VENV)/bin/python
-	$(call install,gpt_tf and TensorFlow,train)
+	$(call install,gpt_tf and TensorFlow,train$(comma)explain)
 
 $(VENV)/.dev: setup.py pyproject.toml | $(VENV)/bin/python
 	$(call install,gpt_tf$(comma) TensorFlow and the test tools,train$(comma)dev)
