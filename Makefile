@@ -55,6 +55,12 @@ notebooks: $(VENV)/.dev ## Run the tutorials and keep their outputs
 saved-models: $(VENV)/.train ## Train the models in saved_models/ anew
 	$(BIN)/python saved_models/make.py
 
+docs: $(VENV)/.docs ## Build the documentation into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs ## Show the documentation while it is written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build site *.egg-info
 
