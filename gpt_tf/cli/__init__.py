@@ -11,7 +11,11 @@ import warnings
 
 import typer
 
-from gpt_tf.cli import artefacts, training  # noqa: F401  they register themselves
+from gpt_tf.cli import (  # noqa: F401  they register themselves
+    artefacts,
+    evaluate,
+    training,
+)
 from gpt_tf.cli.common import app
 from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
 

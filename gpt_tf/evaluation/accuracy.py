@@ -1,0 +1,662 @@
+"""How well a file predicts held-out text, and how sure that is.
+
+The file that ships is run itself. What is judged is cut into blocks, the same bytes
+for every file, whatever its tokenizer and its context:
+
+- A block begins and ends where tokens of all the files' tokenizers do.
+- Each token of it is judged by at least half a context of text before it, as
+  `EdgeGPT.score` judges: a window of `context_length` tokens begins so that its first
+  new token has `context_length // 2` before it. At a document's beginning there is
+  the end-of-text token, as in training, or a line break where there is no such token.
+- Blocks are spread evenly over the text, until the budget of tokens is spent.
+
+Intervals are those of a block bootstrap: whole blocks are drawn anew, because tokens
+that follow each other are not independent. Where a file is compared with the
+reference, the same blocks are drawn for both, so that what is hard for both cancels.
+They tell the chance of having met this text of the corpus and not another, and
+nothing of the chance in training.
+
+Reference: Kuensch, "The Jackknife and the Bootstrap for General Stationary
+Observations", Annals of Statistics 17 (1989); Koehn, "Statistical Significance Tests
+for Machine Translation Evaluation", EMNLP 2004 (paired).
+"""
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt_tf.errors import InputError
+from gpt_tf.evaluation import parsing, report
+from gpt_tf.evaluation.held_out import (
+    DEFAULT_CORPUS,
+    HeldOutText,
+    held_out_text,
+    is_run,
+)
+from gpt_tf.evaluation.subjects import describe, open_subject, unique_names
+
+__all__ = [
+    "HeldOutText",
+    "block_bootstrap",
+    "evaluate_files",
+    "held_out_text",
+    "measure_accuracies",
+    "measure_accuracy",
+]
+
+MAX_TOKENS = 20_000
+SAMPLES = 2000
+LEVEL = 0.95
+
+# A block holds the reference's logits at once: at GPT-2's vocabulary 1024 bytes have
+# about 60 MB of them. Smaller ones where the budget is small: an interval of few
+# blocks is worth little.
+_LARGEST_BLOCK_BYTES = 1024
+_SMALLEST_BLOCK_BYTES = 32
+_BLOCKS = 32
+
+# Rows of logits that are float64 at once.
+_ROWS = 32
+_MOST_NATS = 700.0  # whose exponential is still a number
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+# What is added up per block.
+_NATS, _TOKENS, _CORRECT, _DIVERGENCE, _AGREED = range(5)
+_SUMS = 5
+_REFERENCE_NATS, _REFERENCE_TOKENS, _BYTES = range(_SUMS, _SUMS + 3)
+
+
+def measure_accuracy(
+    subject,
+    text,
+    *,
+    reference=None,
+    name: str = "the model",
+    max_tokens: int | None = MAX_TOKENS,
+    block_bytes: int | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> dict:
+    """Measure how well a file or model predicts text.
+
+    Args:
+        subject: An `EdgeGPT` or `KerasGPT` with its tokenizer.
+        text: A `HeldOutText`, a text, or a list of texts, documents of their own.
+        reference: Another of them, to compare with.
+        name: How messages call the subject.
+        max_tokens: Tokens of the reference, or else of the subject, that are judged
+            at most, in whole blocks, but at least one block; None judges all.
+        block_bytes: Bytes of a block, at least 1; default: up to 1024, fewer where the
+            budget would allow but few blocks.
+        samples: Times that the bootstrap draws.
+        seed: Decides which blocks are judged, and the draws.
+        on_progress: Called with blocks done and all of them.
+        on_notice: Takes a line about what could not be compared.
+
+    Returns:
+        `accuracy` as `gpt_tf.evaluation.report` describes it; its `parsed` is None.
+        `perplexity_increase` is per token of the reference: with other tokens than
+        the reference's the nats over the same bytes are compared. Divergence and
+        agreement are None where the tokens are not the same.
+
+    Raises:
+        InputError: There are not two tokens, an argument is out of its range, a
+            tokenizer is missing, or logits are not finite.
+
+    Example:
+        >>> with EdgeGPT("gpt.litertlm") as gpt:
+        ...     found = measure_accuracy(gpt, held_out_text("python-stdlib"))
+        >>> found["perplexity"]["value"]
+
+    Reference: article 6.2.
+    """
+    measured = {name: subject}
+    compared = None
+    if reference is not None:
+        compared = "the reference" if name != "the reference" else "its reference"
+        measured[compared] = reference
+    found = measure_accuracies(
+        measured,
+        compared,
+        text,
+        max_tokens=max_tokens,
+        block_bytes=block_bytes,
+        samples=samples,
+        seed=seed,
+        on_progress=on_progress,
+        on_notice=on_notice,
+    )
+    return found[name]
+
+
+def measure_accuracies(
+    subjects: dict,
+    reference: str | None,
+    text,
+    *,
+    max_tokens: int | None = MAX_TOKENS,
+    block_bytes: int | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> dict[str, dict]:
+    """Measure several on the same blocks; the reference runs once.
+
+    Args:
+        subjects: The subjects by name.
+        reference: Name of the one to compare with, or None; itself is compared too.
+        text: As for `measure_accuracy`, and all that follows; the tokens that are
+            counted are the reference's, or the first subject's.
+
+    Returns:
+        What `measure_accuracy` returns, by name.
+
+    Raises:
+        InputError: As for `measure_accuracy`; the message names the subject.
+    """
+    _check(subjects, reference, max_tokens, block_bytes, samples, seed)
+    text = HeldOutText.of(text)
+    first = reference if reference is not None else next(iter(subjects))
+    order = [first, *(name for name in subjects if name != first)]
+    readings = _readings({name: subjects[name] for name in order}, text)
+    size = block_bytes or _block_bytes(text.size_bytes, max_tokens)
+    blocks = _chosen(_blocks(readings, size), readings[first], max_tokens, seed)
+    comparable = [
+        name
+        for name in order
+        if reference is not None
+        and _has_tokens_of(subjects[name], subjects[reference], name, on_notice)
+    ]
+    sums = {name: np.zeros((len(blocks), _SUMS)) for name in order}
+    done = 0
+    for index, block in enumerate(blocks):
+        wanted = None
+        for name in order:
+            ids, begin, end = readings[name].tokens_of(block)
+            logits = _logits(subjects[name], name, ids, begin, end)
+            if name == reference:
+                wanted = logits
+            sums[name][index] = _judge(
+                logits, ids[begin:end], wanted if name in comparable else None
+            )
+            done += 1
+            if on_progress is not None:
+                on_progress(done, len(blocks) * len(order))
+    sizes = [block.stop - block.start for block in blocks]
+    if len(blocks) == 1 and on_notice is not None:
+        on_notice(
+            "the text is one block, so that the intervals are points: they say "
+            "nothing. Give more text, or smaller blocks"
+        )
+    return {
+        name: _summary(
+            sums[name],
+            sums[reference] if reference is not None else None,
+            name in comparable,
+            sizes,
+            samples,
+            seed,
+        )
+        for name in subjects
+    }
+
+
+def block_bootstrap(
+    totals,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Return a statistic of sums over blocks with its 95 % interval.
+
+    Blocks are drawn with replacement, as many as there are; what belongs to a block
+    stays together. The interval is between percentiles, which for fewer than some 30
+    blocks is rather too narrow.
+
+    Args:
+        totals: What was added up in each block, `(blocks, quantities)`.
+        statistic: Takes sums over blocks, `(..., quantities)`, and returns `(...)`.
+        samples: Number of draws, at least 1.
+        seed: Decides the draws: for as many blocks the same blocks are drawn.
+
+    Returns:
+        `value`, `low` and `high`.
+
+    Raises:
+        InputError: There are no blocks.
+
+    Example:
+        >>> mean = block_bootstrap([[6, 2], [9, 3]], lambda s: s[..., 0] / s[..., 1])
+        >>> mean["value"]
+        3.0
+
+    Reference: Efron and Tibshirani, "An Introduction to the Bootstrap", section 13.3.
+    """
+    totals = np.asarray(totals, np.float64)
+    count = len(totals)
+    if not count:
+        raise InputError("A bootstrap expects at least one block. Received: none.")
+    generator = np.random.default_rng(seed)
+    drawn = []
+    at_once = max(1, (1 << 22) // count)
+    for first in range(0, samples, at_once):
+        # How often each block is drawn, `(draws, blocks)`.
+        times = generator.multinomial(
+            count, np.full(count, 1 / count), min(at_once, samples - first)
+        )
+        drawn.append(statistic(times @ totals))
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(np.concatenate(drawn), [tail, 100 - tail])
+    value = statistic(totals.sum(axis=0))
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def evaluate_files(
+    paths: Sequence[str | os.PathLike],
+    *,
+    corpus=None,
+    whole: bool = False,
+    reference: str | os.PathLike | None = None,
+    max_tokens: int | None = MAX_TOKENS,
+    parse: bool | None = None,
+    completions: int = parsing.COUNT,
+    seed: int = 0,
+    folder: str | os.PathLike | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> dict:
+    """Measure the accuracy of files and models and put it into a report.
+
+    Args:
+        paths: What `gpt_tf.evaluation.subjects.open_subject` opens, at least one.
+        corpus: As for `held_out_text`; default: the text that the first run among
+            the reference and `paths` held out, or else python-stdlib.
+        whole: As for `held_out_text`.
+        reference: One to compare with, among `paths` or not.
+        max_tokens: As for `measure_accuracy`.
+        parse: Whether completions are parsed as Python; default: if the text is.
+        completions: How many.
+        seed: Decides what is judged, the draws, and the completions.
+        folder: Where the report will lie, so that paths can be relative to it.
+        on_progress: Called with what is counted, how many are done, and all.
+        on_notice: Takes one-line notices; they are in the report's notes too.
+
+    Returns:
+        A report with an entry per file, the reference first.
+
+    Raises:
+        InputError: As for `open_subject`, `held_out_text` and `measure_accuracy`.
+
+    Example:
+        >>> made = evaluate_files(["int8.litertlm"], reference="runs/quickstart")
+        >>> write_report("report.json", made)
+    """
+    notes = []
+
+    def note(line):
+        notes.append(line)
+        if on_notice is not None:
+            on_notice(line)
+
+    def counted(what):
+        return functools.partial(on_progress, what) if on_progress else None
+
+    names, compared = _names(paths, reference)
+    if corpus is None:
+        runs = [path for path in names.values() if is_run(path)]
+        corpus = runs[0] if runs else DEFAULT_CORPUS
+        if runs:
+            note(f"judged on the text that {runs[0]} held out")
+    with contextlib.ExitStack() as stack:
+        opened = {}
+        for name, path in names.items():
+            opened[name] = stack.enter_context(open_subject(path))
+            _require_tokenizer(opened[name], name)
+        text = held_out_text(corpus, whole=whole, on_notice=note)
+        found = measure_accuracies(
+            opened,
+            compared,
+            text,
+            max_tokens=max_tokens,
+            seed=seed,
+            on_progress=counted("blocks"),
+            on_notice=note,
+        )
+        if text.is_python if parse is None else parse:
+            prompts = parsing.find_prompts(text, completions, seed)
+            if not prompts:
+                note(f"{text.name} has no Python functions: nothing was parsed")
+            for name in opened if prompts else ():
+                found[name]["parsed"] = parsing.measure_parsing(
+                    opened[name],
+                    prompts,
+                    seed=seed,
+                    name=name,
+                    on_progress=counted(f"completions of {name}"),
+                )
+        entries = [
+            report.new_entry(describe(path, opened[name]), accuracy=found[name])
+            | {"name": name, "path": _relative(path, folder)}
+            for name, path in names.items()
+        ]
+    judged = found[compared if compared is not None else next(iter(names))]
+    return report.new_report(
+        entries,
+        corpus={
+            "name": text.name,
+            "split": text.split,
+            "tokens": judged["tokens"],
+            "bytes": judged["bytes"],
+        },
+        reference=compared,
+        notes=notes,
+    )
+
+
+# Which bytes are judged
+
+
+class _Block(NamedTuple):
+    """Bytes `start` to `stop` of a document."""
+
+    document: int
+    start: int
+    stop: int
+
+
+class _Reading(NamedTuple):
+    """The documents in a tokenizer's tokens.
+
+    Attributes:
+        ids: Of each document, `(before + N,)`, those before it first.
+        ends: Where each of its `N` tokens ends, in bytes.
+        before: Number of tokens that stand before a document.
+    """
+
+    ids: list[np.ndarray]
+    ends: list[np.ndarray]
+    before: int
+
+    def tokens_of(self, block: _Block) -> tuple[np.ndarray, int, int]:
+        """Return a document's ids, and where in them the block begins and ends."""
+        ends = self.ends[block.document]
+        begin, end = np.searchsorted(ends, [block.start, block.stop], side="right")
+        ids = self.ids[block.document]
+        return ids, int(begin) + self.before, int(end) + self.before
+
+    def count(self, block: _Block) -> int:
+        _, begin, end = self.tokens_of(block)
+        return end - begin
+
+
+def _readings(subjects, text):
+    """Encode the documents once per tokenizer."""
+    readings, by_tokenizer = {}, {}
+    for name, subject in subjects.items():
+        _require_tokenizer(subject, name)
+        fingerprint = subject.tokenizer.fingerprint()
+        if fingerprint not in by_tokenizer:
+            by_tokenizer[fingerprint] = _read(subject.tokenizer, text, name)
+        readings[name] = by_tokenizer[fingerprint]
+    return readings
+
+
+def _read(tokenizer, text, name):
+    texts = [document.text for document in text.documents]
+    try:
+        encoded = tokenizer.encode_batch(texts)
+    except InputError as error:
+        raise InputError(f"{name} cannot read {text.name}. {error}") from None
+    if sum(map(len, encoded)) < 2:
+        raise InputError(
+            f"Judging {name} expects at least two tokens. Received: "
+            f"{sum(map(len, encoded))} in {text.name}. Give more text."
+        )
+    sizes = np.array(
+        [len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)]
+    )
+    before = _before(tokenizer)
+    ends = [np.cumsum(sizes[ids]) for ids in encoded]
+    for document, end in zip(text.documents, ends, strict=True):
+        size = len(document.text.encode("utf-8", "replace"))
+        if end[-1] != size:
+            raise InputError(
+                f"Judging {name} expects a tokenizer that gives back the text. "
+                f"Received: {end[-1]} of the {size} bytes of {document.name}. Use the "
+                "tokenizer that the model was trained with."
+            )
+    ids = [np.array([*before, *ids], np.int64) for ids in encoded]
+    return _Reading(ids, ends, len(before))
+
+
+def _before(tokenizer):
+    """Return what stands before a document: the first token needs something too."""
+    if tokenizer.end_of_text_id is not None:
+        return [tokenizer.end_of_text_id]
+    try:
+        return tokenizer.encode("\n")
+    except InputError:  # a character tokenizer of text without lines
+        return [0]
+
+
+def _block_bytes(text_bytes, max_tokens):
+    # A token has at least a byte, nearly always.
+    budget = text_bytes if max_tokens is None else min(text_bytes, max_tokens)
+    wanted = max(_SMALLEST_BLOCK_BYTES, budget // _BLOCKS)
+    return min(_LARGEST_BLOCK_BYTES, wanted)
+
+
+def _blocks(readings, block_bytes):
+    """Cut the documents where tokens of all readings end."""
+    different = list(
+        {id(reading.ends): reading for reading in readings.values()}.values()
+    )
+    blocks = []
+    for document in range(len(different[0].ends)):
+        common = functools.reduce(
+            np.intersect1d, (reading.ends[document] for reading in different)
+        )
+        blocks += [
+            _Block(document, start, stop) for start, stop in _cuts(common, block_bytes)
+        ]
+    return blocks
+
+
+def _cuts(boundaries, block_bytes):
+    """Yield about equal pieces `(start, stop)`, of at most so many bytes if it can."""
+    size = int(boundaries[-1])
+    largest = math.ceil(size / math.ceil(size / block_bytes))
+    start = 0
+    while start < size:
+        nearest = np.searchsorted(boundaries, start + largest, side="right") - 1
+        following = np.searchsorted(boundaries, start, side="right")
+        stop = int(boundaries[max(nearest, following)])
+        yield start, stop
+        start = stop
+
+
+def _chosen(blocks, reading, max_tokens, seed):
+    """Return blocks spread evenly over the text, as many as the budget allows."""
+    counts = [reading.count(block) for block in blocks]
+    if max_tokens is None or sum(counts) <= max_tokens:
+        return blocks
+    # Steps of the golden ratio: however many are taken, they are spread evenly.
+    step = max(1, round(len(blocks) * _GOLDEN_RATIO))
+    while math.gcd(step, len(blocks)) != 1:
+        step += 1
+    place = int(np.random.default_rng(seed).integers(len(blocks)))
+    chosen, left = [place], max_tokens - counts[place]
+    while left > 0:
+        place = (place + step) % len(blocks)
+        if counts[place] > left:
+            break
+        chosen.append(place)
+        left -= counts[place]
+    return [blocks[place] for place in sorted(chosen)]
+
+
+# What a model says of them
+
+
+def _logits(subject, name, ids, begin, end):
+    """Return the logits `(end - begin, V)` by which those tokens are judged."""
+    context = subject.context_length
+    overlap = context // 2
+    # The token at `known` is the first that is not read yet; the next is judged by it.
+    known, pieces = begin - 1, []
+    while known < end - 1:
+        first = max(0, known - overlap)
+        last = min(first + context, end - 1)
+        subject.reset()
+        subject.prefill(ids[first:known].tolist())
+        pieces.append(subject.logits(ids[known:last].tolist()))
+        known = last
+    subject.reset()
+    logits = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    if not np.isfinite(logits).all():
+        wrong = logits[~np.isfinite(logits)]
+        raise InputError(
+            f"Judging {name} expects finite logits. Received: {wrong[0]}, and "
+            f"{len(wrong):,} such in a block. Its weights are spoilt: export or train "
+            "it again."
+        )
+    return logits
+
+
+def _judge(logits, targets, wanted):
+    """Add up what a block has: nats, tokens, correct, divergence, agreed."""
+    sums = np.zeros(_SUMS)
+    sums[_TOKENS] = len(targets)
+    for first in range(0, len(targets), _ROWS):
+        rows = slice(first, first + _ROWS)
+        found = _log_softmax(logits[rows])
+        best = found.argmax(axis=-1)
+        sums[_NATS] -= found[np.arange(len(found)), targets[rows]].sum()
+        sums[_CORRECT] += (best == targets[rows]).sum()
+        if wanted is not None:
+            expected = _log_softmax(wanted[rows])
+            divergences = (np.exp(expected) * (expected - found)).sum(axis=-1)
+            # Rounding may leave less than nothing.
+            sums[_DIVERGENCE] += np.maximum(divergences, 0).sum()
+            sums[_AGREED] += (best == expected.argmax(axis=-1)).sum()
+    return sums
+
+
+def _log_softmax(logits):
+    """Return log-probabilities `(n, V)` float64."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return logits
+
+
+def _has_tokens_of(subject, reference, name, on_notice):
+    """Tell whether distributions over tokens can be compared; say so if not."""
+    ours, theirs = subject.tokenizer.fingerprint(), reference.tokenizer.fingerprint()
+    sizes = [other.config["vocab_size"] for other in (subject, reference)]
+    if ours == theirs and sizes[0] == sizes[1]:
+        return True
+    if on_notice is not None:
+        what = (
+            "another tokenizer than the reference"
+            if ours != theirs
+            else f"{sizes[0]} tokens where the reference has {sizes[1]}"
+        )
+        on_notice(
+            f"{name} has {what}: its increase of perplexity is over the same bytes, "
+            "per token of the reference; divergence and agreement are left out"
+        )
+    return False
+
+
+# What that comes to
+
+
+def _summary(sums, reference, is_comparable, sizes, samples, seed):
+    sizes = np.array(sizes, np.float64)[:, None]
+    others = np.zeros((len(sums), 2)) if reference is None else reference
+    totals = np.hstack([sums, others[:, [_NATS, _TOKENS]], sizes])
+    interval = functools.partial(block_bootstrap, totals, samples=samples, seed=seed)
+
+    def per_token(quantity):
+        return interval(lambda s: s[..., quantity] / s[..., _TOKENS])
+
+    def increase(s):
+        more = (s[..., _NATS] - s[..., _REFERENCE_NATS]) / s[..., _REFERENCE_TOKENS]
+        return np.expm1(np.minimum(more, _MOST_NATS))
+
+    def perplexity(s):
+        return np.exp(np.minimum(s[..., _NATS] / s[..., _TOKENS], _MOST_NATS))
+
+    return {
+        "tokens": int(sums[:, _TOKENS].sum()),
+        "bytes": int(sizes.sum()),
+        "blocks": len(sums),
+        "perplexity": interval(perplexity),
+        "bits_per_byte": interval(lambda s: s[..., _NATS] / s[..., _BYTES] / np.log(2)),
+        "token_accuracy": per_token(_CORRECT),
+        "perplexity_increase": interval(increase) if reference is not None else None,
+        "divergence_nats": per_token(_DIVERGENCE) if is_comparable else None,
+        "top1_agreement": per_token(_AGREED) if is_comparable else None,
+        "parsed": None,
+    }
+
+
+def _check(subjects, reference, max_tokens, block_bytes, samples, seed):
+    if not subjects:
+        raise InputError(
+            "Measuring expects at least one file or model. Received: none."
+        )
+    if reference is not None and reference not in subjects:
+        raise InputError(
+            f"`reference` expects one of {', '.join(subjects)}, or None. "
+            f"Received: {reference!r}."
+        )
+    for name, value, least in (
+        ("max_tokens", max_tokens, 2),
+        ("block_bytes", block_bytes, 1),
+        ("samples", samples, 1),
+        ("seed", seed, 0),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"`{name}` expects at least {least}. Received: {value}.")
+
+
+def _require_tokenizer(subject, name):
+    if subject.tokenizer is None:
+        raise InputError(
+            f"Judging {name} expects its tokenizer, to read text with. Received: none. "
+            "Put tokenizer.json beside it, or name the .litertlm or the run's folder."
+        )
+
+
+# Names and paths
+
+
+def _names(paths, reference):
+    """Return paths by names that differ, the reference first, and its name."""
+    paths = [Path(path) for path in paths]
+    if reference is not None:
+        reference = Path(reference)
+        others = [path for path in paths if path.absolute() != reference.absolute()]
+        paths = [reference, *others]
+    if not paths:
+        raise InputError("Evaluating expects at least one file. Received: none.")
+    names = dict(zip(unique_names(paths), paths, strict=True))
+    return names, None if reference is None else next(iter(names))
+
+
+def _relative(path, folder):
+    path, folder = path.resolve(), Path(folder or ".").resolve()
+    below = path.is_relative_to(folder)
+    return path.relative_to(folder).as_posix() if below else str(path)
