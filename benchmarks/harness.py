@@ -201,16 +201,10 @@ def _torch_product(size):
 
 
 def read_rate(workers=None):
-    """Return bytes per second that so many cores, or all, together read from memory."""
-    workers = workers or os.cpu_count() or 1
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers) as pool:
-        return max(sum(pool.map(_read_memory, range(workers))) for _ in range(3))
+    """Return bytes per second that so many threads, or all, together read."""
+    from gpt_tf.evaluation.machine import measure_read_rate
 
-
-def _read_memory(_):
-    array = np.ones(32 << 20, np.float64)  # 256 MB, more than any cache
-    return array.nbytes / min(_seconds(array.sum) for _ in range(5))
+    return measure_read_rate(workers or os.cpu_count() or 1)
 
 
 def _seconds(work):
@@ -345,6 +339,6 @@ def save(name, value):
     """Keep results as `benchmarks/results/NAME.json`, beside the machine's data."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {"machine": machine(), **value}
+    content = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), **value}
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     console.print(f"wrote {path.relative_to(Path(__file__).parent.parent)}")
