@@ -32,6 +32,7 @@ ROOMS = {
     "export": "Export",
     "edge": "The device",
     "evaluation": "Measuring, choosing, explaining",
+    "optimization": "The whole optimisation",
     "errors": "Errors",
 }
 

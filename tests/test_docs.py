@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import json
 import posixpath
 import re
@@ -255,7 +256,8 @@ def test_commands_are_found_in_every_kind_of_block():
 
 
 def test_every_public_name_has_its_place_in_the_reference(pages):
-    listed = re.findall(r"^::: gpt_tf\.\S+?\.?(\w+)$", "\n".join(pages.values()), re.M)
+    reference = "\n".join(t for page, t in pages.items() if page[:10] == "reference/")
+    listed = re.findall(r"^::: gpt_tf\.(?:\w+\.)*(\w+)$", reference, re.M)
 
     assert sorted(listed) == gpt_tf.__all__
 
@@ -263,6 +265,8 @@ def test_every_public_name_has_its_place_in_the_reference(pages):
 def test_what_the_reference_names_is_defined_where_it_says(pages):
     # The site reads the sources without importing them, and so does this.
     for path in re.findall(r"^::: (\S+)$", "\n".join(pages.values()), re.M):
+        if (ROOT / path.replace(".", "/")).with_suffix(".py").is_file():
+            continue  # a module's own text
         module, _, name = path.rpartition(".")
         file = ROOT / module.replace(".", "/")
         file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
@@ -273,6 +277,22 @@ def test_what_the_reference_names_is_defined_where_it_says(pages):
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 bound |= {alias.asname or alias.name for alias in node.names}
         assert name in bound, path
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_python_on_a_page_is_python_and_uses_public_names(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", WRITTEN[page], re.M | re.S)
+    known = {*gpt_tf.__all__, *(path.stem for path in (ROOT / "gpt_tf").iterdir())}
+
+    for node in itertools.chain.from_iterable(ast.walk(ast.parse(b)) for b in blocks):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.value.id != "gpt_tf" or node.attr in known, node.attr
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("gpt_tf"):
+            folder = ROOT / node.module.replace(".", "/")
+            text = (folder / "__init__.py").read_text("utf-8")
+            for alias in node.names:
+                is_module = folder.joinpath(f"{alias.name}.py").is_file()
+                assert is_module or f'"{alias.name}"' in text, alias.name
 
 
 def test_the_page_of_the_command_line_has_every_command_and_option(pages):
