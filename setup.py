@@ -40,6 +40,7 @@ DOCS = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.6,<10",
     "mkdocstrings[python]>=0.29,<2",
+    "ruff>=0.9,<1",  # folds long signatures
 ]
 NOTEBOOKS = ["jupytext>=1.16,<2", "nbclient>=0.10,<1", "ipykernel>=6.29,<8"]
 
