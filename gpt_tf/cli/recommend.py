@@ -1,0 +1,94 @@
+"""The command that chooses among what was measured: recommend."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpt_tf.cli.common import app
+from gpt_tf.errors import InputError
+
+# Nothing fits the budgets; what comes nearest was printed.
+NOTHING_FITS = 3
+
+
+@app.command()
+def recommend(
+    report: Annotated[
+        Path | None,
+        typer.Argument(help="A report.json, or the folder that holds it."),
+    ] = None,
+    scenario: Annotated[
+        str,
+        typer.Option(help="phone, board or server, with their budgets, or custom."),
+    ] = "custom",
+    max_perplexity_increase: Annotated[
+        str | None, typer.Option(help="Over the reference's: 3% or 0.03.")
+    ] = None,
+    max_latency_ms: Annotated[
+        str | None, typer.Option(help="Between two tokens, 95th percentile.")
+    ] = None,
+    max_size_mb: Annotated[
+        str | None, typer.Option(help="Of the file, in 10^6 bytes.")
+    ] = None,
+    max_memory_mb: Annotated[
+        str | None, typer.Option(help="Of a process that runs it, in 10^6 bytes.")
+    ] = None,
+    max_first_token_ms: Annotated[
+        str | None, typer.Option(help="From the prompt to the first token, median.")
+    ] = None,
+    min_tokens_per_s: Annotated[
+        str | None, typer.Option(help="Of one request; of a server's together.")
+    ] = None,
+    estimate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_OR_FILE",
+            help="Before anything is measured: a run, a model or a file whose sizes "
+            "to estimate from.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON and nothing else.")
+    ] = False,
+):
+    """Choose the file to ship among those of a report, and say why.
+
+    Budgets come before the scenario's. Exit status 3: nothing fits them.
+    """
+    if (report is None) == (estimate is None):
+        raise InputError(
+            "`recommend` expects a report, or --estimate and a run or file. Received: "
+            f"{'neither' if report is None else 'both'}. Write `gpt-tf recommend "
+            "report.json`, for example."
+        )
+    from gpt_tf.evaluation.budgets import Budgets
+
+    budgets = Budgets(
+        max_perplexity_increase,
+        max_latency_ms,
+        max_size_mb,
+        max_memory_mb,
+        max_first_token_ms,
+        min_tokens_per_s,
+    )
+    if estimate is not None:
+        from gpt_tf.evaluation.forecast import forecast, print_forecast
+        from gpt_tf.evaluation.machine import describe_machine
+
+        result = forecast(estimate, describe_machine(), budgets, scenario)
+        show, fits = print_forecast, any(m["fits"] != "no" for m in result["modes"])
+    else:
+        from gpt_tf.evaluation import advisor
+        from gpt_tf.evaluation.report import read_report
+
+        chosen = budgets if budgets.given() else None
+        result = advisor.recommend(read_report(report), chosen, scenario)
+        show, fits = advisor.print_recommendation, result["choice"] is not None
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False))
+    else:
+        show(result)
+    if not fits:
+        raise typer.Exit(NOTHING_FITS)

@@ -1,0 +1,488 @@
+"""Which file to ship: the one that keeps the budgets and is best at what matters.
+
+The choice is made among what was measured. The files that keep the budgets are put into
+a total order. So the order of the entries does not matter, the runner-up is what would
+be chosen without the choice, and what another file beats in everything is never chosen.
+"""
+
+import dataclasses
+import decimal
+import math
+from collections.abc import Sequence
+
+from gpt_tf.errors import InputError
+from gpt_tf.evaluation.budgets import (
+    KINDS,
+    SCENARIOS,
+    Budgets,
+    Scenario,
+    option,
+    scenario_of,
+    shown,
+    significant,
+)
+from gpt_tf.evaluation.candidates import BUDGET_OF, MEASURES, candidates_of
+from gpt_tf.evaluation.estimate import estimate, estimate_error, refuse_impossible
+
+__all__ = [
+    "SCENARIOS",
+    "Budgets",
+    "Scenario",
+    "estimate",
+    "estimate_error",
+    "pareto_front",
+    "print_recommendation",
+    "recommend",
+    "refuse_impossible",
+]
+
+# 1 % more perplexity weighs as much as this many % of speed or of size.
+_PERPLEXITY_WEIGHT = 10
+
+_BETTER = {
+    "accuracy": ("less accurate", "more accurate"),
+    "latency": ("slower", "quicker"),
+    "size": ("larger", "smaller"),
+    "memory": ("hungrier for memory", "easier on memory"),
+    "first_token": ("later with the first token", "earlier with the first token"),
+    "throughput": ("lower in throughput", "higher in throughput"),
+}
+_SHIPPABLE = ("tflite", "litertlm")
+
+
+def recommend(
+    report: dict, budgets: Budgets | dict | None = None, scenario: str = "custom"
+) -> dict:
+    """Choose the file to ship among those of a report.
+
+    Args:
+        report: As `gpt_tf.evaluation.report.read_report` returns it.
+        budgets: They come before the scenario's. None: the scenario's alone; of
+            `"custom"`, which has none, the report's own.
+        scenario: A key of `SCENARIOS`; see `Scenario` for what it makes best.
+
+    Returns:
+        A dict of JSON values:
+
+        - `scenario`, and `budgets` by name, None where there is none;
+        - `choice`: the name of an entry, or None if none keeps the budgets;
+        - `why`: sentences;
+        - `runner_up`: what would be chosen without it, or None, and
+          `runner_up_cost`: a sentence with what that would cost and win;
+        - `ranking`: the names of all that keep the budgets, best first;
+        - `ruled_out`: of the others `name`, `constraint` (the budget that is broken
+          most, `"not measured"` or `"not shippable"`) and `sentence`;
+        - `dominated`: of those that keep the budgets, but are in nothing better than
+          another: `name`, `by` and `sentence`;
+        - `nearest_miss`: where there is no choice: `name`, `excess` (0.1: a tenth over
+          the budget), `changes` (budgets that would admit it, by name), `options`
+          (the same for the command line) and `sentence`; else None;
+        - `basis`: `"measured"`, or `"partly estimated"` where the choice rests on an
+          estimate.
+
+    Raises:
+        InputError: A budget cannot be used, or the scenario is unknown.
+        DamagedFileError: A number in the report is none.
+
+    Example:
+        >>> recommend(read_report("report.json"), Budgets("3%", 15, 8))["choice"]
+        'student-int8'
+
+    Reference: article 6.3.
+    """
+    chosen = scenario_of(scenario)
+    if budgets is None and scenario == "custom":
+        budgets = report.get("budgets")
+    limits = Budgets.of(budgets).over(chosen.budgets)
+    given = limits.given()
+    candidates = candidates_of(report, concurrent=chosen.objective == "server")
+    shippable = [one for one in candidates if one.kind in _SHIPPABLE]
+    fitting = [one for one in shippable if one.keeps(given)]
+    fitting.sort(key=lambda one: _rank(one, chosen.objective, given))
+    result = {
+        "scenario": scenario,
+        "budgets": dataclasses.asdict(limits),
+        "choice": fitting[0].name if fitting else None,
+        "why": _why(fitting, chosen.objective, given),
+        "runner_up": fitting[1].name if len(fitting) > 1 else None,
+        "runner_up_cost": _runner_up_cost(fitting),
+        "ranking": [one.name for one in fitting],
+        "ruled_out": [
+            _ruled_out(one, given)
+            for one in sorted(candidates, key=lambda one: one.name)
+            if one not in fitting
+        ],
+        "dominated": _dominated(fitting),
+        "nearest_miss": None if fitting else _nearest_miss(shippable, given),
+        "basis": "measured",
+    }
+    rests_on = {KINDS[name].measure for name in given}
+    if fitting and any(map(fitting[0].is_estimate, rests_on)):
+        result["basis"] = "partly estimated"
+    return result
+
+
+def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
+    """Return which points no other one beats.
+
+    A point beats another if it is smaller in one coordinate and larger in none. Equal
+    points do not beat each other.
+
+    Args:
+        points: `N` points of as many coordinates each, all of which should be small;
+            infinity where nothing is known.
+
+    Returns:
+        Their indices, ascending.
+
+    Raises:
+        InputError: The points differ in length, or a coordinate is NaN.
+
+    Example:
+        >>> pareto_front([(1.0, 5.0), (2.0, 2.0), (3.0, 3.0)])
+        [0, 1]
+    """
+    points = [tuple(point) for point in points]
+    if len({len(point) for point in points}) > 1 or any(
+        math.isnan(value) for point in points for value in point
+    ):
+        raise InputError(
+            "`pareto_front` expects points with as many numbers each. Received: "
+            f"{points!r}. Leave out what was not measured."
+        )
+    return [
+        index
+        for index, point in enumerate(points)
+        if not any(_beats(other, point) for other in points)
+    ]
+
+
+def print_recommendation(result: dict, console=None) -> None:
+    """Print a recommendation: the choice and why, the runner-up, and the others.
+
+    Args:
+        result: As `recommend` returns it.
+        console: Where to write; standard output unless given.
+    """
+    from rich.console import Console, Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    choice, miss = result["choice"], result["nearest_miss"]
+    lines = [Text(sentence) for sentence in result["why"]]
+    if miss is not None:
+        lines.append(Text(miss["sentence"], style="yellow"))
+    if result["runner_up"] is not None:
+        lines += [Text(""), Text(result["runner_up_cost"])]
+    title = Text(f"Ship {choice}" if choice is not None else "Nothing fits")
+    limits = [
+        shown(name, value) + " " + KINDS[name].what
+        for name, value in result["budgets"].items()
+        if value is not None
+    ]
+    subtitle = Text(f"{result['scenario']}: {', '.join(limits) or 'no budgets'}")
+    style = "green" if choice is not None else "red"
+    # Names may hold brackets; none of it is rich's markup.
+    console.print(Panel(Group(*lines), title=title, border_style=style))
+    console.print(subtitle)
+    rows = [(one["name"], one["constraint"], one) for one in result["ruled_out"]]
+    rows += [(one["name"], "dominated", one) for one in result["dominated"]]
+    if rows:
+        table = Table(title="The others", show_lines=False)
+        for heading in ("file", "because of", "in numbers"):
+            table.add_column(heading, overflow="fold")
+        for name, constraint, one in rows:
+            what = option(constraint) if constraint in KINDS else constraint
+            table.add_row(Text(name), Text(what), Text(one["sentence"]))
+        console.print(table)
+
+
+def _beats(one, other):
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+# Order
+
+
+def _rank(candidate, objective, given):
+    """Return the key by which candidates are sorted, the best first.
+
+    First what the scenario is about, then everything else, so that nobody who is
+    beaten in everything comes first; then the name.
+    """
+    return _score(candidate, objective, given), candidate.costs(), candidate.name
+
+
+def _score(candidate, objective, given):
+    objective = _objective(objective, given)
+    if objective in MEASURES:
+        return (candidate.cost(objective),)
+    if objective == "margin":
+        shares = sorted(
+            (candidate.share(name, given[name]) for name in given), reverse=True
+        )
+        return (shares[0], sum(shares))
+    measures = ("latency", "size") if objective == "balance" else ("throughput",)
+    if any(candidate.values[name] is None for name in ("accuracy", *measures)):
+        return (math.inf,)
+    score = _PERPLEXITY_WEIGHT * math.log1p(candidate.values["accuracy"].number)
+    for name in measures:
+        sign = -1 if name == "throughput" else 1
+        score += sign * math.log(candidate.values[name].number)
+    return (score,)
+
+
+def _objective(objective, given):
+    """Resolve `"custom"`: what has no budget is made best."""
+    if objective != "custom":
+        return objective
+    if not given:
+        return "balance"
+    for measure in ("accuracy", "latency", "size"):
+        if BUDGET_OF[measure] not in given:
+            return measure
+    return "margin"
+
+
+def _dominated(fitting):
+    """Say of every candidate that is beaten in everything by which one it is."""
+    found = []
+    for index, one in enumerate(fitting):
+        # Whoever beats it comes before it; the best of them is named.
+        by = next((other for other in fitting[:index] if _dominates(other, one)), None)
+        if by is not None:
+            parts = [
+                _comparison(by, one, measure)
+                for measure in MEASURES
+                if by.cost(measure) < one.cost(measure)
+            ]
+            found.append(
+                {
+                    "name": one.name,
+                    "by": by.name,
+                    "sentence": f"It is in nothing better than {by.name}, which is "
+                    f"{', '.join(parts)}.",
+                }
+            )
+    return found
+
+
+def _dominates(one, other):
+    """Whether one beats another in what was measured of both; estimates beat nobody."""
+    known = [
+        {name for name, value in each.values.items() if value} for each in (one, other)
+    ]
+    estimated = any(map(one.is_estimate, MEASURES)) or any(
+        map(other.is_estimate, MEASURES)
+    )
+    return not estimated and known[0] == known[1] and _beats(one.costs(), other.costs())
+
+
+# Sentences
+
+
+def _why(fitting, objective, given):
+    if not fitting:
+        return ["No file keeps the budgets."]
+    best, count = fitting[0], len(fitting)
+    among = (
+        f"of the {count} files that keep" if count > 1 else "the only file that keeps"
+    )
+    sentences = [f"{best.name} is {among} the budgets."]
+    if count > 1:
+        sentences = [
+            _objective_sentence(best, _objective(objective, given), given, count)
+        ]
+    sentences += [_budget_sentence(best, name, given[name]) for name in given]
+    limit = given.get("max_latency_ms")
+    if limit and best.p99_ms and best.p99_ms > limit:
+        sentences.append(
+            f"One token in a hundred takes longer than that: the 99th percentile is "
+            f"{significant(best.p99_ms)} ms."
+        )
+    unknown = [
+        KINDS[BUDGET_OF[measure]].what
+        for measure in ("accuracy", "latency")
+        if best.values[measure] is None
+    ]
+    if unknown:
+        sentences.append(
+            f"Its {' and '.join(unknown)} {'was' if len(unknown) == 1 else 'were'} not "
+            "measured: the choice does not take that into account."
+        )
+    return sentences
+
+
+def _objective_sentence(best, objective, given, count):
+    among = f"of the {count} files that keep the budgets"
+    if not given:
+        among = f"of the {count} files"
+    if objective == "margin":
+        name = max(given, key=lambda name: best.share(name, given[name]))
+        share = best.share(name, given[name])
+        return (
+            f"{best.name} leaves the most room in its tightest budget {among}: "
+            f"{significant(100 * share)} % of its {KINDS[name].what} is used."
+        )
+    if objective in ("balance", "server"):
+        speed = "latency" if objective == "balance" else "throughput"
+        parts = [speed, "size"] if objective == "balance" else [speed]
+        facts = ", ".join(
+            f"{KINDS[BUDGET_OF[name]].what} {_shown(best, name)}"
+            for name in (*parts, "accuracy")
+        )
+        return (
+            f"{best.name} has the best balance {among}, where 1 % of perplexity weighs "
+            f"as much as {_PERPLEXITY_WEIGHT} % of {' or '.join(parts)}: {facts}."
+        )
+    best_of = "lowest" if objective != "size" else "smallest"
+    what = KINDS[BUDGET_OF[objective]].what
+    return f"{best.name} has the {best_of} {what} {among}: {_shown(best, objective)}."
+
+
+def _budget_sentence(candidate, name, limit):
+    """Say how a candidate stands to a budget that it keeps or breaks."""
+    kind = KINDS[name]
+    value = candidate.values[kind.measure]
+    broken = candidate.breaks(name, limit)
+    word = "below" if broken == kind.is_least else "above"
+    if not broken:
+        word = "not below" if kind.is_least else "within"
+    number, budget = _told_apart(name, value.number, limit)
+    sentence = f"Its {kind.what}, {number}, is {word} {budget}"
+    if value.is_estimate:
+        sentence += "; that is an estimate, not a measurement"
+    if value.low is not None and value.high is not None:
+        low, high = (shown(name, bound) for bound in (value.low, value.high))
+        if value.low <= limit < value.high and not broken:
+            sentence += f", but its 95 % interval, {low} to {high}, reaches beyond that"
+        elif value.low < limit and broken:
+            sentence += (
+                f", though its 95 % interval, {low} to {high}, begins below that"
+            )
+    return sentence + "."
+
+
+def _ruled_out(candidate, given):
+    name = candidate.name
+    missing, broken = candidate.missing(given), candidate.broken(given)
+    if candidate.kind not in _SHIPPABLE:
+        constraint = "not shippable"
+        sentence = f"It is a model of kind {candidate.kind}, to compare files with."
+    elif broken:
+        constraint = broken[0]
+        sentence = " ".join(
+            _budget_sentence(candidate, each, given[each]) for each in broken
+        )
+    else:
+        constraint = "not measured"
+        parts = [
+            f"{KINDS[each].what} (budget {shown(each, given[each])})"
+            for each in missing
+        ]
+        sentence = f"What has a budget was not measured: {', '.join(parts)}."
+    return {"name": name, "constraint": constraint, "sentence": sentence}
+
+
+def _runner_up_cost(fitting):
+    if not fitting:
+        return None
+    if len(fitting) == 1:
+        return "No other file keeps the budgets."
+    best, second = fitting[:2]
+    costs, wins = [], []
+    for measure in MEASURES:
+        if best.values[measure] is None or second.values[measure] is None:
+            continue
+        difference = second.cost(measure) - best.cost(measure)
+        if difference:
+            part = _comparison(second, best, measure)
+            (costs if difference > 0 else wins).append(part)
+    if not costs and not wins:
+        return f"The runner-up {second.name} is equal in everything that was measured."
+    parts = [", ".join(costs)] if costs else []
+    if wins:
+        parts.append(("but " if costs else "") + ", ".join(wins))
+    else:
+        parts.append("and in nothing better")
+    return f"The runner-up {second.name} would be {', '.join(parts)}."
+
+
+def _comparison(one, other, measure):
+    """Return in what one differs from another, "smaller (3 MB instead of 8 MB)"."""
+    word = _BETTER[measure][one.cost(measure) < other.cost(measure)]
+    name = BUDGET_OF[measure]
+    values = [each.values[measure] for each in (one, other)]
+    texts = _told_apart(name, *(value.number for value in values))
+    texts = [
+        f"an estimated {text}" if value.is_estimate else text
+        for text, value in zip(texts, values, strict=True)
+    ]
+    return f"{word} ({texts[0]} instead of {texts[1]})"
+
+
+def _nearest_miss(shippable, given):
+    """Return the entry that breaks its budgets least, and what would admit it."""
+    known = [one for one in shippable if not one.missing(given)]
+    if not known:
+        return None
+    nearest = min(known, key=lambda one: (_excess(one, given), one.name))
+    changes = {
+        name: _admitting(name, nearest.values[KINDS[name].measure].number)
+        for name in nearest.broken(given)
+    }
+    options = " ".join(
+        f"{option(name)} {_typed(name, value)}" for name, value in changes.items()
+    )
+    verbs = {"lower" if KINDS[name].is_least else "raise" for name in changes}
+    excess = _excess(nearest, given)[0]
+    return {
+        "name": nearest.name,
+        "excess": excess,
+        "changes": {name: float(value) for name, value in changes.items()},
+        "options": options,
+        "sentence": f"The nearest miss is {nearest.name}, "
+        f"{significant(100 * excess, 2)} % beyond a budget. "
+        + " ".join(_budget_sentence(nearest, name, given[name]) for name in changes)
+        + f" It would fit with {options}: {' and '.join(sorted(verbs))} that, or make "
+        "a smaller or better model.",
+    }
+
+
+def _excess(candidate, given):
+    """Return by how much budgets are broken: the most broken one's part, then all."""
+    parts = [candidate.share(name, given[name]) - 1 for name in candidate.broken(given)]
+    return max(parts), sum(parts)
+
+
+def _admitting(name, number):
+    """Return a budget of three digits, as a decimal, that just admits a number."""
+    is_least = KINDS[name].is_least
+    exact = decimal.Decimal(repr(float(number)))
+    rounding = decimal.ROUND_FLOOR if is_least else decimal.ROUND_CEILING
+    return decimal.Context(prec=3, rounding=rounding).plus(exact)
+
+
+def _typed(name, value):
+    if KINDS[name].unit == "%":
+        return f"{(value * 100).normalize():f}%"
+    return f"{value.normalize():f}"
+
+
+def _shown(candidate, measure):
+    value = candidate.values[measure]
+    if value is None:
+        return "not measured"
+    text = shown(BUDGET_OF[measure], value.number)
+    return f"{text}, estimated" if value.is_estimate else text
+
+
+def _told_apart(name, one, other):
+    """Return two values with as many digits as it takes to see that they differ."""
+    for digits in range(3, 17):
+        texts = [shown(name, value, digits) for value in (one, other)]
+        if one == other or texts[0] != texts[1]:
+            break
+    return texts
