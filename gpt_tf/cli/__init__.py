@@ -13,7 +13,9 @@ import typer
 
 from gpt_tf.cli import (  # noqa: F401  they register themselves
     artefacts,
+    benchmark,
     evaluate,
+    recommend,
     training,
 )
 from gpt_tf.cli.common import app

@@ -891,16 +891,17 @@ def _merged(job, raws, colds, by_threads, size_bytes, rate):
             for count in sorted(by_threads)
         ],
         "throughput": [
-            {
-                "requests": count,
-                "tokens_per_s": float(
-                    np.median([raw["throughput"][i] for raw in raws])
-                ),
-            }
-            for i, count in enumerate(job["requests"])
+            _rates_of(count, [raw["throughput"][index] for raw in raws])
+            for index, count in enumerate(job["requests"])
             if raws[0]["throughput"]
         ],
     }
+
+
+def _rates_of(requests, rates):
+    q1, median, q3 = map(float, np.percentile(rates, (25, 50, 75)))
+    facts = {"requests": requests, "tokens_per_s": median}
+    return facts | {"q1": q1, "q3": q3, "count": len(rates)}
 
 
 def _all(raws, name):

@@ -63,7 +63,8 @@ Latency (`gpt_tf.evaluation.latency`). A SPREAD is {"median", "p95", "p99", "wor
     by_context              [{"context", "time_to_first_token_ms": SPREAD,
                               "inter_token_latency_ms": SPREAD}]
     by_threads              [{"threads", "inter_token_latency_ms": SPREAD}]
-    throughput              [{"requests", "tokens_per_s"}]
+    throughput              [{"requests", "tokens_per_s" (the median), "q1", "q3",
+                              "count"}]
 
 The latency that a budget is about is the 95th percentile of `inter_token_latency_ms`.
 """
