@@ -15,6 +15,7 @@ from gpt_tf.cli import (  # noqa: F401  they register themselves
     artefacts,
     benchmark,
     evaluate,
+    optimize,
     recommend,
     training,
 )

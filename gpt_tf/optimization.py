@@ -1,0 +1,770 @@
+"""The whole way as one command: train, distil, quantise, export, measure, choose.
+
+A folder holds it all; `gpt_tf.stages` knows what of it is done.
+
+optimize.json       the configuration, but for the budgets, which may change
+runs/               teacher, student-2, student-2-int8, ...: each a run's folder
+files/              teacher-float32.litertlm, student-2-int8.litertlm, ...
+measurements/       accuracy.json, latency.json, explanations.json
+stages/             what each stage was made of, and hashes of what it made
+report.html, report.json, *.png
+gpt.litertlm        the file that was chosen
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from gpt_tf import files, training
+from gpt_tf.configuration import Configuration, differences
+from gpt_tf.display import StepProgress
+from gpt_tf.edge.runtime import EdgeGPT
+from gpt_tf.errors import InputError
+from gpt_tf.evaluation import page
+from gpt_tf.evaluation import report as reports
+from gpt_tf.evaluation.accuracy import measure_accuracies
+from gpt_tf.evaluation.advisor import recommend
+from gpt_tf.evaluation.budgets import Budgets, scenario_of
+from gpt_tf.evaluation.deletion import (
+    compare_explanations,
+    deletion_test,
+    prompts_of,
+)
+from gpt_tf.evaluation.estimate import estimate, refuse_impossible
+from gpt_tf.evaluation.held_out import held_out_text
+from gpt_tf.evaluation.latency import compare_latencies
+from gpt_tf.evaluation.machine import describe_machine
+from gpt_tf.evaluation.parsing import measure_parsing
+from gpt_tf.evaluation.subjects import count_parameters, describe, open_subject
+from gpt_tf.export.constants import MODES as EXPORT_MODES
+from gpt_tf.export.trained import export_trained
+from gpt_tf.runs import PRESETS, TrainingConfig, model_file, read_run
+from gpt_tf.stages import FOLDER as STAGES_FOLDER
+from gpt_tf.stages import Stages
+from gpt_tf.text.corpus import open_corpus
+
+CONFIG_NAME = "optimize.json"
+_MODEL_FILES = ("model.keras", "tokenizer.json", files.MANIFEST_NAME)
+CHOSEN_NAME = "gpt.litertlm"
+_OWN_ENTRIES = (
+    *(CONFIG_NAME, "runs", "files", "measurements", STAGES_FOLDER, CHOSEN_NAME),
+    *(f"{CHOSEN_NAME}.json", "report.html", "report.json", files.LOCK_NAME),
+)
+REFERENCE = "teacher-float32"
+_PYTHON_PROMPT = "    def __init__(self"
+_PROMPT_CHARACTERS = 40
+_SAMPLE_TOKENS = 100
+# Prompts to explain are this long, and spread over so many times their own text.
+_EXPLAINED_TOKENS = 24
+_EXPLAINED_FROM = 8
+MODES = ("dynamic_int8", "int8", "int4")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizationConfig(Configuration):
+    """Everything that decides what is made and measured; budgets only choose.
+
+    Args:
+        corpus: As for `TrainingConfig`; None takes that of `model`'s run, and
+            `"python-stdlib"` without `model`.
+        model: A trained run or model to take as the teacher; None trains one.
+        preset: Name of the `gpt_tf.training.PRESETS` that the teacher is trained by.
+        steps: Optimiser steps of the teacher; None takes the preset's.
+        students: Blocks of each student; None takes half and a quarter of the
+            teacher's. Empty makes none.
+        student_steps: Optimiser steps of each student; None takes a third of the
+            teacher's.
+        modes: Modes in which teacher and students are exported. A student in a mode
+            of fixed ranges is trained on with rounded weights first.
+        evaluated_tokens: Tokens of held-out text that accuracy is measured on.
+        prompt_tokens: Tokens of the request whose response time is measured.
+        new_tokens: Tokens that it asks for.
+        repetitions: Requests per file.
+        explained_prompts: Prompts of the deletion test; 0 leaves explanations out.
+        seed: Of weights, data order and sampling.
+    """
+
+    title = "An optimisation"
+
+    corpus: str | tuple[str, ...] | None = None
+    model: str | None = None
+    preset: str = "quickstart"
+    steps: int | None = None
+    students: tuple[int, ...] | None = None
+    student_steps: int | None = None
+    modes: tuple[str, ...] = MODES
+    evaluated_tokens: int = 20_000
+    prompt_tokens: int = 32
+    new_tokens: int = 32
+    repetitions: int = 20
+    explained_prompts: int = 50
+    seed: int = 1337
+
+    def __post_init__(self):
+        for name in ("corpus", "students", "modes"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        if self.model is not None:
+            object.__setattr__(self, "model", str(Path(self.model).absolute()))
+        self._check("preset", self.preset in PRESETS, f"of {', '.join(PRESETS)}")
+        for name in ("steps", "student_steps"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1, or None")
+        for name in ("evaluated_tokens", "prompt_tokens", "new_tokens"):
+            self._check(name, getattr(self, name) >= 2, "at least 2")
+        self._check("repetitions", self.repetitions >= 1, "at least 1")
+        self._check("explained_prompts", self.explained_prompts >= 0, "at least 0")
+        self._check("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32")
+        blocks = self.students or ()
+        unlike = len(set(blocks)) == len(blocks) and all(n >= 1 for n in blocks)
+        self._check("students", unlike, "of different numbers of blocks, at least 1")
+        known = set(self.modes) <= set(EXPORT_MODES) and len(set(self.modes)) == len(
+            self.modes
+        )
+        self._check(
+            "modes", self.modes and known, f"of {', '.join(EXPORT_MODES)}, each once"
+        )
+
+
+class File(NamedTuple):
+    """A file to make.
+
+    Attributes:
+        name: Of the file and of its entry in the report.
+        source: Name of the run that it is exported from.
+        mode: How it is quantised.
+        made_from: A sentence about its model.
+    """
+
+    name: str
+    source: str
+    mode: str
+    made_from: str
+
+    @property
+    def path(self) -> str:
+        """Where it lies in the folder."""
+        return f"files/{self.name}.litertlm"
+
+
+def optimize(
+    config: OptimizationConfig | dict | None = None,
+    out: str | os.PathLike = "runs/optimized",
+    *,
+    budgets=None,
+    scenario: str = "custom",
+    update: bool = False,
+    overwrite: bool = False,
+    command: str | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> dict:
+    """Make every file that may suit, measure all of them, and choose one.
+
+    What was done before in `out`, by a process that was killed for example, is not done
+    again while its inputs are the same.
+
+    Args:
+        config: What is made, and how it is measured.
+        out: Folder of it all.
+        budgets: A `gpt_tf.evaluation.budgets.Budgets`, or None for the scenario's.
+        scenario: As for `gpt_tf.evaluation.advisor.recommend`.
+        update: Go on in a folder of another configuration; what that does not concern
+            is kept.
+        overwrite: Begin anew in a folder that holds another optimisation.
+        command: The command line, for the report.
+        on_notice: Takes a line per stage; they are printed unless given.
+
+    Returns:
+        The report, as `gpt_tf.evaluation.report` describes it. Its `recommendation`
+        names no choice where nothing fits the budgets.
+
+    Raises:
+        InputError: A value, the corpus or the model cannot be used; the folder is in
+            use, is somebody else's, or has another configuration.
+
+    Example:
+        >>> report = optimize({"corpus": "texts/"}, "runs/texts")
+        >>> report["recommendation"]["choice"]
+        'student-2-int8'
+
+    Reference: article 6.1 to 6.3.
+    """
+    config = OptimizationConfig.of(config)
+    out = Path(out)
+    if update and overwrite:
+        raise InputError(
+            "`update` keeps what is there and `overwrite` does not. Received: both. "
+            "Choose one."
+        )
+    _refuse_foreign_folder(out)
+    say = on_notice or print
+    with files.locked(out):
+        _open_folder(out, config, update, overwrite)
+        return _Optimization(config, out, say).run(budgets, scenario, command)
+
+
+def _refuse_foreign_folder(out):
+    """Refuse a folder in which something lies that is not an optimisation's."""
+    if not out.is_dir() or (out / CONFIG_NAME).is_file():
+        return
+    others = [
+        path.name
+        for path in out.iterdir()
+        if path.name not in _OWN_ENTRIES and path.suffix != ".png"
+    ]
+    if others:
+        raise InputError(
+            f"The folder {out} already holds something else, {min(others)} for "
+            "example. Choose another."
+        )
+
+
+def _open_folder(out, config, update, overwrite):
+    """Make a folder this configuration's, or refuse one that has another."""
+    path, wanted = out / CONFIG_NAME, config.get_config()
+    if overwrite:
+        for name in _OWN_ENTRIES:
+            if name == files.LOCK_NAME:
+                continue
+            entry = out / name
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+    if path.is_file():
+        there = files.read_json(path)
+        # As JSON gives it back, tuples are lists.
+        asked = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in wanted.items()
+        }
+        if there != asked and not update:
+            raise InputError(
+                f"The optimisation in {out} expects the options that it was started "
+                f"with. Received: others. It has {differences(there, asked)}. Give "
+                "these again, add --update to do what the change concerns, or "
+                "--overwrite to begin anew."
+            )
+    files.write_json(path, wanted)
+
+
+class _Optimization:
+    """One optimisation: its stages in their order."""
+
+    def __init__(self, config, out, say):
+        self.config = config
+        self.out = out
+        self.say = say  # takes lines for the user
+        self.teacher = Path(config.model) if config.model else out / "runs" / "teacher"
+        self.notes = []
+        self.course = self._course()
+        self.layers = self._students()
+        self.files = self._files()
+        self.stages = Stages(out, self._plan(), say)
+
+    # What is to come
+
+    @functools.cached_property
+    def text_hash(self):
+        """SHA-256 of the text that is learnt from."""
+        tokens = self.teacher / "data" / "train.tokens"
+        is_ready = self.config.model is not None and tokens.is_file()
+        if is_ready and self.config.corpus is None:
+            return files.sha256_of(tokens)
+        corpus = open_corpus(
+            self.course.corpus,
+            validation_fraction=self.course.validation_fraction,
+            on_notice=self.say,
+        )
+        return corpus.describe()["sha256"]
+
+    def _course(self):
+        """Return the configuration of the run that trains, or trained, the teacher."""
+        config = self.config
+        given = {} if config.corpus is None else {"corpus": config.corpus}
+        if config.model is None:
+            if config.steps is not None:
+                given["steps"] = config.steps
+            preset = PRESETS[config.preset]
+            return dataclasses.replace(preset, seed=config.seed, **given)
+        if config.steps is not None:
+            raise InputError(
+                "`steps` are those of a teacher that is trained. Received: a trained "
+                f"`model` too, {self.config.model}. Leave one out."
+            )
+        if not model_file(self.teacher).is_file():
+            raise InputError(
+                f"Expected a trained model at {self.teacher}; there is none. Name a "
+                "folder that `gpt-tf train` finished."
+            )
+        if (self.teacher / "run.json").is_file():
+            return dataclasses.replace(read_run(self.teacher), **given)
+        if config.corpus is None:
+            raise InputError(
+                f"A model without its run expects a corpus. Received: none, with "
+                f"{self.teacher}. Name one, python-stdlib for example."
+            )
+        manifest = files.check_manifest(
+            model_file(self.teacher).parent, "model", verify=False
+        )
+        sizes = manifest["config"].get("gpt", manifest["config"])
+        known = {field.name for field in dataclasses.fields(TrainingConfig)}
+        shape = {name: sizes[name] for name in known & sizes.keys()}
+        return TrainingConfig(**{**shape, **given})
+
+    def _students(self):
+        blocks, wanted = self.course.num_layers, self.config.students
+        if wanted is None:
+            wanted = sorted({blocks // 2, blocks // 4} - {0}, reverse=True)
+            if not wanted:
+                self.notes.append(
+                    "The teacher has one block: no smaller student was distilled."
+                )
+        for count in wanted:
+            if count > blocks:
+                raise InputError(
+                    f"A student expects at most the teacher's {blocks} blocks. "
+                    f"Received: {count}. Choose fewer."
+                )
+        return wanted
+
+    def _files(self):
+        made = [File(REFERENCE, "teacher", "float32", "the teacher itself")]
+        for mode in self.config.modes:
+            if mode != "float32":
+                sentence = "the teacher, quantised after training"
+                made.append(File(f"teacher-{mode}", "teacher", mode, sentence))
+        for count in self.layers:
+            student = f"student-{count}"
+            blocks = "1 block" if count == 1 else f"{count} blocks"
+            for mode in self.config.modes:
+                source, sentence = student, f"a student of {blocks}, distilled"
+                if mode == "int8":
+                    source = f"{student}-int8"
+                    sentence += ", then trained on with rounded numbers (QAT)"
+                made.append(File(f"{student}-{mode}", source, mode, sentence))
+        return made
+
+    @property
+    def student_steps(self):
+        return self.config.student_steps or max(1, self.course.steps // 3)
+
+    def _plan(self):
+        """Return every stage with seconds as two cores need them, roughly."""
+        course = self.course
+        width, blocks = course.embedding_dim, course.num_layers
+        parameters = 12 * blocks * width**2 + course.vocab_size * width
+        tokens = course.batch_size * course.context_length
+        step = 6 * parameters * tokens / 1e11
+        plan = {}
+        if self.config.model is None:
+            plan["teacher"] = 15 + course.steps * step
+        for count in self.layers:
+            share = (count + 0.5) / (blocks + 0.5)
+            plan[f"student-{count}"] = 20 + self.student_steps * step * (share + 0.4)
+            if "int8" in self.config.modes:
+                plan[f"student-{count}-int8"] = 20 + self.student_steps * step / 5
+        for file in self.files:
+            plan[f"file-{file.name}"] = 5 + parameters / 1e6
+        plan["accuracy"] = len(self.files) * (1 + parameters / 1e6)
+        plan["latency"] = len(self.files) * 12.0
+        if self.config.explained_prompts:
+            plan["explanations"] = self.config.explained_prompts * 1.5
+        return plan
+
+    # Doing it
+
+    def run(self, budgets, scenario, command):
+        """Do what is not done; return the report."""
+        machine = describe_machine()
+        budgets = Budgets.of(budgets).over(scenario_of(scenario).budgets)
+        sizes = {file.name: self._sizes_of(file) for file in self.files}
+        smallest = min(sizes.values(), key=count_parameters)
+        refuse_impossible(budgets, smallest, machine)
+        estimates = {
+            file.name: estimate(sizes[file.name], file.mode, machine)
+            for file in self.files
+        }
+        if self.config.model is None:
+            self._train_teacher()
+        for count in self.layers:
+            self._distil(count)
+        for file in list(self.files):
+            self._export(file)
+        text = self._held_out_text()
+        accuracies = self._measure_accuracy(text)
+        latencies = self._measure_latency(machine)
+        report = reports.new_report(
+            [
+                self._entry(file, accuracies, latencies, estimates)
+                for file in self.files
+            ],
+            command=command,
+            machine=machine,
+            corpus=accuracies["corpus"],
+            budgets={name: getattr(budgets, name) for name in reports.BUDGETS},
+            reference=REFERENCE,
+        )
+        report["recommendation"] = recommend(report, budgets, scenario)
+        self._keep_the_chosen(report["recommendation"], text)
+        report["explanations"] = self._explain(report["recommendation"], text)
+        report["stages"] = [done._asdict() for done in self.stages.done]
+        report["notes"] = self.notes
+        page.publish(report, self.out)
+        return report
+
+    def _train_teacher(self):
+        run = self.out / "runs" / "teacher"
+        inputs = {"course": self.course.get_config(), "corpus": self.text_hash}
+        self._train(
+            "teacher",
+            "the teacher",
+            inputs,
+            lambda how: training.train(self.course, run, **how),
+            f"gpt-tf train --preset {self.config.preset} --corpus "
+            f"{_words(self.course.corpus)} --steps {self.course.steps} "
+            f"--seed {self.config.seed} --out {run}",
+        )
+
+    def _distil(self, count):
+        name = f"student-{count}"
+        run = self.out / "runs" / name
+        course = {"steps": self.student_steps, "seed": self.config.seed}
+        inputs = {
+            "teacher": files.sha256_of(model_file(self.teacher)),
+            "blocks": count,
+            "corpus": self.text_hash,
+            **course,
+        }
+        if self.config.model is not None and self.config.corpus is not None:
+            course["corpus"] = self.config.corpus
+        self._train(
+            name,
+            f"a student of {count} of its {self.course.num_layers} blocks",
+            inputs,
+            lambda how: training.distil(
+                self.teacher, run, {"num_layers": count}, **course, **how
+            ),
+            f"gpt-tf distil --teacher {self.teacher} --student-layers {count} "
+            f"--steps {self.student_steps} --seed {self.config.seed} --out {run}",
+        )
+        if "int8" in self.config.modes:
+            self._quantize(name)
+
+    def _quantize(self, student):
+        name = f"{student}-int8"
+        run, source = self.out / "runs" / name, self.out / "runs" / student
+        self._train(
+            name,
+            f"{student}, trained on with rounded numbers",
+            {"student": files.sha256_of(model_file(source))},
+            lambda how: training.quantize(source, run, **how),
+            f"gpt-tf quantize --model {source} --method qat --out {run}",
+        )
+
+    def _train(self, name, title, inputs, train, command):
+        """Train in a run's folder, from its newest checkpoint where it was begun."""
+
+        def work(begun):
+            how = {"resume_or_start": True} if begun else {"overwrite": True}
+            train({"on_notice": self.say, **how})
+
+        made = [f"runs/{name}/model/{file}" for file in _MODEL_FILES]
+        self.stages.run(name, inputs, made, work, title=title, command=command)
+
+    def _export(self, file):
+        source = self.out / "runs" / file.source
+        if file.source == "teacher":
+            source = self.teacher
+        stage = f"file-{file.name}"
+        inputs = {"model": files.sha256_of(model_file(source)), "mode": file.mode}
+        is_run = (source / "data" / "train.tokens").is_file()
+        options = {} if is_run else {"corpus": self.course.corpus}
+
+        def work(begun):
+            export_trained(
+                source, self.out / file.path, file.mode, on_notice=_silent, **options
+            )
+
+        try:
+            self.stages.run(
+                stage,
+                inputs,
+                [file.path, f"{file.path}.json"],
+                work,
+                title=f"{file.name}, exported and verified",
+                command=f"gpt-tf export --model {source} --mode {file.mode} "
+                f"--out {self.out / file.path}",
+            )
+        except InputError as error:
+            if file.name == REFERENCE:
+                raise
+            self.stages.skip(stage)
+            self.files.remove(file)
+            self.notes.append(f"{file.name} could not be exported: {error}")
+            self.say(f"{file.name} could not be exported: {error}")
+
+    # Measuring
+
+    def _held_out_text(self):
+        """Return text that no model of ours has learnt from."""
+        own = self.out / "runs" / "teacher" if self.config.model is None else None
+        if own is None and self.config.corpus is None:
+            own = self.teacher
+        return held_out_text(
+            own or self.course.corpus,
+            validation_fraction=self.course.validation_fraction,
+            on_notice=self.say,
+        )
+
+    def _measure_accuracy(self, text):
+        config = self.config
+        inputs = {
+            "text": _hash_of(text),
+            "tokens": config.evaluated_tokens,
+            "seed": config.seed,
+        }
+
+        def measure():
+            with contextlib.ExitStack() as stack:
+                opened = {
+                    file.name: stack.enter_context(EdgeGPT(self.out / file.path))
+                    for file in self.files
+                }
+                progress = stack.enter_context(StepProgress("held-out blocks"))
+                found = measure_accuracies(
+                    opened,
+                    REFERENCE,
+                    text,
+                    max_tokens=config.evaluated_tokens,
+                    seed=config.seed,
+                    on_progress=progress.update,
+                    on_notice=self._note,
+                )
+                if text.is_python:
+                    for name, subject in opened.items():
+                        found[name]["parsed"] = measure_parsing(
+                            subject, text, seed=config.seed
+                        )
+            return {
+                "corpus": {
+                    "name": text.name,
+                    "split": text.split,
+                    "bytes": text.size_bytes,
+                    "tokens": found[REFERENCE]["tokens"],
+                },
+                "entries": found,
+            }
+
+        return self._measurement("accuracy", "accuracy of every file", inputs, measure)
+
+    def _measure_latency(self, machine):
+        config = self.config
+        inputs = {
+            "cpu": machine["cpu"],
+            "cores": machine["cores"],
+            "prompt_tokens": config.prompt_tokens,
+            "new_tokens": config.new_tokens,
+            "repetitions": config.repetitions,
+        }
+
+        def measure():
+            with StepProgress("turns") as progress:
+                found = compare_latencies(
+                    [self.out / file.path for file in self.files],
+                    prompt_tokens=config.prompt_tokens,
+                    new_tokens=config.new_tokens,
+                    repetitions=config.repetitions,
+                    read_bytes_per_s=machine["read_bytes_per_s"],
+                    on_progress=lambda done, total, _: progress.update(done, total),
+                )
+            names = [file.name for file in self.files]
+            return dict(zip(names, found, strict=True))
+
+        return self._measurement("latency", "speed of every file", inputs, measure)
+
+    def _measurement(self, name, title, inputs, measure):
+        """Measure files, unless these very files were measured in the same way."""
+        path = f"measurements/{name}.json"
+        inputs = inputs | {
+            "files": {
+                file.name: files.sha256_of(self.out / file.path) for file in self.files
+            }
+        }
+
+        def work(begun):
+            files.write_json(self.out / path, measure())
+
+        self.stages.run(name, inputs, [path], work, title=title)
+        return files.read_json(self.out / path)
+
+    def _entry(self, file, accuracies, latencies, estimates):
+        with EdgeGPT(self.out / file.path) as gpt:
+            described = describe(self.out / file.path, gpt)
+        return reports.new_entry(
+            described,
+            name=file.name,
+            path=file.path,
+            made_from=file.made_from,
+            accuracy=accuracies["entries"][file.name],
+            latency=latencies[file.name],
+            estimate=estimates[file.name],
+        )
+
+    # Choosing
+
+    def _sizes_of(self, file):
+        """Return what the model of a file will be, before there is one."""
+        sizes = dataclasses.asdict(self.course)
+        sizes["feedforward_dim"] = (
+            sizes["feedforward_dim"] or 4 * sizes["embedding_dim"]
+        )
+        if file.source != "teacher":
+            sizes["num_layers"] = int(file.source.split("-")[1])
+        return sizes
+
+    def _keep_the_chosen(self, recommendation, text):
+        """Copy the chosen file to its place, with a sample of what it writes."""
+        place = self.out / CHOSEN_NAME
+        beside = files.file_manifest_path(place)
+        if recommendation["choice"] is None:
+            # Not the choice of another budget under the name of this one.
+            place.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
+            return
+        chosen = self.out / self._file(recommendation["choice"]).path
+        pairs = {place: chosen, beside: files.file_manifest_path(chosen)}
+        for to, source in pairs.items():
+            with files.atomic_file(to) as target, open(source, "rb") as opened:
+                shutil.copyfileobj(opened, target)
+        prompt = _PYTHON_PROMPT if text.is_python else _beginning_of(text)
+        with EdgeGPT(place) as gpt:
+            written = gpt.generate(
+                prompt,
+                max_new_tokens=_SAMPLE_TOKENS,
+                temperature=0.8,
+                seed=self.config.seed,
+            )
+        recommendation["sample"] = {"prompt": prompt, "text": written}
+
+    def _file(self, name):
+        return next(file for file in self.files if file.name == name)
+
+    def _explain(self, recommendation, text):
+        """Test whether explanations of the chosen file, and its model, are any good."""
+        name, count = recommendation["choice"], self.config.explained_prompts
+        if not count:
+            return None
+        if name is None:
+            self.stages.skip("explanations")
+            self.notes.append("No file was chosen, so that none was explained.")
+            return None
+        file = self._file(name)
+        source = file.source.removesuffix("-int8")
+        run = self.teacher if source == "teacher" else self.out / "runs" / source
+        inputs = {
+            "file": files.sha256_of(self.out / file.path),
+            "model": files.sha256_of(model_file(run)),
+            "text": _hash_of(text),
+            "prompts": count,
+            "seed": self.config.seed,
+        }
+        path = "measurements/explanations.json"
+
+        def work(begun):
+            with open_subject(run) as model, EdgeGPT(self.out / file.path) as gpt:
+                found = self._explanations(model, gpt, file, text)
+            files.write_json(self.out / path, found)
+
+        try:
+            self.stages.run(
+                "explanations",
+                inputs,
+                [path],
+                work,
+                title=f"explanations of {file.name} put to the test",
+            )
+        except ModuleNotFoundError as error:
+            if error.name not in ("lime", "shap"):
+                raise
+            self.stages.skip("explanations")
+            self._note(
+                f"Explanations were left out: they expect the package {error.name}. "
+                "Install it with: pip install 'gpt-tf[explain]'"
+            )
+            return None
+        return files.read_json(self.out / path)
+
+    def _explanations(self, model, gpt, file, text):
+        count, seed = self.config.explained_prompts, self.config.seed
+        length = min(_EXPLAINED_TOKENS, gpt.context_length)
+        tokens = []
+        for document in text.documents:
+            tokens += gpt.tokenizer.encode(document.text)
+            if len(tokens) >= _EXPLAINED_FROM * count * length:
+                break
+        prompts = prompts_of(tokens, count, length)
+        with StepProgress("prompts") as progress:
+            counter = _Counter(progress, 4 * len(prompts))
+            found = deletion_test(
+                model, prompts, ["attention", "gradient"], seed=seed, on_step=counter
+            )
+            of_file = deletion_test(
+                gpt, prompts, ["lime", "shap"], seed=seed, on_step=counter
+            )
+            found["methods"] |= of_file["methods"]
+            for method in ("lime", "shap"):
+                found["compression"][method] = compare_explanations(
+                    model,
+                    gpt,
+                    prompts,
+                    method,
+                    seed=seed,
+                    names=("its model in Keras", file.name),
+                    on_step=counter,
+                )
+        return found
+
+    def _note(self, line):
+        self.notes.append(line)
+        self.say(line)
+
+
+class _Counter:
+    """Counts the prompts of several tests on one bar."""
+
+    def __init__(self, progress, total):
+        self.progress, self.total = progress, total
+        self.done = 0
+
+    def __call__(self, done, total):
+        self.done += 1
+        self.progress.update(self.done, self.total)
+
+
+def _hash_of(text):
+    digest = hashlib.sha256()
+    for document in text.documents:
+        digest.update(f"{document.name}\0{document.text}\0".encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
+def _beginning_of(text):
+    """Return the first words of a text, to be continued."""
+    words = text.documents[0].text[:_PROMPT_CHARACTERS].rsplit(" ", 1)
+    return words[0] or text.documents[0].text[:1]
+
+
+def _words(corpus):
+    """Return a corpus as the command line takes it."""
+    names = [corpus] if isinstance(corpus, str) else corpus
+    return " --corpus ".join(shlex.quote(name) for name in names)
+
+
+def _silent(line):
+    """Take a notice that this stage need not pass on."""
