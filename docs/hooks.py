@@ -124,7 +124,7 @@ def _option_names(option, hint):
     names = ", ".join(f"`{name}`" for name in option.opts)
     if option.secondary_opts:
         names += ", " + ", ".join(f"`{name}`" for name in option.secondary_opts)
-    kind = _kind(hint)
+    kind = option.metavar or _kind(hint)
     return f"{names} {kind}".strip()
 
 
