@@ -14,7 +14,6 @@ from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation.budgets import (
     KINDS,
     Budgets,
-    option,
     scenario_of,
     shown,
     significant,
@@ -141,7 +140,7 @@ def print_forecast(result: dict, console=None) -> None:
     table.add_column("mode", no_wrap=True)
     for heading in ("MB", "ms a token", "first token", "memory"):
         table.add_column(heading, justify="right")
-    table.add_column("fits the budgets")
+    table.add_column("fits the budgets", overflow="fold")
     limited = any(value is not None for value in result["budgets"].values())
     for mode in result["modes"]:
         table.add_row(
@@ -162,9 +161,12 @@ def _between(bounds):
 
 
 def _told(mode):
-    parts = [f"breaks {option(name)}" for name in mode["breaks"]]
-    parts += [f"may break {option(name)}" for name in mode["may_break"]]
-    return ": ".join([mode["fits"], ", ".join(parts)]) if parts else mode["fits"]
+    parts = [
+        f"{word} {', '.join(KINDS[name].what for name in names)}"
+        for word, names in (("breaks", mode["breaks"]), ("risks", mode["may_break"]))
+        if names
+    ]
+    return ": ".join([mode["fits"], "; ".join(parts)]) if parts else mode["fits"]
 
 
 def _verdict(guess, given):
