@@ -89,13 +89,16 @@ class _Bars:
     """A bar for each thing that is counted, gone once it is done."""
 
     def __init__(self):
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._tasks = {}
 
@@ -137,6 +140,8 @@ def _print_accuracy(made):
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_lines=True,
+        collapse_padding=True,
+        pad_edge=False,
     )
     table.add_column("file", overflow="fold")
     for title, *_ in columns:

@@ -61,10 +61,10 @@ _LARGEST_BLOCK_BYTES = 1024
 _SMALLEST_BLOCK_BYTES = 32
 _BLOCKS = 32
 
-# Rows of logits that are float64 at once.
-_ROWS = 32
+# Numbers that are float64 at once: they should fit into a processor's cache.
+_FLOATS = 1 << 18
+_DRAWN_AT_ONCE = 1 << 20
 _MOST_NATS = 700.0  # whose exponential is still a number
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 # What is added up per block.
 _NATS, _TOKENS, _CORRECT, _DIVERGENCE, _AGREED = range(5)
@@ -243,22 +243,9 @@ def block_bootstrap(
     Reference: Efron and Tibshirani, "An Introduction to the Bootstrap", section 13.3.
     """
     totals = np.asarray(totals, np.float64)
-    count = len(totals)
-    if not count:
+    if not len(totals):
         raise InputError("A bootstrap expects at least one block. Received: none.")
-    generator = np.random.default_rng(seed)
-    drawn = []
-    at_once = max(1, (1 << 22) // count)
-    for first in range(0, samples, at_once):
-        # How often each block is drawn, `(draws, blocks)`.
-        times = generator.multinomial(
-            count, np.full(count, 1 / count), min(at_once, samples - first)
-        )
-        drawn.append(statistic(times @ totals))
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(np.concatenate(drawn), [tail, 100 - tail])
-    value = statistic(totals.sum(axis=0))
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    return _interval(totals.sum(axis=0), _drawn(totals, samples, seed), statistic)
 
 
 def evaluate_files(
@@ -311,7 +298,10 @@ def evaluate_files(
     def counted(what):
         return functools.partial(on_progress, what) if on_progress else None
 
+    # What costs nothing to see is seen before files are opened.
+    parsing.check_count(completions)
     names, compared = _names(paths, reference)
+    _check(names, compared, max_tokens, None, SAMPLES, seed)
     if corpus is None:
         runs = [path for path in names.values() if is_run(path)]
         corpus = runs[0] if runs else DEFAULT_CORPUS
@@ -490,19 +480,27 @@ def _chosen(blocks, reading, max_tokens, seed):
     counts = [reading.count(block) for block in blocks]
     if max_tokens is None or sum(counts) <= max_tokens:
         return blocks
-    # Steps of the golden ratio: however many are taken, they are spread evenly.
-    step = max(1, round(len(blocks) * _GOLDEN_RATIO))
-    while math.gcd(step, len(blocks)) != 1:
-        step += 1
-    place = int(np.random.default_rng(seed).integers(len(blocks)))
-    chosen, left = [place], max_tokens - counts[place]
-    while left > 0:
-        place = (place + step) % len(blocks)
-        if counts[place] > left:
+    order = _spread(len(blocks))
+    shift = int(np.random.default_rng(seed).integers(len(blocks)))
+    chosen, left = [], max_tokens
+    for place in order:
+        place = (place + shift) % len(blocks)
+        if chosen and counts[place] > left:
             break
         chosen.append(place)
         left -= counts[place]
     return [blocks[place] for place in sorted(chosen)]
+
+
+def _spread(count):
+    """Return 0 to `count - 1` so that the first of them, however many, lie evenly.
+
+    Reference: van der Corput, "Verteilungsfunktionen" (1935): counting with the bits
+    reversed.
+    """
+    bits = max(1, (count - 1).bit_length())
+    places = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
+    return [place for place in places if place < count]
 
 
 # What a model says of them
@@ -537,27 +535,32 @@ def _judge(logits, targets, wanted):
     """Add up what a block has: nats, tokens, correct, divergence, agreed."""
     sums = np.zeros(_SUMS)
     sums[_TOKENS] = len(targets)
-    for first in range(0, len(targets), _ROWS):
-        rows = slice(first, first + _ROWS)
-        found = _log_softmax(logits[rows])
+    at_once = max(1, _FLOATS // logits.shape[1])
+    for first in range(0, len(targets), at_once):
+        rows = slice(first, first + at_once)
+        found, _ = _log_softmax(logits[rows])
         best = found.argmax(axis=-1)
         sums[_NATS] -= found[np.arange(len(found)), targets[rows]].sum()
         sums[_CORRECT] += (best == targets[rows]).sum()
         if wanted is not None:
-            expected = _log_softmax(wanted[rows])
-            divergences = (np.exp(expected) * (expected - found)).sum(axis=-1)
+            expected, shares = _log_softmax(wanted[rows])
+            sums[_AGREED] += (best == expected.argmax(axis=-1)).sum()
+            expected -= found
+            divergences = np.einsum("nv,nv->n", shares, expected)
             # Rounding may leave less than nothing.
             sums[_DIVERGENCE] += np.maximum(divergences, 0).sum()
-            sums[_AGREED] += (best == expected.argmax(axis=-1)).sum()
     return sums
 
 
 def _log_softmax(logits):
-    """Return log-probabilities `(n, V)` float64."""
-    logits = logits.astype(np.float64)
-    logits -= logits.max(axis=-1, keepdims=True)
-    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    return logits
+    """Return log-probabilities and probabilities `(n, V)` float64."""
+    logs = logits.astype(np.float64)
+    logs -= logs.max(axis=-1, keepdims=True)
+    shares = np.exp(logs)
+    total = shares.sum(axis=-1, keepdims=True)
+    logs -= np.log(total)
+    shares /= total
+    return logs, shares
 
 
 def _has_tokens_of(subject, reference, name, on_notice):
@@ -586,7 +589,8 @@ def _summary(sums, reference, is_comparable, sizes, samples, seed):
     sizes = np.array(sizes, np.float64)[:, None]
     others = np.zeros((len(sums), 2)) if reference is None else reference
     totals = np.hstack([sums, others[:, [_NATS, _TOKENS]], sizes])
-    interval = functools.partial(block_bootstrap, totals, samples=samples, seed=seed)
+    drawn = _drawn(totals, samples, seed)
+    interval = functools.partial(_interval, totals.sum(axis=0), drawn)
 
     def per_token(quantity):
         return interval(lambda s: s[..., quantity] / s[..., _TOKENS])
@@ -610,6 +614,25 @@ def _summary(sums, reference, is_comparable, sizes, samples, seed):
         "top1_agreement": per_token(_AGREED) if is_comparable else None,
         "parsed": None,
     }
+
+
+def _drawn(totals, samples, seed):
+    """Return sums over blocks that are drawn with replacement, `(samples, ...)`."""
+    generator, count = np.random.default_rng(seed), len(totals)
+    sums, at_once = [], max(1, _DRAWN_AT_ONCE // count)
+    for first in range(0, samples, at_once):
+        draws = min(at_once, samples - first)
+        blocks = generator.integers(count, size=(draws, count))
+        places = (blocks + count * np.arange(draws)[:, None]).ravel()
+        times = np.bincount(places, minlength=draws * count).reshape(draws, count)
+        sums.append(times @ totals)
+    return np.concatenate(sums)
+
+
+def _interval(sums, drawn, statistic):
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(statistic(drawn), [tail, 100 - tail])
+    return {"value": float(statistic(sums)), "low": float(low), "high": float(high)}
 
 
 def _check(subjects, reference, max_tokens, block_bytes, samples, seed):

@@ -181,8 +181,8 @@ def _thinned(documents, most_bytes, name, say):
             kept_bytes = sum(map(_size_of, kept))
     if kept_bytes < all_bytes:
         say(
-            f"of {name}, {all_bytes / 1e6:,.1f} MB, every {stride}th document is read, "
-            f"{kept_bytes / 1e6:,.1f} MB"
+            f"{name} has {all_bytes / 1e6:,.1f} MB to judge by; one in {stride} of its "
+            f"documents is read, {kept_bytes / 1e6:,.1f} MB"
         )
     return kept
 

@@ -3,8 +3,8 @@
 A prompt is the beginning of a function of a held-out file, dedented: its signature
 and docstring, or its signature and the first line of its body. It ends before the
 line's end, because a model that reads the line break as a token of its own hardly
-ever indents what follows. A prompt counts only if it parses alone and its function
-goes on behind it.
+ever indents what follows. A prompt counts only if it parses alone, so that whatever
+fails is the model's own, and if its function goes on in a way that is accepted.
 
 The model writes up to so many tokens. What is written ends with its last complete
 line, and before the first line that stands at the margin: there the function's block
@@ -13,8 +13,8 @@ lines after the prompt's own is one of code: a model that writes nothing, a blan
 or a comment has not completed the function, and is refused and counted.
 
 The function's own text goes through the same, cut after as many of the model's
-tokens. Where these end within a statement, or a string reaches to the margin, it is
-refused as well: its share is what is to be reached, and is below 1.
+tokens. Where these end within a statement it is refused as well: its share is what
+is to be reached, and is below 1.
 """
 
 import ast
@@ -136,8 +136,7 @@ def find_prompts(documents, count: int = COUNT, seed: int = 0) -> list[Prompt]:
     Raises:
         InputError: `count` is too small, or there is no text.
     """
-    if count < 1:
-        raise InputError(f"`count` expects at least 1 completion. Received: {count}.")
+    check_count(count)
     documents = HeldOutText.of(documents).documents
     generator = np.random.default_rng([seed, 1])
     prompts = []
@@ -148,6 +147,19 @@ def find_prompts(documents, count: int = COUNT, seed: int = 0) -> list[Prompt]:
         if len(prompts) >= count:
             break
     return prompts[:count]
+
+
+def check_count(count: int) -> None:
+    """Refuse a number of completions that says nothing.
+
+    Raises:
+        InputError: It is less than 1.
+    """
+    if count < 1:
+        raise InputError(
+            f"`count` expects at least 1 completion. Received: {count}. Leave parsing "
+            "out, with parse=False or --no-parse, to have none."
+        )
 
 
 def is_accepted(prompt: str, written: str, is_whole: bool = False) -> bool:
@@ -257,9 +269,9 @@ def _prompt_of(lines, node):
     end = first.end_lineno if is_docstring else first.lineno
     length = end - node.lineno + 1
     prompt = Prompt("\n".join(own[:length]), "\n" + "\n".join(own[length:]))
-    if len(prompt.text) > _LONGEST_PROMPT or len(node.body) < 2:
+    if len(prompt.text) > _LONGEST_PROMPT or _parse(prompt.text) is None:
         return None
-    return prompt if _parse(prompt.text) and own[length:] else None
+    return prompt if is_accepted(prompt.text, prompt.rest, is_whole=True) else None
 
 
 def _parse(text):

@@ -1,0 +1,509 @@
+"""What is said of a file's accuracy is what its logits say, and how sure it is."""
+
+import itertools
+import math
+import types
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from gpt_tf.errors import InputError
+from gpt_tf.evaluation import accuracy
+from gpt_tf.evaluation.accuracy import (
+    block_bootstrap,
+    measure_accuracies,
+    measure_accuracy,
+)
+from gpt_tf.evaluation.subjects import KerasGPT
+from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
+
+LETTERS = "abcdefghij .\n\u00e9"
+CHARACTERS = CharacterTokenizer.train([LETTERS])
+CONTEXT = 16
+
+
+def text_of(length, seed=0):
+    letters = np.random.default_rng(seed).choice(list(LETTERS), length)
+    return "".join(letters)
+
+
+class Bigrams:
+    """A model whose logits are a table's row: what is read before has no influence.
+
+    It keeps which tokens it was asked for, and how many stood before each.
+    """
+
+    def __init__(self, seed, tokenizer=CHARACTERS, context_length=CONTEXT, table=None):
+        size = tokenizer.vocab_size
+        draws = np.random.default_rng(seed).normal(0, 2, (size, size))
+        self.table = draws.astype(np.float32) if table is None else table
+        self.config = {"vocab_size": size}
+        self.context_length = context_length
+        self.tokenizer = tokenizer
+        self.position = 0
+        self.asked = []
+
+    def reset(self):
+        self.position = 0
+
+    def prefill(self, ids):
+        self.position += len(ids)
+        assert self.position <= self.context_length
+
+    def logits(self, ids):
+        self.asked += [self.position + index for index in range(len(ids))]
+        self.prefill(ids)
+        return self.table[ids]
+
+
+def bigram_nats(table, texts, tokenizer=CHARACTERS):
+    """The nats of each token of texts, and its row of log-probabilities."""
+    exact = np.asarray(table, np.float64)
+    logs = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    ids = [[tokenizer.end_of_text_id, *tokenizer.encode(text)] for text in texts]
+    pairs = np.array([pair for row in ids for pair in itertools.pairwise(row)])
+    return -logs[pairs[:, 0], pairs[:, 1]], logs[pairs[:, 0]], pairs[:, 1]
+
+
+# What is measured
+
+
+def own_nats(model, ids, context=CONTEXT):
+    """The nats of a text in windows with half a context in common, by `model(...)`."""
+    nats, known = [], 0
+    while known < len(ids) - 1:
+        first = max(0, known - context // 2)
+        window = np.array(ids[first : first + context])
+        logits = model(window[None]).numpy()[0].astype(np.float64)
+        logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        for place in range(known - first, len(window)):
+            if first + place + 1 < len(ids):
+                nats.append(-logs[place, ids[first + place + 1]])
+        known = first + len(window)
+    return nats
+
+
+@pytest.fixture(scope="module")
+def model():
+    import tf_keras as keras
+
+    import gpt_tf
+
+    keras.utils.set_random_seed(3)
+    model = gpt_tf.GPTModel(CHARACTERS.vocab_size, 12, 1, 2, context_length=CONTEXT)
+    generator = np.random.default_rng(8)
+    for weight in model.weights:
+        weight.assign_add(generator.normal(0, 0.3, weight.shape))
+    return model
+
+
+def test_perplexity_is_that_of_the_models_own_logits(model):
+    texts = [text_of(45), text_of(9, seed=1)]
+    subject = KerasGPT(model, CHARACTERS)
+    found = measure_accuracy(subject, texts, block_bytes=1000, samples=10)
+    nats = [
+        nat
+        for text in texts
+        for nat in own_nats(model, [CHARACTERS.end_of_text_id, *map(ord_of, text)])
+    ]
+    perplexity = math.exp(np.mean(nats))
+    assert found["tokens"] == len(nats) == 54
+    assert found["perplexity"]["value"] == pytest.approx(perplexity, rel=1e-5)
+    size = len("".join(texts).encode())
+    assert found["bytes"] == size > 54
+    bits = sum(nats) / math.log(2) / size
+    assert found["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-5)
+    # The tolerance notices one weight among hundreds.
+    weight = model.weights[-1]
+    before = weight.numpy()
+    changed = before.copy()
+    changed.flat[0] += 0.01
+    weight.assign(changed)
+    again = measure_accuracy(subject, texts, block_bytes=1000, samples=10)
+    weight.assign(before)
+    assert again["perplexity"]["value"] != pytest.approx(perplexity, rel=1e-5)
+
+
+def ord_of(letter):
+    return CHARACTERS.encode(letter)[0]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 7, 40, 1000])
+def test_each_token_is_judged_once_with_half_a_context_before_it(block_bytes):
+    gpt = Bigrams(1)
+    text = text_of(150)
+    found = measure_accuracy(gpt, text, block_bytes=block_bytes)
+    assert found["tokens"] == len(gpt.asked) == 150
+    assert found["bytes"] == len(text.encode())
+    assert sorted(gpt.asked[:8]) == list(range(8))
+    assert min(gpt.asked[8:]) >= CONTEXT // 2
+    if block_bytes == 1000:
+        # As `EdgeGPT.score` reads: a full window, and then half windows.
+        assert gpt.asked == [*range(16), *(list(range(8, 16)) * 17)][:150]
+
+
+def test_numbers_are_those_of_numpy_however_the_text_is_cut():
+    texts = [text_of(200), text_of(33, seed=1), "a"]
+    ours, theirs = Bigrams(1), Bigrams(2)
+    nats, logs, targets = bigram_nats(ours.table, texts)
+    other_nats, other_logs, _ = bigram_nats(theirs.table, texts)
+    expected = {
+        "perplexity": math.exp(nats.mean()),
+        "perplexity_increase": math.exp(nats.mean()) / math.exp(other_nats.mean()) - 1,
+        "token_accuracy": (logs.argmax(1) == targets).mean(),
+        "divergence_nats": (np.exp(other_logs) * (other_logs - logs)).sum(1).mean(),
+        "top1_agreement": (logs.argmax(1) == other_logs.argmax(1)).mean(),
+    }
+    assert 0 < expected["token_accuracy"] < 1 and 0 < expected["top1_agreement"] < 1
+    for block_bytes in (3, 50, 1000):
+        found = measure_accuracy(
+            ours, texts, reference=theirs, block_bytes=block_bytes, samples=10
+        )
+        values = {part: found[part]["value"] for part in expected}
+        assert values == pytest.approx(expected, rel=1e-6)
+    ours.table[0, 0] += 0.01
+    found = measure_accuracy(ours, texts, reference=theirs, samples=10)
+    for part in ("perplexity", "perplexity_increase", "divergence_nats"):
+        assert found[part]["value"] != pytest.approx(expected[part], rel=1e-6)
+
+
+def test_contexts_of_other_lengths_are_compared_on_the_same_tokens():
+    ours, theirs = Bigrams(1, context_length=5), Bigrams(1, context_length=64)
+    found = measure_accuracy(ours, text_of(300), reference=theirs, samples=10)
+    assert found["perplexity_increase"]["value"] == pytest.approx(0, abs=1e-12)
+    assert found["divergence_nats"]["value"] == 0
+
+
+def test_a_model_is_equal_to_itself():
+    gpt = Bigrams(1)
+    found = measure_accuracies({"a": gpt, "b": Bigrams(2)}, "a", text_of(300))
+    itself, other = found["a"], found["b"]
+    for part, value in (
+        ("perplexity_increase", 0.0),
+        ("divergence_nats", 0.0),
+        ("top1_agreement", 1.0),
+    ):
+        assert itself[part] == {"value": value, "low": value, "high": value}
+        assert other[part]["value"] != value
+    alone = measure_accuracy(gpt, text_of(300))
+    assert alone["perplexity"] == itself["perplexity"]
+    for part in ("perplexity_increase", "divergence_nats", "top1_agreement", "parsed"):
+        assert alone[part] is None
+
+
+def test_the_reference_runs_once_for_all():
+    subjects = {name: Bigrams(seed) for seed, name in enumerate("abc")}
+    found = measure_accuracies(subjects, "b", text_of(100), block_bytes=30)
+    assert list(found) == ["a", "b", "c"]
+    assert {len(gpt.asked) for gpt in subjects.values()} == {100}
+    for name in "ac":
+        alone = measure_accuracy(
+            subjects[name], text_of(100), reference=subjects["b"], block_bytes=30
+        )
+        assert alone == found[name]
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return BPETokenizer.train([text_of(3000, seed=9)], 300)
+
+
+def test_other_tokens_are_compared_on_the_same_bytes(pieces):
+    text = [text_of(400), text_of(77, seed=4)]
+    ours, theirs = Bigrams(1, pieces), Bigrams(2)
+    notes = []
+    found = measure_accuracies(
+        {"ours": ours, "theirs": theirs},
+        "theirs",
+        text,
+        block_bytes=40,
+        on_notice=notes.append,
+    )
+    assert found["ours"]["tokens"] < found["theirs"]["tokens"] == 477
+    size = len("".join(text).encode())
+    assert found["ours"]["bytes"] == found["theirs"]["bytes"] == size
+    nats = bigram_nats(ours.table, text, pieces)[0].sum()
+    other = bigram_nats(theirs.table, text)[0].sum()
+    increase = found["ours"]["perplexity_increase"]["value"]
+    assert increase == pytest.approx(math.exp((nats - other) / 477) - 1, rel=1e-6)
+    assert found["ours"]["divergence_nats"] is found["ours"]["top1_agreement"] is None
+    assert found["theirs"]["top1_agreement"]["value"] == 1
+    assert len(notes) == 1 and notes[0].startswith("ours has another tokenizer")
+
+
+def test_a_larger_vocabulary_of_the_same_tokens_is_no_crash():
+    ours = Bigrams(1)
+    ours.config, ours.table = {"vocab_size": 20}, np.zeros((20, 20), np.float32)
+    notes = []
+    found = measure_accuracy(
+        ours, text_of(90), reference=Bigrams(2), on_notice=notes.append, name="ours"
+    )
+    assert found["divergence_nats"] is None and found["perplexity_increase"]
+    assert found["perplexity"]["value"] == pytest.approx(20)
+    assert "20 tokens where the reference has 15" in notes[0]
+
+
+def test_a_hopeless_model_has_a_finite_perplexity():
+    gpt = Bigrams(1, table=np.full((15, 15), -1e6, np.float32))
+    gpt.table[:, CHARACTERS.end_of_text_id] = 1e6
+    found = measure_accuracy(gpt, text_of(50), reference=Bigrams(2))
+    assert math.isfinite(found["perplexity"]["value"])
+    assert math.isfinite(found["perplexity_increase"]["high"])
+    assert found["token_accuracy"]["value"] == 0
+
+
+def test_a_file_and_its_model_are_judged_alike(model, tmp_path):
+    from gpt_tf.edge import EdgeGPT
+    from gpt_tf.export.litertlm import export_litertlm
+
+    options = {"mode": "float32", "prefill_lengths": (1, 8)}
+    export_litertlm(model, CHARACTERS, tmp_path / "gpt.litertlm", **options)
+    with EdgeGPT(tmp_path / "gpt.litertlm") as gpt:
+        found = measure_accuracies(
+            {"file": gpt, "model": KerasGPT(model, CHARACTERS)},
+            "model",
+            text_of(120),
+            block_bytes=40,
+        )
+        scores = gpt.score([CHARACTERS.end_of_text_id, *CHARACTERS.encode(text_of(60))])
+        whole = measure_accuracy(gpt, text_of(60), block_bytes=1000, samples=10)
+    file, keras = found["file"], found["model"]
+    for part in ("perplexity", "bits_per_byte", "token_accuracy"):
+        assert file[part] == pytest.approx(keras[part], rel=1e-5)
+    assert abs(file["perplexity_increase"]["value"]) < 1e-5
+    assert file["divergence_nats"]["value"] < 1e-9
+    assert file["top1_agreement"]["value"] == 1
+    # A block that is the whole text is read as `score` reads it.
+    assert whole["perplexity"]["value"] == pytest.approx(
+        math.exp(-scores.mean()), rel=1e-6
+    )
+
+
+# Blocks
+
+
+@hypothesis.given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=60), st.integers(1, 30)
+)
+def test_cuts_cover_all_bytes_between_tokens(sizes, block_bytes):
+    boundaries = np.cumsum(sizes)
+    cuts = list(accuracy._cuts(boundaries, block_bytes))
+    assert [start for start, _ in cuts] == [0, *(stop for _, stop in cuts[:-1])]
+    assert cuts[-1][1] == boundaries[-1]
+    assert {stop for _, stop in cuts} <= set(boundaries.tolist())
+    # Longer than asked for only where a token is.
+    assert all(stop - start <= max(block_bytes, max(sizes)) for start, stop in cuts)
+
+
+@pytest.mark.parametrize("max_tokens", [300, 1000, 3000])
+def test_a_budget_is_kept_and_spread_evenly(max_tokens):
+    text = accuracy.HeldOutText.of([text_of(4000, seed=i) for i in range(3)])
+    readings = accuracy._readings({"a": Bigrams(1)}, text)
+    blocks = accuracy._blocks(readings, 20)
+    places = {block: place for place, block in enumerate(blocks)}
+
+    def chosen(seed):
+        found = accuracy._chosen(blocks, readings["a"], max_tokens, seed)
+        return [places[block] for block in found]
+
+    found = chosen(0)
+    judged = sum(readings["a"].count(blocks[place]) for place in found)
+    assert max_tokens - 20 < judged <= max_tokens
+    gaps = np.diff([*found, found[0] + len(blocks)])
+    # At random the largest gap would be some six times the mean, and more.
+    assert gaps.min() > 0 and gaps.max() <= 2.5 * gaps.mean()
+    assert chosen(0) == found != chosen(1)
+    assert len(chosen(1)) == pytest.approx(len(found), rel=0.1)
+
+
+def test_a_budget_judges_no_more_than_it_says():
+    gpt = Bigrams(1)
+    texts = [text_of(4000)]
+    assert measure_accuracy(gpt, texts, max_tokens=500)["tokens"] <= 500
+    everything = measure_accuracy(gpt, texts, max_tokens=None)
+    assert everything["tokens"] == 4000
+    # Tokens fewer than a block's are a block.
+    found = measure_accuracy(gpt, texts, max_tokens=2, block_bytes=50)
+    assert found["blocks"] == 1 and 2 < found["tokens"] <= 50
+
+
+def test_one_block_has_no_interval_and_says_so():
+    notes = []
+    found = measure_accuracy(Bigrams(1), "abc", on_notice=notes.append)
+    assert found["blocks"] == 1 and "intervals" in notes[0]
+    assert found["perplexity"]["low"] == found["perplexity"]["value"]
+
+
+def test_a_seed_decides_everything():
+    def found(seed):
+        return measure_accuracy(
+            *(Bigrams(1), text_of(3000)),
+            reference=Bigrams(2),
+            max_tokens=600,
+            seed=seed,
+        )
+
+    assert found(4) == found(4)
+    assert found(4)["perplexity"] != found(5)["perplexity"]
+
+
+def test_progress_ends_with_all_blocks():
+    calls = []
+    subjects = {"a": Bigrams(1), "b": Bigrams(2)}
+    found = measure_accuracies(
+        subjects, None, text_of(500), on_progress=lambda *done: calls.append(done)
+    )
+    total = 2 * found["a"]["blocks"]
+    assert calls == [(done, total) for done in range(1, total + 1)]
+
+
+# Intervals
+
+
+def mean(sums):
+    return sums[..., 0] / sums[..., 1]
+
+
+def simulated(generator, blocks=60, length=20):
+    """Tokens whose mean is 3, and which resemble those of their block."""
+    values = 3 + generator.normal(0, 1, (blocks, 1)) * np.ones((1, length))
+    return values + generator.normal(0, 1, (blocks, length))
+
+
+def coverage(totals_of, rounds):
+    generator = np.random.default_rng(2)
+    hits = 0
+    for seed in range(rounds):
+        totals = totals_of(simulated(generator))
+        found = block_bootstrap(totals, mean, samples=300, seed=seed)
+        hits += found["low"] <= 3 <= found["high"]
+    return hits / rounds
+
+
+def test_an_interval_holds_the_truth_19_times_of_20():
+    by_block = coverage(
+        lambda values: np.stack(
+            [values.sum(1), np.full(len(values), values.shape[1])], 1
+        ),
+        rounds=150,
+    )
+    assert 0.88 <= by_block <= 0.99
+    # Drawn token by token, as if they were independent, it is far too narrow.
+    by_token = coverage(
+        lambda values: np.stack([values.ravel(), np.ones(values.size)], 1), rounds=50
+    )
+    assert by_token < 0.7
+
+
+def test_what_belongs_to_a_block_is_drawn_together():
+    # In each block both quantities are equal: so are they in each draw.
+    values = np.random.default_rng(1).normal(0, 1, 50)
+    found = block_bootstrap(
+        np.stack([values, values], 1), lambda s: s[..., 0] - s[..., 1]
+    )
+    assert found == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_the_bootstrap_is_that_of_drawing_blocks_one_by_one():
+    totals = np.random.default_rng(3).normal(2, 1, (25, 2)) + [0, 5]
+    generator = np.random.default_rng(4)
+    draws = [totals[generator.integers(0, 25, 25)].sum(0) for _ in range(20_000)]
+    low, high = np.percentile([mean(draw) for draw in draws], [2.5, 97.5])
+    found = block_bootstrap(totals, mean, samples=20_000)
+    assert found["value"] == pytest.approx(mean(totals.sum(0)))
+    width = high - low
+    assert abs(found["low"] - low) < 0.05 * width
+    assert abs(found["high"] - high) < 0.05 * width
+
+
+def test_many_blocks_are_drawn_in_parts(monkeypatch):
+    totals = np.random.default_rng(3).normal(2, 1, (40, 2))
+    at_once = block_bootstrap(totals, mean, samples=105)
+    monkeypatch.setattr(accuracy, "_DRAWN_AT_ONCE", 400)
+    assert block_bootstrap(totals, mean, samples=105) == pytest.approx(at_once)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 1000])
+def test_every_block_has_its_turn(count):
+    assert sorted(accuracy._spread(count)) == list(range(count))
+
+
+def test_a_paired_interval_is_far_narrower_than_one_of_each():
+    ours, theirs = Bigrams(1), Bigrams(1)
+    noise = np.random.default_rng(5).normal(0, 0.1, ours.table.shape)
+    ours.table = theirs.table + noise.astype(np.float32)
+    found = measure_accuracy(ours, text_of(6000), reference=theirs)
+    increase, own = found["perplexity_increase"], found["perplexity"]
+    assert increase["low"] < increase["value"] < increase["high"]
+    apart = (own["high"] - own["low"]) / own["value"]
+    assert increase["high"] - increase["low"] < 0.25 * apart
+    assert found["blocks"] >= 30
+
+
+# What cannot be used
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", {}, "expects text. Received"),
+        (" \n", {}, "expects text. Received"),
+        ([], {}, "expects text. Received"),
+        ("a", {}, "at least two tokens. Received: 1"),
+        ("abc?", {}, r"ours cannot read text.*lacks '\?'"),
+        ("abc", {"max_tokens": 1}, "`max_tokens` expects at least 2. Received: 1"),
+        ("abc", {"block_bytes": 0}, "`block_bytes` expects at least 1"),
+        ("abc", {"samples": 0}, "`samples` expects at least 1"),
+        ("abc", {"seed": -1}, "`seed` expects at least 0"),
+    ],
+)
+def test_what_cannot_be_judged_is_said(text, options, message):
+    with pytest.raises(InputError, match=message):
+        measure_accuracy(Bigrams(1), text, name="ours", **options)
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
+def test_spoilt_logits_are_an_error_that_names_the_file(spoilt):
+    gpt = Bigrams(1)
+    gpt.table[3, 5] = spoilt
+    subjects = {"good.litertlm": Bigrams(2), "bad.litertlm": gpt}
+    with pytest.raises(InputError, match=rf"bad\.litertlm.*finite.*{spoilt}"):
+        measure_accuracies(subjects, "good.litertlm", text_of(300))
+
+
+def test_a_subject_without_tokenizer_or_an_unknown_reference_is_refused():
+    gpt = Bigrams(1)
+    with pytest.raises(InputError, match=r"one of a, or None. Received: 'b'"):
+        measure_accuracies({"a": gpt}, "b", "abc")
+    with pytest.raises(InputError, match="at least one file"):
+        measure_accuracies({}, None, "abc")
+    with pytest.raises(InputError, match="at least one block"):
+        block_bootstrap(np.zeros((0, 2)), mean)
+    gpt.tokenizer = None
+    with pytest.raises(InputError, match=r"Judging a .*tokenizer"):
+        measure_accuracies({"a": gpt}, None, "abc")
+
+
+def test_a_tokenizer_that_changes_text_is_refused():
+    changing = types.SimpleNamespace(
+        encode_batch=lambda texts: [CHARACTERS.encode(text[1:]) for text in texts],
+        decode_bytes=CHARACTERS.decode_bytes,
+        **{
+            name: getattr(CHARACTERS, name)
+            for name in ("fingerprint", "end_of_text_id", "vocab_size")
+        },
+    )
+    with pytest.raises(InputError, match=r"gives back the text. Received: 2 of"):
+        measure_accuracy(Bigrams(1, changing), "abc")
+
+
+def test_without_an_end_of_text_token_a_line_break_stands_before():
+    for letters, before in ((LETTERS, [LETTERS.index("\n")]), ("ab", [0])):
+        tokenizer = CharacterTokenizer.train([letters], end_of_text=False)
+        if "\n" in letters:
+            before = tokenizer.encode("\n")
+        text = accuracy.HeldOutText.of("abba")
+        reading = accuracy._read(tokenizer, text, "a")
+        assert reading.ids[0].tolist() == [*before, *tokenizer.encode("abba")]

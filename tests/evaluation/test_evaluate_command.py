@@ -1,0 +1,162 @@
+"""`gpt-tf evaluate`: the accuracy of files, as a table and as a report."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gpt_tf import cli
+from gpt_tf.evaluation.accuracy import evaluate_files
+from gpt_tf.evaluation.report import entry_of, read_report
+
+SAVED = Path(__file__).parent.parent.parent / "saved_models"
+FILE = SAVED / "python-small.litertlm"
+
+CODE = """
+import json, sys
+from gpt_tf import cli
+try:
+    cli.main()
+finally:
+    print("\\0", json.dumps(sorted({"tensorflow", "tf_keras"} & set(sys.modules))))
+"""
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """Run the command in this process; return status, output and errors."""
+
+    def run(*arguments):
+        arguments = ["gpt-tf", "evaluate", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setenv("COLUMNS", "80")
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            status = error.code
+        written = capsys.readouterr()
+        return SimpleNamespace(status=status, out=written.out, err=written.err)
+
+    return run
+
+
+def test_a_file_is_evaluated_without_tensorflow(tmp_path):
+    options = ("--max-tokens", 600, "--completions", 5, "--out", tmp_path / "a.json")
+    result = subprocess.run(
+        [sys.executable, "-c", CODE, "evaluate", *map(str, [FILE, *options])],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": ":".join(sys.path), "PYTHONUTF8": "1", "COLUMNS": "100"},
+    )
+    output, _, imported = result.stdout.rpartition("\0")
+    assert (result.returncode, result.stderr, json.loads(imported)) == (0, "", [])
+    report = read_report(tmp_path / "a.json")
+    (entry,) = report["entries"]
+    found = entry["accuracy"]
+    assert (entry["name"], entry["mode"]) == (FILE.name, "dynamic_int8")
+    assert report["command"].startswith("gpt-tf evaluate ")
+    assert report["corpus"]["name"] == "python-stdlib"
+    assert report["corpus"]["tokens"] == found["tokens"] <= 600
+    perplexity = found["perplexity"]
+    # It knows Python: of 1024 tokens a blind model is at a loss for all.
+    assert 5 < perplexity["low"] < perplexity["value"] < perplexity["high"] < 60
+    assert found["parsed"]["count"] == 5 and found["perplexity_increase"] is None
+    assert f"{perplexity['value']:,.2f}" in output
+    assert f"{perplexity['low']:,.2f}" in output
+    assert "parsed" in output and "increase" not in output
+
+
+def test_files_are_compared_with_the_reference(evaluate, tmp_path):
+    other = tmp_path / "again.litertlm"
+    other.write_bytes(FILE.read_bytes())
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 40)
+    options = ("--corpus", text, "--whole", "--max-tokens", 200, "--out", tmp_path)
+    result = evaluate(other, "--reference", FILE, *options)
+    assert (result.status, result.err) == (0, "")
+    report = read_report(tmp_path)
+    assert report["reference"] == FILE.name
+    assert [entry["name"] for entry in report["entries"]] == [FILE.name, other.name]
+    # Beside the report a path is relative, so that both can be moved.
+    assert entry_of(report, other.name)["path"] == "again.litertlm"
+    found = entry_of(report, other.name)["accuracy"]
+    assert found["perplexity_increase"] == {"value": 0, "low": 0, "high": 0}
+    assert found["top1_agreement"]["value"] == 1 and found["parsed"] is None
+    assert report["corpus"]["split"] == "all"
+    for heading in ("increase", "agreed", "KL"):
+        assert heading in result.out
+    assert "parsed" not in result.out and "compared with" in result.out
+
+
+def test_the_same_seed_gives_the_same_numbers(evaluate, tmp_path):
+    code = "".join(
+        f"def f{index}(x):\n    y = x + {index}\n    return y\n\n"
+        for index in range(99)
+    )
+    (tmp_path / "code.py").write_text(code)
+    reports = []
+    for seed in (3, 3, 4):
+        options = ("--max-tokens", 300, "--completions", 3, "--seed", seed)
+        options += ("--corpus", tmp_path / "code.py", "--whole", "--out", tmp_path)
+        assert evaluate(FILE, *options).status == 0
+        reports.append(read_report(tmp_path)["entries"])
+    assert reports[0][0]["accuracy"]["parsed"]["count"] == 3
+    assert reports[0] == reports[1] != reports[2]
+
+
+def test_a_run_is_judged_by_its_own_text(trained):
+    notices = []
+    report = evaluate_files(
+        [trained.out], max_tokens=150, parse=False, on_notice=notices.append
+    )
+    (entry,) = report["entries"]
+    assert entry["kind"] == "keras" and entry["accuracy"]["parsed"] is None
+    assert report["corpus"]["split"] == "validation"
+    assert 100 < report["corpus"]["tokens"] <= 150
+    assert report["notes"] == notices and str(trained.out) in notices[0]
+
+
+def test_what_is_no_python_is_parsed_only_if_asked(evaluate, corpus_folder):
+    options = ("--corpus", corpus_folder, "--max-tokens", 60)
+    result = evaluate(FILE, *options, "--parse")
+    assert result.status == 0 and "has no Python functions" in result.out
+    result = evaluate(FILE, *options)
+    assert result.status == 0 and "parsed" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((FILE, "--corpus", "nowhere"), "nowhere"),
+        ((FILE, "--corpus", "EMPTY"), "empty"),
+        ((FILE, "--max-tokens", 1), "at least 2. Received: 1"),
+        ((FILE, "--completions", 0), "at least 1"),
+        ((FILE, FILE), "twice"),
+        (("missing.litertlm",), "missing.litertlm"),
+        ((FILE, "--reference", "missing.tflite"), "missing.tflite"),
+        ((FILE, "--corpus", FILE), "binary"),
+        ((FILE, "--seed", -1), "at least 0"),
+    ],
+)
+def test_what_it_cannot_use_is_one_line_and_status_2(
+    evaluate, tmp_path, options, message
+):
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    result = evaluate(*(empty if option == "EMPTY" else option for option in options))
+    assert result.status == 2 and result.out == ""
+    assert result.err.startswith("gpt-tf: ") and result.err.count("\n") == 1
+    assert message in result.err
+
+
+def test_a_model_without_tokenizer_is_named(evaluate, trained, tmp_path):
+    path = tmp_path / "model.keras"
+    path.write_bytes((trained.out / "model" / "model.keras").read_bytes())
+    result = evaluate(path)
+    assert result.status == 2 and "Judging model.keras" in result.err
+    assert "tokenizer.json" in result.err
