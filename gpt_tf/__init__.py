@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AdamW": "gpt_tf.models.optimizer",
+    "AugmentationConfig": "gpt_tf.text.augment",
+    "BPEDropout": "gpt_tf.text.augment",
     "BPETokenizer": "gpt_tf.text.tokenizer",
     "CharacterTokenizer": "gpt_tf.text.tokenizer",
     "DistillationConfig": "gpt_tf.distillation.config",

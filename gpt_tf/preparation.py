@@ -34,6 +34,7 @@ from gpt_tf.runs import (
 )
 from gpt_tf.text import corpus as corpora
 from gpt_tf.text import tokenizer as tokenizers
+from gpt_tf.text.augment import AugmentationConfig
 from gpt_tf.text.dataset import TokenFile, Windows, write_token_file
 
 # What a run that starts from a model takes from it, whatever its configuration says.
@@ -65,6 +66,8 @@ def prepare(config, out, overwrite, notice):
     try:
         _check_losses(config, start)
         tokenizer = start.tokenizer or _prepare_tokenizer(config, text, notice)
+        AugmentationConfig.of(config.augmentation).check_fits(tokenizer)
+        _check_writer(start, tokenizer)
         if config.sample_every and not tokenizer.encode(config.sample_prompt):
             raise InputError(
                 "`sample_prompt` expects at least one token. "
@@ -73,7 +76,7 @@ def prepare(config, out, overwrite, notice):
         tokenizer.save(staging)
         if source is None:
             _encode(text, tokenizer, staging / "data", notice)
-            _add_written_text(config, start, text, staging / "data", notice)
+            _add_written_text(config, start, text, tokenizer, staging, notice)
             corpus = text.describe()
         else:
             notice(f"taking the tokens of the run {source.name}")
@@ -140,13 +143,15 @@ class _Start:
         tokenizer: Its tokenizer, or None.
         teacher: The teacher that a student learns from, or None.
         teacher_tokenizer: The teacher's tokenizer, or None.
-        made_from: SHA-256 of the files of both, by role.
+        writer: A teacher that only writes text to be read, and its tokenizer, or None.
+        made_from: SHA-256 of the files of all, by role.
     """
 
     model: keras.Model | None = None
     tokenizer: tokenizers.Tokenizer | None = None
     teacher: keras.Model | None = None
     teacher_tokenizer: tokenizers.Tokenizer | None = None
+    writer: tuple[keras.Model, tokenizers.Tokenizer] | None = None
     made_from: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -161,6 +166,13 @@ def _load_start(config):
         model, tokenizer = _load_with_tokenizer(config.init_from)
         made_from = {"model": files.sha256_of(model_file(config.init_from))}
         start = _Start(model, tokenizer, made_from=made_from)
+    writer = AugmentationConfig.of(config.augmentation).teacher
+    if writer is not None:
+        pair = _load_with_tokenizer(writer)
+        _warn_of_untrained(pair[0])
+        sha256 = files.sha256_of(model_file(writer))
+        made_from = {**start.made_from, "writer": sha256}
+        start = dataclasses.replace(start, writer=pair, made_from=made_from)
     if config.distillation is None:
         return start
     wanted = DistillationConfig.of(config.distillation)
@@ -255,13 +267,15 @@ def _with_shape_of(model, config):
 def _source_with_this_text(config, tokenizer):
     """Return the run whose token files are those that this run wants, or None."""
     wanted = DistillationConfig.of(config.distillation)
-    if wanted.written_tokens:
+    if _written_tokens(config):
         return None
     for folder in (config.init_from, wanted.teacher):
         folder = Path(folder or "")
         if not (folder / "run.json").is_file() or not str(folder.name):
             continue
         before = read_run(folder)
+        if AugmentationConfig.of(before.augmentation).written_tokens:
+            continue
         same = ("corpus", "validation_fraction")
         if any(getattr(before, name) != getattr(config, name) for name in same):
             continue
@@ -271,28 +285,50 @@ def _source_with_this_text(config, tokenizer):
     return None
 
 
-def _add_written_text(config, start, text, folder, notice):
-    """Write the training tokens anew, with text of the teacher after the real one."""
-    wanted = DistillationConfig.of(config.distillation)
-    if not wanted.written_tokens:
+def _check_writer(start, tokenizer):
+    """Refuse a teacher that may write what the tokenizer cannot read."""
+    if start.writer is None or tokenizer.kind == "bpe":
         return
+    if start.writer[1].fingerprint() != tokenizer.fingerprint():
+        raise InputError(
+            "`written_tokens` expects a bpe tokenizer, or the teacher's own: a teacher "
+            "may write characters that others lack. Received: another "
+            f"{tokenizer.kind} tokenizer than the teacher's. Use its tokenizer.json."
+        )
+
+
+def _written_tokens(config):
+    """Return how many tokens a teacher is to write before training."""
+    augmentation = AugmentationConfig.of(config.augmentation)
+    distillation = DistillationConfig.of(config.distillation)
+    return augmentation.written_tokens or distillation.written_tokens
+
+
+def _add_written_text(config, start, text, tokenizer, staging, notice):
+    """Write the training tokens anew, with text of the teacher after the real one."""
+    count = _written_tokens(config)
+    if not count:
+        return
+    folder = staging / "data"
     real = TokenFile.open(folder / "train.tokens")
-    notice(f"the teacher writes {wanted.written_tokens:,} tokens")
+    teacher, reads = start.writer or (start.teacher, start.teacher_tokenizer)
+    if reads.fingerprint() != tokenizer.fingerprint():
+        path = staging / reads.fingerprint() / "train.tokens"
+        real = write_token_file(path, text.documents("train"), reads)
+    notice(f"the teacher writes {count:,} tokens")
     written = list(
         written_documents(
-            start.teacher,
-            start.teacher_tokenizer,
+            teacher,
+            reads,
             real.tokens,
-            wanted.written_tokens,
-            prompt_length=min(16, start.teacher.context_length // 2),
+            count,
+            prompt_length=min(16, teacher.context_length // 2),
             seed=config.seed,
         )
     )
     facts = {"corpus": text.name, "split": "train", "written_documents": len(written)}
     documents = itertools.chain(text.documents("train"), written)
-    both = write_token_file(
-        folder / "train.tokens", documents, start.tokenizer, facts=facts
-    )
+    both = write_token_file(folder / "train.tokens", documents, tokenizer, facts=facts)
     notice(f"train: {both.count:,} tokens, those of the teacher among them")
 
 
@@ -301,6 +337,12 @@ def _check_losses(config, start):
     if start.teacher is None or not start.reads_other_tokens:
         return
     wanted = DistillationConfig.of(config.distillation)
+    if config.augmentation is not None:
+        raise InputError(
+            "`augmentation` expects a teacher that reads the student's tokens. "
+            "Received: two tokenizers, for which the teacher's knowledge is stored. "
+            "Leave it out, or keep the vocabulary."
+        )
     for name in ("on_policy_fraction", "written_tokens"):
         if getattr(wanted, name):
             raise InputError(

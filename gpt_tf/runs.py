@@ -28,6 +28,7 @@ from gpt_tf.parallel.pipeline import SCHEDULES
 from gpt_tf.parallel.sequence import MeshGPT
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.text import tokenizer as tokenizers
+from gpt_tf.text.augment import AugmentationConfig
 from gpt_tf.text.dataset import Windows
 
 # Fields that say where a step is computed and not what: a run that goes on may have
@@ -101,6 +102,9 @@ class TrainingConfig(Configuration):
             becomes quantisation-aware before it is trained. None leaves it as it is.
         distillation: Fields of a `DistillationConfig`: the model of `init_from`, or one
             cut from the teacher, learns from the teacher. None learns from text alone.
+        augmentation: Fields of an `AugmentationConfig`: the training text is read
+            otherwise in each epoch. None only shifts its windows. Validation reads the
+            text as it stands.
     """
 
     corpus: str | tuple[str, ...] = "python-stdlib"
@@ -141,6 +145,7 @@ class TrainingConfig(Configuration):
     init_from: str | None = None
     quantization: dict | None = None
     distillation: dict | None = None
+    augmentation: dict | None = None
 
     def __post_init__(self):
         if not isinstance(self.corpus, str):
@@ -212,6 +217,25 @@ class TrainingConfig(Configuration):
             self._check("init_from", source, "that names a trained model")
             fields = QuantizationConfig.of(self.quantization).get_config()
             object.__setattr__(self, "quantization", fields)
+        if self.augmentation is not None:
+            self._check_augmentation()
+
+    def _check_augmentation(self):
+        """Refuse what a teacher cannot follow."""
+        wanted = AugmentationConfig.of(self.augmentation)
+        object.__setattr__(self, "augmentation", wanted.get_config())
+        if self.distillation is None:
+            return
+        if self.distillation["knowledge"] is not None:
+            raise InputError(
+                "Stored knowledge is of the text as it stood. Received: `augmentation` "
+                "beside it. Let the teacher run along, or leave out one of the two."
+            )
+        if wanted.written_tokens:
+            raise InputError(
+                "In distillation it is the student's teacher that writes. Received: "
+                "`written_tokens` in `augmentation`. Give it in `distillation`."
+            )
 
     def _check_division(self):
         """Refuse what does not go with layers, weights or positions in parts."""
@@ -316,13 +340,17 @@ def read_run(out):
         ) from None
 
 
-def windows_of(token_file, config, shuffle):
+def windows_of(token_file, config, shuffle, tokenizer=None):
+    """Return a run's windows; those to train on are augmented, given a tokenizer."""
+    is_augmented = shuffle and tokenizer is not None
     return Windows(
         token_file,
         config.context_length,
         config.batch_size,
         seed=config.seed,
         shuffle=shuffle,
+        augmentation=config.augmentation if is_augmented else None,
+        tokenizer=tokenizer if is_augmented else None,
     )
 
 

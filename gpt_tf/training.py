@@ -257,7 +257,8 @@ def quantize(
 
     Ranges are calibrated on the training text first. Then weights and ranges are
     trained for a tenth of the steps of the source's run, from a twentieth of its
-    learning rate down to 0; `changes` say otherwise. The text is the source's.
+    learning rate down to 0; `changes` say otherwise. The text is the source's, read as
+    it stands unless `augmentation` is among the changes.
 
     Args:
         source: A run's folder, or that of a model or a `.keras` file, for which
@@ -338,6 +339,7 @@ def _course_after(source, quantization, changes):
         "init_from": str(Path(source).absolute()),
         "quantization": quantization,
         "distillation": None,
+        "augmentation": None,
     }
     return dataclasses.replace(before, **{**course, **changes})
 
@@ -359,7 +361,8 @@ def distil(
     """Train a small GPT on a text and on what a large one makes of it.
 
     The student is cut from the teacher, or is the model of `init_from`. The course is
-    that of the teacher's run, and so is the text; `changes` say otherwise.
+    that of the teacher's run, and so is the text, but for its augmentation; `changes`
+    say otherwise.
 
     Args:
         teacher: The run's folder of the teacher, or that of a model or a `.keras`
@@ -406,6 +409,7 @@ def distil(
         knowledge=wanted.knowledge and str(Path(wanted.knowledge).absolute()),
     )
     course = {"init_from": None, "quantization": None, "patience": 0, "dropout": 0.0}
+    course["augmentation"] = None
     course["distillation"] = wanted.get_config()
     config = dataclasses.replace(before, **{**course, **changes})
     return train(config, out, **options)
@@ -447,7 +451,13 @@ def extract_knowledge(
     path_of_teacher = str(Path(teacher).absolute())
     wanted = DistillationConfig(teacher=path_of_teacher, vocab_size=vocab_size)
     config = dataclasses.replace(
-        before, **{"distillation": wanted.get_config(), "init_from": None, **changes}
+        before,
+        **{
+            "distillation": wanted.get_config(),
+            "init_from": None,
+            "augmentation": None,
+            **changes,
+        },
     )
     return preparation.store_knowledge(
         config,
@@ -567,6 +577,7 @@ class _Run:
                 TokenFile.open(out / "data" / f"{split}.tokens"),
                 config,
                 shuffle=split == "train",
+                tokenizer=self.tokenizer,
             )
             for split in ("train", "validation")
         }

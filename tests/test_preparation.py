@@ -1,17 +1,19 @@
 """Students from teachers' runs: what is prepared, trained, resumed and refused."""
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
 
-from gpt_tf import files, training
+from gpt_tf import files, preparation, training
 from gpt_tf.distillation.distiller import DistillationWarning
 from gpt_tf.distillation.knowledge import KnowledgeStore
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.runs import load_model, read_run
-from gpt_tf.text.tokenizer import BPETokenizer
+from gpt_tf.text.dataset import TokenFile
+from gpt_tf.text.tokenizer import BPETokenizer, load_tokenizer
 
 COURSE = {
     "steps": 6,
@@ -146,6 +148,77 @@ def test_text_of_the_teacher_is_added_to_the_real_one(trained, tmp_path):
     assert manifest["written_documents"] > 0
 
 
+def prepare(trained, out, **changes):
+    """Prepare a run on the tiny teacher's text, without training it."""
+    config = dataclasses.replace(
+        training.PRESETS["tiny"],
+        corpus=read_run(trained.out).corpus,
+        **{"vocab_size": 300, **changes},
+    )
+    preparation.prepare(config, out, False, lambda line: None)
+    return {
+        split: TokenFile.open(out / "data" / f"{split}.tokens").tokens
+        for split in ("train", "validation")
+    }
+
+
+@pytest.mark.parametrize("vocab_size", [300, 280], ids=["same", "another"])
+def test_text_of_a_teacher_is_read_without_distillation(trained, tmp_path, vocab_size):
+    wanted = {"teacher": str(trained.out), "written_tokens": 120}
+    runs = [
+        prepare(trained, tmp_path / name, vocab_size=vocab_size, augmentation=fields)
+        for name, fields in {"real": None, "both": wanted}.items()
+    ]
+    real, both = (run["train"] for run in runs)
+    np.testing.assert_array_equal(both[: len(real)], real)
+    assert 60 < len(both) - len(real) < 600
+    np.testing.assert_array_equal(*(run["validation"] for run in runs))
+    out = tmp_path / "both"
+    assert both.max() < load_tokenizer(out).vocab_size == vocab_size
+    facts = files.read_json(out / "run.json")["made_from"]
+    assert facts["writer"] == files.sha256_of(trained.out / "model" / "model.keras")
+
+
+def test_text_of_a_teacher_is_not_taken_for_real_text(trained, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    trained.tokenizer.save(source)
+    run = files.read_json(trained.out / "run.json")
+    config = dataclasses.replace(read_run(trained.out), init_from=str(source))
+    found = []
+    for fields in (None, {"teacher": str(trained.out), "written_tokens": 9}):
+        run["config"]["augmentation"] = fields
+        files.write_json(source / "run.json", run)
+        found.append(preparation._source_with_this_text(config, trained.tokenizer))
+    assert found == [source, None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bpe_dropout": 0.1}, "expects a bpe tokenizer, whose merges"),
+        ({"written_tokens": 9}, "expects a bpe tokenizer, or the teacher's own"),
+        ({"written_tokens": 9, "teacher": "nowhere"}, "trained model at nowhere"),
+    ],
+)
+def test_what_cannot_be_read_by_characters_is_refused_and_nothing_written(
+    trained, tmp_path, fields, message
+):
+    if "written_tokens" in fields:
+        fields = {"teacher": str(trained.out), **fields}
+    with pytest.raises(InputError, match=message):
+        prepare(trained, tmp_path / "run", tokenizer="character", augmentation=fields)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_may_learn_from_augmented_text(trained, student, tmp_path):
+    fields = {"bpe_dropout": 0.2, "token_replacement": 0.2, "mix_documents": 0.5}
+    result = distil(trained, tmp_path / "noisy", augmentation=fields)
+    pairs = zip(result.model.get_weights(), student.model.get_weights(), strict=True)
+    assert max(np.abs(a - b).max() for a, b in pairs) > 1e-5
+    assert np.isfinite(result.validation_loss)
+
+
 def test_a_student_may_be_made_ready_for_integers_at_once(trained, tmp_path):
     result = distil(trained, tmp_path / "student", quantization={})
     assert result.model.is_calibrated
@@ -231,6 +304,17 @@ def test_another_teacher_in_its_place_is_noticed(trained, student, tmp_path):
         ({"vocab_size": 280, "written_tokens": 50}, {}, "`written_tokens`"),
         ({"vocab_size": 280, "on_policy_fraction": 0.5}, {}, "`on_policy_fraction`"),
         ({"vocab_size": 280, "loss": "hidden_states"}, {}, "stored knowledge"),
+        ({"vocab_size": 280}, {"augmentation": {}}, "two tokenizers"),
+        (
+            {"knowledge": "nowhere"},
+            {"augmentation": {"bpe_dropout": 0.1}},
+            "as it stood",
+        ),
+        (
+            {},
+            {"augmentation": {"teacher": "a", "written_tokens": 9}},
+            "Give it in `distillation`",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_written(

@@ -16,6 +16,7 @@ import tf_keras as keras
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
 from gpt_tf.models import decoding
+from gpt_tf.runs import read_run
 from gpt_tf.training import (
     PRESETS,
     TrainingConfig,
@@ -24,6 +25,13 @@ from gpt_tf.training import (
     quantize,
     train,
 )
+
+AUGMENTATION = {
+    "bpe_dropout": 0.2,
+    "token_dropout": 0.1,
+    "token_replacement": 0.1,
+    "mix_documents": 0.3,
+}
 
 
 @pytest.fixture
@@ -95,12 +103,17 @@ def test_resumed_weights_are_bit_equal(tiny, tmp_path, interrupt_after, step):
 
 
 @pytest.mark.parametrize(
-    "precision",
-    ["float32", pytest.param("mixed_float16", marks=pytest.mark.slow)],
+    "changes",
+    [
+        {},
+        pytest.param({"precision": "mixed_float16"}, marks=pytest.mark.slow),
+        pytest.param({"augmentation": AUGMENTATION}, marks=pytest.mark.slow),
+    ],
+    ids=["float32", "mixed_float16", "augmented"],
 )
-def test_resume_after_kill_9_is_bit_equal(tiny, tmp_path, precision):
+def test_resume_after_kill_9_is_bit_equal(tiny, tmp_path, changes):
     config = dataclasses.replace(
-        tiny, checkpoint_every=3, steps=60, validate_every=30, precision=precision
+        tiny, checkpoint_every=3, steps=60, validate_every=30, **changes
     )
     whole = run(config, tmp_path / "whole")
     out = tmp_path / "cut"
@@ -360,6 +373,8 @@ def test_a_tampered_model_is_refused(tiny, tmp_path):
         {"learning_rate": -1},
         {"batch_size": 6, "gradient_accumulation_steps": 4},
         {"validation_fraction": 1.0},
+        {"augmentation": {"bpe_dropout": 1.0}},
+        {"augmentation": {"dropout": 0.1}},
     ],
 )
 def test_impossible_configurations_are_refused(changes):
@@ -383,6 +398,128 @@ def test_training_is_silent_when_asked(tiny, tmp_path, capsys):
         warnings.simplefilter("error")
         run(tiny, tmp_path / "run")
     assert capsys.readouterr().out == ""
+
+
+# Augmentation
+
+
+@pytest.fixture
+def augmented(tiny):
+    """An augmented configuration of twelve steps."""
+    return dataclasses.replace(
+        tiny,
+        augmentation=AUGMENTATION,
+        steps=12,
+        validate_every=6,
+        checkpoint_every=2,
+        jit_compile="off",
+    )
+
+
+def test_an_augmented_run_is_resumed_bit_for_bit(augmented, tmp_path, interrupt_after):
+    whole = run(augmented, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(augmented, tmp_path / "cut", callbacks=[interrupt_after(5)])
+    again = run(None, tmp_path / "cut", resume=True)
+    for one, other in zip(
+        whole.model.get_weights(), again.model.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_validation_reads_the_text_as_it_stands(augmented, tmp_path):
+    """Of weights that hardly move, so that only what is read makes a difference."""
+    still = {"learning_rate": 1e-12, "weight_decay": 0.0, "dropout": 0.0}
+    still |= {"steps": 6, "checkpoint_every": 0}
+    config = dataclasses.replace(augmented, **still)
+    noisy = run(config, tmp_path / "noisy").history["validations"][0]
+    config = dataclasses.replace(config, augmentation=None)
+    plain = run(config, tmp_path / "plain").history["validations"][0]
+    assert noisy["loss"] == pytest.approx(plain["loss"], abs=1e-6)
+    assert abs(noisy["train_loss"] - plain["train_loss"]) > 1e-5
+
+
+def test_a_run_of_before_there_was_augmentation_can_be_read(trained, tmp_path):
+    run_json = files.read_json(trained.out / "run.json")
+    assert run_json["config"].pop("augmentation") is None
+    files.write_json(tmp_path / "run.json", run_json)
+    assert read_run(tmp_path) == read_run(trained.out)
+
+
+def test_an_augmented_run_is_told_from_another(augmented, tmp_path):
+    short = dataclasses.replace(augmented, steps=2, validate_every=2)
+    run(short, tmp_path / "run")
+    again = run(short, tmp_path / "run", resume_or_start=True)
+    assert again.history["validations"][0]["step"] == 2
+    other = dataclasses.replace(short, augmentation={"bpe_dropout": 0.3})
+    with pytest.raises(InputError, match="augmentation"):
+        run(other, tmp_path / "run", resume_or_start=True)
+
+
+def test_what_starts_from_an_augmented_run_reads_the_text_as_it_stands(
+    augmented, tmp_path, monkeypatch
+):
+    from gpt_tf import training
+
+    files.write_json(
+        tmp_path / "run.json", {"config": dataclasses.asdict(augmented), "kind": "run"}
+    )
+    seen = []
+    monkeypatch.setattr(training, "train", lambda config, *_, **__: seen.append(config))
+    for start in (training.quantize, training.distil):
+        start(tmp_path, tmp_path / "new")
+        start(tmp_path, tmp_path / "new", augmentation={"bpe_dropout": 0.1})
+    found = [config.augmentation for config in seen]
+    assert found[0] is found[2] is None
+    assert [fields["bpe_dropout"] for fields in found[1::2]] == [0.1, 0.1]
+
+
+def command_line(monkeypatch, *arguments):
+    """Return the changes of a course that a command asks for."""
+    from typer.testing import CliRunner
+
+    from gpt_tf import training
+    from gpt_tf.cli import app
+
+    class Told(Exception):
+        pass
+
+    def tell(*_, **options):
+        raise Told(options)
+
+    monkeypatch.setattr(training, arguments[0], tell)
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, Told), result.output
+    return result.exception.args[0]
+
+
+COMMON = (
+    *("--bpe-dropout", "0.1", "--token-dropout", "0.2", "--token-replacement", "0.3"),
+    *("--replacement", "uniform", "--mix-documents", "0.4", "--no-random-offsets"),
+)
+FIELDS = {
+    "bpe_dropout": 0.1,
+    "token_dropout": 0.2,
+    "token_replacement": 0.3,
+    "replacement": "uniform",
+    "mix_documents": 0.4,
+    "random_offsets": False,
+}
+
+
+def test_the_command_line_has_every_switch(monkeypatch):
+    writer = ("--teacher", "runs/t", "--written-tokens", "50")
+    found = command_line(monkeypatch, "train", *COMMON, *writer)
+    assert found["augmentation"] == {
+        **FIELDS,
+        "teacher": "runs/t",
+        "written_tokens": 50,
+    }
+    assert not {*FIELDS, "teacher", "written_tokens"} & found.keys()
+    found = command_line(monkeypatch, "distil", "--teacher", "runs/t", *COMMON)
+    assert found["augmentation"] == FIELDS
+    for name in ("train", "distil"):
+        assert "augmentation" not in command_line(monkeypatch, name)
 
 
 # Starting from a trained model, quantisation-aware

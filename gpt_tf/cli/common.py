@@ -70,6 +70,28 @@ Strategy = Annotated[
 VirtualDevices = Annotated[
     int | None, typer.Option(help="Split the CPU into so many logical devices.")
 ]
+BPEDropout = Annotated[
+    float | None,
+    typer.Option(help="Share of merges left out: the same text in other tokens."),
+]
+TokenDropout = Annotated[
+    float | None, typer.Option(help="Share of input tokens that are blanked.")
+]
+TokenReplacement = Annotated[
+    float | None, typer.Option(help="Share of input tokens exchanged for others.")
+]
+Replacement = Annotated[
+    str | None,
+    typer.Option(help="For tokens as frequent as in the text, unigram; or uniform."),
+]
+MixDocuments = Annotated[
+    float | None,
+    typer.Option(help="Share of windows that go on with another place of the text."),
+]
+RandomOffsets = Annotated[
+    bool | None,
+    typer.Option(help="Cut windows at other places in each epoch; the default."),
+]
 SourceCorpus = Annotated[
     list[str] | None,
     typer.Option(help="As for train; the source's own. May be repeated."),
@@ -87,6 +109,19 @@ def given_of(given, others=()):
         paths = changes["corpus"]
         changes["corpus"] = paths[0] if len(paths) == 1 else tuple(paths)
     return changes
+
+
+# The options above that are fields of an `AugmentationConfig`.
+AUGMENTATION = (
+    *("bpe_dropout", "token_dropout", "token_replacement", "replacement"),
+    *("mix_documents", "random_offsets"),
+)
+
+
+def augmentation_of(given, names=AUGMENTATION):
+    """Return the augmentation that the command line gave, as a change of a course."""
+    fields = {name: given[name] for name in names if given[name] is not None}
+    return {"augmentation": fields} if fields else {}
 
 
 def notice(line):

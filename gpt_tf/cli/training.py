@@ -7,17 +7,25 @@ from typing import Annotated
 import typer
 
 from gpt_tf.cli.common import (
+    AUGMENTATION,
     BatchSize,
+    BPEDropout,
     CheckpointEvery,
     JoinTimeout,
+    MixDocuments,
     Overwrite,
+    RandomOffsets,
+    Replacement,
     Resume,
     ResumeOrStart,
     SourceCorpus,
     Strategy,
+    TokenDropout,
+    TokenReplacement,
     ValidateEvery,
     VirtualDevices,
     app,
+    augmentation_of,
     given_of,
     import_tensorflow,
     notice,
@@ -121,9 +129,24 @@ def train(
     init_from: Annotated[
         str | None, typer.Option(help="Trained run or model to go on from.")
     ] = None,
+    bpe_dropout: BPEDropout = None,
+    token_dropout: TokenDropout = None,
+    token_replacement: TokenReplacement = None,
+    replacement: Replacement = None,
+    mix_documents: MixDocuments = None,
+    random_offsets: RandomOffsets = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Trained run or model that writes text to read.")
+    ] = None,
+    written_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of text that the teacher writes first.")
+    ] = None,
 ):
     """Train a GPT on text and leave a folder to generate from."""
-    changes = given_of(locals(), ("out", "preset", *_NOT_OF_THE_COURSE))
+    given = dict(locals())
+    augmentation = (*AUGMENTATION, "teacher", "written_tokens")
+    changes = given_of(given, ("out", "preset", *augmentation, *_NOT_OF_THE_COURSE))
+    changes |= augmentation_of(given, augmentation)
     import_tensorflow()
     from gpt_tf import training
     from gpt_tf.display import print_result
@@ -300,8 +323,15 @@ def distil(
     seed: Annotated[
         int | None, typer.Option(help="Of fresh weights and of the data's order.")
     ] = None,
+    bpe_dropout: BPEDropout = None,
+    token_dropout: TokenDropout = None,
+    token_replacement: TokenReplacement = None,
+    replacement: Replacement = None,
+    mix_documents: MixDocuments = None,
+    random_offsets: RandomOffsets = None,
 ):
     """Train a small student on what a large teacher knows, or store that first."""
+    augmentation = augmentation_of(locals())
     wanted = {
         "num_layers": student_layers,
         "embedding_dim": student_embedding_dim,
@@ -352,7 +382,7 @@ def distil(
             )
         print_knowledge(store)
         return
-    changes = given_of(course)
+    changes = given_of(course) | augmentation
     if quantize:
         changes["quantization"] = QuantizationConfig().get_config()
     result = training.distil(

@@ -15,7 +15,9 @@ import tensorflow as tf
 
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.text.augment import AugmentationConfig, Augmenter
 from gpt_tf.text.corpus import Document
+from gpt_tf.text.randomness import permute
 from gpt_tf.text.tokenizer import Tokenizer
 
 # Text encoded at once, and the longest part of it that one thread encodes: they
@@ -196,9 +198,9 @@ class Windows:
     """Batches of windows over tokens, each batch a function of its step.
 
     With `shuffle`, each epoch shifts all windows by a random offset and visits them
-    in a random order, computed without a table of all windows. Without, windows
-    follow each other, every token is the target once, and the end is padded with
-    tokens of weight 0.
+    in a random order, computed without a table of all windows; with `augmentation`
+    it reads them otherwise, too. Without `shuffle`, windows follow each other, every
+    token is the target once, and the end is padded with tokens of weight 0.
 
     Args:
         tokens: A `TokenFile` or integer ids `(N,)`.
@@ -209,6 +211,9 @@ class Windows:
         drop_remainder: Whether a shuffled epoch leaves out the windows that do not
             fill its last batch. If not, that batch is filled up with windows of
             weight 0, as it always is without `shuffle`.
+        augmentation: An `AugmentationConfig`, or a dict of its fields, for training
+            only; None shifts windows and changes nothing in them.
+        tokenizer: The text's, where the augmentation changes windows.
 
     Attributes:
         num_windows: Windows in one pass over the text.
@@ -223,6 +228,8 @@ class Windows:
         >>> x, y, weights = Windows(np.arange(100), 8, 4, seed=1).batch(step=0)
         >>> bool((x[:, 1:] == y[:, :-1]).all())
         True
+
+    Reference: article 6.4 for `augmentation`.
     """
 
     # What `_batches` returns of each token: types, and shapes after `(B, T)`.
@@ -237,6 +244,8 @@ class Windows:
         seed=0,
         shuffle=True,
         drop_remainder=True,
+        augmentation=None,
+        tokenizer=None,
     ):
         self.token_file = tokens if isinstance(tokens, TokenFile) else None
         self.tokens = tokens.tokens if self.token_file else np.asarray(tokens)
@@ -266,6 +275,25 @@ class Windows:
         else:
             self.num_windows = -(-(count - 1) // self.context_length)
             self.largest_offset = 0
+        self.augmentation = AugmentationConfig.of(augmentation)
+        self._augmenter = self._augmenter_of(augmentation, tokenizer)
+
+    def _augmenter_of(self, given, tokenizer):
+        if given is not None and not self.shuffle:
+            raise InputError(
+                "`augmentation` expects windows for training. Received: shuffle=False, "
+                "windows for measuring, which read the text as it stands. Leave it out."
+            )
+        if not self.augmentation.changes_windows:
+            return None
+        if tokenizer is None:
+            raise InputError(
+                "`augmentation` expects the `tokenizer` that made the tokens. "
+                "Received: None. Write `tokenizer=tokenizer`."
+            )
+        return Augmenter(
+            self.augmentation, tokenizer, self.tokens, self.context_length, self.seed
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -299,6 +327,8 @@ class Windows:
 
     def _offset(self, epoch, random):
         """Return by how many tokens an epoch shifts its windows."""
+        if not self.augmentation.random_offsets:
+            return 0
         return random % (self.largest_offset + 1)
 
     def _beside(self, epoch, starts):
@@ -332,12 +362,16 @@ class Windows:
         # A text of less than a batch is visited more than once in it.
         chosen = permute(places % self.num_windows, self.num_windows, key[1:])
         starts = offset + chosen.astype(np.int64) * length
-        ids = self.tokens[starts[..., None] + np.arange(length + 1)].astype(np.int32)
-        weights = np.ones((*places.shape, length), np.float32)
+        if self._augmenter is not None:
+            x, y, weights = self._augmenter.read(epoch, places, starts)
+        else:
+            ids = self.tokens[starts[..., None] + np.arange(length + 1)]
+            ids = ids.astype(np.int32)
+            weights = np.ones((*places.shape, length), np.float32)
+            x = np.ascontiguousarray(ids[..., :-1])
+            y = np.ascontiguousarray(ids[..., 1:])
         if not self.drop_remainder:
             weights[places >= self.num_windows] = 0.0
-        x = np.ascontiguousarray(ids[..., :-1])
-        y = np.ascontiguousarray(ids[..., 1:])
         return x, y, weights, *self._beside(epoch, starts)
 
     def _in_order(self, epoch, places):
@@ -436,46 +470,6 @@ class Windows:
             tf.data.experimental.AutoShardPolicy.OFF
         )
         return dataset.prefetch(prefetch).with_options(options)
-
-
-def permute(values: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """Map 0..size-1 onto itself in a random order, without a table.
-
-    A Feistel network over the next even power of two, applied again where the
-    result falls outside.
-
-    Args:
-        values: Integers from 0 to `size - 1`.
-        size: Number of values, at least 1.
-        key: Random uint32s, the rounds' keys.
-
-    Returns:
-        The images, uint64, shaped as `values`.
-
-    Reference: Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
-    CT-RSA 2002.
-    """
-    half = max(1, ((int(size) - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    bits = np.uint64(half)
-    result = np.asarray(values, np.uint64).copy()
-    outside = np.ones(result.shape, bool)
-    while outside.any():
-        x = result[outside]
-        left, right = x >> bits, x & mask
-        for k in key:
-            left, right = right, left ^ (_mix(right + np.uint64(k)) & mask)
-        result[outside] = (left << bits) | right
-        outside = result >= size
-    return result
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit integers (the finaliser of SplitMix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Map GPT-2's printable stand-ins to the bytes they stand for.
 
     Reference: `bytes_to_unicode` in the code of Radford et al. (2019).
@@ -34,7 +34,7 @@ def _byte_alphabet() -> dict[str, int]:
     return dict(zip(characters, printable + others, strict=True))
 
 
-_BYTE_OF = _byte_alphabet()
+_BYTE_OF = byte_alphabet()
 _STANDS_FOR = {byte: character for character, byte in _BYTE_OF.items()}
 
 # What Python's `surrogateescape` makes of bytes that are not UTF-8.
