@@ -102,6 +102,7 @@ setup(
             "import-linter>=2.1,<3",
             "pre-commit>=4,<5",
             *EDGE_TEST,
+            *EXPLAIN,
             *NOTEBOOKS,
         ],
         "all": [*TRAIN, *EDGE, *EXPLAIN, *NOTEBOOKS],

@@ -15,6 +15,7 @@ from gpt_tf.cli import (  # noqa: F401  they register themselves
     artefacts,
     benchmark,
     evaluate,
+    explain,
     optimize,
     recommend,
     training,
@@ -60,7 +61,7 @@ _EXTRAS = dict.fromkeys(
         *("safetensors", "matplotlib", "flatbuffers", "litert_lm_builder"),
     ),
     "train",
-) | {"ai_edge_litert": "edge"}
+) | {"ai_edge_litert": "edge", "lime": "explain", "shap": "explain"}
 
 
 def _exit_at_once(status):
