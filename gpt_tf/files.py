@@ -115,8 +115,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     ends: a lock never has to be removed by hand.
 
     Args:
-        folder: The folder; it is made where there is none. Its file `.lock` names the
-            process that has it.
+        folder: The folder; it is made where there is none, and removed again if
+            nothing is put into it. Its file `.lock` names the process that has it.
 
     Raises:
         InputError: Another process has it.
@@ -131,6 +131,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             f"A folder is expected at {folder}, but that is a file. Choose another "
             "name."
         )
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -144,6 +145,10 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        if is_new and os.listdir(folder) == [LOCK_NAME]:
+            # Nothing came of it.
+            os.unlink(folder / LOCK_NAME)
+            os.rmdir(folder)
 
 
 def _owner(handle) -> str:

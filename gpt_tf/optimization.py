@@ -56,6 +56,7 @@ CHOSEN_NAME = "gpt.litertlm"
 _OWN_ENTRIES = (
     *(CONFIG_NAME, "runs", "files", "measurements", STAGES_FOLDER, CHOSEN_NAME),
     *(f"{CHOSEN_NAME}.json", "report.html", "report.json", files.LOCK_NAME),
+    *(f"{name}.png" for name in page.PICTURES),
 )
 REFERENCE = "teacher-float32"
 _PYTHON_PROMPT = "    def __init__(self"
@@ -215,11 +216,7 @@ def _refuse_foreign_folder(out):
     """Refuse a folder in which something lies that is not an optimisation's."""
     if not out.is_dir() or (out / CONFIG_NAME).is_file():
         return
-    others = [
-        path.name
-        for path in out.iterdir()
-        if path.name not in _OWN_ENTRIES and path.suffix != ".png"
-    ]
+    others = [path.name for path in out.iterdir() if path.name not in _OWN_ENTRIES]
     if others:
         raise InputError(
             f"The folder {out} already holds something else, {min(others)} for "

@@ -335,6 +335,17 @@ def test_a_lock_is_given_back_after_an_error(tmp_path):
         pass
 
 
+def test_a_lock_leaves_no_folder_in_which_nothing_is(tmp_path):
+    with pytest.raises(Accident), files.locked(tmp_path / "new"):
+        raise Accident
+    assert not (tmp_path / "new").exists()
+    with files.locked(tmp_path / "new"):
+        (tmp_path / "new" / "result").touch()
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        *("result", files.LOCK_NAME),
+    }
+
+
 def test_a_file_cannot_be_locked_as_a_folder(tmp_path):
     (tmp_path / "file").touch()
     with (
