@@ -447,6 +447,11 @@ def extract_knowledge(
     Raises:
         InputError: There is no teacher or no text, or a number is out of its range.
     """
+    if changes.get("augmentation") is not None:
+        raise InputError(
+            "Knowledge is stored of the text as it stands. Received: `augmentation`. "
+            "Leave it out, or let the teacher run along."
+        )
     before = _course_of(teacher, changes, "Extraction", "teacher")
     path_of_teacher = str(Path(teacher).absolute())
     wanted = DistillationConfig(teacher=path_of_teacher, vocab_size=vocab_size)

@@ -211,6 +211,14 @@ def test_what_cannot_be_read_by_characters_is_refused_and_nothing_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_knowledge_is_not_extracted_from_augmented_text(trained, tmp_path):
+    with pytest.raises(InputError, match="as it stands"):
+        training.extract_knowledge(
+            trained.out, tmp_path / "store", augmentation={"bpe_dropout": 0.1}
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_student_may_learn_from_augmented_text(trained, student, tmp_path):
     fields = {"bpe_dropout": 0.2, "token_replacement": 0.2, "mix_documents": 0.5}
     result = distil(trained, tmp_path / "noisy", augmentation=fields)

@@ -379,6 +379,7 @@ def distil(
                 on_notice=progress.notice,
                 on_progress=progress.update,
                 **given_of({"corpus": corpus, "seed": seed}),
+                **augmentation,
             )
         print_knowledge(store)
         return

@@ -55,7 +55,8 @@ class AugmentationConfig(Configuration):
 
     Args:
         bpe_dropout: Probability with which each possible merge is left out at each
-            step of BPE, in [0, 1). The published choice is 0.1.
+            step of BPE, in [0, 1). The published choice is 0.1. Windows keep their
+            number of tokens, and hold less text.
         token_dropout: Probability with which an input token is blanked, in [0, 1):
             it becomes the end-of-text token, or the commonest token where the
             tokenizer has no such. Targets stay.
