@@ -249,7 +249,7 @@ def compare_latencies(
         >>> teacher, student = compare_latencies(["teacher.litertlm", "gpt.litertlm"])
     """
     paths = [str(path) for path in paths]
-    engines = list(engines or ["gpt_tf"] * len(paths))
+    engines = ["gpt_tf"] * len(paths) if engines is None else list(engines)
     if len(engines) != len(paths):
         raise InputError(
             f"`engines` expects one for each of {len(paths)} paths. Received: "
@@ -346,22 +346,24 @@ def measure_files(
     Raises:
         InputError, WorkerFailedError: As for `compare_latencies`.
     """
+    from gpt_tf.evaluation import subjects
+
     paths = [str(path) for path in paths]
     if engine not in (*ENGINES, "both"):
         raise InputError(
             f"`engine` expects gpt_tf, litert-lm or both. Received: {engine!r}."
         )
-    for path in paths:
-        if paths.count(path) > 1:
-            raise InputError(
-                f"The files expect to be named once each. Received: {path} twice."
-            )
+    if not paths:
+        raise InputError("Measuring expects at least one file. Received: none.")
+    names = dict(zip(paths, subjects.unique_names(paths), strict=True))
     # Before minutes are spent.
-    _checked_job(
+    job = _checked_job(
         *(options.get("prompt_tokens", 64), options.get("new_tokens", 64)),
-        *(repetitions, options.get("threads")),
-        *(contexts or (), options.get("requests", REQUESTS), "gpt_tf", rounds),
+        *(repetitions, options.get("threads"), contexts or ()),
+        *(options.get("requests", REQUESTS), "gpt_tf", rounds),
     )
+    for count in thread_counts or ():
+        _check_least("thread_counts", count, 1)
     engines_of = {path: [engine] for path in paths}
     if engine == "both":
         for path in paths:
@@ -371,6 +373,8 @@ def measure_files(
     for pair in pairs:
         _check_engine(*pair)
     facts_of = dict(zip(paths, describe_files(paths), strict=True))
+    for path, facts in facts_of.items():
+        _check_room(job, facts["context_length"], path)
     if contexts is None:
         shortest = min(facts["context_length"] for facts in facts_of.values())
         contexts = [length for length in (16, 64, 256, 1024) if length + 16 <= shortest]
@@ -389,7 +393,6 @@ def measure_files(
         read_bytes_per_s=facts["read_bytes_per_s"],
         **options,
     )
-    names = dict(zip(paths, unique_names(paths), strict=True))
     entries = []
     for (path, one), latency in zip(pairs, latencies, strict=True):
         described = {k: v for k, v in facts_of[path].items() if k != "threads"}
@@ -411,30 +414,6 @@ def measure_files(
             "exceed 1.",
         ],
     )
-
-
-def unique_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Return a name for each path: its stem where no other has it.
-
-    Else its name with the ending, or all of it.
-
-    Example:
-        >>> unique_names(["a/gpt.tflite", "a/gpt.litertlm", "small.tflite"])
-        ['gpt.tflite', 'gpt.litertlm', 'small']
-    """
-    paths = [Path(path) for path in paths]
-    choices = [
-        [path.name if path.is_dir() else path.stem for path in paths],
-        [path.name for path in paths],
-        [str(path) for path in paths],
-    ]
-    return [
-        next(
-            (names[index] for names in choices if names.count(names[index]) == 1),
-            str(paths[index]),
-        )
-        for index in range(len(paths))
-    ]
 
 
 # Seeing that it can be done
@@ -520,11 +499,10 @@ def _rates(counts, known):
 
 
 def _relative(path, out):
-    if out is not None:
-        with contextlib.suppress(ValueError):
-            folder = Path(out).resolve().parent
-            return Path(path).resolve().relative_to(folder).as_posix()
-    return str(path)
+    """Return a path relative to the report's folder where it lies below it."""
+    path, folder = Path(path).resolve(), Path(out or "report.json").resolve().parent
+    below = path.is_relative_to(folder)
+    return path.relative_to(folder).as_posix() if below else str(path)
 
 
 # Taking turns

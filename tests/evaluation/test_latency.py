@@ -1,0 +1,516 @@
+import importlib.util
+import math
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt_tf.edge import EdgeGPT
+from gpt_tf.errors import DamagedFileError, InputError, WorkerFailedError
+from gpt_tf.evaluation import latency
+from gpt_tf.evaluation.latency import (
+    CONTEXT_TOKENS,
+    WARM_UP,
+    compare_latencies,
+    measure_files,
+    measure_latency,
+    spread,
+    time_request,
+)
+from gpt_tf.evaluation.report import read_report, write_report
+
+SAVED = Path(__file__).parents[2] / "saved_models"
+FILE = SAVED / "python-small.litertlm"
+SPREAD = {"median", "p95", "p99", "worst", "q1", "q3", "count"}
+# As `gpt_tf.evaluation.report` describes it.
+SPREADS = {
+    *("time_to_first_token_ms", "inter_token_latency_ms", "response_time_ms"),
+    *("load_ms", "cold_start_ms"),
+}
+PARTS = SPREADS | {
+    *("engine", "threads", "prompt_tokens", "new_tokens", "repetitions"),
+    *("tokens_per_s", "peak_memory_bytes", "bandwidth_share", "energy_j_per_token"),
+    *("by_context", "by_threads", "throughput"),
+}
+SMALL = {"prompt_tokens": 5, "new_tokens": 4, "read_bytes_per_s": 1e9}
+
+
+class Clockwork:
+    """A model without arithmetic: a clock of its own moves as it works.
+
+    `prefill_s` is what a token of a prompt takes, `slow_s` what the first requests
+    with prompts of a length take beside that.
+    """
+
+    num_threads = 1
+    context_length = 100
+
+    def __init__(self, prefill_s=0.25, decode_s=(2.0,), slow_s=0.0, slow=0):
+        self.config = {
+            "vocab_size": 50,
+            "embedding_dim": 4,
+            "num_heads": 2,
+            "num_layers": 1,
+            "feedforward_dim": 8,
+            "context_length": 100,
+            "tie_embeddings": True,
+        }
+        self.now = 0.0
+        self.calls = []
+        self._prefill_s, self._decode_s = prefill_s, decode_s
+        self._slow_s, self._slow = slow_s, slow
+        self._seen = {}
+
+    def clock(self):
+        return self.now
+
+    def reset(self):
+        self.now += 1000.0  # is no part of a request
+        self.calls.append("reset")
+        self._decoded = 0
+
+    def prefill(self, ids):
+        self.calls.append(("prefill", list(ids)))
+        self._seen[len(ids)] = self._seen.get(len(ids), 0) + 1
+        if self._seen[len(ids)] <= self._slow:
+            self.now += self._slow_s
+        self.now += self._prefill_s * len(ids)
+
+    def decode(self, token):
+        self.calls.append(("decode", token))
+        self.now += self._decode_s[self._decoded % len(self._decode_s)]
+        self._decoded += 1
+        logits = np.zeros(50, np.float32)
+        logits[(token + 1) % 50] = 1
+        return logits
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20, 101, 1000])
+def test_a_spread_states_numpys_percentiles(count):
+    values = np.random.default_rng(count).exponential(size=count)
+    found = spread(values.tolist())
+    assert set(found) == SPREAD
+    assert found["count"] == count and found["worst"] == values.max()
+    for name, percent in (("q1", 25), ("median", 50), ("q3", 75), ("p95", 95)):
+        assert found[name] == np.percentile(values, percent)
+    assert found["p99"] == np.percentile(values, 99)
+
+
+def test_a_request_is_a_prefill_and_then_token_after_token():
+    """The first token has the prefill in it; emptying the cache is not counted."""
+    gpt = Clockwork(decode_s=(3.0, 5.0, 7.0))
+    timed = time_request(gpt, [10, 11, 12], 3, gpt.clock)
+    assert gpt.calls == [
+        "reset",
+        ("prefill", [10, 11]),
+        *(("decode", 12), ("decode", 13), ("decode", 14)),
+    ]
+    assert timed == (2 * 0.25 + 3.0, [5.0, 7.0], 2 * 0.25 + 15.0)
+
+
+def test_what_is_measured_is_what_the_clock_says():
+    gpt = Clockwork(decode_s=(3.0, 5.0, 7.0, 5.0))
+    found = measure_latency(gpt, clock=gpt.clock, repetitions=3, **SMALL)
+    assert set(found) == PARTS
+    assert found["time_to_first_token_ms"]["median"] == 4000.0
+    gaps = found["inter_token_latency_ms"]
+    assert (gaps["median"], gaps["worst"], gaps["count"]) == (5000.0, 7000.0, 9)
+    assert found["response_time_ms"]["median"] == 21_000.0
+    assert found["tokens_per_s"] == pytest.approx(3 / 17)
+    for part in ("time_to_first_token_ms", "response_time_ms"):
+        assert found[part]["count"] == found["repetitions"] == 3
+    # Of a model that is open nothing is loaded.
+    assert found["load_ms"] is found["cold_start_ms"] is None
+    assert found["throughput"] == found["by_threads"] == []
+    # A token and a position row, one block, the norms; four bytes each.
+    table, block = (50 + 100) * 4, 4 * 5 * 4 + (5 * 8 + 9 * 4) + 16
+    read = 4 * (table + block + 8)
+    assert found["bandwidth_share"] == pytest.approx(read / (1e9 * 5.0))
+
+
+def test_the_warm_up_is_not_counted_but_what_follows_is():
+    def worst(slow):
+        gpt = Clockwork(slow_s=100.0, slow=slow)
+        found = measure_latency(
+            gpt, clock=gpt.clock, repetitions=4, contexts=[30], **SMALL
+        )
+        (context,) = found["by_context"]
+        return [
+            part["time_to_first_token_ms"]["worst"] / 1e3 for part in (found, context)
+        ]
+
+    # Of another length of prompt one request is not counted.
+    assert worst(0) == worst(1) == [4 * 0.25 + 2, 29 * 0.25 + 2]
+    assert worst(WARM_UP) == [4 * 0.25 + 2, 29 * 0.25 + 102]
+    assert worst(WARM_UP + 1)[0] == 4 * 0.25 + 102
+
+
+def test_contexts_are_prompts_of_their_length():
+    gpt = Clockwork()
+    found = measure_latency(
+        gpt, clock=gpt.clock, repetitions=2, contexts=[20, 84, 20], **SMALL
+    )
+    assert [row["context"] for row in found["by_context"]] == [20, 84]
+    for row, length in zip(found["by_context"], (20, 84), strict=True):
+        first = row["time_to_first_token_ms"]
+        assert first["median"] == (length - 1) * 250 + 2000 and first["count"] == 2
+        assert row["inter_token_latency_ms"]["count"] == 2 * (CONTEXT_TOKENS - 1)
+    with pytest.raises(InputError, match="`contexts` expects at most 84"):
+        measure_latency(gpt, clock=gpt.clock, contexts=[85], **SMALL)
+
+
+def test_every_request_has_the_same_ids_of_the_vocabulary():
+    gpt = Clockwork()
+    measure_latency(gpt, clock=gpt.clock, repetitions=3, **SMALL)
+    prompts = [call[1] for call in gpt.calls if call[0] == "prefill"]
+    assert len(prompts) == 3 + WARM_UP
+    assert all(prompt == prompts[0] for prompt in prompts)
+    assert len(prompts[0]) == 4 and 0 <= min(prompts[0]) <= max(prompts[0]) < 50
+    assert len(set(prompts[0])) > 1
+
+
+# Taking turns
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Answer for the processes; return the jobs that they were given."""
+    jobs = []
+
+    def answer(job, name):
+        if "describe" in job:
+            config = {"vocab_size": 50}
+            facts = {"kind": "tflite", "context_length": 100, "config": config}
+            sizes = {"a.tflite": 1000, "b.litertlm": 3000, "k": 9}
+            return [
+                facts
+                | {"size_bytes": sizes[path], "parameters": 500, "threads": 2}
+                | ({"kind": "keras"} if path == "k" else {})
+                for path in job["describe"]
+            ], None
+        jobs.append(job)
+        number = len(jobs)
+        count, rows = job["repetitions"], len(job["requests"])
+        return {
+            "engine": job["engine"],
+            "first_ms": [float(number)] * count,
+            "gaps_ms": [float(number)] * count * 3,
+            "response_ms": [4.0 * number] * count,
+            "rates": [1000.0 / number] * count,
+            "joules": 2.0,
+            "peak_memory_bytes": 100 * number,
+            "load_ms": 10.0 * number,
+            "contexts": [
+                {"first_ms": [length + number], "gaps_ms": [number]}
+                for length in job["contexts"]
+            ],
+            "throughput": [float(10 * number)] * rows,
+        }, number / 10
+
+    monkeypatch.setattr(latency, "_in_process", answer)
+    return jobs
+
+
+def test_files_take_turns_and_keep_what_is_theirs(recorded):
+    """A B A B, whatever else is measured of them; each has its own processes."""
+    first, second = compare_latencies(
+        ["a.tflite", "b.litertlm"],
+        **SMALL,
+        rounds=2,
+        repetitions=6,
+        contexts=[16],
+        thread_counts=[1, 2],
+        requests=[1, 4],
+    )
+    turns = [(job["path"], job["threads"]) for job in recorded]
+    assert (
+        turns
+        == [
+            *(("a.tflite", 2), ("b.litertlm", 2), ("a.tflite", 1), ("b.litertlm", 1)),
+        ]
+        * 2
+    )
+    # Only the ordinary number of threads does all of it.
+    assert [job["requests"] for job in recorded] == [[1, 4], [1, 4], [], []] * 2
+    assert [job["contexts"] for job in recorded] == [[16], [16], [], []] * 2
+    # Processes 1 and 5 are the first file's, 2 and 6 the second's.
+    assert first["inter_token_latency_ms"] == spread([1.0] * 9 + [5.0] * 9)
+    assert second["inter_token_latency_ms"] == spread([2.0] * 9 + [6.0] * 9)
+    assert second["cold_start_ms"] == spread([200.0, 600.0])
+    assert second["load_ms"] == spread([20.0, 60.0])
+    assert second["peak_memory_bytes"] == 400
+    assert second["repetitions"] == 6
+    assert second["energy_j_per_token"] == 4.0 / (6 * 4)
+    assert second["bandwidth_share"] == pytest.approx(3000 / (1e9 * 4e-3))
+    (context,) = second["by_context"]
+    assert context["time_to_first_token_ms"] == spread([18.0, 22.0])
+    one, two = second["by_threads"]
+    assert (one["threads"], two["threads"]) == (1, 2)
+    assert one["inter_token_latency_ms"] == spread([4.0] * 9 + [8.0] * 9)
+    assert two["inter_token_latency_ms"] == second["inter_token_latency_ms"]
+    rates = {"tokens_per_s": 40.0, "q1": 30.0, "q3": 50.0, "count": 2}
+    assert second["throughput"] == [{"requests": n} | rates for n in (1, 4)]
+    assert set(first) == PARTS
+
+
+def test_repetitions_are_shared_among_the_rounds(recorded):
+    for repetitions, rounds, shares in (
+        (20, 5, [4] * 5),
+        (7, 3, [3] * 3),
+        (2, 5, [1, 1]),
+    ):
+        recorded.clear()
+        (found,) = compare_latencies(
+            ["a.tflite"], **SMALL, repetitions=repetitions, rounds=rounds
+        )
+        assert [job["repetitions"] for job in recorded] == shares
+        assert found["repetitions"] == sum(shares) >= repetitions
+
+
+def test_the_share_of_the_bandwidth_is_that_of_the_threads(recorded):
+    options = {**SMALL, "read_bytes_per_s": {"1": 1e6, "2": 4e6}}
+    (found,) = compare_latencies(["a.tflite"], **options, rounds=1, repetitions=1)
+    assert found["threads"] == 2
+    assert found["bandwidth_share"] == pytest.approx(1000 / (4e6 * 1e-3))
+    recorded.clear()
+    # Of a Keras model a parameter is four bytes, whatever its file holds.
+    (found,) = compare_latencies(["k"], **options, threads=1, rounds=1, repetitions=1)
+    assert found["threads"] == 1
+    assert found["bandwidth_share"] == pytest.approx(2000 / (1e6 * 1e-3))
+
+
+def test_who_waits_is_told_how_far_it_is(recorded):
+    told = []
+    compare_latencies(
+        ["a.tflite", "k"],
+        **SMALL,
+        rounds=2,
+        on_progress=lambda done, total, what: told.append((done, total, what)),
+    )
+    assert [done for done, _, _ in told] == [0, 1, 2, 3, 4]
+    assert {total for _, total, _ in told} == {4}
+    assert told[2][2] == "round 2 of 2: a.tflite, 2 threads"
+
+
+# Real processes
+
+
+def check_structure(found, rounds, repetitions):
+    assert set(found) == PARTS
+    for part in SPREADS:
+        assert set(found[part]) == SPREAD
+        quartiles = [found[part][name] for name in ("q1", "median", "q3", "worst")]
+        assert quartiles[0] > 0 and quartiles == sorted(quartiles)
+    assert found["load_ms"]["count"] == found["cold_start_ms"]["count"] == rounds
+    assert found["response_time_ms"]["count"] == repetitions
+    assert found["cold_start_ms"]["median"] > found["load_ms"]["median"]
+    assert found["peak_memory_bytes"] > 20 << 20
+    assert found["bandwidth_share"] > 0
+
+
+def test_a_file_is_measured_in_processes_of_its_own():
+    found = measure_latency(
+        FILE,
+        **SMALL,
+        repetitions=4,
+        rounds=2,
+        threads=1,
+        contexts=[20],
+        requests=[1, 2],
+    )
+    check_structure(found, rounds=2, repetitions=4)
+    assert (found["engine"], found["threads"]) == ("gpt_tf", 1)
+    assert found["inter_token_latency_ms"]["count"] == 4 * 3
+    assert [row["requests"] for row in found["throughput"]] == [1, 2]
+    assert all(row["tokens_per_s"] > 0 for row in found["throughput"])
+    # Less than the tests' own process, in which TensorFlow is.
+    assert found["peak_memory_bytes"] < 200 << 20
+
+
+def test_litert_lms_engine_runs_the_same_file_side_by_side(tmp_path):
+    pytest.importorskip("litert_lm", reason="litert-lm, Google's runtime, is missing")
+    made = measure_files(
+        [FILE],
+        engine="both",
+        prompt_tokens=5,
+        new_tokens=4,
+        repetitions=2,
+        rounds=1,
+        contexts=[],
+        thread_counts=[],
+        requests=[2],
+        out=SAVED / "report.json",
+        command="gpt-tf benchmark",
+    )
+    ours, theirs = made["entries"]
+    assert (ours["name"], theirs["name"]) == (
+        "python-small.litertlm",
+        "python-small.litertlm (litert-lm)",
+    )
+    assert ours["path"] == theirs["path"] == "python-small.litertlm"
+    for entry, engine in ((ours, "gpt_tf"), (theirs, "litert-lm")):
+        assert entry["latency"]["engine"] == engine
+        check_structure(entry["latency"], rounds=1, repetitions=2)
+    # It tells the mean of a request's tokens, and takes one request at a time.
+    assert ours["latency"]["inter_token_latency_ms"]["count"] == 2 * 3
+    assert theirs["latency"]["inter_token_latency_ms"]["count"] == 2
+    assert [row["requests"] for row in ours["latency"]["throughput"]] == [2]
+    assert theirs["latency"]["throughput"] == []
+    assert "threads" not in ours and made["machine"]["read_bytes_per_s"]
+    assert any("2 requests of each file counted" in note for note in made["notes"])
+    write_report(tmp_path / "report.json", made)
+    assert read_report(tmp_path) == made
+
+
+@pytest.mark.slow
+def test_a_keras_model_is_measured_beside_its_file():
+    keras, file = compare_latencies(
+        [SAVED / "python-small", FILE],
+        **SMALL,
+        rounds=1,
+        repetitions=2,
+        threads=1,
+        requests=[2],
+    )
+    check_structure(keras, rounds=1, repetitions=2)
+    assert (keras["engine"], keras["threads"]) == ("keras", 1)
+    assert keras["throughput"] == [] and file["throughput"]
+    assert keras["peak_memory_bytes"] > file["peak_memory_bytes"]
+
+
+def test_an_open_model_is_measured_where_it_is():
+    with EdgeGPT(FILE, num_threads=1) as gpt:
+        found = measure_latency(gpt, **SMALL, repetitions=2, requests=[1, 3])
+        assert set(found) == PARTS and found["engine"] == "gpt_tf"
+        assert [row["requests"] for row in found["throughput"]] == [1, 3]
+        assert found["bandwidth_share"] is None  # its file's size is not known
+        for options in (
+            {"threads": 2},
+            {"thread_counts": [1, 2]},
+            {"engine": "litert-lm"},
+        ):
+            with pytest.raises(InputError, match=r"expects a file.*open EdgeGPT"):
+                measure_latency(gpt, **SMALL, **options)
+
+
+# What cannot be measured
+
+
+@pytest.fixture
+def no_process(monkeypatch):
+    """Let nothing be started."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "`threads` expects at least 1. Received: 0"),
+        ({"prompt_tokens": 0}, "`prompt_tokens` expects at least 1. Received: 0"),
+        ({"new_tokens": 1}, "`new_tokens` expects at least 2. Received: 1"),
+        ({"repetitions": 0}, "`repetitions` expects at least 1. Received: 0"),
+        ({"rounds": 0}, "`rounds` expects at least 1. Received: 0"),
+        ({"contexts": [8, 0]}, "`contexts` expects at least 1. Received: 0"),
+        ({"requests": [-1]}, "`requests` expects at least 1. Received: -1"),
+        ({"thread_counts": [0]}, "`thread_counts` expects at least 1. Received: 0"),
+        ({"engines": ["onnx"]}, "expects gpt_tf or litert-lm. Received: 'onnx'"),
+        ({"engines": []}, "`engines` expects one for each of 1 paths. Received: 0"),
+        ({"engines": ["gpt_tf"] * 2}, "`engines` expects one for each of 1 paths"),
+        ({"engines": ["litert-lm"]}, "expects a .litertlm. Received: gpt.tflite"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_starts(no_process, options, message):
+    with pytest.raises(InputError, match=message):
+        compare_latencies(["gpt.tflite"], **options)
+
+
+def test_files_to_measure_are_named_once_and_engines_are_known(no_process):
+    with pytest.raises(InputError, match=r"measured once. Received: a.tflite twice"):
+        measure_files(["a.tflite", "b.tflite", "a.tflite"])
+    with pytest.raises(InputError, match=r"gpt_tf, litert-lm or both. Received: 'all'"):
+        measure_files(["a.tflite"], engine="all")
+    with pytest.raises(InputError, match=r"LiteRT-LM's engine expects a .litertlm"):
+        measure_files(["b.litertlm", "a.tflite"], engine="litert-lm")
+    with pytest.raises(InputError, match=r"`threads` expects at least 1. Received: -1"):
+        measure_files(["a.tflite"], threads=-1)
+    with pytest.raises(InputError, match=r"at least one file. Received: none"):
+        measure_files([])
+
+
+def test_an_engine_that_is_not_installed_is_named(no_process, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install litert-lm"):
+        measure_latency(FILE, engine="litert-lm")
+
+
+def test_a_request_longer_than_the_context_is_refused(recorded):
+    with pytest.raises(InputError, match=r"100 tokens of b.litertlm.*: 90 \+ 11"):
+        compare_latencies(["b.litertlm"], prompt_tokens=90, new_tokens=11)
+    compare_latencies(
+        ["b.litertlm"], prompt_tokens=90, new_tokens=10, read_bytes_per_s=1e9
+    )
+    gpt = Clockwork()
+    with pytest.raises(InputError, match=r"100 tokens of the open Clockwork"):
+        measure_latency(gpt, prompt_tokens=99, new_tokens=2, clock=gpt.clock)
+
+
+def test_a_file_that_is_no_model_comes_back_as_its_process_says(tmp_path):
+    with pytest.raises(InputError, match=r"Received: nothing"):
+        measure_latency(tmp_path / "nothing.tflite")
+    broken = tmp_path / "broken.litertlm"
+    shutil.copy(FILE, broken)
+    with broken.open("r+b") as file:
+        file.truncate(FILE.stat().st_size - 1)
+    with pytest.raises(DamagedFileError) as caught:
+        measure_latency(broken)
+    with pytest.raises(DamagedFileError) as expected:
+        EdgeGPT(broken)
+    assert str(caught.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    ("does", "status", "message"),
+    [
+        ("kill -9 $$", 137, "was killed by SIGKILL; its last line was: low memory"),
+        ("exit 3", 70, "ended with status 3; its last line was: low memory"),
+        (
+            """echo '["first", null]'; echo '["failed", "ValueError: no"]'""",
+            70,
+            "failed: ValueError: no",
+        ),
+    ],
+)
+def test_a_process_that_breaks_down_says_how(
+    tmp_path, monkeypatch, does, status, message
+):
+    shell = tmp_path / "python"
+    shell.write_text(f"#!/bin/sh\necho low memory >&2\necho >&2\n{does}\n")
+    shell.chmod(shell.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(latency.sys, "executable", str(shell))
+    with pytest.raises(WorkerFailedError, match=f"measured gpt.tflite {message}") as e:
+        compare_latencies(["gpt.tflite"])
+    assert e.value.status == status
+
+
+def test_a_package_that_is_missing_keeps_its_name(tmp_path, monkeypatch):
+    shell = tmp_path / "python"
+    shell.write_text('#!/bin/sh\necho \'["missing", ["No module", "x.y"]]\'\n')
+    shell.chmod(shell.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(latency.sys, "executable", str(shell))
+    with pytest.raises(ModuleNotFoundError) as caught:
+        compare_latencies(["gpt.tflite"])
+    assert caught.value.name == "x.y"
+
+
+def test_numbers_of_a_spread_are_finite():
+    assert all(math.isfinite(value) for value in spread([0.5]).values())
