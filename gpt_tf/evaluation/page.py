@@ -76,7 +76,7 @@ def write_pictures(report: dict, folder: str | os.PathLike) -> list[Path]:
         as on a device.
     """
     folder = Path(folder)
-    can_draw = importlib.util.find_spec("matplotlib") is not None
+    can_draw = _can_draw()
     written = []
     for name, draw in PICTURES.items():
         path = folder / f"{name}.png"
@@ -110,6 +110,16 @@ def write_page(
     text = _document(report, drawn)
     with files.atomic_file(path, "w") as file:
         file.write(text)
+
+
+def _can_draw():
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+_UNDRAWN = (
+    "There are no pictures: matplotlib, which draws them, is not installed. Install it "
+    "with: pip install matplotlib"
+)
 
 
 # Elements
@@ -355,6 +365,7 @@ def _document(report, drawn):
                 "footer",
                 _tag("p", f"Measured by gpt-tf, {_day(report['made_at'])}. "),
                 _tag("p", "The same numbers for programs: report.json."),
+                _tag("p", _UNDRAWN) if not drawn and not _can_draw() else None,
             ),
         ),
         lang="en",
@@ -656,7 +667,9 @@ def _budgets(report):
             )
         rows.append(row)
     heads = ["File", *(_limit(name, limit) for name, limit in budgets.items())]
-    return _section("budgets", "Budgets", _table(heads, rows, texts=heads, cards=True))
+    return _section(
+        "budgets", "Budgets", _table(heads, rows, texts=heads, cards=len(rows) == 1)
+    )
 
 
 def _limit(name, limit):
@@ -824,17 +837,19 @@ def _reasons(report):
         _tag("h3", "Runner-up") if runner_up else None,
         [_tag("p", _sentence(said)) for said in cost] or None,
         _table(
-            ["Ruled out", "By", "Because"],
+            ["File", "Ruled out by", "Because"],
             [
                 [row["name"], _constraint(row.get("constraint")), _because(row)]
                 for row in ruled_out
             ],
-            texts=("By", "Because"),
+            caption="Ruled out",
+            texts=("Ruled out by", "Because"),
             cards=True,
         ),
         _table(
-            ["Within the budgets, but", "Never better than", "Because"],
+            ["File", "Never better than", "Because"],
             [[row["name"], row["by"], _because(row)] for row in dominated],
+            caption="Within the budgets, but in nothing better than another",
             texts=("Never better than", "Because"),
             cards=True,
         ),
@@ -858,54 +873,61 @@ def _words(name):
 
 def _estimates(report):
     """What was estimated before measuring, beside what was measured."""
-    rows = []
+    rows, within, count = [], 0, 0
     for entry in report["entries"]:
-        for name, found in estimate_error(entry).items():
-            title, write = _ESTIMATED[name]
-            ratio = found["ratio"]
-            off = "high" if ratio > 1 else "low"
-            ratio = max(ratio, 1 / ratio)
-            rows.append(
-                [
-                    entry["name"],
-                    title,
-                    write(found["estimated"]),
-                    write(found["measured"]),
-                    "none"
-                    if ratio < 1.005
-                    else f"{format_number(ratio)} times too {off}",
-                    "yes" if found["within"] else "no",
-                ]
+        errors = estimate_error(entry)
+        if not errors:
+            continue
+        row = [entry["name"]]
+        for name, (_, write) in _ESTIMATED.items():
+            if name not in errors:
+                row.append(_NOTHING)
+                continue
+            found = errors[name]
+            within, count = within + found["within"], count + 1
+            row.append(
+                _join(
+                    f"{write(found['estimated'])}, then {write(found['measured'])} ",
+                    _tag("small", _off_by(found["ratio"]), class_="interval"),
+                )
             )
-    texts = ("What", "Error", "Within its stated range")
+        rows.append(row)
+    if not rows:
+        return None
     return _section(
         "estimates",
         "Estimate against measurement",
-        [
-            _tag(
-                "p",
-                "Before anything was measured, this was computed from the model's "
-                "sizes and the rate at which the machine reads memory. It shows how "
-                "far such an estimate can be trusted.",
-            ),
-            _table(
-                ["File", "What", "Estimated", "Measured", *texts[1:]],
-                rows,
-                texts=texts,
-                cards=True,
-            ),
-        ]
-        if rows
-        else None,
+        _tag(
+            "p",
+            "Before anything was measured, this was computed from the model's sizes "
+            "and the rate at which the machine reads memory. Of "
+            f"{_count(count, 'measurement')} {within} fell within the range that was "
+            "stated with the estimate.",
+        ),
+        _table(
+            ["File", *(title for title, _ in _ESTIMATED.values())],
+            rows,
+            caption="Estimated, then measured",
+            cards=True,
+        ),
     )
 
 
+def _off_by(ratio):
+    """How far an estimate divided by its measurement is from 1."""
+    if 0.995 < ratio < 1.005:
+        return "right"
+    factor, word = (ratio, "high") if ratio > 1 else (1 / ratio, "low")
+    if factor < 1.1:
+        return f"{_share(abs(ratio - 1))} too {word}"
+    return f"{format_number(_rounded(factor))} times too {word}"
+
+
 _ESTIMATED = {
-    "size_bytes": ("size", _megabytes),
-    "latency_ms": ("between tokens, median", _ms),
-    "first_token_ms": ("first token, median", _ms),
-    "tokens_per_s": ("tokens per second", lambda value: _unit(value, "tokens/s")),
-    "memory_bytes": ("peak memory", _megabytes),
+    "size_bytes": ("Size", _megabytes),
+    "latency_ms": ("Between tokens, median", _ms),
+    "first_token_ms": ("First token, median", _ms),
+    "memory_bytes": ("Peak memory", _megabytes),
 }
 
 
@@ -1172,13 +1194,20 @@ def _table_of_dicts(head, rows, caption):
         for name, value in (rows or {}).items()
     }
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    heads = [_EXPLAINED.get(part, _words(part)) for part in parts]
+    texts = {
+        title
+        for title, part in zip(heads, parts, strict=True)
+        if any(isinstance(row.get(part), str | bool) for row in rows.values())
+    }
     return _table(
-        [head, *(_EXPLAINED.get(part, _words(part)) for part in parts)],
+        [head, *heads],
         [
             [name, *(_shown(row.get(part)) for part in parts)]
             for name, row in rows.items()
         ],
         caption=caption,
+        texts=texts,
         cards=True,
     )
 
@@ -1207,10 +1236,14 @@ def _shown(value):
     return str(value)
 
 
+_PACKAGES = ("tf_keras",)
+
+
 def _facts(facts):
     """A list of names and values."""
+    # Versions are by the names of packages, which may have an underscore.
     rows = [
-        (_words(key), _shown(value))
+        (key if key in _PACKAGES else _words(key), _shown(value))
         for key, value in facts.items()
         if value is not None
     ]
@@ -1238,7 +1271,7 @@ def _making(report):
         for stage in stages
     ]
     if len(stages) > 1:
-        rows.append(["all", _seconds(sum(seconds)), _NOTHING, _NOTHING])
+        rows.append(["all", _seconds(sum(seconds)), "", ""])
     made = [
         [
             entry["name"],
@@ -1301,7 +1334,7 @@ def _plain_value(value):
 def _corpus(report):
     corpus = dict(report["corpus"] or {})
     if isinstance(corpus.get("bytes"), int | float):
-        corpus["bytes"] = _megabytes(corpus["bytes"])
+        corpus["size"] = _megabytes(corpus.pop("bytes"))
     return corpus
 
 
@@ -1523,7 +1556,9 @@ nav li { padding: .2rem 0; }
 }
 .figures dt { font-size: .9rem; color: var(--soft); }
 .figures dd { margin: 0; font-size: .9rem; overflow-wrap: anywhere; }
-.figures .big { font-size: 1.7rem; font-weight: 650; line-height: 1.25; }
+.figures .big {
+  font-size: 1.6rem; font-weight: 650; line-height: 1.25; white-space: nowrap;
+}
 .better, .cost { font-weight: 600; }
 .better { color: var(--good); }
 figure { margin: 1.25rem 0; }

@@ -271,7 +271,8 @@ def _in_house_style(draw):
     def styled(*arguments, **options):
         from matplotlib import style
 
-        with style.context(["default", _STYLE]):
+        with style.context(["default", _STYLE]), warnings.catch_warnings():
+            _allow_missing_glyphs()
             return draw(*arguments, **options)
 
     return styled
