@@ -55,6 +55,12 @@ def recommend(
 ) -> dict:
     """Choose the file to ship among those of a report.
 
+    Keras models are references and never chosen. What has a budget and was not measured
+    rules a file out, unless the entry has an estimate: that stands in, of the 95th
+    percentile the typical latency, and the sentences call it an estimate. An increase of
+    perplexity counts by its value; where its interval reaches across the budget, that is
+    said.
+
     Args:
         report: As `gpt_tf.evaluation.report.read_report` returns it.
         budgets: They come before the scenario's. None: the scenario's alone; of

@@ -528,6 +528,16 @@ def test_with_all_three_budgets_the_tightest_decides():
     assert roomy["choice"] == "quick"
 
 
+def test_room_is_that_of_the_tightest_budget_and_not_of_all_together():
+    limits = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
+    tight = entry("tight", 0.01, 1.0, 9.0)
+    even = entry("even", 0.06, 6.0, 6.0)
+    assert recommend(new_report([tight, even]), limits)["choice"] == "even"
+    # Where the tightest are equal, the others decide.
+    also = entry("also", 0.09, 5.0, 9.0)
+    assert recommend(new_report([also, tight]), limits)["choice"] == "tight"
+
+
 def test_without_any_budget_the_balance_decides():
     report = new_report([*ALL, entry("middling", 0.03, 3.0, 3.0)])
     result = recommend(report)
