@@ -57,9 +57,9 @@ def recommend(
 
     Keras models are references and never chosen. What has a budget and was not measured
     rules a file out, unless the entry has an estimate: that stands in, of the 95th
-    percentile the typical latency, and the sentences call it an estimate. An increase of
-    perplexity counts by its value; where its interval reaches across the budget, that is
-    said.
+    percentile the typical latency, and the sentences call it an estimate. An increase
+    of perplexity counts by its value; where its interval reaches across the budget,
+    that is said.
 
     Args:
         report: As `gpt_tf.evaluation.report.read_report` returns it.
