@@ -1,6 +1,8 @@
 """Claims about texts that are read otherwise each time."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -472,3 +474,14 @@ def test_the_fields_survive_a_file():
     assert AugmentationConfig.of(fields) == AugmentationConfig(**ALL)
     names = itertools.chain(ALL, ("replacement", "random_offsets", "teacher"))
     assert set(fields) == {*names, "written_tokens"}
+
+
+def test_augmentation_is_imported_without_tensorflow():
+    code = (
+        "import sys, gpt_tf.text.augment\n"
+        "print(*{'tensorflow', 'tf_keras', 'keras'} & set(sys.modules))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == []
