@@ -237,6 +237,9 @@ def test_accuracy_changes_if_its_intervals_do_not_overlap():
     found, whole = compare(before, entry(accuracy=accuracy(10.19, 0.5)))
     assert found["perplexity"] == "none" and not whole["regressed"]
     assert "divergence_nats" not in found
+    right = {"token_accuracy": interval(0.61)}
+    found, _ = compare(before, entry(accuracy=accuracy(10.0, 0.5) | right))
+    assert found["token_accuracy"] == "better"
     after = entry(accuracy=accuracy(10.21, 0.71, parsed=0.29))
     found, whole = compare(before, after)
     assert found["perplexity"] == "worse" and whole["regressed"]
