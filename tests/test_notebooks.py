@@ -1,6 +1,7 @@
 """The tutorials run, and the notebooks that are kept show what they did."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 TUTORIALS = sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.py"))
 TINY = {
-    "01_train_and_generate": {
+    "01_text_and_tokens": {
         "vocab_size": 300,
+        "other_vocab_sizes": (257, 280),
         "context_length": 32,
         "batch_size": 4,
         "embedding_dim": 16,
@@ -23,33 +25,10 @@ TINY = {
         "num_heads": 2,
         "steps": 4,
         "validate_every": 2,
+        "jit_compile": "off",
         "max_new_tokens": 12,
     },
-    "02_quantise_and_export": {
-        "vocab_size": 300,
-        "context_length": 32,
-        "batch_size": 4,
-        "embedding_dim": 32,
-        "num_layers": 1,
-        "num_heads": 2,
-        "steps": 10,
-        "qat_steps": 4,
-        "num_windows": 4,
-        "max_new_tokens": 8,
-    },
-    "03_distil": {
-        "vocab_size": 300,
-        "context_length": 32,
-        "batch_size": 4,
-        "embedding_dim": 16,
-        "num_layers": 2,
-        "student_layers": 1,
-        "num_heads": 2,
-        "steps": 10,
-        "student_steps": 5,
-        "max_new_tokens": 8,
-    },
-    "04_train_in_parallel": {
+    "02_train_in_parallel": {
         "vocab_size": 300,
         "context_length": 16,
         "batch_size": 8,
@@ -59,6 +38,42 @@ TINY = {
         "steps": 4,
         "steps_per_epoch": 2,
         "timed_rounds": 1,
+    },
+    "03_quantise": {
+        "vocab_size": 300,
+        "context_length": 32,
+        "batch_size": 4,
+        "embedding_dim": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "steps": 10,
+        "qat_steps": 4,
+        "num_windows": 4,
+        "jit_compile": "off",
+    },
+    "04_distil": {
+        "vocab_size": 300,
+        "context_length": 32,
+        "batch_size": 4,
+        "embedding_dim": 16,
+        "num_layers": 2,
+        "student_layers": 1,
+        "num_heads": 2,
+        "steps": 10,
+        "student_steps": 5,
+        "jit_compile": "off",
+        "max_new_tokens": 8,
+    },
+    "05_export_and_run": {
+        "vocab_size": 300,
+        "context_length": 32,
+        "batch_size": 4,
+        "embedding_dim": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "steps": 10,
+        "jit_compile": "off",
+        "max_new_tokens": 8,
     },
 }
 # A path of a machine, in a text or a link: `/home/...`, `C:\Users\...`.
@@ -90,6 +105,50 @@ def outputs_of(notebook):
         if cell.cell_type == "code"
         for output in cell.outputs
     ]
+
+
+def read_tutorial(name):
+    return jupytext.read(NOTEBOOKS / f"{name}.py")
+
+
+def first_cell(name, cell_type):
+    cells = read_tutorial(name).cells
+    return next(cell.source for cell in cells if cell.cell_type == cell_type)
+
+
+def index_rows():
+    """Return title and row of every tutorial in the index, by the notebook's name."""
+    text = (NOTEBOOKS / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d) \| \[(.+?)\]\((\w+)\.ipynb\) (.+)$", text, re.M)
+    return {name: (number, title, rest) for number, title, name, rest in rows}
+
+
+def run_installing_cell(folder, answer="", path=()):
+    """Run the first cell beside a pip that only says what it was asked for.
+
+    The Python that runs it knows no installed packages (`-S`), as in Colab.
+    """
+    stand_in = folder / "stand-in"
+    stand_in.mkdir(parents=True, exist_ok=True)
+    (stand_in / "pip.py").write_text('import sys\n\nprint("pip", sys.argv[1:])\n')
+    places = [str(stand_in), *map(str, path)]
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", first_cell(TUTORIALS[0], "code")],
+        cwd=folder,
+        input=answer,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def make_clone(folder):
+    (folder / "gpt_tf").mkdir(parents=True)
+    (folder / "gpt_tf" / "__init__.py").touch()
+    return folder
 
 
 def assert_shows_a_good_run(notebook):
@@ -127,8 +186,64 @@ def test_tutorial_runs_from_top_to_bottom(name, corpus_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
+def test_tutorial_opens_with_its_end_and_the_articles_chapter(name):
+    opening = first_cell(name, "markdown")
+    assert opening.startswith(f"# {int(name[:2])}. ")
+    end, article = (
+        opening.index(words)
+        for words in ("**At the end you will have**", "**The article**")
+    )
+    assert end < article
+    assert re.search(r"chapter \d\.\d", opening[article:])
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_index_has_the_tutorial_with_its_title_and_chapter(name):
+    number, title, rest = index_rows()[name]
+    opening = first_cell(name, "markdown")
+    assert opening.splitlines()[0] == f"# {number}. {title}"
+    # A chapter that the index names is one that the tutorial names.
+    for chapter in re.findall(r"\d\.\d", rest):
+        assert chapter in opening
+
+
+def test_index_lists_seven_tutorials_in_order():
+    assert [number for number, *_ in index_rows().values()] == list("1234567")
+    assert all(name.startswith(f"0{row[0]}_") for name, row in index_rows().items())
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_every_tutorial_begins_with_the_same_installing_cell(name):
+    assert first_cell(name, "code") == first_cell(TUTORIALS[0], "code")
+
+
+def test_installing_cell_takes_the_clone_that_the_notebook_lies_in(tmp_path):
+    clone = make_clone(tmp_path / "clone")
+    wanted = f"gpt-tf[train,explain] @ {clone.resolve().as_uri()}"
+    said = run_installing_cell(clone / "notebooks")
+    assert said == f"pip {['install', '--quiet', wanted]}\n"
+
+
+def test_installing_cell_takes_a_clone_beside_the_notebook(tmp_path):
+    # Its name makes `import gpt_tf` find something there: an empty namespace.
+    clone = make_clone(tmp_path / "content" / "gpt_tf")
+    said = run_installing_cell(tmp_path / "content")
+    assert f"gpt-tf[train,explain] @ {clone.resolve().as_uri()}" in said
+
+
+def test_installing_cell_asks_for_an_address_where_there_is_no_clone(tmp_path):
+    said = run_installing_cell(tmp_path, "https://a.example/gpt_tf.git\n")
+    assert "@ git+https://a.example/gpt_tf.git'" in said
+
+
+def test_installing_cell_leaves_an_installed_package_alone(tmp_path):
+    clone = make_clone(tmp_path / "clone")
+    assert run_installing_cell(clone / "notebooks", path=[clone]) == ""
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
 def test_kept_notebook_has_the_cells_of_its_source(name):
-    source = jupytext.read(NOTEBOOKS / f"{name}.py")
+    source = read_tutorial(name)
     kept = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     assert sources_of(kept) == sources_of(source)
     assert kept.metadata.jupytext.formats == "ipynb,py:percent"

@@ -12,15 +12,23 @@
 # ---
 
 # %% [markdown]
-# # Train a small GPT and let it write
+# # 1. Text and tokens
 #
-# In a few minutes, on an ordinary laptop, we train a GPT on the source code of
-# Python itself, and then let it write. We follow the way of the data:
+# **At the end you will have** a corpus with a part held out, a tokenizer that was
+# learned from it, a file of tokens, batches of windows, and a first small GPT that was
+# trained on them and writes Python.
+#
+# **The article**, on GPT real-time performance: its `GPTModel` and the way it is
+# trained; and chapter 6.4, generalisation, which begins with the text: what the model
+# is shown, and what it is never shown.
+#
+# We follow the way of the data:
 #
 #     text -> tokens -> windows -> GPTModel -> train -> generate
 #
-# Nothing needs a GPU, an account or a download. Run the cells from top to bottom. Where
-# TensorFlow greets you with a few lines about your processor, they are harmless.
+# Nothing needs a GPU, an account or a download. Run the cells from top to bottom; on
+# two processor cores that takes two minutes. Where TensorFlow greets you with a few
+# lines about your processor, they are harmless.
 #
 # A few letters stand for the same sizes everywhere in gpt_tf:
 #
@@ -32,16 +40,32 @@
 # | `V` | vocabulary: how many different tokens there are |
 
 # %%
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+# Where gpt_tf is missing, as in Colab, it is installed: from a clone, if one is near.
+if getattr(importlib.util.find_spec("gpt_tf"), "origin", None) is None:
+    near = (Path(".."), *Path().iterdir())
+    clones = [path for path in near if (path / "gpt_tf/__init__.py").is_file()]
+    if clones:
+        source = clones[0].resolve().as_uri()
+    else:
+        source = "git+" + input("Address of the git repository of gpt_tf: ")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, f"gpt-tf[train,explain] @ {source}"], check=True)
+
+# %%
 import os
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow: errors only, please
-
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 import gpt_tf
+from gpt_tf.text.augment import BPEDropout
 
 # %% [markdown]
 # These are the knobs. Turn them once you have seen the whole way: more `steps` and a
@@ -50,6 +74,7 @@ import gpt_tf
 # %% tags=["parameters"]
 corpus = "python-stdlib"  # or the path of a folder of your own text
 vocab_size = 1024  # V
+other_vocab_sizes = (257, 512, 2048, 4096, 16384)  # to compare it with
 context_length = 64  # T
 batch_size = 32  # B
 embedding_dim = 128  # C
@@ -57,6 +82,7 @@ num_layers = 3
 num_heads = 4
 steps = 400
 validate_every = 50
+jit_compile = "auto"  # XLA; "off" starts sooner, and every step takes longer
 max_new_tokens = 80
 
 # %%
@@ -65,18 +91,29 @@ folder = Path("runs/notebook-01")  # everything that this notebook writes goes h
 # %% [markdown]
 # ## Text
 #
-# A corpus is a pile of documents. `"python-stdlib"` is the standard library of the
-# Python that runs this notebook: several hundred files that are already on your disk.
-# About a tenth of them is held out for *validation*: the model never trains on those,
-# so they tell us honestly how well it does on code that it has not seen.
+# A corpus is a pile of documents. `open_corpus` knows three kinds:
+#
+# | corpus | is |
+# |---|---|
+# | `"python-stdlib"` | the sources of the Python that runs this: already on your disk |
+# | `"shakespeare"` | his plays, a megabyte, downloaded once and checked |
+# | a path, or several | your own UTF-8 files and folders |
+#
+# A GPT that repeats what it was shown has learned nothing. Whether it *generalises*
+# can be told on text it has never seen, so about a tenth of the documents is held out
+# for *validation*. A file's name decides on which side it lies, so it stays there
+# when others come and go.
 
 # %%
 text = gpt_tf.open_corpus(corpus)
 
-for split in ("train", "validation"):
-    documents = list(text.documents(split))
-    characters = sum(len(document.text) for document in documents)
-    print(f"{split:10}  {len(documents):4} documents  {characters:10,} characters")
+texts = {
+    split: [document.text for document in text.documents(split)]
+    for split in ("train", "validation")
+}
+for split, parts in texts.items():
+    characters = sum(map(len, parts))
+    print(f"{split:10}  {len(parts):4} documents  {characters:10,} characters")
 
 # %%
 document = next(text.documents("train"))
@@ -88,16 +125,20 @@ print(document.text[:400])
 # ## Tokens
 #
 # A model reads numbers, not letters. A *tokenizer* cuts text into pieces and gives
-# each piece a number. Ours learns its pieces from the text: it begins with the 256
-# bytes and keeps joining the pair that occurs most often, until there are `V` pieces.
-# This is *byte-pair encoding*, the way GPT-2 does it.
+# each piece a number. Ours learns its pieces from the training text: it begins with the
+# 256 bytes and keeps joining the pair that occurs most often, until there are `V`
+# pieces. This is *byte-pair encoding* (BPE), on bytes as GPT-2 does it.
 
 # %%
-tokenizer = gpt_tf.BPETokenizer.train(
-    (document.text for document in text.documents("train")), vocab_size
-)
+tokenizer = gpt_tf.BPETokenizer.train(texts["train"], vocab_size)
 tokenizer.save(folder)
 
+first = range(257, min(265, vocab_size))  # after the end of text and 256 bytes
+last = range(vocab_size - 8, vocab_size)
+for name, ids in (("first", first), ("last", last)):
+    print(f"joined {name:5}", *(repr(tokenizer.decode([token])) for token in ids))
+
+# %%
 line = "    def read_lines(self, path, encoding='utf-8'):"
 ids = tokenizer.encode(line)
 print(f"{len(line)} characters, {len(ids)} tokens\n")
@@ -110,16 +151,72 @@ for token in ids:
 # belongs to the piece *after* it, as in `' def'`, so a prompt had better not end with
 # a space.
 #
-# Nothing is lost on the way. Decoding gives back the very same text:
+# Nothing is lost on the way, not even what the tokenizer never saw: any text is a row
+# of bytes, and every byte is a token.
 
 # %%
-tokenizer.decode(ids)
+for sample in (line, "naïve café", "日本語 🙂"):
+    ids = tokenizer.encode(sample)
+    same = tokenizer.decode(ids) == sample
+    print(f"{len(sample.encode()):3} bytes, {len(ids):2} tokens, {same=}  {sample}")
+
+# %% [markdown]
+# How many pieces should there be? With more, each says more, so a GPT needs fewer steps
+# for the same text and looks farther back in as many places. But the table of the
+# embedding has a row for every piece, and a device has to hold it and to score with it
+# for every token. Both sides, measured on the held-out text:
+
+# %%
+sizes = sorted({*other_vocab_sizes, vocab_size})
+held_out_bytes = sum(len(part.encode()) for part in texts["validation"])
+
+bytes_per_token = []
+for size in sizes:
+    other = gpt_tf.BPETokenizer.train(texts["train"], size)
+    count = sum(map(len, other.encode_batch(texts["validation"])))
+    bytes_per_token.append(held_out_bytes / count)
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+left.plot(sizes, bytes_per_token, "o-", color="#8fa8c8")
+left.set_ylabel("bytes of text in a token")
+right.plot(sizes, [size * embedding_dim / 1e6 for size in sizes], "o-", color="#e0a184")
+right.set_ylabel("million parameters in the table")
+chosen = sizes.index(vocab_size)
+left.plot(vocab_size, bytes_per_token[chosen], "o", color="#c2410c")
+right.plot(vocab_size, vocab_size * embedding_dim / 1e6, "o", color="#c2410c")
+for axes in (left, right):
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("vocabulary, V (red: ours)")
+    axes.spines[["top", "right"]].set_visible(False)
+plt.show()
+
+# %% [markdown]
+# The first joins win most. Between 1,000 and 4,000 is right for a model as small as
+# ours; GPT-2 has 50,257.
+#
+# ### The same text in other tokens
+#
+# A model that always sees a word cut in one way knows little of its parts. *BPE
+# dropout* leaves out each join with some probability, anew whenever a text is read. It
+# is one of the augmentations in `gpt_tf.text.augment`, which are meant to help a model
+# generalise from little text. All are off unless asked for, and never on in validation.
+
+# %%
+dropout = BPEDropout(tokenizer, rate=0.1)
+
+for seed in range(4):
+    ids = dropout.encode(line, seed)
+    print(len(ids), "tokens ", "|".join(tokenizer.decode([token]) for token in ids))
 
 # %% [markdown]
 # ## Windows
 #
-# The whole text becomes one long row of tokens in a *token file*. It is read from disk
-# piece by piece, so it may be larger than memory.
+# The whole text becomes one long row of tokens in a *token file*, documents parted by
+# an *end-of-text* token, so that no window mixes two without saying so. The file is
+# read from disk piece by piece, so it may be larger than memory.
 
 # %%
 tokens = gpt_tf.write_token_file(
@@ -127,6 +224,7 @@ tokens = gpt_tf.write_token_file(
 )
 
 print(f"{tokens.count:,} tokens, {tokens.text_bytes / tokens.count:.1f} bytes each")
+print(f"{np.sum(tokens.tokens == tokenizer.end_of_text_id)} of them end a document")
 
 # %% [markdown]
 # Training takes `B` windows of `T` tokens at a time. The labels `y` are the inputs `x`
@@ -146,24 +244,30 @@ for place in range(5):
     print(f"{tokenizer.decode(seen)!r:>30}  ->  {tokenizer.decode(following)!r}")
 
 # %% [markdown]
-# ## The model
-#
-# `GPTModel` is a Keras model with GPT-2's architecture. Four numbers describe it; we
-# also say how many places it can look back. A *strategy* names the devices that share
-# the work: on a laptop that is one, with several GPUs it is all of them, and the code
-# stays the same.
+# Which windows a step gets depends on its number and a seed only, so a run can stop and
+# go on at any step. Every *epoch*, a pass over the text, moves all windows by another
+# random offset and takes them in another order: the same text is cut anew each time,
+# and the model cannot learn a window by heart.
 
 # %%
-strategy = gpt_tf.make_strategy()
+for epoch in range(3):
+    x_then, *_ = windows.batch(step=epoch * windows.steps_per_epoch)
+    print(f"epoch {epoch + 1} begins with {tokenizer.decode(x_then[0])[:40]!r}")
 
-with strategy.scope():
-    model = gpt_tf.GPTModel(
-        vocab_size=vocab_size,
-        embedding_dim=embedding_dim,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        context_length=context_length,
-    )
+# %% [markdown]
+# ## The model
+#
+# `GPTModel` is a Keras model with GPT-2's architecture. As in the article, four numbers
+# describe it; we also say how many places it can look back.
+
+# %%
+model = gpt_tf.GPTModel(
+    vocab_size=vocab_size,
+    embedding_dim=embedding_dim,
+    num_layers=num_layers,
+    num_heads=num_heads,
+    context_length=context_length,
+)
 
 model.summary()
 
@@ -178,9 +282,10 @@ logits = model(x)
 print("logits ", logits.shape, " (B, T, V)")
 
 # %% [markdown]
-# `fit` works at once, with no `compile` before it: optimiser, loss and metrics have
-# sensible defaults, and a `compile` of your own replaces them. The first epoch takes
-# some seconds longer, because the model is compiled for your processor.
+# `fit(inputs, labels, epochs=...)` works at once, as in the article, with no `compile`
+# before it: optimiser, loss and metrics have sensible defaults, and a `compile` of your
+# own replaces them. The first epoch takes some seconds longer, because the model is
+# compiled for your processor.
 
 # %%
 model.fit(x, y, epochs=5, verbose=2)  # verbose=2: one line per epoch
@@ -215,6 +320,7 @@ result = gpt_tf.train(
     validation_batches=20,
     sample_every=steps // 4,
     sample_prompt="    def",
+    jit_compile=jit_compile,
     out=folder / "gpt",
     overwrite=True,  # so that this cell can be run again
 )
@@ -227,9 +333,10 @@ print(f"validation perplexity {result.validation_perplexity:.1f}")
 # among that many equally likely tokens. At the beginning it was `V`.
 #
 # The run kept its history. A training loss is the mean of ten batches, and some batches
-# are harder than others, hence the jitter. The validation loss lies a little above it,
-# since those files are new to the model; while it keeps falling, more training is worth
-# its time.
+# are harder than others, hence the jitter. The validation loss lies close to it: the
+# model has read a quarter of the text, so it had no time to learn any of it by heart.
+# While the validation loss keeps falling, more training is worth its time; where it
+# rises and the training loss does not, the model no longer generalises.
 
 # %%
 history = result.history
@@ -351,11 +458,8 @@ for piece in gpt_tf.stream(
 # %%
 model, tokenizer = gpt_tf.load_model(folder / "gpt")
 
-prompt = "    def __init__(self"
-answer = gpt_tf.generate(
-    model, prompt, tokenizer=tokenizer, max_new_tokens=8, temperature=0.0
-)
-print(prompt + answer)
+again = model(np.array([tokenizer.encode("    if not")]))[0, -1].numpy()  # (V,)
+print("the same scores as above:", np.array_equal(again, scores))
 
 # %% [markdown]
 # ## Where next
@@ -369,3 +473,5 @@ print(prompt + answer)
 #
 # - Read the model: `gpt_tf/models/gpt.py` and `layers.py` are short, and their comments
 #   use the letters of this notebook.
+# - Tutorial 2 divides the training among several devices. Tutorials 3 to 5 make the
+#   model fast: as integers, smaller, and as one file on a device.

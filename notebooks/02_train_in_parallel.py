@@ -12,13 +12,17 @@
 # ---
 
 # %% [markdown]
-# # Train in parallel
+# # 2. Train in parallel
 #
-# At the end of this notebook you will have trained one small GPT in five ways: on one
-# device, and on several devices between which the data, the layers, the weights or the
-# positions of the text are divided. You will have seen which device holds what, and
-# that the five models are the same, up to rounding. Each stays a Keras model with
-# `compile`, `fit` and `save`; only how it is built changes.
+# **At the end you will have** one small GPT trained in five ways: on one device, and on
+# several devices between which the data, the layers, the weights or the positions of
+# the text are divided. You will have seen which device holds what, and that the five
+# models are the same, up to rounding. Each stays a Keras model with `compile`, `fit`
+# and `save`; only how it is built changes.
+#
+# **The article**, on GPT real-time performance: chapter 3.1, parallel computation. It
+# parts a GPT by layers and by subsequences, gives each part a node, and trains under
+# TensorFlow's `MirroredStrategy`.
 #
 # Parallel computation always goes alike: cut the work into parts that do not wait for
 # each other, give each part a device, and run them at once. A GPT can be cut in several
@@ -32,8 +36,26 @@
 # | sequence | the whole model, some positions | keys and values | `MeshGPT` |
 #
 # All of it runs on a laptop without a GPU, because TensorFlow can take one processor
-# for several *logical devices*. Run the cells from top to bottom; notebook 01 explains
-# the words for training, and the letters `B`, `T`, `C` and `V`.
+# for several *logical devices*. Run the cells from top to bottom; on two cores that
+# takes two minutes. Tutorial 1 explains the words for training, and the letters `B`,
+# `T`, `C` and `V`.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+# Where gpt_tf is missing, as in Colab, it is installed: from a clone, if one is near.
+if getattr(importlib.util.find_spec("gpt_tf"), "origin", None) is None:
+    near = (Path(".."), *Path().iterdir())
+    clones = [path for path in near if (path / "gpt_tf/__init__.py").is_file()]
+    if clones:
+        source = clones[0].resolve().as_uri()
+    else:
+        source = "git+" + input("Address of the git repository of gpt_tf: ")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, f"gpt-tf[train,explain] @ {source}"], check=True)
 
 # %%
 import os
@@ -53,7 +75,6 @@ gpt_tf.split_cpu(4)
 import email
 import statistics
 import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -81,12 +102,12 @@ steps_per_epoch = 5
 timed_rounds = 5  # of as many steps as an epoch has
 
 # %%
-folder = Path("runs/notebook-04")  # everything that this notebook writes goes here
+folder = Path("runs/notebook-02")  # everything that this notebook writes goes here
 
 # %% [markdown]
 # ## The text
 #
-# Python's own package `email`, as in notebook 01: documents, tokens, windows. A step's
+# Python's own package `email`, as in tutorial 1: documents, tokens, windows. A step's
 # batch depends on the number of the step only, so every way of training below sees the
 # same windows in the same order.
 
