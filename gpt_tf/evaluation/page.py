@@ -107,7 +107,7 @@ def write_page(
         with tempfile.TemporaryDirectory() as folder:
             return write_page(report, path, write_pictures(report, folder))
     drawn = {Path(picture).stem: Path(picture).read_bytes() for picture in pictures}
-    text = _document(report, drawn)
+    text = _document(report, drawn, Path(path).parent)
     with files.atomic_file(path, "w") as file:
         file.write(text)
 
@@ -270,6 +270,9 @@ def _interval(interval, unit="", is_change=False):
     if not interval:
         return _NOTHING
     scale, sign = (100.0 if unit == "%" else 1.0), ("+" if is_change else "")
+    if interval["low"] == interval["high"]:
+        # As of the reference against itself.
+        return _unit(interval["value"] * scale, unit).rstrip(_SPACE)
     value, low, high = format_interval(interval, scale, sign)
     unit = f"{_SPACE}{unit}" if unit else ""
     return _join(
@@ -324,8 +327,8 @@ def _count(number, one, many=None):
 # The page
 
 
-def _document(report, drawn):
-    title, head = _answer(report)
+def _document(report, drawn, folder):
+    title, head = _answer(report, folder)
     sections = [
         section
         for section in (
@@ -388,11 +391,11 @@ def _entries_by_name(report):
     return {entry["name"]: entry for entry in report["entries"]}
 
 
-def _answer(report):
+def _answer(report, folder):
     """The title and the first thing that is read."""
     recommendation = report["recommendation"]
     if recommendation is None:
-        return _summary(report)
+        return _summary(report, folder)
     scenario = recommendation.get("scenario")
     choice = _entries_by_name(report).get(recommendation.get("choice"))
     eyebrow = f"for a {scenario}" if scenario not in (None, "custom") else ""
@@ -418,7 +421,7 @@ def _answer(report):
         else None,
         _figures(report, choice),
         _sample(recommendation.get("sample")),
-        _command(choice, recommendation.get("sample")),
+        _command(choice, recommendation.get("sample"), folder),
     )
 
 
@@ -571,12 +574,14 @@ def _sample(sample):
     )
 
 
-def _command(entry, sample):
+def _command(entry, sample, folder):
     prompt = (sample or {}).get("prompt") or "def "
     path = entry["path"] or entry["name"]
     command = f"gpt-tf generate --model {shlex.quote(str(path))}"
     command += f" --prompt {shlex.quote(prompt)}"
-    where = "" if os.path.isabs(path) else ", in the folder of this page"
+    # Paths of what lies elsewhere are as they were given.
+    is_below = not os.path.isabs(path) and (folder / path).exists()
+    where = " in the folder of this page" if is_below else ""
     return _tag(
         "figure",
         _tag("pre", _tag("code", command), class_="command", tabindex="0"),
@@ -584,7 +589,7 @@ def _command(entry, sample):
     )
 
 
-def _summary(report):
+def _summary(report, folder):
     """Without a recommendation: what is best in each way."""
     entries = report["entries"]
     title = f"{_count(len(entries), 'file')} measured"
@@ -595,7 +600,7 @@ def _summary(report):
             _tag("h1", title),
             _tag("p", _what_it_is(entries[0]), class_="what"),
             _figures(report, entries[0]),
-            _command(entries[0], None),
+            _command(entries[0], None, folder),
         )
     bests = []
     for label, value_of, write in (

@@ -204,6 +204,8 @@ def draw_accuracy(report: dict, path: str | os.PathLike) -> bool:
             (entry["name"], entry["accuracy"][part])
             for entry in report["entries"]
             if (entry["accuracy"] or {}).get(part)
+            # Its distance from itself says nothing.
+            and (part == "perplexity" or entry["name"] != report["reference"])
         ]
         if not rows:
             continue
@@ -340,8 +342,10 @@ def _scale_plane(axes, points, x_budget, y_budget, is_increase):
     y_reach = [value for point in points for value in point["interval"]]
     x_log = max(x_reach) / min(x_reach) > _LOG_RATIO
     y_log = min(y_reach) > 0 and max(y_reach) / min(y_reach) > 3
-    x_limits, x_drawn = _limits(x_reach, x_budget, x_log)
-    y_limits, y_drawn = _limits(y_reach, y_budget, y_log)
+    x_limits, x_drawn = _limits(x_reach, x_budget, x_log, 0.05)
+    y_limits, y_drawn = _limits(
+        y_reach, y_budget, y_log, 0.005 if is_increase else 0.05
+    )
     axes.set_xscale("log" if x_log else "linear")
     axes.set_yscale("log" if y_log else "linear")
     axes.set_xlim(x_limits)
@@ -589,7 +593,7 @@ def _draw_key(figure, key, points, numbered):
         y += _SIZES_ROW / 2
         write(14, y, "area: size")
         x = 74
-        shown = [sizes[0], sizes[len(sizes) // 2], sizes[-1]][-len(sizes) :]
+        shown = sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
         for size in shown:
             area = _area(size, points)
             radius = math.sqrt(area / math.pi)
@@ -607,25 +611,31 @@ def _draw_key(figure, key, points, numbered):
             y += _NAME_ROW
 
 
-def _limits(reach, budget, is_log):
-    """Limits of an axis with room for labels, and whether the budget lies in them."""
+def _limits(reach, budget, is_log, least):
+    """Limits of an axis with room for labels, and whether the budget lies in them.
+
+    Args:
+        reach: All numbers that are drawn.
+        budget: A number, or None.
+        is_log: Whether the axis is logarithmic.
+        least: Room on either side that there is at least, as a part of the number.
+    """
     forward, back = (math.log, math.exp) if is_log else (float, float)
     low, high = forward(min(reach)), forward(max(reach))
-    is_drawn = False
+    at = None
     if budget is not None and (budget > 0 or not is_log):
         at = forward(budget)
         both = max(high, at) - min(low, at)
         # A far budget would press the points into a corner.
-        is_drawn = (both > 0 and (high - low) / both > 0.35) or low <= at <= high
-        if is_drawn:
+        if both > 0 and (high - low) / both > 0.3:
             low, high = min(low, at), max(high, at)
     # One point, or equal ones, get some room too.
-    smallest = 0.05 if is_log else max(abs(low), abs(high), 1e-9) * 0.05
+    smallest = least if is_log else max(abs(low), abs(high), 1e-9) * least
     room = max((high - low) * 0.16, smallest)
-    lower = low - room
+    lower, upper = low - room, high + room
     if not is_log and low >= 0 > lower:
-        lower = -0.04 * (high + room)
-    return (back(lower), back(high + room)), is_drawn
+        lower = -0.04 * upper
+    return (back(lower), back(upper)), at is not None and lower <= at <= upper
 
 
 def _decades(low, high):

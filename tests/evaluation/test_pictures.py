@@ -309,6 +309,27 @@ def test_names_are_drawn_as_they_are(tmp_path):
     assert not any(text.get_parse_math() for _, text in labels)
 
 
+def test_a_budget_is_drawn_where_it_lies_within_the_plane():
+    near = pictures._limits([1.0, 2.0], 2.1, False, 0.05)
+    assert near[0][0] < 1.0 < 2.1 < near[0][1] and near[1]
+    far = pictures._limits([1.0, 2.0], 20.0, False, 0.05)
+    assert far[0] == pictures._limits([1.0, 2.0], None, False, 0.05)[0] and not far[1]
+    # Of one point the room decides.
+    assert pictures._limits([1.0], 1.01, False, 0.05)[1]
+    assert not pictures._limits([1.0], 1.06, False, 0.05)[1]
+
+
+def test_the_key_shows_each_size_once():
+    entries = [
+        entry_of(f"of-{size}", size, accuracy_of(5.0), latency_of(2.0))
+        for size in (1, 4)
+    ]
+    for files_shown, sizes in ((1, ["1 MB"]), (2, ["1 MB", "4 MB"])):
+        figure, _ = pictures._pareto(new_report(entries[:files_shown]))
+        words = [text.get_text() for text in figure.axes[1].texts]
+        assert [word for word in words if word.endswith("MB")] == sizes
+
+
 def test_a_users_style_does_not_change_a_picture(tmp_path):
     import matplotlib
 
