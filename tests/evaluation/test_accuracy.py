@@ -174,6 +174,9 @@ def test_contexts_of_other_lengths_are_compared_on_the_same_tokens():
     found = measure_accuracy(ours, text_of(300), reference=theirs, samples=10)
     assert found["perplexity_increase"]["value"] == pytest.approx(0, abs=1e-12)
     assert found["divergence_nats"]["value"] == 0
+    nats = bigram_nats(ours.table, [text_of(300)])[0].sum()
+    bits = nats / math.log(2) / len(text_of(300).encode())
+    assert found["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-6)
 
 
 def test_a_model_is_equal_to_itself():
@@ -233,6 +236,20 @@ def test_other_tokens_are_compared_on_the_same_bytes(pieces):
     assert len(notes) == 1 and notes[0].startswith("ours has another tokenizer")
 
 
+def test_blocks_end_where_tokens_of_all_tokenizers_end(pieces):
+    others = BPETokenizer.train([text_of(3000, seed=5)], 290)
+    text = accuracy.HeldOutText.of(text_of(2000))
+    subjects = {"a": Bigrams(1, pieces), "b": Bigrams(1, others)}
+    readings = accuracy._readings(subjects, text)
+    ends = [set(readings[name].ends[0].tolist()) for name in "ab"]
+    assert ends[0] - ends[1] and ends[1] - ends[0]
+    blocks = accuracy._blocks(readings, 10)
+    assert {block.stop for block in blocks} <= ends[0] & ends[1]
+    for name in "ab":
+        counts = [readings[name].count(block) for block in blocks]
+        assert sum(counts) == len(readings[name].ends[0]) and min(counts) > 0
+
+
 def test_a_larger_vocabulary_of_the_same_tokens_is_no_crash():
     ours = Bigrams(1)
     ours.config, ours.table = {"vocab_size": 20}, np.zeros((20, 20), np.float32)
@@ -243,6 +260,15 @@ def test_a_larger_vocabulary_of_the_same_tokens_is_no_crash():
     assert found["divergence_nats"] is None and found["perplexity_increase"]
     assert found["perplexity"]["value"] == pytest.approx(20)
     assert "20 tokens where the reference has 15" in notes[0]
+
+
+def test_as_many_tokens_of_another_meaning_are_not_compared():
+    foreign = CharacterTokenizer.train([LETTERS.replace("j", "z")])
+    assert foreign.vocab_size == CHARACTERS.vocab_size
+    found = measure_accuracy(
+        Bigrams(1, foreign), "abba" * 9, reference=Bigrams(2), samples=10
+    )
+    assert found["divergence_nats"] is None and found["perplexity_increase"]
 
 
 def test_a_hopeless_model_has_a_finite_perplexity():
