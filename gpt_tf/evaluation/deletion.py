@@ -65,6 +65,7 @@ def deletion_test(
     *,
     fraction: float = 0.2,
     curve: Sequence[float] = (),
+    keep_last: bool = False,
     seed: int = 0,
     num_samples: int | None = None,
     neutral: int | str | None = None,
@@ -81,6 +82,9 @@ def deletion_test(
         fraction: Share of each prompt's tokens that is taken away, above 0 and below
             1; at least one is, and one stays.
         curve: Further shares to take away, for a picture.
+        keep_last: Judge the methods a second time, with the last token always kept:
+            the harder test, for without that one hardly any prediction stands, and
+            any method that names it passes.
         seed: The same seed gives the same numbers.
         num_samples: For `lime` and `shap`, as of `explain`.
         neutral: As of `explain`.
@@ -93,8 +97,9 @@ def deletion_test(
         `gpt_tf.evaluation.report` states it, and `holds`: whether all of the
         difference's interval is above 0; `nearest_drop`, when the prompt's last tokens
         are taken, which needs no explanation; with `curve` a list of `fraction`,
-        `nearest_drop` and `methods` for its shares; `compression`, empty, for
-        what `compare_explanations` returns by method.
+        `nearest_drop` and `methods` for its shares; with `keep_last` such a dict,
+        `last_kept`; `compression`, empty, for what `compare_explanations` returns by
+        method.
 
     Raises:
         InputError: There are too few prompts, or something cannot be used.
@@ -112,6 +117,7 @@ def deletion_test(
                 f"{share}."
             )
     neutral = neutral_token(subject, neutral)
+    ways = [(share, False) for share in fractions] + [(fraction, True)] * keep_last
     fallen = []
     for index, ids in enumerate(rows):
         scorer = MaskedPrompt(subject, ids, neutral)
@@ -130,10 +136,10 @@ def deletion_test(
                 neutral=neutral,
             )
             orders.append(explanation.order())
-        fallen.append(_drops(scorer, target, orders, fractions))
+        fallen.append(_drops(scorer, target, orders, ways))
         if on_step is not None:
             on_step(index + 1, len(rows))
-    fallen = np.array(fallen)  # (prompts, fractions, orders)
+    fallen = np.array(fallen)  # (prompts, ways, orders)
     random_drops = fallen[:, :, :_RANDOM_DRAWS].mean(axis=-1)
     nearest_drops = fallen[:, :, _RANDOM_DRAWS]
     drops = np.moveaxis(fallen[:, :, _RANDOM_DRAWS + 1 :], -1, 0)
@@ -142,7 +148,7 @@ def deletion_test(
             method: _judged(drop[:, place], random_drops[:, place], seed)
             for method, drop in zip(methods, drops, strict=True)
         }
-        for place in range(len(fractions))
+        for place in range(len(ways))
     ]
     facts = [
         {
@@ -150,13 +156,14 @@ def deletion_test(
             "nearest_drop": interval(nearest_drops[:, place], seed),
             "methods": judged[place],
         }
-        for place, share in enumerate(fractions)
+        for place, (share, _) in enumerate(ways)
     ]
     return {
         "prompts": len(rows),
         "prompt_tokens": float(np.mean([len(ids) for ids in rows])),
         **facts[0],
-        **({"curve": facts[1:]} if curve else {}),
+        **({"curve": facts[1 : len(fractions)]} if curve else {}),
+        **({"last_kept": facts[-1]} if keep_last else {}),
         "compression": {},
     }
 
@@ -278,17 +285,25 @@ def interval(values: np.ndarray, seed: int = 0) -> dict:
     return {"value": float(values.mean()), "low": float(low), "high": float(high)}
 
 
-def _drops(scorer, target, orders, fractions):
-    """Return how far the probability falls, `(fractions, orders)`."""
+def _drops(scorer, target, orders, ways):
+    """Return how far the probability falls, `(ways, orders)`.
+
+    A way is the share of tokens that is taken away, in the order given, and whether
+    the last one stays in any case.
+    """
     length = len(scorer.ids)
-    kept = np.ones((1 + len(fractions) * len(orders), length), bool)
-    for place, fraction in enumerate(fractions):
+    kept = np.ones((len(ways), len(orders), length), bool)
+    for way, (fraction, keep_last) in enumerate(ways):
         count = min(max(1, round(fraction * length)), length - 1)
         for index, order in enumerate(orders):
-            kept[1 + place * len(orders) + index, order[:count]] = False
-    probabilities = np.exp(scorer.values(kept, target))
-    drops = probabilities[0] - probabilities[1:]
-    return drops.reshape(len(fractions), len(orders))
+            order = np.asarray(order)
+            if keep_last:
+                order = order[order != length - 1]
+            kept[way, index, order[:count]] = False
+    masks = kept.reshape(-1, length)
+    whole = np.ones((1, length), bool)
+    probabilities = np.exp(scorer.values(np.concatenate([whole, masks]), target))
+    return (probabilities[0] - probabilities[1:]).reshape(kept.shape[:2])
 
 
 def _judged(drop, random_drop, seed):

@@ -145,7 +145,7 @@ def explain(
     check_method(subject, method)
     ids = prompt_ids(subject, prompt)
     num_samples = _samples(method, num_samples, len(ids))
-    neutral = neutral_token(subject, neutral)
+    neutral = None if method == "attention" else neutral_token(subject, neutral)
     scorer = MaskedPrompt(subject, ids, neutral)
     logs = scorer.log_probabilities()
     target = target_token(subject, target, logs)
@@ -161,7 +161,7 @@ def explain(
         log_probability=float(logs[target]),
         scores=np.asarray(scores, np.float64),
         base_value=None if base is None else float(base),
-        neutral_id=None if method == "attention" else neutral,
+        neutral_id=neutral,
         num_samples=num_samples,
         seed=seed,
     )
@@ -173,10 +173,11 @@ class MaskedPrompt:
     Args:
         subject: The model.
         ids: The prompt's `T` token ids.
-        neutral: Id of the token that is put in the place of one taken away.
+        neutral: Id of the token that is put in the place of one taken away; None if
+            none will be.
     """
 
-    def __init__(self, subject, ids: Sequence[int], neutral: int):
+    def __init__(self, subject, ids: Sequence[int], neutral: int | None):
         self.subject = subject
         self.ids = np.asarray(ids, np.int64)
         self.neutral = neutral
