@@ -133,6 +133,20 @@ def test_a_merge_is_left_out_as_often_as_the_rate_says():
     assert abs(share - 0.3) < 5 * (0.3 * 0.7 / 4000) ** 0.5
 
 
+def test_each_step_leaves_out_merges_anew():
+    """Two merges of a word, of which the first step does one, the second the other."""
+    tokenizer = BPETokenizer.train(["ab\ncd\n" * 9], 259)
+    ids = np.array(tokenizer.encode("abcd"))
+    assert len(ids) == 2
+    rate, count = 0.5, 4000
+    found = BPEDropout(tokenizer, rate).resegment([ids] * count, np.arange(count))
+    shares = np.bincount([len(row) for row in found]) / count
+    both = (1 - rate**2) * (1 - rate)
+    for tokens, expected in ((2, both), (4, rate**2)):
+        spread = (expected * (1 - expected) / count) ** 0.5
+        assert abs(shares[tokens] - expected) < 5 * spread
+
+
 def test_a_tokenizer_without_merges_has_nothing_to_leave_out():
     tokenizer = BPETokenizer.train(["ab"], 257)
     assert BPEDropout(tokenizer, 0.5).encode("abc") == tokenizer.encode("abc")
@@ -315,7 +329,7 @@ def test_a_mixed_window_goes_on_elsewhere_behind_a_mark():
     windows = ramp_with({"mix_documents": 0.5}, BPE)
     plain, _, _ = batches_of(ramp_with(None, BPE), range(30))
     x, y, weights = batches_of(windows, range(30))
-    cuts, mixed = set(), 0
+    cuts, places, mixed = set(), [], 0
     for row, targets, weight, before in zip(x, y, weights, plain, strict=True):
         ids = np.append(row, targets[-1])
         np.testing.assert_array_equal(ids[1:], targets)
@@ -326,6 +340,7 @@ def test_a_mixed_window_goes_on_elsewhere_behind_a_mark():
         mixed += 1
         cut = ids.tolist().index(END)
         cuts.add(cut)
+        places.append(ids[cut + 1])
         np.testing.assert_array_equal(ids[:cut], before[:cut])
         assert (np.diff(ids[cut + 1 :]) == 1).all()
         # Neither the mark nor what begins behind it can be foreseen.
@@ -333,6 +348,8 @@ def test_a_mixed_window_goes_on_elsewhere_behind_a_mark():
         assert np.flatnonzero(weight == 0).tolist() == unknown
     assert abs(mixed / len(x) - 0.5) < 5 * (0.25 / len(x)) ** 0.5
     assert cuts == set(range(1, LENGTH))
+    # They go on at any place at which there is text enough.
+    assert min(places) < 20 and 170 < max(places) <= 200 - LENGTH
 
 
 def test_without_an_end_of_text_a_mixed_window_has_no_mark():
