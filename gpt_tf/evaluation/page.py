@@ -1646,7 +1646,9 @@ footer p { margin: .5rem 0; }
   body { max-width: none; padding: 0; font-size: 9.5pt; }
   nav { display: none; }
   .scroll { overflow: visible; }
-  table { font-size: 7.5pt; }
+  table { font-size: 7pt; }
+  thead th { font-size: 6.5pt; }
+  .tag { font-size: 6pt; }
   th, td { padding: .2rem .3rem; }
   tbody th { min-width: 0; }
   td small { white-space: normal; }

@@ -304,6 +304,11 @@ def _pareto(report, numbered=None):
     x_drawn, y_drawn = _scale_plane(axes, points, x_budget, y_budget, is_increase)
     _draw_budgets(axes, x_budget, y_budget, x_drawn, y_drawn)
     crossed = _draw_points(axes, points)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    if x_drawn:
+        crossed.append(((x_budget, bottom), (x_budget, top), 3))
+    if y_drawn:
+        crossed.append(((left, y_budget), (right, y_budget), 3))
     _draw_key(figure, key, points, numbered)
     labels = _place_labels(
         *(figure, axes, points, numbered, crossed, y_budget if y_drawn else None)
@@ -440,19 +445,23 @@ def _colour_of(point):
 
 
 def _draw_points(axes, points):
-    """Draw frontier, whiskers and points; return segments that labels should avoid."""
+    """Draw frontier, whiskers and points; return segments that labels should avoid.
+
+    Of each: where it begins and ends, and how much it is to be avoided.
+    """
     segments = []
     frontier = frontier_of(_plane(points))
     for (x, y, _), (next_x, next_y, _) in itertools.pairwise(frontier):
         axes.plot([x, next_x, next_x], [y, y, next_y], color=_INK, lw=1.1, zorder=2)
-        segments += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]
+        corner = (next_x, y)
+        segments += [((x, y), corner, 8), (corner, (next_x, next_y), 8)]
     for point in points:
         x, y, colour = point["x"], point["y"], _colour_of(point)
         low, high = point["interval"]
         whiskers = [([x, point["p95"]], [y, y]), ([x, x], [low, high])]
         for (xs, ys), width in zip(whiskers, (1.6, 0.8), strict=True):
             axes.plot(xs, ys, color=colour, lw=width, zorder=3, solid_capstyle="butt")
-            segments.append(((xs[0], ys[0]), (xs[1], ys[1])))
+            segments.append(((xs[0], ys[0]), (xs[1], ys[1]), 8))
         axes.plot(
             [point["p95"]], [y], marker="|", ms=7, mew=1.6, color=colour, zorder=3
         )
@@ -679,7 +688,9 @@ def _place_labels(figure, axes, points, numbered, crossed, y_budget):
         for point, (x, y) in zip(points, centres, strict=True)
         for reach in [(6 if point["is_choice"] else 3) * pixels]
     ]
-    segments = [(to_display(begin), to_display(end)) for begin, end in crossed]
+    segments = [
+        (to_display(begin), to_display(end), weight) for begin, end, weight in crossed
+    ]
 
     taken = []
     if y_budget is not None:
@@ -745,7 +756,7 @@ def _label_budget(axes, y_budget, dots, segments, renderer):
             )
             box = text.get_window_extent(renderer)
             cost = sum(box.overlaps(dot) for dot in dots)
-            cost += sum(_crosses(box, *segment) for segment in segments)
+            cost += sum(_crosses(box, begin, end) for begin, end, _ in segments)
             if best is None or cost < best[0]:
                 if best is not None:
                     best[1].remove()
@@ -790,9 +801,12 @@ def _best_place(
             box = box_at(x, y)
             if not is_free(box):
                 continue
-            crossings = sum(_crosses(box, *segment) for segment in segments)
+            near = box.padded(2 * pixels)
+            crossings = sum(
+                weight * _crosses(near, begin, end) for begin, end, weight in segments
+            )
             # To the right reads best.
-            cost = gap + 9 * crossings + 3 * (1 - across)
+            cost = gap + crossings + 3 * (1 - across)
             if cost < best_cost:
                 best, best_cost = (x, y), cost
     if best is None and anywhere:
