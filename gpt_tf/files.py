@@ -172,6 +172,8 @@ def _try_lock(handle) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:  # some network file systems know no locks
+        return True
     return True
 
 

@@ -444,7 +444,8 @@ def _refuse_foreign_folder(out, overwrite):
         raise InputError(
             f"The run's folder is to be {out}, but that is a file. Choose another."
         )
-    if any(out.iterdir()) and not overwrite:
+    others = {path.name for path in out.iterdir()} - {files.LOCK_NAME}
+    if others and not overwrite:
         what = "a run" if (out / "run.json").exists() else "something else"
         raise InputError(
             f"The folder {out} already holds {what}. Choose another, or add "

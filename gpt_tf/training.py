@@ -25,6 +25,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf import files, preparation
+from gpt_tf.configuration import differences
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.distillation.distiller import Distiller
 from gpt_tf.distillation.knowledge import KnowledgeStore
@@ -187,8 +188,15 @@ def train(
     strategy = tf.distribute.get_strategy()
     if division is None:
         strategy = strategies.make_strategy(config.strategy, join_timeout, notice)
-    with strategies.watched(strategy), _precision(config.precision):
+    with (
+        strategies.watched(strategy),
+        _precision(config.precision),
+        contextlib.ExitStack() as stack,
+    ):
         _check_division(config, strategy.num_replicas_in_sync)
+        # Of several workers the chief keeps other processes out of the folder.
+        lock = files.locked(out)
+        strategies.on_chief(strategy, lambda: stack.enter_context(lock))
         if resume_or_start:
             _start_run_unless_there(config, out, strategy, notice)
         elif not resume:
@@ -519,7 +527,7 @@ def _start_run_unless_there(config, out, strategy, notice):
             _check_same(config, out)
             return
         # A folder of nothing but our own files was killed while it was prepared.
-        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        names = {path.name for path in out.iterdir()} - {files.LOCK_NAME}
         preparation.prepare(config, out, names <= set(OWN_ENTRIES), notice)
 
     strategies.on_chief(strategy, prepare)
@@ -535,7 +543,7 @@ def _check_same(config, out):
     if old != new:
         raise InputError(
             f"The run in {out} expects the configuration that it was started with. "
-            f"Received: another one. It has {_differences(old, new)}. Give these "
+            f"Received: another one. It has {differences(old, new)}. Give these "
             "again, or choose another folder."
         )
 
@@ -959,7 +967,7 @@ class _Run:
         if manifest["config"] != config:
             raise InputError(
                 f"The checkpoint in {folder} is of another shape: "
-                f"{_differences(manifest['config'], config)}. "
+                f"{differences(manifest['config'], config)}. "
                 "Resume the run that wrote it."
             )
         state = safetensors.numpy.load_file(folder / "state.safetensors")
@@ -982,14 +990,6 @@ class _Run:
         self.best = manifest["best"]
         self.step = int(manifest["step"])
         self.history = files.read_json(folder / "history.json")
-
-
-def _differences(old, new):
-    return ", ".join(
-        f"{key}={old.get(key)} instead of {new.get(key)}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    )
 
 
 class _Recorder(keras.callbacks.Callback):

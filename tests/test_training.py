@@ -660,3 +660,19 @@ def test_what_cannot_be_quantised_is_refused(trained, quantized, tmp_path):
     with pytest.raises(InputError, match="keeps its own"):
         quantize_quietly(None, quantized.out, {"weight_bits": 4}, resume=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_use_by_another_process_is_refused(trained):
+    before = sorted(trained.out.rglob("*"))
+    with (
+        files.locked(trained.out),
+        pytest.raises(InputError, match="in use by another process"),
+    ):
+        train(
+            PRESETS["tiny"],
+            trained.out,
+            overwrite=True,
+            verbose=False,
+            on_notice=lambda line: None,
+        )
+    assert sorted(trained.out.rglob("*")) == before
