@@ -38,10 +38,10 @@ from gpt_tf.evaluation.deletion import (
     prompts_of,
 )
 from gpt_tf.evaluation.estimate import estimate, refuse_impossible
-from gpt_tf.evaluation.held_out import held_out_text
+from gpt_tf.evaluation.held_out import DEFAULT_CORPUS, held_out_text
 from gpt_tf.evaluation.latency import compare_latencies
 from gpt_tf.evaluation.machine import describe_machine
-from gpt_tf.evaluation.parsing import measure_parsing
+from gpt_tf.evaluation.parsing import find_prompts, measure_parsing
 from gpt_tf.evaluation.subjects import count_parameters, describe, open_subject
 from gpt_tf.export.constants import MODES as EXPORT_MODES
 from gpt_tf.export.trained import export_trained
@@ -519,6 +519,10 @@ class _Optimization:
             on_notice=self.say,
         )
 
+    def _is_python(self, text):
+        # A run's text has lost the names of its files.
+        return text.is_python or self.course.corpus == DEFAULT_CORPUS
+
     def _measure_accuracy(self, text):
         config = self.config
         inputs = {
@@ -526,6 +530,8 @@ class _Optimization:
             "tokens": config.evaluated_tokens,
             "seed": config.seed,
         }
+
+        is_python = self._is_python(text)
 
         def measure():
             with contextlib.ExitStack() as stack:
@@ -543,16 +549,16 @@ class _Optimization:
                     on_progress=progress.update,
                     on_notice=self._note,
                 )
-                if text.is_python:
-                    for name, subject in opened.items():
-                        found[name]["parsed"] = measure_parsing(
-                            subject, text, seed=config.seed
-                        )
+                functions = find_prompts(text, seed=config.seed) if is_python else []
+                for name, subject in opened.items() if functions else ():
+                    found[name]["parsed"] = measure_parsing(
+                        subject, functions, seed=config.seed, name=name
+                    )
             return {
                 "corpus": {
                     "name": text.name,
                     "split": text.split,
-                    "bytes": text.size_bytes,
+                    "bytes": found[REFERENCE]["bytes"],
                     "tokens": found[REFERENCE]["tokens"],
                 },
                 "entries": found,
@@ -639,7 +645,7 @@ class _Optimization:
         for to, source in pairs.items():
             with files.atomic_file(to) as target, open(source, "rb") as opened:
                 shutil.copyfileobj(opened, target)
-        prompt = _PYTHON_PROMPT if text.is_python else _beginning_of(text)
+        prompt = _PYTHON_PROMPT if self._is_python(text) else _beginning_of(text)
         with EdgeGPT(place) as gpt:
             written = gpt.generate(
                 prompt,

@@ -286,7 +286,7 @@ def _in_house_style(draw):
 @_in_house_style
 def _pareto(report, numbered=None):
     """The figure and its labels `[(name, Text)]`, or None where nothing is to draw."""
-    points, is_increase = _pareto_points(report)
+    points, is_increase = pareto_points(report)
     if not points:
         return None
     if numbered is None:
@@ -378,7 +378,7 @@ def _scale_plane(axes, points, x_budget, y_budget, is_increase):
     return x_drawn, y_drawn
 
 
-def _pareto_points(report):
+def pareto_points(report):
     outside = outside_of(report)
     choice = (report.get("recommendation") or {}).get("choice")
     measured = []
@@ -419,7 +419,7 @@ def _pareto_points(report):
 _INCREASE_OF_REFERENCE = {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
-def _plane(points):
+def plane(points):
     return [(point["x"], point["y"], point["name"]) for point in points]
 
 
@@ -450,7 +450,7 @@ def _draw_points(axes, points):
     Of each: where it begins and ends, and how much it is to be avoided.
     """
     segments = []
-    frontier = frontier_of(_plane(points))
+    frontier = frontier_of(plane(points))
     for (x, y, _), (next_x, next_y, _) in itertools.pairwise(frontier):
         axes.plot([x, next_x, next_x], [y, y, next_y], color=_INK, lw=1.1, zorder=2)
         corner = (next_x, y)
@@ -556,7 +556,7 @@ def _pareto_key(points, budgets):
         key.append((mark(marker="o", ms=5, color=_BLUE), text))
     if any(point["is_outside"] for point in points):
         key.append((mark(marker="o", ms=5, color=_PALE), "ruled out (dashed)"))
-    if len(frontier_of(_plane(points))) > 1:
+    if len(frontier_of(plane(points))) > 1:
         line = Line2D([], [], color=_INK, lw=1.1)
         key.append((line, "frontier: none better in both"))
     if any(low < high for low, high in (point["interval"] for point in points)):

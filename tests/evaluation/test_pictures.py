@@ -223,7 +223,7 @@ def test_few_files_are_named_where_they_stand():
 
 def test_a_point_stands_at_its_median_and_increase_and_its_whisker_at_p95():
     report = report_of(4)
-    points, is_increase = pictures._pareto_points(report)
+    points, is_increase = pictures.pareto_points(report)
     assert is_increase
     for point, entry in zip(points, report["entries"], strict=True):
         spread = entry["latency"]["inter_token_latency_ms"]
@@ -234,7 +234,7 @@ def test_a_point_stands_at_its_median_and_increase_and_its_whisker_at_p95():
 
 def test_without_a_reference_perplexity_itself_is_drawn():
     report = report_of(3, reference=None)
-    points, is_increase = pictures._pareto_points(report)
+    points, is_increase = pictures.pareto_points(report)
     assert not is_increase
     assert points[0]["y"] == report["entries"][0]["accuracy"]["perplexity"]["value"]
 

@@ -52,7 +52,7 @@ def test_pieces_of_a_text_give_the_logits_of_the_whole(make_model):
 
 def test_what_cannot_be_appended_is_refused(make_model):
     gpt = KerasGPT(make_model())
-    with pytest.raises(InputError, match="room for 16 more. Received: 17"):
+    with pytest.raises(InputError, match=r"room for 16 more\. Received: 17"):
         gpt.logits([1] * 17)
     with pytest.raises(InputError, match="31"):
         gpt.logits([31])
