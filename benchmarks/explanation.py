@@ -6,9 +6,9 @@
 Prompts come from the part of Python's standard library that the model was not trained
 on. From each the fifth of its tokens that an explanation ranks highest is taken away, a
 space in the place of each, and the probability of the likeliest next token must fall
-further than when as many random tokens are taken away: for LIME, SHAP, attention
-rollout and integrated gradients on the Keras model, for LIME and SHAP on its float32
-and int8 files. "last kept" is the harder test, in which the prompt's last token may not
+further than when as many random tokens are taken away: for LIME, SHAP, attention and
+integrated gradients on the Keras model, for LIME and SHAP on its float32 and int8
+files. "last kept" is the harder test, in which the prompt's last token may not
 be taken; "nearest" takes the last tokens, without any explanation.
 
 Then the ranks that LIME and SHAP give the tokens are compared, float32 with int8, and

@@ -11,8 +11,13 @@ positions. The methods:
   to the model's answer. On `saved_models/python-small`, with 520 masked prompts of 32
   tokens, it ranked tokens under two seeds with a correlation of 0.90,
   `shap.KernelExplainer` 0.80; `lime` 0.64.
-- `attention`: rollout of the attention of all layers. It says where the model looked,
-  is never negative, and does not depend on the target.
+- `attention`: what the last position pays each token, mean over layers and heads. It
+  says where the model looked, is never negative, and does not depend on the target.
+  Attention rollout, the usual way through the layers, piles up on early tokens in a
+  causal model and does worse: with the last token kept, a fifth of 24 tokens taken
+  away by rollout cost 60 predictions 0.08 [0.02, 0.13] of probability more than
+  random ones, by the mean 0.20 [0.15, 0.25]; of 12 tokens 0.03 [-0.01, 0.07] and 0.15
+  [0.10, 0.20].
 - `gradient`: integrated gradients of the target's log-probability, from the neutral
   token's embedding to each token's own. They add up as Shapley values do.
 
@@ -22,9 +27,10 @@ model.
 Reference: Ribeiro, Singh and Guestrin, "Why Should I Trust You?", arXiv:1602.04938
 (LIME); Lundberg and Lee, "A Unified Approach to Interpreting Model Predictions",
 arXiv:1705.07874 (SHAP); Abnar and Zuidema, "Quantifying Attention Flow in
-Transformers", arXiv:2005.00928; Sundararajan, Taly and Yan, "Axiomatic Attribution
-for Deep Networks", arXiv:1703.01365; Covert, Lundberg and Lee, "Explaining by
-Removing", arXiv:2011.14878, on what it means to take a feature away.
+Transformers", arXiv:2005.00928 (raw attention, and rollout); Sundararajan, Taly and
+Yan, "Axiomatic Attribution for Deep Networks", arXiv:1703.01365; Covert, Lundberg and
+Lee, "Explaining by Removing", arXiv:2011.14878, on what it means to take a feature
+away.
 """
 
 import contextlib
@@ -370,36 +376,30 @@ def _shap(scorer, target, num_samples, seed):
 
 
 def _attention(scorer, target, num_samples, seed):
-    return attention_rollout(scorer.subject.model, scorer.ids)[-1], None
+    return mean_attention(scorer.subject.model, scorer.ids)[-1], None
 
 
-def attention_rollout(model, ids) -> np.ndarray:
-    """Follow the attention of all layers back to the prompt.
-
-    Attention is averaged over heads, and half of each position is its own residual.
+def mean_attention(model, ids) -> np.ndarray:
+    """Return the attention that positions pay to tokens, mean over layers and heads.
 
     Args:
         model: A `GPTModel`.
         ids: `T` token ids.
 
     Returns:
-        `(T, T)` float64: how much of each position comes from which token. Rows add
-        up to 1.
+        `(T, T)` float64: what each position pays each token. Rows add up to 1.
 
     Raises:
         InputError: The model's attention cannot be seen.
 
-    Reference: Abnar and Zuidema, arXiv:2005.00928, section 3.
+    Reference: Abnar and Zuidema, arXiv:2005.00928, section 3: raw attention.
     """
     from gpt_tf.distillation.observe import outputs_of
 
     tokens = np.asarray(ids, np.int32)[np.newaxis]
-    rolled = np.eye(len(ids))
-    for attention in outputs_of(model, tokens, ("attentions",)).attentions:
-        mean = attention.numpy()[0].astype(np.float64).mean(axis=0)  # (T, T)
-        mixed = (mean + np.eye(len(ids))) / 2
-        rolled = mixed / mixed.sum(axis=-1, keepdims=True) @ rolled
-    return rolled
+    layers = outputs_of(model, tokens, ("attentions",)).attentions
+    mean = np.mean([layer.numpy()[0] for layer in layers], axis=(0, 1), dtype=float)
+    return mean / mean.sum(axis=-1, keepdims=True)  # (T, T)
 
 
 def _gradient(scorer, target, num_samples, seed):
@@ -480,7 +480,7 @@ def _samples(method, num_samples, num_tokens):
     if method == "attention":
         if num_samples is not None:
             raise InputError(
-                "Attention rollout takes no samples: it is computed once. Received: "
+                "The method attention takes no samples: it is computed once. Received: "
                 f"num_samples={num_samples}. Leave it out."
             )
         return None

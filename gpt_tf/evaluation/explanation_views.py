@@ -29,7 +29,7 @@ _BAR_WIDTH = 16
 _SAID_OF = {
     "lime": "nats, of a linear model fitted near the prompt",
     "shap": "nats; they and the base value add up to the log-probability",
-    "attention": "share of the attention that reaches the last token; it has no sign "
+    "attention": "share of the attention that the last token pays; it has no sign "
     "and does not depend on the target",
     "gradient": "nats, integrated gradients; they and the base value add up to the "
     "log-probability, nearly",

@@ -11,8 +11,8 @@ from gpt_tf.errors import InputError
 from gpt_tf.evaluation.explain import (
     Explanation,
     MaskedPrompt,
-    attention_rollout,
     explain,
+    mean_attention,
     neutral_token,
     token_texts,
 )
@@ -185,28 +185,27 @@ def test_a_token_that_is_neutral_has_no_gradient_to_go(keras_subject):
     assert (np.delete(explanation.scores, [3, 4]) != 0).all()
 
 
-def test_rows_of_the_rollout_add_up_to_1_and_see_no_future(keras_subject):
-    rolled = attention_rollout(keras_subject.model, IDS)
-    np.testing.assert_allclose(rolled.sum(axis=-1), 1, atol=1e-12)
-    assert (rolled >= 0).all() and (np.triu(rolled, 1) == 0).all()
-    assert (rolled[-1] > 0).all()
+def test_rows_of_attention_add_up_to_1_and_see_no_future(keras_subject):
+    attention = mean_attention(keras_subject.model, IDS)
+    np.testing.assert_allclose(attention.sum(axis=-1), 1, atol=1e-12)
+    assert (attention >= 0).all() and (np.triu(attention, 1) == 0).all()
+    assert (attention[-1] > 0).all()
 
 
-def test_the_rollout_multiplies_layers_from_the_last_to_the_first(keras_subject):
+def test_attention_is_what_the_last_position_pays_in_all_layers(keras_subject):
     from gpt_tf.distillation.observe import outputs_of
 
     first, second = (
-        (attention.numpy()[0].mean(axis=0) + np.eye(len(IDS))) / 2
+        attention.numpy()[0].mean(axis=0)[-1]
         for attention in outputs_of(
             keras_subject.model, np.array([IDS], np.int32), ("attentions",)
         ).attentions
     )
-    rolled = attention_rollout(keras_subject.model, IDS)
-    np.testing.assert_allclose(rolled, second @ first, atol=1e-6)
-    assert np.abs(rolled - first @ second).max() > 1e-3
     explanation = explain(keras_subject, IDS, method="attention")
-    np.testing.assert_array_equal(explanation.scores, rolled[-1])
+    np.testing.assert_allclose(explanation.scores, (first + second) / 2, atol=1e-6)
+    assert np.abs(explanation.scores - second).max() > 1e-2
     assert explanation.num_samples is None and explanation.base_value is None
+    assert explanation.neutral_id is None
 
 
 def test_masked_prompts_of_a_keras_model_have_its_log_probabilities(keras_subject):
