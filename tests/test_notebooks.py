@@ -48,6 +48,7 @@ TINY = {
         "num_heads": 2,
         "steps": 10,
         "qat_steps": 4,
+        "bits_to_try": (8, 4),
         "num_windows": 4,
         "jit_compile": "off",
     },
