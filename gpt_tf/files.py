@@ -116,7 +116,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
     Args:
         folder: The folder; it is made where there is none, and removed again if
-            nothing is put into it. Its file `.lock` names the process that has it.
+            nothing is put into it. Meanwhile its file `.lock` names the process that
+            has it.
 
     Raises:
         InputError: Another process has it.
@@ -132,23 +133,39 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             "name."
         )
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = _open_lock(folder)
     try:
-        if not _try_lock(handle):
-            raise InputError(
-                f"The folder {folder} is in use by another process{_owner(handle)}. "
-                "Wait until that has ended, or choose another folder."
-            )
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
         yield
     finally:
-        os.close(handle)
-        if is_new and os.listdir(folder) == [LOCK_NAME]:
-            # Nothing came of it.
+        with contextlib.suppress(OSError):  # Windows keeps what is open
             os.unlink(folder / LOCK_NAME)
-            os.rmdir(folder)
+        os.close(handle)
+        if is_new and folder.is_dir() and not os.listdir(folder):
+            os.rmdir(folder)  # nothing came of it
+
+
+def _open_lock(folder):
+    """Return the lock of a folder, opened and ours."""
+    path = folder / LOCK_NAME
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _try_lock(handle):
+            try:
+                raise InputError(
+                    f"The folder {folder} is in use by another process"
+                    f"{_owner(handle)}. Wait until that has ended, or choose another "
+                    "folder."
+                )
+            finally:
+                os.close(handle)
+        # Whoever had it may have removed the file between our two steps.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)
 
 
 def _owner(handle) -> str:

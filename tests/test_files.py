@@ -321,6 +321,23 @@ def test_a_locked_folder_is_refused_and_its_process_named(tmp_path):
         assert (tmp_path / "run" / files.LOCK_NAME).read_text() == str(os.getpid())
 
 
+def test_a_lock_that_was_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    real, removed = files._try_lock, []
+
+    def remove_once(handle):
+        if not removed:
+            removed.append(os.unlink(tmp_path / files.LOCK_NAME))
+        return real(handle)
+
+    monkeypatch.setattr(files, "_try_lock", remove_once)
+    with (
+        files.locked(tmp_path),
+        pytest.raises(InputError, match="in use"),
+        files.locked(tmp_path),
+    ):
+        pytest.fail("two had the folder")
+
+
 def test_a_killed_process_leaves_no_lock(tmp_path):
     with _hold(tmp_path) as process:
         process.kill()
@@ -341,9 +358,7 @@ def test_a_lock_leaves_no_folder_in_which_nothing_is(tmp_path):
     assert not (tmp_path / "new").exists()
     with files.locked(tmp_path / "new"):
         (tmp_path / "new" / "result").touch()
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {
-        *("result", files.LOCK_NAME),
-    }
+    assert os.listdir(tmp_path / "new") == ["result"]
 
 
 def test_a_file_cannot_be_locked_as_a_folder(tmp_path):
