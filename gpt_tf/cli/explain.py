@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from gpt_tf.cli.common import app, import_tensorflow, notice
 from gpt_tf.errors import InputError
@@ -60,15 +61,16 @@ def explain(
         import_tensorflow()
     with open_subject(file) as subject:
         check_method(subject, method)
-        explanation = explained(
-            subject,
-            prompt,
-            target=target if target_id is None else target_id,
-            method=method,
-            num_samples=samples,
-            seed=seed,
-            neutral=neutral,
-        )
+        with Console(stderr=True).status(f"{method}: scoring prompts"):
+            explanation = explained(
+                subject,
+                prompt,
+                target=target if target_id is None else target_id,
+                method=method,
+                num_samples=samples,
+                seed=seed,
+                neutral=neutral,
+            )
     print_explanation(explanation)
     if out is not None:
         for path in write_explanation(explanation, out):

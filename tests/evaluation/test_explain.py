@@ -208,6 +208,20 @@ def test_attention_is_what_the_last_position_pays_in_all_layers(keras_subject):
     assert explanation.neutral_id is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["attention", "gradient", "shap"])
+def test_a_quantisation_aware_model_is_explained_nearly_as_its_float_one(
+    keras_subject, method
+):
+    from gpt_tf import quantize_aware
+
+    aware = KerasGPT(quantize_aware(keras_subject.model), None)
+    expected = explain(keras_subject, IDS, method=method, neutral=30)
+    found = explain(aware, IDS, method=method, neutral=30, target=expected.target_id)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=0.05)
+    assert not np.array_equal(found.scores, expected.scores)
+
+
 def test_masked_prompts_of_a_keras_model_have_its_log_probabilities(keras_subject):
     scorer = MaskedPrompt(keras_subject, IDS, neutral=30)
     kept = np.random.default_rng(1).random((70, len(IDS))) < 0.6
@@ -244,7 +258,8 @@ def file_subject(tmp_path_factory):
 
 def test_masked_prompts_of_a_file_are_scored_as_from_the_beginning(file_subject):
     gpt, _ = file_subject
-    ids = gpt.tokenizer.encode("abcdefghijkl")
+    ids = gpt.tokenizer.encode("abcdefghijklmnop")
+    assert len(ids) == gpt.context_length
     kept = np.random.default_rng(1).random((40, len(ids))) < 0.7
     values = MaskedPrompt(gpt, ids, neutral=2).values(kept, target=5)
     for row, value in zip(kept, values, strict=True):
