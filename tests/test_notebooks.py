@@ -76,6 +76,28 @@ TINY = {
         "jit_compile": "off",
         "max_new_tokens": 8,
     },
+    "06_measure_and_choose": {
+        "vocab_size": 300,
+        "context_length": 32,
+        "batch_size": 4,
+        "embedding_dim": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "steps": 10,
+        "jit_compile": "off",
+        "students": (1,),
+        "student_steps": 4,
+        "modes": ("dynamic_int8",),
+        "evaluated_tokens": 400,
+        "prompt_tokens": 4,
+        "new_tokens": 4,
+        "repetitions": 1,
+    },
+    "07_explain": {
+        "num_prompts": 50,
+        "prompt_tokens": 4,
+        "num_samples": 10,
+    },
 }
 # A path of a machine, in a text or a link: `/home/...`, `C:\Users\...`.
 MACHINE_PATH = re.compile(
