@@ -333,7 +333,7 @@ figure.legend(handles, colours, loc="outside lower right", ncols=2, frameon=Fals
 plt.show()
 
 # %% [markdown]
-# The long prompt takes a little longer in chunks, the short ones no longer wait for it.
+# In chunks the long prompt itself takes longer; the short ones no longer wait for it.
 # The texts are the same either way, and the same as `EdgeGPT` writes alone. Without
 # watching, requests are simply streamed:
 
