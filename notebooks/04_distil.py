@@ -30,7 +30,7 @@
 #     teacher ── make_student ──> student
 #        └──────── Distiller ──────> student that knows more
 #
-# Run the cells from top to bottom; on two processor cores that takes three minutes.
+# Run the cells from top to bottom; on two processor cores that takes four minutes.
 # Tutorial 1 explains the words for training.
 
 # %%
@@ -179,7 +179,7 @@ for name in ("loss", "student_loss", "teacher_agreement", "kl_divergence"):
 # trained without one, on the same text for as many steps, says. A third one begins with
 # the teacher's layers and learns alone: it shows what comes of the layers, and what of
 # the probabilities. After a teacher that was trained as briefly as ours the layers are
-# nearly everything, and the text itself teaches as much as it does. In
+# nearly everything, and the text itself teaches as much as it does, or more. In
 # `benchmarks/distillation.py`, a teacher trained until it stopped improving adds more.
 
 # %%

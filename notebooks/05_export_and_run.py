@@ -25,7 +25,7 @@
 #
 #     GPTModel -> .litertlm -> EdgeGPT | EdgeScheduler | EdgePipeline
 #
-# Run the cells from top to bottom; on two processor cores that takes two minutes.
+# Run the cells from top to bottom; on two processor cores that takes three minutes.
 # Tutorial 1 explains the words for training, tutorial 3 those for quantisation.
 
 # %%
