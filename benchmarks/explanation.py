@@ -196,7 +196,7 @@ def draw_differences(axes, tests):
     )
     axes.axvline(0, color="#555555", linewidth=0.8)
     axes.tick_params(axis="y", labelsize=8)
-    axes.set_title(f"Last token kept, {FRACTION:.0%} of the others taken")
+    axes.set_title(f"Last token kept, {FRACTION:.0%} taken")
     axes.set_xlabel("probability lost, more than with random ones")
 
 
