@@ -102,8 +102,8 @@ print(f"validation perplexity {trained.validation_perplexity:.2f}")
 # %% [markdown]
 # ## One file
 #
-# A Keras model cannot go to a device as it is: it needs TensorFlow, and called as it was
-# trained, it reads the whole text anew for every token. `export_trained` writes the
+# A Keras model cannot go to a device as it is: it needs TensorFlow, and called as it
+# was trained, it reads the whole text anew for every token. `export_trained` writes the
 # computation as operations that LiteRT (TensorFlow Lite's new name) has built in, with
 # a *key-value cache*: what a token adds to the attention of those after it is kept, so
 # that each token is computed once. Google's LiteRT-LM runs the same file.
