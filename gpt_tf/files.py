@@ -120,7 +120,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             has it.
 
     Raises:
-        InputError: Another process has it.
+        InputError: Another process has it, or it cannot be written.
 
     Example:
         >>> with locked("runs/mine"):
@@ -150,8 +150,14 @@ def _open_lock(folder):
     """Return the lock of a folder, opened and ours."""
     path = folder / LOCK_NAME
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(
+                f"The folder {folder} cannot be written: {error.strerror}. Choose "
+                "another."
+            ) from None
         if not _try_lock(handle):
             try:
                 raise InputError(

@@ -33,6 +33,7 @@ from gpt_tf.evaluation.accuracy import measure_accuracies
 from gpt_tf.evaluation.advisor import recommend
 from gpt_tf.evaluation.budgets import Budgets, scenario_of
 from gpt_tf.evaluation.deletion import (
+    FEWEST_PROMPTS,
     compare_explanations,
     deletion_test,
     prompts_of,
@@ -88,7 +89,8 @@ class OptimizationConfig(Configuration):
         prompt_tokens: Tokens of the request whose response time is measured.
         new_tokens: Tokens that it asks for.
         repetitions: Requests per file.
-        explained_prompts: Prompts of the deletion test; 0 leaves explanations out.
+        explained_prompts: Prompts of the deletion test, at least 50; 0 leaves
+            explanations out.
         seed: Of weights, data order and sampling.
     """
 
@@ -122,7 +124,9 @@ class OptimizationConfig(Configuration):
         for name in ("evaluated_tokens", "prompt_tokens", "new_tokens"):
             self._check(name, getattr(self, name) >= 2, "at least 2")
         self._check("repetitions", self.repetitions >= 1, "at least 1")
-        self._check("explained_prompts", self.explained_prompts >= 0, "at least 0")
+        prompts = self.explained_prompts
+        enough = prompts == 0 or prompts >= FEWEST_PROMPTS
+        self._check("explained_prompts", enough, f"at least {FEWEST_PROMPTS}, or 0")
         self._check("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32")
         blocks = self.students or ()
         unlike = len(set(blocks)) == len(blocks) and all(n >= 1 for n in blocks)

@@ -14,6 +14,7 @@ import typer
 from gpt_tf import cli, training
 from gpt_tf.errors import InputError
 from gpt_tf.quantization.config import QuantizationConfig
+from gpt_tf.text.augment import AugmentationConfig
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
 from gpt_tf.training import PRESETS, TrainingConfig
 
@@ -391,7 +392,7 @@ def test_bad_generation_options_are_one_line_and_no_output(generate, options, me
         ["train", "--depth", "3"],
         ["train", "--steps", "many"],
         ["train", "runs/gpt"],
-        ["generate"],
+        ["export"],
         ["bake"],
     ],
 )
@@ -481,6 +482,17 @@ OTHER = {field.name: None for field in dataclasses.fields(TrainingConfig)} | {
 }
 del OTHER["quantization"]  # of `gpt-tf quantize`
 del OTHER["distillation"]  # of `gpt-tf distil`
+del OTHER["augmentation"]  # its own fields are options, below
+AUGMENTATION = {
+    "bpe_dropout": 0.1,
+    "token_dropout": 0.2,
+    "token_replacement": 0.3,
+    "replacement": "uniform",
+    "mix_documents": 0.4,
+    "random_offsets": False,
+    "teacher": "runs/teacher",
+    "written_tokens": 500,
+}
 # These do not go together with others of the above.
 ALONE = {"pipeline_stages": 2, "mesh": "1x2"}
 for name in ALONE:
@@ -499,14 +511,7 @@ def test_every_field_of_the_configuration_is_an_option_and_arrives(
         return trained
 
     monkeypatch.setattr(training, "train", take)
-    arguments = []
-    for name, value in OTHER.items():
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(option if value else f"--no-{option[2:]}")
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            arguments += [part for item in values for part in (option, item)]
+    arguments = _options(OTHER)
     for preset in ("small", None):
         start = ["--preset", preset] if preset else []
         assert command("train", *start, *arguments).status == 0
@@ -516,6 +521,21 @@ def test_every_field_of_the_configuration_is_an_option_and_arrives(
     for name, value in ALONE.items():
         assert command("train", "--" + name.replace("_", "-"), value).status == 0
         assert given.pop() == TrainingConfig(**{name: value})
+    assert command("train", *_options(AUGMENTATION)).status == 0
+    assert given.pop() == TrainingConfig(augmentation=AUGMENTATION)
+
+
+def _options(values):
+    """Write fields as the command line takes them."""
+    arguments = []
+    for name, value in values.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(option if value else f"--no-{option[2:]}")
+        else:
+            several = value if isinstance(value, tuple) else (value,)
+            arguments += [part for item in several for part in (option, item)]
+    return arguments
 
 
 def test_train_has_no_option_that_is_nothing():
@@ -529,7 +549,10 @@ def test_train_has_no_option_that_is_nothing():
         "resume_or_start",
         "join_timeout",
         "virtual_devices",
+        *AUGMENTATION,
     }
+    fields = {field.name for field in dataclasses.fields(AugmentationConfig)}
+    assert fields == set(AUGMENTATION)
 
 
 def test_every_option_of_quantize_arrives(command, trained, monkeypatch, tmp_path):

@@ -257,6 +257,7 @@ def test_a_folder_of_something_else_is_refused(options, tmp_path):
         ({"model": "nowhere"}, "`steps` are those"),
         ({"model": "nowhere", "steps": None}, "no"),
         ({"prompt_tokens": 1}, "`prompt_tokens`"),
+        ({"explained_prompts": 49}, "`explained_prompts`"),
         ({"depth": 3}, "dict of its fields"),
     ],
 )
