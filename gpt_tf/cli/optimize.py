@@ -134,5 +134,6 @@ def optimize(
     sample = report["recommendation"]["sample"]
     chosen = out / optimization.CHOSEN_NAME
     prompt = shlex.quote(sample["prompt"])
-    notice(f"\n$ gpt-tf generate --model {chosen} --prompt {prompt}\n")
-    notice(sample["prompt"] + sample["text"])
+    # Not folded: a command is copied.
+    typer.echo(f"\n$ gpt-tf generate --model {chosen} --prompt {prompt}\n")
+    typer.echo(sample["prompt"] + sample["text"])
