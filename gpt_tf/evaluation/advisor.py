@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 # 1 % more perplexity weighs as much as this many % of speed or of size.
+# Smaller differences are not told: of the increase, and of all else as a share.
+_NOTICED_PERPLEXITY = 0.0005
+_NOTICED_SHARE = 0.01
 _PERPLEXITY_WEIGHT = 10
 
 _BETTER = {
@@ -259,11 +262,10 @@ def _dominated(fitting):
         # Whoever beats it comes before it; the best of them is named.
         by = next((other for other in fitting[:index] if _dominates(other, one)), None)
         if by is not None:
-            parts = [
-                _comparison(by, one, measure)
-                for measure in MEASURES
-                if by.cost(measure) < one.cost(measure)
-            ]
+            better = [name for name in MEASURES if by.cost(name) < one.cost(name)]
+            # What nobody would notice is told only where there is nothing else.
+            noticed = [name for name in better if _is_noticed(by, one, name)]
+            parts = [_comparison(by, one, name) for name in noticed or better]
             found.append(
                 {
                     "name": one.name,
@@ -403,17 +405,27 @@ def _runner_up_cost(fitting):
         if best.values[measure] is None or second.values[measure] is None:
             continue
         difference = second.cost(measure) - best.cost(measure)
-        if difference:
+        if difference and _is_noticed(second, best, measure):
             part = _comparison(second, best, measure)
             (costs if difference > 0 else wins).append(part)
     if not costs and not wins:
-        return f"The runner-up {second.name} is equal in everything that was measured."
+        return (
+            f"The runner-up {second.name} is as good in everything that was measured."
+        )
     parts = [", ".join(costs)] if costs else []
     if wins:
         parts.append(("but " if costs else "") + ", ".join(wins))
     else:
         parts.append("and in nothing better")
     return f"The runner-up {second.name} would be {', '.join(parts)}."
+
+
+def _is_noticed(one, other, measure):
+    """Whether a difference is one that anybody would notice."""
+    a, b = one.cost(measure), other.cost(measure)
+    if measure == "accuracy":
+        return abs(a - b) >= _NOTICED_PERPLEXITY
+    return abs(a - b) >= _NOTICED_SHARE * max(abs(a), abs(b))
 
 
 def _comparison(one, other, measure):

@@ -551,7 +551,21 @@ def test_equals_are_told_apart_by_name():
     result = recommend(report, {"max_size_mb": 8})
     assert result["ranking"] == ["a", "b", "c"]
     assert result["dominated"] == []
-    assert "equal in everything" in result["runner_up_cost"]
+    assert "as good in everything" in result["runner_up_cost"]
+
+
+def test_what_nobody_would_notice_is_not_told():
+    one = entry("one", 0.0100, 2.000, 4.0)
+    like = entry("like", 0.0104, 2.001, 5.0)
+    unlike = entry("unlike", 0.0107, 2.100, 5.0)
+    result = recommend(new_report([one, like]), {"max_size_mb": 8})
+    told = [result["runner_up_cost"], result["dominated"][0]["sentence"]]
+    for sentence in told:
+        assert "4 MB" in sentence and "ms" not in sentence and "%" not in sentence
+    result = recommend(new_report([one, unlike]), {"max_size_mb": 8})
+    told = [result["runner_up_cost"], result["dominated"][0]["sentence"]]
+    for sentence in told:
+        assert "4 MB" in sentence and "2.1 ms" in sentence and "1.07 %" in sentence
 
 
 def test_a_tie_in_what_matters_is_broken_by_the_rest():
