@@ -13,7 +13,6 @@ gpt.litertlm        the file that was chosen
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import os
 import shlex
@@ -212,8 +211,14 @@ def optimize(
     _refuse_foreign_folder(out)
     say = on_notice or print
     with files.locked(out):
-        _open_folder(out, config, update, overwrite)
-        return _Optimization(config, out, say).run(budgets, scenario, command)
+        if not (update or overwrite):
+            _refuse_other_options(out, config)
+        optimization = _Optimization(config, out, budgets, scenario, say)
+        # All that can be refused was: from here on the folder is written to.
+        if overwrite:
+            _empty(out)
+        files.write_json(out / CONFIG_NAME, config.get_config())
+        return optimization.run(command)
 
 
 def _refuse_foreign_folder(out):
@@ -228,51 +233,63 @@ def _refuse_foreign_folder(out):
         )
 
 
-def _open_folder(out, config, update, overwrite):
-    """Make a folder this configuration's, or refuse one that has another."""
-    path, wanted = out / CONFIG_NAME, config.get_config()
-    if overwrite:
-        for name in _OWN_ENTRIES:
-            if name == files.LOCK_NAME:
-                continue
-            entry = out / name
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-    if path.is_file():
-        there = files.read_json(path)
-        # As JSON gives it back, tuples are lists.
-        asked = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in wanted.items()
-        }
-        if there != asked and not update:
-            raise InputError(
-                f"The optimisation in {out} expects the options that it was started "
-                f"with. Received: others. It has {differences(there, asked)}. Give "
-                "these again, add --update to do what the change concerns, or "
-                "--overwrite to begin anew."
-            )
-    files.write_json(path, wanted)
+def _refuse_other_options(out, config):
+    """Refuse a folder that has another configuration, and say in what it differs."""
+    path = out / CONFIG_NAME
+    if not path.is_file():
+        return
+    there = files.read_json(path)
+    # As JSON gives it back, tuples are lists.
+    asked = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in config.get_config().items()
+    }
+    if there != asked:
+        raise InputError(
+            f"The optimisation in {out} expects the options that it was started with. "
+            f"Received: others. It has {differences(there, asked)}. Give these again, "
+            "add --update to do what the change concerns, or --overwrite to begin anew."
+        )
+
+
+def _empty(out):
+    """Remove what an optimisation left, but for the lock."""
+    for name in _OWN_ENTRIES:
+        entry = out / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif name != files.LOCK_NAME:
+            entry.unlink(missing_ok=True)
 
 
 class _Optimization:
-    """One optimisation: its stages in their order."""
+    """One optimisation: its stages in their order.
 
-    def __init__(self, config, out, say):
+    Making one refuses whatever cannot be used, and writes nothing.
+    """
+
+    def __init__(self, config, out, budgets, scenario, say):
         self.config = config
         self.out = out
         self.say = say  # takes lines for the user
+        self.scenario = scenario
+        self.budgets = Budgets.of(budgets).over(scenario_of(scenario).budgets)
         self.teacher = Path(config.model) if config.model else out / "runs" / "teacher"
         self.notes = []
         self.course = self._course()
         self.layers = self._students()
         self.files = self._files()
+        self.machine = describe_machine()
+        self.sizes = {file.name: self._sizes_of(file) for file in self.files}
+        smallest = min(self.sizes.values(), key=count_parameters)
+        refuse_impossible(self.budgets, smallest, self.machine)
+        self.text_hash = self._hash_of_text()
         self.stages = Stages(out, self._plan(), say)
 
     # What is to come
 
-    @functools.cached_property
-    def text_hash(self):
-        """SHA-256 of the text that is learnt from."""
+    def _hash_of_text(self):
+        """Return the SHA-256 of the text that is learnt from."""
         tokens = self.teacher / "data" / "train.tokens"
         is_ready = self.config.model is not None and tokens.is_file()
         if is_ready and self.config.corpus is None:
@@ -380,17 +397,8 @@ class _Optimization:
 
     # Doing it
 
-    def run(self, budgets, scenario, command):
+    def run(self, command):
         """Do what is not done; return the report."""
-        machine = describe_machine()
-        budgets = Budgets.of(budgets).over(scenario_of(scenario).budgets)
-        sizes = {file.name: self._sizes_of(file) for file in self.files}
-        smallest = min(sizes.values(), key=count_parameters)
-        refuse_impossible(budgets, smallest, machine)
-        estimates = {
-            file.name: estimate(sizes[file.name], file.mode, machine)
-            for file in self.files
-        }
         if self.config.model is None:
             self._train_teacher()
         for count in self.layers:
@@ -399,19 +407,16 @@ class _Optimization:
             self._export(file)
         text = self._held_out_text()
         accuracies = self._measure_accuracy(text)
-        latencies = self._measure_latency(machine)
+        latencies = self._measure_latency()
         report = reports.new_report(
-            [
-                self._entry(file, accuracies, latencies, estimates)
-                for file in self.files
-            ],
+            [self._entry(file, accuracies, latencies) for file in self.files],
             command=command,
-            machine=machine,
+            machine=self.machine,
             corpus=accuracies["corpus"],
-            budgets={name: getattr(budgets, name) for name in reports.BUDGETS},
+            budgets={name: getattr(self.budgets, name) for name in reports.BUDGETS},
             reference=REFERENCE,
         )
-        report["recommendation"] = recommend(report, budgets, scenario)
+        report["recommendation"] = recommend(report, self.budgets, self.scenario)
         self._keep_the_chosen(report["recommendation"], text)
         report["explanations"] = self._explain(report["recommendation"], text)
         report["stages"] = [done._asdict() for done in self.stages.done]
@@ -570,8 +575,8 @@ class _Optimization:
 
         return self._measurement("accuracy", "accuracy of every file", inputs, measure)
 
-    def _measure_latency(self, machine):
-        config = self.config
+    def _measure_latency(self):
+        config, machine = self.config, self.machine
         inputs = {
             "cpu": machine["cpu"],
             "cores": machine["cores"],
@@ -610,7 +615,7 @@ class _Optimization:
         self.stages.run(name, inputs, [path], work, title=title)
         return files.read_json(self.out / path)
 
-    def _entry(self, file, accuracies, latencies, estimates):
+    def _entry(self, file, accuracies, latencies):
         with EdgeGPT(self.out / file.path) as gpt:
             described = describe(self.out / file.path, gpt)
         return reports.new_entry(
@@ -620,7 +625,7 @@ class _Optimization:
             made_from=file.made_from,
             accuracy=accuracies["entries"][file.name],
             latency=latencies[file.name],
-            estimate=estimates[file.name],
+            estimate=estimate(self.sizes[file.name], file.mode, self.machine),
         )
 
     # Choosing

@@ -76,6 +76,9 @@ def optimize(
     new_tokens: Annotated[
         int | None, typer.Option(help="That the request asks for; 32.")
     ] = None,
+    repetitions: Annotated[
+        int | None, typer.Option(help="Requests of each file that count; 20.")
+    ] = None,
     explained_prompts: Annotated[
         int | None,
         typer.Option(help="Prompts of the test of explanations; 50, or 0 for none."),
@@ -102,6 +105,7 @@ def optimize(
             "evaluated_tokens": evaluated_tokens,
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
+            "repetitions": repetitions,
             "explained_prompts": explained_prompts,
             "seed": seed,
         }
