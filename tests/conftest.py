@@ -1,6 +1,9 @@
 """What all tests share: four logical CPUs, small models and a small corpus."""
 
+import io
 import os
+import sys
+from types import SimpleNamespace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -84,6 +87,27 @@ def trained(corpus_folder, tmp_path_factory):
         verbose=False,
         on_notice=lambda line: None,
     )
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command line in this process; return status, output and errors."""
+    from gpt_tf import cli
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["gpt-tf", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr("warnings.showwarning", None)  # `main` sets it
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            status = error.code
+        written = capsys.readouterr()
+        return SimpleNamespace(status=status, out=written.out, err=written.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

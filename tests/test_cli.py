@@ -22,25 +22,6 @@ COMMAND = [sys.executable, "-m", "gpt_tf.cli"]
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the command line in this process; return status, output and errors."""
-
-    def run(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["gpt-tf", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = error.code
-        written = capsys.readouterr()
-        return SimpleNamespace(status=status, out=written.out, err=written.err)
-
-    return run
-
-
-@pytest.fixture
 def train(command, corpus_folder):
     """Run `gpt-tf train` with a configuration that takes seconds."""
 

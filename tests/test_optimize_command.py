@@ -1,13 +1,11 @@
 """`gpt-tf optimize`: every option arrives, and the status says whether a file fits."""
 
 import dataclasses
-import io
 import os
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import typer
@@ -33,25 +31,6 @@ OPTIONS = {
     "seed": 4,
 }
 NAMES = {"students": "student-layers", "modes": "mode"}
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the command line in this process; return status, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpt-tf", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = error.code
-        written = capsys.readouterr()
-        return SimpleNamespace(status=status, out=written.out, err=written.err)
-
-    return run
 
 
 @pytest.fixture

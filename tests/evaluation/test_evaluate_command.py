@@ -1,14 +1,13 @@
 """`gpt-tf evaluate`: the accuracy of files, as a table and as a report."""
 
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from gpt_tf import cli
 from gpt_tf.evaluation.accuracy import evaluate_files
 from gpt_tf.evaluation.report import entry_of, read_report
 
@@ -26,23 +25,10 @@ finally:
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """Run the command in this process; return status, output and errors."""
-
-    def run(*arguments):
-        arguments = ["gpt-tf", "evaluate", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        monkeypatch.setenv("COLUMNS", "80")
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = error.code
-        written = capsys.readouterr()
-        return SimpleNamespace(status=status, out=written.out, err=written.err)
-
-    return run
+def evaluate(command, monkeypatch):
+    """Run `gpt-tf evaluate` in a terminal of the same width everywhere."""
+    monkeypatch.setenv("COLUMNS", "80")
+    return functools.partial(command, "evaluate")
 
 
 def test_a_file_is_evaluated_without_tensorflow(tmp_path):

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 
-from gpt_tf import cli
 from gpt_tf.generation import GenerationNotice
 from gpt_tf.text.tokenizer import CharacterTokenizer
 
@@ -39,25 +38,18 @@ def file(tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `gpt-tf explain` in this process; return status, output and errors."""
+def explain(command):
+    """Run `gpt-tf explain`; return status, output and errors."""
 
     def run(*options):
-        monkeypatch.setattr(sys, "argv", ["gpt-tf", "explain", *map(str, options)])
-        monkeypatch.setattr("warnings.showwarning", None)  # main sets it
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        output = capsys.readouterr()
-        return status, output.out, output.err
+        result = command("explain", *options)
+        return result.status, result.out, result.err
 
     return run
 
 
-def test_it_shows_prompt_target_and_the_strongest_tokens(command, file):
-    status, output, errors = command(
+def test_it_shows_prompt_target_and_the_strongest_tokens(explain, file):
+    status, output, errors = explain(
         *(file, "--prompt", "abc <b>", "--target", "p", "--samples", 20)
     )
     assert (status, errors) == (0, "")
@@ -67,27 +59,27 @@ def test_it_shows_prompt_target_and_the_strongest_tokens(command, file):
     assert len(rows) == 7
 
 
-def test_it_writes_page_picture_and_numbers(command, file, tmp_path):
+def test_it_writes_page_picture_and_numbers(explain, file, tmp_path):
     options = (file, "--prompt", "abc", "--samples", 20, "--seed", 4)
-    status, output, _ = command(*options, "--out", tmp_path / "why")
+    status, output, _ = explain(*options, "--out", tmp_path / "why")
     assert status == 0
     names = sorted(path.name for path in (tmp_path / "why").iterdir())
     assert names == ["explanation.html", "explanation.json", "explanation.png"]
     assert output.count("wrote ") == 3
     facts = json.loads((tmp_path / "why" / "explanation.json").read_text("utf-8"))
     assert (facts["seed"], facts["num_samples"], len(facts["scores"])) == (4, 20, 3)
-    assert command(*options, "--out", tmp_path / "a.html")[0] == 0
+    assert explain(*options, "--out", tmp_path / "a.html")[0] == 0
     page = (tmp_path / "a.html").read_text("utf-8")
     assert page == (tmp_path / "why" / "explanation.html").read_text("utf-8")
-    assert command(*options, "--out", tmp_path / "a.png")[0] == 0
+    assert explain(*options, "--out", tmp_path / "a.png")[0] == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_target_may_be_named_by_its_id(command, file):
+def test_a_target_may_be_named_by_its_id(explain, file):
     options = (file, "--prompt", "abc", "--samples", 20)
-    by_text = command(*options, "--target", "d")
+    by_text = explain(*options, "--target", "d")
     target = CharacterTokenizer.train([LETTERS]).encode("d")[0]
-    assert command(*options, "--target-id", target) == by_text
+    assert explain(*options, "--target-id", target) == by_text
     assert "-> 'd'" in by_text[1]
 
 
@@ -106,33 +98,33 @@ def test_a_target_may_be_named_by_its_id(command, file):
         (["--prompt", "abc", "--out", "why.pdf"], "ends in .html or .png, or a folder"),
     ],
 )
-def test_what_it_cannot_use_is_one_line_and_status_2(command, file, options, message):
-    status, output, errors = command(file, *options)
+def test_what_it_cannot_use_is_one_line_and_status_2(explain, file, options, message):
+    status, output, errors = explain(file, *options)
     assert (status, output) == (2, "")
     assert message in errors and errors.count("\n") == 1
 
 
-def test_a_file_that_is_no_model_is_refused(command, tmp_path):
+def test_a_file_that_is_no_model_is_refused(explain, tmp_path):
     path = tmp_path / "gpt.tflite"
     path.write_text("no model")
     for name in (path, tmp_path / "nothing.litertlm", tmp_path):
-        status, output, errors = command(name, "--prompt", "abc")
+        status, output, errors = explain(name, "--prompt", "abc")
         assert (status, output) == (2, "") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("package", ["lime", "shap"])
-def test_a_missing_package_is_named_with_its_extra(command, file, monkeypatch, package):
+def test_a_missing_package_is_named_with_its_extra(explain, file, monkeypatch, package):
     for name in (package, "lime.lime_text"):
         monkeypatch.setitem(sys.modules, name, None)
-    status, _, errors = command(file, "--prompt", "abc", "--method", package)
+    status, _, errors = explain(file, "--prompt", "abc", "--method", package)
     assert status == 2 and errors.count("\n") == 1
     assert f"package {package}" in errors and "pip install 'gpt-tf[explain]'" in errors
 
 
-def test_of_a_long_prompt_the_end_is_explained_and_that_is_said(command, file):
+def test_of_a_long_prompt_the_end_is_explained_and_that_is_said(explain, file):
     with warnings.catch_warnings():
         warnings.simplefilter("default", GenerationNotice)
-        status, output, errors = command(
+        status, output, errors = explain(
             *(file, "--prompt", "abcdefghijklmnopabc", "--samples", 40)
         )
     assert status == 0 and output.startswith("defghijklmnopabc\n")
@@ -169,8 +161,8 @@ def test_a_file_is_explained_without_tensorflow_and_without_remarks(file, method
 
 
 @pytest.mark.parametrize("method", ["attention", "gradient"])
-def test_a_run_is_looked_into(command, trained, method):
-    status, output, errors = command(
+def test_a_run_is_looked_into(explain, trained, method):
+    status, output, errors = explain(
         *(trained.out, "--prompt", "the quick ", "--method", method)
     )
     assert (status, errors) == (0, "")

@@ -1,14 +1,14 @@
+import functools
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from gpt_tf import cli, files
+from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation import machine
 from gpt_tf.evaluation.forecast import forecast, print_forecast, read_sizes
@@ -32,24 +32,11 @@ SIZES = {
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `gpt-tf recommend` in this process; return status, output and errors."""
-
-    def run(*arguments):
-        arguments = ["gpt-tf", "recommend", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        monkeypatch.setattr(machine, "describe_machine", lambda: MACHINE)
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as error:
-            status = error.code
-        written = capsys.readouterr()
-        return SimpleNamespace(status=status, out=written.out, err=written.err)
-
-    return run
+def recommend(command, monkeypatch):
+    """Run `gpt-tf recommend`, on a machine that is the same everywhere."""
+    monkeypatch.setattr(machine, "describe_machine", lambda: MACHINE)
+    monkeypatch.setenv("COLUMNS", "160")
+    return functools.partial(command, "recommend")
 
 
 @pytest.fixture
@@ -101,25 +88,25 @@ def report(tmp_path):
     return tmp_path
 
 
-def test_the_budgets_of_the_command_line_decide(command, report):
-    found = command(report, *"--max-size-mb 8 --max-latency-ms 15".split())
+def test_the_budgets_of_the_command_line_decide(recommend, report):
+    found = recommend(report, *"--max-size-mb 8 --max-latency-ms 15".split())
     assert found.status == 0
     assert "Ship exact" in found.out
     assert "would be less accurate (2 % instead of 0.1 %)" in found.out
-    found = command(report / "report.json", "--max-perplexity-increase", "3%")
+    found = recommend(report / "report.json", "--max-perplexity-increase", "3%")
     assert "Ship quick" in found.out
 
 
-def test_without_budgets_those_of_the_report_decide(command, report):
-    found = command(report)
+def test_without_budgets_those_of_the_report_decide(recommend, report):
+    found = recommend(report)
     assert "Ship quick" in found.out
     assert "9 ms, is above 8 ms" in found.out
 
 
-def test_a_scenario_brings_budgets_and_the_command_line_changes_them(command, report):
-    found = command(report, "--scenario", "server", "--json")
+def test_a_scenario_brings_budgets_and_the_command_line_changes_them(recommend, report):
+    found = recommend(report, "--scenario", "server", "--json")
     assert json.loads(found.out)["choice"] == "exact"
-    found = command(
+    found = recommend(
         report, *"--scenario server --max-perplexity-increase 0.05 --json".split()
     )
     result = json.loads(found.out)
@@ -139,13 +126,17 @@ def test_a_scenario_brings_budgets_and_the_command_line_changes_them(command, re
         ("--max-perplexity-increase 0.05%", "--max-perplexity-increase 0.1%"),
     ],
 )
-def test_nothing_fits_is_status_3_with_the_nearest_miss(command, report, options, miss):
-    found = command(report, *options.split())
+def test_nothing_fits_is_status_3_with_the_nearest_miss(
+    recommend, report, options, miss
+):
+    found = recommend(report, *options.split())
     assert found.status == 3
     assert "Nothing fits" in found.out
     assert miss in " ".join(found.out.split())
-    assert command(report, *miss.split()).status == 0
-    assert json.loads(command(report, *options.split(), "--json").out)["choice"] is None
+    assert recommend(report, *miss.split()).status == 0
+    assert (
+        json.loads(recommend(report, *options.split(), "--json").out)["choice"] is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,60 +149,60 @@ def test_nothing_fits_is_status_3_with_the_nearest_miss(command, report, options
         ("--scenario fridge", "phone, board, server, custom"),
     ],
 )
-def test_a_budget_that_cannot_be_used_is_status_2(command, report, options, message):
-    found = command(report, *options.split())
+def test_a_budget_that_cannot_be_used_is_status_2(recommend, report, options, message):
+    found = recommend(report, *options.split())
     assert found.status == 2
     assert message in found.err
     assert len(found.err.splitlines()) == 1
 
 
-def test_a_report_of_another_version_is_refused(command, report):
+def test_a_report_of_another_version_is_refused(recommend, report):
     content = files.read_json(report / "report.json")
     files.write_json(report / "report.json", content | {"format": 99})
-    found = command(report)
+    found = recommend(report)
     assert found.status == 2
     assert "format 99" in found.err
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"kind": "gpt-tf report", "format": 1}'])
-def test_a_damaged_report_is_refused(command, report, text):
+def test_a_damaged_report_is_refused(recommend, report, text):
     (report / "report.json").write_text(text)
-    assert command(report).status == 2
+    assert recommend(report).status == 2
 
 
-def test_a_missing_report_is_refused(command, tmp_path):
-    found = command(tmp_path)
+def test_a_missing_report_is_refused(recommend, tmp_path):
+    found = recommend(tmp_path)
     assert found.status == 2
     assert "report.json" in found.err
 
 
-def test_either_a_report_or_something_to_estimate_is_expected(command, report):
-    assert "Received: neither" in command().err
-    assert "Received: both" in command(report, "--estimate", report).err
+def test_either_a_report_or_something_to_estimate_is_expected(recommend, report):
+    assert "Received: neither" in recommend().err
+    assert "Received: both" in recommend(report, "--estimate", report).err
 
 
 # Estimates
 
 
-def test_an_estimate_is_marked_as_one(command, artefact):
-    found = command("--estimate", artefact)
+def test_an_estimate_is_marked_as_one(recommend, artefact):
+    found = recommend("--estimate", artefact)
     assert found.status == 0
     assert "Estimates: 940,800 parameters, 2 threads" in found.out
     assert "nothing was measured but how fast memory is read" in found.out
     assert "1.08" in found.out and "0.717" in found.out  # dynamic_int8 and int4, MB
 
 
-def test_an_estimate_says_what_would_fit(command, artefact):
+def test_an_estimate_says_what_would_fit(recommend, artefact):
     options = ["--estimate", artefact, "--max-size-mb"]
-    result = json.loads(command(*options, 1.5, "--json").out)
+    result = json.loads(recommend(*options, 1.5, "--json").out)
     fits = {mode["mode"]: mode["fits"] for mode in result["modes"]}
     assert fits["float32"] == "no" and fits["int4"] == "yes"
     assert result["basis"] == "estimated"
     # 1.08 MB, give or take 2 %
-    result = json.loads(command(*options, 1.09, "--json").out)
+    result = json.loads(recommend(*options, 1.09, "--json").out)
     fits = {mode["mode"]: mode["fits"] for mode in result["modes"]}
     assert fits["dynamic_int8"] == "perhaps"
-    found = command(*options, 0.5)
+    found = recommend(*options, 0.5)
     assert found.status == 3
     assert "no: breaks size" in found.out
 
@@ -290,10 +281,10 @@ def test_what_states_no_sizes_is_damaged(tmp_path, name, content):
         read_sizes(tmp_path if folder else tmp_path / name)
 
 
-def test_where_there_is_no_model_that_is_said(tmp_path, command):
+def test_where_there_is_no_model_that_is_said(tmp_path, recommend):
     with pytest.raises(InputError, match=r"neither run\.json"):
         read_sizes(tmp_path)
-    found = command("--estimate", tmp_path / "none.tflite")
+    found = recommend("--estimate", tmp_path / "none.tflite")
     assert found.status == 2
     assert "there is none" in found.err
     files.write_json(tmp_path / "run.json", {"config": {"num_layers": 3}})
