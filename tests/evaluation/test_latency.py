@@ -12,15 +12,13 @@ from gpt_tf.edge import EdgeGPT
 from gpt_tf.errors import DamagedFileError, InputError, WorkerFailedError
 from gpt_tf.evaluation import latency
 from gpt_tf.evaluation.latency import (
-    CONTEXT_TOKENS,
-    WARM_UP,
     compare_latencies,
     measure_files,
     measure_latency,
     spread,
-    time_request,
 )
 from gpt_tf.evaluation.report import read_report, write_report
+from gpt_tf.evaluation.requests import CONTEXT_TOKENS, WARM_UP, time_request
 
 SAVED = Path(__file__).parents[2] / "saved_models"
 FILE = SAVED / "python-small.litertlm"
