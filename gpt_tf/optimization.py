@@ -82,8 +82,8 @@ class OptimizationConfig(Configuration):
             teacher's. Empty makes none.
         student_steps: Optimiser steps of each student; None takes a third of the
             teacher's.
-        modes: Modes in which teacher and students are exported. A student in a mode
-            of fixed ranges is trained on with rounded weights first.
+        modes: Modes in which teacher and students are exported. For `"int8"` a
+            student is trained on with rounded weights and activations first.
         evaluated_tokens: Tokens of held-out text that accuracy is measured on.
         prompt_tokens: Tokens of the request whose response time is measured.
         new_tokens: Tokens that it asks for.
@@ -145,12 +145,14 @@ class File(NamedTuple):
         name: Of the file and of its entry in the report.
         source: Name of the run that it is exported from.
         mode: How it is quantised.
+        num_layers: Blocks of its model.
         made_from: A sentence about its model.
     """
 
     name: str
     source: str
     mode: str
+    num_layers: int
     made_from: str
 
     @property
@@ -297,7 +299,7 @@ class _Optimization:
         corpus = open_corpus(
             self.course.corpus,
             validation_fraction=self.course.validation_fraction,
-            on_notice=self.say,
+            on_notice=_silent,  # training will say it
         )
         return corpus.describe()["sha256"]
 
@@ -327,10 +329,8 @@ class _Optimization:
                 f"A model without its run expects a corpus. Received: none, with "
                 f"{self.teacher}. Name one, python-stdlib for example."
             )
-        manifest = files.check_manifest(
-            model_file(self.teacher).parent, "model", verify=False
-        )
-        sizes = manifest["config"].get("gpt", manifest["config"])
+        with open_subject(self.teacher) as subject:
+            sizes = subject.config
         known = {field.name for field in dataclasses.fields(TrainingConfig)}
         shape = {name: sizes[name] for name in known & sizes.keys()}
         return TrainingConfig(**{**shape, **given})
@@ -352,11 +352,12 @@ class _Optimization:
         return wanted
 
     def _files(self):
-        made = [File(REFERENCE, "teacher", "float32", "the teacher itself")]
+        own = self.course.num_layers
+        made = [File(REFERENCE, "teacher", "float32", own, "the teacher itself")]
         for mode in self.config.modes:
             if mode != "float32":
                 sentence = "the teacher, quantised after training"
-                made.append(File(f"teacher-{mode}", "teacher", mode, sentence))
+                made.append(File(f"teacher-{mode}", "teacher", mode, own, sentence))
         for count in self.layers:
             student = f"student-{count}"
             blocks = "1 block" if count == 1 else f"{count} blocks"
@@ -365,7 +366,7 @@ class _Optimization:
                 if mode == "int8":
                     source = f"{student}-int8"
                     sentence += ", then trained on with rounded numbers (QAT)"
-                made.append(File(f"{student}-{mode}", source, mode, sentence))
+                made.append(File(f"{student}-{mode}", source, mode, count, sentence))
         return made
 
     @property

@@ -9,6 +9,7 @@ import pytest
 
 from gpt_tf import files, optimization, training
 from gpt_tf.errors import InputError
+from gpt_tf.evaluation.machine import describe_machine
 from gpt_tf.evaluation.report import read_report
 from gpt_tf.optimization import OptimizationConfig, optimize
 
@@ -37,7 +38,7 @@ def options(corpus_folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Training that does not compile; the course is the same."""
+    """Training that does not compile, and a machine that is looked at briefly."""
     with pytest.MonkeyPatch.context() as patch:
         tiny = dataclasses.replace(
             training.PRESETS["tiny"],
@@ -46,6 +47,8 @@ def quick():
             strategy="one_device",
         )
         patch.setitem(training.PRESETS, "tiny", tiny)
+        machine = describe_machine(seconds=0.1)
+        patch.setattr(optimization, "describe_machine", lambda: machine)
         yield
 
 
@@ -199,6 +202,32 @@ def test_a_mode_that_cannot_be_had_is_told_and_not_hidden(options, out, monkeypa
     told = [note for note in report["notes"] if "no such thing" in note]
     assert len(told) == 2 and "teacher-int4" in told[0]
     assert "no such thing" in (out / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("what", ["run", "keras"])
+def test_a_trained_model_is_taken_as_the_teacher(
+    options, trained, corpus_folder, tmp_path, made, what
+):
+    options = {
+        **options,
+        **{"steps": None, "students": (), "modes": ("float16",), "corpus": None},
+        "model": trained.out,
+    }
+    if what == "keras":
+        # Neither the run nor the text: that has to be named.
+        shutil.copytree(trained.out / "model", tmp_path / "alone")
+        options["model"] = tmp_path / "alone" / "model.keras"
+        with pytest.raises(InputError, match="expects a corpus"):
+            optimize(options, tmp_path / "out", on_notice=silent)
+        options["corpus"] = str(corpus_folder)
+    report = optimize(options, tmp_path / "out", on_notice=silent)
+    assert made == [
+        *["export_trained"] * 2,
+        *("measure_accuracies", "compare_latencies"),
+    ]
+    perplexity = report["entries"][0]["accuracy"]["perplexity"]["value"]
+    assert perplexity < 0.8 * trained.tokenizer.vocab_size
+    assert report["entries"][0]["parameters"] == trained.model.count_params()
 
 
 def test_an_interrupted_training_goes_on(options, tmp_path, interrupt_after, made):
