@@ -219,6 +219,7 @@ def test_knowledge_is_not_extracted_from_augmented_text(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_student_may_learn_from_augmented_text(trained, student, tmp_path):
     fields = {"bpe_dropout": 0.2, "token_replacement": 0.2, "mix_documents": 0.5}
     result = distil(trained, tmp_path / "noisy", augmentation=fields)

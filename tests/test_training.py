@@ -81,7 +81,7 @@ def test_a_trained_model_speaks(trained):
     assert isinstance(text, str) and text
 
 
-@pytest.mark.parametrize("step", [3, 14])
+@pytest.mark.parametrize("step", [3, pytest.param(14, marks=pytest.mark.slow)])
 def test_resumed_weights_are_bit_equal(tiny, tmp_path, interrupt_after, step):
     config = dataclasses.replace(tiny, checkpoint_every=4)
     whole = run(config, tmp_path / "whole")
@@ -143,8 +143,9 @@ def test_resume_after_kill_9_is_bit_equal(tiny, tmp_path, changes):
 
 
 def test_another_seed_gives_other_weights(tiny, tmp_path):
-    first = run(tiny, tmp_path / "one")
-    second = run(dataclasses.replace(tiny, seed=1), tmp_path / "two")
+    quick = dataclasses.replace(tiny, steps=2, jit_compile="off")
+    first = run(quick, tmp_path / "one")
+    second = run(dataclasses.replace(quick, seed=1), tmp_path / "two")
     differences = [
         np.abs(a - b).max()
         for a, b in zip(
@@ -165,7 +166,15 @@ def interrupted(tiny, tmp_path, interrupt_after):
     return tmp_path / "cut"
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "manifest", "remove"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param("truncate", marks=pytest.mark.slow),
+        "flip",
+        pytest.param("manifest", marks=pytest.mark.slow),
+        "remove",
+    ],
+)
 def test_the_newest_good_checkpoint_is_used(interrupted, damage):
     newest = interrupted / "checkpoints" / "step-00000012"
     state = newest / "state.safetensors"
@@ -240,6 +249,7 @@ def test_old_checkpoints_make_room(tiny, tmp_path):
     assert names == ["step-00000018", "step-00000020"]
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_weights_across_a_resume(
     tiny, tmp_path, interrupt_after
 ):

@@ -399,6 +399,9 @@ class MeshGPT(TokenTraining, keras.Model):
             callbacks.on_epoch_end(epoch, logs)
             if self.stop_training:
                 break
+        # Operations on a mesh are asynchronous. One that a callback began, TensorBoard
+        # for the learning rate for example, would find its file closed.
+        dtensor.barrier(self.mesh)
         callbacks.on_train_end(logs)
         return self.history
 

@@ -242,7 +242,9 @@ def test_accumulated_micro_batches_equal_one_batch(make_model, windows_of, jit_c
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_mixed_precision_trains(make_model, windows_of, policy, jit_compile):
     keras.mixed_precision.set_global_policy(policy)
     try:

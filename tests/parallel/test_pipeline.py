@@ -288,6 +288,7 @@ def test_a_run_in_stages_equals_one_on_one_device(config, run, tmp_path):
     assert_same(divided.model, model, atol=0)
 
 
+@pytest.mark.slow
 def test_a_run_in_stages_goes_on_exactly_and_elsewhere(
     config, run, tmp_path, interrupt_after
 ):

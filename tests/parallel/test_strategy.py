@@ -33,7 +33,9 @@ def weights_after(make_model, windows_of, replicas, jit_compile, accumulation=1)
     return model.get_weights(), model.evaluate(x, y, batch_size=8, verbose=0)
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_weights_do_not_depend_on_the_number_of_replicas(
     make_model, windows_of, jit_compile
 ):
@@ -54,6 +56,7 @@ def test_replicas_and_accumulation_work_together(make_model, windows_of):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_train_gives_the_same_model_on_two_devices(corpus_folder, tmp_path):
     config = dataclasses.replace(
         PRESETS["tiny"], corpus=str(corpus_folder), vocab_size=270, batch_size=8
