@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -119,10 +120,11 @@ def test_bad_input_is_one_line(command, tmp_path, arguments, message):
 
 
 @pytest.mark.slow
-def test_a_killed_optimisation_goes_on_where_it_was(corpus_folder, tmp_path):
+def test_a_killed_optimisation_goes_on_where_it_was(tmp_path):
     out = tmp_path / "out"
+    corpus = Path(optimization.__file__).parent  # text enough for a tokenizer
     line = [
-        *(sys.executable, "-m", "gpt_tf.cli", "optimize", "--corpus", corpus_folder),
+        *(sys.executable, "-m", "gpt_tf.cli", "optimize", "--corpus", corpus),
         *("--preset", "tiny", "--steps", 40, "--student-layers", 1, "--mode", "int4"),
         *("--evaluated-tokens", 500, "--prompt-tokens", 4, "--new-tokens", 4),
         *("--repetitions", 1, "--explained-prompts", 0, "--out", out),
