@@ -458,6 +458,81 @@ def _serving(content):
     )
 
 
+def _generalisation(content):
+    def cells(row, text):
+        found = row[text]
+        number = _with_error(found["mean"], found["spread"], 3)
+        if not found["verdict"]:
+            return number, "-"
+        return number, f"{found['change_percent']:+.1f}% {found['verdict']}"
+
+    parts = []
+    for name, text in content["texts"].items():
+        rows = [
+            [way, f"{row['best_step']:.0f}", *cells(row, "held-out, best")]
+            + [*cells(row, "other, best"), f"{row['held-out, last']['mean']:.3f}"]
+            for way, row in text["summary"].items()
+        ]
+        parts += [
+            f"Trained on a tenth of {name}, {text['size_bytes']['train']:,} bytes; "
+            f"bits per byte, mean of {content['seeds']} seeds and half their range:",
+            _table(
+                [
+                    *("", "best step", "held-out", "change"),
+                    *(text["other"], "change", "held-out at the end"),
+                ],
+                rows,
+            ),
+        ]
+    return _joined(*parts)
+
+
+def _explanation(content):
+    def with_interval(found):
+        return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+    rows = []
+    for model, test in content["tests"].items():
+        kept = test["last_kept"]
+        for method, found in test["methods"].items():
+            rows.append(
+                [
+                    *(model, method, with_interval(found["drop"])),
+                    with_interval(found["difference"]),
+                    with_interval(kept["methods"][method]["drop"]),
+                    with_interval(kept["methods"][method]["difference"]),
+                ]
+            )
+    first = next(iter(content["tests"].values()))
+    return _joined(
+        f"{first['prompts']} prompts of {first['prompt_tokens']:.0f} tokens, "
+        f"{first['fraction']:.0%} taken away; probability lost, and more than with "
+        "random tokens; then the same with the last token kept. The nearest tokens "
+        f"alone lose {first['nearest_drop']['value']:.3f} and, with the last kept, "
+        f"{first['last_kept']['nearest_drop']['value']:.3f} (Keras):",
+        _table(
+            [
+                *("model", "method", "lost", "more than random"),
+                *("last kept: lost", "more than random"),
+            ],
+            rows,
+        ),
+        "Rank correlation of two models' scores, and of the first with itself under "
+        "another seed:",
+        _table(
+            ["method", "models", "correlation", "with itself"],
+            [
+                [
+                    *(method, f"{found['a']}, {found['b']}"),
+                    with_interval(found["rank_correlation"]),
+                    with_interval(found["ceiling"]),
+                ]
+                for method, found in content["compression"].items()
+            ],
+        ),
+    )
+
+
 def _as_it_is(content):
     """Show a result that has no tables of its own: its numbers, its lists of rows."""
     single, tables = [], []
@@ -511,6 +586,8 @@ TABLES = {
     "distillation": _distillation,
     "decode": _decode,
     "serving": _serving,
+    "generalisation": _generalisation,
+    "explanation": _explanation,
 }
 
 # Tables within docs/comparison.md.
