@@ -159,7 +159,7 @@ def alone():
 @pytest.mark.parametrize(
     ("replicas", "jit_compile", "parts"),
     [
-        pytest.param(2, True, 1, marks=pytest.mark.slow),
+        (2, True, 1),
         (4, False, 1),
         (2, False, 3),
         pytest.param(1, True, 4, marks=pytest.mark.slow),
