@@ -299,7 +299,9 @@ _PACKAGES = (
 
 def machine():
     """Describe this machine and the packages that were measured."""
-    found = {"cpu": _cpu_name(), "cores": os.cpu_count()}
+    from gpt_tf.evaluation.machine import describe_machine
+
+    found = {"cpu": describe_machine(seconds=0)["cpu"], "cores": os.cpu_count()}
     found["python"] = platform.python_version()
     for package in _PACKAGES:
         try:
@@ -307,18 +309,6 @@ def machine():
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    vectors = ("avx512f", "avx2", "avx")
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    best = next((vector for vector in vectors if vector in flags), "")
-    return f"{names[0] if names else platform.machine()} {best}".strip()
 
 
 def print_machine():

@@ -37,12 +37,16 @@ from gpt_tf.evaluation.deletion import (
     deletion_test,
     prompts_of,
 )
-from gpt_tf.evaluation.estimate import estimate, refuse_impossible
+from gpt_tf.evaluation.estimate import (
+    count_parameters,
+    estimate,
+    refuse_impossible,
+)
 from gpt_tf.evaluation.held_out import DEFAULT_CORPUS, held_out_text
 from gpt_tf.evaluation.latency import compare_latencies
 from gpt_tf.evaluation.machine import describe_machine
 from gpt_tf.evaluation.parsing import find_prompts, measure_parsing
-from gpt_tf.evaluation.subjects import count_parameters, describe, open_subject
+from gpt_tf.evaluation.subjects import describe, open_subject
 from gpt_tf.export.constants import MODES as EXPORT_MODES
 from gpt_tf.export.trained import export_trained
 from gpt_tf.runs import PRESETS, TrainingConfig, model_file, read_run

@@ -113,10 +113,6 @@ class Stages:
         self.done.append(Done(name, command, record["seconds"], False))
         return True
 
-    def inputs_of(self, name: str) -> dict:
-        """Return the hashes of what a finished stage made: another's inputs."""
-        return files.read_json(self.folder / FOLDER / f"{name}.json")["outputs"]
-
     def skip(self, name: str) -> None:
         """Take a stage out of the plan that turned out to have nothing to do."""
         self.plan.pop(name)

@@ -18,8 +18,8 @@ RUNS = Path("runs")
 sys.path.insert(0, str(HERE.parent))
 
 from gpt_tf import files
+from gpt_tf.evaluation.estimate import count_parameters
 from gpt_tf.evaluation.report import entry_of, read_report
-from gpt_tf.evaluation.subjects import count_parameters
 
 MODEL_FILES = ["model.keras", "tokenizer.json"]
 TEACHER, STUDENT = RUNS / "python-small", RUNS / "python-student"

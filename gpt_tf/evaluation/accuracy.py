@@ -336,7 +336,7 @@ def evaluate_files(
                 )
         entries = [
             report.new_entry(describe(path, opened[name]), accuracy=found[name])
-            | {"name": name, "path": _relative(path, folder)}
+            | {"name": name, "path": report.path_in_report(path, folder or ".")}
             for name, path in names.items()
         ]
     judged = found[compared if compared is not None else next(iter(names))]
@@ -677,9 +677,3 @@ def _names(paths, reference):
         raise InputError("Evaluating expects at least one file. Received: none.")
     names = dict(zip(unique_names(paths), paths, strict=True))
     return names, None if reference is None else next(iter(names))
-
-
-def _relative(path, folder):
-    path, folder = path.resolve(), Path(folder or ".").resolve()
-    below = path.is_relative_to(folder)
-    return path.relative_to(folder).as_posix() if below else str(path)

@@ -124,7 +124,7 @@ def estimate(
         "memory_bytes": (memory, MEMORY_FACTOR),
     }
     result = {"basis": "estimated", "mode": mode, "threads": threads}
-    result |= {"parameters": _parameters(config), "bytes_per_token": read}
+    result |= {"parameters": count_parameters(config), "bytes_per_token": read}
     for name, (value, factor) in values.items():
         rounded = round if name.endswith("bytes") else float
         result[name] = rounded(value)
@@ -209,7 +209,7 @@ def refuse_impossible(
         if limit is not None and limit < least_mb:
             raise InputError(
                 f"`{name}` expects at least {significant(least_mb)} MB, which "
-                f"{_parameters(sizes_of(config)):,} parameters take as {smallest}, the "
+                f"{count_parameters(config):,} parameters take as {smallest}, the "
                 f"smallest mode. Received: {shown(name, limit)}. Give {option(name)} "
                 "more, or make a smaller model."
             )
@@ -256,6 +256,23 @@ def size_bytes(config: dict, mode: str, kind: str = "litertlm") -> int:
         tokenizer = config["vocab_size"] * _TOKENIZER_BYTES_PER_TOKEN
         size += 2 * _SECTION + math.ceil(tokenizer / _SECTION) * _SECTION
     return size
+
+
+def count_parameters(config: dict) -> int:
+    """Count a GPT's parameters from its sizes, without building it.
+
+    Args:
+        config: As `GPTModel.get_config` or a file's seal states it.
+
+    Returns:
+        Weights and biases; a tied token table counts once, ranges of quantisers not.
+
+    Raises:
+        InputError: A size is missing.
+    """
+    config = sizes_of(config)
+    tables = sum(rows * width for rows, width in _tables(config))
+    return tables + _block_weights(config) + _vector_numbers(config)
 
 
 def modes_of(config: dict) -> tuple[str, ...]:
@@ -365,11 +382,6 @@ def _vector_numbers(config):
     return config["num_layers"] * (biases + norms) + 2 * config["embedding_dim"]
 
 
-def _parameters(config):
-    tables = sum(rows * width for rows, width in _tables(config))
-    return tables + _block_weights(config) + _vector_numbers(config)
-
-
 def _matrix_bytes(rows, inputs, mode, is_table=False):
     if mode in ("float32", "float16"):
         return rows * inputs * (4 if mode == "float32" else 2)
@@ -416,7 +428,7 @@ def _unpacked_bytes(config, mode, size):
     """Return what LiteRT keeps beside the file: weights as its kernels want them."""
     if mode == "float32":
         return 0
-    return 4 * _parameters(config) if mode == "float16" else 0.6 * size
+    return 4 * count_parameters(config) if mode == "float16" else 0.6 * size
 
 
 def _cached_numbers(config):

@@ -40,6 +40,7 @@ import numpy as np
 from gpt_tf import errors
 from gpt_tf.errors import InputError, WorkerFailedError
 from gpt_tf.evaluation import machine, report
+from gpt_tf.evaluation.estimate import count_parameters
 from gpt_tf.evaluation.requests import (
     CONTEXT_TOKENS,
     WARM_UP,
@@ -138,7 +139,6 @@ def measure_latency(
         )
     _check_room(job, subject.context_length, f"the open {type(subject).__name__}")
     job["threads"] = own
-    from gpt_tf.evaluation import subjects
 
     runner = SubjectRunner(subject, clock)
     runner(prompt_tokens, 1)
@@ -149,7 +149,7 @@ def measure_latency(
         on_progress(1, 1, "measured")
     size = rate = None
     if not runner.is_edge:
-        size = 4 * subjects.count_parameters(subject.config)
+        size = 4 * count_parameters(subject.config)
         rate = _rates([own], read_bytes_per_s)[own]
     return _merged(job, [raw], [], {}, size, rate)
 
@@ -350,11 +350,12 @@ def measure_files(
         read_bytes_per_s=facts["read_bytes_per_s"],
         **options,
     )
+    folder = Path(out or "report.json").resolve().parent
     entries = []
     for (path, one), latency in zip(pairs, latencies, strict=True):
         described = {k: v for k, v in facts_of[path].items() if k != "threads"}
         described["name"] = names[path] + (f" ({one})" if one != "gpt_tf" else "")
-        described["path"] = _relative(path, out)
+        described["path"] = report.path_in_report(path, folder)
         entries.append(report.new_entry(described, latency=latency))
     rounds, counted = min(rounds, repetitions), latencies[0]["repetitions"]
     return report.new_report(
@@ -453,13 +454,6 @@ def _rates(counts, known):
         count: known.get(str(count)) or machine.measure_read_rate(count, seconds=0.7)
         for count in counts
     }
-
-
-def _relative(path, out):
-    """Return a path relative to the report's folder where it lies below it."""
-    path, folder = Path(path).resolve(), Path(out or "report.json").resolve().parent
-    below = path.is_relative_to(folder)
-    return path.relative_to(folder).as_posix() if below else str(path)
 
 
 # Taking turns

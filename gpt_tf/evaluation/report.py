@@ -146,6 +146,18 @@ def new_entry(described: dict, **parts) -> dict:
     return entry | parts
 
 
+def path_in_report(path: str | os.PathLike, folder: str | os.PathLike) -> str:
+    """Return a path as an entry states it: relative to the report where it lies below.
+
+    Args:
+        path: Of the file or model.
+        folder: That of the report.
+    """
+    path, folder = Path(path).resolve(), Path(folder).resolve()
+    below = path.is_relative_to(folder)
+    return path.relative_to(folder).as_posix() if below else str(path)
+
+
 def entry_of(report: dict, name: str) -> dict:
     """Return the entry of that name.
 

@@ -12,6 +12,7 @@ import numpy as np
 from gpt_tf import files
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
+from gpt_tf.evaluation.estimate import count_parameters
 
 # Powers of two between these: so few lengths of a chunk are compiled.
 _SMALLEST_CHUNK = 8
@@ -226,28 +227,6 @@ class KerasGPT:
 
     def __exit__(self, *exception):
         self.close()
-
-
-def count_parameters(config: dict) -> int:
-    """Count a GPT's parameters from its sizes, without building it.
-
-    Args:
-        config: As `GPTModel.get_config` or a file's seal states it.
-
-    Returns:
-        Weights and biases; a tied token table counts once, ranges of quantisers not.
-    """
-    width, hidden = config["embedding_dim"], config["feedforward_dim"]
-    inner = width // config["num_heads"] * config["num_heads"]
-    attention = 3 * (width + 1) * inner + (inner + 1) * width
-    feedforward = (width + 1) * hidden + (hidden + 1) * width
-    norm = 2 * width
-    tables = config["vocab_size"] * (1 if config["tie_embeddings"] else 2)
-    return (
-        (tables + config["context_length"]) * width
-        + config["num_layers"] * (attention + feedforward + 2 * norm)
-        + norm
-    )
 
 
 def _config_of(model):

@@ -19,8 +19,8 @@ from gpt_tf.evaluation.advisor import (
     recommend,
     refuse_impossible,
 )
+from gpt_tf.evaluation.estimate import count_parameters
 from gpt_tf.evaluation.report import new_entry, new_report
-from gpt_tf.evaluation.subjects import count_parameters
 from gpt_tf.export.signatures import MODES
 
 CONFIG = {

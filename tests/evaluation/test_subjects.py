@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gpt_tf.errors import InputError
+from gpt_tf.evaluation.estimate import count_parameters
 from gpt_tf.evaluation.subjects import (
     KerasGPT,
-    count_parameters,
     describe,
     open_subject,
     unique_names,
