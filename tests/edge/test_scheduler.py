@@ -134,9 +134,9 @@ def test_the_model_may_be_used_meanwhile_and_stays_open(gpt):
 
 def test_a_short_request_does_not_wait_for_a_long_prompt(gpt):
     with EdgeScheduler(gpt, max_chunk=8) as scheduler:
-        scheduler.submit(PROMPTS[3], max_new_tokens=1)
+        scheduler.submit(PROMPTS[3], max_new_tokens=1, temperature=0)
         scheduler.step()
-        scheduler.submit([1, 2, 3], max_new_tokens=2)
+        scheduler.submit([1, 2, 3], max_new_tokens=2, temperature=0)
         kinds = [(number, kind) for number, kind, _ in works_of(scheduler)]
     # Its prompt goes before the rest of the long one's, between whose chunks it writes.
     long, short = (0, "prefill"), (1, "decode")
@@ -146,8 +146,8 @@ def test_a_short_request_does_not_wait_for_a_long_prompt(gpt):
 
 def test_without_chunks_it_waits_for_all_of_it(gpt):
     with EdgeScheduler(gpt, max_chunk=8, chunked=False) as scheduler:
-        scheduler.submit(PROMPTS[3], max_new_tokens=2)
-        scheduler.submit([1, 2, 3], max_new_tokens=2)
+        scheduler.submit(PROMPTS[3], max_new_tokens=2, temperature=0)
+        scheduler.submit([1, 2, 3], max_new_tokens=2, temperature=0)
         assert works_of(scheduler)[:2] == [
             (0, "prefill", CONTEXT - 1),
             (1, "prefill", 2),
@@ -157,7 +157,7 @@ def test_without_chunks_it_waits_for_all_of_it(gpt):
 @pytest.mark.parametrize("max_chunk", [1, 4, 8, 12, 64])
 def test_no_chunk_is_longer_than_asked_for_and_every_token_is_read(gpt, max_chunk):
     with EdgeScheduler(gpt, max_chunk=max_chunk) as scheduler:
-        scheduler.submit(PROMPTS[3], max_new_tokens=1)
+        scheduler.submit(PROMPTS[3], max_new_tokens=1, temperature=0)
         counts = [count for _, kind, count in works_of(scheduler) if kind == "prefill"]
     assert sum(counts) == CONTEXT - 1 and max(counts) <= max_chunk
     assert len(counts) == 1 or max_chunk < CONTEXT
@@ -166,8 +166,8 @@ def test_no_chunk_is_longer_than_asked_for_and_every_token_is_read(gpt, max_chun
 def test_between_two_chunks_every_writer_gets_one_token(gpt):
     with EdgeScheduler(gpt, max_chunk=4) as scheduler:
         for prompt in ([1], [2], [3]):
-            scheduler.submit(prompt, max_new_tokens=4)
-        scheduler.submit(PROMPTS[0], max_new_tokens=1)
+            scheduler.submit(prompt, max_new_tokens=4, temperature=0)
+        scheduler.submit(PROMPTS[0], max_new_tokens=1, temperature=0)
         works = [(number, kind) for number, kind, _ in works_of(scheduler)]
     chunks = [place for place, (_, kind) in enumerate(works) if kind == "prefill"]
     for begin, end in zip([-1, *chunks[:3]], chunks, strict=False):
@@ -176,9 +176,9 @@ def test_between_two_chunks_every_writer_gets_one_token(gpt):
 
 def test_the_shortest_prompt_goes_first_but_none_is_passed_over_for_ever(gpt):
     with EdgeScheduler(gpt, max_chunk=1, patience=3) as scheduler:
-        scheduler.submit(random_ids(9), max_new_tokens=1)
+        scheduler.submit(random_ids(9), max_new_tokens=1, temperature=0)
         for _ in range(6):
-            scheduler.submit(random_ids(3), max_new_tokens=1)
+            scheduler.submit(random_ids(3), max_new_tokens=1, temperature=0)
         order = [n for n, kind, _ in works_of(scheduler) if kind == "prefill"]
     # Chunks of one token: two for each short prompt, and 8 for the long one.
     assert order == [1, 1, 2, 0, 2, 3, 3, 0, 4, 4, 5, 0, 5, 6, 6, 0, *[0] * 4]
@@ -204,14 +204,14 @@ def test_no_more_than_max_active_have_a_cache(gpt):
 
 def test_a_cancelled_request_makes_room(gpt):
     with EdgeScheduler(gpt, max_active=1) as scheduler:
-        first = scheduler.submit([1], max_new_tokens=50)
+        first = scheduler.submit([1], max_new_tokens=50, temperature=0)
         second = scheduler.submit([2], max_new_tokens=3, temperature=0)
         scheduler.step()
         first.cancel()
         first.cancel()
         assert first.done and len(first.tokens) == 1
         assert second.result() == gpt.generate([2], max_new_tokens=3, temperature=0)
-        pieces = scheduler.submit([3], max_new_tokens=50).stream()
+        pieces = scheduler.submit([3], max_new_tokens=50, temperature=0).stream()
         next(pieces)
         pieces.close()
         assert scheduler.active == 0
