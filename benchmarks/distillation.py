@@ -27,7 +27,6 @@ from harness import (
     cut_windows,
     draw_bars,
     file_log_probs,
-    log_softmax,
     print_machine,
     print_table,
     save,
@@ -278,6 +277,7 @@ class Study:
 
     def measure(self, model, run):
         """Perplexity and bits per byte of held-out text; nearness to the teacher."""
+        from gpt_tf.sampling import log_softmax
         from gpt_tf.text.dataset import TokenFile, Windows
 
         tokens = TokenFile.open(run / "data" / "validation.tokens")

@@ -259,14 +259,10 @@ def cut_windows(tokens, length, count):
     return np.asarray(tokens)[starts[:, None] + np.arange(length + 1)].astype(int)
 
 
-def log_softmax(logits):
-    """Return log-probabilities of logits `(..., V)`."""
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
 def file_log_probs(gpt, windows):
     """Run a file over windows `(N, T + 1)`; return log-probabilities `(N, T, V)`."""
+    from gpt_tf.sampling import log_softmax
+
     pieces = []
     for window in windows:
         gpt.reset()

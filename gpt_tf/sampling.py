@@ -1,4 +1,4 @@
-"""Choosing the next token from logits, in NumPy alone.
+"""Logits as probabilities, and the choice of a next token, in NumPy alone.
 
 Keras models and the edge runtime share these, so that one seed gives one text in
 both wherever their logits agree.
@@ -142,3 +142,21 @@ class Sampler:
             if sums[-1] >= self.top_p or len(order) == len(probabilities):
                 return order[: np.searchsorted(sums, self.top_p) + 1]
             count *= 8
+
+
+def log_softmax(logits) -> np.ndarray:
+    """Return the log-probabilities of logits.
+
+    Args:
+        logits: `(..., V)`, any float type.
+
+    Returns:
+        `(..., V)`, float64.
+
+    Example:
+        >>> np.exp(log_softmax([0.0, 0.0]))
+        array([0.5, 0.5])
+    """
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

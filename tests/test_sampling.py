@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from gpt_tf.errors import InputError
-from gpt_tf.sampling import Sampler
+from gpt_tf.sampling import Sampler, log_softmax
 
 # Few different values, so that ties are common.
 LOGITS = st.one_of(
@@ -55,6 +55,14 @@ def test_top_k_one_equals_temperature_zero_equals_argmax(logits, seed):
     greedy = draws(Sampler(temperature=0), logits, 3, seed)
     assert greedy == draws(Sampler(top_k=1), logits, 3, seed)
     assert greedy == [int(np.argmax(logits))] * 3
+
+
+@given(LOGITS)
+def test_log_softmax_is_the_logarithm_of_the_shares_of_every_row(logits):
+    rows = np.stack([logits, logits[::-1]])
+    np.testing.assert_allclose(
+        log_softmax(rows), [np.log(softmax(row)) for row in rows], rtol=1e-12, atol=1e-12
+    )
 
 
 def test_top_k_of_equal_logits_reaches_all_k_and_no_more():

@@ -44,6 +44,7 @@ import numpy as np
 from gpt_tf import generation
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
+from gpt_tf.sampling import log_softmax
 
 METHODS = ("lime", "shap", "attention", "gradient")
 # They look into the model; a file gives scores only.
@@ -191,7 +192,7 @@ class MaskedPrompt:
     def log_probabilities(self) -> np.ndarray:
         """Return those of every next token after the whole prompt, `(V,)` float64."""
         (logits,) = self._logits(self.ids[np.newaxis])
-        return _log_softmax(logits)
+        return log_softmax(logits)
 
     def values(self, kept: np.ndarray, target: int) -> np.ndarray:
         """Score the target after prompts of which only some tokens are kept.
@@ -209,7 +210,7 @@ class MaskedPrompt:
             axis=0,
             return_inverse=True,
         )
-        values = [_log_softmax(logits)[target] for logits in self._logits(rows)]
+        values = [log_softmax(logits)[target] for logits in self._logits(rows)]
         return np.array(values)[places.reshape(-1)]
 
     def _logits(self, rows):
@@ -533,12 +534,6 @@ def _check_id(name, token, subject):
             f"{vocab_size - 1}. Received: {token!r}."
         )
     return int(token)
-
-
-def _log_softmax(logits):
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
 @contextlib.contextmanager

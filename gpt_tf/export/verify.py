@@ -13,6 +13,7 @@ from gpt_tf.export import signatures
 from gpt_tf.export.constants import Constants
 from gpt_tf.export.flatbuffer import Model, Type
 from gpt_tf.export.graph import FLOAT_ISLANDS
+from gpt_tf.sampling import log_softmax
 
 # A file may be larger than its parameters by this factor and the graphs' bytes.
 SIZE_FACTOR = 1.02
@@ -177,14 +178,9 @@ def _divergences(found, wanted):
 
 
 def _divergence(logits, target):
-    p, q = _log_softmax(target), _log_softmax(logits)
+    p, q = log_softmax(target), log_softmax(logits)
     divergence = (np.exp(p) * (p - q)).sum()
     return 0.0 if divergence < 0 else divergence  # by rounding; NaN stays NaN
-
-
-def _log_softmax(logits):
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
 
 
 class _Runner:
