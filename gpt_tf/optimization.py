@@ -30,7 +30,7 @@ from gpt_tf.evaluation import page
 from gpt_tf.evaluation import report as reports
 from gpt_tf.evaluation.accuracy import measure_accuracies
 from gpt_tf.evaluation.advisor import recommend
-from gpt_tf.evaluation.budgets import Budgets, scenario_of
+from gpt_tf.evaluation.budgets import Budgets, objective_of, scenario_of
 from gpt_tf.evaluation.deletion import (
     FEWEST_PROMPTS,
     compare_explanations,
@@ -171,6 +171,7 @@ def optimize(
     *,
     budgets=None,
     scenario: str = "custom",
+    prefer: str | None = None,
     update: bool = False,
     overwrite: bool = False,
     command: str | None = None,
@@ -185,7 +186,7 @@ def optimize(
         config: What is made, and how it is measured.
         out: Folder of it all.
         budgets: A `gpt_tf.evaluation.budgets.Budgets`, or None for the scenario's.
-        scenario: As for `gpt_tf.evaluation.advisor.recommend`.
+        scenario, prefer: As for `gpt_tf.evaluation.advisor.recommend`.
         update: Go on in a folder of another configuration; what that does not concern
             is kept.
         overwrite: Begin anew in a folder that holds another optimisation.
@@ -219,7 +220,8 @@ def optimize(
     with files.locked(out):
         if not (update or overwrite):
             _refuse_other_options(out, config)
-        optimization = _Optimization(config, out, budgets, scenario, say)
+        wanted = {"budgets": budgets, "scenario": scenario, "prefer": prefer}
+        optimization = _Optimization(config, out, wanted, say)
         # All that can be refused was: from here on the folder is written to.
         if overwrite:
             _empty(out)
@@ -274,12 +276,14 @@ class _Optimization:
     Making one refuses whatever cannot be used, and writes nothing.
     """
 
-    def __init__(self, config, out, budgets, scenario, say):
+    def __init__(self, config, out, wanted, say):
         self.config = config
         self.out = out
         self.say = say  # takes lines for the user
-        self.scenario = scenario
-        self.budgets = Budgets.of(budgets).over(scenario_of(scenario).budgets)
+        self.scenario, self.prefer = wanted["scenario"], wanted["prefer"]
+        objective_of(self.scenario, self.prefer)  # refuses what there is not
+        own = scenario_of(self.scenario).budgets
+        self.budgets = Budgets.of(wanted["budgets"]).over(own)
         self.teacher = Path(config.model) if config.model else out / "runs" / "teacher"
         self.notes = []
         self.course = self._course()
@@ -421,7 +425,9 @@ class _Optimization:
             budgets={name: getattr(self.budgets, name) for name in reports.BUDGETS},
             reference=REFERENCE,
         )
-        report["recommendation"] = recommend(report, self.budgets, self.scenario)
+        report["recommendation"] = recommend(
+            report, self.budgets, self.scenario, self.prefer
+        )
         self._keep_the_chosen(report["recommendation"], text)
         report["explanations"] = self._explain(report["recommendation"], text)
         report["stages"] = [done._asdict() for done in self.stages.done]

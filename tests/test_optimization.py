@@ -159,6 +159,25 @@ def test_other_budgets_choose_anew_and_make_nothing(options, out, made):
     assert (out / "gpt.litertlm").is_file()
 
 
+def test_what_is_preferred_chooses_anew_and_makes_nothing(options, out, made):
+    limits = {"max_perplexity_increase": 0.99, "max_latency_ms": 900, "max_size_mb": 5}
+    wanted = {"budgets": limits, "on_notice": silent}
+    for prefer, number in (
+        ("size", lambda entry: entry["size_bytes"]),
+        ("accuracy", lambda entry: entry["accuracy"]["perplexity"]["value"]),
+    ):
+        report = optimize(options, out, prefer=prefer, **wanted)
+        assert made == []
+        ranking = report["recommendation"]["ranking"]
+        numbers = {
+            entry["name"]: number(entry)
+            for entry in report["entries"]
+            if entry["name"] in ranking
+        }
+        assert len(numbers) > 1
+        assert numbers[ranking[0]] == min(numbers.values())
+
+
 def test_other_options_are_refused_with_the_difference(options, out, made):
     before = sorted(path.name for path in out.iterdir())
     with pytest.raises(InputError, match="student_steps=6 instead of 7") as refused:

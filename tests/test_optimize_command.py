@@ -43,6 +43,7 @@ def given(monkeypatch):
         found.update(options, config=config, out=out)
         recommendation = {
             "scenario": options["scenario"],
+            "prefer": options["prefer"],
             "budgets": {},
             "choice": found["choice"],
             "why": ["It is there."],
@@ -76,11 +77,13 @@ def test_every_field_of_the_configuration_is_an_option_and_arrives(command, give
 def test_budgets_and_what_to_do_with_the_folder_arrive(command, given, tmp_path):
     result = command(
         *("optimize", "--max-perplexity-increase", "3%", "--max-latency-ms", 15),
-        *("--max-size-mb", 8, "--scenario", "phone", "--update", "--out", tmp_path),
+        *("--max-size-mb", 8, "--scenario", "phone", "--prefer", "size"),
+        *("--update", "--out", tmp_path),
     )
     assert result.status == 0, result.err
     assert given["budgets"] == Budgets(0.03, 15, 8)
     assert (given["scenario"], given["out"]) == ("phone", tmp_path)
+    assert given["prefer"] == "size" and "size first" in result.out
     assert given["update"] and not given["overwrite"]
     assert given["command"].startswith("gpt-tf optimize --max-perplexity-increase 3%")
 
@@ -107,6 +110,7 @@ def test_where_nothing_fits_the_status_is_3(command, given):
         (["--preset", "huge"], "`preset`"),
         (["--mode", "int3"], "`modes`"),
         (["--scenario", "moon"], "`scenario`"),
+        (["--prefer", "moon"], "`prefer`"),
         (["--update", "--overwrite"], "Choose one"),
         (["--corpus", "nowhere"], "nowhere"),
     ],

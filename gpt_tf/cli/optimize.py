@@ -42,6 +42,14 @@ def optimize(
     scenario: Annotated[
         str, typer.Option(help="phone, board, server or custom.")
     ] = "custom",
+    prefer: Annotated[
+        str | None,
+        typer.Option(
+            help="What is to be best within the budgets: accuracy, latency, size, "
+            "memory, first_token, throughput or balance. What has no budget if not "
+            "given, and the most room in the tightest one where all have one."
+        ),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -126,6 +134,7 @@ def optimize(
         out,
         budgets=budgets,
         scenario=scenario,
+        prefer=prefer,
         update=update,
         overwrite=overwrite,
         command=shlex.join(["gpt-tf", *sys.argv[1:]]),

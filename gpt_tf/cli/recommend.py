@@ -23,6 +23,13 @@ def recommend(
         str,
         typer.Option(help="phone, board or server, with their budgets, or custom."),
     ] = "custom",
+    prefer: Annotated[
+        str | None,
+        typer.Option(
+            help="What is to be best within the budgets: accuracy, latency, size, "
+            "memory, first_token, throughput or balance. The scenario's if not given."
+        ),
+    ] = None,
     max_perplexity_increase: Annotated[
         str | None, typer.Option(help="Over the reference's: 3% or 0.03.")
     ] = None,
@@ -63,6 +70,11 @@ def recommend(
             f"{'neither' if report is None else 'both'}. Write `gpt-tf recommend "
             "report.json`, for example."
         )
+    if prefer is not None and estimate is not None:
+        raise InputError(
+            f"`prefer` expects a report to choose from. Received: {prefer!r} with "
+            "--estimate, which lists every mode. Leave one out."
+        )
     from gpt_tf.evaluation.budgets import Budgets
 
     budgets = Budgets(
@@ -84,7 +96,7 @@ def recommend(
         from gpt_tf.evaluation.report import read_report
 
         chosen = budgets if budgets.given() else None
-        result = advisor.recommend(read_report(report), chosen, scenario)
+        result = advisor.recommend(read_report(report), chosen, scenario, prefer)
         show, fits = advisor.print_recommendation, result["choice"] is not None
     if as_json:
         typer.echo(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False))

@@ -16,6 +16,7 @@ from gpt_tf.evaluation.budgets import (
     SCENARIOS,
     Budgets,
     Scenario,
+    objective_of,
     option,
     scenario_of,
     shown,
@@ -54,7 +55,10 @@ _SHIPPABLE = ("tflite", "litertlm")
 
 
 def recommend(
-    report: dict, budgets: Budgets | dict | None = None, scenario: str = "custom"
+    report: dict,
+    budgets: Budgets | dict | None = None,
+    scenario: str = "custom",
+    prefer: str | None = None,
 ) -> dict:
     """Choose the file to ship among those of a report.
 
@@ -69,11 +73,14 @@ def recommend(
         budgets: They come before the scenario's. None: the scenario's alone; of
             `"custom"`, which has none, the report's own.
         scenario: A key of `SCENARIOS`; see `Scenario` for what it makes best.
+        prefer: What is to be best instead, among the files that keep the budgets:
+            `"accuracy"`, `"latency"`, `"size"`, `"memory"`, `"first_token"`,
+            `"throughput"`, or `"balance"`. None: what the scenario makes best.
 
     Returns:
         A dict of JSON values:
 
-        - `scenario`, and `budgets` by name, None where there is none;
+        - `scenario`, `prefer`, and `budgets` by name, None where there is none;
         - `choice`: the name of an entry, or None if none keeps the budgets;
         - `why`: sentences;
         - `runner_up`: what would be chosen without it, or None, and
@@ -90,7 +97,8 @@ def recommend(
           estimate.
 
     Raises:
-        InputError: A budget cannot be used, or the scenario is unknown.
+        InputError: A budget cannot be used, or the scenario or what to prefer is
+            unknown.
         DamagedFileError: A number in the report is none.
 
     Example:
@@ -99,20 +107,21 @@ def recommend(
 
     Reference: article 6.3.
     """
-    chosen = scenario_of(scenario)
+    objective = objective_of(scenario, prefer)
     if budgets is None and scenario == "custom":
         budgets = report.get("budgets")
-    limits = Budgets.of(budgets).over(chosen.budgets)
+    limits = Budgets.of(budgets).over(scenario_of(scenario).budgets)
     given = limits.given()
-    candidates = candidates_of(report, concurrent=chosen.objective == "server")
+    candidates = candidates_of(report, concurrent=scenario == "server")
     shippable = [one for one in candidates if one.kind in _SHIPPABLE]
     fitting = [one for one in shippable if one.keeps(given)]
-    fitting.sort(key=lambda one: _rank(one, chosen.objective, given))
+    fitting.sort(key=lambda one: _rank(one, objective, given))
     result = {
         "scenario": scenario,
+        "prefer": prefer,
         "budgets": dataclasses.asdict(limits),
         "choice": fitting[0].name if fitting else None,
-        "why": _why(fitting, chosen.objective, given),
+        "why": _why(fitting, objective, given),
         "runner_up": fitting[1].name if len(fitting) > 1 else None,
         "runner_up_cost": _runner_up_cost(fitting),
         "ranking": [one.name for one in fitting],
@@ -192,6 +201,8 @@ def print_recommendation(result: dict, console=None) -> None:
         if value is not None
     ]
     subtitle = Text(f"{result['scenario']}: {', '.join(limits) or 'no budgets'}")
+    if result["prefer"] is not None:
+        subtitle.append(f"; {result['prefer'].replace('_', ' ')} first")
     style = "green" if choice is not None else "red"
     # Names may hold brackets; none of it is rich's markup.
     console.print(Panel(Group(*lines), title=title, border_style=style))
@@ -345,8 +356,16 @@ def _objective_sentence(best, objective, given, count):
             f"{best.name} has the best balance {among}, where 1 % of perplexity weighs "
             f"as much as {_PERPLEXITY_WEIGHT} % of {' or '.join(parts)}: {facts}."
         )
-    best_of = "lowest" if objective != "size" else "smallest"
-    what = KINDS[BUDGET_OF[objective]].what
+    kind = KINDS[BUDGET_OF[objective]]
+    what = kind.what
+    if best.values[objective] is None:
+        return (
+            f"The {what} of none {among} was measured: accuracy, then latency and size "
+            f"chose {best.name}."
+        )
+    best_of = "smallest" if objective == "size" else "lowest"
+    if kind.is_least:
+        best_of = "highest"
     return f"{best.name} has the {best_of} {what} {among}: {_shown(best, objective)}."
 
 

@@ -50,6 +50,9 @@ KINDS = {
     "min_tokens_per_s": Kind("throughput", "throughput", "tokens/s", True),
 }
 
+# What a file may be chosen by: a quantity, or perplexity, latency and size together.
+PREFERENCES = (*(kind.measure for kind in KINDS.values()), "balance")
+
 
 @dataclasses.dataclass(frozen=True)
 class Budgets:
@@ -145,6 +148,27 @@ def scenario_of(name: str) -> Scenario:
             f"`scenario` expects one of {', '.join(SCENARIOS)}. Received: {name!r}."
         )
     return SCENARIOS[name]
+
+
+def objective_of(scenario: str, prefer: str | None = None) -> str:
+    """Return what is best among the files that keep the budgets.
+
+    Args:
+        scenario: A key of `SCENARIOS`.
+        prefer: One of `PREFERENCES`, which comes before the scenario's own objective,
+            or None.
+
+    Raises:
+        InputError: There is no such scenario, or nothing of that name to prefer.
+    """
+    own = scenario_of(scenario).objective
+    if prefer is None:
+        return own
+    if prefer not in PREFERENCES:
+        raise InputError(
+            f"`prefer` expects one of {', '.join(PREFERENCES)}. Received: {prefer!r}."
+        )
+    return prefer
 
 
 def option(name: str) -> str:

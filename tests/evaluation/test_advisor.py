@@ -341,11 +341,13 @@ def test_an_increase_that_is_no_number_above_0_is_refused(value):
         Budgets(value)
 
 
-def test_unknown_budgets_and_scenarios_are_refused():
+def test_unknown_budgets_scenarios_and_preferences_are_refused():
     with pytest.raises(InputError, match="max_weight"):
         recommend(new_report([entry("a")]), {"max_weight": 3})
     with pytest.raises(InputError, match=r"phone, board, server, custom.*'fridge'"):
         recommend(new_report([entry("a")]), None, "fridge")
+    with pytest.raises(InputError, match=r"accuracy, latency.*balance.*'margin'"):
+        recommend(new_report([entry("a")]), None, prefer="margin")
 
 
 def test_given_budgets_come_before_the_scenarios():
@@ -528,6 +530,49 @@ def test_with_all_three_budgets_the_tightest_decides():
     assert roomy["choice"] == "quick"
 
 
+@pytest.mark.parametrize("scenario", ["phone", "board", "server", "custom"])
+@pytest.mark.parametrize(
+    ("prefer", "choice", "reason"),
+    [
+        ("accuracy", "exact", "lowest perplexity increase"),
+        ("latency", "quick", "lowest p95 latency"),
+        ("size", "small", "smallest size"),
+        ("memory", "small", "lowest peak memory"),
+        ("first_token", "early", "lowest time to first token"),
+        ("balance", "small", "best balance"),
+    ],
+)
+def test_what_is_preferred_comes_before_the_scenarios_own(
+    scenario, prefer, choice, reason
+):
+    limits = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
+    early = entry("early", 0.09, 9.5, 9.5, memory_mb=130, first=2, speed=90)
+    result = recommend(new_report([*ALL, early]), limits, scenario, prefer)
+    assert (result["choice"], result["prefer"]) == (choice, prefer)
+    assert reason in result["why"][0]
+    assert result["budgets"].items() >= limits.items()
+
+
+def test_the_throughput_preferred_is_the_scenarios():
+    alone = entry("alone", 0.0, speed=500, together=500)
+    crowd = entry("crowd", 0.0, speed=50, together=900)
+    report = new_report([alone, crowd])
+    assert recommend(report, prefer="throughput")["choice"] == "alone"
+    result = recommend(report, scenario="server", prefer="throughput")
+    assert result["choice"] == "crowd"
+    assert "highest throughput" in result["why"][0]
+
+
+def test_what_is_preferred_and_was_never_measured_is_told():
+    small = entry("small", mb=2, memory_mb=None)
+    report = new_report([entry("large", mb=9, memory_mb=None), small])
+    result = recommend(report, prefer="memory")
+    assert result["choice"] == "small"
+    assert "peak memory of none of the 2 files was measured" in result["why"][0]
+    report = new_report([entry("large", mb=9), small])
+    assert recommend(report, prefer="memory")["choice"] == "large"
+
+
 def test_room_is_that_of_the_tightest_budget_and_not_of_all_together():
     limits = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
     tight = entry("tight", 0.01, 1.0, 9.0)
@@ -635,9 +680,12 @@ def test_a_recommendation_is_printed_with_brackets_in_names_intact():
     report = new_report([entry("[red]a"), entry("b[/b]", mb=9), entry("c", mb=3)])
     print_recommendation(recommend(report, {"max_size_mb": 8}), console)
     printed = console.file.getvalue()
+    assert "size first" not in printed
     for text in ("Ship c", "[red]a", "b[/b]", "--max-size-mb", "above 8 MB"):
         assert text in printed
-    print_recommendation(recommend(report, {"max_size_mb": 1}), console)
+    result = recommend(report, {"max_size_mb": 1}, prefer="first_token")
+    print_recommendation(result, console)
+    assert "; first token first" in console.file.getvalue()
     assert "Nothing fits" in console.file.getvalue()
     assert "--max-size-mb 3" in console.file.getvalue()
 

@@ -97,6 +97,17 @@ def test_the_budgets_of_the_command_line_decide(recommend, report):
     assert "Ship quick" in found.out
 
 
+def test_what_is_preferred_decides_among_those_that_keep_them(recommend, report):
+    budgets = "--max-perplexity-increase 50% --max-size-mb 80 --max-latency-ms 90"
+    choices = set()
+    for prefer, reason in (("accuracy", "perplexity increase"), ("latency", "p95")):
+        found = recommend(report, *budgets.split(), "--prefer", prefer, "--json")
+        result = json.loads(found.out)
+        assert reason in result["why"][0]
+        choices.add(result["choice"])
+    assert choices == {"exact", "quick"}
+
+
 def test_without_budgets_those_of_the_report_decide(recommend, report):
     found = recommend(report)
     assert "Ship quick" in found.out
@@ -147,6 +158,7 @@ def test_nothing_fits_is_status_3_with_the_nearest_miss(
         ("--max-latency-ms nan", "`max_latency_ms` expects a number above 0"),
         ("--max-latency-ms 15ms", "no unit"),
         ("--scenario fridge", "phone, board, server, custom"),
+        ("--prefer taste", "accuracy, latency, size"),
     ],
 )
 def test_a_budget_that_cannot_be_used_is_status_2(recommend, report, options, message):
@@ -182,6 +194,11 @@ def test_either_a_report_or_something_to_estimate_is_expected(recommend, report)
 
 
 # Estimates
+
+
+def test_an_estimate_lists_all_and_prefers_none(recommend, artefact):
+    found = recommend("--estimate", artefact, "--prefer", "size")
+    assert found.status == 2 and "expects a report to choose from" in found.err
 
 
 def test_an_estimate_is_marked_as_one(recommend, artefact):
