@@ -16,6 +16,7 @@ leaves two thirds of the time to the app. After one second one's thought is inte
 the app in the background. *board*: 150 ms a token just keep up with a reader; half of
 512 MB is left to the system. *server*: nearly no loss, since there is room for the
 better file; half of the second belongs to the network. *custom*: see `Scenario`.
+What is best may be said outright instead: see `PREFERENCES`.
 """
 
 import dataclasses
