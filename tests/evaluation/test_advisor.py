@@ -14,7 +14,6 @@ from gpt_tf.evaluation.advisor import (
     Budgets,
     estimate,
     estimate_error,
-    pareto_front,
     print_recommendation,
     recommend,
     refuse_impossible,
@@ -285,25 +284,6 @@ def test_the_nearest_miss_is_nearest_and_fits_once_its_options_are_taken(
     assert miss["name"] in retyped["ranking"]
     for option in words[::2]:
         assert option in miss["sentence"]
-
-
-@settings(max_examples=50)
-@given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), max_size=8))
-def test_the_front_is_what_no_point_beats(points):
-    front = pareto_front(points)
-    for index, point in enumerate(points):
-        beaten = any(
-            other != point and all(a <= b for a, b in zip(other, point, strict=True))
-            for other in points
-        )
-        assert (index in front) != beaten
-
-
-def test_points_of_different_lengths_are_refused():
-    with pytest.raises(InputError, match="as many numbers"):
-        pareto_front([(1.0, 2.0), (1.0,)])
-    with pytest.raises(InputError, match="as many numbers"):
-        pareto_front([(1.0, math.nan)])
 
 
 # Budgets

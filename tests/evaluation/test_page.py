@@ -486,6 +486,20 @@ def test_a_page_draws_its_pictures_unless_they_are_given(tmp_path):
     assert "img" in read(drawn).tags
 
 
+def test_equal_files_are_all_named_where_the_frontier_is_told(tmp_path):
+    places = {"fast": (2.0, 6.0), "same-1": (3.0, 5.0), "same-2": (3.0, 5.0)}
+    places |= {"beaten": (3.0, 5.5)}
+    report = new_report(
+        [
+            entry_of(name, 1, accuracy_of(perplexity), latency_of(median))
+            for name, (median, perplexity) in places.items()
+        ]
+    )
+    page.write_page(report, tmp_path / "report.html")
+    text = read(tmp_path / "report.html").text
+    assert "none is better in both: fast, same-1, same-2." in text
+
+
 def test_pictures_of_an_earlier_report_do_not_stay(tmp_path):
     (tmp_path / "pareto.png").write_bytes(b"of an earlier report")
     written = page.write_pictures(new_report([entry_of("one")]), tmp_path)

@@ -3,9 +3,14 @@ import struct
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpt_tf import files
 from gpt_tf.evaluation import pictures
+from gpt_tf.evaluation.pictures.pareto import pareto_figure
+from gpt_tf.evaluation.pictures.points import area_of
+from gpt_tf.evaluation.pictures.scales import limits
 from gpt_tf.evaluation.report import new_entry, new_report
 
 DRAWS = {
@@ -134,7 +139,7 @@ def report_of(count, seed=0, name=LONG_NAME, **parts):
 
 def labels_of(report):
     """The figure of the Pareto picture, and the boxes of its labels by name."""
-    figure, labels = pictures._pareto(report)
+    figure, labels = pareto_figure(report)
     renderer = figure.canvas.get_renderer()
     return figure, {name: text.get_window_extent(renderer) for name, text in labels}
 
@@ -208,7 +213,7 @@ def test_labels_of_equal_files_do_not_overlap_either():
 
 def test_many_files_are_numbered_and_named_below():
     report = report_of(20)
-    figure, labels = pictures._pareto(report)
+    figure, labels = pareto_figure(report)
     assert [text.get_text() for _, text in labels] == [str(n) for n in range(1, 21)]
     key = [text.get_text() for text in figure.axes[1].texts]
     for entry in report["entries"]:
@@ -216,7 +221,7 @@ def test_many_files_are_numbered_and_named_below():
 
 
 def test_few_files_are_named_where_they_stand():
-    _, labels = pictures._pareto(report_of(5, name="int8-{}"))
+    _, labels = pareto_figure(report_of(5, name="int8-{}"))
     texts = [text.get_text() for _, text in labels]
     assert texts == ["int8-0 (reference)", "int8-1", "int8-2", "int8-3", "int8-4"]
 
@@ -241,13 +246,52 @@ def test_without_a_reference_perplexity_itself_is_drawn():
 
 def test_the_area_of_a_point_is_proportional_to_the_files_size():
     points = [{"size_mb": size} for size in (2.0, 8.0)]
-    areas = [pictures._area(point["size_mb"], points) for point in points]
+    areas = [area_of(point["size_mb"], points) for point in points]
     assert areas[1] == pytest.approx(4 * areas[0])
 
 
 def test_the_frontier_is_what_none_beats():
-    points = [(1, 5, "a"), (2, 5, "b"), (2, 3, "c"), (3, 4, "d"), (4, 1, "e")]
-    assert [name for *_, name in pictures.frontier_of(points)] == ["a", "c", "e"]
+    places = [(1, 5), (2, 5), (2, 3), (3, 4), (4, 1), (4, 2)]
+    frontier = pictures.frontier_of([{"x": x, "y": y} for x, y in places])
+    assert frontier == [{"x": 1, "y": 5}, {"x": 2, "y": 3}, {"x": 4, "y": 1}]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(*[st.integers(0, 4)] * 2), max_size=9))
+def test_a_point_is_on_the_frontier_unless_one_beats_it_equal_ones_together(places):
+    points = [{"x": x, "y": y, "name": name} for name, (x, y) in enumerate(places)]
+    unbeaten = [
+        point
+        for point in points
+        if not any(
+            other[0] <= point["x"]
+            and other[1] <= point["y"]
+            and other != (point["x"], point["y"])
+            for other in places
+        )
+    ]
+    frontier = pictures.frontier_of(points)
+    assert frontier == sorted(unbeaten, key=lambda point: point["x"])
+
+
+def test_the_line_of_the_frontier_is_the_same_where_two_files_are_equal():
+    def lines_of(entries):
+        figure, _ = pareto_figure(new_report(entries))
+        axes, key = figure.axes
+        steps = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) == 3]
+        words = [text.get_text() for text in key.texts]
+        return np.array(steps), any(word.startswith("frontier") for word in words)
+
+    fast = [entry_of(name, 1, accuracy_of(6.0), latency_of(2.0)) for name in "ab"]
+    exact = [entry_of(name, 1, accuracy_of(5.0), latency_of(3.0)) for name in "cd"]
+    one, is_in_key = lines_of([fast[0], exact[0]])
+    two, is_still_in_key = lines_of([*fast, *exact])
+    assert is_in_key and is_still_in_key
+    assert one.shape == (1, 3, 2)
+    np.testing.assert_array_equal(one, two)
+    # Equal files alone are one place, and no line.
+    alone, is_in_key = lines_of(fast)
+    assert not alone.size and not is_in_key
 
 
 def test_budgets_rule_files_out_where_nobody_recommends():
@@ -275,7 +319,7 @@ def test_the_recommended_file_and_budgets_are_marked():
         "budgets": report["budgets"],
         "ruled_out": [{"name": "file-2"}],
     }
-    figure, labels = pictures._pareto(report)
+    figure, labels = pareto_figure(report)
     bold = [name for name, text in labels if text.get_fontweight() == "bold"]
     assert bold == ["file-1"]
     words = [text.get_text() for axes in figure.axes for text in axes.texts]
@@ -286,9 +330,9 @@ def test_the_recommended_file_and_budgets_are_marked():
 
 def test_a_far_budget_does_not_press_the_points_into_a_corner():
     report = report_of(4, name="file-{}")
-    before = pictures._pareto(report)[0].axes[0].get_xlim()
+    before = pareto_figure(report)[0].axes[0].get_xlim()
     report["budgets"]["max_latency_ms"] = 500.0
-    figure, _ = pictures._pareto(report)
+    figure, _ = pareto_figure(report)
     assert figure.axes[0].get_xlim() == before
     words = [text.get_text() for text in figure.axes[0].texts]
     assert any(word.startswith("budget 500 ms") for word in words)
@@ -304,19 +348,19 @@ def test_names_are_drawn_as_they_are(tmp_path):
     )
     for draw in DRAWS.values():
         assert draw(report, tmp_path / "picture.png")
-    _, labels = pictures._pareto(report)
+    _, labels = pareto_figure(report)
     assert [text.get_text() for _, text in labels] == [*names[:3], "a b c", names[4]]
     assert not any(text.get_parse_math() for _, text in labels)
 
 
 def test_a_budget_is_drawn_where_it_lies_within_the_plane():
-    near = pictures._limits([1.0, 2.0], 2.1, False, 0.05)
+    near = limits([1.0, 2.0], 2.1, False, 0.05)
     assert near[0][0] < 1.0 < 2.1 < near[0][1] and near[1]
-    far = pictures._limits([1.0, 2.0], 20.0, False, 0.05)
-    assert far[0] == pictures._limits([1.0, 2.0], None, False, 0.05)[0] and not far[1]
+    far = limits([1.0, 2.0], 20.0, False, 0.05)
+    assert far[0] == limits([1.0, 2.0], None, False, 0.05)[0] and not far[1]
     # Of one point the room decides.
-    assert pictures._limits([1.0], 1.01, False, 0.05)[1]
-    assert not pictures._limits([1.0], 1.06, False, 0.05)[1]
+    assert limits([1.0], 1.01, False, 0.05)[1]
+    assert not limits([1.0], 1.06, False, 0.05)[1]
 
 
 def test_the_key_shows_each_size_once():
@@ -325,7 +369,7 @@ def test_the_key_shows_each_size_once():
         for size in (1, 4)
     ]
     for files_shown, sizes in ((1, ["1 MB"]), (2, ["1 MB", "4 MB"])):
-        figure, _ = pictures._pareto(new_report(entries[:files_shown]))
+        figure, _ = pareto_figure(new_report(entries[:files_shown]))
         words = [text.get_text() for text in figure.axes[1].texts]
         assert [word for word in words if word.endswith("MB")] == sizes
 

@@ -3,14 +3,12 @@
 from gpt_tf.evaluation import pictures as drawing
 from gpt_tf.evaluation.estimate import estimate_error
 from gpt_tf.evaluation.page import elements
-from gpt_tf.evaluation.pictures import (
-    format_number,
-)
+from gpt_tf.evaluation.pictures import format_number
 
 
 def plane(report, drawn):
     points, _ = drawing.pareto_points(report)
-    frontier = [name for _, _, name in drawing.frontier_of(drawing.plane(points))]
+    frontier = [point["name"] for point in drawing.frontier_of(points)]
     return elements.section(
         "pareto",
         "Accuracy against latency",
