@@ -8,9 +8,7 @@ be chosen without the choice, and what another file beats in everything is never
 import dataclasses
 import decimal
 import math
-from collections.abc import Sequence
 
-from gpt_tf.errors import InputError
 from gpt_tf.evaluation.budgets import (
     KINDS,
     SCENARIOS,
@@ -31,7 +29,6 @@ __all__ = [
     "Scenario",
     "estimate",
     "estimate_error",
-    "pareto_front",
     "print_recommendation",
     "recommend",
     "refuse_impossible",
@@ -138,41 +135,6 @@ def recommend(
     if fitting and any(map(fitting[0].is_estimate, rests_on)):
         result["basis"] = "partly estimated"
     return result
-
-
-def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
-    """Return which points no other one beats.
-
-    A point beats another if it is smaller in one coordinate and larger in none. Equal
-    points do not beat each other.
-
-    Args:
-        points: `N` points of as many coordinates each, all of which should be small;
-            infinity where nothing is known.
-
-    Returns:
-        Their indices, ascending.
-
-    Raises:
-        InputError: The points differ in length, or a coordinate is NaN.
-
-    Example:
-        >>> pareto_front([(1.0, 5.0), (2.0, 2.0), (3.0, 3.0)])
-        [0, 1]
-    """
-    points = [tuple(point) for point in points]
-    if len({len(point) for point in points}) > 1 or any(
-        math.isnan(value) for point in points for value in point
-    ):
-        raise InputError(
-            "`pareto_front` expects points with as many numbers each. Received: "
-            f"{points!r}. Leave out what was not measured."
-        )
-    return [
-        index
-        for index, point in enumerate(points)
-        if not any(_beats(other, point) for other in points)
-    ]
 
 
 def print_recommendation(result: dict, console=None) -> None:
