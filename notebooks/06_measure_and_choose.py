@@ -356,6 +356,15 @@ for scenario in ("phone", "board", "server"):
         print(f"    not {excluded['name']}: {excluded['sentence']}")
 
 # %% [markdown]
+# A budget is a limit and no wish. What is to be best within the limits can be said
+# outright:
+
+# %%
+for prefer in ("accuracy", "latency", "size"):
+    chosen = recommend(report, budgets, prefer=prefer)
+    print(f"{prefer}: {chosen['why'][0]}")
+
+# %% [markdown]
 # Where nothing fits there is no choice, and no excuse: the nearest miss is named, with
 # the budgets that would admit it.
 

@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 # 1 % more perplexity weighs as much as this many % of speed or of size.
+_PERPLEXITY_WEIGHT = 10
 # Smaller differences are not told: of the increase, and of all else as a share.
 _NOTICED_PERPLEXITY = 0.0005
 _NOTICED_SHARE = 0.01
-_PERPLEXITY_WEIGHT = 10
 
 _BETTER = {
     "accuracy": ("less accurate", "more accurate"),
