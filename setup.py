@@ -92,6 +92,7 @@ setup(
             "onnxruntime>=1.22,<2",
             "gguf>=0.17,<1",
             "llama-cpp-python>=0.3.16,<0.4",
+            *EDGE_TEST,
         ],
         "dev": [
             "pytest>=8.3,<10",

@@ -27,8 +27,10 @@ def draw_bars(axes, rows, floor, title, unit):
     values = [value for _, value in rows]
     colours = [OURS if name.startswith("gpt_tf") else THEIRS for name in names]
     bars = axes.barh(names, values, color=colours, height=0.65)
-    axes.bar_label(bars, labels=[f" {value:,.0f}" for value in values], fontsize=9)
-    axes.axvline(floor, color=FLOOR, linestyle=":", linewidth=1.5)
+    texts = axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=4)
+    for text in texts:  # readable where the line passes
+        text.set(fontsize=9, bbox={"color": "white", "pad": 0.5})
+    axes.axvline(floor, color=FLOOR, linestyle=":", linewidth=1.5, zorder=1.5)
     axes.set_xlim(0, 1.12 * max(*values, floor))
     axes.invert_yaxis()
     axes.set_title(title, fontsize=10, loc="left")

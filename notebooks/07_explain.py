@@ -169,7 +169,7 @@ print_explanation(other, top=6)
 # |---|---|---|
 # | `lime` | hides random tokens, fits a linear model to what that did | scores |
 # | `shap` | Shapley values, from random orders of removal | scores |
-# | `attention` | follows all layers' attention back: where the model looked | Keras |
+# | `attention` | what the last position pays, mean of layers: where it looked | Keras |
 # | `gradient` | integrated gradients, from a space's embedding to each own | Keras |
 #
 # They answer different questions, and need not agree. Attention has no sign and does
@@ -294,9 +294,11 @@ panels[0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# What does not hold is decoration, however plausible its colours. Attention says where
-# a model looks, often at the first token of all; looking is not using (Jain and
-# Wallace, "Attention is not Explanation", arXiv:1902.10186).
+# What does not hold is decoration, however plausible its colours. Attention is the one
+# to distrust: it says where a model looks, and looking is not using (Jain and Wallace,
+# "Attention is not Explanation", arXiv:1902.10186). Followed back through all layers,
+# as is usual, it does much worse than this mean of the layers:
+# `gpt_tf.evaluation.explain` has the numbers.
 #
 # ## Does compression change the explanation?
 #

@@ -401,7 +401,9 @@ def test_a_result_without_tables_of_its_own_is_shown_as_it_is(tmp_path):
 
 def test_a_date_stays_as_long_as_the_result_has_the_same_bytes(tmp_path):
     path = tmp_path / "decode.json"
-    shutil.copy(numbers.RESULTS / "decode.json", path)
+    content = json.loads((numbers.RESULTS / "decode.json").read_text("utf-8"))
+    content.pop("date", None)  # older results have none of their own
+    path.write_text(json.dumps(content), "utf-8")
     page = re.sub(r"- date: \S+", "- date: 2001-02-03", numbers.make_page(tmp_path))
 
     assert "- date: 2001-02-03" in numbers.make_page(tmp_path, page)
