@@ -24,6 +24,7 @@ for Machine Translation Evaluation", EMNLP 2004 (paired).
 import contextlib
 import functools
 import math
+import numbers
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +40,12 @@ from gpt_tf.evaluation.held_out import (
     held_out_text,
     is_run,
 )
-from gpt_tf.evaluation.subjects import describe, open_subject, unique_names
+from gpt_tf.evaluation.subjects import (
+    check_open,
+    describe,
+    open_subject,
+    unique_names,
+)
 
 __all__ = [
     "HeldOutText",
@@ -651,11 +657,18 @@ def _check(subjects, reference, max_tokens, block_bytes, samples, seed):
         ("samples", samples, 1),
         ("seed", seed, 0),
     ):
-        if value is not None and value < least:
-            raise InputError(f"`{name}` expects at least {least}. Received: {value}.")
+        if value is None and name in ("max_tokens", "block_bytes"):
+            continue
+        whole = isinstance(value, numbers.Integral)
+        if not whole or value < least:
+            kind = "" if whole else "a whole number, "
+            raise InputError(
+                f"`{name}` expects {kind}at least {least}. Received: {value!r}."
+            )
 
 
 def _require_tokenizer(subject, name):
+    check_open(subject)
     if subject.tokenizer is None:
         raise InputError(
             f"Judging {name} expects its tokenizer, to read text with. Received: none. "
@@ -668,6 +681,11 @@ def _require_tokenizer(subject, name):
 
 def _names(paths, reference):
     """Return paths by names that differ, the reference first, and its name."""
+    if isinstance(paths, str | os.PathLike):
+        raise InputError(
+            f"`paths` expects a list of files. Received: one, {str(paths)!r}. Put it "
+            "in brackets."
+        )
     paths = [Path(path) for path in paths]
     if reference is not None:
         reference = Path(reference)

@@ -107,8 +107,8 @@ def deletion_test(
     Example:
         >>> deletion_test(gpt, prompts_of(tokens), ["lime", "shap"])["methods"]
     """
-    rows = _rows_of(subject, prompts, FEWEST_PROMPTS)
     _check_methods(subject, methods)
+    rows = _rows_of(subject, prompts, FEWEST_PROMPTS)
     fractions = [fraction, *curve]
     for share in fractions:
         if not 0 < share < 1:

@@ -44,6 +44,7 @@ import numpy as np
 from gpt_tf import generation
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
+from gpt_tf.evaluation.subjects import check_open
 from gpt_tf.sampling import log_softmax
 
 METHODS = ("lime", "shap", "attention", "gradient")
@@ -131,7 +132,7 @@ def explain(
         num_samples: Of `lime` and `shap`, how many masked prompts are scored, at
             least twice the number of tokens and 2 more; default: 8 a token, at least
             512. Of `gradient`, steps of the integral, at least 8; default: 64.
-        seed: The same seed gives the same scores.
+        seed: The same seed gives the same scores; at least 0 and below 2**32.
         neutral: The token that stands for one that is taken away, its text or id;
             default: a space. See `neutral_token`.
 
@@ -150,6 +151,7 @@ def explain(
     Reference: see the module.
     """
     check_method(subject, method)
+    seed = _checked_seed(seed)
     ids = prompt_ids(subject, prompt)
     num_samples = _samples(method, num_samples, len(ids))
     neutral = None if method == "attention" else neutral_token(subject, neutral)
@@ -226,8 +228,9 @@ def check_method(subject, method: str) -> None:
     """Refuse a method that is unknown, or that a file does not allow.
 
     Raises:
-        InputError: It is one of these.
+        InputError: It is one of these, or the subject is not open.
     """
+    check_open(subject)
     if method not in METHODS:
         raise InputError(
             f"`method` expects one of {', '.join(METHODS)}. Received: {method!r}."
@@ -499,6 +502,16 @@ def _samples(method, num_samples, num_tokens):
             f"{num_samples!r}. Leave it out for {default}."
         )
     return int(num_samples)
+
+
+def _checked_seed(seed):
+    """Return a seed as the libraries take it and JSON knows it."""
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 1 << 32:
+        raise InputError(
+            "`seed` expects a whole number, at least 0 and below 2**32. Received: "
+            f"{seed!r}."
+        )
+    return int(seed)
 
 
 def _token(name, token, subject):

@@ -46,11 +46,21 @@ class HeldOutText:
         """Take a text, several of them, or a `HeldOutText` as one.
 
         Raises:
-            InputError: There is no text in it.
+            InputError: It is none of these, or there is no text in it.
         """
         if isinstance(text, cls):
             return text
-        texts = [text] if isinstance(text, str | Document) else list(text)
+        texts = [text] if isinstance(text, str | Document) else text
+        if isinstance(texts, Iterable):
+            texts = list(texts)
+        if not isinstance(texts, list) or not all(
+            isinstance(item, str | Document) for item in texts
+        ):
+            raise InputError(
+                "Judging a model expects a text, a list of texts or a HeldOutText. "
+                f"Received: {type(text).__name__}. Read what lies at a path with "
+                "`held_out_text(path, whole=True)`."
+            )
         # A document is a tuple itself, and text where it is judged.
         documents = [
             item if isinstance(item, Document) else Document(f"text {index}", item)

@@ -26,13 +26,14 @@ Reference: article 6.1, the assessment of real-time performance.
 import contextlib
 import importlib.util
 import json
+import numbers
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,10 @@ def measure_latency(
             read_bytes_per_s=read_bytes_per_s,
         )
         return found
+    from gpt_tf.evaluation.subjects import check_open
+
     subject = path_or_subject
+    check_open(subject)
     own = subject.num_threads or len(machine.usable_cores())
     if engine != "gpt_tf" or thread_counts or threads not in (None, own):
         raise InputError(
@@ -205,7 +209,7 @@ def compare_latencies(
     Example:
         >>> teacher, student = compare_latencies(["teacher.litertlm", "gpt.litertlm"])
     """
-    paths = [str(path) for path in paths]
+    paths = _checked_paths(paths)
     engines = ["gpt_tf"] * len(paths) if engines is None else list(engines)
     if len(engines) != len(paths):
         raise InputError(
@@ -219,8 +223,7 @@ def compare_latencies(
         )
         for engine in engines
     ]
-    for count in thread_counts:
-        _check_least("thread_counts", count, 1)
+    thread_counts = _check_all_least("thread_counts", thread_counts, 1)
     for path, engine in zip(paths, engines, strict=True):
         _check_engine(path, engine)
     described = described or describe_files(paths)
@@ -228,12 +231,12 @@ def compare_latencies(
         _check_room(job, facts["context_length"], path)
         job["path"] = path
         job["vocab_size"] = facts["config"]["vocab_size"]
-        job["threads"] = threads or facts["threads"]
+        job["threads"] = job["threads"] or facts["threads"]
     rates = _rates({job["threads"] for job in jobs}, read_bytes_per_s)
     others = [
         job | {"threads": count, "contexts": [], "requests": []}
         for job in jobs
-        for count in dict.fromkeys(thread_counts)
+        for count in thread_counts
         if count != job["threads"]
     ]
     turns = [jobs + others] * min(rounds, repetitions)
@@ -268,7 +271,7 @@ def describe_files(paths: Sequence[str | os.PathLike]) -> list[dict]:
     Raises:
         InputError, WorkerFailedError: As for `compare_latencies`.
     """
-    paths = [str(path) for path in paths]
+    paths = _checked_paths(paths)
     found, _ = _in_process({"describe": paths}, ", ".join(paths))
     return found
 
@@ -305,7 +308,7 @@ def measure_files(
     """
     from gpt_tf.evaluation import subjects
 
-    paths = [str(path) for path in paths]
+    paths = _checked_paths(paths)
     if engine not in (*ENGINES, "both"):
         raise InputError(
             f"`engine` expects gpt_tf, litert-lm or both. Received: {engine!r}."
@@ -319,8 +322,7 @@ def measure_files(
         *(repetitions, options.get("threads"), contexts or ()),
         *(options.get("requests", REQUESTS), "gpt_tf", rounds),
     )
-    for count in thread_counts or ():
-        _check_least("thread_counts", count, 1)
+    _check_all_least("thread_counts", thread_counts or (), 1)
     engines_of = {path: [engine] for path in paths}
     if engine == "both":
         for path in paths:
@@ -381,15 +383,14 @@ def _checked_job(
     prompt_tokens, new_tokens, repetitions, threads, contexts, requests, engine, rounds
 ):
     """Return what a process is asked to do, after its numbers were checked."""
-    _check_least("rounds", rounds, 1)
-    _check_least("prompt_tokens", prompt_tokens, 1)
-    _check_least("new_tokens", new_tokens, 2)
-    _check_least("repetitions", repetitions, 1)
+    rounds = _check_least("rounds", rounds, 1)
+    prompt_tokens = _check_least("prompt_tokens", prompt_tokens, 1)
+    new_tokens = _check_least("new_tokens", new_tokens, 2)
+    repetitions = _check_least("repetitions", repetitions, 1)
     if threads is not None:
-        _check_least("threads", threads, 1)
-    for name, values in (("contexts", contexts), ("requests", requests)):
-        for value in values:
-            _check_least(name, value, 1)
+        threads = _check_least("threads", threads, 1)
+    contexts = _check_all_least("contexts", contexts, 1)
+    requests = _check_all_least("requests", requests, 1)
     if engine not in ENGINES:
         raise InputError(f"`engine` expects gpt_tf or litert-lm. Received: {engine!r}.")
     return {
@@ -398,15 +399,41 @@ def _checked_job(
         # As many in each round.
         "repetitions": -(-repetitions // min(rounds, repetitions)),
         "threads": threads,
-        "contexts": list(dict.fromkeys(contexts)),
-        "requests": list(dict.fromkeys(requests)),
+        "contexts": contexts,
+        "requests": requests,
         "engine": engine,
     }
 
 
 def _check_least(name, value, least):
-    if value < least:
-        raise InputError(f"`{name}` expects at least {least}. Received: {value}.")
+    """Return a number as JSON takes it to another process, or refuse it."""
+    whole = isinstance(value, numbers.Integral)
+    if not whole or value < least:
+        kind = "" if whole else "a whole number, "
+        raise InputError(
+            f"`{name}` expects {kind}at least {least}. Received: {value!r}."
+        )
+    return int(value)
+
+
+def _check_all_least(name, values, least):
+    """Return several numbers, each once, or refuse them."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InputError(
+            f"`{name}` expects a list of whole numbers. Received: {values!r}. Put it "
+            "in brackets."
+        )
+    return list(dict.fromkeys(_check_least(name, value, least) for value in values))
+
+
+def _checked_paths(paths):
+    """Return paths as texts, or refuse a single one, whose letters are no paths."""
+    if isinstance(paths, str | os.PathLike):
+        raise InputError(
+            f"`paths` expects a list of files. Received: one, {str(paths)!r}. Put it "
+            "in brackets."
+        )
+    return [str(path) for path in paths]
 
 
 def _check_room(job, context_length, name):

@@ -28,6 +28,7 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.held_out import HeldOutText
+from gpt_tf.evaluation.subjects import check_open
 from gpt_tf.generation import GenerationNotice
 
 COUNT = 64
@@ -92,6 +93,7 @@ def measure_parsing(
         raise InputError(
             f"`max_new_tokens` expects at least 1. Received: {max_new_tokens}."
         )
+    check_open(subject)
     if subject.tokenizer is None:
         raise InputError(f"Completing text with {name} expects its tokenizer.")
     prompts = documents

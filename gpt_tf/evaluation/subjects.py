@@ -47,6 +47,29 @@ def open_subject(path: str | os.PathLike, *, num_threads: int | None = None):
     return EdgeGPT(path, num_threads=num_threads)
 
 
+def check_open(subject) -> None:
+    """Refuse what is not open yet: a path, or a Keras model by itself.
+
+    Args:
+        subject: What `open_subject` returns, or what has its methods.
+
+    Raises:
+        InputError: It has neither sizes nor a tokenizer.
+
+    Example:
+        >>> check_open(KerasGPT(model, tokenizer))
+    """
+    if hasattr(subject, "config") or hasattr(subject, "tokenizer"):
+        return
+    repair = "`KerasGPT(model, tokenizer)`, or `open_subject(path)`"
+    if isinstance(subject, str | os.PathLike):
+        repair = f"`open_subject({str(subject)!r})`"
+    raise InputError(
+        "What is measured or explained is expected to be open. Received: "
+        f"{type(subject).__name__}. Pass {repair}, of gpt_tf.evaluation.subjects."
+    )
+
+
 def is_keras(path: str | os.PathLike) -> bool:
     """Tell whether a path is taken for a Keras model: a folder or a `.keras` file."""
     path = Path(path)

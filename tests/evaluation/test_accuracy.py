@@ -3,6 +3,7 @@
 import itertools
 import math
 import types
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -13,6 +14,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.evaluation import accuracy
 from gpt_tf.evaluation.accuracy import (
     block_bootstrap,
+    evaluate_files,
     measure_accuracies,
     measure_accuracy,
 )
@@ -483,6 +485,12 @@ def test_a_paired_interval_is_far_narrower_than_one_of_each():
         ("abc", {"block_bytes": 0}, "`block_bytes` expects at least 1"),
         ("abc", {"samples": 0}, "`samples` expects at least 1"),
         ("abc", {"seed": -1}, "`seed` expects at least 0"),
+        ("abc", {"seed": None}, "`seed` expects a whole number.*Received: None"),
+        ("abc", {"max_tokens": "9"}, "`max_tokens` expects a whole number.*'9'"),
+        ("abc", {"samples": 50.0}, "`samples` expects a whole number.*50.0"),
+        (b"abc", {}, "expects a text, a list of texts.*Received: bytes"),
+        (Path("a.py"), {}, "Received: .*Path. Read what lies at a path with `held"),
+        ([1, 2], {}, "expects a text, a list of texts.*Received: list"),
     ],
 )
 def test_what_cannot_be_judged_is_said(text, options, message):
@@ -505,6 +513,8 @@ def test_a_subject_without_tokenizer_or_an_unknown_reference_is_refused():
         measure_accuracies({"a": gpt}, "b", "abc")
     with pytest.raises(InputError, match="at least one file"):
         measure_accuracies({}, None, "abc")
+    with pytest.raises(InputError, match=r"list of files. Received: one, 'a\.tfli"):
+        evaluate_files("a.tflite")
     with pytest.raises(InputError, match="at least one block"):
         block_bootstrap(np.zeros((0, 2)), mean)
     gpt.tokenizer = None

@@ -186,6 +186,7 @@ def test_the_seed_decides_the_numbers():
         ([[3]] * 50, ["lime"], {}, "at least 2 tokens"),
         ([""] * 50, ["lime"], {}, "prompt is empty"),
         (PROMPTS, "lime", {}, "expects a list.*'lime'"),
+        ([[3]] * 9, "lime", {}, "expects a list.*'lime'"),
         (PROMPTS, [], {}, "expects a list"),
         (PROMPTS, ["magic"], {}, "'magic'"),
         (PROMPTS, ["attention"], {}, "Name the Keras model"),

@@ -340,11 +340,19 @@ def test_a_target_that_is_no_token_is_refused(target, message):
         (PROMPT, {"num_samples": 18.0}, "Received: 18.0"),
         (PROMPT, {"neutral": "ab"}, "`neutral` expects one token"),
         (PROMPT, {"neutral": 99}, "`neutral`.*Received: 99"),
+        (PROMPT, {"seed": -1}, r"`seed`.*at least 0 and below 2\*\*32. Received: -1"),
+        (PROMPT, {"seed": 1 << 32, "method": "shap"}, "`seed`.*Received: 4294967296"),
+        (PROMPT, {"seed": 1.5}, "`seed` expects a whole number.*Received: 1.5"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(prompt, options, message):
     with pytest.raises(InputError, match=message):
         explain(Additive(), prompt, **options)
+
+
+def test_a_seed_of_numpy_is_written_as_json():
+    explanation = explain(Additive(), PROMPT, seed=np.int64(3))
+    assert json.loads(json.dumps(explanation.as_dict()))["seed"] == 3
 
 
 def test_samples_of_the_keras_methods_are_checked(keras_subject):

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import math
 import shutil
 import stat
@@ -425,6 +426,10 @@ def no_process(monkeypatch):
         ({"engines": []}, "`engines` expects one for each of 1 paths. Received: 0"),
         ({"engines": ["gpt_tf"] * 2}, "`engines` expects one for each of 1 paths"),
         ({"engines": ["litert-lm"]}, "expects a .litertlm. Received: gpt.tflite"),
+        ({"prompt_tokens": "8"}, "`prompt_tokens` expects a whole number.*'8'"),
+        ({"new_tokens": 8.0}, "`new_tokens` expects a whole number.*Received: 8.0"),
+        ({"requests": 4}, "`requests` expects a list of whole.*: 4. Put it in brack"),
+        ({"contexts": "16"}, "`contexts` expects a list of whole numbers.*'16'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(no_process, options, message):
@@ -443,6 +448,29 @@ def test_files_to_measure_are_named_once_and_engines_are_known(no_process):
         measure_files(["a.tflite"], threads=-1)
     with pytest.raises(InputError, match=r"at least one file. Received: none"):
         measure_files([])
+
+
+@pytest.mark.parametrize("measure", [compare_latencies, measure_files])
+@pytest.mark.parametrize("path", ["gpt.tflite", Path("gpt.tflite")])
+def test_one_path_is_not_taken_for_a_list_of_letters(no_process, measure, path):
+    with pytest.raises(InputError, match=r"list of files. Received: one, 'gpt.tflite'"):
+        measure(path)
+
+
+def test_numbers_of_numpy_reach_another_process(recorded):
+    compare_latencies(
+        ["a.tflite"],
+        prompt_tokens=np.int64(8),
+        new_tokens=np.int32(4),
+        repetitions=np.int64(3),
+        threads=np.int64(1),
+        contexts=np.array([8, 16]),
+        thread_counts=np.array([1, 2]),
+        requests=np.array([1, 2]),
+        read_bytes_per_s=1e9,
+    )
+    jobs = [json.loads(json.dumps(job)) for job in recorded]
+    assert jobs[0]["contexts"] == [8, 16] and jobs[0]["threads"] == 1
 
 
 def test_an_engine_that_is_not_installed_is_named(no_process, monkeypatch):

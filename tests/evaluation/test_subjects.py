@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from gpt_tf.errors import InputError
+from gpt_tf.evaluation.accuracy import measure_accuracy
+from gpt_tf.evaluation.deletion import deletion_test
 from gpt_tf.evaluation.estimate import count_parameters
+from gpt_tf.evaluation.explain import explain
+from gpt_tf.evaluation.latency import measure_latency
+from gpt_tf.evaluation.parsing import measure_parsing
 from gpt_tf.evaluation.subjects import (
     KerasGPT,
     describe,
@@ -89,3 +94,24 @@ def test_what_is_no_model_is_refused(tmp_path):
     for name in ("folder", "text.litertlm", "missing.litertlm"):
         with pytest.raises(InputError, match=name):
             open_subject(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda subject: explain(subject, "def"),
+        lambda subject: deletion_test(subject, ["def f"] * 50, ["lime"]),
+        lambda subject: measure_accuracy(subject, "def main():"),
+        lambda subject: measure_parsing(subject, "def main():"),
+    ],
+)
+def test_what_is_not_open_is_refused_with_what_opens_it(make_model, measure):
+    with pytest.raises(InputError, match=r"str. Pass `open_subject\('a.litertlm'\)`"):
+        measure("a.litertlm")
+    with pytest.raises(InputError, match=r"GPTModel. Pass `KerasGPT\(model, tok"):
+        measure(make_model())
+
+
+def test_a_model_whose_speed_is_measured_has_to_be_open_or_a_path(make_model):
+    with pytest.raises(InputError, match=r"GPTModel. Pass `KerasGPT\(model, tok"):
+        measure_latency(make_model())
