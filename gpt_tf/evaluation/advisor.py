@@ -49,6 +49,11 @@ _BETTER = {
     "throughput": ("lower in throughput", "higher in throughput"),
 }
 _SHIPPABLE = ("tflite", "litertlm")
+# What is weighed against accuracy.
+_BALANCED = {
+    "balance": ("accuracy", "latency", "size"),
+    "server": ("accuracy", "throughput"),
+}
 
 
 def recommend(
@@ -88,10 +93,11 @@ def recommend(
         - `dominated`: of those that keep the budgets, but are in nothing better than
           another: `name`, `by` and `sentence`;
         - `nearest_miss`: where there is no choice: `name`, `excess` (0.1: a tenth over
-          the budget), `changes` (budgets that would admit it, by name), `options`
-          (the same for the command line) and `sentence`; else None;
+          the budget), `changes` (budgets that would admit it, by name; None where
+          only none at all would), `options` (the same for the command line) and
+          `sentence`; else None;
         - `basis`: `"measured"`, or `"partly estimated"` where the choice rests on an
-          estimate.
+          estimate, of what has a budget or of what is to be best.
 
     Raises:
         InputError: A budget cannot be used, or the scenario or what to prefer is
@@ -131,7 +137,7 @@ def recommend(
         "nearest_miss": None if fitting else _nearest_miss(shippable, given),
         "basis": "measured",
     }
-    rests_on = {KINDS[name].measure for name in given}
+    rests_on = {KINDS[name].measure for name in given} | _weighed(objective, given)
     if fitting and any(map(fitting[0].is_estimate, rests_on)):
         result["basis"] = "partly estimated"
     return result
@@ -206,11 +212,11 @@ def _score(candidate, objective, given):
             (candidate.share(name, given[name]) for name in given), reverse=True
         )
         return (shares[0], sum(shares))
-    measures = ("latency", "size") if objective == "balance" else ("throughput",)
-    if any(candidate.values[name] is None for name in ("accuracy", *measures)):
+    measures = _BALANCED[objective]
+    if any(candidate.values[name] is None for name in measures):
         return (math.inf,)
     score = _PERPLEXITY_WEIGHT * math.log1p(candidate.values["accuracy"].number)
-    for name in measures:
+    for name in measures[1:]:
         sign = -1 if name == "throughput" else 1
         score += sign * math.log(candidate.values[name].number)
     return (score,)
@@ -226,6 +232,14 @@ def _objective(objective, given):
         if BUDGET_OF[measure] not in given:
             return measure
     return "margin"
+
+
+def _weighed(objective, given):
+    """Return the measures that an objective looks at; of room those of the budgets."""
+    objective = _objective(objective, given)
+    if objective == "margin":
+        return {KINDS[name].measure for name in given}
+    return set(_BALANCED.get(objective, (objective,)))
 
 
 def _dominated(fitting):
@@ -273,9 +287,7 @@ def _why(fitting, objective, given):
     )
     sentences = [f"{best.name} is {among} the budgets."]
     if count > 1:
-        sentences = [
-            _objective_sentence(best, _objective(objective, given), given, count)
-        ]
+        sentences = [_objective_sentence(fitting, _objective(objective, given), given)]
     sentences += [_budget_sentence(best, name, given[name]) for name in given]
     limit = given.get("max_latency_ms")
     if limit and best.p99_ms and best.p99_ms > limit:
@@ -296,7 +308,8 @@ def _why(fitting, objective, given):
     return sentences
 
 
-def _objective_sentence(best, objective, given, count):
+def _objective_sentence(fitting, objective, given):
+    best, count = fitting[0], len(fitting)
     among = f"of the {count} files that keep the budgets"
     if not given:
         among = f"of the {count} files"
@@ -307,28 +320,32 @@ def _objective_sentence(best, objective, given, count):
             f"{best.name} leaves the most room in its tightest budget {among}: "
             f"{significant(100 * share)} % of its {KINDS[name].what} is used."
         )
-    if objective in ("balance", "server"):
-        speed = "latency" if objective == "balance" else "throughput"
-        parts = [speed, "size"] if objective == "balance" else [speed]
+    weighed = _BALANCED.get(objective, (objective,))
+    unknown = sum(any(one.values[m] is None for m in weighed) for one in fitting)
+    if unknown == count:
+        *others, last = (KINDS[BUDGET_OF[measure]].what for measure in weighed)
+        what = f"The {last} of none {among} was measured"
+        if others:
+            what = f"None {among} was measured in all of {', '.join(others)} and {last}"
+        return f"{what}: accuracy, then latency and size chose {best.name}."
+    those = "It" if len(weighed) == 1 else "All of it"
+    but = f" {those} was not measured of {unknown} of them." if unknown else ""
+    if objective in _BALANCED:
+        parts = weighed[1:]
         facts = ", ".join(
             f"{KINDS[BUDGET_OF[name]].what} {_shown(best, name)}"
             for name in (*parts, "accuracy")
         )
         return (
             f"{best.name} has the best balance {among}, where 1 % of perplexity weighs "
-            f"as much as {_PERPLEXITY_WEIGHT} % of {' or '.join(parts)}: {facts}."
+            f"as much as {_PERPLEXITY_WEIGHT} % of {' or '.join(parts)}: {facts}.{but}"
         )
     kind = KINDS[BUDGET_OF[objective]]
-    what = kind.what
-    if best.values[objective] is None:
-        return (
-            f"The {what} of none {among} was measured: accuracy, then latency and size "
-            f"chose {best.name}."
-        )
     best_of = "smallest" if objective == "size" else "lowest"
     if kind.is_least:
         best_of = "highest"
-    return f"{best.name} has the {best_of} {what} {among}: {_shown(best, objective)}."
+    facts = _shown(best, objective)
+    return f"{best.name} has the {best_of} {kind.what} {among}: {facts}.{but}"
 
 
 def _budget_sentence(candidate, name, limit):
@@ -432,21 +449,30 @@ def _nearest_miss(shippable, given):
         name: _admitting(name, nearest.values[KINDS[name].measure].number)
         for name in nearest.broken(given)
     }
+    # A budget of 100 % of perplexity or more is none.
+    refused = [n for n, value in changes.items() if KINDS[n].unit == "%" and value >= 1]
+    typed = {name: value for name, value in changes.items() if name not in refused}
     options = " ".join(
-        f"{option(name)} {_typed(name, value)}" for name, value in changes.items()
+        f"{option(name)} {_typed(name, value)}" for name, value in typed.items()
     )
-    verbs = {"lower" if KINDS[name].is_least else "raise" for name in changes}
+    ways = [f"with {options}"] if typed else []
+    ways += [f"without a budget of {KINDS[name].what}" for name in refused]
+    verbs = {"lower" if KINDS[name].is_least else "raise" for name in typed}
+    mend = f"{' and '.join(sorted(verbs))} that" if typed else "leave it out"
     excess = _excess(nearest, given)[0]
     return {
         "name": nearest.name,
         "excess": excess,
-        "changes": {name: float(value) for name, value in changes.items()},
+        "changes": {
+            name: None if name in refused else float(value)
+            for name, value in changes.items()
+        },
         "options": options,
         "sentence": f"The nearest miss is {nearest.name}, "
         f"{significant(100 * excess, 2)} % beyond a budget. "
         + " ".join(_budget_sentence(nearest, name, given[name]) for name in changes)
-        + f" It would fit with {options}: {' and '.join(sorted(verbs))} that, or make "
-        "a smaller or better model.",
+        + f" It would fit {' and '.join(ways)}: {mend}, or make a smaller or better "
+        "model.",
     }
 
 

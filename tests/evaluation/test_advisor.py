@@ -550,7 +550,34 @@ def test_what_is_preferred_and_was_never_measured_is_told():
     assert result["choice"] == "small"
     assert "peak memory of none of the 2 files was measured" in result["why"][0]
     report = new_report([entry("large", mb=9), small])
-    assert recommend(report, prefer="memory")["choice"] == "large"
+    result = recommend(report, prefer="memory")
+    assert result["choice"] == "large"
+    assert result["why"][0].endswith("It was not measured of 1 of them.")
+    result = recommend(new_report([entry("large", mb=9)] * 2), prefer="memory")
+    assert "measured" not in result["why"][0]
+
+
+def test_a_balance_is_not_claimed_of_what_was_not_measured():
+    report = new_report([entry("a", None), entry("b", None, 4)])
+    result = recommend(report, prefer="balance")
+    assert "balance" not in result["why"][0]
+    assert (
+        "perplexity increase and p95 latency and size together of none"
+        in (result["why"][0])
+    )
+    report = new_report([entry("a"), entry("blind", None)])
+    (first, *_) = recommend(report)["why"]
+    assert first.endswith("All of it was not measured of 1 of them.")
+
+
+def test_a_choice_by_an_estimate_is_partly_estimated():
+    guess = estimate(CONFIG, "dynamic_int8", MACHINE)
+    new = entry("new", memory_mb=None, estimate=guess)
+    report = new_report([new, entry("old", memory_mb=1000)])
+    assert recommend(report, prefer="memory")["basis"] == "partly estimated"
+    assert recommend(report, prefer="accuracy")["basis"] == "measured"
+    del new["estimate"]
+    assert recommend(report, prefer="memory")["basis"] == "measured"
 
 
 def test_room_is_that_of_the_tightest_budget_and_not_of_all_together():
@@ -613,6 +640,19 @@ def test_dominated_files_are_named_with_what_beats_them():
     assert names(result["dominated"]) == ["worse"]
     assert result["dominated"][0]["by"] == "small"
     assert "smaller (2 MB instead of 3 MB)" in sentence_of(result, "worse", "dominated")
+
+
+def test_no_budget_is_proposed_that_would_be_refused():
+    report = new_report([entry("a", 1.5, mb=1)])
+    miss = recommend(report, {"max_perplexity_increase": "3%"})["nearest_miss"]
+    assert miss["changes"] == {"max_perplexity_increase": None}
+    assert miss["options"] == ""
+    assert "fit without a budget of perplexity increase: leave it" in miss["sentence"]
+    relaxed = {"max_perplexity_increase": 0.03, "max_size_mb": 0.5}
+    miss = recommend(report, relaxed)["nearest_miss"]
+    assert miss["options"] == "--max-size-mb 1"
+    assert "--max-size-mb 1 and without a budget of perplex" in miss["sentence"]
+    assert recommend(report, {**relaxed, **miss["changes"]})["choice"] == "a"
 
 
 def test_nothing_fits_names_what_would_have_to_give():
