@@ -419,6 +419,16 @@ def test_an_unknown_table_in_the_comparison_is_refused():
 # The site
 
 
+def test_the_search_of_a_site_opened_as_files_needs_no_network():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+    polyfills = config["extra"].get("polyfills", [])
+
+    # Without one of this name the plugin adds its own, from a network.
+    assert "offline" in config["plugins"]
+    assert any("iframe-worker" in place for place in polyfills)
+    assert all((DOCS / place).is_file() for place in polyfills)
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
     pytest.importorskip("mkdocs")
@@ -433,6 +443,7 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
     )
 
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "search/search_index.js").is_file()
     for path in tmp_path.rglob("*.html"):
         page = path.read_text("utf-8")
         loaded = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(http[^"]+)', page)
