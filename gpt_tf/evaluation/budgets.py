@@ -21,6 +21,7 @@ What is best may be said outright instead: see `PREFERENCES`.
 
 import dataclasses
 import math
+import numbers
 
 from gpt_tf.errors import InputError
 
@@ -226,7 +227,7 @@ def _fraction(name, value):
 
 
 def _float(name, value, expected):
-    good = isinstance(value, str | int | float) and not isinstance(value, bool)
+    good = isinstance(value, str | numbers.Real) and not isinstance(value, bool)
     try:
         return float(value if good else "")
     except (ValueError, OverflowError):

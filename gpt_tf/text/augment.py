@@ -21,6 +21,7 @@ Reference: article 6.4.
 import dataclasses
 import itertools
 import json
+import numbers
 import re
 from collections.abc import Sequence
 
@@ -101,13 +102,16 @@ class AugmentationConfig(Configuration):
             value = getattr(self, name)
             is_rate = _is_number(value) and 0 <= value < 1
             self._check(name, is_rate, "at least 0 and below 1")
+            # JSON does not know NumPy's numbers.
+            object.__setattr__(self, name, float(value))
         known = self.replacement in _REPLACEMENTS
         self._check("replacement", known, f"of {', '.join(_REPLACEMENTS)}")
         is_switch = isinstance(self.random_offsets, bool)
         self._check("random_offsets", is_switch, "of True or False")
         count = self.written_tokens
-        is_count = isinstance(count, int) and count >= 0
-        self._check("written_tokens", is_count, "at least 0")
+        is_whole = isinstance(count, numbers.Integral) and not isinstance(count, bool)
+        self._check("written_tokens", is_whole and count >= 0, "at least 0")
+        object.__setattr__(self, "written_tokens", int(count))
         if self.teacher is not None:
             object.__setattr__(self, "teacher", str(self.teacher))
         if bool(count) != (self.teacher is not None):
@@ -445,4 +449,4 @@ def _counts(tokens, vocab_size):
 
 
 def _is_number(value):
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -2,6 +2,7 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -295,6 +296,14 @@ def test_the_nearest_miss_is_nearest_and_fits_once_its_options_are_taken(
 )
 def test_an_increase_is_a_fraction_or_per_cent(text, fraction):
     assert Budgets(text).max_perplexity_increase == pytest.approx(fraction)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_a_number_of_numpy_is_a_budget(kind):
+    limit = Budgets(max_latency_ms=kind(15)).max_latency_ms
+    assert limit == 15 and type(limit) is float
+    with pytest.raises(InputError, match="max_latency_ms"):
+        Budgets(max_latency_ms=np.True_)
 
 
 def test_an_increase_of_3_is_met_with_a_question():

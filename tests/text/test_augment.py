@@ -1,6 +1,7 @@
 """Claims about texts that are read otherwise each time."""
 
 import itertools
+import json
 import subprocess
 import sys
 
@@ -439,6 +440,15 @@ def test_rates_out_of_range_are_refused_in_one_line(name, rate):
 def test_bad_configurations_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         AugmentationConfig(**fields)
+
+
+def test_numbers_of_numpy_are_stored_as_json():
+    config = AugmentationConfig(
+        token_dropout=np.float32(0.25), teacher="run", written_tokens=np.int64(5)
+    )
+    assert AugmentationConfig.of(json.loads(json.dumps(config.get_config()))) == config
+    with pytest.raises(InputError, match=r"`written_tokens` expects.*Received: True"):
+        AugmentationConfig(teacher="run", written_tokens=True)
 
 
 def test_unknown_switches_are_refused():
