@@ -90,7 +90,8 @@ class OptimizationConfig(Configuration):
             student is trained on with rounded weights and activations first.
         evaluated_tokens: Tokens of held-out text that accuracy is measured on.
         prompt_tokens: Tokens of the request whose response time is measured.
-        new_tokens: Tokens that it asks for.
+        new_tokens: Tokens that it asks for. If the context has no room for both, each
+            is half of it.
         repetitions: Requests per file.
         explained_prompts: Prompts of the deletion test, at least 50; 0 leaves
             explanations out.
@@ -287,6 +288,7 @@ class _Optimization:
         self.teacher = Path(config.model) if config.model else out / "runs" / "teacher"
         self.notes = []
         self.course = self._course()
+        self.request = self._request()
         self.layers = self._students()
         self.files = self._files()
         self.machine = describe_machine()
@@ -342,6 +344,19 @@ class _Optimization:
         known = {field.name for field in dataclasses.fields(TrainingConfig)}
         shape = {name: sizes[name] for name in known & sizes.keys()}
         return TrainingConfig(**{**shape, **given})
+
+    def _request(self):
+        """Return prompt and new tokens of the request that is timed."""
+        asked = (self.config.prompt_tokens, self.config.new_tokens)
+        context = self.course.context_length
+        if sum(asked) <= context:
+            return asked
+        half = context // 2
+        self.notes.append(
+            f"The context of {context} tokens has no room for a request of {asked[0]} "
+            f"prompt tokens and {asked[1]} new ones: {half} and {half} were timed."
+        )
+        return half, half
 
     def _students(self):
         blocks, wanted = self.course.num_layers, self.config.students
@@ -588,11 +603,12 @@ class _Optimization:
 
     def _measure_latency(self):
         config, machine = self.config, self.machine
+        prompt_tokens, new_tokens = self.request
         inputs = {
             "cpu": machine["cpu"],
             "cores": machine["cores"],
-            "prompt_tokens": config.prompt_tokens,
-            "new_tokens": config.new_tokens,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
             "repetitions": config.repetitions,
         }
 
@@ -600,8 +616,8 @@ class _Optimization:
             with StepProgress("turns") as progress:
                 found = compare_latencies(
                     [self.out / file.path for file in self.files],
-                    prompt_tokens=config.prompt_tokens,
-                    new_tokens=config.new_tokens,
+                    prompt_tokens=prompt_tokens,
+                    new_tokens=new_tokens,
                     repetitions=config.repetitions,
                     read_bytes_per_s=machine["read_bytes_per_s"],
                     on_progress=lambda done, total, _: progress.update(done, total),

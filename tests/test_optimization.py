@@ -223,6 +223,23 @@ def test_a_mode_that_cannot_be_had_is_told_and_not_hidden(options, out, monkeypa
     assert "no such thing" in (out / "report.html").read_text("utf-8")
 
 
+def test_a_request_that_the_context_has_no_room_for_is_shortened_and_that_is_told(
+    options, out, monkeypatch
+):
+    before = files.read_json(out / "measurements/latency.json")
+    asked = []
+
+    def compare(paths, **how):
+        asked.append((how["prompt_tokens"], how["new_tokens"]))
+        return list(before.values())
+
+    monkeypatch.setattr(optimization, "compare_latencies", compare)
+    wanted = {**options, "prompt_tokens": 32, "new_tokens": 32}  # of 32 in all
+    report = optimize(wanted, out, update=True, on_notice=silent)
+    assert asked == [(16, 16)]
+    assert any("has no room for" in note for note in report["notes"])
+
+
 @pytest.mark.parametrize("what", ["run", "keras"])
 def test_a_trained_model_is_taken_as_the_teacher(
     options, trained, corpus_folder, tmp_path, made, what
