@@ -48,6 +48,7 @@ EXPLANATIONS = {
     "prompts": 60,
     "prompt_tokens": 32.0,
     "fraction": 0.2,
+    "nearest_drop": interval(0.2468, 0.03),
     "methods": {
         "lime": {
             "drop": interval(0.3127, 0.03),
@@ -372,6 +373,9 @@ def test_explanations_are_judged(published):
     assert lime[0][-1] == "yes"
     assert "0.871 (0.851 to 0.891)" in lime[1][4]
     assert "from each of 60 prompts" in reader.text
+    nearest = "last tokens, which takes no explanation, the probability falls by 0.247"
+    assert nearest in reader.text
+    assert "nearest drop" not in reader.text
 
 
 def test_unknown_parts_of_explanations_are_shown_too(tmp_path):
@@ -434,6 +438,20 @@ def test_every_text_of_a_report_is_escaped(tmp_path):
     assert html.escape(ATTACK) in text
     assert reader.texts["h1"] == choice
     assert reader.text.count(ATTACK) > 60
+
+
+def test_what_the_keyboard_scrolls_has_a_name(published):
+    page = (published[0] / "full" / "report.html").read_text("utf-8")
+    groups = re.findall(r'<div class="scroll"[^>]*>', page)
+    names = [re.search(r'aria-label="([^"<&]+)"', group) for group in groups]
+    assert len(groups) > 5 and all(names)
+    assert any(name[1].startswith("How fast they are: ") for name in names)
+    assert any(name[1].startswith("File, KL divergence, ") for name in names)
+
+
+def test_a_long_name_beside_a_picture_does_not_widen_the_page():
+    # A bare 1fr is at least as wide as the longest word in it.
+    assert "grid-template-columns: 35rem minmax(0, 1fr)" in page.style.STYLE
 
 
 def test_names_are_shown_whole_however_long(tmp_path):

@@ -3,6 +3,7 @@
 import base64
 import datetime
 import html
+import re
 import shlex
 
 from gpt_tf.evaluation.pictures import (
@@ -112,7 +113,18 @@ def table(heads, rows, *, caption=None, cards=False, texts=()):
         tag("tbody", body),
         class_="cards" if cards else None,
     )
-    return tag("div", table, class_="scroll", tabindex="0", role="group")
+    # What the keyboard can scroll has a name, for those who hear the page.
+    name = _heard(caption or ", ".join(_plain(heads[column]) for column in kept))
+    return tag(
+        "div", table, class_="scroll", tabindex="0", role="group", aria_label=name
+    )
+
+
+def _heard(text):
+    """Text without its elements."""
+    return (
+        html.unescape(re.sub("<[^>]*>", "", text)) if isinstance(text, Html) else text
+    )
 
 
 def _plain(head):

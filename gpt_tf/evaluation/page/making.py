@@ -22,7 +22,11 @@ def explanations(explanations):
         said += (
             f" from each of {elements.count(prompts, 'prompt')}." if prompts else "."
         )
-    known = ("methods", "compression", "prompts", "prompt_tokens", "fraction")
+    nearest = explanations.get("nearest_drop")
+    known = (
+        *("methods", "compression", "prompts", "prompt_tokens", "fraction"),
+        "nearest_drop",
+    )
     others = {
         name: value
         for name, value in explanations.items()
@@ -31,7 +35,18 @@ def explanations(explanations):
     return elements.section(
         "explanations",
         "Are explanations worth anything?",
-        elements.tag("p", said),
+        elements.tag(
+            "p",
+            said,
+            [
+                " Without as many of the last tokens, which takes no explanation, the "
+                "probability falls by ",
+                elements.any_value(nearest),
+                ".",
+            ]
+            if nearest
+            else None,
+        ),
         elements.table_of_dicts(
             "Method", methods, "Deletion test; probabilities from 0 to 1"
         ),

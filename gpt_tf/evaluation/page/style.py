@@ -100,13 +100,15 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); font-size: .85rem;
 footer p { margin: .5rem 0; }
 @media (min-width: 60rem) {
   figure.picture {
-    display: grid; grid-template-columns: 35rem 1fr; gap: 1.5rem; align-items: start;
+    display: grid; grid-template-columns: 35rem minmax(0, 1fr); gap: 1.5rem;
+    align-items: start;
   }
   .picture figcaption { margin: .5rem 0 0; position: sticky; top: 1rem; }
 }
 @media (max-width: 44rem) {
   body { padding: 1rem 1rem 2rem; }
   .figures { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
+  .figures .big { font-size: 1.3rem; }
   .facts > div { grid-template-columns: 1fr; gap: 0; }
   table.cards thead {
     position: absolute; width: 1px; height: 1px; overflow: hidden;
@@ -138,7 +140,7 @@ footer p { margin: .5rem 0; }
   thead th { font-size: 6.5pt; }
   .tag { font-size: 6pt; }
   th, td { padding: .2rem .3rem; }
-  tbody th { min-width: 0; }
+  tbody th { min-width: 4.5rem; }
   td small { white-space: normal; }
   h2 { break-after: avoid; }
   tr, .figures > div { break-inside: avoid; }
