@@ -4,24 +4,28 @@ Entries are matched by name. Beyond noise is
 
 - a time or a throughput, of which both reports state median and quartiles: if the
   quartile ranges do not overlap, the gap between them is wider than the wider of the
-  two, and the medians differ by at least 5 %. Of fewer than ten measurements the gap
-  has to be twice as wide, and of fewer than five nothing is concluded. Where the
-  processes that measured differ among each other, the quartiles contain that;
+  two, and the larger median is at least 5 % above the other. Of fewer than ten
+  measurements, or from fewer than ten processes, the gap has to be twice as wide, and
+  of fewer than five measurements nothing is concluded;
 - energy, which has no spread: if it differs by at least 15 %, and by more than the
   quartile ranges of both reports' inter-token latencies together;
 - memory: if it differs by at least 10 %; the file's size: by at least 1 %;
-- accuracy: if its 95 % intervals do not overlap.
+- accuracy: if its 95 % intervals do not overlap, which small changes on the same text
+  do not achieve; what is relative to a reference, if that has the same name in both.
 
-Made of equal distributions, a time is taken for a change in fewer than 1 of 200 cases:
-of five measurements or of twenty, or of five processes that differ by 20 %. A third
-more is found if the measurements, or the processes, differ by 5 %. Percentiles beyond
-the quartiles are shown and not judged: a busy minute moves them.
+Made of equal distributions, a time is taken for a change, worse or better, in fewer
+than 1 of 100 cases: of five measurements or of twenty, or of five processes that differ
+by 20 %. A third more is found in 7 of 10 cases or more if the measurements, or the
+processes, differ by 5 %. Two processes, as `--quick` has them, say little about how
+processes differ: then it is 1 of 25 cases if they do by 20 %, and 1 of 75 if by 5 %.
+Percentiles beyond the quartiles are shown and not judged: a busy minute moves them.
 """
 
+import functools
 import math
 import os
 
-from gpt_tf.errors import InputError
+from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation.report import read_report
 
 LEAST_TIME = 0.05
@@ -36,6 +40,7 @@ _TIMES = (
     *("time_to_first_token_ms", "inter_token_latency_ms", "response_time_ms"),
     *("load_ms", "cold_start_ms"),
 )
+_RELATIVE = ("perplexity_increase", "divergence_nats", "top1_agreement")
 # Of accuracy; whether more is better.
 _ACCURACIES = {
     "perplexity": False,
@@ -59,16 +64,29 @@ def read_baseline(path: str | os.PathLike, **settings) -> dict:
         The report.
 
     Raises:
-        InputError: It is of another version, or was measured with other settings.
-        DamagedFileError: It is missing, no report, or incomplete.
+        InputError: It is of another version, was measured with other settings, or
+            holds no speed, if there are settings.
+        DamagedFileError: It is missing, no report, incomplete, or altered.
 
     Example:
         >>> baseline = read_baseline("report.json", prompt_tokens=64, new_tokens=64)
     """
     baseline = read_report(path)
-    for entry in baseline["entries"]:
-        if entry["latency"]:
-            _check_settings(entry["name"], entry["latency"], settings)
+    try:
+        compare_with_baseline(baseline, baseline)
+    except (AttributeError, LookupError, TypeError, ZeroDivisionError) as error:
+        raise DamagedFileError(
+            f"Expected the measurements of a report in {path}, but they cannot be "
+            f"compared: {error!r}. The report was altered; store a new baseline."
+        ) from None
+    measured = [entry for entry in baseline["entries"] if entry["latency"]]
+    if settings and not measured:
+        raise InputError(
+            f"The baseline expects files whose speed was measured. Received: {path}, "
+            "which has none. Name a report that `gpt-tf benchmark` wrote."
+        )
+    for entry in measured:
+        _check_settings(entry["name"], entry["latency"], settings)
     return baseline
 
 
@@ -103,6 +121,8 @@ def compare_with_baseline(report: dict, baseline: dict) -> dict:
     notes += [f"{name}: only in the baseline" for name in stored if name not in ours]
     notes += _machine_notes(report["machine"], baseline["machine"])
     same_text = report["corpus"] == baseline["corpus"]
+    references = [one["reference"] for one in (baseline, report)]
+    left_out = _RELATIVE if references[0] != references[1] else ()
     rows = []
     for name in names:
         before, after = stored[name], ours[name]
@@ -113,7 +133,10 @@ def compare_with_baseline(report: dict, baseline: dict) -> dict:
             found += _latency_rows(before["latency"], after["latency"])
         if before["accuracy"] and after["accuracy"]:
             if same_text:
-                found += _accuracy_rows(before["accuracy"], after["accuracy"])
+                parts = before["accuracy"], after["accuracy"]
+                found += _accuracy_rows(*parts, left_out)
+                if left_out:
+                    notes.append(f"{name}: {_other_reference(*references)}")
             else:
                 notes.append(f"{name}: accuracy is that of another text")
         rows += [{"entry": name} | row for row in found]
@@ -144,21 +167,29 @@ def _machine_notes(ours, theirs):
     ]
 
 
+def _other_reference(theirs, ours):
+    theirs, ours = (name or "none" for name in (theirs, ours))
+    return f"the baseline's reference is {theirs}, this one's {ours}: not compared"
+
+
 def _latency_rows(before, after):
-    rows = [_spread(part, before[part], after[part]) for part in _TIMES]
+    processes = min(map(_processes, (before, after)))
+    compared = functools.partial(_spread, processes=processes)
+    rows = [compared(part, before[part], after[part]) for part in _TIMES]
     gaps = "inter_token_latency_ms"
     for part in ("p95", "p99"):
         rows.append(_row(f"{gaps} {part}", before[gaps][part], after[gaps][part], None))
     for old, new in _pairs("by_context", "context", before, after):
         for part in ("time_to_first_token_ms", gaps):
             name = f"{part}, prompt {new['context']}"
-            rows.append(_spread(name, old[part], new[part]))
+            rows.append(compared(name, old[part], new[part]))
     for old, new in _pairs("by_threads", "threads", before, after):
-        rows.append(_spread(f"{gaps}, threads {new['threads']}", old[gaps], new[gaps]))
+        name = f"{gaps}, threads {new['threads']}"
+        rows.append(compared(name, old[gaps], new[gaps]))
     for old, new in _pairs("throughput", "requests", before, after):
         name = f"tokens_per_s, requests {new['requests']}"
         old, new = ({**one, "median": one["tokens_per_s"]} for one in (old, new))
-        rows.append(_spread(name, old, new, more_is_better=True))
+        rows.append(compared(name, old, new, more_is_better=True))
     rows.append(_scalar("peak_memory_bytes", before, after, LEAST_MEMORY))
     noise = math.hypot(_relative_range(before[gaps]), _relative_range(after[gaps]))
     least = max(LEAST_ENERGY, noise)
@@ -174,7 +205,12 @@ def _pairs(part, key, before, after):
             yield stored[one[key]], one
 
 
-def _spread(name, before, after, more_is_better=False):
+def _processes(latency):
+    """Return from how many processes measurements are: each has one cold start."""
+    return latency["cold_start_ms"]["count"] if latency["cold_start_ms"] else 1
+
+
+def _spread(name, before, after, processes, more_is_better=False):
     """Compare two spreads. None where one is missing."""
     if before is None or after is None:
         return None
@@ -184,9 +220,9 @@ def _spread(name, before, after, more_is_better=False):
         low, high = sorted((before, after), key=lambda spread: spread["median"])
         gap = high["q1"] - low["q3"]
         fence = max(one["q3"] - one["q1"] for one in (low, high))
-        fence *= 1 if fewest >= _FEW else 2
+        fence *= 1 if min(fewest, processes) >= _FEW else 2
         change = "none"
-        far = abs(_ratio(before["median"], after["median"]) - 1) >= LEAST_TIME
+        far = high["median"] >= (1 + LEAST_TIME) * low["median"]
         if gap > 0 and gap > fence and far:
             change = "better" if (after is high) == more_is_better else "worse"
     return _row(name, before["median"], after["median"], change)
@@ -205,10 +241,11 @@ def _scalar(part, before, after, least):
     return _row(part, before, after, change)
 
 
-def _accuracy_rows(before, after):
+def _accuracy_rows(before, after, left_out):
     rows = []
     for part, more_is_better in _ACCURACIES.items():
-        rows.append(_interval(part, before[part], after[part], more_is_better))
+        if part not in left_out:
+            rows.append(_interval(part, before[part], after[part], more_is_better))
     if before["parsed"] and after["parsed"]:
         shares = before["parsed"]["share"], after["parsed"]["share"]
         rows.append(_interval("parsed share", *shares, True))

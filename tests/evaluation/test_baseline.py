@@ -108,17 +108,23 @@ def test_a_change_is_beyond_noise_if_the_quartiles_lie_apart(before, after, chan
     assert found["response_time_ms"] == change
 
 
-def shares_of(draw, factor, trials=400):
+def shares_of(draw, factor, trials=400, processes=20):
     """How often a second draw, times a factor, is called worse, or better."""
+    metric, cold = "response_time_ms", times(count=processes)
     before, after = (
         [
-            entry(str(trial), latency=latency(load_ms=spread(scale * draw())))
+            entry(
+                str(trial),
+                latency=latency(
+                    response_time_ms=spread(scale * draw()), cold_start_ms=cold
+                ),
+            )
             for trial in range(trials)
         ]
         for scale in (1, factor)
     )
     _, whole = compare(before, after)
-    found = [row["change"] for row in whole["rows"] if row["metric"] == "load_ms"]
+    found = [row["change"] for row in whole["rows"] if row["metric"] == metric]
     return found.count("worse") / trials, found.count("better") / trials
 
 
@@ -126,7 +132,7 @@ def shares_of(draw, factor, trials=400):
     "kind", ["five measurements", "twenty measurements", "five processes"]
 )
 def test_equal_distributions_are_rarely_a_change_and_a_third_more_often_is(kind):
-    """What the module promises, of 400 draws each."""
+    """What the module promises, of 2000 draws and of 400."""
     generator = np.random.default_rng(4)
 
     def draw(noise):
@@ -135,9 +141,32 @@ def test_equal_distributions_are_rarely_a_change_and_a_third_more_often_is(kind)
             return np.exp(own + 0.03 * generator.normal(size=(5, 60))).ravel()
         return np.exp(noise * generator.normal(size=5 if "five" in kind else 20))
 
-    assert max(shares_of(lambda: draw(0.2), 1.0)) <= 0.01
-    worse, better = shares_of(lambda: draw(0.05), 4 / 3)
-    assert worse > 0.8 and better == 0
+    processes = 5 if "processes" in kind else 20
+    wrong = shares_of(lambda: draw(0.2), 1.0, 2000, processes=processes)
+    assert sum(wrong) <= 0.01
+    worse, better = shares_of(lambda: draw(0.05), 4 / 3, processes=processes)
+    assert worse > 0.7 and better == 0
+
+
+def test_a_change_and_its_return_are_judged_alike():
+    before, after = (
+        entry(latency=latency(response_time_ms=times(scale, width=0.001)))
+        for scale in (1.0, 0.951)
+    )
+    assert compare(before, after)[0]["response_time_ms"] == "better"
+    assert compare(after, before)[0]["response_time_ms"] == "worse"
+
+
+def test_of_few_processes_the_gap_has_to_be_wider():
+    # Quartiles half of the width apart: gaps of one and a half of that.
+    before, after = times(1.0, width=0.2), times(1.27, width=0.16)
+    for cold, change in ((times(), "worse"), (times(count=5), "none"), (None, "none")):
+        parts = {"cold_start_ms": cold}
+        found, _ = compare(
+            entry(latency=latency(response_time_ms=before, **parts)),
+            entry(latency=latency(response_time_ms=after, **parts)),
+        )
+        assert found["response_time_ms"] == change
 
 
 def test_percentiles_in_the_tail_are_shown_and_not_judged():
@@ -249,6 +278,24 @@ def test_accuracy_changes_if_its_intervals_do_not_overlap():
     assert found["perplexity"] == "better" and found["top1_agreement"] == "worse"
 
 
+def test_accuracy_beside_another_reference_is_not_compared():
+    relative = ("perplexity_increase", "divergence_nats", "top1_agreement")
+    part = dict.fromkeys((*relative, "perplexity", "bits_per_byte"), interval(0.1))
+    part |= {"token_accuracy": interval(0.4), "parsed": None}
+    worse = part | dict.fromkeys(relative[:2], interval(9.0))
+    stored = new_report([entry(accuracy=part)], reference="teacher")
+    found = compare_with_baseline(
+        new_report([entry(accuracy=worse)], reference="student"), stored
+    )
+    assert not found["regressed"]
+    assert not {row["metric"] for row in found["rows"]} & set(relative)
+    assert "reference is teacher, this one's student" in found["notes"][0]
+    found = compare_with_baseline(
+        new_report([entry(accuracy=worse)], reference="teacher"), stored
+    )
+    assert found["regressed"] and not found["notes"]
+
+
 def test_accuracy_on_another_text_is_not_compared():
     part = {"perplexity": interval(10.0)}
     before = new_report([entry(accuracy=part)], corpus={"name": "one"})
@@ -320,3 +367,22 @@ def test_a_baseline_is_read_and_seen_to_fit_before_anything_is_measured(tmp_path
     path.write_text("{}")
     with pytest.raises(DamagedFileError, match="other JSON"):
         read_baseline(path)
+
+
+def test_a_baseline_without_speed_or_with_altered_numbers_is_refused(tmp_path):
+    path = tmp_path / "report.json"
+    for entries in ([entry("unmeasured")], []):
+        write_report(path, new_report(entries))
+        with pytest.raises(InputError, match=r"speed was|has entries"):
+            read_baseline(path, prompt_tokens=64)
+    for part, value in (
+        ("load_ms", 3),
+        ("throughput", [1]),
+        ("inter_token_latency_ms", {"median": 1.0}),
+    ):
+        write_report(path, new_report([entry(latency=latency() | {part: value})]))
+        with pytest.raises(DamagedFileError, match="cannot be compared"):
+            read_baseline(path, prompt_tokens=64)
+    write_report(path, new_report([entry(latency="fast")]))
+    with pytest.raises(DamagedFileError, match="cannot be compared"):
+        read_baseline(path, prompt_tokens=64)
