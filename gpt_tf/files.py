@@ -68,6 +68,34 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Find out whether a file can be written, before the work for it is done.
+
+    Args:
+        path: Its final name. Nothing is left there, and no folder is made.
+
+    Raises:
+        InputError: It cannot, or a folder stands there.
+
+    Example:
+        >>> check_writable("report.json")
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(
+                f"A file is expected at {path}, but that is a folder. Choose another "
+                "name."
+            )
+        above = (one for one in path.absolute().parents if one.exists())
+        with tempfile.TemporaryFile(dir=next(above)):
+            return
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}. Choose another place."
+        ) from None
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
     """Fill a folder that takes its final name only when the block ends well.
@@ -219,7 +247,7 @@ def read_json(path: str | os.PathLike) -> Any:
         raise DamagedFileError(
             f"Expected a JSON file at {path}; none is there."
         ) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DamagedFileError(
             f"Expected JSON in {path}, but it cannot be read: {error}. "
             "The file is damaged or was not written by gpt_tf."

@@ -325,6 +325,11 @@ def _course_of(source, changes, what, role="model"):
     source = Path(source)
     if (source / "run.json").is_file():
         return read_run(source)
+    if not model_file(source).is_file():
+        raise InputError(
+            f"{what} expects a trained {role}. Received: {source}, where none is. "
+            "Name the folder that `gpt-tf train` wrote."
+        )
     if "corpus" in changes:
         return TrainingConfig()
     raise InputError(

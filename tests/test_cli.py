@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -416,6 +417,34 @@ def test_a_missing_package_is_one_line_if_an_extra_brings_it(train, place, monke
         train(place / "new")
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "left to write a/b"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "left to write what"),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device")]), "Make room"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b cannot be used"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "Permission denied"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_line(
+    train, place, monkeypatch, error, message
+):
+    monkeypatch.setattr(training, "train", raiser(error))
+    assert_one_line(train(place / "new"), message)
+
+
+def test_what_a_stream_cannot_show_is_replaced(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    options = ("--prompt", "d\xe9j\xe0", "--max-new-tokens", "0")
+    monkeypatch.setattr(sys, "argv", ["gpt-tf", "generate", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert shown.buffer.getvalue() == b"d?j?\n"
+
+
 def test_an_interruption_has_status_130(train, place, monkeypatch):
     monkeypatch.setattr(training, "train", raiser(KeyboardInterrupt()))
     result = train(place / "new")
@@ -627,7 +656,8 @@ def test_what_cannot_be_distilled_is_one_line(command, trained, tmp_path):
     for options, message in (
         ([], "expects a trained teacher"),
         (["--extract", tmp_path / "store"], "expects a trained teacher"),
-        (["--teacher", tmp_path], "without run.json"),
+        (["--teacher", tmp_path], "where none is"),
+        (["--teacher", trained.out / "model"], "without run.json"),
         ([*teacher, "--alpha", 3], "`alpha`"),
         ([*teacher, "--temperature", 0], "`temperature`"),
         ([*teacher, "--student-layers", 9], "`num_layers`"),
@@ -664,12 +694,13 @@ def test_a_model_is_quantised_resumed_and_generates(train, command, tmp_path):
     assert command("generate", "--model", out, *options).out.startswith("the")
 
 
-def test_what_cannot_be_quantised_is_one_line(command, tmp_path):
+def test_what_cannot_be_quantised_is_one_line(command, trained, tmp_path):
     options = ("--model", tmp_path, "--out", tmp_path / "out")
     for more, message in (
         (["--method", "magic"], "`--method` expects"),
-        ([], "without run.json"),
-        (["--corpus", "shakespeare"], "there is none"),
+        ([], "where none is"),
+        (["--corpus", "shakespeare"], "where none is"),
+        (["--model", trained.out / "model"], "without run.json"),
     ):
         assert_one_line(command("quantize", *options, *more), message)
 

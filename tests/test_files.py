@@ -117,6 +117,17 @@ def test_permissions_follow_the_umask(tmp_path, mask):
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
+def test_a_place_is_seen_to_take_a_file_before_there_is_one(tmp_path):
+    files.check_writable(tmp_path / "new" / "a.json")
+    (tmp_path / "file").touch()
+    files.check_writable(tmp_path / "file")
+    with pytest.raises(InputError, match=r"Not a directory\. Choose another"):
+        files.check_writable(tmp_path / "file" / "new" / "a.json")
+    with pytest.raises(InputError, match="that is a folder"):
+        files.check_writable(tmp_path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 # JSON
 
 
@@ -137,7 +148,7 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
     assert os.listdir(tmp_path) == ["value.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", None])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, None])
 def test_what_is_no_json_is_damaged(tmp_path, content):
     path = tmp_path / "value.json"
     if content is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -95,6 +96,16 @@ def test_it_ends_with_the_reason_the_report_and_a_sample(command, given, tmp_pat
     assert result.out.endswith("\ndef it's[1](self):\n")
     line = next(line for line in result.out.splitlines() if line.startswith("$ "))
     assert line.endswith("""gpt.litertlm --prompt 'def it'"'"'s[1]'""")
+
+
+def test_the_command_of_the_sample_can_be_copied_from_any_folder(
+    command, given, tmp_path
+):
+    out = tmp_path / "my runs" / "best"
+    result = command("optimize", "--out", out)
+    line = next(line for line in result.out.splitlines() if line.startswith("$ "))
+    options = ["--model", str(out / "gpt.litertlm"), "--prompt", "def it's[1]"]
+    assert shlex.split(line) == ["$", "gpt-tf", "generate", *options]
 
 
 def test_where_nothing_fits_the_status_is_3(command, given):

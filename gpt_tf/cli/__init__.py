@@ -4,6 +4,8 @@ A command stands in the module named after its group and registers itself with t
 program in `common`. Here is what ends it: errors become one line and a status.
 """
 
+import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -29,6 +31,9 @@ __all__ = ["app", "main"]
 def main():
     """Run the command line; what the user can mend is one line and status 2."""
     warnings.showwarning = _one_line
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream that is not the system's
+            stream.reconfigure(errors="replace")  # models write what some cannot show
     try:
         app(prog_name="gpt-tf")
     except InputError as error:
@@ -53,6 +58,33 @@ def main():
             f"Install it with: pip install 'gpt-tf[{_EXTRAS[package]}]'"
         )
         sys.exit(2)
+    except Exception as error:
+        line = _of_the_disk(error)
+        if getattr(app, "debug", False) or line is None:
+            raise
+        _say(line)
+        sys.exit(2)
+
+
+# What is wrong then is the place, and not gpt_tf.
+_NO_PLACE = {
+    *(errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
+}
+
+
+def _of_the_disk(error):
+    """Return what to say of a file that cannot be read or written, else None."""
+    name = getattr(error, "filename", None)
+    # shutil, h5py, safetensors and TensorFlow say it in words of their own.
+    if os.strerror(errno.ENOSPC) in str(error):
+        return (
+            f"No space is left to write {name or 'what was made'}. Make room and start "
+            "again; what was finished is kept."
+        )
+    if isinstance(error, OSError) and name and error.errno in _NO_PLACE:
+        return f"{name} cannot be used: {error.strerror}. Choose another place."
+    return None
 
 
 _EXTRAS = dict.fromkeys(

@@ -65,6 +65,7 @@ def benchmark(
         print_latency,
     )
     from gpt_tf.evaluation.report import write_report
+    from gpt_tf.files import check_writable
 
     tokens = 16 if quick else 64
     sizes = {
@@ -76,6 +77,8 @@ def benchmark(
     others = () if quick else None
     if out is not None and (out.is_dir() or out.suffix != ".json"):
         out = out / "report.json"
+    if out is not None:
+        check_writable(out)
     stored = None if baseline is None else read_baseline(baseline, **sizes)
     with TurnProgress() as progress:
         made = measure_files(

@@ -145,7 +145,7 @@ def optimize(
     if report["recommendation"]["choice"] is None:
         raise typer.Exit(NOTHING_FITS)
     sample = report["recommendation"]["sample"]
-    chosen = out / optimization.CHOSEN_NAME
+    chosen = shlex.quote(str(out / optimization.CHOSEN_NAME))
     prompt = shlex.quote(sample["prompt"])
     # Not folded: a command is copied.
     typer.echo(f"\n$ gpt-tf generate --model {chosen} --prompt {prompt}\n")

@@ -7,6 +7,7 @@ the depth of a colour follows the square root of the score. Bars are to scale.
 """
 
 import html
+import math
 import os
 import warnings
 from pathlib import Path
@@ -61,7 +62,8 @@ def print_explanation(
     legend = Text()
     if _signed(explanation):
         legend.append(" down ", _terminal_style(-1.0)).append(" ")
-    legend.append(" up ", _terminal_style(1.0))
+    up = " up " if _signed(explanation) else " looked at "
+    legend.append(up, _terminal_style(1.0))
     legend.append(f"  {explanation.method}: {_SAID_OF[explanation.method]}")
     console.print(legend)
     table = Table(title="Strongest tokens", title_justify="left")
@@ -74,7 +76,7 @@ def print_explanation(
         table.add_row(
             str(position),
             Text(_quoted(explanation.texts[position])),
-            f"{explanation.scores[position]:+.3f}",
+            _written(explanation, position),
             Text(bar, Style(color=_hex(_UP if strength >= 0 else _DOWN))),
         )
     console.print(table)
@@ -96,20 +98,16 @@ def explanation_html(explanation: Explanation) -> str:
     strengths = _strengths(explanation)
     tokens = "".join(
         f'<span class="{_side(depth)}" style="--a:{abs(depth):.2f}" '
-        f'title="{position}: {score:+.3f}">{html.escape(_visible(token))}</span>'
-        for position, (token, score, depth) in enumerate(
-            zip(
-                explanation.texts,
-                explanation.scores,
-                _depths(explanation),
-                strict=True,
-            )
+        f'title="{position}: {_written(explanation, position)}">'
+        f"{html.escape(_visible(token))}</span>"
+        for position, (token, depth) in enumerate(
+            zip(explanation.texts, _depths(explanation), strict=True)
         )
     )
     rows = "".join(
         f"<tr><td>{position}</td>"
         f"<td><code>{html.escape(_quoted(explanation.texts[position]))}</code></td>"
-        f"<td>{explanation.scores[position]:+.3f}</td>"
+        f"<td>{_written(explanation, position)}</td>"
         f'<td><i class="{"up" if strengths[position] > 0 else "down"}" '
         f'style="width:{abs(strengths[position]):.1%}"></i></td></tr>\n'
         for position in _strongest(explanation)
@@ -130,9 +128,9 @@ def explanation_html(explanation: Explanation) -> str:
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
         for name, value in facts.items()
     )
-    down = '<span class="down" style="--a:1">pushes it down</span> '
+    down, up = '<span class="down" style="--a:1">pushes it down</span> ', "pushes it up"
     if not _signed(explanation):
-        down = ""
+        down, up = "", "looked at"
     return _PAGE.format(
         title=f"Why {target}?",
         style=_STYLE,
@@ -140,6 +138,7 @@ def explanation_html(explanation: Explanation) -> str:
         target=target,
         facts=listed,
         down=down,
+        up=up,
         method=f"{explanation.method}: {html.escape(_SAID_OF[explanation.method])}",
         rows=rows,
     )
@@ -201,16 +200,19 @@ def check_place(out: str | os.PathLike) -> None:
     """Refuse a name that is neither a page's, nor a picture's, nor a folder's.
 
     Raises:
-        InputError: It ends otherwise, or a file stands where a folder is expected.
+        InputError: It ends otherwise, a file stands where a folder is expected, or it
+            cannot be written.
     """
     out = Path(out)
     if out.suffix in (".html", ".png") and not out.is_dir():
+        files.check_writable(out)
         return
     if out.is_file() or (out.suffix and not out.is_dir()):
         raise InputError(
             "`out` expects a name that ends in .html or .png, or a folder. Received: "
             f"{str(out)!r}."
         )
+    files.check_writable(out / "explanation.html")
 
 
 def write_explanation(explanation: Explanation, out: str | os.PathLike) -> list[Path]:
@@ -305,6 +307,14 @@ def _depths(explanation):
 
 def _strongest(explanation):
     return np.argsort(-np.abs(explanation.scores), kind="stable")
+
+
+def _written(explanation, position):
+    """Return a score with its sign, if any, and digits enough for the strongest."""
+    strongest = float(np.abs(explanation.scores).max()) or 1.0
+    digits = min(max(2 - math.floor(math.log10(strongest)), 3), 9)
+    sign = "+" if _signed(explanation) else ""
+    return f"{explanation.scores[position]:{sign}.{digits}f}"
 
 
 def _signed(explanation):
@@ -416,11 +426,13 @@ _PAGE = """<!DOCTYPE html>
 <body>
 <h1>Why <code>{target}</code>?</h1>
 <pre>{tokens}</pre>
-<p>{down}<span class="up" style="--a:1">pushes it up</span> {method}</p>
+<p>{down}<span class="up" style="--a:1">{up}</span> {method}</p>
 <dl>{facts}</dl>
 <h2>Tokens by strength</h2>
 <table>
-<thead><tr><th>position</th><th>token</th><th>score</th><th></th></tr></thead>
+<thead><tr>
+<th scope="col">position</th><th scope="col">token</th><th scope="col">score</th><td></td>
+</tr></thead>
 <tbody>
 {rows}</tbody>
 </table>

@@ -191,12 +191,18 @@ def read_report(path: str | os.PathLike) -> dict:
         The report.
 
     Raises:
-        DamagedFileError: It is missing, no report, or incomplete.
+        DamagedFileError: It is missing, no report, incomplete, or two entries have the
+            same name.
         InputError: Another version of gpt_tf wrote it in another format.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "report.json"
+    if not path.exists():
+        raise DamagedFileError(
+            f"Expected a report at {path}; there is none. Name the report.json that "
+            "`gpt-tf optimize`, `evaluate` or `benchmark` wrote."
+        )
     report = files.read_json(path)
     if not isinstance(report, dict) or report.get("kind") != REPORT_KIND:
         raise DamagedFileError(
@@ -204,7 +210,9 @@ def read_report(path: str | os.PathLike) -> dict:
             "that `gpt-tf optimize`, `evaluate` or `benchmark` wrote."
         )
     if report.get("format") != REPORT_FORMAT:
-        version = (report.get("versions") or {}).get("gpt-tf", "unknown")
+        versions = report.get("versions")
+        known = versions if isinstance(versions, dict) else {}
+        version = known.get("gpt-tf", "unknown")
         raise InputError(
             f"Expected a report of format {REPORT_FORMAT} in {path}. Received: format "
             f"{report.get('format')!r}, of gpt_tf {version}. Measure again with this "
@@ -224,6 +232,13 @@ def read_report(path: str | os.PathLike) -> dict:
             f"The report in {path} lacks {', '.join(missing[:3]) or 'its entries'}: "
             "it is incomplete. Measure again."
         )
+    names = [entry["name"] for entry in entries]
+    for name in names:
+        if not isinstance(name, str) or names.count(name) > 1:
+            raise DamagedFileError(
+                f"Every entry of the report in {path} expects a name of its own. "
+                f"Received: {name!r}. The report was altered; measure again."
+            )
     return report
 
 

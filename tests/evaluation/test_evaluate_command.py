@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_tf.cli import evaluate as commands
 from gpt_tf.evaluation.accuracy import evaluate_files
 from gpt_tf.evaluation.report import entry_of, read_report
 
@@ -107,6 +108,16 @@ def test_a_run_is_judged_by_its_own_text(trained):
     assert report["notes"] == notices and str(trained.out) in notices[0]
 
 
+def test_tensorflow_is_silent_where_it_reads_a_runs_text(
+    evaluate, trained, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(commands, "import_tensorflow", lambda: calls.append("quietly"))
+    options = ("--max-tokens", 60, "--no-parse")
+    assert evaluate(FILE, "--corpus", trained.out, *options).status == 0
+    assert calls == ["quietly"]
+
+
 def test_what_is_no_python_is_parsed_only_if_asked(evaluate, corpus_folder):
     options = ("--corpus", corpus_folder, "--max-tokens", 60)
     result = evaluate(FILE, *options, "--parse")
@@ -127,6 +138,7 @@ def test_what_is_no_python_is_parsed_only_if_asked(evaluate, corpus_folder):
         ((FILE, "--reference", "missing.tflite"), "missing.tflite"),
         ((FILE, "--corpus", FILE), "binary"),
         ((FILE, "--seed", -1), "at least 0"),
+        ((FILE, "--out", f"{FILE}/a.json"), "a.json cannot be written"),
     ],
 )
 def test_what_it_cannot_use_is_one_line_and_status_2(

@@ -96,6 +96,8 @@ def test_a_target_may_be_named_by_its_id(explain, file):
         (["--prompt", "abc", "--method", "gradient"], "Name the Keras model"),
         (["--prompt", "abc", "--samples", "7"], "at least 8 masked prompts"),
         (["--prompt", "abc", "--out", "why.pdf"], "ends in .html or .png, or a folder"),
+        (["--prompt", "abc", "--out", f"{__file__}/why.png"], "Not a directory"),
+        (["--prompt", "abc", "--out", f"{__file__}/why"], "Not a directory"),
     ],
 )
 def test_what_it_cannot_use_is_one_line_and_status_2(explain, file, options, message):

@@ -185,7 +185,25 @@ def test_a_damaged_report_is_refused(recommend, report, text):
 def test_a_missing_report_is_refused(recommend, tmp_path):
     found = recommend(tmp_path)
     assert found.status == 2
-    assert "report.json" in found.err
+    assert "report.json; there is none. Name the report.json that" in found.err
+
+
+@pytest.mark.parametrize("names", [(None, "a"), (3, "a"), ("a", "a")])
+def test_entries_without_names_of_their_own_are_refused(recommend, report, names):
+    content = files.read_json(report / "report.json")
+    for entry, name in zip(content["entries"], names, strict=False):
+        entry["name"] = name
+    files.write_json(report / "report.json", content)
+    found = recommend(report)
+    assert (found.status, found.out) == (2, "")
+    assert f"Received: {names[0]!r}. The report was altered" in found.err
+
+
+def test_a_report_that_states_no_versions_is_of_another_one(recommend, report):
+    content = files.read_json(report / "report.json")
+    change = {"format": 99, "versions": "none"}
+    files.write_json(report / "report.json", content | change)
+    assert "format 99, of gpt_tf unknown" in recommend(report).err
 
 
 def test_either_a_report_or_something_to_estimate_is_expected(recommend, report):
