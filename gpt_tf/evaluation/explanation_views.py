@@ -431,7 +431,8 @@ _PAGE = """<!DOCTYPE html>
 <h2>Tokens by strength</h2>
 <table>
 <thead><tr>
-<th scope="col">position</th><th scope="col">token</th><th scope="col">score</th><td></td>
+<th scope="col">position</th><th scope="col">token</th><th scope="col">score</th>
+<td></td>
 </tr></thead>
 <tbody>
 {rows}</tbody>

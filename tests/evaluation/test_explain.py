@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 from html.parser import HTMLParser
@@ -474,9 +475,24 @@ def test_the_terminal_colours_tokens_and_lists_the_strongest():
     assert "probability 25.0%" in plain.getvalue() and "-3.50" in plain.getvalue()
 
 
-def test_attention_is_shown_without_a_side_that_pushes_down():
+def test_attention_is_shown_without_sides_and_signs():
     assert "pushes it down" in explanation_html(made())
-    assert "pushes it down" not in explanation_html(made("attention"))
+    assert "pushes it up" in explanation_html(made())
+    assert "+2.000" in explanation_html(made())
+    text = explanation_html(made("attention"))
+    assert "pushes" not in text and "looked at" in text
+    assert "2.000" in text and "+2.000" not in text
+
+
+def test_small_scores_are_not_all_written_as_nought():
+    small = dataclasses.replace(made(), scores=made().scores * 1e-4)
+    plain = io.StringIO()
+    print_explanation(small, Console(file=plain, width=100), top=3)
+    assert "+0.000200" in plain.getvalue() and "-0.000100" in plain.getvalue()
+    text = explanation_html(small)
+    assert text.count("+0.000200") == 2  # in the prompt and in the table
+    none = dataclasses.replace(made(), scores=made().scores * 0)
+    assert "+0.000" in explanation_html(none)
 
 
 def test_the_picture_is_drawn_whatever_the_tokens(tmp_path):
