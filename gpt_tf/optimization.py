@@ -120,7 +120,7 @@ class OptimizationConfig(Configuration):
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         if self.model is not None:
-            object.__setattr__(self, "model", str(Path(self.model).absolute()))
+            object.__setattr__(self, "model", os.path.abspath(self.model))
         self._check("preset", self.preset in PRESETS, f"of {', '.join(PRESETS)}")
         for name in ("steps", "student_steps"):
             value = getattr(self, name)
@@ -460,7 +460,7 @@ class _Optimization:
             lambda how: training.train(self.course, run, **how),
             f"gpt-tf train --preset {self.config.preset} --corpus "
             f"{_words(self.course.corpus)} --steps {self.course.steps} "
-            f"--seed {self.config.seed} --out {run}",
+            f"--seed {self.config.seed} --out {_word(run)}",
         )
 
     def _distil(self, count):
@@ -473,8 +473,10 @@ class _Optimization:
             "corpus": self.text_hash,
             **course,
         }
+        text = ""
         if self.config.model is not None and self.config.corpus is not None:
             course["corpus"] = self.config.corpus
+            text = f"--corpus {_words(self.config.corpus)} "
         self._train(
             name,
             f"a student of {count} of its {self.course.num_layers} blocks",
@@ -482,8 +484,9 @@ class _Optimization:
             lambda how: training.distil(
                 self.teacher, run, {"num_layers": count}, **course, **how
             ),
-            f"gpt-tf distil --teacher {self.teacher} --student-layers {count} "
-            f"--steps {self.student_steps} --seed {self.config.seed} --out {run}",
+            f"gpt-tf distil --teacher {_word(self.teacher)} --student-layers {count} "
+            f"{text}--steps {self.student_steps} --seed {self.config.seed} "
+            f"--out {_word(run)}",
         )
         if "int8" in self.config.modes:
             self._quantize(name)
@@ -496,7 +499,7 @@ class _Optimization:
             f"{student}, trained on with rounded numbers",
             {"student": files.sha256_of(model_file(source))},
             lambda how: training.quantize(source, run, **how),
-            f"gpt-tf quantize --model {source} --method qat --out {run}",
+            f"gpt-tf quantize --model {_word(source)} --method qat --out {_word(run)}",
         )
 
     def _train(self, name, title, inputs, train, command):
@@ -517,6 +520,7 @@ class _Optimization:
         inputs = {"model": files.sha256_of(model_file(source)), "mode": file.mode}
         is_run = (source / "data" / "train.tokens").is_file()
         options = {} if is_run else {"corpus": self.course.corpus}
+        text = "" if is_run else f"--corpus {_words(self.course.corpus)} "
 
         def work(begun):
             export_trained(
@@ -530,8 +534,8 @@ class _Optimization:
                 [file.path, f"{file.path}.json"],
                 work,
                 title=f"{file.name}, exported and verified",
-                command=f"gpt-tf export --model {source} --mode {file.mode} "
-                f"--out {self.out / file.path}",
+                command=f"gpt-tf export --model {_word(source)} --mode {file.mode} "
+                f"{text}--out {_word(self.out / file.path)}",
             )
         except InputError as error:
             if file.name == REFERENCE:
@@ -802,7 +806,12 @@ def _beginning_of(text):
 def _words(corpus):
     """Return a corpus as the command line takes it."""
     names = [corpus] if isinstance(corpus, str) else corpus
-    return " --corpus ".join(shlex.quote(name) for name in names)
+    return " --corpus ".join(_word(name) for name in names)
+
+
+def _word(path):
+    """Return a path as the command line takes it: it may have spaces."""
+    return shlex.quote(str(path))
 
 
 def _silent(line):

@@ -930,8 +930,10 @@ class _Run:
                 f"{folder.parent}. The last good one stays. Make room, then go on "
                 "with --resume."
             ) from None
-        kept = sorted((self.out / "checkpoints").glob("step-*"))
-        for old in kept[: -self.config.keep_checkpoints]:
+        kept = sorted(folder.parent.glob("step-*"))
+        # Those with a point were being written when a process was killed.
+        unfinished = folder.parent.glob(".step-*")
+        for old in (*unfinished, *kept[: -self.config.keep_checkpoints]):
             shutil.rmtree(old)
 
     def _restore_newest(self):

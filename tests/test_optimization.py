@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 
 import pytest
@@ -55,7 +56,7 @@ def quick():
 @pytest.fixture(scope="module")
 def finished(options, tmp_path_factory):
     """The folder of a finished optimisation."""
-    out = tmp_path_factory.mktemp("optimized") / "out"
+    out = tmp_path_factory.mktemp("optimized") / "with a space"
     optimize(options, out, on_notice=lambda line: None)
     return out
 
@@ -127,6 +128,25 @@ def test_the_reference_is_compared_with_itself(finished):
     assert first["perplexity_increase"]["value"] == 0
     assert first["top1_agreement"]["value"] == 1
     assert report["entries"][-1]["accuracy"]["divergence_nats"]["value"] > 0
+
+
+def test_the_commands_of_the_report_can_be_copied(finished):
+    stages = {one["name"]: one["command"] for one in read_report(finished)["stages"]}
+    runs, teacher = finished / "runs", str(finished / "runs" / "teacher")
+    for name, words in {
+        "teacher": ["--out", teacher],
+        "student-1": ["--teacher", teacher, "--out", str(runs / "student-1")],
+        "student-1-int8": ["--model", str(runs / "student-1")],
+        "file-teacher-int8": [str(finished / "files" / "teacher-int8.litertlm")],
+    }.items():
+        assert set(words) <= set(shlex.split(stages[name]))
+
+
+def test_a_model_is_the_same_from_every_folder(monkeypatch, tmp_path):
+    config = OptimizationConfig(model=tmp_path / "model")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert OptimizationConfig(model="../model") == config
 
 
 def test_a_second_start_does_nothing_again(options, out, made):

@@ -244,7 +244,14 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(
 
 def test_old_checkpoints_make_room(tiny, tmp_path):
     config = dataclasses.replace(tiny, checkpoint_every=2, keep_checkpoints=2)
-    run(config, tmp_path / "run")
+    unfinished = tmp_path / "run" / "checkpoints" / ".step-00000006.k1lled"
+
+    def leave(batch, logs=None):
+        if batch == 5:  # as a kill does, of what it was writing
+            os.makedirs(unfinished, exist_ok=True)
+
+    left = keras.callbacks.LambdaCallback(on_train_batch_end=leave)
+    run(config, tmp_path / "run", callbacks=[left])
     names = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
     assert names == ["step-00000018", "step-00000020"]
 
