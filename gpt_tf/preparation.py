@@ -258,10 +258,14 @@ def _with_shape_of(model, config):
     if config.context_length > shape["context_length"]:
         raise InputError(
             f"`context_length` expects at most {shape['context_length']}, the "
-            f"positions of the model in {config.init_from}. "
-            f"Received: {config.context_length}."
+            f"positions of the model in {config.init_from or _teacher_of(config)}. "
+            f"Received: {config.context_length}. Give no more."
         )
     return dataclasses.replace(config, **{name: shape[name] for name in SHAPE})
+
+
+def _teacher_of(config):
+    return DistillationConfig.of(config.distillation).teacher
 
 
 def _source_with_this_text(config, tokenizer):

@@ -309,7 +309,7 @@ def test_another_teacher_in_its_place_is_noticed(trained, student, tmp_path):
         ({"loss": "no_loss"}, {}, "no_loss"),
         ({"vocab_size": 100}, {}, "257"),
         ({"knowledge": "nowhere"}, {}, "nowhere"),
-        ({}, {"context_length": 64}, "at most 32"),
+        ({}, {"context_length": 64}, "at most 32, .* model in .*tiny. Received: 64"),
         ({"vocab_size": 280, "written_tokens": 50}, {}, "`written_tokens`"),
         ({"vocab_size": 280, "on_policy_fraction": 0.5}, {}, "`on_policy_fraction`"),
         ({"vocab_size": 280, "loss": "hidden_states"}, {}, "stored knowledge"),
