@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt_tf import __version__, files
+from gpt_tf.errors import DamagedFileError
 
 FOLDER = "stages"
 
@@ -86,7 +87,7 @@ class Stages:
         """
         record_path = self.folder / FOLDER / f"{name}.json"
         key = _key(inputs)
-        record = files.read_json(record_path) if record_path.is_file() else {}
+        record = _read_record(record_path)
         number = f"[{len(self.done) + 1}/{len(self.plan)}] {title or name}"
         same = record.get("key") == key
         if same and self._is_whole(record):
@@ -133,6 +134,15 @@ class Stages:
         speed = (self._worked + 60.0) / (self._expected + 60.0)
         minutes = ahead * speed / 60
         return f" (about {max(1, round(minutes))} min left)"
+
+
+def _read_record(path):
+    """Return what is known of a stage: nothing where its record is damaged."""
+    try:
+        record = files.read_json(path)
+    except DamagedFileError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _key(inputs):

@@ -80,6 +80,14 @@ def test_a_lost_or_altered_output_is_made_again(house, damage):
     assert path.read_text() == "one"
 
 
+@pytest.mark.parametrize("text", ["", "junk", "[]"])
+def test_a_stage_with_a_damaged_record_is_done_again(house, text):
+    house()
+    (house.folder / "stages" / "first.json").write_text(text)
+    assert house()[0] == [("first", False)]
+    assert house()[0] == []
+
+
 def test_another_version_of_the_program_does_all_anew(house, monkeypatch):
     house()
     monkeypatch.setattr("gpt_tf.stages.__version__", "999")
