@@ -477,6 +477,11 @@ class _Optimization:
         if self.config.model is not None and self.config.corpus is not None:
             course["corpus"] = self.config.corpus
             text = f"--corpus {_words(self.config.corpus)} "
+        if not (self.teacher / "run.json").is_file():
+            # There is no course to take over: windows that the model has room for.
+            length = min(TrainingConfig.context_length, self.course.context_length)
+            course["context_length"] = length
+            text += f"--context-length {length} "
         self._train(
             name,
             f"a student of {count} of its {self.course.num_layers} blocks",
@@ -519,7 +524,11 @@ class _Optimization:
         stage = f"file-{file.name}"
         inputs = {"model": files.sha256_of(model_file(source)), "mode": file.mode}
         is_run = (source / "data" / "train.tokens").is_file()
-        options = {} if is_run else {"corpus": self.course.corpus}
+        options = {}
+        if not is_run:
+            options["corpus"] = self.course.corpus
+            # Ranges are measured on this text.
+            inputs["corpus"] = self.text_hash
         text = "" if is_run else f"--corpus {_words(self.course.corpus)} "
 
         def work(begun):

@@ -286,6 +286,42 @@ def test_a_trained_model_is_taken_as_the_teacher(
     assert report["entries"][0]["parameters"] == trained.model.count_params()
 
 
+def test_a_model_without_its_run_has_students_and_follows_its_text(
+    options, trained, corpus_folder, tmp_path, made, monkeypatch
+):
+    """Its context of 32 is shorter than that of a course which nobody chose."""
+    shutil.copytree(trained.out / "model", tmp_path / "alone")
+    shutil.copytree(corpus_folder, tmp_path / "texts")
+    wanted = {**options, "steps": None, "modes": ("int8",)}
+    wanted |= {"model": tmp_path / "alone", "corpus": str(tmp_path / "texts")}
+    courses = []
+
+    def stop(*arguments, **named):
+        courses.append(named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "distil", stop)
+    with pytest.raises(KeyboardInterrupt):
+        optimize(wanted, tmp_path / "out", on_notice=silent)
+    assert courses[0]["context_length"] == trained.model.context_length < 128
+    # Once the files are made.
+    monkeypatch.setattr(optimization, "held_out_text", stop)
+    wanted["students"] = ()
+
+    def exported():
+        made.clear()
+        with pytest.raises(KeyboardInterrupt):
+            optimize(wanted, tmp_path / "out", update=True, on_notice=silent)
+        return made.count("export_trained")
+
+    assert exported() == 2
+    assert exported() == 0
+    # The integers' ranges were measured on the text as it was.
+    path = tmp_path / "texts" / "text0.txt"
+    path.write_text(path.read_text("utf-8") + "and again\n", "utf-8")
+    assert exported() == 2
+
+
 def test_an_interrupted_training_goes_on(options, tmp_path, interrupt_after, made):
     out = tmp_path / "out"
     real = training.train
