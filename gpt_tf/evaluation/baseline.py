@@ -17,8 +17,8 @@ Made of equal distributions, a time is taken for a change, worse or better, in f
 than 1 of 100 cases: of five measurements or of twenty, or of five processes that differ
 by 20 %. A third more is found in 7 of 10 cases or more if the measurements, or the
 processes, differ by 5 %. Two processes, as `--quick` has them, say little about how
-processes differ: then it is 1 of 25 cases if they do by 20 %, and 1 of 75 if by 5 %.
-Percentiles beyond the quartiles are shown and not judged: a busy minute moves them.
+processes differ: then it is 1 of 25 cases where they do by 20 %. Percentiles beyond
+the quartiles are shown and not judged: a busy minute moves them.
 """
 
 import functools
