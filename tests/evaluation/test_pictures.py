@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
 
 from gpt_tf import files
 from gpt_tf.evaluation import pictures
+from gpt_tf.evaluation.pictures import canvas, plane
 from gpt_tf.evaluation.pictures.pareto import pareto_figure
 from gpt_tf.evaluation.pictures.points import area_of
 from gpt_tf.evaluation.pictures.scales import limits
@@ -372,6 +374,22 @@ def test_the_key_shows_each_size_once():
         figure, _ = pareto_figure(new_report(entries[:files_shown]))
         words = [text.get_text() for text in figure.axes[1].texts]
         assert [word for word in words if word.endswith("MB")] == sizes
+
+
+def test_grey_text_is_legible_where_two_budgets_shade_the_plane():
+    grey = np.array(to_rgb(canvas.GREY))
+    share = plane._SHADE["alpha"]
+    ground = np.ones(3)
+    for _ in range(2):
+        ground = (1 - share) * ground + share * grey
+
+    def luminance(colour):  # of sRGB, as WCAG 2 defines it
+        linear = np.where(
+            colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4
+        )
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    assert (luminance(ground) + 0.05) / (luminance(grey) + 0.05) >= 4.5
 
 
 def test_a_users_style_does_not_change_a_picture(tmp_path):

@@ -18,7 +18,7 @@ PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
 )
 BLUE, VERMILION, GREEN = PALETTE[0], PALETTE[1], PALETTE[2]
-INK, GREY, PALE = "#1f2933", "#6b7785", "#b4bdc8"
+INK, GREY, PALE = "#1f2933", "#5c6773", "#b4bdc8"
 # As a line style: that of budgets.
 DASHED = (0, (5, 3))
 
