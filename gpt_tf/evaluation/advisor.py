@@ -318,7 +318,7 @@ def _objective_sentence(fitting, objective, given):
         share = best.share(name, given[name])
         return (
             f"{best.name} leaves the most room in its tightest budget {among}: "
-            f"{significant(100 * share)} % of its {KINDS[name].what} is used."
+            f"it uses {significant(100 * share)} % of the {KINDS[name].what} budget."
         )
     weighed = _BALANCED.get(objective, (objective,))
     unknown = sum(any(one.values[m] is None for m in weighed) for one in fitting)

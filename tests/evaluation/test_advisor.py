@@ -514,7 +514,7 @@ def test_with_all_three_budgets_the_tightest_decides():
     result = recommend(new_report(ALL), limits)
     # Of quick 90 % of the size is used, of exact 90 % of the latency.
     assert result["choice"] == "small"
-    assert "60 % of its p95 latency" in result["why"][0]
+    assert "it uses 60 % of the p95 latency budget" in result["why"][0]
     roomy = recommend(new_report(ALL), {**limits, "max_size_mb": 40})
     assert roomy["choice"] == "quick"
 
