@@ -16,8 +16,11 @@ NOTHING_FITS = 3
 @app.command()
 def recommend(
     report: Annotated[
-        Path | None,
-        typer.Argument(help="A report.json, or the folder that holds it."),
+        list[Path] | None,
+        typer.Argument(
+            help="A report.json, or the folder that holds it. Of several, accuracy and "
+            "speed are each that of the last one that has it."
+        ),
     ] = None,
     scenario: Annotated[
         str,
@@ -62,12 +65,15 @@ def recommend(
 ):
     """Choose the file to ship among those of a report, and say why.
 
+    Accuracy and speed may be in reports of their own, of `evaluate` and of `benchmark`
+    on the device: a file is known by its bytes.
+
     Budgets come before the scenario's. Exit status 3: nothing fits them.
     """
-    if (report is None) == (estimate is None):
+    if bool(report) == (estimate is not None):
         raise InputError(
             "`recommend` expects a report, or --estimate and a run or file. Received: "
-            f"{'neither' if report is None else 'both'}. Write `gpt-tf recommend "
+            f"{'both' if report else 'neither'}. Write `gpt-tf recommend "
             "report.json`, for example."
         )
     if prefer is not None and estimate is not None:
@@ -93,10 +99,12 @@ def recommend(
         show, fits = print_forecast, any(m["fits"] != "no" for m in result["modes"])
     else:
         from gpt_tf.evaluation import advisor
-        from gpt_tf.evaluation.report import read_report
+        from gpt_tf.evaluation.report import join_reports, read_report
 
+        reports = [read_report(path) for path in report]
+        joined = reports[0] if len(reports) == 1 else join_reports(reports)
         chosen = budgets if budgets.given() else None
-        result = advisor.recommend(read_report(report), chosen, scenario, prefer)
+        result = advisor.recommend(joined, chosen, scenario, prefer)
         show, fits = advisor.print_recommendation, result["choice"] is not None
     if as_json:
         typer.echo(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False))

@@ -72,6 +72,7 @@ The latency that a budget is about is the 95th percentile of `inter_token_latenc
 import datetime
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpt_tf import files
@@ -240,6 +241,105 @@ def read_report(path: str | os.PathLike) -> dict:
                 f"Received: {name!r}. The report was altered; measure again."
             )
     return report
+
+
+def join_reports(reports: Sequence[dict]) -> dict:
+    """Put the accuracy of one report and the speed of another together.
+
+    Files are the same if their bytes are. Accuracy is that of one report and speed that
+    of one, the last of those given that have any: numbers of two machines, or of two
+    texts, do not stand side by side. So a report that was made on a device, given last,
+    replaces the speed of the first; a file that it does not have then has none.
+
+    Args:
+        reports: As `read_report` returns them, at least one.
+
+    Returns:
+        A report without a recommendation. An entry has its name in the report that its
+        speed is from, or else its accuracy. Of a budget that several reports have, the
+        last one counts.
+
+    Raises:
+        InputError: Different files have the same name, or there is no report.
+
+    Example:
+        >>> join_reports([read_report("accuracy.json"), read_report("device.json")])
+    """
+    if not reports:
+        raise InputError("Joining expects at least one report. Received: none.")
+    accuracy, speed = (_last_with(part, reports) for part in ("accuracy", "latency"))
+    estimates = speed or _last_with("estimate", reports)
+    entries = [
+        entry
+        | {
+            "accuracy": _of_same_file(entry, "accuracy", accuracy),
+            "estimate": _of_same_file(entry, "estimate", estimates),
+        }
+        for entry in _every_file(reports, accuracy, speed)
+    ]
+    about_machine = speed or reports[-1]
+    return new_report(
+        entries,
+        machine=about_machine["machine"],
+        corpus=accuracy and accuracy["corpus"],
+        budgets=_budgets_of(reports),
+        reference=accuracy and _reference_in(entries, accuracy),
+        notes=list(dict.fromkeys(note for one in reports for note in one["notes"])),
+    )
+
+
+def _last_with(part, reports):
+    """Return the last report of which an entry has that part, or None."""
+    having = (
+        report
+        for report in reversed(reports)
+        if any(entry[part] for entry in report["entries"])
+    )
+    return next(having, None)
+
+
+def _every_file(reports, accuracy, speed):
+    """Return an entry for each file, and of those that were timed one for each."""
+    found = []
+    for report in filter(None, (speed, accuracy, *reports)):
+        known = {entry["sha256"] for entry in found}
+        names = {entry["name"] for entry in found}
+        for entry in report["entries"]:
+            if entry["sha256"] in known:
+                continue
+            if entry["name"] in names:
+                raise InputError(
+                    "Reports that are joined expect a name for each file. Received: "
+                    f"{entry['name']!r} for two that differ. Measure one of them "
+                    "under another name."
+                )
+            found.append(entry if report is speed else entry | {"latency": None})
+    return found
+
+
+def _of_same_file(entry, part, report):
+    """Return a part of a file's entry in another report, or None."""
+    for other in report["entries"] if report else ():
+        if other["sha256"] == entry["sha256"]:
+            return other[part]
+    return None
+
+
+def _reference_in(entries, report):
+    """Return the name that a report's reference has among other entries."""
+    for one in report["entries"]:
+        if one["name"] == report["reference"]:
+            same = (e["name"] for e in entries if e["sha256"] == one["sha256"])
+            return next(same, None)
+    return None
+
+
+def _budgets_of(reports):
+    budgets = dict.fromkeys(BUDGETS)
+    for report in reports:
+        given = report["budgets"].items()
+        budgets.update({name: value for name, value in given if value is not None})
+    return budgets
 
 
 def _refuse_unknown(parts, known, what):

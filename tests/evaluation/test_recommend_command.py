@@ -108,6 +108,22 @@ def test_what_is_preferred_decides_among_those_that_keep_them(recommend, report)
     assert choices == {"exact", "quick"}
 
 
+def test_accuracy_and_speed_may_be_in_reports_of_their_own(recommend, report):
+    whole = json.loads((report / "report.json").read_text("utf-8"))
+    for number, entry in enumerate(whole["entries"]):
+        entry["sha256"] = f"{number:064}"
+    for name, left_out in (("accuracy", "latency"), ("device", "accuracy")):
+        entries = [{**entry, left_out: None} for entry in whole["entries"]]
+        write_report(report / f"{name}.json", {**whole, "entries": entries})
+    paths = report / "accuracy.json", report / "device.json"
+    budgets = "--max-perplexity-increase 3% --max-latency-ms 5".split()
+    for path in paths:
+        assert recommend(path, *budgets).status == 3
+    found = recommend(*paths, *budgets)
+    assert found.status == 0, found.err
+    assert "Ship quick" in found.out
+
+
 def test_without_budgets_those_of_the_report_decide(recommend, report):
     found = recommend(report)
     assert "Ship quick" in found.out

@@ -1,0 +1,111 @@
+import pytest
+
+from gpt_tf.errors import InputError
+from gpt_tf.evaluation.advisor import recommend
+from gpt_tf.evaluation.report import (
+    entry_of,
+    join_reports,
+    new_entry,
+    new_report,
+    read_report,
+    write_report,
+)
+
+
+def entry(file, name=None, increase=None, p95=None, estimate=None):
+    """An entry of a file, which its letter tells from others."""
+    described = {
+        "name": name or f"{file}.litertlm",
+        "path": f"{file}.litertlm",
+        "kind": "litertlm",
+        "size_bytes": 4_000_000,
+        "sha256": file * 64,
+    }
+    accuracy = latency = None
+    if increase is not None:
+        value = {"value": increase, "low": increase, "high": increase}
+        accuracy = {"perplexity_increase": value}
+    if p95 is not None:
+        latency = {"inter_token_latency_ms": {"median": p95, "p95": p95, "p99": p95}}
+    return new_entry(described, accuracy=accuracy, latency=latency, estimate=estimate)
+
+
+CORPUS = {"name": "python-stdlib", "split": "validation", "tokens": 9, "bytes": 30}
+# As `evaluate` writes it on a computer, and `benchmark` on a device.
+ACCURACY = new_report(
+    [entry("a", "exact", 0.0), entry("b", "small", 0.02)],
+    corpus=CORPUS,
+    reference="exact",
+    budgets={"max_perplexity_increase": 0.03, "max_latency_ms": 9},
+    notes=["evaluated"],
+)
+SPEED = new_report(
+    [entry("b", p95=3.0), entry("a", p95=5.0)],
+    machine={"cpu": "a board's"},
+    budgets={"max_latency_ms": 4},
+    notes=["timed"],
+)
+
+
+@pytest.mark.parametrize("reports", [[ACCURACY, SPEED], [SPEED, ACCURACY]])
+def test_accuracy_and_speed_of_the_same_bytes_come_together(reports, tmp_path):
+    write_report(tmp_path / "report.json", join_reports(reports))
+    joined = read_report(tmp_path)
+    assert [one["name"] for one in joined["entries"]] == ["b.litertlm", "a.litertlm"]
+    for one in joined["entries"]:
+        assert one["accuracy"] and one["latency"]
+    assert joined["reference"] == "a.litertlm"
+    assert (joined["corpus"], joined["machine"]) == (CORPUS, SPEED["machine"])
+    assert sorted(joined["notes"]) == ["evaluated", "timed"]
+    budgets = {"max_perplexity_increase": 0.03, "max_size_mb": None}
+    last = reports[-1]["budgets"]["max_latency_ms"]
+    assert joined["budgets"] == {**budgets, "max_latency_ms": last}
+    assert recommend(joined, {"max_latency_ms": 4})["choice"] == "b.litertlm"
+    assert ACCURACY["entries"][0]["latency"] is None
+
+
+def test_speed_of_the_last_report_replaces_that_of_the_first():
+    whole = new_report(
+        [
+            entry("a", increase=0.0, p95=0.1, estimate={"latency_ms": 0.2}),
+            entry("b", increase=0.0, p95=0.1, estimate={"latency_ms": 0.2}),
+        ],
+        machine={"cpu": "a computer's"},
+    )
+    joined = join_reports([whole, new_report([entry("a", p95=7.0)])])
+    timed = entry_of(joined, "a.litertlm")
+    assert timed["latency"]["inter_token_latency_ms"]["p95"] == 7
+    other = entry_of(joined, "b.litertlm")
+    assert other["accuracy"] and other["latency"] is None
+    # An estimate is the other machine's, too.
+    assert timed["estimate"] is None and other["estimate"] is None
+    assert joined["machine"] is None
+    result = recommend(joined, {"max_latency_ms": 9})
+    assert result["choice"] == "a.litertlm"
+    assert result["ruled_out"][0]["constraint"] == "not measured"
+
+
+def test_a_file_that_two_engines_ran_has_one_accuracy_and_two_speeds():
+    speed = new_report([entry("a", "ours", p95=3.0), entry("a", "theirs", p95=6.0)])
+    joined = join_reports([ACCURACY, speed])
+    ours, theirs = (entry_of(joined, name) for name in ("ours", "theirs"))
+    assert ours["accuracy"] == theirs["accuracy"] == ACCURACY["entries"][0]["accuracy"]
+    assert ours["latency"] != theirs["latency"]
+    assert entry_of(joined, "small")["latency"] is None
+
+
+def test_where_nothing_was_timed_estimates_stay():
+    guess = {"latency_ms": 2.0}
+    joined = join_reports([ACCURACY, new_report([entry("b", estimate=guess)])])
+    assert entry_of(joined, "small")["estimate"] == guess
+    assert entry_of(joined, "exact")["estimate"] is None
+
+
+def test_different_files_of_one_name_are_refused():
+    with pytest.raises(InputError, match=r"'exact' for two that differ"):
+        join_reports([ACCURACY, new_report([entry("c", "exact", p95=3.0)])])
+
+
+def test_no_report_is_refused():
+    with pytest.raises(InputError, match="at least one"):
+        join_reports([])
