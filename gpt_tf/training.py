@@ -327,7 +327,7 @@ def _course_of(source, changes, what, role="model"):
         return read_run(source)
     if not model_file(source).is_file():
         raise InputError(
-            f"{what} expects a trained {role}. Received: {source}, where none is. "
+            f"{what} expects a trained {role}. Received: {source}; there is none. "
             "Name the folder that `gpt-tf train` wrote."
         )
     if "corpus" in changes:

@@ -656,7 +656,7 @@ def test_what_cannot_be_distilled_is_one_line(command, trained, tmp_path):
     for options, message in (
         ([], "expects a trained teacher"),
         (["--extract", tmp_path / "store"], "expects a trained teacher"),
-        (["--teacher", tmp_path], "where none is"),
+        (["--teacher", tmp_path], "there is none"),
         (["--teacher", trained.out / "model"], "without run.json"),
         ([*teacher, "--alpha", 3], "`alpha`"),
         ([*teacher, "--temperature", 0], "`temperature`"),
@@ -698,8 +698,8 @@ def test_what_cannot_be_quantised_is_one_line(command, trained, tmp_path):
     options = ("--model", tmp_path, "--out", tmp_path / "out")
     for more, message in (
         (["--method", "magic"], "`--method` expects"),
-        ([], "where none is"),
-        (["--corpus", "shakespeare"], "where none is"),
+        ([], "there is none"),
+        (["--corpus", "shakespeare"], "there is none"),
         (["--model", trained.out / "model"], "without run.json"),
     ):
         assert_one_line(command("quantize", *options, *more), message)
