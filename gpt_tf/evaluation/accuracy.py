@@ -24,7 +24,6 @@ for Machine Translation Evaluation", EMNLP 2004 (paired).
 import contextlib
 import functools
 import math
-import numbers
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import parsing, report
+from gpt_tf.evaluation.arguments import at_least, list_of_paths
 from gpt_tf.evaluation.held_out import (
     DEFAULT_CORPUS,
     HeldOutText,
@@ -657,14 +657,8 @@ def _check(subjects, reference, max_tokens, block_bytes, samples, seed):
         ("samples", samples, 1),
         ("seed", seed, 0),
     ):
-        if value is None and name in ("max_tokens", "block_bytes"):
-            continue
-        whole = isinstance(value, numbers.Integral)
-        if not whole or value < least:
-            kind = "" if whole else "a whole number, "
-            raise InputError(
-                f"`{name}` expects {kind}at least {least}. Received: {value!r}."
-            )
+        if value is not None or name not in ("max_tokens", "block_bytes"):
+            at_least(name, value, least)
 
 
 def _require_tokenizer(subject, name):
@@ -681,12 +675,7 @@ def _require_tokenizer(subject, name):
 
 def _names(paths, reference):
     """Return paths by names that differ, the reference first, and its name."""
-    if isinstance(paths, str | os.PathLike):
-        raise InputError(
-            f"`paths` expects a list of files. Received: one, {str(paths)!r}. Put it "
-            "in brackets."
-        )
-    paths = [Path(path) for path in paths]
+    paths = [Path(path) for path in list_of_paths(paths)]
     if reference is not None:
         reference = Path(reference)
         others = [path for path in paths if path.absolute() != reference.absolute()]

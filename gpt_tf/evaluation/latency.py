@@ -26,14 +26,13 @@ Reference: article 6.1, the assessment of real-time performance.
 import contextlib
 import importlib.util
 import json
-import numbers
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,7 @@ import numpy as np
 from gpt_tf import errors
 from gpt_tf.errors import InputError, WorkerFailedError
 from gpt_tf.evaluation import machine, report
+from gpt_tf.evaluation.arguments import all_at_least, at_least, list_of_paths
 from gpt_tf.evaluation.estimate import count_parameters
 from gpt_tf.evaluation.requests import (
     CONTEXT_TOKENS,
@@ -209,7 +209,7 @@ def compare_latencies(
     Example:
         >>> teacher, student = compare_latencies(["teacher.litertlm", "gpt.litertlm"])
     """
-    paths = _checked_paths(paths)
+    paths = list_of_paths(paths)
     engines = ["gpt_tf"] * len(paths) if engines is None else list(engines)
     if len(engines) != len(paths):
         raise InputError(
@@ -223,7 +223,7 @@ def compare_latencies(
         )
         for engine in engines
     ]
-    thread_counts = _check_all_least("thread_counts", thread_counts, 1)
+    thread_counts = all_at_least("thread_counts", thread_counts, 1)
     for path, engine in zip(paths, engines, strict=True):
         _check_engine(path, engine)
     described = described or describe_files(paths)
@@ -271,7 +271,7 @@ def describe_files(paths: Sequence[str | os.PathLike]) -> list[dict]:
     Raises:
         InputError, WorkerFailedError: As for `compare_latencies`.
     """
-    paths = _checked_paths(paths)
+    paths = list_of_paths(paths)
     found, _ = _in_process({"describe": paths}, ", ".join(paths))
     return found
 
@@ -308,7 +308,7 @@ def measure_files(
     """
     from gpt_tf.evaluation import subjects
 
-    paths = _checked_paths(paths)
+    paths = list_of_paths(paths)
     if engine not in (*ENGINES, "both"):
         raise InputError(
             f"`engine` expects gpt_tf, litert-lm or both. Received: {engine!r}."
@@ -322,7 +322,7 @@ def measure_files(
         *(repetitions, options.get("threads"), contexts or ()),
         *(options.get("requests", REQUESTS), "gpt_tf", rounds),
     )
-    _check_all_least("thread_counts", thread_counts or (), 1)
+    all_at_least("thread_counts", thread_counts or (), 1)
     engines_of = {path: [engine] for path in paths}
     if engine == "both":
         for path in paths:
@@ -383,14 +383,14 @@ def _checked_job(
     prompt_tokens, new_tokens, repetitions, threads, contexts, requests, engine, rounds
 ):
     """Return what a process is asked to do, after its numbers were checked."""
-    rounds = _check_least("rounds", rounds, 1)
-    prompt_tokens = _check_least("prompt_tokens", prompt_tokens, 1)
-    new_tokens = _check_least("new_tokens", new_tokens, 2)
-    repetitions = _check_least("repetitions", repetitions, 1)
+    rounds = at_least("rounds", rounds, 1)
+    prompt_tokens = at_least("prompt_tokens", prompt_tokens, 1)
+    new_tokens = at_least("new_tokens", new_tokens, 2)
+    repetitions = at_least("repetitions", repetitions, 1)
     if threads is not None:
-        threads = _check_least("threads", threads, 1)
-    contexts = _check_all_least("contexts", contexts, 1)
-    requests = _check_all_least("requests", requests, 1)
+        threads = at_least("threads", threads, 1)
+    contexts = all_at_least("contexts", contexts, 1)
+    requests = all_at_least("requests", requests, 1)
     if engine not in ENGINES:
         raise InputError(f"`engine` expects gpt_tf or litert-lm. Received: {engine!r}.")
     return {
@@ -403,37 +403,6 @@ def _checked_job(
         "requests": requests,
         "engine": engine,
     }
-
-
-def _check_least(name, value, least):
-    """Return a number as JSON takes it to another process, or refuse it."""
-    whole = isinstance(value, numbers.Integral)
-    if not whole or value < least:
-        kind = "" if whole else "a whole number, "
-        raise InputError(
-            f"`{name}` expects {kind}at least {least}. Received: {value!r}."
-        )
-    return int(value)
-
-
-def _check_all_least(name, values, least):
-    """Return several numbers, each once, or refuse them."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise InputError(
-            f"`{name}` expects a list of whole numbers. Received: {values!r}. Put it "
-            "in brackets."
-        )
-    return list(dict.fromkeys(_check_least(name, value, least) for value in values))
-
-
-def _checked_paths(paths):
-    """Return paths as texts, or refuse a single one, whose letters are no paths."""
-    if isinstance(paths, str | os.PathLike):
-        raise InputError(
-            f"`paths` expects a list of files. Received: one, {str(paths)!r}. Put it "
-            "in brackets."
-        )
-    return [str(path) for path in paths]
 
 
 def _check_room(job, context_length, name):
