@@ -281,10 +281,10 @@ class _Optimization:
         self.config = config
         self.out = out
         self.say = say  # takes lines for the user
-        self.scenario, self.prefer = wanted["scenario"], wanted["prefer"]
-        objective_of(self.scenario, self.prefer)  # refuses what there is not
-        own = scenario_of(self.scenario).budgets
+        objective_of(wanted["scenario"], wanted["prefer"])  # refuses what there is not
+        own = scenario_of(wanted["scenario"]).budgets
         self.budgets = Budgets.of(wanted["budgets"]).over(own)
+        self.wanted = {**wanted, "budgets": self.budgets}  # of the recommendation
         self.teacher = Path(config.model) if config.model else out / "runs" / "teacher"
         self.notes = []
         self.course = self._course()
@@ -440,9 +440,7 @@ class _Optimization:
             budgets={name: getattr(self.budgets, name) for name in reports.BUDGETS},
             reference=REFERENCE,
         )
-        report["recommendation"] = recommend(
-            report, self.budgets, self.scenario, self.prefer
-        )
+        report["recommendation"] = recommend(report, **self.wanted)
         self._keep_the_chosen(report["recommendation"], text)
         report["explanations"] = self._explain(report["recommendation"], text)
         report["stages"] = [done._asdict() for done in self.stages.done]

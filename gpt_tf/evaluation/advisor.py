@@ -110,11 +110,12 @@ def recommend(
 
     Reference: article 6.3.
     """
-    objective = objective_of(scenario, prefer)
+    wanted = objective_of(scenario, prefer)
     if budgets is None and scenario == "custom":
         budgets = report.get("budgets")
     limits = Budgets.of(budgets).over(scenario_of(scenario).budgets)
     given = limits.given()
+    objective = _resolved(wanted, given)
     candidates = candidates_of(report, concurrent=scenario == "server")
     shippable = [one for one in candidates if one.kind in _SHIPPABLE]
     fitting = [one for one in shippable if one.keeps(given)]
@@ -137,7 +138,7 @@ def recommend(
         "nearest_miss": None if fitting else _nearest_miss(shippable, given),
         "basis": "measured",
     }
-    rests_on = {KINDS[name].measure for name in given} | _weighed(objective, given)
+    rests_on = {KINDS[name].measure for name in given} | set(_weighed(objective))
     if fitting and any(map(fitting[0].is_estimate, rests_on)):
         result["basis"] = "partly estimated"
     return result
@@ -204,7 +205,6 @@ def _rank(candidate, objective, given):
 
 
 def _score(candidate, objective, given):
-    objective = _objective(objective, given)
     if objective in MEASURES:
         return (candidate.cost(objective),)
     if objective == "margin":
@@ -212,7 +212,7 @@ def _score(candidate, objective, given):
             (candidate.share(name, given[name]) for name in given), reverse=True
         )
         return (shares[0], sum(shares))
-    measures = _BALANCED[objective]
+    measures = _weighed(objective)
     if any(candidate.values[name] is None for name in measures):
         return (math.inf,)
     score = _PERPLEXITY_WEIGHT * math.log1p(candidate.values["accuracy"].number)
@@ -222,7 +222,7 @@ def _score(candidate, objective, given):
     return (score,)
 
 
-def _objective(objective, given):
+def _resolved(objective, given):
     """Resolve `"custom"`: what has no budget is made best."""
     if objective != "custom":
         return objective
@@ -234,12 +234,9 @@ def _objective(objective, given):
     return "margin"
 
 
-def _weighed(objective, given):
-    """Return the measures that an objective looks at; of room those of the budgets."""
-    objective = _objective(objective, given)
-    if objective == "margin":
-        return {KINDS[name].measure for name in given}
-    return set(_BALANCED.get(objective, (objective,)))
+def _weighed(objective):
+    """Return the measures that an objective looks at, but for those with a budget."""
+    return () if objective == "margin" else _BALANCED.get(objective, (objective,))
 
 
 def _dominated(fitting):
@@ -287,7 +284,7 @@ def _why(fitting, objective, given):
     )
     sentences = [f"{best.name} is {among} the budgets."]
     if count > 1:
-        sentences = [_objective_sentence(fitting, _objective(objective, given), given)]
+        sentences = [_objective_sentence(fitting, objective, given)]
     sentences += [_budget_sentence(best, name, given[name]) for name in given]
     limit = given.get("max_latency_ms")
     if limit and best.p99_ms and best.p99_ms > limit:
@@ -320,7 +317,7 @@ def _objective_sentence(fitting, objective, given):
             f"{best.name} leaves the most room in its tightest budget {among}: "
             f"it uses {significant(100 * share)} % of the {KINDS[name].what} budget."
         )
-    weighed = _BALANCED.get(objective, (objective,))
+    weighed = _weighed(objective)
     unknown = sum(any(one.values[m] is None for m in weighed) for one in fitting)
     if unknown == count:
         *others, last = (KINDS[BUDGET_OF[measure]].what for measure in weighed)
