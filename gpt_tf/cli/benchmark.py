@@ -64,8 +64,7 @@ def benchmark(
         print_baseline,
         print_latency,
     )
-    from gpt_tf.evaluation.report import write_report
-    from gpt_tf.files import check_writable
+    from gpt_tf.evaluation.report import place_of_report, write_report
 
     tokens = 16 if quick else 64
     sizes = {
@@ -75,10 +74,8 @@ def benchmark(
     if repetitions is None:
         repetitions = 10 if quick else REPETITIONS
     others = () if quick else None
-    if out is not None and (out.is_dir() or out.suffix != ".json"):
-        out = out / "report.json"
     if out is not None:
-        check_writable(out)
+        out = place_of_report(out)
     stored = None if baseline is None else read_baseline(baseline, **sizes)
     with TurnProgress() as progress:
         made = measure_files(

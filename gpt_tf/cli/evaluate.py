@@ -58,18 +58,15 @@ def evaluate(
     """Measure how well files predict text that they have not seen."""
     from gpt_tf.evaluation.accuracy import evaluate_files
     from gpt_tf.evaluation.held_out import is_run
-    from gpt_tf.evaluation.report import write_report
+    from gpt_tf.evaluation.report import place_of_report, write_report
     from gpt_tf.evaluation.subjects import is_keras
-    from gpt_tf.files import check_writable
 
     named = [*file, *([] if reference is None else [reference])]
     # A run's text is in tokens, which TensorFlow reads.
     if any(map(is_keras, named)) or any(map(is_run, corpus or ())):
         import_tensorflow()
-    if out is not None and (out.is_dir() or out.suffix != ".json"):
-        out = out / "report.json"
     if out is not None:
-        check_writable(out)
+        out = place_of_report(out)
     with _Bars() as bars:
         made = evaluate_files(
             file,

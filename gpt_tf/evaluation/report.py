@@ -172,6 +172,26 @@ def entry_of(report: dict, name: str) -> dict:
     raise InputError(f"The report has entries {names}. Received: {name!r}.")
 
 
+def place_of_report(out: str | os.PathLike) -> Path:
+    """Return the file of a report that is to be written, before work is done for it.
+
+    Args:
+        out: A name that ends in .json, or a folder, where it is `report.json`.
+
+    Raises:
+        InputError: It cannot be written there.
+
+    Example:
+        >>> place_of_report("runs/today")
+        PosixPath('runs/today/report.json')
+    """
+    out = Path(out)
+    if out.is_dir() or out.suffix != ".json":
+        out = out / "report.json"
+    files.check_writable(out)
+    return out
+
+
 def write_report(path: str | os.PathLike, report: dict) -> None:
     """Write report.json, whole or not at all.
 
@@ -299,7 +319,7 @@ def _last_with(part, reports):
 
 
 def _every_file(reports, accuracy, speed):
-    """Return an entry for each file, and of those that were timed one for each."""
+    """Return an entry for each file, or for each engine that it was timed with."""
     found = []
     for report in filter(None, (speed, accuracy, *reports)):
         known = {entry["sha256"] for entry in found}
