@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import types
 
 import tensorflow as tf
 import tf_keras as keras
@@ -10,16 +11,25 @@ from gpt_tf.distillation import losses, on_policy
 from gpt_tf.distillation.observe import outputs_of
 from gpt_tf.distillation.top_k import logits_from_sorted, logits_from_top_k
 from gpt_tf.errors import InputError
-from gpt_tf.models import operations, step
+from gpt_tf.models import operations
 from gpt_tf.models.language_model import (
-    NextTokenLoss,
-    TokenMetrics,
     TokenTraining,
     beside,
     check_language_model,
+    check_takes_logits,
     refuse_keras_3,
 )
+from gpt_tf.models.next_token import (
+    IGNORED,
+    NextTokenLoss,
+    Perplexity,
+    TokenAccuracy,
+    TokenMean,
+    counted,
+    token_weights,
+)
 
+_STORED = "teacher_log_probs"
 _NO_KNOWLEDGE = (
     "A Distiller without a teacher expects stored knowledge among its inputs. "
     "Received: none. Take the data from `KnowledgeStore.windows`, or pass `teacher=`."
@@ -36,8 +46,8 @@ class Distiller(TokenTraining, keras.Model):
 
         loss = alpha * student_loss + (1 - alpha) * distillation_loss
 
-    Each is a sum over the tokens of the global batch divided by the weight of all of
-    them, so replicas, micro-batches and padding change nothing. The teacher runs in
+    Each is a mean over the tokens of the global batch whose label counts, so replicas,
+    micro-batches and padding change nothing. The teacher runs in
     inference mode and is not trained; the student is an ordinary GPT, to generate
     from, save and export by itself.
 
@@ -79,6 +89,7 @@ class Distiller(TokenTraining, keras.Model):
         self.teacher = teacher
         self.student = student
         self.distillation_loss = None
+        self._has_measured = False
         self.vocab_size = student.vocab_size
         self.context_length = student.context_length
         self.built = True
@@ -106,7 +117,7 @@ class Distiller(TokenTraining, keras.Model):
         """Nothing: teacher and student are built."""
 
     def call(self, inputs, training=None):
-        return self.student(_tokens_of(inputs), training=training)
+        return self.student(self.tokens_of(inputs), training=training)
 
     # What is trained
 
@@ -133,6 +144,7 @@ class Distiller(TokenTraining, keras.Model):
         self,
         optimizer=None,
         metrics=None,
+        weighted_metrics=None,
         *,
         student_loss=None,
         distillation_loss=None,
@@ -148,6 +160,7 @@ class Distiller(TokenTraining, keras.Model):
         Args:
             optimizer: As for `GPTModel.compile`.
             metrics: As for `GPTModel.compile`, of the student's logits.
+            weighted_metrics: Likewise.
             student_loss: A tf_keras loss of labels `(B, T)` and logits `(B, T, V)`
                 that has a value per token. Default: `NextTokenLoss`.
             distillation_loss: A `DistillationLoss`, its name, a tf_keras loss of
@@ -169,14 +182,14 @@ class Distiller(TokenTraining, keras.Model):
         Reference: on-policy, Agarwal et al., "On-Policy Distillation of Language
         Models" (GKD), arXiv:2306.13649, algorithm 1.
         """
-        if "loss" in kwargs:
-            raise InputError(
-                "`Distiller.compile` expects `student_loss` and `distillation_loss`. "
-                "Received: `loss`. Name the one that is meant."
-            )
-        for role, loss in (("student_loss", student_loss), ("metrics", metrics)):
-            for value in tf.nest.flatten(loss):
-                refuse_keras_3(value, role)
+        for name in ("loss", "loss_weights"):
+            if name in kwargs:
+                raise InputError(
+                    "`Distiller.compile` expects `student_loss`, `distillation_loss` "
+                    f"and `alpha`. Received: `{name}`. Name the one that is meant."
+                )
+        refuse_keras_3(student_loss, "student_loss")
+        check_takes_logits(student_loss, "student_loss")
         _check_share("alpha", alpha)
         _check_share("on_policy_fraction", on_policy_fraction)
         losses.check_temperature(temperature)
@@ -200,7 +213,13 @@ class Distiller(TokenTraining, keras.Model):
         self.on_policy_fraction = float(on_policy_fraction)
         self.on_policy_prompt_length = on_policy_prompt_length
         self.on_policy_seed = int(on_policy_seed)
-        super().compile(optimizer, None, metrics, **kwargs)
+        super().compile(
+            optimizer, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs
+        )
+        with self.distribute_strategy.scope(), self.on_the_weights_device():
+            # In an object of no kind that Keras looks for weights in.
+            self._means = types.SimpleNamespace(by_name=_new_means())
+        self._has_measured = False
         if hasattr(self.student, "count_steps_of"):
             self.student.count_steps_of(self.optimizer)
 
@@ -208,7 +227,7 @@ class Distiller(TokenTraining, keras.Model):
         config = super().get_compile_config()
         if config is None:
             return None
-        config.pop("loss", None)
+        del config["loss"], config["loss_weights"]
         described = keras.saving.serialize_keras_object
         return {
             **config,
@@ -221,18 +240,40 @@ class Distiller(TokenTraining, keras.Model):
             "on_policy_seed": self.on_policy_seed,
         }
 
-    def prepare_fit(self, x, batch_size):
-        is_dataset = isinstance(x, tf.data.Dataset)
-        inputs = x.element_spec[0] if is_dataset else x
-        names = inputs if isinstance(inputs, dict) else ()
-        if self.teacher is None and "teacher_log_probs" not in names:
+    def _with_defaults(self, metrics, weighted_metrics):
+        return weighted_metrics or []  # the means know of the teacher, too
+
+    def check_data(self, method, x, y):
+        super().check_data(method, x, y)
+        spec = x.element_spec[0] if isinstance(x, tf.data.Dataset) else x
+        names = spec if isinstance(spec, dict) else ()
+        if method == "fit" and self.teacher is None and _STORED not in names:
             raise InputError(_NO_KNOWLEDGE)
-        tokens = _tokens_of(x)
-        if is_dataset and names:
-            tokens = x.map(lambda inputs, *others: inputs["tokens"])
+
+    def tokens_of(self, x):
+        return x["tokens"] if isinstance(x, dict) else super().tokens_of(x)
+
+    def prepare_fit(self, x, batch_size):
+        if isinstance(x, tf.data.Dataset):
+            tokens = x.map(lambda inputs, *others: self.tokens_of(inputs))
+        else:
+            tokens = self.tokens_of(x)
         return self.student.prepare_fit(tokens, batch_size)
 
-    # Keras: the steps
+    # Keras: the step
+
+    @property
+    def metrics(self):
+        # Those of Keras exist from the first batch on, and are then saved.
+        means = self._means.by_name.values() if self._has_measured else ()
+        return [*means, *super().metrics]
+
+    def unpack(self, data):
+        x, y, sample_weight = super().unpack(data)
+        x = x if isinstance(x, dict) else {"tokens": self.tokens_of(x)}
+        real = (_STORED, "labelled")
+        x = {k: tf.cast(v, tf.float32 if k in real else tf.int32) for k, v in x.items()}
+        return x, y, sample_weight
 
     def train_step(self, data):
         if self.on_policy_fraction:
@@ -241,14 +282,14 @@ class Distiller(TokenTraining, keras.Model):
 
     def _with_own_text(self, data):
         """Let the student write the batch, in a share of the steps."""
-        x, y, weights = self._unpack(data)
-        x = x if isinstance(x, dict) else {"tokens": x}
+        x, y, sample_weight = self.unpack(data)
         if set(x) != {"tokens"}:
             raise InputError(
                 "`on_policy_fraction` expects token ids as inputs, which a live "
                 f"teacher reads. Received: {sorted(x)}. Pass token ids, or 0."
             )
         tokens = x["tokens"]
+        weights = token_weights(y, sample_weight)
         length = tokens.shape[1]
         prompt = self._prompt_length(length or 0)
         if length is None or not 1 <= prompt < length:
@@ -263,9 +304,9 @@ class Distiller(TokenTraining, keras.Model):
 
         def own():
             written = self._compiled(self._write)(tokens, seed + apart)
-            is_written = tf.range(length) >= prompt - 1
-            ours = tf.where(weights > 0.0, 1.0, 0.0) * tf.cast(is_written, tf.float32)
-            return written[:, :-1], written[:, 1:], ours, tf.zeros_like(weights)
+            is_judged = (weights > 0.0) & (tf.range(length) >= prompt - 1)
+            y = tf.where(is_judged, written[:, 1:], IGNORED)
+            return written[:, :-1], y, tf.ones_like(weights), tf.zeros_like(weights)
 
         draw = tf.random.stateless_uniform([], seed)
         tokens, y, weights, labelled = tf.cond(
@@ -284,58 +325,67 @@ class Distiller(TokenTraining, keras.Model):
     def _prompt_length(self, length):
         return self.on_policy_prompt_length or max(1, length // 4)
 
-    def cast_inputs(self, x):
-        if not isinstance(x, dict):
-            return tf.cast(x, tf.int32)
-        real = ("teacher_log_probs", "labelled")
-        return {
-            key: tf.cast(value, tf.float32 if key in real else tf.int32)
-            for key, value in x.items()
-        }
+    def observing(self, rows):
+        return self.student.observing(rows)
 
-    def take_maxima(self, maxima):
-        if maxima:
-            self.student.take_maxima(maxima)
+    @property
+    def observed_shape(self):
+        return self.student.observed_shape
 
-    def sums_of(self, part, training):
-        inputs, labels, weights = part
-        tokens = _tokens_of(inputs)
+    def take_observed(self, observed):
+        self.student.take_observed(observed)
+
+    def loss_of(self, x, y, sample_weight, training):
+        if training and self.teacher is None and _STORED not in x:
+            raise InputError(_NO_KNOWLEDGE)
         wants = self.distillation_loss.wants
+        student = outputs_of(self.student, x["tokens"], wants, training)
+        return self.compute_loss(x, y, student, sample_weight), student.logits
 
-        def forward(tokens):
-            return outputs_of(self.student, tokens, wants, training)
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        """Compute the loss of a batch, and take the means that are reported.
 
-        maxima = ()
-        if training:
-            student, maxima = self.student.call_and_observe(tokens, weights, forward)
-        else:
-            student = forward(tokens)
-        teacher, known = self._teacher_outputs(inputs, student, wants, training)
-        labelled = weights
-        if isinstance(inputs, dict) and "labelled" in inputs:
-            labelled = weights * inputs["labelled"]
-        hard = self._hard_losses(labels, student.logits)
+        Args:
+            x: A dict of inputs, as for a call.
+            y: Labels `(B, T)`, int32.
+            y_pred: The student's `Outputs`, or its logits.
+            sample_weight: As for `keras.Model.fit`.
+        """
+        student = (
+            y_pred if isinstance(y_pred, losses.Outputs) else losses.Outputs(y_pred)
+        )
+        teacher, known = self._teacher_outputs(x, student)
+        count = tf.reduce_sum(tf.cast(counted(y), tf.float32))
+        weights = token_weights(y, sample_weight)
+        labelled, known = weights * x.get("labelled", 1.0), weights * known
+        labels = tf.where(counted(y), y, tf.zeros_like(y))
+        hard = _weighted_sum(self._hard_losses(labels, student.logits), labelled)
         soft = self.distillation_loss(teacher, student, self.temperature)
-        student_sum = _weighted_sum(hard, labelled)
-        distillation_sum = _weighted_sum(soft, weights * known)
-        total = self.alpha * student_sum + (1.0 - self.alpha) * distillation_sum
-        cross_entropy, correct, labelled_weight = operations.token_sums(
+        soft = _weighted_sum(soft, known)
+        total = self.alpha * hard + (1.0 - self.alpha) * soft
+        loss = tf.math.divide_no_nan(total, count)
+        if self.student.losses:
+            loss += tf.add_n(self.student.losses)
+        cross_entropy, correct, weight = operations.token_sums(
             tf.stop_gradient(student.logits), labels, labelled
         )
-        agreement, divergence = _nearness(inputs, teacher.logits, student.logits)
-        sums = (
-            total,
-            student_sum,
-            distillation_sum,
-            cross_entropy,
-            correct,
-            _weighted_sum(agreement, weights * known),
-            _weighted_sum(divergence, weights * known),
-            tf.reduce_sum(weights),
-            labelled_weight,
-            tf.reduce_sum(weights * known),
-        )
-        return sums, maxima, student.logits
+        agreement, divergence = _nearness(x, teacher.logits, student.logits)
+        sums = {
+            "loss": (loss * count, count),
+            "perplexity": (cross_entropy, weight),
+            "token_accuracy": (correct, weight),
+            "student_loss": (hard, weight),
+            "distillation_loss": (soft, tf.reduce_sum(known)),
+            "teacher_agreement": (
+                _weighted_sum(agreement, known),
+                tf.reduce_sum(known),
+            ),
+            "kl_divergence": (_weighted_sum(divergence, known), tf.reduce_sum(known)),
+        }
+        for name, mean in self._means.by_name.items():
+            mean.add(*sums[name])
+        self._has_measured = True
+        return loss / self.distribute_strategy.num_replicas_in_sync
 
     def _hard_losses(self, labels, logits):
         found = self.student_loss.call(labels, logits)
@@ -347,15 +397,14 @@ class Distiller(TokenTraining, keras.Model):
             )
         return tf.cast(found, tf.float32)
 
-    def _teacher_outputs(self, inputs, student, wants, training):
+    def _teacher_outputs(self, x, student):
         """Return what the teacher says, and where it says something, `(B, T)`."""
         everywhere = tf.ones(tf.shape(student.logits)[:2])
-        given = inputs if isinstance(inputs, dict) else {}
-        if "teacher_log_probs" in given:
-            log_probs = given["teacher_log_probs"]
-            if "teacher_ids" in given:
+        if _STORED in x:
+            log_probs = x[_STORED]
+            if "teacher_ids" in x:
                 own = tf.stop_gradient(student.logits)
-                logits = logits_from_top_k(given["teacher_ids"], log_probs, own)
+                logits = logits_from_top_k(x["teacher_ids"], log_probs, own)
             elif self.distillation_loss.across_vocabularies:
                 logits = logits_from_sorted(log_probs, self.vocab_size)
             else:
@@ -366,78 +415,37 @@ class Distiller(TokenTraining, keras.Model):
                 )
             known = tf.cast(log_probs[..., -1] < -1e-6, tf.float32)
             return losses.Outputs(logits), known
-        if self.teacher is None and not training:
-            # Whoever validates without the teacher learns the student's own loss.
-            return losses.Outputs(tf.stop_gradient(student.logits)), 0.0 * everywhere
         if self.teacher is None:
-            raise InputError(_NO_KNOWLEDGE)
-        if "teacher_tokens" not in given:
-            found = outputs_of(self.teacher, _tokens_of(inputs), wants)
+            # Validation without the teacher tells the student's own loss.
+            return losses.Outputs(tf.stop_gradient(student.logits)), 0.0 * everywhere
+        if "teacher_tokens" not in x:
+            found = outputs_of(self.teacher, x["tokens"], self.distillation_loss.wants)
             return tf.nest.map_structure(tf.stop_gradient, found), everywhere
-        positions = given["teacher_positions"]  # (B, T)
-        found = outputs_of(self.teacher, given["teacher_tokens"], ("logits",))
+        positions = x["teacher_positions"]  # (B, T)
+        found = outputs_of(self.teacher, x["teacher_tokens"], ("logits",))
         logits = tf.gather(found.logits, tf.maximum(positions, 0), batch_dims=1)
         known = tf.cast(positions >= 0, tf.float32)
         return losses.Outputs(tf.stop_gradient(logits)), known
 
-    def new_token_metrics(self):
-        return DistillationMetrics()
+
+def _new_means():
+    """Make the means that a Distiller reports, by their names."""
+    means = [Perplexity(), TokenAccuracy()]
+    for name in ("student_loss", "distillation_loss", "teacher_agreement"):
+        means.append(TokenMean(name=name))
+    means = [TokenMean(name="loss"), *means, TokenMean(name="kl_divergence")]
+    return {mean.name: mean for mean in means}
 
 
-class DistillationMetrics(TokenMetrics):
-    """The metrics of a Distiller, from its sums over tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.student_loss = keras.metrics.Mean(name="student_loss")
-        self.distillation_loss = keras.metrics.Mean(name="distillation_loss")
-        self.agreement = keras.metrics.Mean(name="teacher_agreement")
-        self.divergence = keras.metrics.Mean(name="kl_divergence")
-        self.all = (
-            *self.all,
-            self.student_loss,
-            self.distillation_loss,
-            self.agreement,
-            self.divergence,
-        )
-
-    def update(
-        self,
-        total,
-        student,
-        distillation,
-        cross_entropy,
-        correct,
-        agreement,
-        divergence,
-        weight,
-        labelled,
-        known,
-    ):
-        """Take the sums of a batch, over all replicas."""
-        for metric, value, weight_of_all in (
-            (self.loss, total, weight),
-            (self.student_loss, student, labelled),
-            (self.distillation_loss, distillation, known),
-            (self.perplexity, cross_entropy, labelled),
-            (self.accuracy, correct, labelled),
-            (self.agreement, agreement, known),
-            (self.divergence, divergence, known),
-        ):
-            mean = step.mean_of(value, weight_of_all)
-            metric.update_state(mean, sample_weight=weight_of_all)
-
-
-def _nearness(inputs, teacher_logits, student_logits):
-    """Return equal likeliest tokens and KL divergence in nats, each `(B, T)`.
+def _nearness(x, teacher_logits, student_logits):
+    """Return whether the top-1 tokens are equal, and the KL divergence, each `(B, T)`.
 
     Where the teacher's probabilities are not of the student's own tokens neither has
     a meaning; both are then 0.
     """
-    given = inputs if isinstance(inputs, dict) else {}
-    ranks = "teacher_log_probs" in given and "teacher_ids" not in given
+    ranks = _STORED in x and "teacher_ids" not in x
     other = teacher_logits.shape[-1] != student_logits.shape[-1]
-    if other or ranks or "teacher_tokens" in given:
+    if other or ranks or "teacher_tokens" in x:
         nothing = tf.zeros(tf.shape(student_logits)[:2])
         return nothing, nothing
     teacher_logits, student_logits = map(
@@ -450,10 +458,6 @@ def _nearness(inputs, teacher_logits, student_logits):
 def _weighted_sum(values, weights):
     # A token of weight 0 may have any loss, infinities included.
     return tf.reduce_sum(tf.where(weights > 0.0, values * weights, 0.0))
-
-
-def _tokens_of(inputs):
-    return inputs["tokens"] if isinstance(inputs, dict) else inputs
 
 
 def shape_of(model):

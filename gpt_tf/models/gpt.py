@@ -1,16 +1,16 @@
 """GPTModel: GPT-2's architecture as a Keras model that needs no preparation."""
 
+import inspect
 import numbers
 
+import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError
 from gpt_tf.models import placement
 from gpt_tf.models.language_model import (
     LanguageModel,
-    NextTokenLoss,  # noqa: F401 - a part of this module's interface
-    Perplexity,  # noqa: F401
-    refuse_keras_3,  # noqa: F401
+    refuse_keras_3,  # noqa: F401 - a part of this module's interface
 )
 from gpt_tf.models.layers import (
     LanguageModelHead,
@@ -18,6 +18,7 @@ from gpt_tf.models.layers import (
     TokenAndPositionEmbedding,
     TransformerBlock,
 )
+from gpt_tf.models.next_token import NextTokenLoss, Perplexity  # noqa: F401
 
 CUSTOM_OBJECTS = {
     layer.__name__: layer
@@ -157,20 +158,22 @@ class GPTModel(LanguageModel):
         if self.plan.is_divided:
             self.plan.compile(self)
 
-    def differentiate(self, batch, scale):
-        if self.plan.is_divided:
-            return self.plan.differentiate(self, batch, scale)
-        return super().differentiate(batch, scale)
+    compile.__signature__ = inspect.signature(LanguageModel.compile)
 
-    def measure(self, batch):
+    def train_step(self, data):
         if self.plan.is_divided:
-            return self.plan.measure(self, batch)
-        return super().measure(batch)
+            return self.plan.train_step(self, *self.unpack(data))
+        return super().train_step(data)
+
+    def test_step(self, data):
+        if self.plan.is_divided:
+            return self.plan.test_step(self, *self.unpack(data))
+        return super().test_step(data)
 
     def predict_step(self, data):
         if self.plan.is_divided:
             tokens, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-            return self.plan.logits(self, self.cast_inputs(tokens))
+            return self.plan.logits(self, tf.cast(self.tokens_of(tokens), tf.int32))
         return super().predict_step(data)
 
     # Configuration
@@ -212,6 +215,10 @@ class GPTModel(LanguageModel):
         from gpt_tf.models import interop
 
         return interop.from_huggingface(folder, **kwargs)
+
+
+# HDF5 files and `to_json` name a model by its plain class.
+keras.saving.get_custom_objects()["GPTModel"] = GPTModel
 
 
 def _positive(name, value):

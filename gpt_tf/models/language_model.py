@@ -1,85 +1,97 @@
 """How a language model is compiled, trained and measured, whatever it is made of.
 
-`GPTModel` and the model that quantisation makes of it have these steps in common:
-the loss and the metrics are sums over tokens, added up over micro-batches and
-replicas, and XLA compiles the forward and the backward pass.
+The step is Keras's own: the loss and the metrics are ordinary Keras objects, computed
+by `compute_loss` and `compute_metrics`. What is added here: defaults for `compile`,
+checks of the token ids, XLA around the forward and the backward pass, and gradient
+accumulation.
 """
 
 import contextlib
+import functools
+import inspect
+import re
+import warnings
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
+from tensorflow.python.framework import kernels
 
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import operations, step
+from gpt_tf.models.next_token import (
+    IGNORED,
+    NextTokenLoss,
+    Perplexity,
+    TokenAccuracy,
+    counted,
+    token_weights,
+)
 from gpt_tf.models.optimizer import AdamW
 
-
-@keras.saving.register_keras_serializable(package="gpt_tf")
-class NextTokenLoss(keras.losses.Loss):
-    """Cross-entropy of the next token in nats, averaged over the tokens that count.
-
-    `GPTModel` recognises this loss and computes it as a sum over the global batch
-    divided by the sum of its weights. By itself it is the mean over the batch that
-    it is given.
-
-    Call arguments:
-        y_true: Token ids `(B, T)`.
-        y_pred: Logits `(B, T, V)`.
-        sample_weight: `(B, T)` or `(B,)`, at least 0; None counts every token.
-    """
-
-    def __init__(self, name="next_token_loss", **kwargs):
-        kwargs.pop("reduction", None)
-        super().__init__(name=name, reduction=keras.losses.Reduction.NONE, **kwargs)
-
-    def __call__(self, y_true, y_pred, sample_weight=None):
-        weights = token_weights(y_true, sample_weight)
-        total, _, weight = operations.token_sums(
-            y_pred, tf.cast(y_true, tf.int32), weights
-        )
-        return step.mean_of(total, weight)
-
-    def call(self, y_true, y_pred):
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(
-            tf.cast(y_true, tf.int32), tf.cast(y_pred, tf.float32)
-        )
+_OWN_METRICS = (Perplexity, TokenAccuracy)
+_OF_PROBABILITIES = (
+    "binary_crossentropy",
+    "binary_focal_crossentropy",
+    "categorical_crossentropy",
+    "categorical_focal_crossentropy",
+    "crossentropy",
+    "kl_divergence",
+    "sparse_categorical_crossentropy",
+)
+_BAD_IDS = "gpt_tf: "
 
 
-def token_weights(labels, sample_weight=None):
-    """Return a float32 weight per label, `(B, T)`, from `(B, T)`, `(B,)` or None."""
-    if sample_weight is None:
-        return tf.ones(tf.shape(labels), tf.float32)
-    weights = tf.cast(sample_weight, tf.float32)
-    if weights.shape.rank == 1:
-        weights = weights[:, tf.newaxis]
-    return tf.broadcast_to(weights, tf.shape(labels))
+class XlaNotice(UserWarning):
+    """XLA was switched off, since it cannot compile a training step."""
+
+
+def _prepared(name):
+    """Return a method of `keras.Model` that checks its data, and compiles, first."""
+    theirs = getattr(keras.Model, name)
+    signature = inspect.signature(theirs)
+
+    @functools.wraps(theirs)
+    def method(self, *args, **kwargs):
+        given = signature.bind(self, *args, **kwargs)
+        self._prepare(name, given.arguments)
+        try:
+            return theirs(*given.args, **given.kwargs)
+        except tf.errors.InvalidArgumentError as error:
+            found = re.search(f"{_BAD_IDS}([^\\]'\"]*)", str(error))
+            if found is None:
+                raise
+            raise InputError(found[1].strip()) from None
+
+    return method
 
 
 class TokenTraining:
     """What a Keras model from token ids `(B, T)` to logits `(B, T, V)` trains with.
 
-    Stands before `keras.Model` among the bases of a class. `fit` works without a
-    `compile` before it. The model has the attribute `vocab_size`. One that wants to
-    observe its activations while it trains, as quantisation does, overrides
-    `call_and_observe` and `take_maxima`; one that learns from more than the labels,
-    `sums_of` and `new_token_metrics`.
+    Stands before `keras.Model` among the bases of a class. `fit`, `evaluate`,
+    `train_on_batch` and `test_on_batch` are Keras's, and work without a `compile`
+    before them. The model has the attribute `vocab_size`. One that wants to observe
+    its activations while it trains, as quantisation does, overrides `observing` and
+    `take_observed`.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._step_functions = {}
+    observed_shape = (0,)
 
-    # Keras: compile and fit
+    # compile
 
     def compile(
         self,
         optimizer=None,
         loss=None,
         metrics=None,
+        loss_weights=None,
+        weighted_metrics=None,
+        run_eagerly=None,
+        steps_per_execution=None,
+        jit_compile=None,
+        pss_evaluation_shards=0,
         *,
-        jit_compile="auto",
         gradient_accumulation_steps=1,
         **kwargs,
     ):
@@ -87,298 +99,427 @@ class TokenTraining:
 
         Args:
             optimizer: A tf_keras optimiser or its name. Default: AdamW at 3e-4.
-            loss: A tf_keras loss. Default: `NextTokenLoss`, averaged over the
-                tokens of the global batch, with perplexity and token accuracy.
-            metrics: More metrics, of labels `(B, T)` and logits `(B, T, V)`. With
-                gradient accumulation they are reported for validation only: the
-                logits of a whole training batch are never together in memory.
-            jit_compile: Whether XLA compiles the forward and backward pass.
-                `"auto"`: yes, except on TPUs, where it is always so.
+            loss: A tf_keras loss of labels and logits. Default: `NextTokenLoss`, with
+                perplexity and token accuracy among the weighted metrics.
+            metrics: As for `keras.Model.compile`.
+            loss_weights: As for `keras.Model.compile`.
+            weighted_metrics: As for `keras.Model.compile`.
+            run_eagerly: As for `keras.Model.compile`.
+            steps_per_execution: As for `keras.Model.compile`.
+            jit_compile: Whether XLA compiles the forward and backward pass. None or
+                `"auto"`: yes, but not on TPUs, where it is always so, nor where it
+                cannot compile the loss or the model.
+            pss_evaluation_shards: As for `keras.Model.compile`.
             gradient_accumulation_steps: Number of equal parts in which a batch is
-                computed, one after the other, before the one update.
+                computed, one after the other, before the one update; the next larger
+                number where it does not divide a batch.
             **kwargs: As for `keras.Model.compile`.
 
         Raises:
+            InputError: A loss or a metric takes probabilities, or is summed up over a
+                batch that is computed in parts.
             InputTypeError: A Keras 3 object was handed in.
         """
-        for role, value in (("optimizer", optimizer), ("loss", loss)):
-            refuse_keras_3(value, role)
-        for metric in tf.nest.flatten(metrics):
-            refuse_keras_3(metric, "metrics")
-        if gradient_accumulation_steps < 1:
+        for role, value in (
+            ("optimizer", optimizer),
+            ("loss", loss),
+            ("metrics", metrics),
+            ("weighted_metrics", weighted_metrics),
+        ):
+            for part in tf.nest.flatten(value):
+                refuse_keras_3(part, role)
+                if role != "optimizer":
+                    check_takes_logits(part, role)
+        steps = gradient_accumulation_steps
+        if not isinstance(steps, int) or steps < 1:
             raise InputError(
                 "`gradient_accumulation_steps` expects an integer of at least 1. "
-                f"Received: {gradient_accumulation_steps}."
+                f"Received: {steps!r}."
             )
-        if jit_compile == "auto" or jit_compile is None:
-            jit_compile = not tf.config.list_logical_devices("TPU")
+        self.gradient_accumulation_steps = steps
+        self._wanted_jit_compile = jit_compile
         self._use_xla = bool(jit_compile)
-        self.gradient_accumulation_steps = int(gradient_accumulation_steps)
-        self._step_functions = {}
-        loss = NextTokenLoss() if loss is None else loss
-        self._sums_tokens = isinstance(loss, NextTokenLoss)
-        # Keras would otherwise remark that the weights meet no weighted metric.
-        kwargs.setdefault("weighted_metrics", [])
-        super().compile(
-            optimizer=AdamW() if optimizer is None else optimizer,
-            loss=loss,
-            metrics=metrics,
-            jit_compile=False if self._sums_tokens else self._use_xla,
-            **kwargs,
-        )
-        self._token_metrics = self.new_token_metrics() if self._sums_tokens else None
-        # Every replica reports the whole batch: several workers' are not to be added.
-        self.distribute_reduction_method = "first" if self._sums_tokens else "auto"
+        if jit_compile in (None, "auto"):
+            self._use_xla = not tf.config.list_logical_devices("TPU")
+        self.__dict__["_step_functions"] = {}
+        # Keras compiles whole steps, and with them the update of all replicas. That is
+        # left for a `train_step` of the user's own.
+        is_ours = type(self).train_step.__module__.startswith("gpt_tf.")
+        theirs = jit_compile is True and (not is_ours or bool(run_eagerly))
+        with self.distribute_strategy.scope(), self.on_the_weights_device():
+            loss = NextTokenLoss() if loss is None else loss
+            self._averages_tokens = isinstance(loss, NextTokenLoss)
+            if steps > 1:
+                _check_is_a_mean(loss)
+            super().compile(
+                optimizer=AdamW() if optimizer is None else optimizer,
+                loss=loss,
+                metrics=metrics,
+                loss_weights=loss_weights,
+                weighted_metrics=self._with_defaults(metrics, weighted_metrics),
+                run_eagerly=run_eagerly,
+                steps_per_execution=steps_per_execution,
+                jit_compile=theirs,
+                pss_evaluation_shards=pss_evaluation_shards,
+                **kwargs,
+            )
+        if is_ours:
+            # Metrics tell the same of all replicas: several workers' are not to be
+            # added.
+            self.distribute_reduction_method = "first"
+
+    def _with_defaults(self, metrics, weighted_metrics):
+        """Return the weighted metrics with those of the default loss before them."""
+        weighted = tf.nest.flatten(weighted_metrics) if weighted_metrics else []
+        if not self._averages_tokens:
+            # An empty list keeps Keras from remarking that weights meet no metric.
+            return weighted_metrics or []
+        given = [getattr(m, "name", m) for m in [*tf.nest.flatten(metrics), *weighted]]
+        ours = [kind() for kind in _OWN_METRICS]
+        return [*(metric for metric in ours if metric.name not in given), *weighted]
+
+    def on_the_weights_device(self):
+        """Return a context for what goes with the weights, if one device has them."""
+        devices = {variable.device for variable in self.weights}
+        one = len(devices) == 1 and self.distribute_strategy.num_replicas_in_sync == 1
+        return tf.device(devices.pop()) if one else contextlib.nullcontext()
 
     def get_compile_config(self):
-        if not self._is_compiled:
-            return None
-        config = super().get_compile_config() or {}
-        kept = ("optimizer", "loss", "metrics", "weighted_metrics")
-        return {
-            **{key: config[key] for key in kept if key in config},
-            "jit_compile": self._use_xla,
+        config = super().get_compile_config()
+        return config and {
+            **config,
+            "jit_compile": self._wanted_jit_compile,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
         }
 
     def compile_from_config(self, config):
-        config = keras.saving.deserialize_keras_object(config)
-        self.compile(**config)
-        self.optimizer.build(self.trainable_variables)
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if isinstance(self.optimizer, keras.optimizers.Optimizer) and self.built:
+            self.optimizer.build(self.trainable_variables)
 
-    def fit(self, x=None, y=None, **kwargs):
-        """Train, as `keras.Model.fit`; compiles with the defaults where needed.
+    @property
+    def uses_xla(self):
+        """Whether XLA compiles the steps; known after `compile`."""
+        return self._use_xla and not self.run_eagerly
 
-        Args:
-            x: Token ids `(N, T)`, or a `tf.data.Dataset` of (inputs, labels) or
-                (inputs, labels, sample_weight).
-            y: The next tokens `(N, T)`; not with a dataset.
-            **kwargs: As for `keras.Model.fit`.
+    @property
+    def jit_compile(self):
+        """Whether XLA compiles Keras's steps whole; set it to change `uses_xla`."""
+        return self._jit_compile
+
+    @jit_compile.setter
+    def jit_compile(self, value):
+        self._wanted_jit_compile, self._use_xla = value, bool(value)
+        self.__dict__["_step_functions"] = {}
+        self._reset_compile_cache()
+
+    # fit, evaluate: Keras's, after a look at what they were given
+
+    fit = _prepared("fit")
+    evaluate = _prepared("evaluate")
+    train_on_batch = _prepared("train_on_batch")
+    test_on_batch = _prepared("test_on_batch")
+
+    def _prepare(self, method, given):
+        """Check and complete the arguments of a method of Keras's, a dict."""
+        for callback in tf.nest.flatten(given.get("callbacks")):
+            refuse_keras_3(callback, "callbacks")
+        if given.get("class_weight") is not None:
+            raise InputError(
+                f"`{method}` of a language model expects `sample_weight`. Received: "
+                "`class_weight`, for which Keras takes labels (B, T) for one-hot rows. "
+                "Pass `sample_weight=weights[labels]`, weights a NumPy array (V,)."
+            )
+        for role in ("x", "y"):
+            if role in given:
+                given[role] = _as_arrays(given[role])
+        self.check_data(method, given.get("x"), given.get("y"))
+        if not self._is_compiled:
+            self.compile()
+        if method == "fit":
+            callbacks = self.prepare_fit(given.get("x"), given.get("batch_size") or 32)
+            if callbacks:
+                before = tf.nest.flatten(given.get("callbacks") or [])
+                given["callbacks"] = [*before, *callbacks]
+
+    def check_data(self, method, x, y):
+        """Refuse data that cannot be token ids and labels, before it is read.
 
         Raises:
-            InputError: An id in an array is not below `vocab_size`.
-            InputTypeError: A Keras 3 callback was handed in.
+            InputError: Inputs without labels, or of another shape or type.
         """
-        self._check_labels(x, y)
-        self._prepare(x, y, kwargs.get("callbacks"))
-        callbacks = self.prepare_fit(x, kwargs.get("batch_size") or 32)
-        if callbacks:
-            given = tf.nest.flatten(kwargs.pop("callbacks", None) or [])
-            kwargs["callbacks"] = [*given, *callbacks]
-        return super().fit(x, y, **kwargs)
+        if isinstance(x, tf.data.Dataset):
+            spec = x.element_spec if isinstance(x.element_spec, tuple) else ()
+            x, y = (*spec, None, None)[:2]
+        if not tf.nest.flatten(x) or not hasattr(tf.nest.flatten(x)[0], "shape"):
+            return  # a generator, for one: its batches are seen in the step
+        _check_there_are_labels(method, y)
+        check_shape_of_ids(self.tokens_of(x), "inputs")
+
+    def tokens_of(self, x):
+        """Return the token ids `(B, T)` among the inputs."""
+        return tf.nest.flatten(x)[0]
 
     def prepare_fit(self, x, batch_size):
         """Do what has to be done before weights move; return callbacks to add."""
         return []
 
-    def evaluate(self, x=None, y=None, **kwargs):
-        """Measure, as `keras.Model.evaluate`; compiles with the defaults if needed."""
-        self._prepare(x, y, kwargs.get("callbacks"))
-        return super().evaluate(x, y, **kwargs)
-
-    def _prepare(self, x, y, callbacks):
-        for callback in tf.nest.flatten(callbacks):
-            refuse_keras_3(callback, "callbacks")
-        for role, ids in (("inputs", x), ("labels", y)):
-            self._check_ids(ids, role)
-        if not self._is_compiled:
-            with self.distribute_strategy.scope():
-                self.compile()
-
-    @staticmethod
-    def _check_labels(x, y):
-        if y is None and isinstance(x, (list, np.ndarray, tf.Tensor)):
-            raise InputError(
-                "`fit` expects labels, the next tokens (B, T). Received: inputs only. "
-                "Pass `fit(inputs, labels)` or a dataset of (inputs, labels)."
-            )
-
-    def _check_ids(self, ids, role):
-        if isinstance(ids, list) and ids and not hasattr(ids[0], "dtype"):
-            ids = np.asarray(ids)
-        if not isinstance(ids, (np.ndarray, tf.Tensor)) or not np.size(ids):
-            return
-        ids = np.asarray(ids)
-        if ids.dtype.kind not in "iuf" or ids.ndim != 2:
-            raise InputError(
-                f"The {role} of a GPTModel are token ids (B, T). "
-                f"Received: {ids.dtype} {ids.shape}. "
-                "Encode text with a tokenizer and cut it into windows first."
-            )
-        low, high = ids.min(), ids.max()
-        if low < 0 or high >= self.vocab_size:
-            raise InputError(
-                f"The {role} expect token ids from 0 to {self.vocab_size - 1}. "
-                f"Received: ids from {low} to {high}. "
-                "Use the tokenizer that the model was built for."
-            )
-
-    # Keras: the steps
-
-    @property
-    def uses_xla(self):
-        """Whether XLA compiles the steps; known after `compile`."""
-        return self._use_xla
-
-    @property
-    def sums_tokens(self):
-        """Whether the loss is a sum over tokens; known after `compile`."""
-        return self._sums_tokens
-
-    @property
-    def metrics(self):
-        if not self._is_compiled or not self._sums_tokens:
-            return super().metrics
-        added = [metric for metric in super().metrics if metric.name != "loss"]
-        return [*self._token_metrics.all, *added]
+    # The step
 
     def train_step(self, data):
-        if not self._sums_tokens:
-            return super().train_step(data)
-        batch = self._unpack(data)
-        # The mean is over all tokens of the global batch; their weight is known
-        # before the forward pass, so the gradients need no pass of their own.
-        weight = step.add_over_replicas(tf.reduce_sum(batch[2]))
-        scale = self._loss_scale() * tf.math.reciprocal_no_nan(weight)
-        sums, gradients, maxima, logits = self.differentiate(batch, scale)
-        sums, gradients = step.add_over_replicas((sums, gradients))
-        self.take_maxima(maxima)
-        self.optimizer.apply_gradients(
-            # A LossScaleOptimizer divides by its scale itself.
-            list(zip(gradients, self.trainable_variables, strict=True)),
-            skip_gradients_aggregation=True,
+        x, y, sample_weight = self.unpack(data)
+        differentiate = self._compiled(self.differentiate)
+        gradients, observed, y_pred = differentiate(
+            x, y, sample_weight, self._share_of_replica(y)
         )
-        return self._report(sums, batch, logits)
+        self.take_observed(observed)
+        pairs = zip(gradients, self.trainable_variables, strict=True)
+        self.optimizer.apply_gradients(list(pairs))
+        return self._report(x, y, y_pred, sample_weight)
 
     def test_step(self, data):
-        if not self._sums_tokens:
-            return super().test_step(data)
-        batch = self._unpack(data)
-        sums, logits = self.measure(batch)
-        return self._report(step.add_over_replicas(sums), batch, logits)
+        x, y, sample_weight = self.unpack(data)
+        y_pred = self._compiled(self.measure)(x, y, sample_weight)
+        return self._report(x, y, y_pred, sample_weight)
 
-    def _unpack(self, data):
+    def unpack(self, data):
+        """Return inputs, labels and weights once their ids are known to be good."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if y is None:
-            raise InputError(
-                "Training expects labels beside the inputs: the next tokens (B, T). "
-                "Received: inputs only. Pass `fit(inputs, labels)` or a dataset of "
-                "(inputs, labels)."
-            )
-        return (
-            self.cast_inputs(x),
-            tf.cast(y, tf.int32),
-            token_weights(y, sample_weight),
-        )
+        _check_there_are_labels("fit", y)
+        tokens = self.tokens_of(x)
+        check_shape_of_ids(tokens, "inputs")
+        checks = [check_range(tokens, self.vocab_size, "inputs")]
+        if self._averages_tokens:
+            (labels,) = tf.nest.flatten(y)
+            checks.append(check_range(labels, self.vocab_size, "labels", IGNORED))
+            y = tf.nest.map_structure(lambda labels: tf.cast(labels, tf.int32), y)
+        with tf.control_dependencies(checks):
+            x, y = tf.nest.map_structure(tf.identity, (x, y))
+        return x, y, _weights_by_row(sample_weight)
 
-    def cast_inputs(self, x):
-        """Return the inputs of a batch as the model wants them."""
-        return tf.cast(x, tf.int32)
-
-    def call_and_observe(self, tokens, weights, forward=None):
-        """Call the model for training, and say what it wants to know of the batch.
-
-        For a training step that XLA compiles, or that cuts its batch in parts: the
-        call itself then changes no state. A plain call does so where it must.
-
-        Args:
-            tokens: `(B, T)` int32.
-            weights: `(B, T)` float32; rows of nothing but zeros do not count.
-            forward: Function of the tokens that calls this model's layers, for one
-                who wants to see more than the logits; the model itself unless given.
-
-        Returns:
-            Logits `(B, T, V)`, or what `forward` returns, and a tuple of tensors whose
-            largest values over the parts of the batch are for `take_maxima`.
-        """
-        return self._forward(tokens, forward), ()
-
-    def _forward(self, tokens, forward):
-        return self(tokens, training=True) if forward is None else forward(tokens)
-
-    def take_maxima(self, maxima):
-        """Take what `call_and_observe` returned, once a step and before the update."""
-
-    def sums_of(self, part, training):
-        """Compute the loss of a batch or of a part of it.
-
-        Args:
-            part: Inputs, labels `(B, T)` int32 and weights `(B, T)` float32.
-            training: Whether the result will be differentiated.
-
-        Returns:
-            Sums over tokens, float32 scalars for `new_token_metrics().update`, the
-            first of which is trained on; what `call_and_observe` says of maxima; and
-            the logits.
-        """
-        tokens, labels, weights = part
-        if training:
-            logits, maxima = self.call_and_observe(tokens, weights)
-        else:
-            logits, maxima = self(tokens, training=False), ()
-        return operations.token_sums(logits, labels, weights), maxima, logits
-
-    def new_token_metrics(self):
-        """Return metrics that are updated from the sums of `sums_of`."""
-        return TokenMetrics()
-
-    def differentiate(self, batch, scale):
+    def differentiate(self, x, y, sample_weight, share=None):
         """Compute a training step on a batch, all but the update.
 
         Args:
-            batch: Inputs, labels `(B, T)` int32 and weights `(B, T)` float32.
-            scale: Float32 scalar, by which the summed loss is multiplied.
+            x: Inputs, as the model takes them.
+            y: Labels, as the loss takes them.
+            sample_weight: As for `keras.Model.fit`, or None.
+            share: What the loss is multiplied by, `()` float32, or None for 1.
 
         Returns:
-            Sums as of `sums_of`; the gradients of the first one, scaled, in the order
-            of the trainable variables; what is for `take_maxima`; and the logits, or
-            None where no metric wants them.
+            Gradients in the order of the trainable variables, None where there is
+            none; what is for `take_observed`; and the model's outputs for
+            `compute_metrics`, or None where the metrics have seen them.
         """
-        return self._compiled(self._differentiate)(batch, scale)
+        if self.gradient_accumulation_steps == 1:
+            gradients, observed, y_pred = self._differentiate(
+                x, y, sample_weight, share
+            )
+        else:
+            gradients, observed, y_pred = self._accumulate(x, y, sample_weight, share)
+        if isinstance(self.optimizer, keras.mixed_precision.LossScaleOptimizer):
+            gradients = self.optimizer.get_unscaled_gradients(gradients)
+        return gradients, observed, y_pred
 
-    def measure(self, batch):
-        """Compute the sums of a batch, and its logits or None, without training."""
-        return self._compiled(self._measure)(batch)
+    def _differentiate(self, x, y, sample_weight, share):
+        with self.observing(self._rows_that_count(y, sample_weight)) as observed:
+            with tf.GradientTape() as tape:
+                loss, y_pred = self.loss_of(x, y, sample_weight, training=True)
+                self._validate_target_and_loss(y, loss)
+                if share is not None:
+                    loss *= tf.cast(share, loss.dtype)
+                if isinstance(self.optimizer, keras.mixed_precision.LossScaleOptimizer):
+                    loss = self.optimizer.get_scaled_loss(loss)
+            gradients = tape.gradient(loss, self.trainable_variables)
+        gradients = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
+        return gradients, observed(), self._measured(y, y_pred, sample_weight)
 
-    def _differentiate(self, batch, scale):
-        """Return sums, gradients of the scaled loss sum, maxima, and logits if asked.
+    def _accumulate(self, x, y, sample_weight, share):
+        """Do as `_differentiate`, with one part's activations in memory at a time."""
+        batch, parts = step.parts_of_batch(
+            (x, y, sample_weight), self.gradient_accumulation_steps
+        )
+        share = 1.0 if share is None else share
+        of_all = self._weight_of(y)
+        is_connected = []
 
-        All but the logits are those of the whole batch, whatever its parts.
+        def more(index, gradients, observed, outputs):
+            x, y, sample_weight = tf.nest.map_structure(
+                lambda part: None if part is None else part[index], batch
+            )
+            own = share * tf.math.divide_no_nan(self._weight_of(y), of_all)
+            new, new_observed, y_pred = self._differentiate(x, y, sample_weight, own)
+            is_connected[:] = [gradient is not None for gradient in new]
+            gradients = [
+                total if gradient is None else total + gradient
+                for total, gradient in zip(gradients, new, strict=True)
+            ]
+            observed = tf.maximum(observed, new_observed)
+            outputs = [array.write(index, y_pred) for array in outputs]
+            return index + 1, gradients, observed, outputs
+
+        _, gradients, observed, outputs = tf.while_loop(
+            lambda index, *_: index < parts,
+            more,
+            (
+                tf.constant(0),
+                [tf.zeros(v.shape, v.dtype) for v in self.trainable_variables],
+                tf.fill(self.observed_shape, -float("inf")),
+                [tf.TensorArray(tf.float32, parts)] if self.wants_outputs else [],
+            ),
+        )
+        gradients = [
+            gradient if is_there else None
+            for gradient, is_there in zip(gradients, is_connected, strict=True)
+        ]
+        return gradients, observed, outputs[0].concat() if outputs else None
+
+    def measure(self, x, y, sample_weight):
+        """Compute the loss of a batch without training; return as `differentiate`."""
+        _, y_pred = self.loss_of(x, y, sample_weight, training=False)
+        return self._measured(y, y_pred, sample_weight)
+
+    def loss_of(self, x, y, sample_weight, training):
+        """Return the loss of a batch, as of `compute_loss`, and the outputs."""
+        y_pred = self(x, training=training)
+        return self.compute_loss(x, y, y_pred, sample_weight), y_pred
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        """Compute the loss of a batch, as `keras.Model.compute_loss`."""
+        loss = super().compute_loss(x, y, y_pred, sample_weight)
+        if self._averages_tokens:
+            # Keras's mean over batches weighs them by their rows; here a row counts by
+            # the share of its labels that do.
+            (labels,) = tf.nest.flatten(y)
+            share = tf.reduce_mean(tf.cast(counted(labels), tf.float32))
+            rows = tf.cast(tf.shape(labels)[0], tf.float32)
+            self.compiled_loss.metrics[0].update_state(
+                loss * self.distribute_strategy.num_replicas_in_sync,
+                sample_weight=tf.math.multiply_no_nan(share - 1.0, rows),
+            )
+        return loss
+
+    @property
+    def wants_outputs(self):
+        """Whether the metrics want a batch's outputs, which then have to be kept.
+
+        Ours are updated where the outputs are; others may not be what XLA compiles.
         """
-        kept = []
-
-        def values(part):
-            sums, maxima, logits = self.sums_of(part, training=True)
-            if self.wants_logits():
-                kept.append(logits)
-            return (sums[0] * scale, *sums), maxima
-
-        sums, gradients, maxima = step.sums_and_gradients(
-            values,
-            self.trainable_variables,
-            batch,
-            self.gradient_accumulation_steps,
+        given = self.compiled_metrics
+        theirs = [given._user_metrics or (), given._user_weighted_metrics or ()]
+        return type(self).compute_metrics is not keras.Model.compute_metrics or any(
+            not isinstance(metric, _OWN_METRICS) for metric in tf.nest.flatten(theirs)
         )
-        logits = kept[0] if kept and self.gradient_accumulation_steps == 1 else None
-        return sums[1:], gradients, maxima, logits
 
-    def _measure(self, batch):
-        sums, _, logits = self.sums_of(batch, training=False)
-        return sums, logits if self.wants_logits() else None
+    def _measured(self, y, y_pred, sample_weight):
+        """Update the metrics, or return the outputs that they want."""
+        if self.wants_outputs:
+            return y_pred
+        self.compiled_metrics.update_state(y, y_pred, sample_weight)
+        return None
 
-    def wants_logits(self):
-        """Whether a metric of the user's is to be computed from the logits."""
-        return bool(
-            self.compiled_metrics is not None and self.compiled_metrics._user_metrics
-        ) or bool(
-            self.compiled_metrics is not None
-            and self.compiled_metrics._user_weighted_metrics
+    def report_sums(self, sums, x, y, y_pred, sample_weight):
+        """Update the metrics from the sums of `operations.token_sums`; return them.
+
+        For the default loss, computed elsewhere than by Keras.
+        """
+        loss, correct, weight = sums
+        if not self.compiled_loss.built:
+            self.compiled_loss.build(self.output)
+        count = self._weight_of(y)
+        self.compiled_loss.metrics[0].update_state(
+            tf.math.divide_no_nan(loss, count), sample_weight=count
         )
+        if self.wants_outputs:
+            return self.compute_metrics(x, y, y_pred, sample_weight)
+        if not self.compiled_metrics.built:
+            self.compiled_metrics.build(self.output, y)
+        for metric in self.compiled_metrics.metrics:
+            total = loss if isinstance(metric, Perplexity) else correct
+            metric.add(total, weight)
+        return self.get_metrics_result()
+
+    def check_default_loss(self, who):
+        """Refuse what a step that adds up sums over tokens does not know.
+
+        Raises:
+            InputError: Another loss than the default one, weights of it, or losses
+                that layers add.
+        """
+        is_plain = type(self.loss) is NextTokenLoss and not self.losses
+        if is_plain and self.compiled_loss._user_loss_weights is None:
+            return
+        raise InputError(
+            f"{who} expects the loss NextTokenLoss alone, which can be added up over "
+            "parts. Received: another loss, `loss_weights`, or losses that layers add. "
+            "Train the model as a whole with these."
+        )
+
+    def _report(self, x, y, y_pred, sample_weight):
+        if y_pred is None:
+            return self.get_metrics_result()
+        return self.compute_metrics(x, y, y_pred, sample_weight)
+
+    def _weight_of(self, y):
+        """Return over how many tokens, or rows, the loss is a mean, `()` float32."""
+        labels = tf.nest.flatten(y)[0]
+        if self._averages_tokens:
+            return tf.reduce_sum(tf.cast(counted(labels), tf.float32))
+        return tf.cast(tf.shape(labels)[0], tf.float32)
+
+    def _share_of_replica(self, y):
+        """Return what makes the mean of the replicas' means one over all tokens."""
+        context = tf.distribute.get_replica_context()
+        replicas = context.num_replicas_in_sync if context else 1
+        if replicas == 1 or not self._averages_tokens:
+            return None
+        own = self._weight_of(y)
+        return tf.math.divide_no_nan(own * replicas, step.add_over_replicas(own))
+
+    def _rows_that_count(self, y, sample_weight):
+        """Return which rows of a batch have a label that counts, `(B,)` bool."""
+        labels = tf.nest.flatten(y)[0]
+        if not self._averages_tokens:
+            return tf.fill(tf.shape(labels)[:1], True)
+        labels = tf.reshape(labels, tf.shape(labels)[:2])
+        return tf.reduce_any(token_weights(labels, sample_weight) > 0.0, axis=1)
+
+    @contextlib.contextmanager
+    def observing(self, rows):
+        """Call this model for training, and find what it wants to know of the batch.
+
+        For a training step that XLA compiles, or that cuts its batch in parts: the
+        call itself then changes no state. A call outside does so where it must.
+
+        Args:
+            rows: `(B,)` bool, which rows of the batch count.
+
+        Yields:
+            A function of nothing, to be called after the model: what it has observed,
+            float32 in `observed_shape`. The largest values over the parts of the batch
+            are for `take_observed`.
+        """
+        yield lambda: tf.zeros(self.observed_shape)
+
+    def take_observed(self, observed):
+        """Take what was observed, once a step and before the update."""
 
     def _compiled(self, function):
-        """Return `function`, compiled by XLA if so asked, one trace per replica."""
-        if not self._use_xla:
-            return function
+        """Return `function`, compiled by XLA if so asked, one trace per replica.
+
+        The replicas' communication and the update stay outside: XLA would have one
+        replica's computation read another one's variables.
+        """
+
+        def run(*args):
+            with self.on_the_weights_device():
+                if self.uses_xla and self._can_compile(function, args):
+                    return self._for_xla(function)(*args)
+                return function(*args)
+
+        return run
+
+    def _for_xla(self, function):
         context = tf.distribute.get_replica_context()
         replica = 0
         if context is not None and context.num_replicas_in_sync > 1:
@@ -386,7 +527,7 @@ class TokenTraining:
             # a process, and so a cache, of its own.
             known = tf.get_static_value(context.replica_id_in_sync_group)
             replica = 0 if known is None else int(known)
-        key = f"{function.__name__}/{replica}"  # Keras saves string keys only
+        key = (function.__name__, replica)
         if key not in self._step_functions:
 
             def traced(*args):
@@ -398,20 +539,28 @@ class TokenTraining:
             )
         return self._step_functions[key]
 
-    def _loss_scale(self):
-        """What a LossScaleOptimizer wants the loss multiplied by, else 1."""
-        if isinstance(self.optimizer, keras.mixed_precision.LossScaleOptimizer):
-            return tf.cast(self.optimizer.loss_scale, tf.float32)
-        return tf.constant(1.0)
+    def _can_compile(self, function, args):
+        """Return whether XLA knows all operations of a function; if not, give it up."""
+        graph = self._for_xla(function).get_concrete_function(*args).graph
+        unknown = _not_for_xla(graph)
+        if unknown:
+            self._use_xla = False
+            warnings.warn(
+                f"XLA cannot compile {', '.join(sorted(unknown))}, which the loss or "
+                "the model uses: training goes on without XLA. Say so without this "
+                "notice: `compile(jit_compile=False)`.",
+                XlaNotice,
+                stacklevel=2,
+            )
+        return not unknown
 
-    def _report(self, sums, batch, logits):
-        self._token_metrics.update(*sums)
-        metrics = self._token_metrics.all
-        if logits is not None:
-            _, labels, weights = batch
-            self.compiled_metrics.update_state(labels, logits, weights)
-            metrics = self.metrics
-        return {metric.name: metric.result() for metric in metrics}
+    # Text
+
+    def generate(self, prompt, **options):
+        """Continue prompts; see `gpt_tf.generate`."""
+        from gpt_tf.models import decoding
+
+        return decoding.generate(self, prompt, **options)
 
 
 class LanguageModel(TokenTraining, keras.Model):
@@ -421,34 +570,179 @@ class LanguageModel(TokenTraining, keras.Model):
     """
 
 
-@keras.saving.register_keras_serializable(package="gpt_tf")
-class Perplexity(keras.metrics.Mean):
-    """Exponential of the mean loss in nats; `update_state` takes losses."""
+def _not_for_xla(graph):
+    """Return the names of operations in a traced graph that XLA cannot compile."""
+    definition = graph.as_graph_def()
+    functions = definition.library.function
+    nodes = [*definition.node, *(node for f in functions for node in f.node_def)]
+    names = {f.signature.name for f in functions}
+    return {
+        op
+        for op in {node.op for node in nodes} - names - {"Placeholder"}
+        if not _has_xla_kernel(op)
+    }
 
-    def result(self):
-        return tf.exp(super().result())
+
+@functools.cache
+def _has_xla_kernel(op):
+    _register_xla_kernels()
+    found = kernels.get_registered_kernels_for_op(op).kernel
+    # Operations without any kernel are rewritten before they run.
+    return not found or any(kernel.device_type.endswith("_JIT") for kernel in found)
 
 
-class TokenMetrics:
-    """Loss, perplexity and accuracy per token, from sums over tokens.
+@functools.cache
+def _register_xla_kernels():
+    """Let TensorFlow register XLA's kernels, as the first compilation does."""
+    tf.function(lambda: tf.constant(0), jit_compile=True)()
 
-    It is no Keras object, so that a model does not count the metrics' variables
-    among its weights.
+
+def _as_arrays(data):
+    """Return nested lists of numbers as an array, and anything else as it is."""
+    first = data
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    is_list = isinstance(data, (list, tuple)) and data
+    if not is_list or not isinstance(first, (int, float, str, bytes, np.number)):
+        return data
+    try:
+        return np.asarray(data)
+    except ValueError:
+        raise InputError(
+            "Token ids are expected as (B, T), rows of one length. Received: rows of "
+            "several lengths. Pad them, and set the labels of the padding to "
+            f"{IGNORED}."
+        ) from None
+
+
+def _check_there_are_labels(method, y):
+    if y is None:
+        raise InputError(
+            f"`{method}` expects labels, the next tokens (B, T). Received: inputs "
+            f"only. Pass `{method}(inputs, labels)` or a dataset of both."
+        )
+
+
+def check_shape_of_ids(ids, role):
+    """Refuse what cannot be token ids `(B, T)`, by its shape and type alone.
+
+    Raises:
+        InputError: It cannot.
+    """
+    dtype = tf.as_dtype(ids.dtype)
+    ragged = isinstance(ids, (tf.RaggedTensor, tf.RaggedTensorSpec))
+    known = ids.shape.rank if isinstance(ids.shape, tf.TensorShape) else len(ids.shape)
+    is_number = dtype.is_integer or dtype.is_floating
+    if is_number and not ragged and known in (2, None):
+        return
+    kind = "ragged " if ragged else ""
+    mend = "Encode text with a tokenizer and cut it into windows first."
+    if is_number and known == 1:
+        mend = "Batch the dataset, or write `ids[np.newaxis]` for a single row."
+    elif ragged:
+        mend = f"Pad with `to_tensor()`, and the labels with `to_tensor({IGNORED})`."
+    raise InputError(
+        f"The {role} expect token ids (B, T). Received: {kind}{dtype.name} "
+        f"{tuple(ids.shape)}. {mend}"
+    )
+
+
+def _weights_by_row(sample_weight):
+    """Return weights `(B,)` or `(B, T)` as `(B, 1)` or `(B, T)`.
+
+    A step that has seen both is traced for a weight of any rank.
     """
 
-    def __init__(self):
-        self.loss = keras.metrics.Mean(name="loss")
-        self.perplexity = Perplexity(name="perplexity")
-        self.accuracy = keras.metrics.Mean(name="token_accuracy")
-        self.all = (self.loss, self.perplexity, self.accuracy)
+    def by_row(weights):
+        if weights.shape.rank == 2:
+            return weights
+        rows = tf.shape(weights)[0]
+        columns = tf.where(rows > 0, tf.size(weights) // tf.maximum(rows, 1), 1)
+        return tf.reshape(weights, [rows, columns])
 
-    def update(self, loss_sum, correct_sum, weight_sum):
-        """Take the sums of a batch, over all replicas."""
-        mean = step.mean_of(loss_sum, weight_sum)
-        share = step.mean_of(correct_sum, weight_sum)
-        self.loss.update_state(mean, sample_weight=weight_sum)
-        self.perplexity.update_state(mean, sample_weight=weight_sum)
-        self.accuracy.update_state(share, sample_weight=weight_sum)
+    if sample_weight is None:
+        return None
+    return tf.nest.map_structure(by_row, sample_weight)
+
+
+def check_range(ids, vocab_size, role, ignored=None):
+    """Refuse ids that the vocabulary does not have.
+
+    Args:
+        ids: Any shape, in a graph too.
+        vocab_size: `V`.
+        role: What they are, in the plural.
+        ignored: An id that is none and yet allowed, or None.
+
+    Returns:
+        In a graph, an operation; it fails with a message that `fit` tells as an
+        `InputError`.
+
+    Raises:
+        InputError: Outside a graph, there is such an id.
+    """
+    is_good = (ids >= 0) & (ids < vocab_size)
+    expected = f"expect token ids from 0 to {vocab_size - 1}"
+    if ignored is not None:
+        is_good |= ids == ignored
+        expected += f", or {ignored} where they do not count"
+    text = f"The {role} {expected}. Received: {{}}. "
+    text += "Use the tokenizer that the model was built for."
+
+    def refuse():
+        bad = tf.boolean_mask(ids, ~is_good)[0]
+        return tf.debugging.Assert(False, [tf.strings.format(_BAD_IDS + text, bad)])
+
+    if not tf.executing_eagerly():
+        return tf.cond(tf.reduce_all(is_good), tf.no_op, refuse)
+    if not np.all(is_good):
+        raise InputError(text.format(np.asarray(ids)[~np.asarray(is_good)][0]))
+    return tf.no_op()
+
+
+def check_takes_logits(value, role):
+    """Refuse a loss or a metric that takes probabilities; the models give logits.
+
+    Args:
+        value: Whatever Keras takes for a loss or a metric.
+        role: The argument's name.
+
+    Raises:
+        InputError: It takes probabilities.
+    """
+    of_logits = True
+    if isinstance(value, (keras.losses.Loss, keras.metrics.Metric)):
+        config = {} if type(value).get_config is None else value.get_config()
+        of_logits = config.get("from_logits", True) and not isinstance(
+            value, (keras.losses.KLDivergence, keras.metrics.KLDivergence)
+        )
+    elif isinstance(value, str) or callable(value):
+        name = value if isinstance(value, str) else getattr(value, "__name__", "")
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+        is_kerass = isinstance(value, str) or value.__module__.startswith("tf_keras.")
+        of_logits = not is_kerass or name not in {*_OF_PROBABILITIES, "ce"}
+    if of_logits:
+        return
+    kind = "losses" if role.endswith("loss") else "metrics"
+    line = f"keras.{kind}.SparseCategoricalCrossentropy(from_logits=True)"
+    line = line if kind == "losses" else f"[{line}]"
+    raise InputError(
+        f"`{role}` expects a function of logits, which the model gives. Received: "
+        f"{value if isinstance(value, str) else getattr(value, 'name', value)}, of "
+        f"probabilities. Write `{role}={line}`, or leave it out for the default."
+    )
+
+
+def _check_is_a_mean(losses):
+    means = (keras.losses.Reduction.AUTO, keras.losses.Reduction.SUM_OVER_BATCH_SIZE)
+    for loss in tf.nest.flatten(losses):
+        reduction = getattr(loss, "reduction", means[0])
+        if reduction not in means:
+            raise InputError(
+                "`gradient_accumulation_steps` expects a loss that is a mean over the "
+                f"batch. Received: a loss with the reduction {reduction!r}. Leave its "
+                "reduction out, or compile with `gradient_accumulation_steps=1`."
+            )
 
 
 def check_language_model(model, role):

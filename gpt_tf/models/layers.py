@@ -59,6 +59,7 @@ def observed(layers, observe, names=None):
             setattr(layer, name, activation)
 
 
+@keras.saving.register_keras_serializable(package="gpt_tf")
 class Dropout(keras.layers.Layer):
     """Inverted dropout whose masks are a function of a seed and a call counter.
 
@@ -111,6 +112,7 @@ class Dropout(keras.layers.Layer):
         return {**super().get_config(), "rate": self.rate, "seed": self.seed}
 
 
+@keras.saving.register_keras_serializable(package="gpt_tf")
 class TokenAndPositionEmbedding(keras.layers.Layer):
     """Turn token ids into vectors that also know their position.
 
@@ -208,6 +210,7 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         }
 
 
+@keras.saving.register_keras_serializable(package="gpt_tf")
 class TransformerBlock(keras.layers.Layer):
     """Causal self-attention and a feed-forward part, pre-norm, each with a residual.
 
@@ -394,6 +397,7 @@ class TransformerBlock(keras.layers.Layer):
         }
 
 
+@keras.saving.register_keras_serializable(package="gpt_tf")
 class LayerNormalization(keras.layers.Layer):
     """Layer normalisation over the last axis, computed in float32.
 
@@ -433,6 +437,7 @@ class LayerNormalization(keras.layers.Layer):
         return {**super().get_config(), "epsilon": self.epsilon}
 
 
+@keras.saving.register_keras_serializable(package="gpt_tf")
 class LanguageModelHead(keras.layers.Layer):
     """Score every token of the vocabulary as the next one.
 

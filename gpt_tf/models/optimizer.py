@@ -21,7 +21,7 @@ class AdamW(keras.optimizers.AdamW):
         beta_2: Decay of the mean of squared gradients, in [0, 1).
         epsilon: Added to the root of the latter.
         global_clipnorm: Largest norm of all gradients together, or None.
-        **kwargs: As for `keras.optimizers.AdamW`.
+        **kwargs: As for `keras.optimizers.AdamW`; `amsgrad` is computed by Keras.
 
     Reference: Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
     arXiv:1711.05101.
@@ -54,6 +54,7 @@ class AdamW(keras.optimizers.AdamW):
     def _clip_gradients(self, grads):
         if not self.global_clipnorm or self.clipnorm or self.clipvalue:
             return super()._clip_gradients(grads)
+        grads = [tf.convert_to_tensor(grad) for grad in grads]
         norm = tf.linalg.global_norm(grads)
         limit = tf.cast(self.global_clipnorm, norm.dtype)
         if self._mesh:  # DTensor has no branches
@@ -95,10 +96,12 @@ class AdamW(keras.optimizers.AdamW):
     def update_step(self, gradient, variable):
         """Update one variable with its gradient."""
         rate, beta_1_power, beta_2_power, decay = self._shared
+        if variable.shape.rank >= 2 and self._use_weight_decay(variable):
+            variable.assign(variable * tf.cast(decay, variable.dtype))
+        if self.amsgrad:
+            return super().update_step(gradient, variable)
         index = self._index_dict[self._var_key(variable)]
         first, second = self._momentums[index], self._velocities[index]
-        if variable.shape.rank >= 2 and self.weight_decay:
-            variable.assign(variable * tf.cast(decay, variable.dtype))
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=first.handle,

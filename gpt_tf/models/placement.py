@@ -27,7 +27,7 @@ def planned_by(planner):
     Args:
         planner: Function of a model's sizes, a dict of `GPTModel`'s arguments, that
             returns a plan: with `is_divided`, `at(layer_name)`, and what `GPTModel`
-            calls in the place of its own: `compile`, `differentiate`, `measure` and
+            calls in the place of its own: `compile`, `train_step`, `test_step` and
             `logits`; and decoding, `forward_cached`.
     """
     token = _PLANNER.set(planner)

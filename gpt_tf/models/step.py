@@ -1,79 +1,32 @@
-"""One optimisation step: the same whatever the replicas and micro-batches.
-
-Losses and gradients are carried as sums over tokens, added up over micro-batches
-and replicas, and divided once by the weight of all tokens. So a global batch gives
-one gradient, however it is cut, and a token of weight 0 has no influence at all.
-"""
+"""What a training step needs beside Keras: parts of a batch, and replicas."""
 
 import tensorflow as tf
 
 
-def split_batch(tensors, parts):
-    """Cut every `(B, ...)` tensor into `parts` equal ones: `(parts, B/parts, ...)`.
-
-    Rows of zeros, and so of weight 0, fill the last part where `parts` does not
-    divide `B`, as in the last batch of an epoch.
-    """
-
-    def cut(x):
-        shape = tf.shape(x)
-        missing = -shape[0] % parts
-        rest = tf.zeros(tf.concat([[missing], shape[1:]], 0), x.dtype)
-        sizes = tf.concat([[parts, (shape[0] + missing) // parts], shape[1:]], 0)
-        return tf.reshape(tf.concat([x, rest], 0), sizes)
-
-    return tf.nest.map_structure(cut, tensors)
-
-
-def sums_and_gradients(values, variables, batch, micro_batches=1):
-    """Differentiate a sum over tokens, micro-batch by micro-batch.
+def parts_of_batch(batch, least):
+    """Cut every tensor of a batch into equal parts.
 
     Args:
-        values: Function of `batch` that returns two tuples: float32 scalars, sums
-            over tokens, the first of which is differentiated; and tensors of which
-            the largest values over the micro-batches are wanted.
-        variables: What to differentiate with respect to.
-        batch: Structure of tensors `(B, ...)`, the weights of the tokens among
-            them; rows of zeros may be added.
-        micro_batches: Number of equal parts that are computed one after the other,
-            so that only one part's activations are in memory.
+        batch: Structure of tensors `(B, ...)`; None stays None.
+        least: Number of parts, at least 1; where it does not divide `B`, as in the
+            last batch of an epoch, the next larger number that does.
 
     Returns:
-        The sums over the whole batch, the gradients of the first of them, and the
-        maxima.
+        The structure of tensors `(parts, B / parts, ...)`, and `parts`, `()` int32.
     """
+    first = next(x for x in tf.nest.flatten(batch) if x is not None)
+    rows = tf.shape(first)[0]
+    numbers = tf.range(1, rows + 1)
+    fits = (rows % numbers == 0) & (numbers >= tf.minimum(least, rows))
+    parts = tf.reduce_min(tf.where(fits, numbers, rows))
 
-    def once(part):
-        with tf.GradientTape() as tape:
-            sums, maxima = values(part)
-        gradients = tape.gradient(
-            sums[0], variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
-        )
-        gradients = [tf.convert_to_tensor(g) for g in gradients]
-        return tuple(sums), gradients, tuple(maxima)
+    def cut(x):
+        if x is None:
+            return None
+        shape = tf.concat([[parts, rows // parts], tf.shape(x)[1:]], 0)
+        return tf.ensure_shape(tf.reshape(x, shape), [None, None, *x.shape[1:]])
 
-    if micro_batches == 1:
-        return once(batch)
-    parts = split_batch(batch, micro_batches)
-
-    def part(index):
-        return tf.nest.map_structure(lambda x: x[index], parts)
-
-    def more(index, sums, gradients, maxima):
-        new_sums, new_gradients, new_maxima = once(part(index))
-        sums, gradients = tf.nest.map_structure(
-            tf.add, (sums, gradients), (new_sums, new_gradients)
-        )
-        maxima = tf.nest.map_structure(tf.maximum, maxima, new_maxima)
-        return index + 1, sums, gradients, maxima
-
-    _, sums, gradients, maxima = tf.while_loop(
-        lambda index, *_: index < micro_batches,
-        more,
-        (tf.constant(1), *once(part(0))),
-        maximum_iterations=micro_batches - 1,
-    )
-    return sums, gradients, maxima
+    return tf.nest.map_structure(cut, batch), parts
 
 
 def add_over_replicas(tensors):
@@ -98,8 +51,3 @@ def max_over_replicas(tensor):
     own = tf.reshape(places == context.replica_id_in_sync_group, shape)
     spread = tf.where(own, tensor[tf.newaxis], tf.zeros([], tensor.dtype))
     return tf.reduce_max(context.all_reduce(tf.distribute.ReduceOp.SUM, spread), axis=0)
-
-
-def mean_of(total, weight):
-    """Divide a sum over tokens by their weight; 0 where no token counts."""
-    return tf.math.divide_no_nan(total, weight)

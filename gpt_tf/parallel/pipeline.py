@@ -11,10 +11,12 @@ import itertools
 import time
 
 import tensorflow as tf
+import tf_keras as keras
 
 from gpt_tf.errors import InputError
 from gpt_tf.models import operations, placement, step
 from gpt_tf.models.decoding import blocks_cached, cached_mask, parts_of
+from gpt_tf.models.next_token import counted, token_weights
 from gpt_tf.parallel.strategy import devices_for
 
 SCHEDULES = ("1f1b", "gpipe")
@@ -318,7 +320,7 @@ class _Stage:
                 unconnected_gradients=tf.UnconnectedGradients.ZERO,
             )
             gradients = [tf.convert_to_tensor(g) for g in gradients]
-            return sums, gradients, logits if self.model.wants_logits() else None
+            return sums, gradients, logits if self.model.wants_outputs else None
 
         return self._run(both, True)(x, table, labels, weights, scale)
 
@@ -366,11 +368,7 @@ class _Plan:
 
     def compile(self, model):
         """Forget what was traced; the model's options may have changed."""
-        if not model.sums_tokens:
-            raise InputError(
-                "A pipeline expects the loss NextTokenLoss, which can be added up over "
-                "micro-batches. Received: another one. Train without a pipeline."
-            )
+        model.check_default_loss("A pipeline")
         if model.gradient_accumulation_steps > 1:
             raise InputError(
                 "A pipeline expects its `micro_batches` in the place of "
@@ -390,12 +388,24 @@ class _Plan:
             ]
         return self._stages
 
-    def differentiate(self, model, batch, scale):
-        """Compute a training step's sums and gradients, all stages at work."""
-        return _Step(self, model, scale).run(batch)
+    def train_step(self, model, x, y, sample_weight):
+        """Compute a training step, all stages at work; return the metrics."""
+        model.check_default_loss("A pipeline")
+        batch = _tokens_labels_weights(model, x, y, sample_weight)
+        count = step.add_over_replicas(_count(y))
+        scale = tf.math.reciprocal_no_nan(count)
+        if isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer):
+            scale = model.optimizer.get_scaled_loss(scale)
+        sums, gradients, logits = _Step(self, model, scale).run(batch)
+        if isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer):
+            gradients = model.optimizer.get_unscaled_gradients(gradients)
+        pairs = zip(gradients, model.trainable_variables, strict=True)
+        model.optimizer.apply_gradients(list(pairs))
+        return model.report_sums(sums, x, y, logits, sample_weight)
 
-    def measure(self, model, batch):
-        """Compute the sums of a batch, and its logits if they are wanted."""
+    def test_step(self, model, x, y, sample_weight):
+        """Compute the loss of a batch, and return the metrics."""
+        batch = _tokens_labels_weights(model, x, y, sample_weight)
         outputs = self._flow(
             model,
             batch,
@@ -403,9 +413,9 @@ class _Plan:
         )
         sums = tuple(map(tf.add_n, zip(*(sums for sums, _ in outputs), strict=True)))
         logits = None
-        if model.wants_logits():
+        if model.wants_outputs:
             logits = _joined([logits for _, logits in outputs], batch)
-        return sums, logits
+        return model.report_sums(sums, x, y, logits, sample_weight)
 
     def logits(self, model, tokens):
         """Compute logits `(B, T, V)`."""
@@ -449,7 +459,7 @@ class _Plan:
     def _flow(self, model, batch, finish):
         """Send micro-batches through all stages; return what `finish` makes of each."""
         stages = self.stages(model)
-        parts = step.split_batch(batch, self.micro_batches)
+        parts = _micro_batches(batch, self.micro_batches)
         table = _table_of(stages)
         before = [None] * len(stages)
         outputs = []
@@ -485,7 +495,7 @@ class _Step:
         self.slopes = {}  # what a stage gets back from the one behind it
 
     def run(self, batch):
-        parts = step.split_batch(batch, self.plan.micro_batches)
+        parts = _micro_batches(batch, self.plan.micro_batches)
         self.parts = [
             tf.nest.map_structure(lambda x, index=index: x[index], parts)
             for index in range(self.plan.micro_batches)
@@ -510,9 +520,9 @@ class _Step:
                     with tf.device(stage.device), _after(before[place]):
                         before[place] = getattr(self, f"_{kind}")(place, stage, index)
         logits = None
-        if self.model.wants_logits():
+        if self.model.wants_outputs:
             logits = _joined(self.logits, batch)
-        return self.sums, self._gradients(), (), logits
+        return self.sums, self._gradients(), logits
 
     def _is_ready(self, place, kind, index):
         if kind == _FORWARD:
@@ -604,3 +614,33 @@ def _after(tensors):
 def _joined(pieces, batch):
     """Put the logits of micro-batches together, without the rows that were added."""
     return tf.concat(pieces, axis=0)[: tf.shape(batch[0])[0]]
+
+
+def _tokens_labels_weights(model, x, y, sample_weight):
+    """Return a batch as ids, labels and weights, each `(B, T)`."""
+    (labels,) = tf.nest.flatten(y)
+    labels = tf.reshape(labels, tf.shape(labels)[:2])
+    weights = token_weights(labels, sample_weight)
+    labels = tf.where(counted(labels), labels, 0)
+    return tf.cast(model.tokens_of(x), tf.int32), labels, weights
+
+
+def _count(y):
+    return tf.reduce_sum(tf.cast(counted(tf.nest.flatten(y)[0]), tf.float32))
+
+
+def _micro_batches(tensors, parts):
+    """Cut every `(B, ...)` tensor into `parts` equal ones: `(parts, B/parts, ...)`.
+
+    Rows of zeros, and so of weight 0, fill the last part where `parts` does not
+    divide `B`, as in the last batch of an epoch.
+    """
+
+    def cut(x):
+        shape = tf.shape(x)
+        missing = -shape[0] % parts
+        rest = tf.zeros(tf.concat([[missing], shape[1:]], 0), x.dtype)
+        sizes = tf.concat([[parts, (shape[0] + missing) // parts], shape[1:]], 0)
+        return tf.reshape(tf.concat([x, rest], 0), sizes)
+
+    return tf.nest.map_structure(cut, tensors)

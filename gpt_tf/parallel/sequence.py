@@ -18,7 +18,14 @@ from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import operations
 from gpt_tf.models.decoding import parts_of
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.models.language_model import TokenTraining, refuse_keras_3
+from gpt_tf.models.language_model import TokenTraining, check_range, refuse_keras_3
+from gpt_tf.models.next_token import (
+    IGNORED,
+    Perplexity,
+    TokenAccuracy,
+    TokenMean,
+    counted,
+)
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel.mesh import (
     ACTIVATIONS,
@@ -249,17 +256,21 @@ class MeshGPT(TokenTraining, keras.Model):
         return tf.nn.experimental.stateless_dropout(x, rate, seed, rng_alg="philox")
 
     def _sums(self, tokens, labels, weights, training):
-        """Return the sums over tokens, as `operations.token_sums` does."""
+        """Return the sums of `operations.token_sums`, and the number that counts."""
         logits = self(tokens, training=training)
+        counts = tf.cast(counted(labels), tf.float32)
+        labels = tf.where(counted(labels), labels, tf.zeros_like(labels))
+        weights *= counts
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        losses = tf.where(weights > 0.0, losses * weights, tf.zeros_like(losses))
-        detached = tf.stop_gradient(logits)
-        chosen = tf.reduce_sum(detached * tf.one_hot(labels, self.vocab_size), axis=-1)
-        correct = tf.cast(chosen >= tf.reduce_max(detached, axis=-1), tf.float32)
+        # The first of the largest logits, by reductions: they may be divided.
+        largest = tf.reduce_max(logits, axis=-1, keepdims=True)
+        ids = tf.where(logits >= largest, tf.range(self.vocab_size), self.vocab_size)
+        correct = tf.cast(tf.reduce_min(ids, axis=-1) == labels, tf.float32)
         return (
-            tf.reduce_sum(losses),
+            tf.reduce_sum(losses * weights),
             tf.reduce_sum(correct * weights),
             tf.reduce_sum(weights),
+            tf.reduce_sum(counts),
         )
 
     # Training
@@ -268,31 +279,40 @@ class MeshGPT(TokenTraining, keras.Model):
         """Choose optimiser and options, as `GPTModel.compile`; XLA has no part in it.
 
         Raises:
-            InputError: A loss, metrics or gradient accumulation are wanted, or an
-                optimiser that does not know meshes.
+            InputError: Another loss, other metrics or gradient accumulation are wanted,
+                or an optimiser other than `gpt_tf.AdamW`.
         """
-        if metrics:
+        if metrics or kwargs.get("weighted_metrics"):
             raise InputError(
                 "A mesh computes loss, perplexity and token accuracy. Received: other "
                 "metrics. Evaluate `to_model()` with them."
             )
-        optimizer = keras.optimizers.get(AdamW() if optimizer is None else optimizer)
-        if isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
+        optimizer = AdamW() if optimizer is None else optimizer
+        if type(optimizer) is not AdamW or optimizer.amsgrad or optimizer.use_ema:
             raise InputError(
-                "A mesh expects the precision float32, without loss scale."
+                "A mesh expects `gpt_tf.AdamW` without `amsgrad` and `use_ema`: other "
+                "optimisers read what they have just written, and DTensor gives them "
+                f"the values of the step before. Received: {optimizer!r}."
             )
         if optimizer._mesh is None:
             optimizer = type(optimizer).from_config(
                 {**optimizer.get_config(), "mesh": self.mesh}
             )
         super().compile(optimizer, loss, **{**kwargs, "jit_compile": False})
-        if not self.sums_tokens or self.gradient_accumulation_steps > 1:
+        self.check_default_loss("A mesh")
+        if self.gradient_accumulation_steps > 1:
             raise InputError(
-                "A mesh expects the loss NextTokenLoss and whole batches. Received: "
-                "another loss, or gradient accumulation. Use a larger axis `batch`."
+                "A mesh expects whole batches. Received: gradient accumulation. Use a "
+                "larger axis `batch`."
             )
         self.optimizer.build(self.trainable_weights)
+        means = TokenMean("loss"), Perplexity(), TokenAccuracy()
+        self.__dict__["_means"] = means  # where Keras does not look for weights
         self._graphs = {}
+
+    @property
+    def metrics(self):
+        return list(self.__dict__.get("_means", ()))
 
     def _step(self, training):
         """Return the training step or the test step as a graph."""
@@ -304,7 +324,8 @@ class MeshGPT(TokenTraining, keras.Model):
 
     def _train(self, tokens, labels, weights):
         variables = self.trainable_weights
-        scale = tf.math.reciprocal_no_nan(tf.reduce_sum(weights))
+        count = tf.reduce_sum(tf.cast(counted(labels), tf.float32))
+        scale = tf.math.reciprocal_no_nan(count)
         with tf.GradientTape() as tape:
             sums = self._sums(tokens, labels, weights, training=True)
             loss = sums[0] * scale
@@ -324,8 +345,11 @@ class MeshGPT(TokenTraining, keras.Model):
         """Run a step on a batch that lies on the mesh, and take its sums."""
         with dtensor.default_mesh(self.mesh):
             sums = self._step(training)(*batch)
-        self._token_metrics.update(*(float(gather(total)) for total in sums))
-        return {m.name: float(m.result()) for m in self._token_metrics.all}
+        loss, correct, weight, count = (float(gather(total)) for total in sums)
+        totals = (loss, count), (loss, weight), (correct, weight)
+        for mean, (total, of_all) in zip(self.metrics, totals, strict=True):
+            mean.add(total, of_all)
+        return {mean.name: float(mean.result()) for mean in self.metrics}
 
     def fit(
         self,
@@ -341,6 +365,7 @@ class MeshGPT(TokenTraining, keras.Model):
         initial_epoch=0,
         steps_per_epoch=None,
         validation_steps=None,
+        **others,
     ):
         """Train, as `GPTModel.fit`.
 
@@ -358,16 +383,17 @@ class MeshGPT(TokenTraining, keras.Model):
             initial_epoch: The first epoch.
             steps_per_epoch: Steps of an epoch, with a dataset that does not end.
             validation_steps: Steps of a validation.
+            **others: What else `keras.Model.fit` takes is refused by its name.
 
         Returns:
             A `keras.callbacks.History`.
 
         Raises:
-            InputError: The mesh does not divide the batch or its positions, or as for
-                `GPTModel.fit`.
+            InputError: The mesh does not divide the batch or its positions, something
+                is asked for that a mesh does not have, or as for `GPTModel.fit`.
         """
-        self._check_labels(x, y)
-        self._prepare(x, y, callbacks)
+        _refuse(others, callbacks)
+        x, y = self._checked("fit", x, y, callbacks)
         data = _Batches(self, x, y, sample_weight, batch_size, shuffle)
         steps = data.steps if steps_per_epoch is None else steps_per_epoch
         if not isinstance(callbacks, keras.callbacks.CallbackList):
@@ -431,8 +457,7 @@ class MeshGPT(TokenTraining, keras.Model):
         return_dict=False,
     ):
         """Measure, as `GPTModel.evaluate`."""
-        self._check_labels(x, y)
-        self._prepare(x, y, callbacks)
+        x, y = self._checked("evaluate", x, y, callbacks)
         data = _Batches(self, x, y, sample_weight, batch_size, shuffle=False)
         self.reset_metrics()
         logs = {}
@@ -442,11 +467,47 @@ class MeshGPT(TokenTraining, keras.Model):
 
     def predict(self, x, batch_size=32, verbose="auto"):
         """Compute logits `(N, T, V)`, float32, of token ids `(N, T)`."""
-        self._prepare(x, None, None)
         x = np.asarray(x, np.int32)
         data = _Batches(self, x, x, None, batch_size, shuffle=False)
         pieces = [gather(self(tokens)) for tokens, *_ in data.epoch(data.steps)]
         return np.concatenate(pieces)[: len(x)]
+
+    def _checked(self, method, x, y, callbacks):
+        """Return data once it has been looked at; compile where needed."""
+        if isinstance(x, dtensor.DTensorDataset):
+            self._prepare(method, {"callbacks": callbacks, "x": None, "y": None})
+            return x, y
+        given = {"callbacks": callbacks, "x": x, "y": y}
+        self._prepare(method, given)
+        return given["x"], given["y"]
+
+    def _not_on_a_mesh(self, *args, **kwargs):
+        """Refuse to work on a single batch."""
+        raise InputError(
+            "A mesh expects `fit`, `evaluate` or `predict`. Received: "
+            "a call for one batch. Write `fit(x, y, batch_size=len(x))`, or use "
+            "`to_model()`."
+        )
+
+    train_on_batch = test_on_batch = predict_on_batch = _not_on_a_mesh
+
+    def generate(self, prompt, **options):
+        """Continue prompts with the undivided model; see `gpt_tf.generate`."""
+        return self.to_model().generate(prompt, **options)
+
+
+def _refuse(others, callbacks):
+    """Refuse arguments and callbacks of Keras's that a mesh does not know."""
+    names = sorted(name for name, value in others.items() if value not in (None, 0.0))
+    for callback in tf.nest.flatten(callbacks):
+        if isinstance(callback, keras.callbacks.BackupAndRestore):
+            names.append("BackupAndRestore")
+    if names:
+        raise InputError(
+            f"`fit` on a mesh does not know {', '.join(names)}. Divide the data into "
+            "training and validation before, weigh tokens with `sample_weight`, and "
+            "resume with `gpt_tf.train(mesh=...)`, or train `to_model()`."
+        )
 
 
 class _Weights:
@@ -513,11 +574,15 @@ class _Batches:
             model.check_shape(_shape_of(x))
             return
         x, y = np.asarray(x, np.int32), np.asarray(y, np.int32)
+        y = y.reshape(x.shape)
         weights = _spread(sample_weight, y.shape)
-        # Windows of weight 0 fill the last batch.
+        # Windows that do not count fill the last batch.
         missing = -len(x) % batch_size
         filling = [(0, missing), (0, 0)]
-        self.source = [np.pad(array, filling) for array in (x, y, weights)]
+        self.source = [
+            np.pad(array, filling, constant_values=value)
+            for array, value in ((x, 0), (y, IGNORED), (weights, 0))
+        ]
         self.num_windows, self.batch_size = len(x), batch_size
         self.steps = (len(x) + missing) // batch_size
         model.check_shape((batch_size, x.shape[1]))
@@ -551,6 +616,8 @@ class _Batches:
         x, y, weights = keras.utils.unpack_x_y_sample_weight(tuple(batch))
         x, y = np.asarray(x, np.int32), np.asarray(y, np.int32)
         self.model.check_shape(x.shape)
+        check_range(x, self.model.vocab_size, "inputs")
+        check_range(y, self.model.vocab_size, "labels", IGNORED)
         arrays = (x, y, _spread(weights, y.shape))
         return [place(array, self.layout) for array in arrays]
 

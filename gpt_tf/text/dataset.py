@@ -20,6 +20,9 @@ from gpt_tf.text.corpus import Document
 from gpt_tf.text.randomness import permute
 from gpt_tf.text.tokenizer import Tokenizer
 
+# The label of a token that does not count, as in Hugging Face's libraries.
+IGNORED = -100
+
 # Text encoded at once, and the longest part of it that one thread encodes: they
 # bound the memory, and let all processors take part in a long document.
 _ENCODE_CHARACTERS = 1 << 20
@@ -200,7 +203,8 @@ class Windows:
     With `shuffle`, each epoch shifts all windows by a random offset and visits them
     in a random order, computed without a table of all windows; with `augmentation`
     it reads them otherwise, too. Without `shuffle`, windows follow each other, every
-    token is the target once, and the end is padded with tokens of weight 0.
+    token is the target once, and the end is padded. A target that is padding, or that
+    cannot be known, is -100 and has the weight 0.
 
     Args:
         tokens: A `TokenFile` or integer ids `(N,)`.
@@ -312,8 +316,7 @@ class Windows:
 
         Returns:
             Inputs `(B, T)` int32, targets `(B, T)` int32, and weights `(B, T)`
-            float32, 0 where padded; of several shards, each has `B / num_shards`
-            rows.
+            float32; of several shards, each has `B / num_shards` rows.
 
         Raises:
             InputError: The step is negative, or the batch cannot be divided so.
@@ -349,7 +352,9 @@ class Windows:
             first = (position + np.arange(steps)) * self.batch_size + shard * rows
             places = first[:, None] + np.arange(rows)  # (steps, B)
             make = self._shuffled if self.shuffle else self._in_order
-            pieces.append(make(epoch, places))
+            x, y, weights, *others = make(epoch, places)
+            y = np.where(weights > 0.0, y, np.int32(IGNORED))
+            pieces.append((x, y, weights, *others))
             start += steps
         if len(pieces) == 1:
             return pieces[0]

@@ -55,7 +55,7 @@ def stated_loss(teacher, student, x, y, weights, alpha, temperature):
     p, q = log_softmax(theirs / temperature), log_softmax(ours / temperature)
     soft = temperature**2 * (np.exp(p) * (p - q)).sum(-1)
     both = alpha * hard + (1 - alpha) * soft
-    return (both * weights).sum() / weights.sum()
+    return (both * weights).mean()
 
 
 # What is trained
@@ -544,7 +544,8 @@ def test_models_under_different_strategies_are_refused(pair, make_model):
         ({"alpha": float("nan")}, "`alpha`"),
         ({"temperature": 0.0}, "temperature"),
         ({"on_policy_fraction": -0.1}, "`on_policy_fraction`"),
-        ({"loss": "mse"}, "`student_loss` and `distillation_loss`"),
+        ({"loss": "mse"}, "`loss`"),
+        ({"loss_weights": 2.0}, "`loss_weights`"),
         ({"distillation_loss": "no_such_loss"}, "no_such_loss"),
     ],
 )

@@ -182,7 +182,7 @@ def test_shuffled_windows_come_to_all_devices_in_one_order(make_model):
     mesh = make_mesh(1, 1, 2)
     model = MeshGPT(make_model(**SIZES), mesh)
     seen = []
-    model._prepare(dataset, None, None)
+    model._prepare("fit", {"x": dataset})
     model._run = lambda batch, training: seen.append(list(map(gather, batch))) or {}
     model.fit(dataset, epochs=3, verbose=0)
     assert len(seen) == 6
