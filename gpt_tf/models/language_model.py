@@ -25,19 +25,24 @@ from gpt_tf.models.next_token import (
     Perplexity,
     TokenAccuracy,
     counted,
+    share_that_counts,
     token_weights,
 )
 from gpt_tf.models.optimizer import AdamW
 
 _OWN_METRICS = (Perplexity, TokenAccuracy)
+# Names of losses and metrics, without case and underscores.
 _OF_PROBABILITIES = (
-    "binary_crossentropy",
-    "binary_focal_crossentropy",
-    "categorical_crossentropy",
-    "categorical_focal_crossentropy",
+    "binarycrossentropy",
+    "binaryfocalcrossentropy",
+    "categoricalcrossentropy",
+    "categoricalfocalcrossentropy",
+    "ce",
     "crossentropy",
-    "kl_divergence",
-    "sparse_categorical_crossentropy",
+    "kld",
+    "kldivergence",
+    "kullbackleiblerdivergence",
+    "sparsecategoricalcrossentropy",
 )
 _BAD_IDS = "gpt_tf: "
 
@@ -391,11 +396,10 @@ class TokenTraining:
             # Keras's mean over batches weighs them by their rows; here a row counts by
             # the share of its labels that do.
             (labels,) = tf.nest.flatten(y)
-            share = tf.reduce_mean(tf.cast(counted(labels), tf.float32))
             rows = tf.cast(tf.shape(labels)[0], tf.float32)
             self.compiled_loss.metrics[0].update_state(
                 loss * self.distribute_strategy.num_replicas_in_sync,
-                sample_weight=tf.math.multiply_no_nan(share - 1.0, rows),
+                sample_weight=rows * (share_that_counts(labels) - 1.0),
             )
         return loss
 
@@ -718,9 +722,10 @@ def check_takes_logits(value, role):
         )
     elif isinstance(value, str) or callable(value):
         name = value if isinstance(value, str) else getattr(value, "__name__", "")
-        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
         is_kerass = isinstance(value, str) or value.__module__.startswith("tf_keras.")
-        of_logits = not is_kerass or name not in {*_OF_PROBABILITIES, "ce"}
+        of_logits = (
+            not is_kerass or name.lower().replace("_", "") not in _OF_PROBABILITIES
+        )
     if of_logits:
         return
     kind = "losses" if role.endswith("loss") else "metrics"

@@ -17,6 +17,14 @@ def counted(labels):
     return tf.not_equal(tf.cast(labels, tf.int32), IGNORED)
 
 
+def share_that_counts(labels):
+    """Return the share of the labels that count, `()` float32; 0 of no labels."""
+    counts = tf.cast(counted(labels), tf.float32)
+    return tf.math.divide_no_nan(
+        tf.reduce_sum(counts), tf.cast(tf.size(counts), tf.float32)
+    )
+
+
 def cross_entropies(labels, logits):
     """Return the cross-entropy of every token in nats, 0 where it does not count.
 
@@ -71,8 +79,7 @@ class NextTokenLoss(keras.losses.Loss):
         if self._get_reduction() != keras.losses.Reduction.SUM_OVER_BATCH_SIZE:
             return loss
         # Keras has divided by the number of all labels.
-        share = tf.reduce_mean(tf.cast(counted(y_true), loss.dtype))
-        return tf.math.divide_no_nan(loss, share)
+        return tf.math.divide_no_nan(loss, share_that_counts(y_true))
 
 
 class TokenMean(keras.metrics.Mean):

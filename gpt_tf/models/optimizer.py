@@ -97,7 +97,9 @@ class AdamW(keras.optimizers.AdamW):
         """Update one variable with its gradient."""
         rate, beta_1_power, beta_2_power, decay = self._shared
         if variable.shape.rank >= 2 and self._use_weight_decay(variable):
-            variable.assign(variable * tf.cast(decay, variable.dtype))
+            # Not before the gradient is there: a step that fails moves nothing.
+            with tf.control_dependencies([tf.convert_to_tensor(gradient)]):
+                variable.assign(variable * tf.cast(decay, variable.dtype))
         if self.amsgrad:
             return super().update_step(gradient, variable)
         index = self._index_dict[self._var_key(variable)]

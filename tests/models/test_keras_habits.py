@@ -1,0 +1,378 @@
+"""What users of Keras's models do, done with a GPTModel."""
+
+import inspect
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+import gpt_tf
+from gpt_tf.errors import InputError
+from gpt_tf.models.language_model import XlaNotice
+from gpt_tf.models.next_token import NextTokenLoss
+from gpt_tf.parallel import strategy as strategies
+
+
+def sgd():
+    return keras.optimizers.SGD(0.1)
+
+
+def own_loss():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def mirrored(replicas=2):
+    strategies._use_fresh_collective_keys()
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+
+
+def moved(model, start):
+    pairs = zip(model.get_weights(), start, strict=True)
+    return np.concatenate([np.ravel(a - b) for a, b in pairs])
+
+
+# compile
+
+
+@pytest.mark.parametrize("name", ["fit", "evaluate", "train_on_batch", "compile"])
+def test_signatures_begin_as_keras_own(name):
+    ours = list(inspect.signature(getattr(gpt_tf.GPTModel, name)).parameters)
+    theirs = list(inspect.signature(getattr(keras.Model, name)).parameters)
+    assert [p for p in ours if p in theirs] == theirs
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            {"loss": "sparse_categorical_crossentropy"},
+            "sparse_categorical_crossentropy",
+        ),
+        ({"loss": keras.losses.sparse_categorical_crossentropy}, "from_logits=True"),
+        ({"loss": keras.losses.SparseCategoricalCrossentropy()}, "from_logits=True"),
+        ({"loss": "KLDivergence"}, "KLDivergence"),
+        ({"metrics": ["crossentropy"]}, "crossentropy"),
+        (
+            {"weighted_metrics": [keras.metrics.SparseCategoricalCrossentropy()]},
+            "from_logits=True",
+        ),
+        (
+            {"loss": keras.losses.MeanSquaredError("sum")}
+            | {"gradient_accumulation_steps": 2},
+            "sum",
+        ),
+        ({"gradient_accumulation_steps": 0}, "0"),
+    ],
+)
+def test_what_would_train_wrongly_is_refused(make_model, options, named):
+    with pytest.raises(InputError, match=named):
+        make_model().compile("adam", **options)
+
+
+def test_a_loss_that_xla_cannot_compile_switches_it_off(make_model, windows_of):
+    seen = []
+
+    def loss(labels, logits):
+        tf.py_function(lambda x: seen.append(x.shape), [logits], [])
+        return keras.losses.sparse_categorical_crossentropy(
+            labels, logits, from_logits=True
+        )
+
+    model = make_model()
+    model.compile(sgd(), loss)
+    with pytest.warns(XlaNotice, match="EagerPyFunc"):
+        model.fit(*windows_of(4, 8), verbose=0)
+    assert seen and not model.uses_xla
+
+
+def test_accumulation_computes_parts_whatever_the_loss(make_model, windows_of):
+    seen = set()
+
+    def loss(labels, logits):
+        tf.py_function(lambda x: seen.add(len(x)), [logits], [])
+        return keras.losses.sparse_categorical_crossentropy(
+            labels, logits, from_logits=True
+        )
+
+    model = make_model()
+    model.compile(sgd(), loss, gradient_accumulation_steps=4, jit_compile=False)
+    model.fit(*windows_of(8, 8), batch_size=8, verbose=0)
+    assert seen == {2}
+
+
+def test_jit_compile_can_be_set_afterwards(make_model, windows_of):
+    model = make_model()
+    model.compile()
+    assert model.uses_xla
+    model.jit_compile = False
+    assert not model.uses_xla
+    model.fit(*windows_of(4, 8), verbose=0)
+
+
+def test_a_batch_trains_and_is_measured_without_compile(make_model, windows_of):
+    x, y = windows_of(4, 8)
+    model = make_model()
+    loss = model.train_on_batch(x, y, return_dict=True)["loss"]
+    assert model.test_on_batch(x, y, return_dict=True)["loss"] < loss
+
+
+# Data
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda x, y: ([x], y),
+        lambda x, y: ((x,), (y,)),
+        lambda x, y: ({"tokens": x}, y),
+        lambda x, y: (x, {"head": y}),
+        lambda x, y: (x, y[..., None]),
+        lambda x, y: (x.tolist(), y.tolist()),
+        lambda x, y: (tf.constant(x, tf.int64), tf.constant(y, tf.int64)),
+        lambda x, y: (tf.data.Dataset.from_tensors(({"tokens": x}, y)), None),
+    ],
+)
+def test_data_come_in_every_structure(make_model, windows_of, given):
+    x, y = windows_of(4, 8)
+    model = make_model()
+    start = model.get_weights()
+    found = []
+    for data in ((x, y), given(x, y)):
+        model.set_weights(start)
+        model.compile(sgd(), jit_compile=False)
+        model.fit(*data, verbose=0)
+        found.append(moved(model, start))
+    np.testing.assert_allclose(*found, atol=1e-7)
+    assert np.abs(found[0]).max() > 1e-4
+
+
+def test_positional_arguments_are_keras_own(make_model, windows_of):
+    x, y = windows_of(8, 8)
+    model = make_model()
+    model.compile(sgd(), jit_compile=False)
+    assert len(model.fit(x, y, 4, 2, 0).history["loss"]) == 2
+    assert len(model.evaluate(x, y, 4, 0)) == 3
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "named"),
+    [
+        (np.zeros((2, 4), "int32"), None, "inputs only"),
+        (np.zeros(4, "int32"), np.zeros(4, "int32"), r"\(4,\)"),
+        (np.array([["a", "b"]]), np.zeros((1, 2), "int32"), "string"),
+        ([[1, 2], [3]], [[1, 2], [3]], "several lengths"),
+        (
+            tf.ragged.constant([[1, 2], [3]]),
+            tf.ragged.constant([[1, 2], [3]]),
+            "ragged",
+        ),
+    ],
+)
+def test_data_that_are_no_windows_are_refused(make_model, x, y, named):
+    with pytest.raises(InputError, match=named):
+        make_model().fit(x, y, verbose=0)
+
+
+def test_a_dataset_without_batches_is_refused(make_model, windows_of):
+    data = tf.data.Dataset.from_tensor_slices(windows_of(4, 8))
+    with pytest.raises(InputError, match="Batch"):
+        make_model().fit(data, verbose=0)
+
+
+def test_class_weights_are_refused(make_model, windows_of):
+    with pytest.raises(InputError, match="sample_weight"):
+        make_model().fit(*windows_of(4, 8), class_weight={0: 2.0}, verbose=0)
+
+
+@pytest.mark.parametrize("jit_compile", [None, False])
+@pytest.mark.parametrize(
+    ("role", "bad"), [("inputs", 31), ("inputs", -1), ("labels", 31), ("labels", -99)]
+)
+def test_ids_that_there_are_none_of_are_named(
+    make_model, windows_of, role, bad, jit_compile
+):
+    x, y = windows_of(8, 8)
+    (x if role == "inputs" else y)[5, 3] = bad
+    model = make_model()
+    model.compile(jit_compile=jit_compile)
+    start = model.get_weights()
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    for method in (model.fit, model.evaluate):
+        with pytest.raises(InputError, match=f"{role}.*Received: {bad}"):
+            method(data, verbose=0)
+    assert not np.any(moved(model, start))
+
+
+@pytest.mark.parametrize("weights", [None, "zero"])
+def test_ignored_labels_in_a_dataset_do_not_count(make_model, windows_of, weights):
+    x, y = windows_of(8, 8)
+    y[:, 6:] = -100
+    given = (x, y)
+    if weights:
+        given = (x, y, (y >= 0).astype("float32"))
+    data = tf.data.Dataset.from_tensor_slices(given).batch(8)
+    model, short = make_model(), make_model()
+    start = model.get_weights()
+    for each in (model, short):
+        each.compile(sgd())
+    model.fit(data, verbose=0)
+    short.fit(x[:, :6], y[:, :6], batch_size=8, verbose=0)
+    np.testing.assert_allclose(moved(model, start), moved(short, start), atol=1e-6)
+
+
+# The step
+
+
+def test_a_step_in_float16_is_one_in_float32(make_model, windows_of):
+    x, y = windows_of(8, 8)
+    found = {}
+    for policy in ("float32", "mixed_float16"):
+        keras.mixed_precision.set_global_policy(policy)
+        try:
+            for parts in (1, 2):
+                model = make_model()
+                start = model.get_weights()
+                model.compile(sgd(), gradient_accumulation_steps=parts)
+                model.fit(x, y, batch_size=8, verbose=0)
+                found[policy, parts] = moved(model, start)
+        finally:
+            keras.mixed_precision.set_global_policy("float32")
+    expected = found["float32", 1]
+    for step in found.values():
+        np.testing.assert_allclose(step, expected, atol=0.01 * np.abs(expected).max())
+
+
+def test_replicas_of_unequal_work_train_as_one_device(make_model, windows_of):
+    x, y = windows_of(6, 8)  # of four replicas two get two rows
+    y[0] = y[1, 2:] = -100
+    found = []
+    for replicas in (1, 4):
+        with mirrored(replicas).scope():
+            model = make_model()
+            model.compile(sgd(), jit_compile=False)
+        start = model.get_weights()
+        history = model.fit(x, y, batch_size=6, verbose=0).history
+        report = model.evaluate(x, y, batch_size=4, verbose=0)
+        found.append((moved(model, start), history["loss"], report))
+    for one, four in zip(*found, strict=True):
+        np.testing.assert_allclose(one, four, rtol=1e-4, atol=1e-6)
+
+
+class OwnStep(gpt_tf.GPTModel):
+    """The training step of Keras's guide to customising `fit`."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            logits = self(x, training=True)
+            loss = self.compute_loss(x, y, logits)
+        self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+        return self.compute_metrics(x, y, logits, None)
+
+
+def functional(*arguments, **options):
+    gpt = gpt_tf.GPTModel(*arguments, **options)
+    return keras.Model(gpt.input, gpt.output)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss"), [(OwnStep, None), (functional, NextTokenLoss)]
+)
+def test_the_default_loss_is_right_in_other_steps(make, loss, windows_of):
+    x, y = windows_of(8, 8)
+    found = []
+    for replicas in (1, 2):
+        keras.utils.set_random_seed(0)
+        with mirrored(replicas).scope():
+            model = make(31, 12, 1, 2, context_length=8)
+            model.compile(sgd(), loss and loss())
+        start = model.get_weights()
+        history = model.fit(x, y, batch_size=8, verbose=0).history
+        found.append((moved(model, start), history["loss"][0]))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-6)
+    assert found[0][1] == pytest.approx(found[1][1]) == pytest.approx(3.43, abs=0.1)
+
+
+def test_a_model_on_another_device_trains(make_model, windows_of):
+    with tf.device("CPU:1"):
+        model = make_model()
+        model.compile(sgd())
+    model.fit(*windows_of(4, 8), verbose=0)
+    assert "CPU:1" in model.weights[0].device
+
+
+def test_tensors_are_added_to_loss_and_metrics(make_model, windows_of):
+    model = make_model()
+    model.add_loss(0.0 * tf.reduce_mean(model.output) + 2.0)
+    model.add_metric(tf.reduce_mean(model.output), name="mean_logit")
+    report = model.evaluate(*windows_of(4, 8), verbose=0, return_dict=True)
+    assert "mean_logit" in report
+    assert report["loss"] == pytest.approx(2.0 + np.log(report["perplexity"]), rel=1e-5)
+
+
+# Files
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
+
+
+@pytest.mark.parametrize("ending", ["keras", "h5", "tf"])
+def test_a_saved_model_loads(make_model, windows_of, tmp_path, ending):
+    x, y = windows_of(4, 8)
+    model = make_model()
+    model.compile(sgd(), loss_weights=3.0, gradient_accumulation_steps=2)
+    model.fit(x, y, verbose=0)
+    path = str(tmp_path / f"model.{ending}")
+    model.save(path)
+    again = keras.models.load_model(path)
+    assert again.evaluate(x, y, verbose=0) == pytest.approx(
+        model.evaluate(x, y, verbose=0), rel=1e-6
+    )
+    if ending == "keras":
+        assert again.gradient_accumulation_steps == 2
+    assert [m.name for m in again.metrics] == [m.name for m in model.metrics]
+
+
+def test_a_description_in_json_makes_a_model(make_model):
+    model = make_model()
+    again = keras.models.model_from_json(model.to_json())
+    assert type(again) is gpt_tf.GPTModel
+    assert again.get_config() == model.get_config()
+
+
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_a_model_on_its_layers_loads(make_model, windows_of, tmp_path, ending):
+    gpt = make_model()
+    features = gpt.get_layer("final_norm").output
+    model = keras.Model(gpt.input, keras.layers.Dense(3)(features))
+    path = str(tmp_path / f"model.{ending}")
+    model.save(path)
+    x, _ = windows_of(2, 8)
+    np.testing.assert_allclose(keras.models.load_model(path)(x), model(x), rtol=1e-5)
+
+
+def test_files_load_inside_a_strategy(make_model, windows_of, tmp_path):
+    x, y = windows_of(4, 8)
+    model = make_model()
+    model.compile(sgd(), jit_compile=False)
+    model.fit(x, y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(str(tmp_path / "model.weights.h5"))
+    with mirrored().scope():
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        other = make_model(seed=9)
+        other.compile(sgd(), jit_compile=False)
+        other.load_weights(str(tmp_path / "model.weights.h5"))
+    for each in (loaded, other):
+        np.testing.assert_array_equal(
+            each.predict(x, verbose=0), model.predict(x, verbose=0)
+        )
+        each.fit(x, y, verbose=0)
+
+
+def test_the_model_generates(make_model):
+    model = make_model()
+    options = {"max_new_tokens": 3, "temperature": 0}
+    assert model.generate([1, 2], **options) == gpt_tf.generate(
+        model, [1, 2], **options
+    )

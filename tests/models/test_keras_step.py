@@ -1,0 +1,221 @@
+"""`fit` and `evaluate` against the same layers in a plain `keras.Model`.
+
+Every two values of the variants below meet in some cell, and each cell trains as the
+plain model does on one device.
+"""
+
+import contextlib
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+
+import gpt_tf
+from gpt_tf.parallel import strategy as strategies
+
+SIZES = {"vocab_size": 31, "embedding_dim": 12, "num_layers": 1, "num_heads": 2}
+ROWS, LENGTH, BATCH = 12, 8, 8  # the last batch has 4 rows
+
+
+def cross_entropy(labels, logits):
+    return keras.losses.sparse_categorical_crossentropy(
+        labels, logits, from_logits=True
+    )
+
+
+class Scce(keras.losses.Loss):
+    def call(self, labels, logits):
+        return cross_entropy(labels, logits)
+
+
+VARIANTS = {
+    "loss": ["default", "keras", "function", "class"],
+    "optimizer": ["sgd", "adam", "gpt_tf", "legacy"],
+    "jit_compile": [None, False],
+    "steps": ["one", "two at once", "eager", "in parts"],
+    "loss_weights": [None, 3.0],
+    "metrics": [None, "accuracy", "weighted"],
+    "data": ["arrays", "dataset", "generator"],
+    "weights": [None, "(B,)", "(B, T)"],
+    "precision": ["float32", "mixed_bfloat16", "mixed_float16"],
+    "strategy": ["none", "second device", "two", "four"],
+    "added": [None, "regulariser"],
+}
+
+LOSSES = {
+    "default": lambda: None,
+    "keras": lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    "function": lambda: cross_entropy,
+    "class": Scce,
+}
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.5, momentum=0.9),
+    # An epsilon at which a gradient's rounding does not decide the step.
+    "adam": lambda: keras.optimizers.Adam(0.01, epsilon=1e-3),
+    "gpt_tf": lambda: gpt_tf.AdamW(0.01, epsilon=1e-3, global_clipnorm=0.5),
+    "legacy": lambda: keras.optimizers.legacy.SGD(0.5, momentum=0.9),
+}
+
+
+def is_possible(cell):
+    # Keras's own step, run eagerly, takes a minute on several devices.
+    return not (cell["steps"] == "eager" and cell["strategy"] in ("two", "four"))
+
+
+def cells():
+    """Return cells in which every pair of values meets, greedily few."""
+    names = list(VARIANTS)
+    pairs = {
+        frozenset([(a, x), (b, y)])
+        for a, b in itertools.combinations(names, 2)
+        for x in VARIANTS[a]
+        for y in VARIANTS[b]
+        if is_possible({"steps": "", "strategy": "", a: x, b: y})
+    }
+    random = np.random.default_rng(0)
+    found = []
+    while pairs:
+        drawn = [
+            {name: values[random.integers(len(values))] for name, values in wanted}
+            for wanted in [VARIANTS.items()] * 60
+        ]
+        # Begin from a pair that is missing, so that each cell brings something.
+        first = dict(min(pairs, key=lambda pair: sorted(map(repr, pair))))
+        drawn = [cell | first for cell in drawn if is_possible(cell | first)]
+        met = [
+            {frozenset(pair) for pair in itertools.combinations(cell.items(), 2)}
+            for cell in drawn
+        ]
+        best = max(range(len(drawn)), key=lambda index: len(met[index] & pairs))
+        pairs -= met[best]
+        found.append(drawn[best])
+    return found
+
+
+def strategy_of(name):
+    strategies._use_fresh_collective_keys()
+    return {
+        "none": tf.distribute.get_strategy,
+        "second device": lambda: tf.distribute.OneDeviceStrategy("CPU:1"),
+        "two": lambda: tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
+        "four": lambda: tf.distribute.MirroredStrategy(
+            [f"CPU:{index}" for index in range(4)]
+        ),
+    }[name]()
+
+
+@functools.cache
+def start():
+    keras.utils.set_random_seed(3)
+    weights = gpt_tf.GPTModel(**SIZES, context_length=LENGTH).get_weights()
+    random = np.random.default_rng(1)
+    return [w + random.normal(0, 0.1, w.shape).astype("float32") for w in weights]
+
+
+def data_of(cell):
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, SIZES["vocab_size"], (2, ROWS, LENGTH), "int32")
+    shape = {"(B,)": (ROWS,), "(B, T)": (ROWS, LENGTH), None: None}[cell["weights"]]
+    weights = shape and random.uniform(0, 2, shape).astype("float32")
+    given = (x, y) if weights is None else (x, y, weights)
+    if cell["data"] == "arrays":
+        return {"x": x, "y": y, "sample_weight": weights, "batch_size": BATCH}
+    if cell["data"] == "dataset":
+        return {"x": tf.data.Dataset.from_tensor_slices(given).batch(BATCH)}
+
+    class Batches(keras.utils.Sequence):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return tuple(a[index * BATCH : (index + 1) * BATCH] for a in given)
+
+    return {"x": Batches()}
+
+
+@contextlib.contextmanager
+def precision(name):
+    keras.mixed_precision.set_global_policy(name)
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+
+
+def trained(cell, plain):
+    """Train a model; return its weights, its history and what it evaluates to."""
+    options = {"loss_weights": cell["loss_weights"]}
+    if cell["metrics"] == "accuracy":
+        options["metrics"] = ["accuracy"]
+    if cell["metrics"] == "weighted":
+        options["weighted_metrics"] = [keras.metrics.SparseCategoricalAccuracy("hits")]
+    loss = LOSSES[cell["loss"]]()
+    if plain:
+        loss = LOSSES["keras"]()
+    else:
+        options["jit_compile"] = cell["jit_compile"]
+        if cell["steps"] == "in parts":
+            options["gradient_accumulation_steps"] = 2
+        if cell["steps"] == "eager":
+            options["run_eagerly"] = True
+        if cell["steps"] == "two at once":
+            options["steps_per_execution"] = 2
+    with (
+        precision(cell["precision"]),
+        strategy_of("none" if plain else cell["strategy"]).scope(),
+    ):
+        model = gpt_tf.GPTModel(**SIZES, context_length=LENGTH)
+        if cell["added"]:
+            table = model.get_layer("embedding").token_table
+            penalty = functools.partial(penalty_of, table)
+            model.get_layer("embedding").add_loss(penalty)
+        if plain:
+            model = keras.Model(model.input, model.output)
+            options.setdefault("weighted_metrics", [])
+        model.set_weights(start())
+        model.compile(OPTIMIZERS[cell["optimizer"]](), loss, **options)
+        data = data_of(cell)
+        history = model.fit(**data, epochs=2, shuffle=False, verbose=0).history
+        report = model.evaluate(**data, verbose=0, return_dict=True)
+    return model.get_weights(), history, report
+
+
+def penalty_of(table):
+    return 0.05 * tf.reduce_sum(tf.square(table))
+
+
+# What the plain model's training depends on.
+_ITS_OWN = (
+    "optimizer",
+    "loss_weights",
+    "metrics",
+    "data",
+    "weights",
+    "precision",
+    "added",
+)
+
+
+@functools.cache
+def plainly_trained(*values):
+    return trained(dict(zip(_ITS_OWN, values, strict=True)) | {"loss": "keras"}, True)
+
+
+@pytest.mark.parametrize(
+    "cell", cells(), ids=lambda cell: "|".join(map(str, cell.values()))
+)
+def test_a_step_trains_as_keras_does(cell):
+    weights, history, report = trained(cell, plain=False)
+    expected = plainly_trained(*(cell[name] for name in _ITS_OWN))
+    # 16-bit products are rounded in another order by XLA.
+    tolerance = 1e-4 if cell["precision"] == "float32" else 0.02
+    moves = [np.abs(a - b).max() for a, b in zip(expected[0], start(), strict=True)]
+    assert max(moves) > 0.01
+    for ours, theirs in zip(weights, expected[0], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * max(moves))
+    for ours, theirs in ((history, expected[1]), (report, expected[2])):
+        for name in theirs if tolerance == 1e-4 else ["loss"]:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=tolerance)
