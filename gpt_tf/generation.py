@@ -31,8 +31,9 @@ def answer(
     """Continue prompts with the tokens that an engine chooses.
 
     Args:
-        prompt: A text, a list of texts, token ids, or a list of token ids. A text may
-            be bytes, which need not be UTF-8 for a byte-level tokenizer.
+        prompt: A text, a list of texts, token ids, or a list of token ids. In a text
+            special tokens are recognised, as `"<|endoftext|>"`. A text may be bytes,
+            which are taken literally and need not be UTF-8 for a byte-level tokenizer.
         steps_of: Called with the prompts as lists of ids, the id that ends a text or
             None, and a set of rows to which no more tokens need be added, which
             grows. Returns an iterator over dicts of row to new token.
@@ -108,7 +109,7 @@ def rows_of(prompt, tokenizer) -> tuple[list[list[int]], bool, bool]:
                 "tokenizer that the model was trained with, or token ids."
             )
         rows = [
-            tokenizer.encode(item)
+            tokenizer.encode(item, special=True)
             if isinstance(item, str)
             else tokenizer.encode_bytes(item)
             for item in prompts

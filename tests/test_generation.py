@@ -64,6 +64,21 @@ def test_bytes_that_are_not_utf_8_are_a_prompt_for_bytes_only():
         answer(b"a\xff", [1])
 
 
+@pytest.mark.parametrize("tokenizer", [LETTERS, BYTES], ids=["letters", "bytes"])
+def test_special_tokens_in_a_text_are_one_id_each(tokenizer):
+    asked = []
+    letter, end = tokenizer.encode("c")[0], tokenizer.end_of_text_id
+    for prompt in ("c<|endoftext|>c", ["c<|endoftext|>c"]):
+        answer(prompt, [1], tokenizer, asked=asked)
+    assert asked == [([[letter, end, letter]], end)] * 2
+
+
+def test_special_tokens_in_bytes_are_literal():
+    (ids,), is_text, _ = generation.rows_of(b"<|endoftext|>", BYTES)
+    assert is_text
+    assert BYTES.end_of_text_id not in ids and BYTES.decode(ids) == "<|endoftext|>"
+
+
 def test_half_a_character_is_held_back():
     first, second = (BYTES.encode_bytes(bytes([byte]))[0] for byte in b"\xc3\xa9")
     assert list(answer("low", [first, second], BYTES, stream=True)) == ["\u00e9"]

@@ -89,6 +89,12 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends it; may be repeated.")
     ] = None,
+    literal: Annotated[
+        bool,
+        typer.Option(
+            "--literal", help="Special tokens in the prompt, <|endoftext|>, are text."
+        ),
+    ] = False,
 ):
     """Continue a prompt, streaming; without a prompt, line by line from you."""
     model = model or shipped_model()
@@ -96,7 +102,8 @@ def generate(
 
     def answer(text):
         pieces = stream(
-            text,
+            # In bytes no special tokens are recognised.
+            text.encode("utf-8", "surrogateescape") if literal else text,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,

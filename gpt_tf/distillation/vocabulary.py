@@ -45,8 +45,8 @@ def derive_tokenizer(tokenizer: BPETokenizer, vocab_size: int) -> BPETokenizer:
     Raises:
         InputTypeError: The tokenizer is not a `BPETokenizer`.
         InputError: The size is out of range, or the tokenizer's merges cannot be
-            cut: they drop out at random, are overruled by whole words, or use
-            tokens that later merges make.
+            cut: they are overruled by whole words, or use tokens that later merges
+            make.
 
     Example:
         >>> teacher = BPETokenizer.train(["low lower lowest " * 9], vocab_size=262)
@@ -634,12 +634,11 @@ def _content_of(tokenizer: Tokenizer) -> dict:
         )
     content = json.loads(tokenizer.to_json())
     model = content["model"]
-    for name in ("dropout", "ignore_merges"):
-        if model.get(name):
-            raise InputError(
-                "A tokenizer whose merges alone decide was expected. Received: one "
-                f"with {name}={model[name]}. Set it to null or false."
-            )
+    if model.get("ignore_merges"):
+        raise InputError(
+            "A tokenizer whose merges alone decide was expected. Received: one with "
+            "ignore_merges=True. Set it to false."
+        )
     model["merges"] = [
         list(m) if not isinstance(m, str) else m.split(" ") for m in model["merges"]
     ]

@@ -101,9 +101,10 @@ class EdgeGPT:
         Where the logits agree, a seed gives the same text in both.
 
         Args:
-            prompt: A text, a list of texts, token ids, or a list of token ids. A text
-                may be bytes, which need not be UTF-8 for a byte-level tokenizer. Of
-                a prompt longer than the context the end is used, with a
+            prompt: A text, a list of texts, token ids, or a list of token ids. In a
+                text special tokens are recognised, as `"<|endoftext|>"`. A text may be
+                bytes, which are taken literally and need not be UTF-8 for a byte-level
+                tokenizer. Of a prompt longer than the context the end is used, with a
                 `GenerationNotice`.
             max_new_tokens: Largest number of tokens to add, at least 0.
             temperature: Divides the logits; 0 takes the likeliest token.

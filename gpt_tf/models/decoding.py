@@ -255,7 +255,8 @@ def generate(
 
     Args:
         model: A GPTModel, or one that TF-MOT made of it.
-        prompt: A text, a list of texts, token ids, or a list of token ids.
+        prompt: A text, a list of texts, token ids, or a list of token ids. In a text
+            special tokens are recognised, as `"<|endoftext|>"`; bytes are literal.
         tokenizer: Needed for texts.
         max_new_tokens: Largest number of tokens to add, at least 0.
         temperature: Divides the logits; 0 takes the likeliest token.

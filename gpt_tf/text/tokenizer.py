@@ -5,15 +5,17 @@ Both are the `tokenizers` library's and are kept in Hugging Face's `tokenizer.js
 
 import abc
 import codecs
+import functools
 import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
@@ -40,8 +42,17 @@ _STANDS_FOR = {byte: character for character, byte in _BYTE_OF.items()}
 # What Python's `surrogateescape` makes of bytes that are not UTF-8.
 _BROKEN_BYTES = re.compile("([\udc80-\udcff]+)")
 
-# Text on which a tokenizer that changes text gives itself away.
+# Text on which a tokenizer that changes text gives itself away, unless it does so with
+# a few texts only: so normalizers and pre-tokenizers must be known ones, too.
 _PROBE = "a  b\n\t<|endoftext|> \u00e9\u4e2d\U0001f600 C"
+_NORMALIZERS = {"ByteLevel", "NFC"}
+_PRE_TOKENIZERS = {
+    *("ByteLevel", "Digits", "FixedLength", "Punctuation", "Split", "UnicodeScripts"),
+}
+
+
+class TokenizerWarning(UserWarning):
+    """A tokenizer is used otherwise than its file says."""
 
 
 class Tokenizer(abc.ABC):
@@ -60,7 +71,7 @@ class Tokenizer(abc.ABC):
         # A foreign file may ask for these; they would cut or lengthen text.
         backend.no_truncation()
         backend.no_padding()
-        # What the user writes is text, "<|endoftext|>" included.
+        # Text is text, "<|endoftext|>" included, but where `special` is asked for.
         backend.encode_special_tokens = True
         self.backend = backend
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
@@ -86,9 +97,34 @@ class Tokenizer(abc.ABC):
             )
         return tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; the end-of-text token is never among them."""
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the ids of a text.
+
+        Args:
+            text: Any text.
+            special: Whether special tokens that are written in it, such as
+                `"<|endoftext|>"`, become their one id each, as in a prompt. If not,
+                they are text like any other, which is what a corpus holds.
+
+        Returns:
+            The ids; with `special` those of Hugging Face's `encode` without the
+            tokens that it adds itself.
+
+        Example:
+            >>> tokenizer.encode("<|endoftext|>", special=True)
+            [0]
+        """
+        is_found = special and any(token in text for token in self._special_tokens)
+        return self._encode_special(text) if is_found else self.encode_batch([text])[0]
+
+    @functools.cached_property
+    def _special_tokens(self) -> list[str]:
+        added = self.backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    @abc.abstractmethod
+    def _encode_special(self, text: str) -> list[int]:
+        """Return the ids of a text in which there are special tokens."""
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -151,6 +187,11 @@ class Tokenizer(abc.ABC):
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding as in GPT-2; every byte sequence has ids.
 
+    The text that was encoded comes back, and the same text always has the same ids:
+    of a foreign tokenizer, BPE dropout is switched off, and Unicode's composition (the
+    normalizer NFC) is left out with a `TokenizerWarning`. Other normalizers, and
+    whatever else changes text, are refused.
+
     Example:
         >>> tokenizer = BPETokenizer.train(["low lower lowest " * 9], vocab_size=260)
         >>> tokenizer.decode(tokenizer.encode("lowest"))
@@ -164,11 +205,28 @@ class BPETokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, backend: tokenizers.Tokenizer):
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None
+        changing = _changing_parts(backend)
+        parts = _parts_of(backend.normalizer)
+        if "NFC" in parts and not changing:
+            in_bytes = normalizers.ByteLevel() if "ByteLevel" in parts else None
+            backend.normalizer = in_bytes
+            warnings.warn(
+                "The tokenizer's normalizer NFC is left out, so that text comes back "
+                "as it was. Text with decomposed characters, an e and an accent for "
+                "example, has other ids than with it; all other text has the same.",
+                TokenizerWarning,
+                stacklevel=2,
+            )
         super().__init__(backend)
-        if self.decode(self.encode(_PROBE)) != _PROBE:
+        added = backend.get_added_tokens_decoder().values()
+        probe = _PROBE + "".join(f" {token.content} " for token in added)
+        if changing or self.decode(self.encode(probe)) != probe:
+            what = f"{changing[0]}, which" if changing else "one that"
             raise DamagedFileError(
                 "A byte-level BPE tokenizer expects to give back the text it encoded. "
-                "Received: one that changes spaces, case or characters. Use one like "
+                f"Received: {what} changes spaces, case or characters. Use one like "
                 "GPT-2's: no normalizer, and ByteLevel without a prefix space."
             )
 
@@ -268,6 +326,15 @@ class BPETokenizer(Tokenizer):
         )
         return [encoding.ids for encoding in encoded]
 
+    def _encode_special(self, text: str) -> list[int]:
+        encoded = self._finds_special.encode(_clean(text), add_special_tokens=False)
+        return encoded.ids
+
+    @functools.cached_property
+    def _finds_special(self) -> tokenizers.Tokenizer:
+        # Of its own: a switch on the shared one would be seen by other threads.
+        return tokenizers.Tokenizer.from_str(self.to_json())
+
     def encode_bytes(self, data: bytes) -> list[int]:
         # Pieces alternate: text, broken bytes, text, ...
         pieces = _BROKEN_BYTES.split(data.decode("utf-8", "surrogateescape"))
@@ -339,17 +406,25 @@ class CharacterTokenizer(Tokenizer):
         return cls(backend)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._encode(text) for text in texts]
+        return [self._ids_of(text) for text in texts]
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_special(self, text: str) -> list[int]:
+        wanted = "|".join(map(re.escape, self._special_tokens))
+        return self._ids_of(re.findall(rf"{wanted}|[\s\S]", text))
+
+    def _ids_of(self, symbols: Sequence[str]) -> list[int]:
         try:
-            return [self._ids[character] for character in text]
+            return [
+                self.end_of_text_id if symbol == END_OF_TEXT else self._ids[symbol]
+                for symbol in symbols
+            ]
         except KeyError as error:
-            character = error.args[0]
+            symbol = error.args[0]
+            place = len("".join(symbols[: symbols.index(symbol)]))
             raise InputError(
-                f"The vocabulary of {len(self._ids)} characters lacks {character!r}, "
-                f"at position {text.index(character)}. Train the tokenizer on this "
-                "text too, or use a bpe tokenizer."
+                f"The vocabulary of {len(self._ids)} characters lacks {symbol!r}, "
+                f"at position {place}. Train the tokenizer on this text too, or use a "
+                "bpe tokenizer."
             ) from None
 
     def encode_bytes(self, data: bytes) -> list[int]:
@@ -449,6 +524,28 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _changing_parts(backend) -> list[str]:
+    """Return normalizers and pre-tokenizers that are not known to keep all text."""
+    found = [part for part in _parts_of(backend.normalizer) if part not in _NORMALIZERS]
+    splitters = _parts_of(backend.pre_tokenizer)
+    return found + [part for part in splitters if part not in _PRE_TOKENIZERS]
+
+
+def _parts_of(component) -> list[str]:
+    """Return what a normalizer or pre-tokenizer consists of, by the library's names."""
+
+    def names(settings):
+        inner = settings.get("normalizers", settings.get("pretokenizers"))
+        if inner is not None:
+            return [name for each in inner for name in names(each)]
+        removes = settings.get("behavior") == "Removed"
+        return [
+            f"{settings['type']} with behavior Removed" if removes else settings["type"]
+        ]
+
+    return [] if component is None else names(json.loads(component.__getstate__()))
 
 
 def _clean(text: str) -> str:

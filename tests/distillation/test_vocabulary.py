@@ -245,13 +245,11 @@ def test_characters_cannot_be_derived_from():
         derive_tokenizer(CHARACTER, 30)
 
 
-@pytest.mark.parametrize(("name", "value"), [("dropout", 0.5), ("ignore_merges", True)])
-def test_merges_that_do_not_decide_alone_are_refused(name, value):
+def test_merges_that_do_not_decide_alone_are_refused():
     content = json.loads(TEACHER.to_json())
-    content["model"][name] = value
-    # Dropout, being random, may or may not pass the tokenizer's own check.
+    content["model"]["ignore_merges"] = True
     teacher = tokenizer_from_json(json.dumps(content))
-    with pytest.raises(InputError, match=f"Received: one with {name}="):
+    with pytest.raises(InputError, match="ignore_merges"):
         derive_tokenizer(teacher, 270)
     assert not is_derived(teacher, STUDENT)
 

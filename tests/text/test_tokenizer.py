@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 import tokenizers
@@ -16,7 +17,9 @@ from gpt_tf.text.tokenizer import (
     BPETokenizer,
     CharacterTokenizer,
     StreamDecoder,
+    TokenizerWarning,
     load_tokenizer,
+    tokenizer_from_json,
 )
 
 TEXTS = ["def low(lower):\n    return lowest\n", "größer 中文 low lower lowest\n"] * 9
@@ -284,22 +287,184 @@ def test_added_tokens_decode_to_their_own_text(tmp_path):
     assert load_tokenizer(tmp_path).decode([BPE.vocab_size]) == "<two words é>"
 
 
-def lowercase(backend):
-    backend.normalizer = normalizers.Lowercase()
+def foreign_with(**parts):
+    """Return `BPE`'s file with another normalizer, pre-tokenizer, or added token."""
+    backend = tokenizers.Tokenizer.from_str(BPE.to_json())
+    if "token" in parts:
+        backend.add_tokens([parts.pop("token")])
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    return backend.to_str()
 
 
-def add_prefix_space(backend):
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-
-
-@pytest.mark.parametrize("change", [lowercase, add_prefix_space])
-def test_tokenizers_that_change_text_are_refused(tmp_path, change):
-    BPE.save(tmp_path)
-    foreign = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    change(foreign)
-    foreign.save(str(tmp_path / "tokenizer.json"))
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        normalizers.Lowercase(),
+        normalizers.NFD(),
+        normalizers.NFKC(),
+        normalizers.Strip(),
+        normalizers.Nmt(),
+        normalizers.Prepend("_"),
+        normalizers.Replace("``", '"'),
+        normalizers.Sequence([normalizers.NFC(), normalizers.Replace("x", "")]),
+    ],
+    ids=lambda normalizer: type(normalizer).__name__,
+)
+def test_normalizers_that_change_text_are_refused(normalizer):
     with pytest.raises(DamagedFileError, match="give back the text"):
-        load_tokenizer(tmp_path)
+        tokenizer_from_json(foreign_with(normalizer=normalizer))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pre_tokenizers.Split("~", "removed"),
+        pre_tokenizers.Punctuation("removed"),
+        pre_tokenizers.CharDelimiterSplit("~"),
+        pre_tokenizers.WhitespaceSplit(),
+        pre_tokenizers.Metaspace(),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_pre_tokenizers_that_change_text_are_refused(part):
+    both = pre_tokenizers.Sequence([part, pre_tokenizers.ByteLevel(False)])
+    with pytest.raises(DamagedFileError, match="give back the text"):
+        tokenizer_from_json(foreign_with(pre_tokenizer=both))
+
+
+def test_a_prefix_space_is_refused():
+    part = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(DamagedFileError, match="give back the text"):
+        tokenizer_from_json(foreign_with(pre_tokenizer=part))
+
+
+def test_added_tokens_that_take_white_space_are_refused():
+    token = tokenizers.AddedToken("<name>", lstrip=True)
+    with pytest.raises(DamagedFileError, match="give back the text"):
+        tokenizer_from_json(foreign_with(token=token))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": normalizers.Sequence([])},
+        {"normalizer": normalizers.ByteLevel(), "pre_tokenizer": None},
+        {
+            "pre_tokenizer": pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(tokenizers.Regex(r"\d|\s+|\S+"), "isolated"),
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            )
+        },
+        {"token": tokenizers.AddedToken("<name>", lstrip=True, special=True)},
+    ],
+    ids=["no normalizers", "bytes", "splitters", "special token"],
+)
+def test_other_ways_to_split_text_give_it_back(parts):
+    tokenizer = tokenizer_from_json(foreign_with(**parts))
+    for text in (*TEXTS, " a1b22  <name> \r\n cafe\u0301 \u00b2 "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.fixture(scope="module")
+def composing():
+    """A tokenizer whose file asks for NFC, as that of GPT-NeoX does."""
+    with pytest.warns(TokenizerWarning, match="NFC") as caught:
+        tokenizer = tokenizer_from_json(foreign_with(normalizer=normalizers.NFC()))
+    assert len(caught) == 1
+    return tokenizer
+
+
+@given(text=st.one_of(any_text, st.text("ae\u0301\u0308\u00e9\u212b \n")))
+@quick
+def test_composition_is_left_out_and_any_text_comes_back(composing, text):
+    assert composing.decode(composing.encode(text)) == text
+    assert composing.decode(composing.encode(text, special=True)) == text
+
+
+@given(text=any_text)
+@quick
+def test_composed_text_has_the_ids_that_the_file_gives_it(composing, text):
+    theirs = tokenizers.Tokenizer.from_str(foreign_with(normalizer=normalizers.NFC()))
+    composed = unicodedata.normalize("NFC", text)
+    assert composing.encode(composed) == theirs.encode(composed).ids
+
+
+def test_that_composition_is_left_out_is_said_once(composing, tmp_path):
+    composing.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)  # a warning would be an error
+    assert loaded.fingerprint() == composing.fingerprint() == BPE.fingerprint()
+
+
+def test_dropout_in_a_foreign_file_is_switched_off():
+    content = json.loads(BPE.to_json())
+    content["model"]["dropout"] = 0.5
+    tokenizer = tokenizer_from_json(json.dumps(content))
+    for text in TEXTS:
+        assert tokenizer.encode(text) == BPE.encode(text)
+        assert tokenizer.encode(text + END_OF_TEXT, special=True) == [
+            *BPE.encode(text),
+            BPE.end_of_text_id,
+        ]
+    assert tokenizer.fingerprint() == BPE.fingerprint()
+
+
+# Special tokens
+
+
+@pytest.fixture(scope="module")
+def with_added():
+    """A tokenizer with special and other added tokens, and the library's own."""
+    theirs = tokenizers.Tokenizer.from_str(BPE.to_json())
+    theirs.add_special_tokens(
+        ["<user>", "<user>s", tokenizers.AddedToken("<mask>", lstrip=True)]
+    )
+    theirs.add_tokens(["<name>", tokenizers.AddedToken("low er", single_word=True)])
+    return tokenizer_from_json(theirs.to_str()), theirs
+
+
+pieces = [
+    "<user>",
+    "<mask>",
+    "<name>",
+    END_OF_TEXT,
+    "low er",
+    "low",
+    "s",
+    " ",
+    "\n",
+    "é",
+]
+
+
+@given(text=st.lists(st.sampled_from(pieces), max_size=12).map("".join))
+@quick
+def test_special_tokens_in_a_prompt_have_the_ids_of_the_library(with_added, text):
+    tokenizer, theirs = with_added
+    assert tokenizer.encode(text, special=True) == theirs.encode(text).ids
+    literal = tokenizer.encode(text)
+    special = {theirs.token_to_id(t) for t in ("<user>", "<mask>", END_OF_TEXT)}
+    assert not special & set(literal)
+    assert tokenizer.decode(literal) == text
+
+
+@both
+def test_the_end_of_text_in_a_prompt_is_one_id(tokenizer):
+    expected = [*tokenizer.encode("low"), tokenizer.end_of_text_id]
+    assert tokenizer.encode(f"low{END_OF_TEXT}", special=True) == expected
+    assert tokenizer.encode("low", special=True) == tokenizer.encode("low")
+
+
+def test_a_prompt_with_special_tokens_may_have_unknown_characters():
+    tokenizer = CharacterTokenizer.train(["abc"])
+    with pytest.raises(InputError, match=r"lacks 'ß', at position 15"):
+        tokenizer.encode(f"ab{END_OF_TEXT}ß", special=True)
+    without = CharacterTokenizer.train(["abc"], end_of_text=False)
+    with pytest.raises(InputError, match="lacks '<', at position 2"):
+        without.encode(f"ab{END_OF_TEXT}", special=True)
 
 
 @pytest.mark.parametrize(
