@@ -49,12 +49,15 @@ from gpt_tf.evaluation.parsing import find_prompts, measure_parsing
 from gpt_tf.evaluation.subjects import describe, open_subject
 from gpt_tf.export.constants import MODES as EXPORT_MODES
 from gpt_tf.export.trained import export_trained
+from gpt_tf.preparation import open_text
 from gpt_tf.runs import PRESETS, TrainingConfig, model_file, read_run
 from gpt_tf.stages import FOLDER as STAGES_FOLDER
 from gpt_tf.stages import Stages
-from gpt_tf.text.corpus import open_corpus
+from gpt_tf.text.corpus import check_separator
 
 CONFIG_NAME = "optimize.json"
+# Fields that say which text is learnt from and what of it is held out.
+_TEXT = ("corpus", "validation", "separator")
 _MODEL_FILES = ("model.keras", "tokenizer.json", files.MANIFEST_NAME)
 CHOSEN_NAME = "gpt.litertlm"
 _OWN_ENTRIES = (
@@ -79,6 +82,7 @@ class OptimizationConfig(Configuration):
     Args:
         corpus: As for `TrainingConfig`; None takes that of `model`'s run, and
             `"python-stdlib"` without `model`.
+        validation, separator: As for `TrainingConfig`, of a `corpus` that is given.
         model: A trained run or model to take as the teacher; None trains one.
         preset: Name of the `gpt_tf.training.PRESETS` that the teacher is trained by.
         steps: Optimiser steps of the teacher; None takes the preset's.
@@ -101,6 +105,8 @@ class OptimizationConfig(Configuration):
     title = "An optimisation"
 
     corpus: str | tuple[str, ...] | None = None
+    validation: str | None = None
+    separator: str | None = None
     model: str | None = None
     preset: str = "quickstart"
     steps: int | None = None
@@ -119,6 +125,12 @@ class OptimizationConfig(Configuration):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        divided = self.validation is not None or self.separator is not None
+        whole = self.corpus is not None or not divided
+        self._check("corpus", whole, "beside `validation` and `separator`")
+        if self.validation is not None:
+            object.__setattr__(self, "validation", str(self.validation))
+        check_separator(self.separator)
         if self.model is not None:
             object.__setattr__(self, "model", os.path.abspath(self.model))
         self._check("preset", self.preset in PRESETS, f"of {', '.join(PRESETS)}")
@@ -253,7 +265,7 @@ def _refuse_other_options(out, config):
         name: list(value) if isinstance(value, tuple) else value
         for name, value in config.get_config().items()
     }
-    if there != asked:
+    if differences(there, asked):  # a field that is missing there was not known then
         raise InputError(
             f"The optimisation in {out} expects the options that it was started with. "
             f"Received: others. It has {differences(there, asked)}. Give these again, "
@@ -306,17 +318,17 @@ class _Optimization:
         is_ready = self.config.model is not None and tokens.is_file()
         if is_ready and self.config.corpus is None:
             return files.sha256_of(tokens)
-        corpus = open_corpus(
-            self.course.corpus,
-            validation_fraction=self.course.validation_fraction,
-            on_notice=_silent,  # training will say it
+        # Training will say what there is to say of it.
+        found = open_text(self.course, _silent).describe()["sha256"]
+        return ", ".join(
+            [found, *filter(None, (self.course.validation, self.course.separator))]
         )
-        return corpus.describe()["sha256"]
 
     def _course(self):
         """Return the configuration of the run that trains, or trained, the teacher."""
         config = self.config
-        given = {} if config.corpus is None else {"corpus": config.corpus}
+        given = {name: getattr(config, name) for name in _TEXT}
+        given = {} if config.corpus is None else given
         if config.model is None:
             if config.steps is not None:
                 given["steps"] = config.steps
@@ -456,8 +468,8 @@ class _Optimization:
             "the teacher",
             inputs,
             lambda how: training.train(self.course, run, **how),
-            f"gpt-tf train --preset {self.config.preset} --corpus "
-            f"{_words(self.course.corpus)} --steps {self.course.steps} "
+            f"gpt-tf train --preset {self.config.preset} "
+            f"{_words(self.course)}--steps {self.course.steps} "
             f"--seed {self.config.seed} --out {_word(run)}",
         )
 
@@ -473,8 +485,8 @@ class _Optimization:
         }
         text = ""
         if self.config.model is not None and self.config.corpus is not None:
-            course["corpus"] = self.config.corpus
-            text = f"--corpus {_words(self.config.corpus)} "
+            course |= {name: getattr(self.config, name) for name in _TEXT}
+            text = _words(self.course)
         if not (self.teacher / "run.json").is_file():
             # There is no course to take over: windows that the model has room for.
             length = min(TrainingConfig.context_length, self.course.context_length)
@@ -522,16 +534,19 @@ class _Optimization:
         stage = f"file-{file.name}"
         inputs = {"model": files.sha256_of(model_file(source)), "mode": file.mode}
         is_run = (source / "data" / "train.tokens").is_file()
-        options = {}
         if not is_run:
-            options["corpus"] = self.course.corpus
             # Ranges are measured on this text.
             inputs["corpus"] = self.text_hash
-        text = "" if is_run else f"--corpus {_words(self.course.corpus)} "
+        text = "" if is_run else _words(self.course, ["corpus"])
 
         def work(begun):
+            typical = None if is_run else open_text(self.course, _silent)
             export_trained(
-                source, self.out / file.path, file.mode, on_notice=_silent, **options
+                source,
+                self.out / file.path,
+                file.mode,
+                corpus=typical,
+                on_notice=_silent,
             )
 
         try:
@@ -562,6 +577,8 @@ class _Optimization:
         return held_out_text(
             own or self.course.corpus,
             validation_fraction=self.course.validation_fraction,
+            validation=self.course.validation,
+            separator=self.course.separator,
             on_notice=self.say,
         )
 
@@ -810,10 +827,14 @@ def _beginning_of(text):
     return words[0] or text.documents[0].text[:1]
 
 
-def _words(corpus):
-    """Return a corpus as the command line takes it."""
-    names = [corpus] if isinstance(corpus, str) else corpus
-    return " --corpus ".join(_word(name) for name in names)
+def _words(course, names=_TEXT):
+    """Return the text of a run as the command line takes it."""
+    words = ""
+    for name in names:
+        value = getattr(course, name)
+        values = value if isinstance(value, tuple) else (value,)
+        words += "".join(f"--{name} {_word(v)} " for v in values if v is not None)
+    return words
 
 
 def _word(path):

@@ -26,6 +26,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.models.decoding import looks_untrained
 from gpt_tf.runs import (
     OWN_ENTRIES,
+    TEXT,
     load_model,
     model_file,
     read_run,
@@ -54,7 +55,7 @@ def prepare(config, out, overwrite, notice):
     _refuse_foreign_folder(out, overwrite)
     start = _load_start(config)
     source = _source_with_this_text(config, start.tokenizer)
-    text = _open_corpus(config, notice) if source is None else None
+    text = open_text(config, notice) if source is None else None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -67,8 +68,16 @@ def prepare(config, out, overwrite, notice):
         _check_losses(config, start)
         tokenizer = start.tokenizer or _prepare_tokenizer(config, text, notice)
         AugmentationConfig.of(config.augmentation).check_fits(tokenizer)
+        if config.separator is not None and tokenizer.end_of_text_id is None:
+            raise InputError(
+                "`separator` expects a tokenizer with an end-of-text token, "
+                f"{tokenizers.END_OF_TEXT}, which is to follow each document. "
+                "Received: one without. Use another, or leave the separator out."
+            )
         _check_writer(start, tokenizer)
-        if config.sample_every and not tokenizer.encode(config.sample_prompt):
+        if config.sample_every and not tokenizer.encode(
+            config.sample_prompt, special=True
+        ):
             raise InputError(
                 "`sample_prompt` expects at least one token. "
                 f"Received: {config.sample_prompt!r}."
@@ -114,10 +123,13 @@ def prepare(config, out, overwrite, notice):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _open_corpus(config, notice):
+def open_text(config, notice):
+    """Open the text of a run's configuration, divided as the configuration says."""
     return corpora.open_corpus(
         list(config.corpus) if isinstance(config.corpus, tuple) else config.corpus,
         validation_fraction=config.validation_fraction,
+        validation=config.validation,
+        separator=config.separator,
         on_notice=notice,
     )
 
@@ -280,8 +292,7 @@ def _source_with_this_text(config, tokenizer):
         before = read_run(folder)
         if AugmentationConfig.of(before.augmentation).written_tokens:
             continue
-        same = ("corpus", "validation_fraction")
-        if any(getattr(before, name) != getattr(config, name) for name in same):
+        if any(getattr(before, name) != getattr(config, name) for name in TEXT):
             continue
         found = tokenizers.load_tokenizer(folder)
         if found.fingerprint() == tokenizer.fingerprint():
@@ -421,7 +432,7 @@ def _in_tokens_of(tokenizer, config, text, staging, notice):
     source = _source_with_this_text(config, tokenizer)
     if source is not None:
         return TokenFile.open(source / "data" / "train.tokens")
-    text = text or _open_corpus(config, notice)
+    text = text or open_text(config, notice)
     path = staging / tokenizer.fingerprint() / "train.tokens"
     return write_token_file(path, text.documents("train"), tokenizer)
 
@@ -481,7 +492,8 @@ def _prepare_tokenizer(config, text, notice):
             for split in ("train", "validation")
             for document in text.documents(split)
         )
-        return tokenizers.CharacterTokenizer.train(texts, end_of_text=False)
+        has_ends = config.separator is not None
+        return tokenizers.CharacterTokenizer.train(texts, end_of_text=has_ends)
     if config.tokenizer == "bpe":
         notice(f"training a tokenizer of {config.vocab_size} tokens on {text.name}")
         return tokenizers.BPETokenizer.train(texts, config.vocab_size)

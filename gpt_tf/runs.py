@@ -29,7 +29,11 @@ from gpt_tf.parallel.sequence import MeshGPT
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.text import tokenizer as tokenizers
 from gpt_tf.text.augment import AugmentationConfig
+from gpt_tf.text.corpus import check_separator
 from gpt_tf.text.dataset import Windows
+
+# Fields that say which text is learnt from, and which is held out.
+TEXT = ("corpus", "validation_fraction", "validation", "separator")
 
 # Fields that say where a step is computed and not what: a run that goes on may have
 # others than it began with.
@@ -65,6 +69,9 @@ class TrainingConfig(Configuration):
         tokenizer: `"bpe"`, `"character"`, or the path of a tokenizer to use.
         vocab_size: Size of the vocabulary that `"bpe"` trains, at least 257.
         validation_fraction: Share of the text that is held out, in (0, 1).
+        validation: File or folder that is held out instead, or None.
+        separator: Text between the documents of one file, or None. Each document is
+            followed by the end-of-text token.
         embedding_dim, num_layers, num_heads, feedforward_dim, dropout,
             tie_embeddings: As for `GPTModel`.
         context_length: Tokens per window and positions of the model.
@@ -111,6 +118,8 @@ class TrainingConfig(Configuration):
     tokenizer: str = "bpe"
     vocab_size: int = 4096
     validation_fraction: float = 0.1
+    validation: str | None = None
+    separator: str | None = None
     embedding_dim: int = 256
     num_layers: int = 4
     num_heads: int = 4
@@ -191,6 +200,9 @@ class TrainingConfig(Configuration):
         )
         fraction = self.validation_fraction
         self._check("validation_fraction", 0 < fraction < 1, "between 0 and 1")
+        if self.validation is not None:
+            object.__setattr__(self, "validation", str(self.validation))
+        check_separator(self.separator)
         precisions = ("float32", "mixed_bfloat16", "mixed_float16")
         self._check("precision", self.precision in precisions, f"one of {precisions}")
         modes = ("auto", "on", "off")

@@ -324,7 +324,10 @@ def _course_of(source, changes, what, role="model"):
         )
     source = Path(source)
     if (source / "run.json").is_file():
-        return read_run(source)
+        before = read_run(source)
+        if "corpus" in changes:  # what its own text was divided by goes with it
+            return dataclasses.replace(before, validation=None, separator=None)
+        return before
     if not model_file(source).is_file():
         raise InputError(
             f"{what} expects a trained {role}. Received: {source}; there is none. "

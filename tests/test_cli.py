@@ -459,6 +459,8 @@ OTHER = {field.name: None for field in dataclasses.fields(TrainingConfig)} | {
     "tokenizer": "character",
     "vocab_size": 999,
     "validation_fraction": 0.25,
+    "validation": "held/out.txt",
+    "separator": "<|endoftext|>",
     "embedding_dim": 48,
     "num_layers": 3,
     "num_heads": 6,

@@ -19,6 +19,8 @@ from gpt_tf.optimization import OptimizationConfig
 
 OPTIONS = {
     "corpus": ("a", "b"),
+    "validation": "c",
+    "separator": "---",
     "model": "runs/teacher",
     "preset": "tiny",
     "steps": 7,

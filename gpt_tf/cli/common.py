@@ -92,6 +92,19 @@ RandomOffsets = Annotated[
     bool | None,
     typer.Option(help="Cut windows at other places in each epoch; the default."),
 ]
+Validation = Annotated[
+    str | None,
+    typer.Option(
+        help="File or folder to hold out. Else what the names of the files say, or a "
+        "share of the text.",
+    ),
+]
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        help="Text that ends a document within a file: '<|endoftext|>' for example."
+    ),
+]
 SourceCorpus = Annotated[
     list[str] | None,
     typer.Option(help="As for train; the source's own. May be repeated."),

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from gpt_tf.cli.common import app, given_of, import_tensorflow, notice
+from gpt_tf.cli.common import (
+    Separator,
+    Validation,
+    app,
+    given_of,
+    import_tensorflow,
+    notice,
+)
 
 # Nothing that was measured fits the budgets; the report says what comes nearest.
 NOTHING_FITS = 3
@@ -24,6 +31,8 @@ def optimize(
             help="python-stdlib, shakespeare, or a file or folder; may be repeated."
         ),
     ] = None,
+    validation: Validation = None,
+    separator: Separator = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -104,6 +113,8 @@ def optimize(
     config = given_of(
         {
             "corpus": corpus,
+            "validation": validation,
+            "separator": separator,
             "model": model,
             "preset": preset,
             "steps": steps,

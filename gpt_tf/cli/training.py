@@ -18,11 +18,13 @@ from gpt_tf.cli.common import (
     Replacement,
     Resume,
     ResumeOrStart,
+    Separator,
     SourceCorpus,
     Strategy,
     TokenDropout,
     TokenReplacement,
     ValidateEvery,
+    Validation,
     VirtualDevices,
     app,
     augmentation_of,
@@ -55,8 +57,10 @@ def train(
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Tokens to learn.")] = None,
     validation_fraction: Annotated[
-        float | None, typer.Option(help="Share of the text to hold out.")
+        float | None, typer.Option(help="Share of the text to hold out; 0.1.")
     ] = None,
+    validation: Validation = None,
+    separator: Separator = None,
     embedding_dim: Annotated[int | None, typer.Option(help="Width.")] = None,
     num_layers: Annotated[int | None, typer.Option(help="Blocks.")] = None,
     num_heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
@@ -183,6 +187,8 @@ def quantize(
         "runs/gpt-qat"
     ),
     corpus: SourceCorpus = None,
+    validation: Validation = None,
+    separator: Separator = None,
     full: Annotated[
         bool, typer.Option(help="Residual, softmax and logits in integers too.")
     ] = False,
@@ -250,6 +256,8 @@ def distil(
         "runs/gpt-student"
     ),
     corpus: SourceCorpus = None,
+    validation: Validation = None,
+    separator: Separator = None,
     student_layers: Annotated[
         int | None, typer.Option(help="Blocks; the teacher's if not given.")
     ] = None,
@@ -347,8 +355,9 @@ def distil(
         "written_tokens": written_tokens,
         "knowledge": knowledge,
     }
+    text = {"corpus": corpus, "validation": validation, "separator": separator}
     course = {
-        "corpus": corpus,
+        **text,
         "init_from": init_from,
         "steps": steps,
         "learning_rate": learning_rate,
@@ -378,7 +387,7 @@ def distil(
                 overwrite=overwrite,
                 on_notice=progress.notice,
                 on_progress=progress.update,
-                **given_of({"corpus": corpus, "seed": seed}),
+                **given_of({**text, "seed": seed}),
                 **augmentation,
             )
         print_knowledge(store)

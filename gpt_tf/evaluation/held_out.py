@@ -86,6 +86,8 @@ def held_out_text(
     *,
     whole: bool = False,
     validation_fraction: float = 0.1,
+    validation: str | os.PathLike | None = None,
+    separator: str | None = None,
     most_bytes: int = MOST_BYTES,
     on_notice: Callable[[str], None] | None = None,
 ) -> HeldOutText:
@@ -96,7 +98,8 @@ def held_out_text(
             or a corpus as for `open_corpus`.
         whole: Whether all of a corpus was held out, such as a file that no model has
             seen. If not, it is the part that training on this corpus does not see.
-        validation_fraction: As for `open_corpus`, and as training had it.
+        validation_fraction, validation, separator: As for `open_corpus`, and as
+            training had them.
         most_bytes: Of more text than this, documents are left out evenly.
         on_notice: Takes one-line notices about the text.
 
@@ -124,7 +127,11 @@ def held_out_text(
                 f"{DEFAULT_CORPUS}."
             )
         corpus = open_corpus(
-            source, validation_fraction=validation_fraction, on_notice=say
+            source,
+            validation_fraction=validation_fraction,
+            validation=validation,
+            separator=separator,
+            on_notice=say,
         )
         name, split = corpus.name, "all" if whole else "validation"
         splits = SPLITS if whole else (split,)

@@ -10,7 +10,7 @@ import numpy as np
 from gpt_tf.errors import InputError
 from gpt_tf.export import litertlm, stages, tflite
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.text.corpus import open_corpus
+from gpt_tf.text.corpus import Corpus, open_corpus
 from gpt_tf.text.dataset import TokenFile
 from gpt_tf.training import load_model
 
@@ -37,7 +37,8 @@ def export_trained(
         out: `.litertlm` for one file with the tokenizer, `.tflite` for the model
             alone with `tokenizer.json` beside it; a folder for stages.
         mode: As for `export_tflite`.
-        corpus: As for `open_corpus`; text to use where `source` is no run.
+        corpus: A `Corpus`, or as for `open_corpus`; text to use where `source` is no
+            run.
         num_stages: Write so many stages, as `export_stages` does, not one file.
         on_notice: Called with a line per stage.
         **options: As for `export_tflite`.
@@ -124,7 +125,8 @@ def _text_of(source, tokenizer, corpus, say):
             raise InputError(
                 f"`corpus` expects a tokenizer to read it with; none lies in {source}."
             )
-        opened = open_corpus(corpus, on_notice=say)
+        is_open = isinstance(corpus, Corpus)
+        opened = corpus if is_open else open_corpus(corpus, on_notice=say)
         needed = _REPRESENTATIVE_WINDOWS * _LONGEST_WINDOW
         return {
             split: _encoded(opened.documents(split), tokenizer, needed)

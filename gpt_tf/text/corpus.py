@@ -35,6 +35,22 @@ _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _TABLE_FOLDERS = {"encodings", "pydoc_data"}
 _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 
+# How far the share that is held out may lie from the one asked for, in parts of the
+# text: at most two points, and less where less than a tenth is to be on one side.
+_TOLERANCE = 0.02
+_MOST_ATTEMPTS = 100
+
+# What a file's or folder's name says about the use of its text.
+_USES = {
+    **{"train": "train", "test": "test"},
+    **dict.fromkeys(("valid", "val", "validation", "dev"), "validation"),
+}
+# A program's `train.py` or `test_it.py` says what it does, not what it is for.
+_PROGRAM_SUFFIXES = {
+    *(".py", ".ipynb", ".c", ".h", ".cc", ".cpp", ".hpp", ".cs", ".go", ".java"),
+    *(".js", ".jsx", ".kt", ".php", ".rb", ".rs", ".sh", ".swift", ".ts", ".tsx"),
+}
+
 # What Python's `surrogateescape` makes of a byte that is not UTF-8.
 _UNDECODABLE = re.compile("[\udc80-\udcff]")
 
@@ -59,12 +75,16 @@ class Document(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Bytes `start` to `stop` of a file; `stop` None is its end."""
+    """Bytes `start` to `stop` of a file; `stop` None is its end.
+
+    `use` is what its names say it is for: train, validation, test, or None.
+    """
 
     name: str
     path: Path
     start: int = 0
     stop: int | None = None
+    use: str | None = None
 
 
 @dataclasses.dataclass
@@ -76,6 +96,7 @@ class Corpus:
         parts: For each split, the files or parts of files it holds.
         facts: More about it for manifests.
         on_notice: Takes one-line notices about the text, each once.
+        separator: Text between the documents of one file, or None.
 
     Example:
         >>> corpus = open_corpus("python-stdlib")
@@ -87,6 +108,7 @@ class Corpus:
     parts: dict[str, list[_Part]]
     facts: dict
     on_notice: Callable[[str], None]
+    separator: str | None = None
     _noticed: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
 
     def documents(self, split: str) -> Iterator[Document]:
@@ -128,7 +150,7 @@ class Corpus:
 
     def _documents(self, split):
         for part in self.parts[split]:
-            yield from _read(part, self._notice_once)
+            yield from _read(part, self._notice_once, self.separator)
 
     def _notice_once(self, line):
         if line not in self._noticed:
@@ -140,20 +162,37 @@ def open_corpus(
     source: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     validation_fraction: float = 0.1,
+    validation: str | os.PathLike | None = None,
+    separator: str | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> Corpus:
-    """Open a corpus by name or by path.
+    """Open a corpus by name or by path, and divide it.
+
+    What is held out is, of these, the first that there is:
+
+    1. `validation`.
+    2. The files whose name says so, in a word of its own (`valid`, `val`,
+       `validation` or `dev`, as in `wiki.valid.tokens`), or whose folder is called
+       so. Files called `test` are left out then; without validation files they are
+       what is held out. Programs (`test_it.py`) count by their folders only.
+    3. `validation_fraction` of the bytes, within two points: whole files by a hash of
+       their path in the folder, so that most stay in their split when others come and
+       go, and the end of a large file where whole ones do not come near enough. It is
+       cut after a separator or a line where one is near.
+
+    A notice says what names decided, and where the share is another than asked for.
 
     Args:
         source: `"python-stdlib"`, the sources of the running interpreter's standard
             library without its tests and generated tables; `"shakespeare"`, downloaded
             and checked; or one or more paths of UTF-8 files and folders.
-        validation_fraction: Share of the text to hold out, in (0, 1). Files are
-            assigned by a hash of their path in the folder, so that a file stays in
-            its split when others come and go; a corpus of one file is cut near that
-            share, at a line end where there is one.
-        on_notice: Takes notices about what was skipped or replaced; a
-            `CorpusWarning` is issued unless given.
+        validation_fraction: Share of the text to hold out, in (0, 1).
+        validation: A file or folder whose text is held out; all of `source` but that,
+            and what its names hold out, is for training.
+        separator: Text that ends a document within a file, such as
+            `"<|endoftext|>"`. It belongs to no document. None: a file is a document.
+        on_notice: Takes notices about how the text was divided and what was skipped or
+            replaced; a `CorpusWarning` is issued unless given.
 
     Returns:
         A `Corpus` with text in both splits.
@@ -172,8 +211,9 @@ def open_corpus(
             "`validation_fraction` expects a share between 0 and 1. "
             f"Received: {validation_fraction}."
         )
+    check_separator(separator)
     notice = on_notice or (lambda line: warnings.warn(line, CorpusWarning, 3))
-    facts = {}
+    facts = {} if separator is None else {"separator": separator}
     if isinstance(source, (str, os.PathLike)):
         source = [source]
     sources = [str(item) for item in source]
@@ -189,17 +229,35 @@ def open_corpus(
                 "folders, or use python-stdlib."
             )
         name = ", ".join(Path(item).name or item for item in sources)
-        found = [part for item in sources for part in _user_files(Path(item), notice)]
-        found = _without_copies(found, notice)
-    if len(found) > 1:
-        parts = _split_by_file(found, validation_fraction)
+        found = _without_copies(_files_of(sources, notice), notice)
+    if validation is not None:
+        parts = _split_by_hand(found, _user_files(Path(validation), notice), notice)
     else:
-        # nanoGPT cuts Shakespeare at the very character; so do its published losses.
-        find_cut = _character_start if name == "shakespeare" else _line_end
-        parts = _split_by_position(found[0], validation_fraction, find_cut)
-    corpus = Corpus(name, parts, facts, notice)
+        parts = _split_by_name(found, notice)
+    if parts is None:
+        parts = _split_by_share(found, validation_fraction, sources, separator)
+        share = _held_share(parts)
+        if abs(share - validation_fraction) > _TOLERANCE:
+            notice(
+                f"{share:.1%} of {name} is held out, where {validation_fraction:.1%} "
+                "was asked for. To choose the text yourself, name it as `validation`"
+            )
+    corpus = Corpus(name, parts, facts, notice, separator)
     _require_text(corpus)
     return corpus
+
+
+def check_separator(separator: str | None) -> None:
+    """Refuse what cannot stand between documents.
+
+    Raises:
+        InputError: It is neither a text of at least one character nor None.
+    """
+    if separator is not None and not (isinstance(separator, str) and separator):
+        raise InputError(
+            "`separator` expects the text between two documents, at least one "
+            f"character, or None. Received: {separator!r}."
+        )
 
 
 def download_shakespeare(
@@ -259,6 +317,17 @@ def _stdlib_files() -> list[_Part]:
             f"Expected the sources of Python's standard library in {root}; there are "
             "none. This Python ships without them: use files of your own."
         )
+    return found
+
+
+def _files_of(sources: list[str], notice) -> list[_Part]:
+    """Return the files of the user's paths, with what their names say of their use."""
+    found = []
+    for item in sources:
+        # Of several folders, each one's own name says something, too.
+        above = f"{Path(item).name}/" if len(sources) > 1 else ""
+        for part in _user_files(Path(item), notice):
+            found.append(part._replace(use=_use_of(above + part.name)))
     return found
 
 
@@ -365,23 +434,120 @@ def _without_copies(found: list[_Part], notice) -> list[_Part]:
 # Splitting
 
 
-def _split_by_file(found: list[_Part], fraction: float) -> dict[str, list[_Part]]:
-    ranked = sorted(found, key=lambda part: (_share(part.name), str(part.path)))
-    held = [part for part in ranked if _share(part.name) < fraction]
-    # Neither side stays empty: the file nearest to the border changes sides.
-    held = set(ranked[: min(max(len(held), 1), len(ranked) - 1)])
+def _split_by_hand(found, held, notice) -> dict[str, list[_Part]]:
+    """Hold out the files that were named, and train on the others."""
+    paths = {part.path.resolve() for part in held}
+    others = [part for part in found if part.path.resolve() not in paths]
+    different = _without_copies([*held, *others], notice)
+    held = [part for part in different if part.path.resolve() in paths]
+    others = [part for part in different if part.path.resolve() not in paths]
+    train = [part for part in others if part.use in (None, "train")] or others
+    left_out = [part for part in others if part not in train]
+    if left_out:
+        notice(f"{_named(left_out)} left out of training, by name")
+    return {"train": train, "validation": held}
+
+
+def _split_by_name(found, notice) -> dict[str, list[_Part]] | None:
+    """Divide files as their names say, or return None where they say nothing."""
+    used = {use: [part for part in found if part.use == use] for use in _USES.values()}
+    train = [part for part in found if part.use in (None, "train")]
+    held = used["validation"] or used["test"]
+    if not (train and held):
+        return None
+    parts = {"train": train, "validation": held}
+    left_out = used["test"] if used["validation"] else []
+    notice(
+        f"{_named(held)} held out, by name: {_held_share(parts):.1%} of the text"
+        + (f"; {_named(left_out)} left out as test text" if left_out else "")
+    )
+    return parts
+
+
+def _named(parts):
+    more = f" and {len(parts) - 1} more files are" if len(parts) > 1 else " is"
+    return parts[0].name + more
+
+
+def _use_of(name: str) -> str | None:
+    """Return what a path's names say its text is for: the file's, else a folder's."""
+    *folders, file = name.lower().split("/")
+    is_program = Path(file).suffix in _PROGRAM_SUFFIXES
+    words = [] if is_program else re.split(r"[\W_]+", file)
+    for names in (words, *([folder] for folder in reversed(folders))):
+        uses = {_USES[word] for word in names if word in _USES}
+        if len(uses) == 1:
+            return uses.pop()
+    return None
+
+
+def _split_by_share(found, fraction, sources, separator) -> dict[str, list[_Part]]:
+    """Hold out a share of the bytes: whole files, and the end of one if need be."""
+    sizes = {part: part.path.stat().st_size for part in found}
+    total = sum(sizes.values())
+    slack = _tolerance(fraction) * total
+    held = {part for part in found if _share(part.name) < fraction}
+    size = sum(sizes[part] for part in held)
+    # What of the library is held out stays so in every version of it.
+    is_near = abs(size - fraction * total) <= slack or sources == ["python-stdlib"]
+    cut = {}
+    if not (0 < size < total and is_near):
+        held, size = _held_by_size(sizes, fraction * total, slack)
+        if fraction * total - size > slack:
+            largest = max((part for part in found if part not in held), key=sizes.get)
+            near = int(total * (1 - fraction) - (total - size - sizes[largest]))
+            marks = [mark.encode() for mark in (separator, "\n") if mark]
+            # nanoGPT cuts Shakespeare at the very character; so do published losses.
+            marks = [] if sources == ["shakespeare"] else marks
+            cut[largest] = _cut(largest.path, near, slack, marks)
     return {
-        "train": [part for part in found if part not in held],
-        "validation": [part for part in found if part in held],
+        "train": [
+            part._replace(stop=cut.get(part)) for part in found if part not in held
+        ],
+        "validation": [
+            part._replace(start=cut.get(part, 0))
+            for part in found
+            if part in held or part in cut
+        ],
     }
 
 
-def _split_by_position(part: _Part, fraction: float, find_cut):
-    cut = find_cut(part.path, int(part.path.stat().st_size * (1 - fraction)))
-    return {
-        "train": [part._replace(stop=cut)],
-        "validation": [part._replace(start=cut)],
+def _held_by_size(sizes, wanted, slack):
+    """Return whole files whose bytes come near what is wanted, or else too few.
+
+    They are taken in the order of their hash; where that leaves a gap, another one is
+    the first.
+    """
+    ranked = sorted(sizes, key=lambda part: (_share(part.name), str(part.path)))
+    tried = []
+    for first in range(min(len(ranked), _MOST_ATTEMPTS)):
+        held, size = set(), 0
+        for part in ranked[first:] + ranked[:first]:
+            grown = size + sizes[part]
+            is_nearer = abs(grown - wanted) < abs(size - wanted)
+            if is_nearer and grown <= wanted + slack and len(held) + 1 < len(ranked):
+                held.add(part)
+                size = grown
+            elif wanted - size <= slack:
+                return held, size
+        tried.append((held, size))
+    return max(tried, key=lambda attempt: attempt[1])
+
+
+def _tolerance(fraction):
+    return min(_TOLERANCE, fraction / 5, (1 - fraction) / 5)
+
+
+def _held_share(parts):
+    """Return the share of the bytes that is held out."""
+    size = {
+        split: sum(
+            (part.path.stat().st_size if part.stop is None else part.stop) - part.start
+            for part in parts[split]
+        )
+        for split in SPLITS
     }
+    return size["validation"] / sum(size.values())
 
 
 def _share(name: str) -> float:
@@ -390,8 +556,12 @@ def _share(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _line_end(path: Path, near: int) -> int:
-    """Return the line end nearest to a byte that leaves text on both sides."""
+def _cut(path: Path, near: int, slack: float, marks: list[bytes]) -> int:
+    """Return where to cut a file near a byte, with text on both sides.
+
+    After a mark that is at most `slack` bytes away, one of the first kind that is
+    there; else at a character.
+    """
     with open(path, "rb") as file:
         start = max(0, near - PIECE_BYTES)
         file.seek(start)
@@ -399,13 +569,18 @@ def _line_end(path: Path, near: int) -> int:
     at_end = start + len(around) == path.stat().st_size
     last = len(around.rstrip()) if at_end else len(around)
     first = len(around) - len(around.lstrip()) if start == 0 else 0
-    middle = near - start
-    after = around.find(b"\n", middle, last) + 1
-    before = around.rfind(b"\n", first, min(middle, last)) + 1
-    ends = [end for end in (before, after) if end]
-    if not ends:
-        return _character_start(path, near)
-    return start + min(ends, key=lambda end: abs(end - middle))
+    middle, ends = near - start, []
+    for mark in marks:
+        after = around.find(mark, max(first, middle - len(mark) + 1), last)
+        before = around.rfind(mark, first, min(middle, last))
+        ends = [place + len(mark) for place in (before, after) if place >= 0]
+        ends.sort(key=lambda end: abs(end - middle))
+        if ends and abs(ends[0] - middle) <= slack:
+            return start + ends[0]
+    cut = _character_start(path, near)
+    if ends and not first < cut - start < last:
+        return start + ends[0]
+    return cut
 
 
 def _character_start(path: Path, near: int) -> int:
@@ -422,18 +597,27 @@ def _character_start(path: Path, near: int) -> int:
 # Reading
 
 
-def _read(part: _Part, notice) -> Iterator[Document]:
+def _read(part: _Part, notice, separator: str | None = None) -> Iterator[Document]:
     """Yield a file as documents of bounded size, cut at line ends where it can."""
-    pending = ""
+    pending, begun = "", False
     for text, is_last in _decoded(part, notice):
         pending += text
+        *ended, pending = pending.split(separator) if separator else [pending]
+        for whole in ended:
+            if begun or whole.strip():
+                yield Document(part.name, whole)
+            begun = False
         if is_last:
             break
-        cut = pending.rfind("\n") + 1 or len(pending)
+        # The beginning of a separator waits for its rest.
+        ready = max(0, len(pending) + 1 - len(separator or " "))
+        cut = pending.rfind("\n", 0, ready) + 1 or ready
         if cut:
             yield Document(part.name, pending[:cut], ends=False)
+            begun = True
         pending = pending[cut:]
-    yield Document(part.name, pending)
+    if begun or pending.strip() or not separator:
+        yield Document(part.name, pending)
 
 
 def _decoded(part: _Part, notice) -> Iterator[tuple[str, bool]]:
