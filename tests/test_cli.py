@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import typer
 
-from gpt_tf import cli, training
+from gpt_tf import cli, generation, training
 from gpt_tf.errors import InputError
+from gpt_tf.models import decoding
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.text.augment import AugmentationConfig
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
@@ -449,6 +450,23 @@ def test_an_interruption_has_status_130(train, place, monkeypatch):
     monkeypatch.setattr(training, "train", raiser(KeyboardInterrupt()))
     result = train(place / "new")
     assert (result.status, result.err) == (130, "gpt-tf: interrupted\n")
+
+
+def test_special_tokens_in_a_prompt_are_text_if_it_is_literal(
+    generate, trained, monkeypatch
+):
+    asked = []
+
+    def take(model, prompt, *, tokenizer, **options):
+        (ids,), _, _ = generation.rows_of(prompt, tokenizer)
+        asked.append(ids.count(tokenizer.end_of_text_id))
+        return iter(())
+
+    monkeypatch.setattr(decoding, "stream", take)
+    for options in ([], ["--literal"]):
+        result = generate("--prompt", "fox<|endoftext|>", *options)
+        assert result.out == "fox<|endoftext|>\n"
+    assert asked == [1, 0]
 
 
 # Options

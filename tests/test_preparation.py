@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from gpt_tf import files, preparation, training
 from gpt_tf.distillation.distiller import DistillationWarning
 from gpt_tf.distillation.knowledge import KnowledgeStore
 from gpt_tf.errors import DamagedFileError, InputError
-from gpt_tf.runs import load_model, read_run
+from gpt_tf.evaluation.held_out import held_out_text
+from gpt_tf.runs import TrainingConfig, load_model, read_run
 from gpt_tf.text.dataset import TokenFile
-from gpt_tf.text.tokenizer import BPETokenizer, load_tokenizer
+from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer, load_tokenizer
 
 COURSE = {
     "steps": 6,
@@ -360,3 +362,90 @@ def test_a_damaged_store_is_refused(trained, knowledge, tmp_path):
 def test_distillation_without_a_teacher_is_refused(tmp_path):
     with pytest.raises(InputError, match="expects a trained teacher"):
         training.distil(None, tmp_path / "student", SMALL)
+
+
+# Which text is held out, and where documents end
+
+
+def texts_of(out, split):
+    """Return the documents of a run's tokens, as text."""
+    tokenizer, tokens = load_tokenizer(out), []
+    documents = [tokens]
+    for token in TokenFile.open(out / "data" / f"{split}.tokens").tokens.tolist():
+        if token == tokenizer.end_of_text_id:
+            documents.append(tokens := [])
+        else:
+            tokens.append(token)
+    return [tokenizer.decode(document) for document in documents]
+
+
+def prepared(out, **settings):
+    config = TrainingConfig(vocab_size=260, context_length=8, batch_size=2, **settings)
+    preparation.prepare(config, out, False, lambda line: None)
+    return out
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """A file of a hundred documents."""
+    path = tmp_path / "chats.txt"
+    texts = [f"question {index}?\nanswer {index}!\n" for index in range(100)]
+    path.write_text("<|endoftext|>".join(texts))
+    return path, texts
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "character"])
+def test_each_document_of_a_file_is_followed_by_the_end_of_text(
+    chats, tmp_path, tokenizer
+):
+    path, texts = chats
+    out = prepared(
+        tmp_path / "run",
+        corpus=str(path),
+        tokenizer=tokenizer,
+        separator="<|endoftext|>",
+    )
+    train, validation = texts_of(out, "train"), texts_of(out, "validation")
+    # Behind the last end of text there is nothing.
+    assert (train.pop(), validation.pop()) == ("", "")
+    assert train + validation == texts and len(validation) == 10
+    assert read_run(out).separator == "<|endoftext|>"
+
+
+def test_without_a_separator_its_text_is_learnt_as_it_stands(chats, tmp_path):
+    path, _ = chats
+    train, rest = texts_of(prepared(tmp_path / "run", corpus=str(path)), "train")
+    assert "!\n<|endoftext|>question 1?" in train and rest == ""
+
+
+def test_a_separator_expects_an_end_of_text(chats, tmp_path):
+    path, _ = chats
+    text = path.read_text()
+    CharacterTokenizer.train([text], end_of_text=False).save(tmp_path / "own")
+    settings = {"corpus": str(path), "tokenizer": str(tmp_path / "own")}
+    with pytest.raises(InputError, match="separator"):
+        prepared(tmp_path / "run", separator="<|endoftext|>", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_text_that_was_named_is_held_out(chats, corpus_folder, tmp_path):
+    path, _ = chats
+    out = prepared(tmp_path / "run", corpus=str(corpus_folder), validation=path)
+    assert texts_of(out, "validation") == [path.read_text(), ""]
+    assert len(texts_of(out, "train")) == 12 + 1
+    assert held_out_text(out).documents[0].text == path.read_text()
+    assert read_run(out).validation == str(path)
+
+
+def test_a_student_takes_over_how_the_text_was_divided(chats, trained, tmp_path):
+    path, _ = chats
+    other = distil(trained, tmp_path / "other", validation=str(path), steps=1)
+    assert texts_of(other.out, "validation") == [path.read_text(), ""]
+    same = distil(other, tmp_path / "same", steps=1)
+    assert read_run(same.out).validation == str(path)
+    data = Path("data", "train.tokens")
+    assert files.sha256_of(same.out / data) == files.sha256_of(other.out / data)
+    # What belongs to the text goes with it.
+    new = distil(other, tmp_path / "new", steps=1, corpus=read_run(trained.out).corpus)
+    assert read_run(new.out).validation is None
+    assert files.sha256_of(new.out / data) == files.sha256_of(trained.out / data)

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from gpt_tf.cli.common import app, import_tensorflow, notice
+from gpt_tf.cli.common import Separator, app, import_tensorflow, notice
 
 
 @app.command()
@@ -37,6 +37,7 @@ def evaluate(
     whole: Annotated[
         bool, typer.Option("--whole", help="No model has seen any of --corpus.")
     ] = False,
+    separator: Separator = None,
     reference: Annotated[
         Path | None, typer.Option(help="What the others are compared with.")
     ] = None,
@@ -72,6 +73,7 @@ def evaluate(
             file,
             corpus=corpus[0] if corpus and len(corpus) == 1 else corpus or None,
             whole=whole,
+            separator=separator,
             reference=reference,
             max_tokens=max_tokens,
             parse=parse,

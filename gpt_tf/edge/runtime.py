@@ -154,7 +154,7 @@ class EdgeGPT:
         those it is judged by.
 
         Args:
-            prompt: A text of `N` tokens, or their ids.
+            prompt: A text of `N` tokens, read as by `generate`, or their ids.
             overlap: Tokens that a window has in common with the one before, from 0
                 to `context_length - 1`; default: half the context.
 

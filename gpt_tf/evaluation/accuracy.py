@@ -259,6 +259,7 @@ def evaluate_files(
     *,
     corpus=None,
     whole: bool = False,
+    separator: str | None = None,
     reference: str | os.PathLike | None = None,
     max_tokens: int | None = MAX_TOKENS,
     parse: bool | None = None,
@@ -274,7 +275,7 @@ def evaluate_files(
         paths: What `gpt_tf.evaluation.subjects.open_subject` opens, at least one.
         corpus: As for `held_out_text`; default: the text that the first run among
             the reference and `paths` held out, or else python-stdlib.
-        whole: As for `held_out_text`.
+        whole, separator: As for `held_out_text`.
         reference: One to compare with, among `paths` or not.
         max_tokens: As for `measure_accuracy`.
         parse: Whether completions are parsed as Python; default: if the text is.
@@ -318,7 +319,7 @@ def evaluate_files(
         for name, path in names.items():
             opened[name] = stack.enter_context(open_subject(path))
             _require_tokenizer(opened[name], name)
-        text = held_out_text(corpus, whole=whole, on_notice=note)
+        text = held_out_text(corpus, whole=whole, separator=separator, on_notice=note)
         found = measure_accuracies(
             opened,
             compared,

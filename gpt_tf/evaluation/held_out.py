@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt_tf.errors import DamagedFileError, InputError
-from gpt_tf.text.corpus import SPLITS, Document, open_corpus
+from gpt_tf.text.corpus import Document, open_corpus
 from gpt_tf.text.tokenizer import load_tokenizer
 
 DEFAULT_CORPUS = "python-stdlib"
@@ -131,11 +131,11 @@ def held_out_text(
             validation_fraction=validation_fraction,
             validation=validation,
             separator=separator,
+            whole=whole,
             on_notice=say,
         )
         name, split = corpus.name, "all" if whole else "validation"
-        splits = SPLITS if whole else (split,)
-        documents = itertools.chain.from_iterable(map(corpus.documents, splits))
+        documents = corpus.documents("validation")
     kept = _thinned(documents, most_bytes, name, say)
     return HeldOutText(name, split, _with_text(kept, name))
 

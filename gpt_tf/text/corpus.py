@@ -164,6 +164,7 @@ def open_corpus(
     validation_fraction: float = 0.1,
     validation: str | os.PathLike | None = None,
     separator: str | None = None,
+    whole: bool = False,
     on_notice: Callable[[str], None] | None = None,
 ) -> Corpus:
     """Open a corpus by name or by path, and divide it.
@@ -191,11 +192,12 @@ def open_corpus(
             and what its names hold out, is for training.
         separator: Text that ends a document within a file, such as
             `"<|endoftext|>"`. It belongs to no document. None: a file is a document.
+        whole: Whether all of `source` is held out, and none of it for training.
         on_notice: Takes notices about how the text was divided and what was skipped or
             replaced; a `CorpusWarning` is issued unless given.
 
     Returns:
-        A `Corpus` with text in both splits.
+        A `Corpus` with text in both splits, or with `whole` in `"validation"` only.
 
     Raises:
         InputError: A path is missing, empty, or binary, or there is no text, or
@@ -230,7 +232,9 @@ def open_corpus(
             )
         name = ", ".join(Path(item).name or item for item in sources)
         found = _without_copies(_files_of(sources, notice), notice)
-    if validation is not None:
+    if whole:
+        parts = {"train": [], "validation": found}
+    elif validation is not None:
         parts = _split_by_hand(found, _user_files(Path(validation), notice), notice)
     else:
         parts = _split_by_name(found, notice)
@@ -243,7 +247,7 @@ def open_corpus(
                 "was asked for. To choose the text yourself, name it as `validation`"
             )
     corpus = Corpus(name, parts, facts, notice, separator)
-    _require_text(corpus)
+    _require_text(corpus, SPLITS[whole:])
     return corpus
 
 
@@ -671,9 +675,9 @@ def _be_silent(line: str) -> None:
     pass
 
 
-def _require_text(corpus: Corpus) -> None:
+def _require_text(corpus: Corpus, splits) -> None:
     quiet = dataclasses.replace(corpus, on_notice=_be_silent)
-    for split in SPLITS:
+    for split in splits:
         if not any(document.text.strip() for document in quiet.documents(split)):
             raise InputError(
                 f"The corpus {corpus.name} expects text for training and validation; "

@@ -72,6 +72,23 @@ def test_a_file_is_judged_by_its_held_out_part_or_whole(tmp_path):
     assert half.size_bytes > 4 * found.size_bytes
 
 
+def test_training_and_judging_divide_a_corpus_alike(tmp_path):
+    for name in ("wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"):
+        (tmp_path / name).write_text(f"text of {name}\n---\nand more\n")
+    said = []
+    options = {"separator": "---\n", "on_notice": said.append}
+    expected = ["text of wiki.valid.txt\n", "and more\n"]
+    assert texts_of(held_out_text(tmp_path, **options).documents) == expected
+    given = {"validation": tmp_path / "wiki.train.txt", **options}
+    found = texts_of(held_out_text(tmp_path, **given).documents)
+    assert found == texts_of(open_corpus(tmp_path, **given).documents("validation"))
+    assert found == ["text of wiki.train.txt\n", "and more\n"]
+    # Of a text that no model has seen, all counts, whatever the names.
+    said.clear()
+    assert len(held_out_text(tmp_path, whole=True, **options).documents) == 6
+    assert not said
+
+
 def test_too_much_text_is_thinned_evenly(tmp_path):
     path = tmp_path / "large.txt"
     path.write_text("".join(f"{number:07}\n" for number in range(400_000)))
