@@ -489,16 +489,20 @@ def _split_by_share(found, fraction, sources, separator) -> dict[str, list[_Part
     """Hold out a share of the bytes: whole files, and the end of one if need be."""
     sizes = {part: part.path.stat().st_size for part in found}
     total = sum(sizes.values())
-    slack = _tolerance(fraction) * total
-    held = {part for part in found if _share(part.name) < fraction}
-    size = sum(sizes[part] for part in held)
+    wanted, slack = fraction * total, _tolerance(fraction) * total
+    by_hash = {part: sizes[part] for part in found if _share(part.name) < fraction}
+    held, size = set(by_hash), sum(by_hash.values())
     # What of the library is held out stays so in every version of it.
-    is_near = abs(size - fraction * total) <= slack or sources == ["python-stdlib"]
+    is_near = abs(size - wanted) <= slack or sources == ["python-stdlib"]
     cut = {}
     if not (0 < size < total and is_near):
-        held, size = _held_by_size(sizes, fraction * total, slack)
-        if fraction * total - size > slack:
+        held, size = _held_by_size(sizes, wanted, slack)
+        if wanted - size > slack:
             largest = max((part for part in found if part not in held), key=sizes.get)
+            # It is cut; so the small files beside it need not all be held out.
+            some, some_size = _held_by_size(by_hash, wanted, slack)
+            if largest not in some and sizes[largest] > wanted - some_size:
+                held, size = some, some_size
             near = int(total * (1 - fraction) - (total - size - sizes[largest]))
             marks = [mark.encode() for mark in (separator, "\n") if mark]
             # nanoGPT cuts Shakespeare at the very character; so do published losses.
@@ -523,7 +527,7 @@ def _held_by_size(sizes, wanted, slack):
     the first.
     """
     ranked = sorted(sizes, key=lambda part: (_share(part.name), str(part.path)))
-    tried = []
+    tried = [(set(), 0)]
     for first in range(min(len(ranked), _MOST_ATTEMPTS)):
         held, size = set(), 0
         for part in ranked[first:] + ranked[:first]:

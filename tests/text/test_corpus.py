@@ -145,6 +145,17 @@ def test_a_huge_and_a_small_file_are_divided_near_the_share(tmp_path):
     assert text_of(corpus, "train").endswith("\n")
 
 
+def test_beside_a_cut_file_small_ones_lie_on_both_sides(tmp_path):
+    write(tmp_path / "f" / "book.txt", "a line of the book\n" * 10_000)
+    for index in range(60):
+        write(tmp_path / "f" / f"note{index}.txt", f"note {index}\n" * 9)
+    corpus = open_corpus(tmp_path / "f")
+    assert held_share(corpus) == pytest.approx(0.1, abs=0.02)
+    train, validation = names(corpus, "train"), names(corpus, "validation")
+    assert set(train) & set(validation) == {"book.txt"}
+    assert 40 < len(train) < 60 and 1 < len(validation) < 20
+
+
 @pytest.mark.parametrize("sizes", [[500, 85, 300, 115], [70, 95, 835], [835, 95, 70]])
 def test_documents_stay_whole_where_that_comes_near_enough(tmp_path, sizes):
     for index, size in enumerate(sizes):
