@@ -149,8 +149,16 @@ class Corpus:
         }
 
     def _documents(self, split):
+        ended = 0
         for part in self.parts[split]:
-            yield from _read(part, self._notice_once, self.separator)
+            for document in _read(part, self._notice_once, self.separator):
+                ended += document.ends
+                yield document
+        if self.separator and split == "train" and ended <= len(self.parts[split]):
+            self._notice_once(
+                f"the separator {self.separator!r} divides none of the files that "
+                f"{self.name} has for training"
+            )
 
     def _notice_once(self, line):
         if line not in self._noticed:

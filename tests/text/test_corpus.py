@@ -320,6 +320,14 @@ def test_a_document_too_long_for_the_share_is_cut_at_a_line_end(tmp_path):
     assert held_share(corpus) == pytest.approx(0.1, abs=0.02)
 
 
+def test_a_separator_that_is_nowhere_is_said_once(folder):
+    notices = []
+    corpus = open_corpus(folder, separator="</s>", on_notice=notices.append)
+    for _ in range(2):
+        documents_of(corpus)
+    assert len(notices) == 1 and "</s>" in notices[0]
+
+
 @pytest.mark.parametrize("separator", ["", 7, b"x"])
 def test_separators_that_are_no_text_are_refused(folder, separator):
     with pytest.raises(InputError, match="separator"):
