@@ -9,9 +9,9 @@ arrive, 50 ms apart. Measured is how long each waits for its first token, from i
 arrival on, with the prompt prefilled whole and in chunks of several lengths.
 
 Throughput: 1, 2, 4 and 8 requests at once, and the new tokens of all in a second:
-one `EdgeGPT` with 1 and with 2 threads, which takes them one after the other;
-`EdgePipeline` with 2 stages of 1 thread; and what else 2 cores could be used for, two
-copies of the whole model, as threads of one process and as processes.
+one `EdgeGPT` with 1 and with 2 threads, which takes them one after the other; and what
+else 2 cores could be used for, two copies of the whole model, as threads of one process
+and as processes.
 
 A token reads every weight once, whoever computes it, so the rate at which the cores
 read memory sets the floor.
@@ -73,24 +73,17 @@ def file_of(folder):
     return str(Path(folder) / f"serving-{MODE}.tflite")
 
 
-def stages_of(folder):
-    return str(Path(folder) / f"serving-{MODE}-stages")
-
-
 def export(task, folder):
-    """Export the model whole and in two stages.
+    """Export the model.
 
     A contender, so that TensorFlow's memory goes with its process.
     """
-    from gpt_tf.export.stages import export_stages
     from gpt_tf.export.tflite import export_tflite
 
     began = time.perf_counter()
-    if not Path(stages_of(folder)).is_dir():
+    if not Path(file_of(folder)).is_file():
         model = gpt_tf_model(task)
-        options = {"mode": MODE, "allow_untrained": True}
-        export_tflite(model, file_of(folder), **options)
-        export_stages(model, stages_of(folder), num_stages=2, **options)
+        export_tflite(model, file_of(folder), MODE, allow_untrained=True)
     seconds = time.perf_counter() - began
     return lambda count: [seconds] * count
 
@@ -171,28 +164,6 @@ def one_model(task, folder, threads):
     from gpt_tf.edge import EdgeGPT
 
     return rates_of(task, EdgeGPT(file_of(folder), num_threads=threads).generate)
-
-
-def pipeline(task, folder):
-    from gpt_tf.edge import EdgePipeline
-
-    return rates_of(task, EdgePipeline(stages_of(folder), num_threads=1).generate)
-
-
-def one_stage(task, folder, index):
-    """One stage's share of a token, with 1 thread and the cores to itself."""
-    from gpt_tf.edge.stage import RUN, Frame, Stage
-    from gpt_tf.export.signatures import stage_file
-
-    stage = Stage(Path(stages_of(folder)) / stage_file(index), 1)
-    content = np.zeros(task.embedding_dim, np.float32) if index else np.int32([5])
-
-    def once(position):
-        began = time.perf_counter()
-        stage.answer(Frame(RUN, 0, position, 1, 0, 1, content.tobytes()))
-        return time.perf_counter() - began
-
-    return lambda count: [once(position) for position in range(count)]
 
 
 def two_threads(task, folder):
@@ -385,7 +356,7 @@ def draw(report, path):
         fontsize=10,
         loc="left",
     )
-    styles = ((THEIRS, ":"), (THEIRS, "-"), (OURS, "-"), (OTHERS, ":"), (OTHERS, "-"))
+    styles = ((OURS, ":"), (OURS, "-"), (OTHERS, ":"), (OTHERS, "-"))
     for (colour, line), row in zip(styles, report["throughput"], strict=True):
         right.plot(
             range(len(REQUESTS)),
@@ -422,7 +393,7 @@ def main():
     folder = arguments.folder or Path(tempfile.gettempdir()) / "gpt-tf-serving"
     folder.mkdir(parents=True, exist_ok=True)
     print_machine()
-    console.print("exporting the file and its stages")
+    console.print("exporting the file")
     take_turns([Contender("export", export, (task, folder))], 1, 1, 1)
     threads = 2
     contenders = [
@@ -447,24 +418,12 @@ def main():
     contenders = [
         Contender("EdgeGPT, 1 thread", one_model, (task, folder, 1)),
         Contender("EdgeGPT, 2 threads", one_model, (task, folder, 2)),
-        Contender("EdgePipeline, 2 stages x 1 thread", pipeline, (task, folder)),
         Contender("2 copies, threads of a process", two_threads, (task, folder)),
         Contender("2 copies, 2 processes", two_processes, (task, folder)),
     ]
     throughput = take_turns_anew(contenders, arguments.series, 2)
-    contenders = [
-        Contender(f"stage {index} alone", one_stage, (task, folder, index))
-        for index in range(2)
-    ]
-    alone = [m.as_dict() for m in take_turns(contenders, arguments.rounds, 30)]
     throughput = [throughput_of(measured) for measured in throughput]
     print_throughput(throughput)
-    slowest = max(row["median_ms"] for row in alone)
-    console.print(
-        "a token takes "
-        + " and ".join(f"{row['median_ms']:.1f} ms in {row['name']}" for row in alone)
-        + f": at most {1e3 / slowest:.0f} tokens/s in a pipeline"
-    )
     report = {
         "task": dataclasses.asdict(task),
         "mode": MODE,
@@ -477,7 +436,6 @@ def main():
         "read_gigabytes_per_second": {c: r / 1e9 for c, r in bandwidth.items()},
         "floor_tokens_per_second": floor,
         "throughput": throughput,
-        "stages_alone": alone,
     }
     save("serving", report)
     draw(report, RESULTS / "serving.png")

@@ -16,14 +16,14 @@
 #
 # **At the end you will have** one file, a `.litertlm`, that holds a GPT, its tokenizer
 # and all that a device needs to run it; text from it, written by a process without
-# TensorFlow; its speed as float32 and as integers, by threads; several requests served
-# at once; and the same GPT as an assembly line of two processes.
+# TensorFlow; its speed as float32 and as integers, by threads; and several requests
+# served at once.
 #
 # **The article**, on GPT real-time performance: chapter 3.2 ends with the quantised
-# model that ships, chapter 3.1 divides subsequences and layers, here while answering,
+# model that ships, chapter 3.1 divides subsequences, here while answering,
 # and chapter 6.1 asks how fast the answer comes.
 #
-#     GPTModel -> .litertlm -> EdgeGPT | EdgeScheduler | EdgePipeline
+#     GPTModel -> .litertlm -> EdgeGPT | EdgeScheduler
 #
 # Run the cells from top to bottom; on two processor cores that takes three minutes.
 # Tutorial 1 explains the words for training, tutorial 3 those for quantisation.
@@ -345,30 +345,6 @@ with gpt_tf.EdgeScheduler(gpt) as scheduler:
         print(piece, end="")
     print(f"\n\nand after the long prompt: {gpt.tokenizer.decode(long.result())!r}")
 
-# %% [markdown]
-# ## In stages
-#
-# What tutorial 2 did in training, chapter 3.1's division by layers, a device can do,
-# too: a file per stage, a process for each, and several texts on the way at once. Each
-# process holds its own layers only.
-
-# %%
-stages = gpt_tf.export_trained(
-    folder / "gpt", folder / "stages", "dynamic_int8", num_stages=2
-)
-for number, stage in enumerate(stages["stages"]):
-    begin, end = stage["blocks"]
-    print(f"stage {number}: blocks {begin} to {end - 1}")
-
-prompts = ["def ", "class ", "import ", "    return "]
-with gpt_tf.EdgePipeline(folder / "stages") as pipeline:
-    answers = pipeline.generate(prompts, max_new_tokens=12, seed=1)
-same = answers == gpt.generate(prompts, max_new_tokens=12, seed=1)
-
-print(f"\nthe same texts as from one file: {same}\n")
-for prompt, answer in zip(prompts, answers, strict=True):
-    print(repr(prompt + answer))
-
 # %%
 gpt.close()
 
@@ -379,8 +355,6 @@ gpt.close()
 #
 #       gpt-tf export --model runs/mine --mode dynamic_int8 --out mine.litertlm
 #       gpt-tf generate --model mine.litertlm --prompt "    def __init__(self"
-#
-#   and with `--stages 2` for a folder of stages.
 # - A quantisation-aware model of tutorial 3 is exported with `--mode int8`, a student
 #   of tutorial 4 as any other.
 # - Tutorial 6 measures files as a user feels them, and chooses one for a budget.

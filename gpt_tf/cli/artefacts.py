@@ -17,8 +17,7 @@ from gpt_tf.shipped import shipped_model
 def export(
     model: Annotated[Path, typer.Option(help="A run's or model's folder.")],
     out: Annotated[
-        Path,
-        typer.Option(help="File to write, .litertlm or .tflite; a folder for stages."),
+        Path, typer.Option(help="File to write, .litertlm or .tflite.")
     ] = Path("gpt.litertlm"),
     mode: Annotated[
         str,
@@ -40,10 +39,6 @@ def export(
     allow_untrained: Annotated[
         bool, typer.Option(help="Write a model that was never trained too.")
     ] = False,
-    stages: Annotated[
-        int | None,
-        typer.Option(help="Cut it by layers into so many files, a core's work each."),
-    ] = None,
 ):
     """Write a trained model as one file for a device, verified."""
     import_tensorflow()
@@ -56,7 +51,6 @@ def export(
         out,
         mode,
         corpus=corpus or None,
-        num_stages=stages,
         allow_untrained=allow_untrained,
         on_notice=notice,
         **{name: value for name, value in options.items() if value is not None},
@@ -69,7 +63,7 @@ def generate(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A run's or model's folder, a .tflite or .litertlm, or stages; "
+            help="A run's or model's folder, a .tflite or .litertlm; "
             "without it, the small model of Python that comes along."
         ),
     ] = None,
@@ -125,18 +119,15 @@ def generate(
 
 
 def _is_edge(model):
-    from gpt_tf.export.signatures import is_staged
-
-    if model.suffix in (".tflite", ".litertlm") or is_staged(model):
+    if model.suffix in (".tflite", ".litertlm"):
         return True
     return model.is_file() and model.suffix != ".keras"
 
 
 def _edge_stream(model):
-    from gpt_tf.edge import EdgeGPT, EdgePipeline
-    from gpt_tf.export.signatures import is_staged
+    from gpt_tf.edge import EdgeGPT
 
-    gpt = EdgePipeline(model) if is_staged(model) else EdgeGPT(model)
+    gpt = EdgeGPT(model)
     _require_tokenizer(gpt.tokenizer, model, "the file that `gpt-tf export` wrote")
     return gpt.stream
 

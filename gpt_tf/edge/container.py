@@ -18,7 +18,6 @@ from typing import NamedTuple
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.export.seal import read_seal
-from gpt_tf.export.signatures import is_staged, stage_file
 from gpt_tf.text.tokenizer import (
     FILE_NAME,
     Tokenizer,
@@ -98,17 +97,6 @@ def open_artefact(path: str | os.PathLike, tokenizer=None) -> Artefact:
                 begin, end = _section(sections, _TOKENIZER, path)
                 own = data[begin:end]
     _check_facts(facts, path)
-    if "stage" in facts:
-        raise InputError(
-            f"Expected a whole model in {path}. Received: stage "
-            f"{facts['stage']['index']} of {facts['stage']['count']}. Open its folder "
-            "with `EdgePipeline`."
-        )
-    return Artefact(model, facts, _choose_tokenizer(tokenizer, own, facts, path))
-
-
-def _choose_tokenizer(tokenizer, own, facts, path):
-    """Return the tokenizer that was given, or else the file's own, checked."""
     name = str(path)
     if tokenizer is None:
         if isinstance(own, bytes):
@@ -120,96 +108,7 @@ def _choose_tokenizer(tokenizer, own, facts, path):
         tokenizer = _load_tokenizer(tokenizer)
     if tokenizer is not None:
         _check_pair(facts, tokenizer, path, name)
-    return tokenizer
-
-
-def open_stages(folder: str | os.PathLike, tokenizer=None) -> list[Artefact]:
-    """Check the stages of a model that `export_stages` wrote.
-
-    Args:
-        folder: Where `stage-0.tflite` and so on lie.
-        tokenizer: As for `open_artefact`; default: `tokenizer.json` in the folder.
-
-    Returns:
-        The stages in order, each with the tokenizer.
-
-    Raises:
-        InputError: There is no such folder, or tokenizer and model do not belong
-            together.
-        DamagedFileError: A stage is missing, belongs to another model or place, or
-            is empty, truncated, altered or foreign.
-    """
-    folder = Path(folder)
-    if not is_staged(folder):
-        received = "no stages" if folder.is_dir() else "no folder"
-        raise InputError(
-            f"Expected a folder with {stage_file(0)} and so on at {folder}. Received: "
-            f"{received}. Write it with `gpt-tf export --stages`."
-        )
-    found, count = [], 1
-    while len(found) < count:
-        index = len(found)
-        path = folder / stage_file(index)
-        if not path.is_file():
-            raise DamagedFileError(
-                f"The stages in {folder} lack {path.name}. Copy the whole folder, or "
-                "export it again."
-            )
-        facts = read_stage(path)
-        first = found[0].facts["stage"] if found else facts["stage"]
-        _check_stage(facts["stage"], index, first, path)
-        count = first["count"]
-        found.append(Artefact(str(path), facts, None))
-    layers = facts["config"]["num_layers"]
-    ends = [0, *(artefact.facts["stage"]["blocks"][1] for artefact in found)]
-    begins = [artefact.facts["stage"]["blocks"][0] for artefact in found] + [layers]
-    if ends != begins:
-        raise DamagedFileError(
-            f"The stages in {folder} expect all {layers} blocks, each once. Received: "
-            f"stages that end at {ends[1:]}. Export them again."
-        )
-    path, own = folder / stage_file(0), _tokenizer_beside(folder / stage_file(0))
-    tokenizer = _choose_tokenizer(tokenizer, own, facts, path)
-    return [artefact._replace(tokenizer=tokenizer) for artefact in found]
-
-
-def read_stage(path: Path) -> dict:
-    """Verify a stage's file and return what its seal says.
-
-    Args:
-        path: The file.
-
-    Raises:
-        DamagedFileError: It is empty, truncated, altered, or no stage.
-    """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not size:
-            read_seal(b"", str(path))
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            facts = read_seal(data, str(path))
-    _check_facts(facts, path)
-    if "stage" not in facts:
-        raise DamagedFileError(
-            f"Expected a stage of a model in {path}. Received: a whole one. Open that "
-            "with `EdgeGPT`, or export the stages again."
-        )
-    return facts
-
-
-def _check_stage(stage, index, first, path):
-    if stage["index"] != index:
-        raise DamagedFileError(
-            f"Expected stage {index} of {first['count']} in {path}. Received: stage "
-            f"{stage['index']} of {stage['count']}. Give the files their own names."
-        )
-    for key in ("count", "whole_sha256"):
-        if stage[key] != first[key]:
-            raise DamagedFileError(
-                f"Expected stage {index} of the model of {stage_file(0)} in {path}. "
-                "Received: that of another model, mode or division. Stages are "
-                "exported together and belong together."
-            )
+    return Artefact(model, facts, tokenizer)
 
 
 def read_sections(data, name: str) -> dict[int, tuple[int, int]]:

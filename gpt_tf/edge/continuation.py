@@ -1,8 +1,7 @@
 """A text as it is continued, whoever computes the logits.
 
-`EdgeGPT`, `EdgeScheduler` and `EdgePipeline` ask a `Continuation` what to compute
-next and give it the logits. So one seed gives one text in all of them, whatever else
-they compute meanwhile.
+`EdgeGPT` and `EdgeScheduler` ask a `Continuation` what to compute next and give it the
+logits. So one seed gives one text in both, whatever else they compute meanwhile.
 """
 
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ _COST_PER_POSITION = 1 / 12
 
 
 class Executor:
-    """One loaded model, or a stage of one, for any number of sessions.
+    """One loaded model for any number of sessions.
 
     The sessions share weights and signatures; each has a cache of its own. Whoever
     runs them in turn pays for it where their capacities differ: LiteRT then lays its
@@ -55,11 +55,10 @@ class Executor:
 
     def __init__(self, model: str | bytes, facts: dict, num_threads: int, name: str):
         config = facts["config"]
-        blocks = signatures.blocks_of(facts)
         self.limit = min(facts["capacity"], config["context_length"])
         self.largest = facts["capacity"]
         self.dtype = np.dtype(facts["cache_dtype"])
-        self.cache_names = signatures.caches(len(blocks), blocks.start)
+        self.cache_names = signatures.caches(config["num_layers"])
         # LiteRT goes on reading it.
         self._data = model
         with quiet():
@@ -74,7 +73,7 @@ class Executor:
             self._free = []
             # The first run sets up what later ones use.
             session = self.session()
-            session.run(self.decode, self.decode.values[:1])
+            session.run(self.decode, self.decode.tokens[:1])
             session.close()
         end_quietly()
 
@@ -108,7 +107,7 @@ class Executor:
         found = {}
         for key, names in self.model.get_signature_list().items():
             found[key] = _Signature(self.model, key, names, self.largest)
-        wanted = {*self.cache_names, signatures.MASK}
+        wanted = {*self.cache_names, signatures.TOKENS, signatures.MASK}
         if signatures.DECODE not in found or not wanted <= set(
             found[signatures.DECODE].inputs
         ):
@@ -167,7 +166,7 @@ class Session:
 
     def decode(self, token: int) -> np.ndarray:
         """Append a token and return the logits of the next one, `(V,)` float32."""
-        self.reserve(1)
+        self._reserve(1)
         return self.run(self._executor.decode, [token])[0]
 
     def score(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
@@ -184,43 +183,35 @@ class Session:
         """
         lengths = [n for n in self._executor.lengths if most is None or n <= most]
         chosen = plan(count, self.limit - self.position, lengths)
-        self.reserve(rows_for(count, chosen, self.limit - self.position))
+        self._reserve(_rows_for(count, chosen, self.limit - self.position))
         return chosen
 
-    def reserve(self, rows: int) -> None:
+    def _reserve(self, rows: int) -> None:
         """Grow the cache, or shrink an empty one, to so many more rows."""
         rows += self.position
         capacity = min(-(-rows // GROWTH) * GROWTH, self._executor.largest)
         if capacity > self.capacity or (not self.position and capacity < self.capacity):
             self._enter(capacity)
 
-    def step(self, values, length: int | None) -> np.ndarray | None:
-        """Append tokens, or what a stage hands on, with one call.
-
-        There must be room for them.
+    def step(self, ids: Sequence[int], length: int) -> None:
+        """Append tokens with one of the calls that `plan` chose.
 
         Args:
-            values: Token ids `(n,)`, or `hidden` `(n, C)` float32; `n` from 1 to
-                `length`.
-            length: Which prefill signature runs them; None: decode.
-
-        Returns:
-            `hidden` `(n, C)` of a stage that is not the last; else logits `(1, V)`
-            of decode, and None of a prefill.
+            ids: Token ids `(n,)`, `n` from 1 to `length`.
+            length: The call's length.
         """
         executor = self._executor
-        signature = executor.prefills.get(length, executor.decode)
-        return self.run(signature, values)
+        self.run(executor.prefills.get(length, executor.decode), ids)
 
     def run(self, signature: "_Signature", chunk) -> np.ndarray | None:
         """Run a chunk, filled up to the signature's length; return what comes out."""
         call = self._call(signature)
         position, count = self.position, len(chunk)
-        signature.values[:count] = chunk
-        signature.values[count:] = 0
+        signature.tokens[:count] = chunk
+        signature.tokens[count:] = 0
         signature.positions[:] = np.arange(position, position + signature.length)
         call.show(position)
-        signature.value_buffer.write(signature.values)
+        signature.token_buffer.write(signature.tokens)
         signature.position_buffer.write(signature.positions)
         call.mask_buffer.write(call.mask)
         self._executor.model.run_by_index(signature.index, call.inputs, call.outputs)
@@ -237,7 +228,7 @@ class Session:
         """Cut tokens into pieces, each with the signature that runs it."""
         room = self.limit - self.position
         lengths = plan(len(ids), room, by_length)
-        self.reserve(rows_for(len(ids), lengths, room))
+        self._reserve(_rows_for(len(ids), lengths, room))
         begin = 0
         for length in lengths:
             chunk = ids[begin : begin + length]
@@ -268,7 +259,7 @@ class Session:
         return room.calls[signature.name]
 
 
-def rows_for(count: int, lengths: Sequence[int], room: int) -> int:
+def _rows_for(count: int, lengths: Sequence[int], room: int) -> int:
     """Return how many rows calls need for so many tokens.
 
     The next token has its row too, so that it does not make the cache grow.
@@ -335,26 +326,21 @@ class _Signature:
         self.inputs, self.outputs = names["inputs"], names["outputs"]
         self.index = model.get_signature_index(name)
         shapes = model.get_input_tensor_details(name)
-        # Tokens, or what the stage before hands on.
-        value = (
-            signatures.TOKENS
-            if signatures.TOKENS in names["inputs"]
-            else signatures.HIDDEN
-        )
-        _, self.length, *width = map(int, shapes[value]["shape"])
-        kind = np.int32 if value == signatures.TOKENS else np.float32
-        self.values = np.zeros((self.length, *width), kind)
+        self.length = int(shapes[signatures.TOKENS]["shape"][1])
+        self.tokens = np.zeros(self.length, np.int32)
         self.positions = np.zeros(self.length, np.int32)
         self._model = model
         self._capacity = capacity
         self._shapes = [list(shapes[name]["shape"]) for name in self.inputs]
-        self.value_buffer = self.input_buffer(value)
+        self.token_buffer = self.input_buffer(signatures.TOKENS)
         self.position_buffer = self.input_buffer(signatures.POSITIONS)
-        self.result_buffer = None
-        for result in {signatures.LOGITS, signatures.HIDDEN}.intersection(self.outputs):
-            shape = model.get_output_tensor_details(name)[result]["shape"]
-            self._result_shape = self.length, int(shape[-1])
-            self.result_buffer = model.create_output_buffer_by_name(name, result)
+        self.logits_buffer = None
+        if signatures.LOGITS in self.outputs:
+            shape = model.get_output_tensor_details(name)[signatures.LOGITS]["shape"]
+            self._logits_shape = self.length, int(shape[-1])
+            self.logits_buffer = model.create_output_buffer_by_name(
+                name, signatures.LOGITS
+            )
 
     def shape_of(self, name):
         return self._shapes[self.inputs.index(name)]
@@ -363,11 +349,11 @@ class _Signature:
         return self._model.create_input_buffer_by_name(self.name, name)
 
     def read(self, count):
-        """Return the first rows of what came out, or None where nothing does."""
-        if self.result_buffer is None:
+        """Return the first rows of the logits, or None where none come out."""
+        if self.logits_buffer is None:
             return None
-        values = self.result_buffer.read(math.prod(self._result_shape), np.float32)
-        return values.reshape(self._result_shape)[:count]
+        values = self.logits_buffer.read(math.prod(self._logits_shape), np.float32)
+        return values.reshape(self._logits_shape)[:count]
 
     def resize(self, capacity):
         """Let mask and caches have this many rows."""
@@ -394,15 +380,14 @@ class _Call:
         self.mask = np.zeros((signature.length, room.capacity), np.float32)
         self._position = None
         buffers = {
+            signatures.TOKENS: signature.token_buffer,
             signatures.POSITIONS: signature.position_buffer,
             signatures.MASK: self.mask_buffer,
+            signatures.LOGITS: signature.logits_buffer,
             **room.caches,
         }
-        # What is none of these goes in, or comes out.
-        self.inputs = [buffers.get(n, signature.value_buffer) for n in signature.inputs]
-        self.outputs = [
-            buffers.get(n, signature.result_buffer) for n in signature.outputs
-        ]
+        self.inputs = [buffers[name] for name in signature.inputs]
+        self.outputs = [buffers[name] for name in signature.outputs]
 
     def show(self, position):
         """Let the tokens from a position on see the rows up to their own."""

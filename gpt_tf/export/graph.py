@@ -55,15 +55,8 @@ _EVERYTHING = _PRODUCTS | {
 }
 
 
-def build(
-    model: Model,
-    constants: Constants,
-    kind: str,
-    length: int,
-    capacity: int,
-    blocks: range | None = None,
-):
-    """Add a signature to a model, or to a stage of one.
+def build(model: Model, constants: Constants, kind: str, length: int, capacity: int):
+    """Add a signature to a model.
 
     Args:
         model: The `flatbuffer.Model`.
@@ -71,7 +64,6 @@ def build(
         kind: `"decode"`, `"prefill"` or `"score"`.
         length: `T`, tokens per call; 1 for `decode`.
         capacity: `S`, rows of the caches.
-        blocks: The blocks of the stage; None: all.
     """
     names = {
         "decode": signatures.DECODE,
@@ -79,12 +71,7 @@ def build(
         "score": signatures.score(length),
     }
     graph = _Graph(model.subgraph(names[kind]), constants, length, capacity)
-    num_layers = constants.sizes["num_layers"]
-    blocks = range(num_layers) if blocks is None else blocks
-    if blocks.stop < num_layers:
-        graph.build(blocks, signatures.HIDDEN)
-    else:
-        graph.build(blocks, None if kind == "prefill" else signatures.LOGITS)
+    graph.build(wants_logits=kind != "prefill")
 
 
 class _Graph:
@@ -103,37 +90,26 @@ class _Graph:
         if mode.activations is not None:
             self.fixed = _EVERYTHING if mode.everything else _PRODUCTS
 
-    def build(self, blocks, wanted):
-        """Build the graph of these blocks with the output that is wanted, or none."""
+    def build(self, wants_logits):
         length, capacity = self.length, self.capacity
-        first, last = blocks[0], blocks[-1]
-        width = self.constants.sizes["embedding_dim"]
-        if first == 0:
-            tokens = self.graph.input(signatures.TOKENS, (1, length), Type.INT32)
-        else:
-            hidden = self.graph.input(signatures.HIDDEN, (1, length, width))
+        num_layers = self.constants.sizes["num_layers"]
+        tokens = self.graph.input(signatures.TOKENS, (1, length), Type.INT32)
         self.positions = self.graph.input(signatures.POSITIONS, (length,), Type.INT32)
         self.mask = self.graph.input(signatures.MASK, (1, 1, length, capacity))
         shape = (1, self.heads, capacity, self.head_dim)
         self.caches = {
             name: self.graph.input(name, shape, *self._cache_kind(index))
-            for index in blocks
-            for name in signatures.caches(1, index)
+            for index in range(num_layers)
+            for name in (signatures.key_cache(index), signatures.value_cache(index))
         }
         self.start = self._first_row()
-        if first == 0:
-            x = self._embed(tokens)
-        else:
-            # Exact: the stage before had it on the same grid.
-            x = self.at(f"block_{first - 1}/feedforward_residual_activation", hidden)
-        for index in blocks:
+        x = self._embed(tokens)
+        for index in range(num_layers):
             # The caches of the last block are written before its attention, which
             # a prefill therefore does without.
-            x = self._block(index, x, wanted is not None or index < last)
-        if wanted == signatures.LOGITS:
-            self.graph.output(wanted, self._head(x))
-        elif wanted == signatures.HIDDEN:
-            self.graph.output(wanted, self._real(x))
+            x = self._block(index, x, wants_logits or index < num_layers - 1)
+        if wants_logits:
+            self.graph.output(signatures.LOGITS, self._head(x))
 
     # Layers
 

@@ -3,7 +3,7 @@
 It is LiteRT-LM's own, so that one file runs in Google's runtime and in ours. Neither
 TensorFlow nor LiteRT is needed to read it. The letters for shapes are `T` positions
 in this call, `S` cached positions (the capacity), `H` heads, `D` head width,
-`C` embedding_dim, `V` vocabulary; the batch is always 1.
+`V` vocabulary; the batch is always 1.
 
 A file has the signatures
 
@@ -30,20 +30,10 @@ any tokens; their rows lie behind the text and are overwritten as it grows, so o
 `mask` and the caches to the capacity that a text needs: speed then follows the
 context in use and not the largest one.
 
-A stage of a model that was cut by layers has `decode` and `prefill_<T>`, the caches
-of its own blocks, which keep their numbers, and
-
-    in   hidden          float32 (1, T, C)    instead of tokens, but in the first
-    out  hidden          float32 (1, T, C)    instead of logits, but in the last
-
-where a prefill, too, hands `hidden` on. Of the last stage it has the caches only.
-
 Reference: LiteRT-LM's executor, github.com/google-ai-edge/LiteRT-LM.
 """
 
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 
@@ -52,7 +42,6 @@ TOKENS = "tokens"
 POSITIONS = "input_pos"
 MASK = "mask"
 LOGITS = "logits"
-HIDDEN = "hidden"
 MASKED = -1e9
 DEFAULT_PREFILL_LENGTHS = (1, 8, 64)
 
@@ -109,34 +98,14 @@ def value_cache(block: int) -> str:
     return f"kv_cache_v_{block}"
 
 
-def caches(num_layers: int, first: int = 0) -> list[str]:
+def caches(num_layers: int) -> list[str]:
     """Return the names of all caches: key, value, key, value, ...
 
     Args:
         num_layers: Number of blocks.
-        first: The first of them, where the blocks are those of a stage.
     """
-    blocks = range(first, first + num_layers)
+    blocks = range(num_layers)
     return [name(block) for block in blocks for name in (key_cache, value_cache)]
-
-
-def stage_file(index: int) -> str:
-    """Return the name of a stage's file in its folder."""
-    return f"stage-{index}.tflite"
-
-
-def is_staged(path: str | os.PathLike) -> bool:
-    """Whether a path is a folder with stages of a model in it."""
-    return any(Path(path).glob(stage_file("*")))
-
-
-def blocks_of(facts: dict) -> range:
-    """Return the blocks that are in a file.
-
-    Args:
-        facts: What its seal says.
-    """
-    return range(*facts.get("stage", {}).get("blocks", [facts["config"]["num_layers"]]))
 
 
 def mask(positions: np.ndarray, capacity: int) -> np.ndarray:

@@ -5,7 +5,6 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -101,59 +100,17 @@ def export_tflite(
     """
     say = on_notice or (lambda line: None)
     path = Path(path)
-    refuse_unknown_mode(mode)
+    if mode not in weights.MODES:
+        reason = _NO_MODE.get(mode)
+        raise InputError(
+            f"`mode` expects one of {', '.join(weights.MODES)}. Received: {mode!r}"
+            + (f", which cannot be had: {reason}." if reason else ".")
+        )
     if path.suffix != ".tflite":
         raise InputError(
             f"`path` expects a name that ends in .tflite. Received: {path.name!r}. "
             "For one file with the tokenizer use `export_litertlm`."
         )
-    source = prepare(
-        model,
-        mode,
-        context_length=context_length,
-        prefill_lengths=prefill_lengths,
-        tokenizer=tokenizer,
-        ranges=ranges,
-        representative=representative,
-        per_channel=per_channel,
-        verify_on=verify_on,
-        allow_untrained=allow_untrained,
-        say=say,
-    )
-    return write(source, model, path, tokenizer, say)
-
-
-class Source(NamedTuple):
-    """All that a file is made of.
-
-    Attributes:
-        constants: The weights in the form of the mode.
-        facts: What the seal is to say.
-        ids: Token ids `(N,)` of a text to verify on.
-        text: What text that is.
-    """
-
-    constants: weights.Constants
-    facts: dict
-    ids: np.ndarray
-    text: str
-
-
-def prepare(
-    model,
-    mode: str,
-    *,
-    context_length,
-    prefill_lengths,
-    tokenizer,
-    ranges,
-    representative,
-    per_channel,
-    verify_on,
-    allow_untrained,
-    say,
-) -> Source:
-    """Check what `export_tflite` was given and bring the weights into their form."""
     plain, ranges = _source_of(model, mode, ranges, representative, say)
     if not allow_untrained:
         _refuse_untrained(plain)
@@ -163,52 +120,28 @@ def prepare(
     if per_channel is None:
         per_channel = plain is model or model.quantization.per_channel
     constants = weights.constants_of(plain, mode, ranges, per_channel)
+    score_length = min(SCORE_LENGTH, capacity)
+    written = flatbuffer.Model()
+    graph.build(written, constants, "decode", 1, capacity)
+    for length in lengths:
+        graph.build(written, constants, "prefill", length, capacity)
+    graph.build(written, constants, "score", score_length, capacity)
     facts = {
         "mode": mode,
         "per_channel": per_channel,
         "config": constants.sizes,
         "capacity": capacity,
         "prefill_lengths": lengths,
-        "score_lengths": [min(SCORE_LENGTH, capacity)],
+        "score_lengths": [score_length],
         "cache_dtype": "int8" if constants.mode.everything else "float32",
         "tokenizer_fingerprint": tokenizer.fingerprint() if tokenizer else None,
     }
-    ids, text = _verification_text(verify_on, representative, plain, capacity)
-    return Source(constants, facts, ids, text)
-
-
-def build(source: Source, **more) -> tuple[flatbuffer.Model, bytearray]:
-    """Build a model, or a stage of one, and return it with the bytes of its file.
-
-    Args:
-        source: What it is made of.
-        **more: Facts that change, or are added; those of a stage name its blocks.
-    """
-    facts = {**source.facts, **more}
-    blocks = signatures.blocks_of(facts)
-    written = flatbuffer.Model()
-    kinds = {
-        "decode": [1],
-        "prefill": facts["prefill_lengths"],
-        "score": facts["score_lengths"],
-    }
-    for kind, lengths in kinds.items():
-        for length in lengths:
-            graph.build(
-                written, source.constants, kind, length, facts["capacity"], blocks
-            )
     written.add_metadata(
         signatures.METADATA_NAME, seal.blank_seal(**facts, versions=files.versions())
     )
     data = written.to_bytes()
     seal.seal(data)
-    return written, data
-
-
-def write(source: Source, model, path: Path, tokenizer, say) -> dict:
-    """Write what was prepared and verify it, as `export_tflite` does."""
-    written, data = build(source)
-    mode = source.facts["mode"]
+    ids, text = _verification_text(verify_on, representative, plain, capacity)
     beside = None if tokenizer is None else _place_of(tokenizer, path)
     try:
         with files.atomic_file(path) as file:
@@ -218,30 +151,17 @@ def write(source: Source, model, path: Path, tokenizer, say) -> dict:
             say("running every signature and comparing with Keras")
             with quiet():
                 measured = verify.verify(
-                    Path(file.name), written, source.constants, mode, model, source.ids
+                    Path(file.name), written, constants, mode, model, ids
                 )
                 if beside is not None:
                     tokenizer.save(beside)
             # A manifest of the file that stood here would call the new one damaged.
             files.file_manifest_path(path).unlink(missing_ok=True)
         return files.write_file_manifest(
-            path,
-            "tflite",
-            **source.facts,
-            verification={**measured, "text": source.text},
+            path, "tflite", **facts, verification={**measured, "text": text}
         )
     except OSError as error:
         raise no_space(path, error) from None
-
-
-def refuse_unknown_mode(mode: str) -> None:
-    """Refuse a mode that there is not, and say why."""
-    if mode not in weights.MODES:
-        reason = _NO_MODE.get(mode)
-        raise InputError(
-            f"`mode` expects one of {', '.join(weights.MODES)}. Received: {mode!r}"
-            + (f", which cannot be had: {reason}." if reason else ".")
-        )
 
 
 def refuse_other_models(model) -> None:

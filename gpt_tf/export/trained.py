@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt_tf.errors import InputError
-from gpt_tf.export import litertlm, stages, tflite
+from gpt_tf.export import litertlm, tflite
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.text.corpus import Corpus, open_corpus
 from gpt_tf.text.dataset import TokenFile
@@ -25,7 +25,6 @@ def export_trained(
     mode: str = "dynamic_int8",
     *,
     corpus=None,
-    num_stages: int | None = None,
     on_notice: Callable[[str], None] | None = None,
     **options,
 ) -> dict:
@@ -35,11 +34,10 @@ def export_trained(
         source: A run's folder, whose own text is then used, a model's folder, or a
             `.keras` file.
         out: `.litertlm` for one file with the tokenizer, `.tflite` for the model
-            alone with `tokenizer.json` beside it; a folder for stages.
+            alone with `tokenizer.json` beside it.
         mode: As for `export_tflite`.
         corpus: A `Corpus`, or as for `open_corpus`; text to use where `source` is no
             run.
-        num_stages: Write so many stages, as `export_stages` does, not one file.
         on_notice: Called with a line per stage.
         **options: As for `export_tflite`.
 
@@ -55,16 +53,10 @@ def export_trained(
     """
     say = on_notice or (lambda line: None)
     source, out = Path(source), Path(out)
-    is_file = out.suffix in (".tflite", ".litertlm")
-    if num_stages is None and not is_file:
+    if out.suffix not in (".tflite", ".litertlm"):
         raise InputError(
             "`out` expects a name that ends in .litertlm or .tflite. "
             f"Received: {out.name!r}."
-        )
-    if num_stages is not None and is_file:
-        raise InputError(
-            f"Stages expect the name of a folder in `out`. Received: {out.name!r}. "
-            "Choose a name without that ending."
         )
     model, tokenizer = load_model(source)
     if tokenizer is None and out.suffix == ".litertlm":
@@ -79,16 +71,6 @@ def export_trained(
         if isinstance(model, GPTModel):
             windows = windows_of(text["train"], model.context_length)
             options.setdefault("representative", windows)
-    if num_stages is not None:
-        return stages.export_stages(
-            model,
-            out,
-            mode,
-            num_stages,
-            tokenizer=tokenizer,
-            on_notice=say,
-            **options,
-        )
     if out.suffix == ".tflite":
         return tflite.export_tflite(
             model, out, mode, tokenizer=tokenizer, on_notice=say, **options

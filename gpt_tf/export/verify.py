@@ -31,9 +31,6 @@ LARGEST_DIVERGENCE = {
     "int8_full": 0.3,
     "int4": 0.3,
 }
-# Largest difference of a logit between stages and undivided file, as a share of the
-# largest logit. The same operations in the same order: none was seen but 0.
-STAGE_TOLERANCE = 1e-5
 _GREEDY_TOKENS = 8
 MOST_TOKENS = 128
 
@@ -69,7 +66,7 @@ def verify(path, model: Model, constants: Constants, mode: str, reference, ids) 
     )
     if mode == "int8_full":
         _check_islands(model)
-    runner = _Runner(path, range(constants.sizes["num_layers"]))
+    runner = _Runner(path, constants)
     expected = sorted(graph.signature for graph in model.subgraphs)
     _require(sorted(runner.names) == expected, expected, sorted(runner.names))
     length = min(len(ids), runner.capacity, MOST_TOKENS)
@@ -96,45 +93,6 @@ def verify(path, model: Model, constants: Constants, mode: str, reference, ids) 
         "operators": model.operators(),
         "signatures": expected,
         "tokens": int(length),
-    }
-
-
-def verify_stages(paths, blocks, whole, ids) -> dict:
-    """Check that stages, one after the other, compute what the undivided file does.
-
-    Args:
-        paths: The stages' files, in order.
-        blocks: The blocks of each, ranges.
-        whole: The undivided file, verified.
-        ids: As for `verify`.
-
-    Returns:
-        What was measured: the largest difference of a logit and the number of
-        positions compared.
-
-    Raises:
-        VerificationError: The logits differ.
-    """
-    chain = _Chain(paths, blocks)
-    runner = _Runner(whole, range(blocks[-1].stop))
-    ids = np.asarray(ids[: min(len(ids), runner.capacity, MOST_TOKENS)], np.int32)
-    spans = signatures.lengths_of(runner.names)
-    wanted, found = {}, {}
-    for span, text in ((None, ids[: _GREEDY_TOKENS + 1]), *((n, ids) for n in spans)):
-        wanted |= runner.run_prefill(span, text)
-        found |= chain.run_prefill(span, text)
-    difference = np.max([np.abs(found[key] - wanted[key]).max() for key in wanted])
-    most = STAGE_TOLERANCE * np.max(
-        [np.abs(logits).max() for logits in wanted.values()]
-    )
-    _require(
-        difference <= most,  # which NaN is not
-        f"stages whose logits differ from the undivided file's by {most:.2g} at most",
-        f"{difference:.3g}",
-    )
-    return {
-        "largest_stage_difference": float(difference),
-        "stage_positions": len(wanted),
     }
 
 
@@ -186,7 +144,7 @@ def _divergence(logits, target):
 class _Runner:
     """Runs a file's signatures plainly, caches in and out as arrays."""
 
-    def __init__(self, path, blocks):
+    def __init__(self, path, constants):
         try:
             self.interpreter = Interpreter(model_path=str(path), num_threads=2)
         except (ValueError, RuntimeError) as error:
@@ -201,40 +159,32 @@ class _Runner:
             for name, detail in decode.get_input_details().items()
             if name.startswith("kv_cache")
         }
-        names = signatures.caches(len(blocks), blocks.start)
+        layers = constants.sizes["num_layers"]
         _require(
-            sorted(self.blank) == sorted(names),
-            f"the caches of {len(blocks)} blocks",
+            sorted(self.blank) == sorted(signatures.caches(layers)),
+            f"the caches of {layers} blocks",
             sorted(self.blank),
         )
-        self.capacity = self.blank[names[0]].shape[2]
-        self.value = signatures.HIDDEN if blocks.start else signatures.TOKENS
+        self.capacity = self.blank[signatures.key_cache(0)].shape[2]
 
     def _runner(self, name):
         if name not in self.runners:
             self.runners[name] = self.interpreter.get_signature_runner(name)
         return self.runners[name]
 
-    def call(self, name, values, start, caches):
-        """Run a signature; return logits `(T, V)` or None, and the new caches.
-
-        Of a stage: from `hidden`, but in the first, to `hidden`, but in the last.
-        """
-        positions = np.arange(start, start + len(values), dtype=np.int32)
+    def call(self, name, ids, start, caches):
+        """Run a signature; return logits `(T, V)` or None, and the new caches."""
+        positions = np.arange(start, start + len(ids), dtype=np.int32)
         outputs = self._runner(name)(
             **{
-                self.value: values[None],
+                signatures.TOKENS: ids[None],
                 signatures.POSITIONS: positions,
                 signatures.MASK: signatures.mask(positions, self.capacity),
             },
             **caches,
         )
-        results = [
-            outputs.pop(result)[0]
-            for result in (signatures.LOGITS, signatures.HIDDEN)
-            if result in outputs
-        ]
-        return (results[0] if results else None), outputs
+        logits = outputs.pop(signatures.LOGITS, None)
+        return (None if logits is None else logits[0]), outputs
 
     def run_score(self, span, ids):
         """Score a text in chunks; return logits by (signature, position)."""
@@ -269,19 +219,3 @@ class _Runner:
             logits, caches = self.call(signatures.DECODE, token, place, caches)
             found[way, place] = logits[0]
         return found
-
-
-class _Chain(_Runner):
-    """Runs stages one after the other, as if they were one file."""
-
-    def __init__(self, paths, blocks):
-        self.stages = [_Runner(*pair) for pair in zip(paths, blocks, strict=True)]
-        self.capacity = self.stages[0].capacity
-        self.blank = [stage.blank for stage in self.stages]
-
-    def call(self, name, values, start, caches):
-        written = []
-        for stage, own in zip(self.stages, caches, strict=True):
-            values, own = stage.call(name, values, start, own)
-            written.append(own)
-        return values, written

@@ -8,7 +8,6 @@ import pytest
 import gpt_tf
 from gpt_tf.edge import EdgeGPT, executor
 from gpt_tf.export.litertlm import export_litertlm
-from gpt_tf.export.stages import export_stages
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.text.tokenizer import CharacterTokenizer
 
@@ -37,21 +36,19 @@ def small_model(num_heads=3, embedding_dim=12):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """The model and its tokenizer; `tflite`, `litertlm` and `stages` are its files."""
+    """The model and its tokenizer; `tflite` and `litertlm` are its files."""
     folder = tmp_path_factory.mktemp("exported")
     model = small_model()
     tokenizer = CharacterTokenizer.train([LETTERS])
     options = {"mode": "float32", "prefill_lengths": (1, 4, 8)}
     export_tflite(model, folder / "gpt.tflite", tokenizer=tokenizer, **options)
     export_litertlm(model, tokenizer, folder / "gpt.litertlm", **options)
-    export_stages(model, folder / "stages", tokenizer=tokenizer, **options)
     return types.SimpleNamespace(
         model=model,
         tokenizer=tokenizer,
         folder=folder,
         tflite=folder / "gpt.tflite",
         litertlm=folder / "gpt.litertlm",
-        stages=folder / "stages",
     )
 
 

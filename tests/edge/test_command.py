@@ -32,7 +32,7 @@ def run(*options, stdin=""):
     return result.returncode, output.rstrip("\n"), result.stderr, json.loads(imported)
 
 
-@pytest.mark.parametrize("kind", ["tflite", "litertlm", "stages"])
+@pytest.mark.parametrize("kind", ["tflite", "litertlm"])
 def test_it_continues_a_prompt_without_tensorflow(exported, kind):
     options = {"max_new_tokens": 30, "seed": 7, "temperature": 0.8}
     expected = gpt_tf.generate(

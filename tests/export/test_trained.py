@@ -90,18 +90,3 @@ def test_windows_are_spread_over_the_whole_text():
     assert windows_of(np.arange(5), 16).tolist() == [[0, 1, 2, 3, 4]]
     with pytest.raises(InputError, match="expects text"):
         windows_of(np.arange(0), 16)
-
-
-def test_a_run_is_exported_in_stages(trained, tmp_path):
-    manifest = export_trained(trained.out, tmp_path / "stages", "int8", num_stages=2)
-    assert manifest["kind"] == "staged model"
-    assert manifest["verification"]["text"] == "given text"
-    assert manifest["verification"]["largest_stage_difference"] == 0.0
-    assert (tmp_path / "stages" / "tokenizer.json").is_file()
-
-
-def test_stages_are_a_folder_and_a_file_is_none(trained, tmp_path):
-    with pytest.raises(InputError, match=r"name of a folder in `out`.*gpt\.litertlm"):
-        export_trained(trained.out, tmp_path / "gpt.litertlm", num_stages=2)
-    with pytest.raises(InputError, match="`out` expects a name that ends in"):
-        export_trained(trained.out, tmp_path / "stages")
