@@ -8,10 +8,13 @@ positions, `H` heads, `D` head width, `C` embedding width, `V` vocabulary.
 
 import contextlib
 import contextvars
+import functools
 import math
+import weakref
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tensorflow.python.framework import ops
 
 MASKED = -1e9
 
@@ -39,6 +42,32 @@ def keep(x):
     return x
 
 
+def custom_gradient(function):
+    """`tf.custom_gradient`, but a graph can be freed that a call was traced in.
+
+    TensorFlow registers the gradient of each traced call by name and for ever, and the
+    gradient refers to the graph: what was traced would stay in memory. Here the graph
+    owns its gradients, and the registry forgets them with it.
+    """
+    differentiable = tf.custom_gradient(function)
+
+    @functools.wraps(function)
+    def call(*args):
+        outputs = differentiable(*args)
+        if not tf.executing_eagerly():
+            op = tf.nest.flatten(outputs)[0].op
+            name = op.get_attr("_gradient_op_type").decode()
+            registry = ops._gradient_registry._registry
+            gradient = registry[name]["type"]
+            others = getattr(op.graph, "_custom_gradients", ())
+            op.graph._custom_gradients = (*others, gradient)
+            owned = weakref.ref(gradient, lambda _: registry.pop(name))
+            registry[name]["type"] = lambda *args: owned()(*args)
+        return outputs
+
+    return call
+
+
 def layer_norm(x, gamma, beta, epsilon):
     """Normalise the last axis to mean 0 and variance 1, then scale and shift.
 
@@ -54,7 +83,7 @@ def layer_norm(x, gamma, beta, epsilon):
     Reference: Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450.
     """
 
-    @tf.custom_gradient
+    @custom_gradient
     def normalise(x, gamma, beta):
         centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
         variance = tf.reduce_mean(centred * centred, axis=-1, keepdims=True)
@@ -84,7 +113,7 @@ def gelu(x):
     """
     slope = math.sqrt(2.0 / math.pi)
 
-    @tf.custom_gradient
+    @custom_gradient
     def activate(x):
         t = tf.tanh(slope * (x + 0.044715 * x * x * x))
 
@@ -111,7 +140,7 @@ def project(x, kernel):
         `(N, C)`.
     """
 
-    @tf.custom_gradient
+    @custom_gradient
     def multiply(x, kernel):
         def gradient(dy):
             dkernel = keep(tf.matmul(dy, x, transpose_a=True))  # (C, F)
@@ -167,7 +196,7 @@ def attention(query, key, value, mask, on_scores=None, on_probabilities=None):
             probabilities = on_probabilities(probabilities)
         return tf.matmul(probabilities, value)
 
-    @tf.custom_gradient
+    @custom_gradient
     def attend(query, key, value):
         probabilities = probabilities_of(query, key)
         outputs = tf.matmul(probabilities, value)  # (B, H, T, D)

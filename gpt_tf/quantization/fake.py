@@ -42,7 +42,7 @@ def fake_quantize(x, minimum, maximum, dtype="int8"):
         scale = tf.where(known, scale, 1.0)
         lowest, highest = tf.constant(-32767.0), tf.constant(32767.0)
 
-    @tf.custom_gradient
+    @operations.custom_gradient
     def round_within(x):
         steps = x / scale
 
@@ -71,7 +71,7 @@ def fake_quantize_weights(weights, bits=8, axis=None):
     """
     limit = 2.0 ** (bits - 1) - 1.0
 
-    @tf.custom_gradient
+    @operations.custom_gradient
     def round_all(w):
         shared = [a for a in range(w.shape.rank) if a != axis]
         largest = tf.reduce_max(tf.abs(w), axis=shared, keepdims=True)

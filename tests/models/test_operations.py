@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -180,3 +183,49 @@ def test_inside_xla_ends_with_its_block_even_after_an_error():
         assert operations._INSIDE_XLA.get()
         raise RuntimeError
     assert not operations._INSIDE_XLA.get()
+
+
+@operations.custom_gradient
+def twice(x):
+    """The gradient is 5, which TensorFlow would not find."""
+    return 2.0 * x, lambda dy: 5.0 * dy
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        twice,
+        lambda x: tf.cond(x > 0, lambda: twice(x), lambda: x),
+        lambda x: tf.while_loop(lambda y: y < 6.0, lambda y: [twice(y)], [x])[0],
+    ],
+)
+def test_a_custom_gradient_holds_eagerly_in_a_graph_and_around_one(function):
+    def slope(function):
+        x = tf.constant(3.0)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        return tape.gradient(y, x)
+
+    assert slope(function).numpy() == 5.0
+    assert slope(tf.function(function)).numpy() == 5.0
+    assert tf.function(lambda: slope(function))().numpy() == 5.0
+    assert tf.function(lambda: slope(tf.function(function)))().numpy() == 5.0
+
+
+def test_a_graph_with_custom_gradients_is_freed():
+    graphs = []
+
+    @tf.function
+    def slope(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = twice(twice(x))
+        graphs.append(weakref.ref(y.graph))
+        return tape.gradient(y, x)
+
+    assert slope(tf.constant(3.0)).numpy() == 25.0
+    assert graphs[0]() is not None
+    del slope
+    gc.collect()
+    assert graphs[0]() is None
