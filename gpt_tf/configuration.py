@@ -1,6 +1,8 @@
 """What the configurations of all rooms have in common: checks, and a way to a file."""
 
 import dataclasses
+import math
+import numbers
 
 from gpt_tf.errors import InputError
 
@@ -25,11 +27,20 @@ def differences(old: dict, new: dict) -> str:
 class Configuration:
     """Base of frozen dataclasses whose fields are values that JSON knows.
 
-    A subclass calls `_check` in its `__post_init__`, and says by `title` what an error
-    calls it.
+    A subclass calls `_check` in its `__post_init__`, after its base's, and says by
+    `title` what an error calls it.
+
+    Raises:
+        InputError: A number is NaN or infinite.
     """
 
     title = "A configuration"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            finite = not isinstance(value, numbers.Real) or -math.inf < value < math.inf
+            self._check(field.name, finite, "that is finite")
 
     @classmethod
     def of(cls, value):

@@ -18,6 +18,10 @@ class DamagedFileError(InputError):
     """A file is truncated, tampered with, or not what its manifest says."""
 
 
+class TrainingDivergedError(InputError):
+    """Training came to a loss, or to weights, that contain NaN or infinity."""
+
+
 class PeerLostError(RuntimeError):
     """Another worker of the run is gone; started again, all go on together.
 

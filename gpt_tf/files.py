@@ -9,6 +9,7 @@ which bytes it has, so that a damaged or foreign file is noticed before it is us
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -228,21 +229,76 @@ def _try_lock(handle) -> bool:
     return True
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """Return a value as JSON, which has neither NaN nor infinity.
+
+    Args:
+        value: What JSON knows: dicts, lists, text, numbers, booleans and None.
+        **options: As for `json.dumps`.
+
+    Raises:
+        InputError: A number in it is not finite.
+
+    Example:
+        >>> to_json({"loss": 1.5})
+        '{"loss": 1.5}'
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        _check_finite(value)
+        raise
+
+
+def _check_finite(value, place="$"):
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _check_finite(part, f"{place}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            _check_finite(part, f"{place}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(
+            f"JSON expects finite numbers. Received: {value} in {place}, where $ is "
+            "the whole. Find out how it came about, or write null."
+        )
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON, without the NaN and infinities that Python adds to it.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as readable JSON, whole or not at all."""
+    """Write `value` as readable JSON, whole or not at all.
+
+    Raises:
+        InputError: A number in it is not finite.
+    """
+    text = to_json(value, indent=2, sort_keys=True, ensure_ascii=False)
     with atomic_file(path, "w") as file:
-        json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=False)
-        file.write("\n")
+        file.write(f"{text}\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:
     """Read JSON that gpt_tf wrote.
 
     Raises:
-        DamagedFileError: The file is missing or is not JSON.
+        DamagedFileError: The file is missing or is not JSON, as with NaN in it.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DamagedFileError(
             f"Expected a JSON file at {path}; none is there."
@@ -429,7 +485,7 @@ def _compare(file, facts, verify=True):
 def _sha256_of_content(manifest: dict[str, Any], own: str = "sha256") -> str:
     facts = {name: value for name, value in manifest.items() if name != own}
     # As JSON gives it back: keys as text, tuples as lists.
-    content = json.dumps(json.loads(json.dumps(facts)), sort_keys=True)
+    content = to_json(parse_json(to_json(facts)), sort_keys=True)
     return hashlib.sha256(content.encode("utf-8")).hexdigest()
 
 

@@ -121,6 +121,7 @@ class OptimizationConfig(Configuration):
     seed: int = 1337
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("corpus", "students", "modes"):
             value = getattr(self, name)
             if isinstance(value, list):

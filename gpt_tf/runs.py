@@ -157,6 +157,7 @@ class TrainingConfig(Configuration):
     augmentation: dict | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if not isinstance(self.corpus, str):
             object.__setattr__(self, "corpus", tuple(str(p) for p in self.corpus))
         for name in (

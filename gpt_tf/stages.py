@@ -7,7 +7,6 @@ those whose inputs changed or whose outputs are gone, and no others.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,5 +145,5 @@ def _read_record(path):
 
 
 def _key(inputs):
-    content = json.dumps([__version__, inputs], sort_keys=True)
+    content = files.to_json([__version__, inputs], sort_keys=True)
     return hashlib.sha256(content.encode("utf-8")).hexdigest()

@@ -29,7 +29,7 @@ from gpt_tf.configuration import differences
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.distillation.distiller import Distiller
 from gpt_tf.distillation.knowledge import KnowledgeStore
-from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.errors import DamagedFileError, InputError, TrainingDivergedError
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
@@ -155,6 +155,8 @@ def train(
     Raises:
         InputError: The corpus, the configuration or the folder cannot be used.
             Nothing is then overwritten.
+        TrainingDivergedError: The loss or the weights came to contain NaN or infinity.
+            The checkpoints before that stay, and no model is written.
         DamagedFileError: No good checkpoint or token file is left to resume from.
         PeerLostError: Another worker of the strategy `multi_worker` is gone.
 
@@ -287,6 +289,7 @@ def quantize(
 
     Raises:
         InputError: There is no trained model, or as for `train`.
+        TrainingDivergedError: As for `train`.
         DamagedFileError: As for `train`.
 
     Example:
@@ -400,6 +403,7 @@ def distil(
     Raises:
         InputError: There is no teacher, teacher and student do not fit each other, or
             as for `train`.
+        TrainingDivergedError: As for `train`.
         DamagedFileError: As for `train`.
 
     Example:
@@ -616,6 +620,7 @@ class _Run:
                 seed=config.seed,
             )
         self.step = 0
+        self.loss = None  # of the last step
         self.tokens_per_step = config.batch_size * config.context_length
         self.history = {"steps": [], "validations": []}
         self.best = {"loss": None, "step": 0, "waited": 0}
@@ -826,6 +831,7 @@ class _Run:
         return strategies.distribute(self.strategy, make)
 
     def _finish(self):
+        self.state()  # a callback may have ended training before a checkpoint was due
         if self.best_weights is not None:
             self.trained.set_weights(self.best_weights)
             self.notice(f"kept the weights of step {self.best['step']}, the best")
@@ -894,19 +900,51 @@ class _Run:
         else:
             variable.assign(value)
 
+    def state(self):
+        """Return all that decides the further course, as arrays by name.
+
+        Raises:
+            TrainingDivergedError: A number in it is NaN or infinite.
+        """
+        state = {
+            name: self._read(variable) for name, variable in self._variables().items()
+        }
+        spoilt = _first_not_finite(state)
+        if spoilt is not None:
+            raise self.divergence(f"NaN or infinity in {spoilt}")
+        return state
+
+    def divergence(self, received):
+        """Return the error to raise when numbers are no longer finite.
+
+        Args:
+            received: Where they are.
+        """
+        kept = sorted((self.out / "checkpoints").glob("step-*"))
+        last = f"The last checkpoint, {kept[-1]}, stays as it is. " if kept else ""
+        return TrainingDivergedError(
+            "Training expects a finite loss and finite weights. Received: "
+            f"{received} at step {self.step}, with a loss of {self.loss}: the run "
+            f"diverged. {last}Start again, with --overwrite, at a `learning_rate` "
+            f"below {self.config.learning_rate:g} or with more `warmup_steps`."
+        )
+
     def _checkpoint(self, step):
         return self.out / "checkpoints" / f"step-{step:08d}"
 
     def save_checkpoint(self):
-        """Write the state of this step; the older checkpoints stay until then."""
-        if not self.is_chief:
-            return
+        """Write the state of this step; the older checkpoints stay until then.
+
+        Raises:
+            InputError: No space is left.
+            TrainingDivergedError: The state contains NaN or infinity.
+        """
         folder = self._checkpoint(self.step)
         if folder.exists():
             return
-        state = {
-            name: self._read(variable) for name, variable in self._variables().items()
-        }
+        state = self.state()  # by every worker, so that all of them stop
+        if not self.is_chief:
+            return
         if self.best_weights is not None:
             for index, weight in enumerate(self.best_weights):
                 state[f"best/{index:04d}"] = np.asarray(weight)
@@ -992,6 +1030,13 @@ class _Run:
                     f"expects the shape {shape}. Received: "
                     f"{state[name].shape if name in state else 'nothing'}."
                 )
+        spoilt = _first_not_finite(state)
+        if spoilt is not None:
+            raise DamagedFileError(
+                f"The checkpoint in {folder} contains NaN or infinity in {spoilt}: "
+                "training had diverged. Start again with --overwrite and a lower "
+                "`learning_rate`."
+            )
         with self.strategy.scope():
             for name, variable in variables.items():
                 self._write(variable, state[name])
@@ -1002,8 +1047,16 @@ class _Run:
         self.history = files.read_json(folder / "history.json")
 
 
+def _first_not_finite(arrays):
+    """Return the name of the first array that contains NaN or infinity, or None."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            return name
+    return None
+
+
 class _Recorder(keras.callbacks.Callback):
-    """Count steps, record losses and decide on early stopping."""
+    """Count steps, record losses, and decide on stopping: early, or with an error."""
 
     def __init__(self, run):
         super().__init__()
@@ -1020,6 +1073,7 @@ class _Recorder(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         run = self.run
         run.step += 1
+        self._check_losses(logs or {})
         self.now = (time.perf_counter(), run.step)
         if batch == 0:
             self.began = self.now
@@ -1029,6 +1083,13 @@ class _Recorder(keras.callbacks.Callback):
             if run.own_loss in means:
                 means["loss"] = means.pop(run.own_loss)
             run.history["steps"].append({"step": run.step, **means})
+
+    def _check_losses(self, logs):
+        losses = {name: logs[name] for name in logs if name.endswith("loss")}
+        self.run.loss = losses.get("loss")
+        spoilt = _first_not_finite(losses)
+        if spoilt is not None:
+            raise self.run.divergence(f"a {spoilt} of {losses[spoilt]}")
 
     def _means(self, count, logs):
         """Return the means since they were last asked for.
@@ -1052,6 +1113,7 @@ class _Recorder(keras.callbacks.Callback):
         run, logs = self.run, logs or {}
         if "val_loss" not in logs:
             return
+        self._check_losses(logs)
         loss = float(logs[f"val_{run.own_loss}"])
         logs["tokens_per_second"] = self.tokens_per_second
         run.history["validations"].append(
@@ -1059,8 +1121,8 @@ class _Recorder(keras.callbacks.Callback):
                 "step": run.step,
                 "loss": loss,
                 "perplexity": math.exp(min(loss, 700.0)),
-                "token_accuracy": float(logs.get("val_token_accuracy", float("nan"))),
-                "train_loss": float(logs.get(run.own_loss, float("nan"))),
+                "token_accuracy": float(logs["val_token_accuracy"]),
+                "train_loss": float(logs[run.own_loss]),
                 "tokens_per_second": self.tokens_per_second,
                 **{
                     key: float(logs[f"val_{key}"])
@@ -1121,6 +1183,7 @@ class _Sampler(keras.callbacks.Callback):
             return
         from gpt_tf.models.decoding import generate
 
+        run.state()  # nothing is drawn from NaN
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             mesh = isinstance(run.trained, MeshGPT)

@@ -114,6 +114,16 @@ def test_an_import_against_the_drawing_breaks_a_contract(
     assert wanted in said
 
 
+def test_json_is_read_and_written_in_one_place():
+    calls = re.compile(r"\bjson\.(dumps?|loads?|JSON)|(import|from) json\b")
+    found = {
+        path.relative_to(ROOT / "gpt_tf").as_posix()
+        for path in ROOT.glob("gpt_tf/**/*.py")
+        if calls.search(path.read_text("utf-8"))
+    }
+    assert found == {"files.py"}
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_imports_without_tensorflow(module):
     assert loaded_by(module) == []

@@ -106,6 +106,12 @@ def assert_one_line(result, message):
     assert "Traceback" not in result.err + result.out
 
 
+def test_a_run_that_diverges_ends_in_one_line(train, tmp_path):
+    result = train(tmp_path / "run", "--learning-rate", "1e30", "--warmup-steps", "0")
+    assert_one_line(result, "diverged")
+    assert not (tmp_path / "run" / "model").exists()
+
+
 # Bad input
 
 

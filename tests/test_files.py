@@ -140,6 +140,22 @@ def test_json_comes_back_as_it_was(tmp_path):
     assert "\u4e2d" in text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_not_written(tmp_path, value):
+    path = tmp_path / "file.json"
+    with pytest.raises(InputError, match=rf"{value} in \$\.rows\[1\]\.loss"):
+        files.write_json(path, {"rows": ({"loss": 1.0}, {"loss": value})})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_are_not_finite_are_not_read(tmp_path, value):
+    path = tmp_path / "file.json"
+    path.write_text(f'{{"loss": [1.0, {value}]}}')
+    with pytest.raises(DamagedFileError, match=value):
+        files.read_json(path)
+
+
 def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
     files.write_json(tmp_path / "value.json", 1)
     with pytest.raises(TypeError):
@@ -228,7 +244,7 @@ def test_any_flipped_bit_of_a_file_or_its_manifest_is_noticed(
 ):
     folder = tmp_path_factory.mktemp("folder")
     (folder / "data").write_bytes(data)
-    files.write_manifest(folder, "thing", ["data"], loss=float("nan"), step=3)
+    files.write_manifest(folder, "thing", ["data"], loss=0.25, step=3)
     path = folder / choice.draw(st.sampled_from(["data", "manifest.json"]))
     content = bytearray(path.read_bytes())
     index = choice.draw(st.integers(0, len(content) - 1))

@@ -11,20 +11,33 @@ import warnings
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tf_keras as keras
 
 from gpt_tf import files
-from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
+from gpt_tf.errors import (
+    DamagedFileError,
+    InputError,
+    InputTypeError,
+    TrainingDivergedError,
+)
 from gpt_tf.models import decoding
 from gpt_tf.runs import read_run
 from gpt_tf.training import (
     PRESETS,
     TrainingConfig,
     WarmupCosine,
+    distil,
     load_model,
     quantize,
     train,
 )
+
+NOT_BOUNDED = (
+    *("learning_rate", "final_learning_rate", "weight_decay", "global_clipnorm"),
+    *("steps", "warmup_steps", "dropout"),
+)
+NOT_FINITE = (float("inf"), float("nan"), np.float32("inf"))
 
 AUGMENTATION = {
     "bpe_dropout": 0.2,
@@ -327,6 +340,115 @@ def test_recorded_losses_are_means_since_the_last_record(tiny, tmp_path):
     assert result.history["validations"][0]["tokens_per_second"] > 0
 
 
+# Divergence
+
+
+def finite_checkpoints(out):
+    """The steps whose checkpoints a run left, all of finite numbers."""
+    folders = sorted((out / "checkpoints").iterdir())
+    for folder in folders:
+        files.check_manifest(folder, "checkpoint")
+        state = safetensors.numpy.load_file(folder / "state.safetensors")
+        assert all(np.isfinite(array).all() for array in state.values()), folder
+    return [int(folder.name[-8:]) for folder in folders]
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(tiny, tmp_path):
+    config = dataclasses.replace(
+        tiny, learning_rate=1e30, warmup_steps=0, checkpoint_every=1, jit_compile="off"
+    )
+    with pytest.raises(TrainingDivergedError, match=r"step [12]\b.*loss"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "history.json").exists()
+    assert len(finite_checkpoints(tmp_path / "run")) <= 1
+
+
+class Spoiling(keras.callbacks.Callback):
+    """Let the update of a step write NaN; the loss shows it one step later."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == self.step - 1:
+            moment = self.model.optimizer.variables[-1]
+            moment.assign(np.full(moment.shape, np.nan))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.loss = logs["loss"]
+
+
+@pytest.mark.parametrize(
+    ("step", "seen_at"),
+    [(4, 4), (5, 6), (20, 20)],
+    ids=["checkpoint", "between", "last step"],
+)
+def test_no_checkpoint_is_written_of_weights_that_are_nan(
+    tiny, tmp_path, step, seen_at
+):
+    config = dataclasses.replace(
+        tiny, checkpoint_every=2, validate_every=20, jit_compile="off"
+    )
+    spoiling = Spoiling(step)
+    with pytest.raises(TrainingDivergedError, match=rf"step {seen_at}\b"):
+        run(config, tmp_path / "run", callbacks=[spoiling])
+    assert np.isfinite(spoiling.loss)
+    before = range(2, step, 2)
+    assert finite_checkpoints(tmp_path / "run") == [*before][-3:]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_run_that_a_callback_ends_keeps_no_model_of_nan(tiny, tmp_path):
+    class Ending(Spoiling):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = batch == self.step - 1
+
+    config = dataclasses.replace(
+        tiny, steps=6, validate_every=6, checkpoint_every=0, jit_compile="off"
+    )
+    with pytest.raises(TrainingDivergedError, match=r"step 3\b"):
+        run(config, tmp_path / "run", callbacks=[Ending(3)])
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_student_that_diverges_stops_too(trained, tmp_path):
+    with pytest.raises(TrainingDivergedError, match=r"step 3\b.*loss"):
+        distil(
+            trained.out,
+            tmp_path / "student",
+            {"num_layers": 1},
+            steps=6,
+            jit_compile="off",
+            callbacks=[Spoiling(2)],
+            verbose=False,
+            on_notice=lambda line: None,
+        )
+    assert not (tmp_path / "student" / "model").exists()
+
+
+@pytest.mark.parametrize("where", ["state", "history"])
+def test_a_checkpoint_of_nan_is_passed_over(interrupted, where):
+    """As versions before wrote them."""
+    newest = interrupted / "checkpoints" / "step-00000012"
+    if where == "state":
+        path = newest / "state.safetensors"
+        state = safetensors.numpy.load_file(path)
+        state["model/0003"][...] = np.nan
+        safetensors.numpy.save_file(state, path)
+    else:
+        path = newest / "history.json"
+        path.write_text('{"steps": [], "validations": [{"step": 10, "loss": NaN}]}')
+    facts = files.read_json(newest / "manifest.json")
+    facts = {key: facts[key] for key in ("step", "best", "config")}
+    names = ["state.safetensors", "history.json"]
+    files.write_manifest(newest, "checkpoint", names, **facts)
+    notices = []
+    run(None, interrupted, resume=True, on_notice=notices.append)
+    assert "going on from step 8" in notices
+
+
 def test_an_existing_run_is_not_overwritten_unasked(trained, tiny):
     before = (trained.out / "run.json").read_bytes()
     with pytest.raises(InputError, match="--overwrite"):
@@ -392,6 +514,7 @@ def test_a_tampered_model_is_refused(tiny, tmp_path):
         {"validation_fraction": 1.0},
         {"augmentation": {"bpe_dropout": 1.0}},
         {"augmentation": {"dropout": 0.1}},
+        *({name: value} for name in NOT_BOUNDED for value in NOT_FINITE),
     ],
 )
 def test_impossible_configurations_are_refused(changes):

@@ -1,11 +1,11 @@
 """The command that chooses among what was measured: recommend."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from gpt_tf import files
 from gpt_tf.cli.common import app
 from gpt_tf.errors import InputError
 
@@ -107,7 +107,7 @@ def recommend(
         result = advisor.recommend(joined, chosen, scenario, prefer)
         show, fits = advisor.print_recommendation, result["choice"] is not None
     if as_json:
-        typer.echo(json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False))
+        typer.echo(files.to_json(result, indent=2, sort_keys=True, ensure_ascii=False))
     else:
         show(result)
     if not fits:

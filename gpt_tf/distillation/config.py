@@ -55,6 +55,7 @@ class DistillationConfig(Configuration):
     written_tokens: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("teacher", "knowledge"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else str(value))

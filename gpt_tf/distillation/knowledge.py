@@ -16,7 +16,6 @@ teacher's windows anew, so that its positions see another context.
 
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +53,7 @@ def fingerprint_of(model) -> str:
         64 hexadecimal digits, of configuration and weights; the name has no part.
     """
     config = {key: v for key, v in model.get_config().items() if key != "name"}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest = hashlib.sha256(files.to_json(config, sort_keys=True).encode())
     for variable in model.weights:
         value = variable.numpy()
         digest.update(f"{value.dtype.str}{value.shape}".encode())

@@ -1,7 +1,6 @@
 """A folder that is filled over several sittings, and complete or not there at all."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -86,7 +85,7 @@ class Unfinished:
     ):
         self.path = path
         self.folder = partial_path(path)
-        self._facts = json.loads(json.dumps(facts))
+        self._facts = files.parse_json(files.to_json(facts))
         self._record_bytes = record_bytes
         self.steps, self._saved = self._begun(on_notice)
         self._open = {}

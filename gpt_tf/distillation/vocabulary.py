@@ -5,12 +5,12 @@ teacher's probabilities are carried over piece by piece. Of any other pair only 
 places are found at which both have a token end.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from gpt_tf import files
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.text.tokenizer import BPETokenizer, Tokenizer, tokenizer_from_json
 
@@ -66,7 +66,7 @@ def derive_tokenizer(tokenizer: BPETokenizer, vocab_size: int) -> BPETokenizer:
     # Others name ids of special tokens, which `encode` never adds.
     if (content["post_processor"] or {}).get("type") != "ByteLevel":
         content["post_processor"] = None
-    return tokenizer_from_json(json.dumps(content), "the derived tokenizer")
+    return tokenizer_from_json(files.to_json(content), "the derived tokenizer")
 
 
 def is_derived(teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> bool:
@@ -632,7 +632,7 @@ def _content_of(tokenizer: Tokenizer) -> dict:
             "A `BPETokenizer` was expected, whose first merges can be kept. "
             f"Received: {type(tokenizer).__name__}. Train the teacher with bpe."
         )
-    content = json.loads(tokenizer.to_json())
+    content = files.parse_json(tokenizer.to_json())
     model = content["model"]
     if model.get("ignore_merges"):
         raise InputError(

@@ -4,7 +4,6 @@ Only the model's sizes are read: neither TensorFlow nor LiteRT runs anything.
 """
 
 import dataclasses
-import json
 import os
 import zipfile
 from pathlib import Path
@@ -234,7 +233,7 @@ def _of_model(folder):
 def _of_keras(path):
     try:
         with zipfile.ZipFile(path) as archive:
-            config = json.loads(archive.read("config.json"))["config"]
+            config = files.parse_json(archive.read("config.json"))["config"]
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError, OSError) as error:
         raise DamagedFileError(
             f"Expected a Keras model in {path}, but its configuration cannot be read: "

@@ -25,7 +25,6 @@ Reference: article 6.1, the assessment of real-time performance.
 
 import contextlib
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -37,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import errors
+from gpt_tf import errors, files
 from gpt_tf.errors import InputError, WorkerFailedError
 from gpt_tf.evaluation import machine, report
 from gpt_tf.evaluation.arguments import all_at_least, at_least, list_of_paths
@@ -487,7 +486,7 @@ def _in_process(job, name):
     with tempfile.TemporaryFile() as remarks:
         began = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(job)],
+            [sys.executable, "-c", code, files.to_json(job)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=remarks,
@@ -496,7 +495,7 @@ def _in_process(job, name):
         )
         try:
             for line in process.stdout:
-                kind, value = json.loads(line)
+                kind, value = files.parse_json(line)
                 if kind == "first":
                     cold_s = time.perf_counter() - began
         finally:

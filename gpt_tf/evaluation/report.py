@@ -70,7 +70,6 @@ The latency that a budget is about is the 95th percentile of `inter_token_latenc
 """
 
 import datetime
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,7 +197,6 @@ def write_report(path: str | os.PathLike, report: dict) -> None:
     Raises:
         InputError: A number in it is not finite.
     """
-    _check_finite(report, "report")
     files.write_json(path, report)
 
 
@@ -368,16 +366,3 @@ def _refuse_unknown(parts, known, what):
             raise InputError(
                 f"{what} has the parts {', '.join(known)}. Received: {name!r}."
             )
-
-
-def _check_finite(value, place):
-    if isinstance(value, dict):
-        for name, part in value.items():
-            _check_finite(part, f"{place}.{name}")
-    elif isinstance(value, list | tuple):
-        for index, part in enumerate(value):
-            _check_finite(part, f"{place}[{index}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise InputError(
-            f"A report expects finite numbers. Received: {value} in {place}."
-        )

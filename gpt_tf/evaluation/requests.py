@@ -3,7 +3,6 @@
 `gpt_tf.evaluation.latency` starts such processes and puts together what they say.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt_tf import files
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import machine
 
@@ -71,9 +71,9 @@ def work(text):
         os.dup2(2, 1)
 
         def tell(kind, value=None):
-            print(json.dumps([kind, value]), file=lines, flush=True)
+            print(files.to_json([kind, value]), file=lines, flush=True)
 
-        job = json.loads(text)
+        job = files.parse_json(text)
         try:
             if "describe" in job:
                 tell("done", [_described(path) for path in job["describe"]])

@@ -7,9 +7,9 @@ needed here.
 """
 
 import hashlib
-import json
 import re
 
+from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.export.signatures import SEAL_DIGITS, SEAL_PREFIX
 
@@ -33,7 +33,7 @@ def blank_seal(**facts) -> bytes:
     taken = {"format", "sha256"} & facts.keys()
     if taken:
         raise InputError(f"The seal has its own {min(taken)!r}. Rename that fact.")
-    rest = json.dumps(facts, sort_keys=True, allow_nan=False)[1:].encode("ascii")
+    rest = files.to_json(facts, sort_keys=True)[1:].encode("ascii")
     return SEAL_PREFIX + _BLANK + (b'", ' if facts else b'"') + rest
 
 
@@ -91,7 +91,7 @@ def read_seal(buffer, name: str = "the file") -> dict:
         begin = start - len(SEAL_PREFIX)
         text = bytes(view[begin : begin + _LONGEST_JSON]).decode("latin-1")
     try:
-        return json.JSONDecoder().raw_decode(text)[0]
+        return files.JSON_DECODER.raw_decode(text)[0]
     except ValueError as error:
         raise DamagedFileError(
             f"The seal of {name} is not JSON: {error}. Export the model again."

@@ -4,7 +4,6 @@ KerasHub is Keras 3: only NumPy arrays cross. Hugging Face's files are read and
 written directly, `config.json` and `model.safetensors`; pickles are never opened.
 """
 
-import json
 import math
 import os
 import tempfile
@@ -336,7 +335,7 @@ def _read_config(folder):
             "the folder of a GPT-2 model."
         )
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = files.parse_json(path.read_text("utf-8"))
         kind = config.get("model_type")
         for name in ("vocab_size", "n_embd", "n_layer", "n_head"):
             config[name] = int(config[name])

@@ -11,7 +11,6 @@ No TensorFlow here: it would take seconds and memory, and starts threads.
 
 import contextlib
 import itertools
-import json
 import os
 import queue
 import random
@@ -24,6 +23,7 @@ import threading
 import time
 from pathlib import Path
 
+from gpt_tf import files
 from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
 
 FOLDERS = {
@@ -378,7 +378,7 @@ def _environment(workers, cluster):
     if workers > 1:
         # Each worker would take all the memory of all GPUs.
         defaults["CUDA_VISIBLE_DEVICES"] = "-1"
-    return {**defaults, **os.environ, "TF_CONFIG": json.dumps(cluster)}
+    return {**defaults, **os.environ, "TF_CONFIG": files.to_json(cluster)}
 
 
 def free_ports(count):

@@ -16,13 +16,13 @@ No TensorFlow here, so that none of this waits for it.
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import selectors
 import socket
 import threading
 import time
 
+from gpt_tf import files
 from gpt_tf.errors import InputError
 
 JOIN_TIMEOUT_S = 600.0
@@ -301,7 +301,7 @@ class Peers:
         return False
 
     def _fingerprint(self):
-        text = json.dumps(self.addresses, sort_keys=True)
+        text = files.to_json(self.addresses, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     # Staying together
@@ -405,7 +405,7 @@ class _Channel:
     def send(self, message):
         with contextlib.suppress(OSError):
             self.connection.settimeout(_TIMEOUT_S)
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
+            self.connection.sendall(files.to_json(message).encode() + b"\n")
 
     def read(self, timeout_s=_TIMEOUT_S):
         """Return what comes within a time, and whether the connection is open."""
@@ -423,7 +423,7 @@ class _Channel:
         messages = []
         for line in lines:
             try:
-                message = json.loads(line)
+                message = files.parse_json(line)
             except ValueError:
                 return messages, False  # somebody else's protocol
             if isinstance(message, dict):

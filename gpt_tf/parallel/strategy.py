@@ -4,7 +4,6 @@ import _thread
 import atexit
 import contextlib
 import itertools
-import json
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ import tensorflow as tf
 from tensorflow.python.distribute import collective_all_reduce_strategy
 from tensorflow.python.eager import context
 
+from gpt_tf import files
 from gpt_tf.errors import InputError, PeerLostError
 from gpt_tf.parallel.peers import Peers
 from gpt_tf.parallel.peers import join_timeout as seconds_to_join
@@ -168,7 +168,7 @@ def read_tf_config():
             f"variable TF_CONFIG. Received: nothing. Set it to, for example, {example}"
         )
     try:
-        config = json.loads(text)
+        config = files.parse_json(text)
         cluster = {
             kind: list(addresses) for kind, addresses in config["cluster"].items()
         }

@@ -103,6 +103,7 @@ class QuantizationConfig(Configuration):
     calibration_method: str = "mse"
 
     def __post_init__(self):
+        super().__post_init__()
         bits = self.weight_bits
         self._check("weight_bits", bits in range(2, 9), "from 2 to 8")
         for name in ("inputs", "outputs", "residual", "scores", "softmax", "logits"):

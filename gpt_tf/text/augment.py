@@ -20,13 +20,13 @@ Reference: article 6.4.
 
 import dataclasses
 import itertools
-import json
 import numbers
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from gpt_tf import files
 from gpt_tf.configuration import Configuration
 from gpt_tf.errors import InputError
 from gpt_tf.text.randomness import draw, uniform
@@ -98,6 +98,7 @@ class AugmentationConfig(Configuration):
     written_tokens: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         for name in _RATES:
             value = getattr(self, name)
             is_rate = _is_number(value) and 0 <= value < 1
@@ -180,7 +181,7 @@ class BPEDropout:
         for character in byte_alphabet():
             self._byte_ids[ord(character)] = vocabulary[character]
         self._whole = set(backend.get_added_tokens_decoder())
-        merges = json.loads(tokenizer.to_json())["model"]["merges"]
+        merges = files.parse_json(tokenizer.to_json())["model"]["merges"]
         merges = [tuple(m.split(" ")) if isinstance(m, str) else m for m in merges]
         pairs = np.array(
             [

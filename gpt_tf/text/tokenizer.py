@@ -7,7 +7,6 @@ import abc
 import codecs
 import functools
 import hashlib
-import json
 import os
 import re
 import warnings
@@ -159,7 +158,7 @@ class Tokenizer(abc.ABC):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that two tokenizers share only if they are the same."""
-        canonical = json.dumps(json.loads(self.to_json()), sort_keys=True)
+        canonical = files.to_json(files.parse_json(self.to_json()), sort_keys=True)
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
@@ -311,12 +310,12 @@ class BPETokenizer(Tokenizer):
 
     def save_gpt2_files(self, folder: str | os.PathLike) -> None:
         """Write GPT-2's `vocab.json` and `merges.txt` into a folder."""
-        content = json.loads(self.to_json())["model"]
+        content = files.parse_json(self.to_json())["model"]
         merges = [m if isinstance(m, str) else " ".join(m) for m in content["merges"]]
         vocabulary = self.backend.get_vocab()
         vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
         with files.atomic_file(Path(folder) / "vocab.json", "w") as file:
-            json.dump(vocabulary, file, ensure_ascii=False)
+            file.write(files.to_json(vocabulary, ensure_ascii=False))
         with files.atomic_file(Path(folder) / "merges.txt", "w") as file:
             file.write("#version: 0.2\n" + "\n".join(merges) + "\n")
 
