@@ -228,6 +228,8 @@ class TrainingConfig(Configuration):
         if self.quantization is not None:
             source = self.init_from or self.distillation
             self._check("init_from", source, "that names a trained model")
+            whole = self.precision == "float32"
+            self._check("precision", whole, "of float32 beside `quantization`")
             fields = QuantizationConfig.of(self.quantization).get_config()
             object.__setattr__(self, "quantization", fields)
         if self.augmentation is not None:

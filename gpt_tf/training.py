@@ -33,6 +33,7 @@ from gpt_tf.errors import DamagedFileError, InputError, TrainingDivergedError
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
+from gpt_tf.models.precision import precision
 from gpt_tf.parallel import strategy as strategies
 from gpt_tf.parallel.mesh import check_divides, check_fits, make_mesh, parse_mesh
 from gpt_tf.parallel.pipeline import Pipeline
@@ -192,7 +193,7 @@ def train(
         strategy = strategies.make_strategy(config.strategy, join_timeout, notice)
     with (
         strategies.watched(strategy),
-        _precision(config.precision),
+        precision(config.precision),
         contextlib.ExitStack() as stack,
     ):
         _check_division(config, strategy.num_replicas_in_sync)
@@ -430,6 +431,8 @@ def distil(
     )
     course = {"init_from": None, "quantization": None, "patience": 0, "dropout": 0.0}
     course["augmentation"] = None
+    if changes.get("quantization") is not None:
+        course["precision"] = "float32"
     course["distillation"] = wanted.get_config()
     config = dataclasses.replace(before, **{**course, **changes})
     return train(config, out, **options)
@@ -493,16 +496,6 @@ def extract_knowledge(
         on_notice=on_notice or print,
         on_progress=on_progress,
     )
-
-
-@contextlib.contextmanager
-def _precision(name):
-    before = keras.mixed_precision.global_policy()
-    keras.mixed_precision.set_global_policy(name)
-    try:
-        yield
-    finally:
-        keras.mixed_precision.set_global_policy(before)
 
 
 @contextlib.contextmanager

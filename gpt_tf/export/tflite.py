@@ -199,7 +199,8 @@ def _source_of(model, mode, ranges, representative, say):
         from gpt_tf.quantization import calibration
 
         say("calibrating: measuring the ranges of all activations")
-        ranges = calibration.calibrate(model, representative)
+        activations = weights.MODES[mode].activations
+        ranges = calibration.calibrate(model, representative, dtype=activations)
     return model, ranges
 
 

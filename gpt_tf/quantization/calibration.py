@@ -1,9 +1,9 @@
 """Calibration: the range of every activation, from a float model and some data.
 
-An activation is rounded to 256 steps between a minimum and a maximum, and the two
-must be known before. Here they are measured on data like that which the model will
-meet: two passes, the first for the extremes, the second for a histogram of each
-activation between them, from which a method chooses where to cut.
+An activation is rounded to 256 steps between a minimum and a maximum, or to 65,535,
+and the two must be known before. Here they are measured on data like that which the
+model will meet: two passes, the first for the extremes, the second for a histogram of
+each activation between them, from which a method chooses where to cut.
 """
 
 import itertools
@@ -15,12 +15,18 @@ from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.models.layers import observed
+from gpt_tf.quantization.weights import SMALLEST_SCALE
 from gpt_tf.text.dataset import Windows
 
 METHODS = ("minmax", "percentile", "mse")
 
 # What softmax writes lies in [0, 1); its integers have the scale 1/256 by contract.
 FIXED_RANGES = {"probabilities_activation": (0.0, 255.0 / 256.0)}
+
+# Upper end of the range of an activation that was measured and is always 0. It tells
+# it from one that was never measured, (0, 0); its scale is below the smallest that
+# integers can have, so that none is made of it.
+NARROWEST = float(SMALLEST_SCALE)
 
 # The residual, whose few largest values carry much (Sun et al., "Massive
 # Activations in Large Language Models", arXiv:2402.17762).
@@ -31,7 +37,14 @@ _CANDIDATES = 64  # cuts that "mse" tries
 
 
 def calibrate(
-    model, inputs, *, batch_size=8, method="mse", percentile=99.999, num_batches=None
+    model,
+    inputs,
+    *,
+    batch_size=8,
+    method="mse",
+    percentile=99.999,
+    num_batches=None,
+    dtype="int8",
 ):
     """Measure the range of every activation of a float model.
 
@@ -42,18 +55,22 @@ def calibrate(
             `tf.data.Dataset`, `Windows` or a list.
         batch_size: Rows of an array that are computed at once, at least 1.
         method: `"minmax"` takes the extremes; `"percentile"` cuts off the rarest
-            values on either side; `"mse"` cuts where the squared error of 8-bit
-            rounding is smallest, but not the residual, which has 16 bits where it
+            values on either side; `"mse"` cuts where the squared error of rounding
+            to `dtype` is smallest, but not the residual, which has 16 bits where it
             is quantised well.
         percentile: For `"percentile"`: share of the values that is kept, in percent,
             above 50 and at most 100.
         num_batches: Largest number of batches to use; None takes all. A dataset
             that repeats without end needs it.
+        dtype: Integers that activations become, `"int8"` or `"int16"`, or a function
+            that says which from an activation's name in its layer, such as
+            `QuantizationConfig().type_of`.
 
     Returns:
         A dict from `"block_0/qkv_activation"` and the like to (minimum, maximum),
-        floats with minimum <= 0 <= maximum, in the order of the data. The
-        probabilities' range is fixed: (0, 255/256).
+        floats with minimum <= 0 <= maximum and minimum < maximum, in the order of the
+        data. The probabilities' range is fixed: (0, 255/256). An activation that was
+        always 0 has the narrowest range, (0, 1.2e-38): of any scale 0 is 0.
 
     Raises:
         InputError: There is no data, an id is not below `vocab_size`, an option is
@@ -75,6 +92,11 @@ def calibrate(
             "`percentile` expects a number above 50 and at most 100. "
             f"Received: {percentile}."
         )
+    if not callable(dtype) and dtype not in ("int8", "int16"):
+        raise InputError(
+            "`dtype` expects int8, int16 or a function of an activation's name. "
+            f"Received: {dtype!r}."
+        )
     for name, value in (("batch_size", batch_size), ("num_batches", num_batches or 1)):
         if value < 1:
             raise InputError(f"`{name}` expects at least 1. Received: {value}.")
@@ -91,21 +113,24 @@ def calibrate(
     if method != "minmax":
         edges = tf.constant(extremes, tf.float32)
         counts = _histograms(model, batches(), edges)
-        if method == "percentile":
-            cut = 1.0 - percentile / 100.0
-            choose = _percentile_range
-        else:
-            cut, choose = None, _mse_range
+
+        def choose(name, count, low, high):
+            if method == "percentile":
+                return _percentile_range(count, low, high, 1.0 - percentile / 100.0)
+            if name.endswith(_WIDE):
+                return low, high
+            own = dtype(name.partition("/")[2]) if callable(dtype) else dtype
+            return _mse_range(count, low, high, own)
+
         extremes = [
-            edge
-            if method == "mse" and name.endswith(_WIDE)
-            else choose(count, *edge, cut)
+            choose(name, count, *edge)
             for name, count, edge in zip(names, counts, extremes, strict=True)
         ]
     ranges = {}
     for name, (low, high) in zip(names, extremes, strict=True):
         fixed = FIXED_RANGES.get(name.partition("/")[2])
-        ranges[name] = fixed or (min(float(low), 0.0), max(float(high), 0.0))
+        low, high = min(float(low), 0.0), max(float(high), 0.0)
+        ranges[name] = fixed or (low, high if low < high else NARROWEST)
     return ranges
 
 
@@ -267,14 +292,14 @@ def _percentile_range(counts, low, high, cut):
     return edges[first], edges[min(last, _BINS - 1) + 1]
 
 
-def _mse_range(counts, low, high, _):
-    """Shrink the range while the squared error of 8-bit rounding falls."""
+def _mse_range(counts, low, high, dtype):
+    """Shrink the range while the squared error of rounding falls."""
     edges = np.linspace(low, high, _BINS + 1)
     centres = (edges[:-1] + edges[1:]) / 2
     best = (np.inf, low, high)
     for share in np.linspace(1.0, 0.1, _CANDIDATES):
         one, other = min(low * share, 0.0), max(high * share, 0.0)
-        scale = (other - one) / 255 or 1.0
+        scale = max(-one, other) / 32767 if dtype == "int16" else (other - one) / 255
         clipped = np.clip(centres, one, other)
         # Rounding within the range adds scale**2 / 12 on average.
         error = np.sum(counts * ((centres - clipped) ** 2 + scale**2 / 12))

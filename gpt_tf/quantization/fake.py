@@ -22,8 +22,8 @@ def fake_quantize(x, minimum, maximum, dtype="int8"):
     Args:
         x: Any shape and float type.
         minimum: `()` float32, at most 0.
-        maximum: `()` float32, at least 0. Where both are 0, no range is known yet
-            and `x` stays as it is.
+        maximum: `()` float32, at least 0. Where both are 0, or so near it that float32
+            has no scale for them, no range is known yet and `x` stays as it is.
         dtype: `"int8"` or `"int16"`.
 
     Returns:
@@ -32,14 +32,16 @@ def fake_quantize(x, minimum, maximum, dtype="int8"):
     Reference: Jacob et al., "Quantization and Training of Neural Networks for
     Efficient Integer-Arithmetic-Only Inference", arXiv:1712.05877, section 3.
     """
-    known = maximum > minimum
     if dtype == "int8":
-        scale = tf.where(known, (maximum - minimum) / 255.0, 1.0)
+        scale = (maximum - minimum) / 255.0
+    else:
+        scale = tf.maximum(-minimum, maximum) / 32767.0
+    known = scale >= SMALLEST_SCALE
+    scale = tf.where(known, scale, 1.0)
+    if dtype == "int8":
         zero = tf.clip_by_value(tf.round(-minimum / scale), 0.0, 255.0)
         lowest, highest = -zero, 255.0 - zero
     else:
-        scale = tf.maximum(-minimum, maximum) / 32767.0
-        scale = tf.where(known, scale, 1.0)
         lowest, highest = tf.constant(-32767.0), tf.constant(32767.0)
 
     @operations.custom_gradient

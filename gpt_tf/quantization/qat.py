@@ -31,6 +31,7 @@ from gpt_tf.models import step
 from gpt_tf.models.gpt import CUSTOM_OBJECTS, GPTModel
 from gpt_tf.models.language_model import LanguageModel, beside, refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
+from gpt_tf.models.precision import precision
 from gpt_tf.quantization import calibration, quantizers
 from gpt_tf.quantization.config import QuantizationConfig
 
@@ -43,7 +44,8 @@ class QuantizationAwareGPT(LanguageModel):
 
     Made by `quantize_aware`. A range moves with the extremes of every training
     batch, whatever calls the model with `training=True`: its own `fit`, or a custom
-    `train_step` in which it is the student.
+    `train_step` in which it is the student. It computes in float32 under any global
+    policy: the grids of integers are finer than 16-bit floats.
 
     Args:
         gpt: Configuration of the `GPTModel`, as from its `get_config`.
@@ -59,10 +61,14 @@ class QuantizationAwareGPT(LanguageModel):
     def __init__(self, gpt, quantization=None, name="quantized_gpt", **kwargs):
         quantization = QuantizationConfig.of(quantization)
         gpt = keras.saving.deserialize_keras_object(gpt)
-        wrapped = _wrap(GPTModel.from_config(gpt), quantization)
-        super().__init__(
-            inputs=wrapped.inputs[0], outputs=wrapped.outputs[0], name=name, **kwargs
-        )
+        with precision("float32"):
+            wrapped = _wrap(GPTModel.from_config(gpt), quantization)
+            super().__init__(
+                inputs=wrapped.inputs[0],
+                outputs=wrapped.outputs[0],
+                name=name,
+                **kwargs,
+            )
         self.__dict__["gpt"] = dict(gpt)  # which Keras would make unhashable
         self.quantization = quantization
         self.vocab_size = gpt["vocab_size"]
@@ -141,6 +147,7 @@ class QuantizationAwareGPT(LanguageModel):
             batch_size=batch_size,
             num_batches=num_batches,
             method=self.quantization.calibration_method,
+            dtype=self.quantization.type_of,
         )
         set_activation_ranges(self, ranges)
 
@@ -235,13 +242,13 @@ def quantize_aware(model, config=None):
     """Make of a float GPT one that expects to be quantised, to be trained further.
 
     Args:
-        model: A `GPTModel`, trained as a rule; it is not changed.
+        model: A `GPTModel`, trained as a rule and in any precision; it is not changed.
         config: `QuantizationConfig`, a dict of its fields, or None for the default.
 
     Returns:
-        A `QuantizationAwareGPT` with a copy of the weights. Its ranges are not
-        known yet: `fit` calibrates them first. It is not compiled; a twentieth of
-        the float training's learning rate, falling to 0, is a good start, and what
+        A `QuantizationAwareGPT` with a copy of the weights, in float32. Its ranges
+        are not known yet: `fit` calibrates them first. It is not compiled; a twentieth
+        of the float training's learning rate, falling to 0, is a good start, and what
         `gpt_tf.training.quantize` takes.
 
     Raises:
@@ -263,7 +270,7 @@ def quantize_aware(model, config=None):
             layer = model.get_layer(wrapper.layer.name)
             pairs = zip(_float_variables(wrapper), layer.weights, strict=True)
             for ours, theirs in pairs:
-                ours.assign(theirs)
+                ours.assign(tf.cast(theirs, ours.dtype))
     return aware
 
 
@@ -306,7 +313,8 @@ def activation_ranges(model):
 
     Returns:
         A dict from `"block_0/qkv_activation"` and the like to (minimum, maximum),
-        in the order of the data; both are 0.0 where nothing was measured yet.
+        in the order of the data; both are 0.0 where nothing was measured yet. That of
+        an activation that was always 0 is the narrowest there is, as from `calibrate`.
     """
     _check_aware(model, "activation_ranges")
     return {
@@ -346,10 +354,11 @@ def to_float(model):
         model: A `QuantizationAwareGPT`; it is not changed.
 
     Returns:
-        A `GPTModel` with a copy of the trained weights, not rounded.
+        A `GPTModel` with a copy of the trained weights, not rounded, that computes in
+        float32 as `model` does.
     """
     _check_aware(model, "to_float")
-    with beside(model):
+    with beside(model), precision("float32"):
         gpt = GPTModel.from_config(model.gpt)
         for wrapper in model.layers[1:]:
             layer = gpt.get_layer(wrapper.layer.name)

@@ -21,7 +21,7 @@ from tensorflow_model_optimization.python.core.quantization.keras import (
 )
 
 from gpt_tf.models import step
-from gpt_tf.quantization.calibration import FIXED_RANGES
+from gpt_tf.quantization.calibration import FIXED_RANGES, NARROWEST
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.quantization.fake import fake_quantize, fake_quantize_weights
 from gpt_tf.quantization.weights import channel_axis
@@ -69,15 +69,16 @@ def moved(old, extremes, decay, may_move):
     """Return a range after a batch.
 
     Args:
-        old: `(2,)`, minimum and maximum; both 0 before the first batch, which then
-            decides alone.
+        old: `(2,)`, minimum and maximum; the narrowest, or both 0, before the first
+            batch that is not 0 throughout, which then decides alone.
         extremes: `(2,)`, as from `extremes_of`, of the whole batch.
         decay: Share that the old range keeps.
         may_move: `()` bool.
     """
     seen = tf.reduce_all(tf.math.is_finite(extremes))
-    new = tf.maximum(extremes, 0.0) * [-1.0, 1.0]
-    averaged = tf.where(old[1] > old[0], old + (1.0 - decay) * (new - old), new)
+    new = tf.maximum(extremes, [0.0, NARROWEST]) * [-1.0, 1.0]
+    known = old[1] - old[0] > NARROWEST
+    averaged = tf.where(known, old + (1.0 - decay) * (new - old), new)
     return tf.where(tf.logical_and(seen, may_move), averaged, old)
 
 

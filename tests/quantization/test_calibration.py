@@ -7,6 +7,7 @@ from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.layers import TransformerBlock, _identity
 from gpt_tf.quantization import calibration
 from gpt_tf.quantization.calibration import calibrate
+from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.text.dataset import Windows
 
 
@@ -91,7 +92,42 @@ def test_percentile_and_mse_cut_off_an_outlier_and_minmax_does_not():
     assert -5.0 < one < -3.5
     assert 3.5 < other < 5.0
     # An error of 50 - 43.6 once is less than coarser steps for all others.
-    assert 30.0 < calibration._mse_range(counts, low, high, None)[1] < 49.0
+    assert 30.0 < calibration._mse_range(counts, low, high, "int8")[1] < 49.0
+
+
+@pytest.mark.parametrize("method", calibration.METHODS)
+def test_an_activation_that_is_always_0_has_the_narrowest_range(
+    make_model, windows_of, method
+):
+    model = make_model()
+    kernel = model.get_layer("block_1").down_kernel
+    kernel.assign(tf.zeros_like(kernel))
+    ranges = calibrate(model, windows_of(4, 8)[0], method=method)
+    always_0 = [name for name, range_ in ranges.items() if range_[1] < 1e-30]
+    assert always_0 == ["block_1/down_activation"]
+    assert ranges[always_0[0]] == (0.0, calibration.NARROWEST)
+
+
+def test_finer_steps_cut_off_less():
+    counts = np.histogram(np.random.default_rng(0).normal(size=100_000), 2048)[0]
+    counts[-1] = 1  # at 4 standard deviations more than the rest
+    coarse = calibration._mse_range(counts, -8.0, 8.0, "int8")
+    assert coarse[1] < 7.0
+    assert calibration._mse_range(counts, -8.0, 8.0, "int16") == (-8.0, 8.0)
+
+
+def test_each_activation_is_calibrated_for_its_own_type(make_model, windows_of):
+    model, x = make_model(), windows_of(64, 16)[0]
+    config = QuantizationConfig.full(outputs="int16")
+    ranges = calibrate(model, x, dtype=config.type_of)
+    narrow, wide = (calibrate(model, x, dtype=dtype) for dtype in ("int8", "int16"))
+    assert wide == calibrate(model, x, method="minmax")
+    for name, range_ in ranges.items():
+        is_wide = config.type_of(name.partition("/")[2]) == "int16"
+        assert range_ == (wide if is_wide else narrow)[name]
+    cut = {name.partition("/")[2] for name in wide if wide[name] != narrow[name]}
+    types = {config.type_of(name) for name in cut}
+    assert types == {"int8", "int16"}
 
 
 def test_percentile_keeps_the_share_it_promises():
@@ -124,7 +160,10 @@ def test_data_that_cannot_be_used_is_refused(make_model, inputs, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "guess"}, {"percentile": 50}, {"batch_size": 0}, {"num_batches": -1}],
+    [
+        *({"method": "guess"}, {"percentile": 50}, {"batch_size": 0}),
+        *({"num_batches": -1}, {"dtype": "int4"}),
+    ],
 )
 def test_options_out_of_range_are_refused(make_model, windows_of, options):
     with pytest.raises(InputError, match="Received"):

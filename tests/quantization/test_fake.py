@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from gpt_tf.quantization.calibration import NARROWEST
 from gpt_tf.quantization.fake import fake_quantize, fake_quantize_weights
 from gpt_tf.quantization.weights import dequantize, quantize_array
 
@@ -47,9 +48,15 @@ def test_int16_has_steps_256_times_finer_and_keeps_zero():
     assert y[-2] == 0.0 and y[-1] == pytest.approx(4.0)
 
 
-def test_an_unknown_range_changes_nothing():
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+@pytest.mark.parametrize("high", [0.0, NARROWEST])
+def test_a_range_without_a_scale_changes_nothing(high, dtype, compiled):
     x = normal(50)
-    y, gradient = value_and_gradient(lambda x: fake_quantize(x, 0.0, 0.0), x, False)
+    x[7] = 0.0
+    y, gradient = value_and_gradient(
+        lambda x: fake_quantize(x, 0.0, tf.constant(high), dtype), x, compiled
+    )
     np.testing.assert_array_equal(y, x)
     np.testing.assert_array_equal(gradient, np.arange(1, 51))
 

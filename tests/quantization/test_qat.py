@@ -6,11 +6,13 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.export.tflite import export_tflite
 from gpt_tf.models import decoding
 from gpt_tf.models.language_model import NextTokenLoss
 from gpt_tf.models.layers import TransformerBlock
+from gpt_tf.models.precision import precision
 from gpt_tf.parallel import strategy as strategies
-from gpt_tf.quantization.calibration import calibrate
+from gpt_tf.quantization.calibration import NARROWEST, calibrate
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.quantization.qat import (
     QuantizationAwareGPT,
@@ -321,6 +323,81 @@ def test_measuring_does_not_move_ranges(make_model, windows_of):
     np.testing.assert_array_equal(ranges_of(aware), before)
     aware(x, training=True)
     assert np.abs(ranges_of(aware) - before).max() > 0
+
+
+# A block that adds nothing
+
+DEAD = "block_1/down_activation"
+
+
+@pytest.fixture
+def dead(make_model):
+    """A model whose last block writes 0 to the residual."""
+    model = make_model(embedding_dim=32, num_heads=2)
+    model.get_layer("block_1").attention_norm_beta.assign_add(np.full(32, 0.1))
+    model.get_layer("block_1").down_kernel.assign(tf.zeros([128, 32]))
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, UNCALIBRATED], ids=["calibrated", "learnt"])
+def test_a_range_that_is_always_0_is_told_from_one_not_measured(
+    dead, windows_of, settings, tmp_path
+):
+    x, y = windows_of(8, 8)
+    aware = quantize_aware(dead, settings)
+    assert not aware.is_calibrated
+    assert activation_ranges(aware)[DEAD] == (0.0, 0.0)
+    aware.compile(optimizer=keras.optimizers.SGD(0.0), jit_compile=False)
+    aware.fit(x, y, verbose=0)
+    assert aware.is_calibrated
+    assert activation_ranges(aware)[DEAD] == (0.0, NARROWEST)
+    aware.save(tmp_path / "aware.keras")
+    assert keras.models.load_model(tmp_path / "aware.keras").is_calibrated
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_a_block_that_was_always_0_learns_like_any_other(dead, windows_of, jit_compile):
+    x, y = windows_of(8, 8)
+    aware = quantize_gpt_model(dead, x, {"freeze_ranges_at": 1.0})
+    aware.compile(optimizer=sgd(), jit_compile=jit_compile)
+    aware.fit(x, y, epochs=2, batch_size=8, shuffle=False, verbose=0)
+    # The first batch after the kernel has moved decides alone, not one part in 100.
+    dead.compile(optimizer=sgd(), jit_compile=False)
+    dead.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    expected = calibrate(dead, x, method="minmax")[DEAD]
+    np.testing.assert_allclose(activation_ranges(aware)[DEAD], expected, rtol=0.2)
+    assert np.abs(to_float(aware).get_layer("block_1").down_kernel).max() > 0
+
+
+def test_a_block_that_is_always_0_is_exported(dead, windows_of, tmp_path):
+    x, _ = windows_of(8, 8)
+    aware = quantize_gpt_model(dead, x)
+    options = {"prefill_lengths": (1,), "verify_on": x[0], "allow_untrained": True}
+    manifest = export_tflite(aware, tmp_path / "aware.tflite", "int8", **options)
+    assert manifest["verification"]["top1_agreement"] > 0.9
+
+
+# Precision
+
+
+@pytest.mark.parametrize("name", ["mixed_bfloat16", "mixed_float16"])
+def test_a_16_bit_model_is_quantised_and_trained_in_float32(
+    make_model, windows_of, name
+):
+    x, y = windows_of(8, 8)
+    results = []
+    for policy in ("float32", name):
+        with precision(policy):
+            aware = quantize_gpt_model(make_model(num_layers=1), x)
+            aware.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+            again = QuantizationAwareGPT.from_config(aware.get_config())
+            again.set_weights(aware.get_weights())
+            results += [aware, again, to_float(aware)]
+        assert keras.mixed_precision.global_policy().name == "float32"
+    for one, other in zip(results[:3], results[3:], strict=True):
+        assert {layer.compute_dtype for layer in other.layers[1:]} == {"float32"}
+        assert largest_difference(one.get_weights(), other.get_weights()) == 0
+        np.testing.assert_array_equal(one(x), other(x))
 
 
 # Saving, generating
