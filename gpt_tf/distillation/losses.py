@@ -513,7 +513,8 @@ class AttentionTransfer(_OfLayers):
 
     Args:
         layer_map: `"evenly"`, or pairs of a student's and a teacher's block, or a
-            dict of them, counted from 0.
+            dict of them, counted from 0. Evenly spaced, each stands beside the block
+            that `make_student` takes for it by `layers="evenly"`.
 
     See `attention_distance`; the mean over the pairs is taken.
 
@@ -691,13 +692,30 @@ def _normal_map(layer_map):
     return pairs
 
 
+def evenly_spaced(total, count):
+    """Return which of a teacher's layers stand for those of a student.
+
+    Args:
+        total: The teacher's layers, at least 1.
+        count: The student's, at least 1.
+
+    Returns:
+        `count` numbers from 0 to `total - 1`, rising. The first and the last are among
+        them; a single one is the first, since others cannot read the bare embedding.
+        Halves go to the later layer.
+
+    Example:
+        >>> evenly_spaced(6, 3)
+        [0, 3, 5]
+    """
+    gaps = max(1, count - 1)
+    # In whole numbers, so that a half is a half.
+    return [(2 * i * (total - 1) + gaps) // (2 * gaps) for i in range(count)]
+
+
 def _pairs_of(layer_map, num_teacher, num_student):
     if layer_map == "evenly":
-        last = max(1, num_student - 1)
-        places = [index * (num_teacher - 1) / last for index in range(num_student)]
-        if num_student == 1:
-            places = [num_teacher - 1]
-        return [(index, round(place)) for index, place in enumerate(places)]
+        return list(enumerate(evenly_spaced(num_teacher, num_student)))
     for ours, theirs in layer_map:
         for role, layer, count in (
             ("student", ours, num_student),

@@ -14,6 +14,7 @@ import numbers
 import numpy as np
 import tensorflow as tf
 
+from gpt_tf.distillation.losses import evenly_spaced
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import operations
 from gpt_tf.models.decoding import parts_of
@@ -254,9 +255,7 @@ def _choose_layers(layers, teacher, count, inputs):
     if not isinstance(layers, str):
         return _checked_layers(list(layers), total, count)
     if layers == "evenly":
-        # A single one is the first: others cannot read the bare embedding.
-        places = np.linspace(0, total - 1, count)
-        return [int(place + 0.5) for place in places]
+        return evenly_spaced(total, count)
     if layers == "every_second":
         if 2 * count > total + 1:
             raise InputError(

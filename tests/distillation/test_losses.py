@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gpt_tf.distillation import losses
 from gpt_tf.distillation.losses import Outputs
+from gpt_tf.distillation.student import make_student
 from gpt_tf.errors import InputError, InputTypeError
 
 TEACHER = {"vocab_size": 7, "embedding_dim": 6, "num_layers": 4}
@@ -372,6 +373,40 @@ def test_evenly_spaced_the_last_stands_beside_the_last(kind, pairs):
     loss = kind()
     loss.build_for(TEACHER, STUDENT)
     assert loss.pairs == pairs
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "taken"),
+    [
+        (6, 3, [0, 3, 5]),
+        (4, 3, [0, 2, 3]),
+        (12, 5, [0, 3, 6, 8, 11]),
+        (12, 3, [0, 6, 11]),
+        (4, 1, [0]),
+        (1, 1, [0]),
+        (3, 3, [0, 1, 2]),
+    ],
+)
+def test_attention_is_compared_in_the_blocks_that_a_student_takes(
+    make_model, total, count, taken
+):
+    teacher = make_model(num_layers=total)
+    for index in range(total):
+        teacher.get_layer(f"block_{index}").up_bias.assign(np.full(48, index))
+    student = make_student(teacher, num_layers=count)
+    copied = [
+        int(student.get_layer(f"block_{index}").up_bias[0]) for index in range(count)
+    ]
+    attention = losses.AttentionTransfer()
+    attention.build_for(teacher.get_config(), student.get_config())
+    assert attention.pairs == [*enumerate(copied)] == [*enumerate(taken)]
+
+
+def test_hidden_states_are_spaced_by_the_same_rule():
+    states = losses.HiddenStates()
+    states.build_for({**TEACHER, "num_layers": 5}, STUDENT)
+    assert states.pairs == [*enumerate(losses.evenly_spaced(6, 3))]
+    assert states.pairs == [(0, 0), (1, 3), (2, 5)]
 
 
 @pytest.mark.parametrize(
