@@ -1,7 +1,8 @@
 """GPT-2 weights of KerasHub and Hugging Face, both ways.
 
 KerasHub is Keras 3: only NumPy arrays cross. Hugging Face's files are read and
-written directly, `config.json` and `model.safetensors`; pickles are never opened.
+written directly, `config.json`, `model.safetensors` and those of the tokenizer; pickles
+are never opened.
 """
 
 import math
@@ -14,9 +15,9 @@ import safetensors
 import safetensors.numpy
 
 from gpt_tf import files
-from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.text.tokenizer import BPETokenizer
+from gpt_tf.text.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
@@ -115,15 +116,26 @@ def from_huggingface(folder: str | os.PathLike, **changes) -> GPTModel:
     return model
 
 
-def to_huggingface(model: GPTModel, folder: str | os.PathLike) -> None:
+def to_huggingface(
+    model: GPTModel, folder: str | os.PathLike, tokenizer: Tokenizer | None = None
+) -> None:
     """Write a GPTModel as Hugging Face's GPT-2, whole or not at all.
 
     Args:
         model: A `GPTModel` whose heads divide its width.
-        folder: A new folder for `config.json` and `model.safetensors`.
+        folder: A new folder for `config.json`, `generation_config.json` and
+            `model.safetensors`.
+        tokenizer: The model's tokenizer, for `tokenizer.json`, `tokenizer_config.json`
+            and `special_tokens_map.json`. Its end of text is then the token that ends
+            a text, and begins one. None: no token does, whatever GPT-2's own is.
 
     Raises:
-        InputError: The model has a shape that GPT-2 does not, or the folder exists.
+        InputError: The model has a shape that GPT-2 does not, the tokenizer has more
+            tokens than it, or the folder exists.
+
+    Example:
+        >>> to_huggingface(model, "my-gpt", tokenizer)
+        >>> transformers.pipeline("text-generation", "my-gpt")("The ")
     """
     if model.embedding_dim % model.num_heads:
         raise InputError(
@@ -131,6 +143,14 @@ def to_huggingface(model: GPTModel, folder: str | os.PathLike) -> None:
             f"Received: {model.num_heads} and {model.embedding_dim}. Such a model can "
             "only be saved with `model.save`; train one whose heads divide its width."
         )
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise InputError(
+            f"`tokenizer` expects at most the model's {model.vocab_size} tokens. "
+            f"Received: {tokenizer.vocab_size}. Take the one it was trained with."
+        )
+    # Left out, they would be GPT-2's own 50256.
+    end = None if tokenizer is None else tokenizer.end_of_text_id
+    special_ids = {"bos_token_id": end, "eos_token_id": end}
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -147,6 +167,7 @@ def to_huggingface(model: GPTModel, folder: str | os.PathLike) -> None:
         "attn_pdrop": 0.0,
         "embd_pdrop": model.dropout,
         "resid_pdrop": model.dropout,
+        **special_ids,
     }
     tensors = {}
     for name, variable in named_variables(model).items():
@@ -154,9 +175,40 @@ def to_huggingface(model: GPTModel, folder: str | os.PathLike) -> None:
         tensors[prefix + name] = np.ascontiguousarray(variable.numpy())
     with files.atomic_folder(folder) as temporary:
         files.write_json(temporary / "config.json", config)
+        generation = {**special_ids, **_without_token(model, tokenizer)}
+        files.write_json(temporary / "generation_config.json", generation)
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, model.context_length, temporary)
         safetensors.numpy.save_file(
             tensors, temporary / "model.safetensors", metadata={"format": "pt"}
         )
+
+
+def _without_token(model, tokenizer):
+    """Return what keeps `generate` from ids that the tokenizer has no token for."""
+    if tokenizer is None:
+        return {}
+    known = set(tokenizer.backend.get_vocab().values())
+    unknown = [token for token in range(model.vocab_size) if token not in known]
+    return {"suppress_tokens": unknown} if unknown else {}
+
+
+def _write_tokenizer(tokenizer, context_length, folder):
+    tokenizer.save(folder)
+    special = {}
+    if tokenizer.end_of_text_id is not None:
+        special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    files.write_json(folder / "special_tokens_map.json", special)
+    files.write_json(
+        folder / "tokenizer_config.json",
+        {
+            # The class that takes tokenizer.json as it stands, of whatever kind.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": context_length,
+            "clean_up_tokenization_spaces": False,
+            **special,
+        },
+    )
 
 
 def from_preset(preset: str, **changes) -> GPTModel:
@@ -212,9 +264,23 @@ def from_keras_hub(backbone, **changes) -> GPTModel:
     """Copy a KerasHub `GPT2Backbone` into a GPTModel.
 
     Args:
-        backbone: The backbone; its vocabulary head is its token embedding.
+        backbone: The backbone, or the `GPT2CausalLM` around it; its vocabulary head is
+            its token embedding.
         **changes: Arguments of `GPTModel` to replace.
+
+    Raises:
+        InputTypeError: It is neither.
+
+    Example:
+        >>> model = from_keras_hub(keras_hub.models.GPT2CausalLM.from_preset(path))
     """
+    received = type(backbone)
+    backbone = getattr(backbone, "backbone", backbone)
+    if "GPT2Backbone" not in {kind.__name__ for kind in type(backbone).__mro__}:
+        raise InputTypeError(
+            "`from_keras_hub` expects a GPT2Backbone or GPT2CausalLM of KerasHub. "
+            f"Received: {received.__module__}.{received.__name__}."
+        )
     model = GPTModel(
         **{
             "vocab_size": backbone.vocabulary_size,

@@ -3,11 +3,12 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
-from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
 from gpt_tf.models import interop
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.text.tokenizer import BPETokenizer
+from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer, load_tokenizer
 
 
 @pytest.fixture
@@ -108,6 +109,72 @@ def test_an_untied_head_round_trips(make_model, windows_of, tmp_path):
     np.testing.assert_array_equal(again(tokens), model(tokens))
 
 
+# Hugging Face: the tokenizer, and where a text ends
+
+TEXT = "the quick brown fox, na\u00efve  \n\t<|"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer.train(["the quick brown fox " * 50], 270)
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text("utf-8"))
+
+
+def test_without_a_tokenizer_no_token_ends_a_text(folder):
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors")
+    }
+    for name in ("config.json", "generation_config.json"):
+        found = read(folder, name)
+        # Absent, they are read as 50256.
+        assert found["eos_token_id"] is found["bos_token_id"] is None
+
+
+@pytest.mark.parametrize("kind", ["bpe", "character", "character without an end"])
+def test_the_tokenizer_and_its_end_of_text_are_written(make_model, tmp_path, bpe, kind):
+    tokenizer = bpe
+    if kind != "bpe":
+        tokenizer = CharacterTokenizer.train([TEXT], end_of_text=kind == "character")
+    end = {"bpe": 0, "character": len(set(TEXT))}.get(kind)
+    folder = tmp_path / "hf"
+    interop.to_huggingface(
+        make_model(vocab_size=tokenizer.vocab_size), folder, tokenizer
+    )
+    for name in ("config.json", "generation_config.json"):
+        found = read(folder, name)
+        assert (found["bos_token_id"], found["eos_token_id"]) == (end, end)
+    assert "suppress_tokens" not in read(folder, "generation_config.json")
+    config = read(folder, "tokenizer_config.json")
+    assert config["model_max_length"] == 16
+    special = {}
+    if end is not None:
+        special = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    assert read(folder, "special_tokens_map.json") == special
+    assert special.items() <= config.items()
+    # As transformers reads it: by the `tokenizers` library.
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert theirs.encode(TEXT).ids == tokenizer.encode(TEXT)
+    if end is not None:
+        assert theirs.token_to_id(special["eos_token"]) == end
+        assert theirs.encode("t<|endoftext|>").ids == [*tokenizer.encode("t"), end]
+    again = load_tokenizer(folder)
+    assert again.fingerprint() == tokenizer.fingerprint()
+
+
+def test_ids_without_a_token_are_not_generated(make_model, tmp_path, bpe):
+    folder = tmp_path / "hf"
+    interop.to_huggingface(make_model(vocab_size=275), folder, bpe)
+    assert read(folder, "config.json")["vocab_size"] == 275
+    found = read(folder, "generation_config.json")
+    assert found["suppress_tokens"] == [270, 271, 272, 273, 274]
+    with pytest.raises(InputError, match="270"):
+        interop.to_huggingface(make_model(vocab_size=269), tmp_path / "small", bpe)
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_missing_tensor_is_named(folder):
     path = folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
@@ -171,6 +238,28 @@ def test_a_random_keras_hub_backbone_gives_the_same_logits(windows_of):
     assert model.feedforward_dim == 40
     difference = model(tokens).numpy() - keras_hub_logits(backbone, tokens)
     assert np.abs(difference).max() < 1e-4
+
+
+def test_a_causal_language_model_of_keras_hub_is_read(model, windows_of, tmp_path):
+    import keras_nlp
+
+    tokens, _ = windows_of(2, 9)
+    causal = keras_nlp.models.GPT2CausalLM(backbone=interop.to_keras_hub(model))
+    again = interop.from_keras_hub(causal, dropout=0.25)
+    np.testing.assert_allclose(again(tokens), model(tokens), atol=1e-5)
+    assert again.dropout == 0.25
+    causal.save_to_preset(str(tmp_path / "preset"))
+    again = GPTModel.from_preset(str(tmp_path / "preset"))
+    np.testing.assert_allclose(again(tokens), model(tokens), atol=1e-5)
+
+
+def test_what_is_no_gpt_2_of_keras_hub_is_refused(model):
+    import keras_nlp
+
+    other = keras_nlp.models.OPTBackbone(31, 1, 3, 12, 24, max_sequence_length=16)
+    for value in (other, model, None):
+        with pytest.raises(InputTypeError, match=type(value).__name__):
+            interop.from_keras_hub(value)
 
 
 @pytest.mark.parametrize(
