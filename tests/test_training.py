@@ -514,12 +514,28 @@ def test_a_tampered_model_is_refused(tiny, tmp_path):
         {"validation_fraction": 1.0},
         {"augmentation": {"bpe_dropout": 1.0}},
         {"augmentation": {"dropout": 0.1}},
+        {"init_from": "runs/a", "quantization": {}, "precision": "mixed_float16"},
         *({name: value} for name in NOT_BOUNDED for value in NOT_FINITE),
     ],
 )
 def test_impossible_configurations_are_refused(changes):
     with pytest.raises(InputError, match="Received"):
         TrainingConfig(**changes)
+
+
+def test_what_is_quantised_is_trained_in_float32(tmp_path, monkeypatch):
+    from gpt_tf import training
+
+    before = TrainingConfig(precision="mixed_bfloat16")
+    config = {"config": dataclasses.asdict(before), "kind": "run"}
+    files.write_json(tmp_path / "run.json", config)
+    seen = []
+    monkeypatch.setattr(training, "train", lambda config, *_, **__: seen.append(config))
+    quantize(tmp_path, tmp_path / "new")
+    distil(tmp_path, tmp_path / "new", quantization={})
+    distil(tmp_path, tmp_path / "new")
+    found = [config.precision for config in seen]
+    assert found == ["float32", "float32", "mixed_bfloat16"]
 
 
 def test_the_learning_rate_rises_and_falls():

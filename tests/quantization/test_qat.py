@@ -327,15 +327,14 @@ def test_measuring_does_not_move_ranges(make_model, windows_of):
 
 # A block that adds nothing
 
-DEAD = "block_1/down_activation"
+DEAD = "block_0/down_activation"
 
 
 @pytest.fixture
 def dead(make_model):
-    """A model whose last block writes 0 to the residual."""
-    model = make_model(embedding_dim=32, num_heads=2)
-    model.get_layer("block_1").attention_norm_beta.assign_add(np.full(32, 0.1))
-    model.get_layer("block_1").down_kernel.assign(tf.zeros([128, 32]))
+    """A model whose feed-forward part writes 0 to the residual."""
+    model = make_model(num_layers=1)
+    model.get_layer("block_0").down_kernel.assign(tf.zeros([48, 12]))
     return model
 
 
@@ -351,8 +350,10 @@ def test_a_range_that_is_always_0_is_told_from_one_not_measured(
     aware.fit(x, y, verbose=0)
     assert aware.is_calibrated
     assert activation_ranges(aware)[DEAD] == (0.0, NARROWEST)
-    aware.save(tmp_path / "aware.keras")
-    assert keras.models.load_model(tmp_path / "aware.keras").is_calibrated
+    aware.save_weights(tmp_path / "weights.h5")
+    again = QuantizationAwareGPT.from_config(aware.get_config())
+    again.load_weights(tmp_path / "weights.h5")
+    assert again.is_calibrated
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
@@ -366,7 +367,7 @@ def test_a_block_that_was_always_0_learns_like_any_other(dead, windows_of, jit_c
     dead.fit(x, y, batch_size=8, shuffle=False, verbose=0)
     expected = calibrate(dead, x, method="minmax")[DEAD]
     np.testing.assert_allclose(activation_ranges(aware)[DEAD], expected, rtol=0.2)
-    assert np.abs(to_float(aware).get_layer("block_1").down_kernel).max() > 0
+    assert np.abs(to_float(aware).get_layer("block_0").down_kernel).max() > 0
 
 
 def test_a_block_that_is_always_0_is_exported(dead, windows_of, tmp_path):
@@ -380,7 +381,9 @@ def test_a_block_that_is_always_0_is_exported(dead, windows_of, tmp_path):
 # Precision
 
 
-@pytest.mark.parametrize("name", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "name", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)]
+)
 def test_a_16_bit_model_is_quantised_and_trained_in_float32(
     make_model, windows_of, name
 ):
@@ -389,6 +392,7 @@ def test_a_16_bit_model_is_quantised_and_trained_in_float32(
     for policy in ("float32", name):
         with precision(policy):
             aware = quantize_gpt_model(make_model(num_layers=1), x)
+            aware.compile(jit_compile=False)
             aware.fit(x, y, batch_size=4, shuffle=False, verbose=0)
             again = QuantizationAwareGPT.from_config(aware.get_config())
             again.set_weights(aware.get_weights())
