@@ -29,7 +29,7 @@ from gpt_tf.distillation.records import log_probabilities_of
 from gpt_tf.distillation.unfinished import Unfinished, check_place, partial_path
 from gpt_tf.distillation.vocabulary import VocabularyMap, align, is_derived
 from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
-from gpt_tf.models import operations
+from gpt_tf.models import operations, placement
 from gpt_tf.models.language_model import check_language_model
 from gpt_tf.text.dataset import TokenFile, Windows, check_at_least
 from gpt_tf.text.tokenizer import Tokenizer
@@ -402,7 +402,8 @@ def _fill(store, facts, teacher, tokens, mapping, on_progress):
             _write(store, facts, records.unknown(mapping.settled(start), mapping.top_k))
         batch = np.zeros(rows * length, np.int32)
         batch[: stop - start] = tokens[start:stop]
-        outputs = forward(tf.constant(batch.reshape(rows, length)))
+        with placement.on_device_of(teacher):
+            outputs = forward(tf.constant(batch.reshape(rows, length)))
         outputs = [tensor.numpy()[: stop - start] for tensor in outputs]
         _write(store, facts, mapping.records(start, *outputs))
         if (index + 1) % part == 0:

@@ -117,16 +117,17 @@ def cached_mask(position, starts, length, capacity):
         capacity: `S`, rows of the cache.
 
     Returns:
-        The additive mask `(B, 1, T, S)` float32 and the positions `(B, T)` int32.
+        The mask `(B, 1, T, S)` bool, True where a position may be seen, and the
+        positions `(B, T)` int32.
     """
     rows = position + tf.range(length)  # (T,)
     places = tf.maximum(rows[tf.newaxis] - starts[:, tf.newaxis], 0)  # (B, T)
     columns = tf.range(capacity)[tf.newaxis, tf.newaxis, tf.newaxis]
-    visible = tf.logical_and(
+    mask = tf.logical_and(
         columns <= rows[tf.newaxis, tf.newaxis, :, tf.newaxis],
         columns >= starts[:, tf.newaxis, tf.newaxis, tf.newaxis],
     )
-    return tf.where(visible, 0.0, operations.MASKED), places
+    return mask, places
 
 
 def blocks_cached(blocks, x, caches, position, mask):
@@ -231,10 +232,11 @@ def _compiled(model, caches, num_tokens):
 
 
 def _run(model, tokens, position, starts, caches):
-    tokens = tf.cast(tokens, tf.int32)
-    return _compiled(model, caches, tokens.shape[1])(
-        tokens, tf.constant(position, tf.int32), tf.cast(starts, tf.int32), caches
-    )
+    with placement.on_device_of(model):
+        tokens = tf.cast(tokens, tf.int32)
+        return _compiled(model, caches, tokens.shape[1])(
+            tokens, tf.constant(position, tf.int32), tf.cast(starts, tf.int32), caches
+        )
 
 
 def generate(

@@ -231,7 +231,8 @@ class TransformerBlock(keras.layers.Layer):
         inputs: `x (B, T, C)`, or for cached decoding a list of
             `x (B, T, C)`, `key_cache (B, H, S, D)`, `value_cache (B, H, S, D)`,
             `position ()` int32, the first cache row that this call writes, and
-            `mask` float32, additive, broadcastable to `(B, 1, T, S)`.
+            `mask` bool, broadcastable to `(B, 1, T, S)`: where a position may be
+            seen. A mask of numbers would be cast to 16 bits, as all inputs are.
 
     Returns:
         `(B, T, C)`, or with a cache a list of it and the two caches, updated.
@@ -337,6 +338,7 @@ class TransformerBlock(keras.layers.Layer):
             key_cache = operations.write_rows(key_cache, key, position)
             value_cache = operations.write_rows(value_cache, value, position)
             key, value = key_cache, value_cache  # (B, H, S, D)
+            mask = tf.where(mask, 0.0, operations.MASKED)
         else:
             mask = operations.causal_mask(length)
         hooks = (self.scores_activation, self.probabilities_activation)

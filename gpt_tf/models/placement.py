@@ -7,6 +7,8 @@
 import contextlib
 import contextvars
 
+import tensorflow as tf
+
 _PLANNER = contextvars.ContextVar("planner", default=None)
 
 
@@ -41,3 +43,13 @@ def plan_for(sizes):
     """Return the plan for a model of these sizes."""
     planner = _PLANNER.get()
     return OnePlace() if planner is None else planner(sizes)
+
+
+def on_device_of(model):
+    """Return a context that computes where a model's weights are.
+
+    A compiled function does not read variables of another device.
+    """
+    if getattr(model, "plan", OnePlace()).is_divided:  # in several places
+        return contextlib.nullcontext()
+    return tf.device(model.weights[0].device)

@@ -399,6 +399,25 @@ def test_the_student_writes_what_generate_would(make_model):
         assert row[3:].tolist() == wanted
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_a_student_of_16_bits_writes_by_the_same_probabilities(make_model, policy):
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        student = make_model(seed=5)
+        distiller = distiller_of((make_model(seed=1), student), on_policy_fraction=1.0)
+        losses_of = distiller.fit(np.ones((4, 8)), np.ones((4, 8)), verbose=0).history
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    assert np.isfinite(losses_of["loss"]).all()
+    weights = student.get_weights()
+    wide = make_model(seed=5)
+    for model in (student, wide):
+        model.set_weights([w * 4000 if w.shape == (31, 12) else w for w in weights])
+    prompts = tf.constant([[3, 1, 4], [1, 5, 9]])
+    found = write(student, prompts, 12, tf.constant([1, 2]))
+    np.testing.assert_array_equal(found, write(wide, prompts, 12, tf.constant([1, 2])))
+
+
 def test_a_seed_decides_what_is_written(make_model):
     student = make_model(seed=5)
     prompts = tf.constant([[3, 1, 4]] * 4)

@@ -68,6 +68,46 @@ def test_a_spoilt_cache_breaks_the_equality(model, windows_of):
     assert np.abs(logits.numpy() - model(tokens).numpy()[:, 8]).max() > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("policy", "tolerance"), [("mixed_bfloat16", 0.15), ("mixed_float16", 0.02)]
+)
+def test_a_model_of_16_bits_generates(make_model, policy, tolerance):
+    import tf_keras as keras
+
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        model = make_model()
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    for weight in model.weights:
+        weight.assign_add(np.random.default_rng(8).normal(0, 0.3, weight.shape))
+    rows = [[3], [1, 4, 1, 5, 9, 2, 6]]
+    options = {"max_new_tokens": 20, "temperature": 0}
+    # What is padded on the left would spoil the row where it is not hidden.
+    for row, new in zip(rows, decoding.generate(model, rows, **options), strict=True):
+        assert new == list(decoding.stream(model, row, **options))
+        for count in range(min(20, 16 - len(row))):
+            logits = model(np.array([row + new[:count]])).numpy()[0, -1]
+            assert logits.max() - logits[new[count]] <= tolerance
+
+
+@pytest.mark.parametrize("built", ["device", "strategy", "mirrored"])
+def test_a_model_generates_on_the_device_where_it_was_built(make_model, built):
+    wanted = decoding.generate(make_model(), [1, 2, 3], temperature=0)
+    scopes = {
+        "device": tf.device("CPU:1"),
+        "strategy": tf.distribute.OneDeviceStrategy("CPU:1").scope(),
+        "mirrored": tf.distribute.MirroredStrategy(["CPU:2", "CPU:1"]).scope(),
+    }
+    with scopes[built]:
+        model = make_model()
+    assert "CPU:0" not in model.weights[0].device
+    assert decoding.generate(model, [1, 2, 3], temperature=0) == wanted
+    assert list(decoding.stream(model, [1, 2, 3], temperature=0)) == wanted
+    with tf.device("CPU:3"):
+        assert decoding.generate(model, [1, 2, 3], temperature=0) == wanted
+
+
 def greedy(model, prompt, count):
     """Generate without a cache: the slow and obvious way."""
     ids = list(prompt)
