@@ -26,6 +26,7 @@ class Sampler:
             probability, in (0, 1], or None.
         repetition_penalty: Above 1 makes tokens that occurred less likely; 1 is off.
         seed: Seed of the choices, at least 0; None takes a new one each time.
+        suppress_tokens: `(n,)` ids that are never chosen.
 
     Reference: Holtzman et al., "The Curious Case of Neural Text Degeneration",
     arXiv:1904.09751 (top-p); Keskar et al., "CTRL", arXiv:1909.05858 (penalty).
@@ -36,6 +37,9 @@ class Sampler:
     top_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int | None = None
+    suppress_tokens: np.ndarray = dataclasses.field(
+        default=(), repr=False, compare=False
+    )
 
     def __post_init__(self):
         checks = (
@@ -78,7 +82,7 @@ class Sampler:
 
         Args:
             logits: `(V,)`, any float type.
-            seen: Ids that occurred so far, for the repetition penalty.
+            seen: The ids that occurred so far, for the repetition penalty.
             generator: Source of randomness.
 
         Returns:
@@ -89,6 +93,8 @@ class Sampler:
                 is allowed where another token is left.
         """
         logits = np.array(logits, np.float64)
+        if len(self.suppress_tokens):
+            logits[self.suppress_tokens] = -np.inf
         if not np.isfinite(logits.max()):
             raise InputError(
                 "Choosing a token expects finite logits. "
@@ -96,7 +102,7 @@ class Sampler:
                 "spoilt: train with a lower learning rate, or in float32."
             )
         if self.repetition_penalty != 1.0 and len(seen):
-            ids = np.unique(np.asarray(seen, np.int64))
+            ids = np.fromiter(seen, np.int64, len(seen))
             chosen = logits[ids]
             logits[ids] = np.where(
                 chosen > 0,

@@ -8,7 +8,6 @@ import numpy as np
 
 from gpt_tf import generation
 from gpt_tf.edge.container import open_artefact
-from gpt_tf.edge.continuation import continuations, half_of
 from gpt_tf.edge.executor import Executor, Session
 from gpt_tf.errors import InputError
 from gpt_tf.sampling import Sampler
@@ -73,6 +72,9 @@ class EdgeGPT:
         self.config = artefact.facts["config"]
         self.mode = artefact.facts["mode"]
         self.tokenizer = artefact.tokenizer
+        self._suppressed = generation.ids_without_token(
+            self.tokenizer, self.config["vocab_size"]
+        )
         self.num_threads = num_threads or default_threads()
         self.when_full = when_full
         self._executor = Executor(
@@ -104,8 +106,8 @@ class EdgeGPT:
             prompt: A text, a list of texts, token ids, or a list of token ids. In a
                 text special tokens are recognised, as `"<|endoftext|>"`. A text may be
                 bytes, which are taken literally and need not be UTF-8 for a byte-level
-                tokenizer. Of a prompt longer than the context the end is used, with a
-                `GenerationNotice`.
+                tokenizer. Ids may stand in an array. Of a prompt longer than the
+                context the end is used, with a `GenerationNotice`.
             max_new_tokens: Largest number of tokens to add, at least 0.
             temperature: Divides the logits; 0 takes the likeliest token.
             top_k: Choose among this many tokens.
@@ -118,8 +120,9 @@ class EdgeGPT:
 
         Returns:
             What was added: a text for a text, a list of texts for a list of texts,
-            a list of ids for ids, and so on. With `stream`, an iterator over texts,
-            or over ids where the prompt was ids.
+            a list of ids for ids, and so on. Of ids, those that were drawn, up to
+            the last that lies wholly before a stop text. With `stream`, an iterator
+            over texts, or over ids where the prompt was ids.
 
         Raises:
             InputError: A prompt or an option cannot be used.
@@ -128,12 +131,14 @@ class EdgeGPT:
             >>> gpt.generate(["def ", "class "], max_new_tokens=20, seed=1)
         """
         self.check_open()
-        sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
+        sampler = self.sampler(temperature, top_k, top_p, repetition_penalty, seed)
+
+        def steps_of(rows, end, done):
+            return self._steps(self.texts(rows, max_new_tokens, sampler), done)
+
         return generation.answer(
             prompt,
-            lambda rows, end, done: self._steps(
-                rows, max_new_tokens, sampler, end, done
-            ),
+            steps_of,
             vocab_size=self.config["vocab_size"],
             context_length=self.context_length,
             tokenizer=self.tokenizer,
@@ -267,7 +272,8 @@ class EdgeGPT:
                 f"The cache is full: it has {self.context_length} tokens. Call "
                 '`reset()` first, or open the model with when_full="slide".'
             )
-        return self._begin([*self._ids, token][-half_of(self.context_length) :])
+        half = generation.half_of(self.context_length)
+        return self._begin([*self._ids, token][-half:])
 
     def close(self) -> None:
         """Give the model's memory back; the object is of no use afterwards."""
@@ -281,11 +287,8 @@ class EdgeGPT:
     def __exit__(self, *exception):
         self.close()
 
-    def _steps(self, rows, max_new_tokens, sampler, end, done):
+    def _steps(self, texts, done):
         """Yield a dict of row to new token per step, row after row."""
-        texts = continuations(
-            rows, max_new_tokens, sampler, end, self.context_length, self.when_full
-        )
         for row, text in enumerate(texts):
             for token in self._continue(text):
                 yield {row: token}
@@ -353,6 +356,18 @@ class EdgeGPT:
         if not ids:
             raise InputError(f"{name} is empty. Give it at least one token.")
         generation.check_rows([ids], self.config["vocab_size"])
+
+    def sampler(self, *options) -> Sampler:
+        """Return a `Sampler` with these options that chooses no id without a token."""
+        return Sampler(*options, suppress_tokens=self._suppressed)
+
+    def texts(self, rows, max_new_tokens, sampler) -> list[generation.Continuation]:
+        """Begin to continue the prompts of one list, as `generate` does."""
+        end = None if self.tokenizer is None else self.tokenizer.end_of_text_id
+        slides = self.when_full == "slide"
+        return generation.continuations(
+            rows, max_new_tokens, sampler, end, self.context_length, slides
+        )
 
     def new_session(self) -> Session:
         """Begin a text with a cache of its own, beside the one that `reset` empties."""

@@ -17,10 +17,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gpt_tf import generation
-from gpt_tf.edge.continuation import GrowingText, continuations
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
-from gpt_tf.sampling import Sampler
 
 
 class Work(NamedTuple):
@@ -147,21 +145,9 @@ class EdgeScheduler:
         """
         gpt = self.gpt
         gpt.check_open()
-        sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-
-        def begin(rows, end, done):
-            limits = gpt.context_length, gpt.when_full
-            (text,) = continuations(rows, max_new_tokens, sampler, end, *limits)
-            request = Request(self, next(self._arrivals), text, prompt, stop)
-            begun.append(request)
-            return iter(())
-
-        begun = []
-        # The same checks and messages as everywhere; its answer is not needed.
-        generation.answer(
+        sampler = gpt.sampler(temperature, top_k, top_p, repetition_penalty, seed)
+        checked = generation.check_request(
             prompt,
-            begin,
             vocab_size=gpt.config["vocab_size"],
             context_length=gpt.context_length,
             tokenizer=gpt.tokenizer,
@@ -169,7 +155,9 @@ class EdgeScheduler:
             stop=stop,
             stream=True,
         )
-        (request,) = begun
+        (text,) = gpt.texts(checked.rows, max_new_tokens, sampler)
+        output = generation.Output(gpt.tokenizer, checked.stop, checked.is_text)
+        request = Request(self, next(self._arrivals), text, output)
         if request.done:
             request._finish()
         else:
@@ -305,16 +293,12 @@ class Request:
         error: What ended it, an InputError, or None.
     """
 
-    def __init__(self, scheduler, arrival, text, prompt, stop):
+    def __init__(self, scheduler, arrival, text, output):
         self.arrival = arrival
         self.error = None
         self._scheduler = scheduler
         self._text = text
-        self._is_text = isinstance(prompt, (str, bytes))
-        self._tokenizer = scheduler.gpt.tokenizer
-        self._written = None
-        if self._is_text or stop:
-            self._written = GrowingText(self._tokenizer, stop)
+        self._output = output
         self._session = self._calls = None
         self._read = 0
         self._pieces = collections.deque()
@@ -335,10 +319,8 @@ class Request:
     @property
     def done(self) -> bool:
         """Whether nothing more will come."""
-        stopped = self._written is not None and self._written.stopped
-        return bool(
-            self._text.finished or stopped or self._cancelled or self.error is not None
-        )
+        ended = self._text.finished or self._output.stopped or self._cancelled
+        return ended or self.error is not None
 
     def stream(self) -> Iterator:
         """Yield what is new as it comes, and let the scheduler work for it.
@@ -367,7 +349,8 @@ class Request:
         """Let the scheduler work until the request is done; return what was added.
 
         Returns:
-            A text where the prompt was text, else ids.
+            A text where the prompt was text, else ids, up to the last that lies
+            wholly before a stop text.
 
         Raises:
             InputError: The request failed.
@@ -376,11 +359,7 @@ class Request:
             self._scheduler.step()
         if self.error is not None:
             raise self.error
-        if self._is_text:
-            return self._written.text
-        if self._written is not None:
-            return self._tokenizer.encode(self._written.text)
-        return self.tokens
+        return self._output.value
 
     def cancel(self) -> None:
         """End it: its cache is given back, and what it has written stays."""
@@ -391,23 +370,15 @@ class Request:
 
     def _push(self, logits):
         token = self._text.push(logits)
-        if token is None:
-            return
-        piece = token if self._written is None else self._written.push(token)
-        if not self._is_text:
-            piece = token
-        if piece != "":
-            self._pieces.append(piece)
+        if token is not None:
+            self._pieces.extend(self._output.push(token))
 
     def _take(self):
         while self._pieces:
             yield self._pieces.popleft()
 
     def _finish(self):
-        if self._written is not None:
-            rest = self._written.finish()
-            if rest and self._is_text:
-                self._pieces.append(rest)
+        self._pieces.extend(self._output.finish())
         if self._session is not None:
             self._session.close()
         self._session = None

@@ -1,9 +1,9 @@
 """Generation: prefill a cache with the prompt, then decode token by token.
 
 The cached graph calls the very layers of the training graph, wrapped by TF-MOT or
-not. Prompts of unequal length stand flush right, so that all rows write the same
-cache row; what lies left of a prompt is masked. Lengths are rounded up, so that XLA
-compiles few shapes. Where the positions run out, the oldest half is dropped.
+not. Prompts of unequal length are left-padded, so that all rows write the same
+cache row; the padding is masked. Lengths are rounded up, so that XLA
+compiles few shapes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -158,7 +158,7 @@ def prefill(model, tokens, starts, caches):
 
     Args:
         model: A GPT.
-        tokens: `(B, T)` int32, flush right.
+        tokens: `(B, T)` int32, left-padded.
         starts: `(B,)` int32, column at which each prompt begins.
         caches: `2 * L` tensors `(B, H, S, D)`, `S` at least `T`.
 
@@ -258,8 +258,11 @@ def generate(
     Args:
         model: A GPTModel, or one that TF-MOT made of it.
         prompt: A text, a list of texts, token ids, or a list of token ids. In a text
-            special tokens are recognised, as `"<|endoftext|>"`; bytes are literal.
-        tokenizer: Needed for texts.
+            special tokens are recognised, as `"<|endoftext|>"`; bytes are literal. Ids
+            may stand in an array or tensor. Each text is continued as if it were
+            alone: where it fills the context, its newest half is kept.
+        tokenizer: Needed for texts, and for `stop`. Ids to which it has no token, as
+            in a padded vocabulary, are never chosen.
         max_new_tokens: Largest number of tokens to add, at least 0.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_k: Choose among this many tokens.
@@ -272,8 +275,9 @@ def generate(
 
     Returns:
         What was added: a text for a text, a list of texts for a list of texts,
-        a list of ids for ids, and so on. With `stream`, an iterator over texts, or
-        over ids where the prompt was ids.
+        a list of ids for ids, and so on. Of ids, those that were drawn, up to the
+        last that lies wholly before a stop text. With `stream`, an iterator over
+        texts, or over ids where the prompt was ids.
 
     Raises:
         InputError: A prompt or an option cannot be used.
@@ -281,14 +285,20 @@ def generate(
     Example:
         >>> generate(model, "def", tokenizer=tokenizer, max_new_tokens=20, seed=1)
     """
-    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed)
-    context = _config(model, "context_length")
+    context, vocab_size = (
+        _config(model, name) for name in ("context_length", "vocab_size")
+    )
+    suppressed = generation.ids_without_token(tokenizer, vocab_size)
+    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed, suppressed)
+
+    def steps_of(rows, end, done):
+        texts = generation.continuations(rows, max_new_tokens, sampler, end, context)
+        return _steps(model, texts, done)
+
     return generation.answer(
         prompt,
-        lambda rows, end, done: _steps(
-            model, rows, context, max_new_tokens, sampler, end
-        ),
-        vocab_size=_config(model, "vocab_size"),
+        steps_of,
+        vocab_size=vocab_size,
         context_length=context,
         tokenizer=tokenizer,
         max_new_tokens=max_new_tokens,
@@ -307,47 +317,73 @@ def _config(model, name):
     return getattr(getattr(embedding, "layer", embedding), name)
 
 
-def _steps(model, rows, context, max_new_tokens, sampler, end):
-    """Yield a dict of row to new token per step, until every row has ended."""
-    generators = sampler.generators(len(rows))
-    texts = [list(row) for row in rows]
-    alive = set(range(len(rows)))
-    left = max_new_tokens
-    keep = context
-    while left and alive:
-        windows = [text[-keep:] for text in texts]
-        longest = max(map(len, windows))
-        width = min(_bucket(longest), context)
-        capacity = width + min(_bucket(left), context)
-        starts = np.array([width - len(window) for window in windows], np.int32)
-        tokens = np.zeros((len(rows), width), np.int32)
-        for row, window in enumerate(windows):
-            tokens[row, starts[row] :] = window
-        logits, caches = prefill(
-            model, tokens, starts, empty_cache(model, len(rows), capacity)
-        )
-        position = width
-        while True:
-            values = logits.numpy()
-            chosen = np.zeros(len(rows), np.int32)
-            step = {}
-            for row in sorted(alive):
-                token = sampler.choose(values[row], texts[row], generators[row])
-                chosen[row] = token
-                if token == end:
-                    alive.discard(row)
-                    continue
-                texts[row].append(token)
-                step[row] = token
-            left -= 1
-            if step:
-                yield step
-            longest += 1
-            if not left or not alive or longest > context:
-                break
-            logits, caches = decode(model, chosen, position, starts, caches)
+def _steps(model, texts, done):
+    """Yield a dict of row to new token per step, until every row has ended.
+
+    Each row sees its own window, whatever the others do: one that slides while they
+    go on is prefilled alone, and its keys and values are put in its place.
+    """
+    context = _config(model, "context_length")
+    while alive := [
+        row for row, text in enumerate(texts) if not (text.finished or row in done)
+    ]:
+        sliding = [row for row in alive if texts[row].begins]
+        if sliding == alive:
+            windows = [
+                text.pending if row in alive else text.pending[-1:]
+                for row, text in enumerate(texts)
+            ]
+            position = min(_bucket(max(map(len, windows))), context)
+            capacity = position + min(_bucket(texts[alive[0]].left), context)
+            tokens, starts = _left_padded(windows, position)
+            caches = empty_cache(model, len(texts), capacity)
+            logits, caches = prefill(model, tokens, starts, caches)
+        else:
+            for row in sliding:
+                *ids, _ = texts[row].pending
+                starts[row] = position - len(ids)
+                caches = _refill(model, caches, ids, row, starts[row])
+            # A text that has ended sees no more than the token of this step.
+            starts[np.setdiff1d(np.arange(len(texts)), alive)] = position
+            if position == capacity:
+                unused = min(starts)
+                caches = [tf.roll(cache, -unused, axis=2) for cache in caches]
+                starts, position = starts - unused, position - unused
+            tokens = np.array([text.pending[-1] for text in texts], np.int32)
+            logits, caches = decode(model, tokens, position, starts, caches)
             position += 1
-        keep = max(1, context // 2)
+        values = logits.numpy()
+        tokens = {row: texts[row].push(values[row]) for row in alive}
+        if step := {row: token for row, token in tokens.items() if token is not None}:
+            yield step
+
+
+def _left_padded(windows, width):
+    """Return windows as `(B, width)` int32, and the column where each begins."""
+    tokens = np.zeros((len(windows), width), np.int32)
+    starts = np.array([width - len(window) for window in windows], np.int32)
+    for row, window in enumerate(windows):
+        tokens[row, starts[row] :] = window
+    return tokens, starts
+
+
+def _refill(model, caches, ids, row, begin):
+    """Put the keys and values of ids into one row of the caches, from `begin` on."""
+    if not ids:
+        return caches
+    own = empty_cache(model, 1, len(ids))
+    _, own = prefill(model, np.array([ids], np.int32), np.zeros(1, np.int32), own)
+    return [
+        tf.concat(
+            [
+                cache[:row],
+                operations.write_rows(cache[row : row + 1], rows, begin),
+                cache[row + 1 :],
+            ],
+            axis=0,
+        )
+        for cache, rows in zip(caches, own, strict=True)
+    ]
 
 
 def _bucket(length):

@@ -16,13 +16,13 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz .\n\u00e9"
 VOCAB_SIZE = len(LETTERS) + 1
 
 
-def small_model(num_heads=3, embedding_dim=12):
+def small_model(num_heads=3, embedding_dim=12, vocab_size=VOCAB_SIZE):
     """A model in which every weight matters."""
     import tf_keras as keras
 
     keras.utils.set_random_seed(3)
     model = gpt_tf.GPTModel(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         embedding_dim=embedding_dim,
         num_layers=2,
         num_heads=num_heads,

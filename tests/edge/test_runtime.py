@@ -3,13 +3,15 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import gpt_tf
-from gpt_tf.edge import EdgeGPT, executor, runtime
+from gpt_tf.edge import EdgeGPT, EdgeScheduler, executor, runtime
 from gpt_tf.errors import InputError
 from gpt_tf.export import signatures
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.generation import GenerationNotice
+from gpt_tf.sampling import Sampler
 from tests.edge.conftest import CONTEXT, VOCAB_SIZE, small_model
 
 OPTIONS = [
@@ -134,6 +136,64 @@ def test_the_same_seed_gives_the_same_text_as_keras(gpt, exported, prompt, optio
         exported.model, prompt, tokenizer=exported.tokenizer, **options
     )
     assert gpt.generate(prompt, **options) == expected
+
+
+def each_alone(model, rows, count, sampler):
+    """Continue prompts without a cache, a mask or a window in common."""
+    forward = tf.function(model)
+    sources = sampler.generators(len(rows))
+    texts = [list(row) for row in rows]
+    windows = [row[-CONTEXT:] for row in rows]
+    for _ in range(count):
+        padded = [window + [0] * (CONTEXT - len(window)) for window in windows]
+        logits = forward(tf.constant(padded)).numpy()
+        for row, window in enumerate(windows):
+            values = logits[row, len(window) - 1]
+            token = sampler.choose(values, texts[row], sources[row])
+            texts[row].append(token)
+            windows[row] = window + [token]
+            if len(window) == CONTEXT:
+                windows[row] = windows[row][-CONTEXT // 2 :]
+    # The end of a text is the last id.
+    ends = [[*text[-count:], VOCAB_SIZE - 1].index(VOCAB_SIZE - 1) for text in texts]
+    return [text[-count:][:end] for text, end in zip(texts, ends, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore::gpt_tf.generation.GenerationNotice")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_rows_of_any_lengths_are_each_as_if_alone_in_every_engine(
+    gpt, exported, options
+):
+    draw = np.random.default_rng(len(options))
+    rows = [random_ids(draw.integers(1, 2 * CONTEXT), seed) for seed in range(3)]
+    # Long enough for each window to slide twice, and for the cache to shift.
+    wanted = each_alone(exported.model, rows, 40, Sampler(**options))
+    options = {"max_new_tokens": 40, **options}
+    tokenizer = exported.tokenizer
+    by_keras = gpt_tf.generate(exported.model, rows, tokenizer=tokenizer, **options)
+    assert by_keras == wanted
+    assert gpt.generate(rows, **options) == wanted
+    with EdgeScheduler(gpt, max_chunk=8) as scheduler:
+        requests = [scheduler.submit(row, **options) for row in rows]
+        found = [request.result() for request in requests]
+    assert found == [gpt.generate(row, **options) for row in rows]
+    assert found[0] == wanted[0]
+
+
+def test_ids_without_a_token_are_never_chosen(tmp_path, exported):
+    model = small_model(vocab_size=VOCAB_SIZE + 33)
+    options = {"max_new_tokens": 30, "seed": 3, "temperature": 2.0}
+    assert max(gpt_tf.generate(model, [1], **options)) >= VOCAB_SIZE  # it would
+    export_tflite(model, tmp_path / "gpt.tflite", "float32")  # without its tokenizer
+    with EdgeGPT(tmp_path / "gpt.tflite", exported.tokenizer) as gpt:
+        for prompt in ("b", [1]):
+            wanted = gpt_tf.generate(
+                model, prompt, tokenizer=exported.tokenizer, **options
+            )
+            assert len(wanted) == 30
+            assert prompt == "b" or max(wanted) < VOCAB_SIZE
+            assert gpt.generate(prompt, **options) == wanted
+            assert EdgeScheduler(gpt).submit(prompt, **options).result() == wanted
 
 
 def test_other_seeds_give_other_texts(gpt):

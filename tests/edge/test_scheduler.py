@@ -109,15 +109,18 @@ def test_a_loop_over_the_scheduler_gives_every_piece(gpt):
 @pytest.mark.parametrize("prompt", ["abc", [1, 2, 3]], ids=str)
 def test_stop_texts_end_a_request(gpt, prompt):
     options = {"max_new_tokens": 30, "seed": 5}
-    whole = gpt.generate("abc", **options)
-    options["stop"] = whole[6:8]
+    whole = gpt.generate(prompt, **options)
+    text = whole if prompt == "abc" else gpt.tokenizer.decode(whole)
+    options["stop"] = text[6:8]
     with EdgeScheduler(gpt) as scheduler:
         request = scheduler.submit(prompt, **options)
         assert request.result() == gpt.generate(prompt, **options)
+        assert len(request.tokens) < 30
+        pieces = list(scheduler.submit(prompt, **options).stream())
         if prompt == "abc":
-            assert len(request.tokens) < 30
-            pieces = scheduler.submit(prompt, **options).stream()
             assert "".join(pieces) == request.result()
+        else:
+            assert pieces == request.result() == whole[: text.index(text[6:8])]
 
 
 def test_the_model_may_be_used_meanwhile_and_stays_open(gpt):
