@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import files
+from gpt_tf import files, generation
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.estimate import count_parameters
+from gpt_tf.export import signatures
 
 # Powers of two between these: so few lengths of a chunk are compiled.
 _SMALLEST_CHUNK = 8
@@ -162,6 +163,9 @@ class KerasGPT:
         is_float = isinstance(model, GPTModel)
         self.mode = "keras" if is_float else "keras_qat"
         self.config = _config_of(model)
+        self._suppressed = generation.ids_without_token(
+            tokenizer, self.config["vocab_size"]
+        )
         self.context_length = self.config["context_length"]
         self._position = 0
         self._caches = None
@@ -191,7 +195,6 @@ class KerasGPT:
         Raises:
             InputError: An id is unknown, or there is no room for so many.
         """
-        from gpt_tf import generation
         from gpt_tf.models import decoding
 
         ids = [int(token) for token in ids]
@@ -227,7 +230,9 @@ class KerasGPT:
             self.model, chunk, self._position, self._caches
         )
         self._position += len(ids)
-        return logits.numpy()[0, : len(ids)]
+        logits = logits.numpy()[0, : len(ids)]
+        logits[:, self._suppressed] = signatures.MASKED  # as in an exported file
+        return logits
 
     def generate(self, prompt, **options):
         """Continue prompts, as `gpt_tf.generate` does."""

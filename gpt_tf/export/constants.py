@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from gpt_tf.errors import InputError
+from gpt_tf.export import signatures
 from gpt_tf.export.flatbuffer import Grid, Type
 from gpt_tf.models.decoding import parts_of
 from gpt_tf.quantization.weights import SMALLEST_SCALE, quantize_array
@@ -168,7 +169,8 @@ class Constants:
         sizes: `GPTModel`'s configuration, and `head_dim`.
         matrices: `Matrix` by name, `"block_0/qkv_kernel"` for example. A tied head
             has none of its own.
-        vectors: float32 `(n,)` by name.
+        vectors: float32 `(n,)` by name; `"head/mask"`, where token ids are ruled out,
+            is added to the logits.
         ranges: (minimum, maximum) of activations by name.
         grids: Grids of activations that were asked for, so that one activation has
             one grid in all graphs.
@@ -239,7 +241,9 @@ def _never_zero(scale):
     return scale if scale >= SMALLEST_SCALE else 1.0
 
 
-def constants_of(model, mode: str, ranges=None, per_channel=True) -> Constants:
+def constants_of(
+    model, mode: str, ranges=None, per_channel=True, suppressed=()
+) -> Constants:
     """Take the weights out of a float model, in the form of a mode.
 
     The queries' share of the QKV product is divided by the root of the head width
@@ -250,6 +254,7 @@ def constants_of(model, mode: str, ranges=None, per_channel=True) -> Constants:
         mode: A key of `MODES`.
         ranges: (minimum, maximum) by activation, for modes with fixed activations.
         per_channel: As for `store`.
+        suppressed: Token ids that the file is to rule out.
 
     Raises:
         InputError: A weight is not finite, or does not fit the mode.
@@ -302,6 +307,9 @@ def constants_of(model, mode: str, ranges=None, per_channel=True) -> Constants:
     vectors["final_norm/beta"] = parts.norm.beta.numpy()
     if parts.head.kernel is not None:
         keep("head/kernel", parts.head.kernel.numpy(), form.tables)
+    if len(suppressed):
+        vectors["head/mask"] = np.zeros(sizes["vocab_size"], np.float32)
+        vectors["head/mask"][suppressed] = signatures.MASKED
     for name, vector in vectors.items():
         _refuse_infinite(vector, name)
     return Constants(form, sizes, matrices, vectors, dict(ranges or {}))

@@ -200,7 +200,12 @@ class _Graph:
             name = "embedding/token_table"
         matrix = self.constants.matrices[name]
         kind, grid = self._fixed("head/logits_activation")
-        return self._real(self._dense(normal, matrix, None, kind, grid))
+        logits = self._real(self._dense(normal, matrix, None, kind, grid))
+        if "head/mask" not in self.constants.vectors:
+            return logits
+        # Added to real numbers: no grid has to reach that far.
+        mask = self.graph.constant(self.constants.vectors["head/mask"])
+        return self._add(logits, mask)
 
     # Grids
 

@@ -20,7 +20,8 @@ and each of them
     in   kv_cache_k_<i>  (1, H, S, D)         keys of block i, from 0
     in   kv_cache_v_<i>  (1, H, S, D)         values of block i
     out  kv_cache_k_<i>, kv_cache_v_<i>       the same with T rows written
-    out  logits          float32 (1, T, V)    of decode and score
+    out  logits          float32 (1, T, V)    of decode and score; about MASKED
+                                              where the tokenizer has no token
 
 The caches are float32, or int8 in a file of mode `int8_full`. The rows are written
 from `input_pos[0]` on, by DYNAMIC_UPDATE_SLICE, which is safe in place: the same

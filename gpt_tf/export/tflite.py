@@ -12,6 +12,7 @@ from gpt_tf import files
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.export import constants as weights
 from gpt_tf.export import flatbuffer, graph, seal, signatures, verify
+from gpt_tf.generation import ids_without_token
 from gpt_tf.models.decoding import looks_untrained
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import refuse_keras_3
@@ -69,7 +70,9 @@ def export_tflite(
         prefill_lengths: Lengths of the prefill signatures. Those longer than the
             context are left out.
         tokenizer: The model's tokenizer. Its fingerprint is put into the file, and
-            `tokenizer.json` beside it.
+            `tokenizer.json` beside it. Ids to which it has no token, as in a padded
+            vocabulary, get logits of about -1e9 in the file: no runtime draws them,
+            and scores are those of the tokens alone.
         ranges: (minimum, maximum) by activation, as `calibrate` returns; for `int8`,
             `int8_full` and `int16x8`.
         representative: Instead of ranges: token ids `(N, T)` to measure them on.
@@ -119,7 +122,8 @@ def export_tflite(
     say(f"storing {plain.count_params():,} parameters as {mode}")
     if per_channel is None:
         per_channel = plain is model or model.quantization.per_channel
-    constants = weights.constants_of(plain, mode, ranges, per_channel)
+    suppressed = ids_without_token(tokenizer, plain.vocab_size)
+    constants = weights.constants_of(plain, mode, ranges, per_channel, suppressed)
     score_length = min(SCORE_LENGTH, capacity)
     written = flatbuffer.Model()
     graph.build(written, constants, "decode", 1, capacity)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt_tf.edge import EdgeGPT
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.accuracy import measure_accuracy
 from gpt_tf.evaluation.deletion import deletion_test
@@ -18,6 +19,9 @@ from gpt_tf.evaluation.subjects import (
     open_subject,
     unique_names,
 )
+from gpt_tf.export.tflite import export_tflite
+from gpt_tf.sampling import log_softmax
+from gpt_tf.text.tokenizer import CharacterTokenizer
 
 SAVED = Path(__file__).parent.parent.parent / "saved_models"
 
@@ -53,6 +57,22 @@ def test_pieces_of_a_text_give_the_logits_of_the_whole(make_model):
     np.testing.assert_allclose(
         gpt.logits(ids[3:5]), model(ids[None, 1:5]).numpy()[0, 2:], atol=2e-5
     )
+
+
+def test_ids_without_a_token_have_no_probability_in_keras_and_in_a_file(
+    make_model, tmp_path
+):
+    tokenizer = CharacterTokenizer.train(["abcdefgh"])
+    model = make_model(vocab_size=31)
+    path = tmp_path / "gpt.tflite"
+    export_tflite(model, path, "float32", tokenizer=tokenizer, allow_untrained=True)
+    ids = [1, 5, 2, 8]
+    with KerasGPT(model, tokenizer) as keras, EdgeGPT(path) as edge:
+        found, other = (np.exp(log_softmax(gpt.logits(ids))) for gpt in (keras, edge))
+        scores = edge.score(ids)
+    np.testing.assert_allclose(found, other, atol=1e-6)
+    assert not found[:, 9:].any()
+    np.testing.assert_allclose(np.exp(scores), found[np.arange(3), ids[1:]], rtol=1e-5)
 
 
 def test_what_cannot_be_appended_is_refused(make_model):

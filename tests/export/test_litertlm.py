@@ -276,6 +276,18 @@ def test_a_model_of_single_characters_runs_too(build_model, tmp_path):
     assert Engine(path).continuation(prompt) == wanted
 
 
+def test_litert_lm_draws_no_id_without_a_token(build_model, tmp_path):
+    tokenizer = CharacterTokenizer.train(["abcdefghijklmnopqrstuvwxyz .\n\u00e9"])
+    model = build_model(vocab_size=tokenizer.vocab_size + 200)
+    path = tmp_path / "padded.litertlm"
+    export_litertlm(model, tokenizer, path, "float32")
+    prompt, options = "hello w", {"max_new_tokens": 33, "temperature": 0}
+    free = gpt_tf.generate(model, tokenizer.encode(prompt), **options)
+    assert max(free) >= tokenizer.vocab_size  # what it would draw
+    wanted = gpt_tf.generate(model, prompt, tokenizer=tokenizer, **options)
+    assert Engine(path).continuation(prompt) == wanted
+
+
 # The command line
 
 

@@ -165,6 +165,25 @@ def test_prefill_then_decode_equals_score(exported, text_ids, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_ids_without_a_token_are_ruled_out_and_the_others_stay(
+    exported, export, model, tokenizer, text_ids, mode
+):
+    known = tokenizer.vocab_size
+    assert known < VOCAB_SIZE
+    plain = exported(mode)
+    masked = export(model, mode, tokenizer=tokenizer)
+    for call in (lambda run: run.score(text_ids), lambda run: run.decode(text_ids[:5])):
+        found, wanted = (call(file.runner()) for file in (masked, plain))
+        np.testing.assert_array_equal(found[:, :known], wanted[:, :known])
+        assert np.isfinite(found).all() and found[:, known:].max() < -1e8
+    measured, before = (
+        file.manifest["verification"]["largest_logit_difference"]
+        for file in (masked, plain)
+    )
+    assert measured == pytest.approx(before, rel=0.5)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_padding_of_a_last_chunk_has_no_influence(exported, text_ids, mode):
     runner = exported(mode).runner()
     plain = runner.score(text_ids)
