@@ -6,10 +6,12 @@ is noisy for all of them. Ratios hold; absolute times are this machine's.
 """
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
 import platform
+import subprocess
 import sys
 import time
 import traceback
@@ -23,7 +25,8 @@ from rich.table import Table
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 # In a file, a table is not folded for want of a terminal's width.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -195,7 +198,7 @@ def _tensorflow_product(size):
 
 
 def _torch_product(size):
-    torch = import_or_not_here("torch")
+    torch = import_torch()
     a = torch.randn(size, size)
     return lambda count: [_seconds(lambda: torch.mm(a, a)) for _ in range(count)]
 
@@ -221,6 +224,14 @@ def import_or_not_here(name):
         return __import__(name)
     except ImportError:
         raise NotHere(f"{name} is not installed") from None
+
+
+def import_torch():
+    """Import PyTorch, to be run as TensorFlow runs: without denormal numbers."""
+    torch = import_or_not_here("torch")
+    # TensorFlow flushes them by itself; a PyTorch that does not is three times slower.
+    torch.set_flush_denormal(True)
+    return torch
 
 
 def gpt_tf_model(shape):
@@ -291,10 +302,20 @@ _PACKAGES = (
     *("gpt-tf", "tensorflow", "tf_keras", "keras", "keras-nlp", "torch"),
     *("ai-edge-litert", "litert-lm", "onnxruntime", "llama-cpp-python"),
 )
+# How the peers that say it were built, as expressions.
+_BUILDS = {
+    "torch": "torch.__config__.show()",
+    "onnxruntime": "onnxruntime.get_build_info()",
+    "llama_cpp": "llama_cpp.llama_print_system_info().decode()",
+}
 
 
-def machine():
-    """Describe this machine and the packages that were measured."""
+@functools.cache  # a long run is of the commit that it began with
+def provenance():
+    """Return the commit, this machine, the packages that were measured, peers' builds.
+
+    A commit of which the package or the benchmarks were changed ends in `-dirty`.
+    """
     from gpt_tf.evaluation.machine import describe_machine
 
     found = {"cpu": describe_machine(seconds=0)["cpu"], "cores": os.cpu_count()}
@@ -304,11 +325,35 @@ def machine():
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    if _output("git", "status", "--porcelain", "-uno", "gpt_tf", "benchmarks/*.py"):
+        commit += "-dirty"
+    builds = {
+        name: " ".join(
+            _output(sys.executable, "-c", f"import {name}; print({what})").split()
+        )
+        for name, what in _BUILDS.items()
+    }
+    builds = {name: build for name, build in builds.items() if build}
+    return {"commit": commit or "unknown", "machine": found, "builds": builds}
+
+
+def _output(*command):
+    """Return what a command prints, nothing where it fails."""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return "" if done.returncode else done.stdout.strip()
 
 
 def print_machine():
-    console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    facts = provenance()
+    parts = [f"commit {facts['commit']}"]
+    parts += [f"{name} {value}" for name, value in facts["machine"].items()]
+    console.print(", ".join(parts))
 
 
 def print_table(title, columns, rows):
@@ -322,9 +367,9 @@ def print_table(title, columns, rows):
 
 
 def save(name, value):
-    """Keep results as `benchmarks/results/NAME.json`, beside the machine's data."""
+    """Keep results as `benchmarks/results/NAME.json`, beside where they are from."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), **value}
+    content = {"date": time.strftime("%Y-%m-%d"), **provenance(), **value}
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    console.print(f"wrote {path.relative_to(Path(__file__).parent.parent)}")
+    console.print(f"wrote {path.relative_to(ROOT)}")

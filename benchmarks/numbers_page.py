@@ -1,4 +1,4 @@
-"""Write docs/numbers.md: every benchmark's command, date, machine and result.
+"""Write docs/numbers.md: every benchmark's command, commit, machine and result.
 
     python benchmarks/numbers_page.py [--check]
 
@@ -128,7 +128,12 @@ def _section(path, known):
         ("result", f"`benchmarks/results/{path.name}`"),
         ("SHA-256", f"`{digest}`"),
         ("date", content.get("date") or known.get(digest) or _date(path)),
+        ("commit", f"`{content['commit']}`" if "commit" in content else "not stated"),
         ("machine", _machine(content.get("machine", {}))),
+        *(
+            (f"build of {package}", f"`{build}`")
+            for package, build in content.get("builds", {}).items()
+        ),
     ]
     title = name.replace("_", " ")
     parts = [f"## {title[0].upper()}{title[1:]}", ""]
@@ -546,7 +551,7 @@ def _as_it_is(content):
         elif isinstance(value, (bool, int, float, str)):
             single.append([", ".join(names), _short(value)])
 
-    others = ("machine", "date", "command")
+    others = ("machine", "builds", "commit", "date", "command")
     visit({k: v for k, v in content.items() if k not in others}, [])
     parts = [_table(["", "value"], single)] if single else []
     for name, table in tables:

@@ -24,6 +24,7 @@ from harness import (
     NotHere,
     gpt_tf_model,
     import_or_not_here,
+    import_torch,
     keras_hub_gpt2,
     print_machine,
     print_table,
@@ -514,7 +515,7 @@ def torch_int8(task, threads, folder):
 
 
 def _torch(task, threads, int8):
-    torch = import_or_not_here("torch")
+    torch = import_torch()
     from torch import nn
 
     torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from harness import (
     Contender,
     console,
     gpt_tf_model,
-    import_or_not_here,
+    import_torch,
     keras_hub_gpt2,
     print_machine,
     print_table,
@@ -147,7 +147,7 @@ def fit_by_steps(model, dataset, keras):
 
 def torch_loop(shape, compiled):
     """A plain PyTorch GPT-2 in the usual training loop."""
-    torch = import_or_not_here("torch")
+    torch = import_torch()
     import torch.nn.functional as functional
     from torch import nn
 
