@@ -6,9 +6,11 @@ A teacher of 6 layers, 384 wide, is trained on Shakespeare until another round a
 smaller rate improves its validation loss by less than 1 %; on Python's sources, of
 which there are more, a smaller one for a fixed number of steps. Students
 of at most half its parameters are then trained on the same text with the same number
-of tokens: alone, and in each way that `gpt-tf distil` offers. Both were tuned by the
-same search over the learning rate, which is part of the run. All runs stay in
-`--folder`, and what was measured there is not trained again.
+of tokens: alone, alone from the teacher's layers, and in each way that `gpt-tf distil`
+offers. All three are tuned by the same search over the learning rate, which is part of
+the run: it is chosen on the first half of the held-out text, and what is reported is
+measured on the second. All runs stay in `--folder`, and what was measured there is not
+trained again.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from harness import (
     file_log_probs,
     print_machine,
     print_table,
+    provenance,
     save,
     take_turns,
 )
@@ -86,7 +89,7 @@ ARTICLE_STUDENT = {
     "num_heads": 6,
     "vocab_size": 5000,
 }
-RATES = (5e-4, 1.5e-3)
+RATES = (5e-4, 1.5e-3, 3e-3)
 LOSSES = ("reverse_kl", "jensen_shannon", "skewed_kl")
 SMALL_TEACHER = {
     **TEACHER,
@@ -190,7 +193,7 @@ class Study:
             "seed": seed,
             "parameters": result.model.count_params(),
             "training_seconds": seconds,
-            **self.measure(result.model, out),
+            **self.measure(result.model, result.tokenizer, out),
         }
         console.print(
             f"  perplexity {found['perplexity']:.3f}, "
@@ -218,12 +221,13 @@ class Study:
     def _compared(self, run):
         """Return what was measured, beside this teacher and not an earlier one."""
         found = json.loads((run / "measured.json").read_text("utf-8"))
-        if found.get("teacher", "teacher") == self.teacher_run.name:
+        is_compared = found.get("teacher", "teacher") == self.teacher_run.name
+        if is_compared and "search_nats" in found:
             return found
         from gpt_tf import training
 
         found |= {"teacher": self.teacher_run.name}
-        found |= self.measure(training.load_model(run)[0], run)
+        found |= self.measure(*training.load_model(run), run)
         (run / "measured.json").write_text(json.dumps(found), "utf-8")
         return found
 
@@ -275,24 +279,34 @@ class Study:
             tokenizer.save(path)
         return {**sizes, "tokenizer": str(path)}
 
-    def measure(self, model, run):
-        """Perplexity and bits per byte of held-out text; nearness to the teacher."""
+    def measure(self, model, tokenizer, run):
+        """Measure a model on the second half of the held-out text.
+
+        Of the first half, by which learning rates are chosen, the loss alone:
+        `search_nats`.
+        """
         from gpt_tf.sampling import log_softmax
         from gpt_tf.text.dataset import TokenFile, Windows
 
-        tokens = TokenFile.open(run / "data" / "validation.tokens")
-        windows = Windows(tokens, model.context_length, 16, shuffle=False)
+        ids = TokenFile.open(run / "data" / "validation.tokens").tokens
+        searched, reported = np.array_split(ids, 2)
+
+        def batches(tokens, model):
+            windows = Windows(tokens, model.context_length, 16, shuffle=False)
+            for step in range(windows.steps_per_epoch):
+                inputs, labels, weights = windows.batch(step)
+                found = log_softmax(model.predict_on_batch(inputs))
+                losses = -np.take_along_axis(found, labels[..., None], -1)[..., 0]
+                yield found, losses, weights
+
+        chosen_by = np.zeros(2)
+        for _, losses, weights in batches(searched, model):
+            chosen_by += (losses * weights).sum(), weights.sum()
         is_teachers = model.vocab_size == self.teacher.vocab_size
         if is_teachers and self.reference is None:
-            self.reference = [
-                log_softmax(self.teacher.predict_on_batch(windows.batch(step)[0]))
-                for step in range(windows.steps_per_epoch)
-            ]
+            self.reference = [found for found, *_ in batches(reported, self.teacher)]
         sums = np.zeros(4)
-        for step in range(windows.steps_per_epoch):
-            inputs, labels, weights = windows.batch(step)
-            found = log_softmax(model.predict_on_batch(inputs))
-            losses = -np.take_along_axis(found, labels[..., None], -1)[..., 0]
+        for step, (found, losses, weights) in enumerate(batches(reported, model)):
             sums[0] += (losses * weights).sum()
             sums[1] += weights.sum()
             if is_teachers:
@@ -302,22 +316,24 @@ class Study:
                 sums[2] += (same * weights).sum()
                 sums[3] += (divergence * weights).sum()
         nats = sums[0] / sums[1]
+        size = len(tokenizer.decode_bytes(reported.tolist()))
         return {
+            "search_nats": float(chosen_by[0] / chosen_by[1]),
             "nats": float(nats),
             "perplexity": float(math.exp(nats)),
-            "bits_per_byte": float(sums[0] / math.log(2) / tokens.text_bytes),
+            "bits_per_byte": float(sums[0] / math.log(2) / size),
             "agreement": float(sums[2] / sums[1]) if is_teachers else None,
             "divergence_nats": float(sums[3] / sums[1]) if is_teachers else None,
         }
 
-    def best_rate(self, name, distillation):
-        """Search the learning rate with seed 0; return the way with the best one."""
+    def best_rate(self, name, distillation, source=None):
+        """Search the learning rate with seed 0; return the best one, and all rows."""
         ways = [
-            Way(f"{name}, rate {rate:g}", distillation, {"learning_rate": rate})
+            Way(f"{name}, rate {rate:g}", distillation, {"learning_rate": rate}, source)
             for rate in RATES
         ]
         found = [self.run(way) for way in ways]
-        best = int(np.argmin([row["nats"] for row in found]))
+        best = int(np.argmin([row["search_nats"] for row in found]))
         console.print(f"{self.name}: {name} is best at a rate of {RATES[best]:g}")
         return RATES[best], found
 
@@ -357,18 +373,22 @@ def study_text(name, corpus, arguments):
     alone_rate, alone_search = study.best_rate("alone", None)
     rate, search = study.best_rate("distilled, stored", stored)
     at = {"learning_rate": rate}
+    distilled, inherited = Way("distilled", {}, at), "alone, from the teacher's layers"
+    study.run(distilled)  # it cuts the layers that the next ones begin with
+    layers_rate, layers_search = study.best_rate(inherited, None, distilled.name)
+    layers_at = {"learning_rate": layers_rate}
     ways = [
         (Way("alone", None, {"learning_rate": alone_rate}), seeds),
-        (Way("distilled", {}, at), seeds),
+        (distilled, seeds),
         (Way("distilled, stored", stored, at), seeds),
-        (Way("alone, from the teacher's layers", None, at, "distilled"), seeds),
+        (Way(inherited, None, layers_at, distilled.name), seeds),
     ]
     if not arguments.few:
         ways += [(way, 1) for way in other_ways(stored, at)]
     integers = quantised_ways(stored, rate, steps) if small else []
     ways += [(way, seeds) for way in integers]
     rows = [study.run(way, seed) for way, count in ways for seed in range(count)]
-    teacher = study.measure(study.teacher, study.teacher_run)
+    teacher = study.measure(study.teacher, study.tokenizer, study.teacher_run)
     teacher |= {"name": "teacher", "parameters": study.teacher.count_params()}
     speeds = decode_speeds(study)
     summary = summarise(teacher, rows, speeds)
@@ -376,7 +396,11 @@ def study_text(name, corpus, arguments):
     found = {
         "teacher": teacher,
         "rows": rows,
-        "searches": {"alone": alone_search, "distilled": search},
+        "searches": {
+            "alone": alone_search,
+            "distilled": search,
+            inherited: layers_search,
+        },
         "speeds": speeds,
         "summary": summary,
         "steps": steps,
@@ -500,7 +524,7 @@ def study_article(corpus, arguments):
         (Way("distilled, derived, fresh weights", fresh, at), 1),
     ]
     rows = [study.run(way, seed) for way, count in ways for seed in range(count)]
-    teacher = study.measure(study.teacher, study.teacher_run)
+    teacher = study.measure(study.teacher, study.tokenizer, study.teacher_run)
     teacher |= {"name": "teacher", "parameters": study.teacher.count_params()}
     summary = summarise(teacher, rows, None)
     report("the article's pair", teacher, rows, summary)
@@ -744,6 +768,8 @@ def main():
         else:
             corpus = arguments.text if part == "shakespeare" else "python-stdlib"
             studies[part] = study_text(part, corpus, arguments)
+        if part in studies:  # the others may be of earlier runs
+            studies[part]["commit"] = provenance()["commit"]
         save("distillation", {"studies": studies, "steps": steps})
     draw(studies)
 

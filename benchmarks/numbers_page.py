@@ -362,7 +362,8 @@ def _distillation(content):
         parts += [
             f"{name.capitalize()}: teacher of {teacher['parameters']:,} parameters, "
             f"perplexity {teacher['perplexity']:.2f}, "
-            f"{teacher['bits_per_byte']:.3f} bits per byte; {study['steps']} steps. "
+            f"{teacher['bits_per_byte']:.3f} bits per byte; {study['steps']} steps"
+            f"{', commit ' + study['commit'] if 'commit' in study else ''}. "
             "Half the range over seeds behind ±.",
             _columns(
                 [{"way": way, **found} for way, found in ways.items()],
@@ -381,6 +382,28 @@ def _distillation(content):
                 ("KL, nats", "divergence_nats", ".3f"),
             ),
         ]
+        searched = [row for rows in study["searches"].values() for row in rows]
+        if all("search_nats" in row for row in searched):
+            parts += [
+                "Learning rates, chosen by the loss on the first half of the held-out "
+                "text; everything else here is measured on the second:",
+                _columns(
+                    searched,
+                    ("student, seed 0", "name", ""),
+                    ("loss, nats", "search_nats", ".3f"),
+                ),
+            ]
+        else:
+            inherited = "alone, from the teacher's layers"
+            parts.append(
+                "Learning rates were chosen on the text that is reported"
+                + (
+                    f"; that of the student {inherited}, was not searched: it is the "
+                    "distilled student's."
+                    if inherited in ways
+                    else "."
+                )
+            )
         if study.get("int8_files"):
             parts += [
                 "As int8 files, of the float32 file of the student from stored "
