@@ -208,7 +208,8 @@ for entry in report["entries"]:
     print(f"{entry['name']:24} {size:5.2f} {between:>25} {times}")
 
 # %% [markdown]
-# Nobody named a budget yet, so the choice is the best balance of the three:
+# Nobody named a budget yet, so the file with the smallest increase is chosen; of those
+# that tie with it within measurement error, the fastest:
 
 # %%
 print_recommendation(report["recommendation"])
@@ -274,10 +275,10 @@ side_by_side = new_report(
 print_latency(side_by_side)
 
 # %% [markdown]
-# The *share of the bandwidth* compares a token with what memory allows: all weights,
-# read once at the rate that was measured above, and nothing else. A model that fits
-# into the processor's cache, as these do, is not bound by memory, and may pass 1; one
-# of GPT-2's size cannot.
+# The *share of the bandwidth* compares a token with reading: all weights, once, at the
+# rate at which NumPy read memory above, and nothing else. That rate is a yardstick and no
+# bound: a loop in C reads up to twice as fast, and a model that fits into the
+# processor's cache, as these do, is not bound by memory at all.
 
 # %%
 draw_latency(side_by_side, folder / "latency.png")
@@ -318,9 +319,9 @@ Image(folder / "accuracy.png", width=600)
 # ## Which one? (6.3)
 #
 # That depends on what can be afforded. `recommend` chooses among what was measured.
-# Budgets decide what may be shipped at all; among the files that keep them the best in
-# what has *no* budget is chosen. Suppose that a file may be as large as the middle one
-# of ours, and take as long for a token as the middle one:
+# Budgets decide what may be shipped at all; of the files within all of them the one with
+# the smallest increase in perplexity is chosen. Suppose that a file may be as large as the
+# middle one of ours, and take as long for a token as the middle one:
 
 # %%
 sizes_mb = [entry["size_bytes"] / 1e6 for entry in report["entries"]]
@@ -335,7 +336,8 @@ print_recommendation(report["recommendation"])
 
 # %% [markdown]
 # The picture has accuracy against latency, and size as area. Only on the frontier is
-# there something to choose: whatever lies above it is beaten in both by another file.
+# there something to choose: whatever lies above it is beaten in both by another file
+# within the budgets.
 
 # %%
 draw_pareto(report, folder / "pareto.png")

@@ -1,8 +1,8 @@
-"""Which file to ship: the one that keeps the budgets and is best at what matters.
+"""Which file to ship: the best at what matters among those that keep the budgets.
 
-The choice is made among what was measured. The files that keep the budgets are put into
-a total order. So the order of the entries does not matter, the runner-up is what would
-be chosen without the choice, and what another file beats in everything is never chosen.
+`RULE` says how. The choice is made among what was measured, by one order: so the order
+of the entries does not matter, the runner-up is what would be chosen without the
+choice, and what another file beats in everything is never chosen.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from gpt_tf.evaluation.candidates import BUDGET_OF, MEASURES, candidates_of
 from gpt_tf.evaluation.estimate import estimate, estimate_error, refuse_impossible
 
 __all__ = [
+    "RULE",
     "SCENARIOS",
     "Budgets",
     "Scenario",
@@ -36,9 +37,18 @@ __all__ = [
 
 # 1 % more perplexity weighs as much as this many % of speed or of size.
 _PERPLEXITY_WEIGHT = 10
-# Smaller differences are not told: of the increase, and of all else as a share.
-_NOTICED_PERPLEXITY = 0.0005
-_NOTICED_SHARE = 0.01
+# Measurement error: what differs by less ties. Of perplexity it is about what 40,000
+# tokens of text leave open, of times what `benchmark --baseline` takes for noise.
+_TIE_PERPLEXITY = 0.001
+_TIE_SHARE = 0.05
+_TIE_SIZE = 0.01
+
+RULE = (
+    "Of the files within all budgets the one with the smallest increase in perplexity, "
+    "or what is best at what is wanted instead; where several tie within measurement "
+    f"error ({100 * _TIE_PERPLEXITY:g} points of perplexity, {100 * _TIE_SHARE:g} % of "
+    "a time), the most accurate of them, then the fastest, then the smallest."
+)
 
 _BETTER = {
     "accuracy": ("less accurate", "more accurate"),
@@ -68,6 +78,8 @@ def recommend(
     rules a file out, unless the entry has an estimate: that stands in, of the 95th
     percentile the typical latency, and the sentences call it an estimate. An increase
     of perplexity counts by its value; where its interval reaches across the budget,
+    that is said. Latencies are compared by their medians, as they are drawn. What is
+    chosen for accuracy or latency is on the frontier of both; else, where it is not,
     that is said.
 
     Args:
@@ -85,6 +97,8 @@ def recommend(
         - `scenario`, `prefer`, and `budgets` by name, None where there is none;
         - `choice`: the name of an entry, or None if none keeps the budgets;
         - `why`: sentences;
+        - `ties`: the names of those that would be chosen instead if times came out
+          differently by measurement error;
         - `runner_up`: what would be chosen without it, or None, and
           `runner_up_cost`: a sentence with what that would cost and win;
         - `ranking`: the names of all that keep the budgets, best first;
@@ -118,14 +132,15 @@ def recommend(
     objective = _resolved(wanted, given)
     candidates = candidates_of(report, concurrent=scenario == "server")
     shippable = [one for one in candidates if one.kind in _SHIPPABLE]
-    fitting = [one for one in shippable if one.keeps(given)]
-    fitting.sort(key=lambda one: _rank(one, objective, given))
+    fitting = _ranked(shippable, objective, given)
+    ties = _ties(shippable, objective, given)
     result = {
         "scenario": scenario,
         "prefer": prefer,
         "budgets": dataclasses.asdict(limits),
         "choice": fitting[0].name if fitting else None,
-        "why": _why(fitting, objective, given),
+        "why": _why(fitting, ties, objective, given),
+        "ties": ties,
         "runner_up": fitting[1].name if len(fitting) > 1 else None,
         "runner_up_cost": _runner_up_cost(fitting),
         "ranking": [one.name for one in fitting],
@@ -138,9 +153,11 @@ def recommend(
         "nearest_miss": None if fitting else _nearest_miss(shippable, given),
         "basis": "measured",
     }
-    rests_on = {KINDS[name].measure for name in given} | set(_weighed(objective))
-    if fitting and any(map(fitting[0].is_estimate, rests_on)):
-        result["basis"] = "partly estimated"
+    if fitting:
+        rests_on = [fitting[0].of(name) for name in given]
+        rests_on += [fitting[0].values[name] for name in _weighed(objective)]
+        if any(value is not None and value.is_estimate for value in rests_on):
+            result["basis"] = "partly estimated"
     return result
 
 
@@ -195,48 +212,88 @@ def _beats(one, other):
 # Order
 
 
-def _rank(candidate, objective, given):
-    """Return the key by which candidates are sorted, the best first.
+def _ranked(candidates, objective, given):
+    """Return those that keep the budgets, the best of them first, then the next."""
+    left = [one for one in candidates if one.keeps(given)]
+    ranked = []
+    while left:
+        ranked.append(_best(left, objective))
+        left.remove(ranked[-1])
+    return ranked
 
-    First what the scenario is about, then everything else, so that nobody who is
-    beaten in everything comes first; then the name.
-    """
-    return _score(candidate, objective, given), candidate.costs(), candidate.name
+
+def _best(left, objective):
+    """Return the best by `RULE`."""
+    if objective in ("accuracy", "latency"):
+        # Those on the frontier that is drawn, however little others are beaten by.
+        left = [one for one in left if _ahead_of(one, left) is None]
+    for measure in (objective, "accuracy", "latency"):
+        least = min(_cost(one, measure) for one in left)
+        most = least + _tie(measure, least)
+        left = [one for one in left if _cost(one, measure) <= most]
+    return min(left, key=lambda one: (one.cost("size"), one.costs(), one.name))
 
 
-def _score(candidate, objective, given):
+def _ahead_of(one, others):
+    """Return one that is before another in the plane that is drawn, or None."""
+    return next((other for other in others if _beats(_place(other), _place(one))), None)
+
+
+def _place(one):
+    return one.cost("latency"), one.cost("accuracy")
+
+
+def _tie(measure, cost):
+    """Return by how much something may exceed a cost and tie with it."""
+    if measure == "accuracy":
+        return _TIE_PERPLEXITY
+    if measure in _BALANCED:  # a sum of logarithms
+        return _TIE_SHARE
+    return (_TIE_SIZE if measure == "size" else _TIE_SHARE) * abs(cost)
+
+
+def _ties(candidates, objective, given):
+    """Return who would be chosen if it came out quicker and all others slower."""
+
+    def choice(those):
+        those = [one for one in those if one.keeps(given)]
+        return _best(those, objective).name if those else None
+
+    chosen, found = choice(candidates), []
+    for one in sorted(candidates, key=lambda one: one.name):
+        moved = [
+            other.delayed(-_TIE_SHARE if other is one else _TIE_SHARE)
+            for other in candidates
+        ]
+        if chosen not in (None, one.name) and choice(moved) == one.name:
+            found.append(one.name)
+    return found
+
+
+def _cost(candidate, objective):
     if objective in MEASURES:
-        return (candidate.cost(objective),)
-    if objective == "margin":
-        shares = sorted(
-            (candidate.share(name, given[name]) for name in given), reverse=True
-        )
-        return (shares[0], sum(shares))
+        return candidate.cost(objective)
     measures = _weighed(objective)
     if any(candidate.values[name] is None for name in measures):
-        return (math.inf,)
+        return math.inf
     score = _PERPLEXITY_WEIGHT * math.log1p(candidate.values["accuracy"].number)
     for name in measures[1:]:
         sign = -1 if name == "throughput" else 1
         score += sign * math.log(candidate.values[name].number)
-    return (score,)
+    return score
 
 
 def _resolved(objective, given):
-    """Resolve `"custom"`: what has no budget is made best."""
+    """Resolve `"custom"`: the first that has no budget is made best, or accuracy."""
     if objective != "custom":
         return objective
-    if not given:
-        return "balance"
-    for measure in ("accuracy", "latency", "size"):
-        if BUDGET_OF[measure] not in given:
-            return measure
-    return "margin"
+    free = (m for m in ("accuracy", "latency", "size") if BUDGET_OF[m] not in given)
+    return next(free, "accuracy")
 
 
 def _weighed(objective):
-    """Return the measures that an objective looks at, but for those with a budget."""
-    return () if objective == "margin" else _BALANCED.get(objective, (objective,))
+    """Return the measures that an objective looks at."""
+    return _BALANCED.get(objective, (objective,))
 
 
 def _dominated(fitting):
@@ -275,7 +332,7 @@ def _dominates(one, other):
 # Sentences
 
 
-def _why(fitting, objective, given):
+def _why(fitting, ties, objective, given):
     if not fitting:
         return ["No file keeps the budgets."]
     best, count = fitting[0], len(fitting)
@@ -285,6 +342,17 @@ def _why(fitting, objective, given):
     sentences = [f"{best.name} is {among} the budgets."]
     if count > 1:
         sentences = [_objective_sentence(fitting, objective, given)]
+    if ties:
+        sentences.append(
+            f"It ties with {_listed(ties)}: another measurement, whose times differ by "
+            f"{100 * _TIE_SHARE:g} %, may choose differently."
+        )
+    ahead = _ahead_of(best, fitting)
+    if ahead is not None:
+        sentences.append(
+            f"It is off the frontier of latency and perplexity, where {ahead.name} is "
+            "ahead of it."
+        )
     sentences += [_budget_sentence(best, name, given[name]) for name in given]
     limit = given.get("max_latency_ms")
     if limit and best.p99_ms and best.p99_ms > limit:
@@ -293,7 +361,7 @@ def _why(fitting, objective, given):
             f"{significant(best.p99_ms)} ms."
         )
     unknown = [
-        KINDS[BUDGET_OF[measure]].what
+        _what(measure)
         for measure in ("accuracy", "latency")
         if best.values[measure] is None
     ]
@@ -310,17 +378,10 @@ def _objective_sentence(fitting, objective, given):
     among = f"of the {count} files that keep the budgets"
     if not given:
         among = f"of the {count} files"
-    if objective == "margin":
-        name = max(given, key=lambda name: best.share(name, given[name]))
-        share = best.share(name, given[name])
-        return (
-            f"{best.name} leaves the most room in its tightest budget {among}: "
-            f"it uses {significant(100 * share)} % of the {KINDS[name].what} budget."
-        )
     weighed = _weighed(objective)
     unknown = sum(any(one.values[m] is None for m in weighed) for one in fitting)
     if unknown == count:
-        *others, last = (KINDS[BUDGET_OF[measure]].what for measure in weighed)
+        *others, last = map(_what, weighed)
         what = f"The {last} of none {among} was measured"
         if others:
             what = f"None {among} was measured in all of {', '.join(others)} and {last}"
@@ -330,25 +391,33 @@ def _objective_sentence(fitting, objective, given):
     if objective in _BALANCED:
         parts = weighed[1:]
         facts = ", ".join(
-            f"{KINDS[BUDGET_OF[name]].what} {_shown(best, name)}"
-            for name in (*parts, "accuracy")
+            f"{_what(name)} {_shown(best, name)}" for name in (*parts, "accuracy")
         )
         return (
             f"{best.name} has the best balance {among}, where 1 % of perplexity weighs "
             f"as much as {_PERPLEXITY_WEIGHT} % of {' or '.join(parts)}: {facts}.{but}"
         )
-    kind = KINDS[BUDGET_OF[objective]]
-    best_of = "smallest" if objective == "size" else "lowest"
-    if kind.is_least:
-        best_of = "highest"
-    facts = _shown(best, objective)
-    return f"{best.name} has the {best_of} {kind.what} {among}: {facts}.{but}"
+    best_of = {"size": "smallest", "throughput": "highest"}.get(objective, "lowest")
+    what, facts = f"{best_of} {_what(objective)} {among}", _shown(best, objective)
+    first = min(fitting, key=lambda one: (one.cost(objective), one.name))
+    if first.cost(objective) == best.cost(objective):
+        return f"{best.name} has the {what}: {facts}.{but}"
+    parts = [
+        _comparison(best, first, name)
+        for name in ("accuracy", "latency", "size")
+        if _is_noticed(best, first, name) and best.cost(name) < first.cost(name)
+    ]
+    return (
+        f"{best.name} has the {what} but for measurement error: {facts}, "
+        f"{_shown(first, objective)} of {first.name}. It is "
+        f"{' and '.join(parts) or 'smaller'}.{but}"
+    )
 
 
 def _budget_sentence(candidate, name, limit):
     """Say how a candidate stands to a budget that it keeps or breaks."""
     kind = KINDS[name]
-    value = candidate.values[kind.measure]
+    value = candidate.of(name)
     broken = candidate.breaks(name, limit)
     word = "below" if broken == kind.is_least else "above"
     if not broken:
@@ -416,11 +485,9 @@ def _runner_up_cost(fitting):
 
 
 def _is_noticed(one, other, measure):
-    """Whether a difference is one that anybody would notice."""
-    a, b = one.cost(measure), other.cost(measure)
-    if measure == "accuracy":
-        return abs(a - b) >= _NOTICED_PERPLEXITY
-    return abs(a - b) >= _NOTICED_SHARE * max(abs(a), abs(b))
+    """Whether a difference is more than a tie."""
+    low, high = sorted((one.cost(measure), other.cost(measure)))
+    return high > low + _tie(measure, low)
 
 
 def _comparison(one, other, measure):
@@ -443,7 +510,7 @@ def _nearest_miss(shippable, given):
         return None
     nearest = min(known, key=lambda one: (_excess(one, given), one.name))
     changes = {
-        name: _admitting(name, nearest.values[KINDS[name].measure].number)
+        name: _admitting(name, nearest.of(name).number)
         for name in nearest.broken(given)
     }
     # A budget of 100 % of perplexity or more is none.
@@ -491,6 +558,15 @@ def _typed(name, value):
     if KINDS[name].unit == "%":
         return f"{(value * 100).normalize():f}%"
     return f"{value.normalize():f}"
+
+
+def _what(measure):
+    return "median latency" if measure == "latency" else KINDS[BUDGET_OF[measure]].what
+
+
+def _listed(names):
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _shown(candidate, measure):

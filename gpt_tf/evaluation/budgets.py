@@ -8,7 +8,7 @@ numbers and where they come from:
 | `phone` | 5 % | 50 ms | 1000 ms | 100 MB | 300 MB | the quickest |
 | `board` | 10 % | 150 ms | - | 32 MB | 256 MB | the smallest |
 | `server` | 1 % | - | 500 ms | - | - | throughput, and accuracy |
-| `custom` | - | - | - | - | - | what has no budget |
+| `custom` | - | - | - | - | - | what has no budget, or accuracy |
 
 *phone*: one reads 238 words a minute (Brysbaert, 2019), a token in about 170 ms; 50 ms
 leaves two thirds of the time to the app. After one second one's thought is interrupted
@@ -128,10 +128,8 @@ class Scenario:
         budgets: Those that hold unless others are given.
         objective: What is best among the files that keep them: `"latency"`, `"size"`,
             `"server"`, which is throughput, of which 1 % more perplexity costs 10 %,
-            or `"custom"`. That is, first, accuracy, latency or size, the first of
-            them that has no budget; if all three have one, the most room in the
-            tightest budget; and if no budget is given at all, the balance of the
-            three: the smallest product, 1 % more perplexity counted as 10 %.
+            or `"custom"`: the first of accuracy, latency and size that has no budget,
+            and accuracy if all three have one.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""The entries of a report as an advisor sees them: six numbers, and what they break."""
+"""The entries of a report as an advisor sees them: their numbers, what they break."""
 
 import dataclasses
 import math
@@ -23,11 +23,15 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """An entry with its quantities by the names of `MEASURES`; None is not known."""
+    """An entry with its quantities by the names of `MEASURES`; None is not known.
+
+    Latency is the median, as the pictures have it; the budget is about `p95`.
+    """
 
     name: str
     kind: str
     values: dict
+    p95: Value | None
     p99_ms: float | None
 
     def cost(self, measure: str) -> float:
@@ -43,7 +47,22 @@ class Candidate:
 
     def of(self, name: str) -> Value | None:
         """Return the quantity that a budget is about."""
-        return self.values[KINDS[name].measure]
+        return (
+            self.p95 if name == "max_latency_ms" else self.values[KINDS[name].measure]
+        )
+
+    def delayed(self, share: float) -> "Candidate":
+        """Return what this would be if all took longer by that share of its time."""
+        p95, *times = (
+            value and dataclasses.replace(value, number=value.number * (1 + share))
+            for value in (self.p95, self.values["latency"], self.values["first_token"])
+        )
+        speed = self.values["throughput"]
+        if speed:
+            speed = dataclasses.replace(speed, number=speed.number / (1 + share))
+        changed = dict(zip(("latency", "first_token"), times, strict=True))
+        values = self.values | changed | {"throughput": speed}
+        return dataclasses.replace(self, values=values, p95=p95)
 
     def is_estimate(self, measure: str) -> bool:
         """Whether a quantity is known by an estimate only."""
@@ -90,15 +109,14 @@ def candidates_of(report: dict, concurrent: bool) -> list[Candidate]:
         DamagedFileError: A number is none, not finite, or not above 0 where it has to.
     """
     reference = _reference_perplexity(report)
-    return [
-        Candidate(
-            entry["name"],
-            entry["kind"],
-            _values(entry, reference, concurrent),
-            _number(entry, _spread(entry, "inter_token_latency_ms").get("p99"), "p99"),
-        )
-        for entry in report["entries"]
-    ]
+    found = []
+    for entry in report["entries"]:
+        values = _values(entry, reference, concurrent)
+        p95 = values.pop("p95")
+        p99 = _spread(entry, "inter_token_latency_ms").get("p99")
+        p99 = _number(entry, p99, "p99")
+        found.append(Candidate(entry["name"], entry["kind"], values, p95, p99))
+    return found
 
 
 def _values(entry, reference, concurrent):
@@ -118,7 +136,8 @@ def _values(entry, reference, concurrent):
         speed = max((one for one in speeds if one is not None), default=speed)
     memory, guessed = latency.get("peak_memory_bytes"), guess.get("memory_bytes")
     found = {
-        "latency": (step.get("p95"), guess.get("latency_ms"), 1),
+        "latency": (step.get("median"), guess.get("latency_ms"), 1),
+        "p95": (step.get("p95"), guess.get("latency_ms"), 1),
         "size": (entry.get("size_bytes"), guess.get("size_bytes"), 1e-6),
         "memory": (memory, guessed, 1e-6),
         "first_token": (first.get("median"), guess.get("first_token_ms"), 1),

@@ -1,3 +1,4 @@
+import copy
 import io
 import json
 import math
@@ -20,6 +21,7 @@ from gpt_tf.evaluation.advisor import (
     refuse_impossible,
 )
 from gpt_tf.evaluation.estimate import count_parameters
+from gpt_tf.evaluation.pictures import frontier_of, pareto_points
 from gpt_tf.evaluation.report import new_entry, new_report
 from gpt_tf.export.signatures import MODES
 
@@ -376,7 +378,8 @@ def test_a_budget_rules_out_and_the_sentence_has_both_numbers(
     assert result["choice"] == "good"
     assert result["ruled_out"][0]["constraint"] == budget
     assert word in sentence_of(result, "bad")
-    assert "within" in result["why"][1] or "not below" in result["why"][1]
+    said = " ".join(result["why"])
+    assert "within" in said or "not below" in said
 
 
 def test_a_difference_that_rounding_would_hide_is_shown():
@@ -504,19 +507,17 @@ def test_a_server_weighs_throughput_of_concurrent_requests_against_perplexity():
         limits = {"max_perplexity_increase": 0.1}
         return recommend(new_report([base, other]), limits, "server")["choice"]
 
-    # 2 % of perplexity weigh as much as 1.02 ** 10, 22 %, of throughput.
-    assert choice(120) == "base"
-    assert choice(124) == "other"
+    # 2 % of perplexity weigh as much as 1.02 ** 10, 22 %, of throughput; 5 % more tie,
+    # and of what ties the most accurate is taken.
+    assert choice(126) == "base"
+    assert choice(131) == "other"
 
 
-def test_with_all_three_budgets_the_tightest_decides():
+def test_with_all_three_budgets_the_most_accurate_is_best():
     limits = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
-    result = recommend(new_report(ALL), limits)
-    # Of quick 90 % of the size is used, of exact 90 % of the latency.
-    assert result["choice"] == "small"
-    assert "it uses 60 % of the p95 latency budget" in result["why"][0]
-    roomy = recommend(new_report(ALL), {**limits, "max_size_mb": 40})
-    assert roomy["choice"] == "quick"
+    assert recommend(new_report(ALL), limits)["choice"] == "exact"
+    assert recommend(new_report(ALL), {**limits, "max_size_mb": 5})["choice"] == "small"
+    assert recommend(new_report(ALL))["choice"] == "exact"
 
 
 @pytest.mark.parametrize("scenario", ["phone", "board", "server", "custom"])
@@ -524,7 +525,7 @@ def test_with_all_three_budgets_the_tightest_decides():
     ("prefer", "choice", "reason"),
     [
         ("accuracy", "exact", "lowest perplexity increase"),
-        ("latency", "quick", "lowest p95 latency"),
+        ("latency", "quick", "lowest median latency"),
         ("size", "small", "smallest size"),
         ("memory", "small", "lowest peak memory"),
         ("first_token", "early", "lowest time to first token"),
@@ -575,7 +576,7 @@ def test_a_balance_is_not_claimed_of_what_was_not_measured():
         in (result["why"][0])
     )
     report = new_report([entry("a"), entry("blind", None)])
-    (first, *_) = recommend(report)["why"]
+    (first, *_) = recommend(report, prefer="balance")["why"]
     assert first.endswith("All of it was not measured of 1 of them.")
 
 
@@ -589,22 +590,127 @@ def test_a_choice_by_an_estimate_is_partly_estimated():
     assert recommend(report, prefer="memory")["basis"] == "measured"
 
 
-def test_room_is_that_of_the_tightest_budget_and_not_of_all_together():
-    limits = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
-    tight = entry("tight", 0.01, 1.0, 9.0)
-    even = entry("even", 0.06, 6.0, 6.0)
-    assert recommend(new_report([tight, even]), limits)["choice"] == "even"
-    # Where the tightest are equal, the others decide.
-    also = entry("also", 0.09, 5.0, 9.0)
-    assert recommend(new_report([also, tight]), limits)["choice"] == "tight"
+def latency(median, p95, first=20.0):
+    return {
+        "inter_token_latency_ms": {"median": median, "p95": p95, "p99": p95},
+        "time_to_first_token_ms": {"median": first},
+    }
 
 
-def test_without_any_budget_the_balance_decides():
-    report = new_report([*ALL, entry("middling", 0.03, 3.0, 3.0)])
+def test_budgets_are_about_p95_and_latencies_are_compared_by_their_medians():
+    steady = entry("steady", latency=latency(2.0, 2.1))
+    quick = entry("quick", latency=latency(1.0, 4.0))
+    report = new_report([steady, quick])
+    assert recommend(report, prefer="latency")["choice"] == "quick"
+    result = recommend(report, {"max_latency_ms": 3}, prefer="latency")
+    assert result["choice"] == "steady"
+    assert "4 ms, is above 3 ms" in sentence_of(result, "quick")
+
+
+def test_ties_are_decided_by_accuracy_then_latency_then_size():
+    exact = entry("exact", 0.0100, 5.0, 4.0)
+    quick = entry("quick", 0.0108, 3.0, 4.0)
+    small = entry("small", 0.0109, 2.9, 2.0)
+    worse = entry("worse", 0.0120, 1.0, 1.0)
+    limits = {"max_size_mb": 8}
+
+    def choice(*entries, prefer=None):
+        return recommend(new_report(entries), limits, prefer=prefer)["choice"]
+
+    assert choice(exact, worse) == "exact"
+    assert choice(exact, quick, worse) == "quick"
+    assert choice(exact, quick, small, worse) == "small"
+    assert choice(exact, quick, small, worse, prefer="latency") == "worse"
+    assert choice(exact, quick, small, prefer="latency") == "small"
+    # Slower beyond measurement error: its size does not count.
+    assert choice(exact, quick, entry("small", 0.0109, 3.3, 2.0)) == "quick"
+
+
+def test_what_is_taken_for_its_size_off_the_frontier_is_said_to_be():
+    small = entry("small", 0.02, 5.0, 1.0)
+    ahead = entry("ahead", 0.01, 2.0, 1.5)
+    result = recommend(new_report([small, ahead]), prefer="size")
+    assert result["choice"] == "small"
+    assert any("ahead" in sentence for sentence in result["why"])
+    alone = recommend(new_report([small]), prefer="size")["why"]
+    assert not any("frontier" in sentence for sentence in alone)
+
+
+NOISE = 0.024  # of the medians of ten measurements of files in saved_models
+
+
+def remeasured(entries, random):
+    """The same files, their times measured again."""
+    again = copy.deepcopy(entries)
+    for one in again:
+        found, factor = one["latency"], 1 + random.uniform(-NOISE, NOISE)
+        for spread in ("inter_token_latency_ms", "time_to_first_token_ms"):
+            found[spread] = {k: v * factor for k, v in found[spread].items()}
+        for part in (found, *found["throughput"]):
+            part["tokens_per_s"] /= factor
+    return again
+
+
+@st.composite
+def near_entries(draw):
+    """Files that nearly tie, some of them near the budgets of the test below."""
+    return [
+        entry(
+            f"file{index}",
+            draw(few([0.0, 0.0005, 0.0008, 0.0015, 0.002, 0.02])),
+            draw(st.integers(100, 115)) / 100,
+            draw(few([1.0, 2.0, 4.0])),
+            speed=draw(st.integers(150, 170)),
+        )
+        for index in range(draw(st.integers(2, 6)))
+    ]
+
+
+@settings(max_examples=60)
+@given(
+    near_entries(),
+    few([None, "accuracy", "latency", "size", "first_token", "throughput", "balance"]),
+    st.randoms(use_true_random=False),
+)
+def test_ten_measurements_choose_the_same_file_or_say_that_it_ties(
+    entries, prefer, random
+):
+    limits = {"max_latency_ms": 1.12, "max_size_mb": 10, "max_perplexity_increase": 0.1}
+    results = [
+        recommend(new_report(remeasured(entries, random)), limits, prefer=prefer)
+        for _ in range(10)
+    ]
+    chosen = {result["choice"] for result in results} - {None}
+    for result in results:
+        if result["choice"] is not None:
+            assert chosen <= {result["choice"], *result["ties"]}
+
+
+@settings(max_examples=60)
+@given(near_entries(), few([None, "accuracy", "latency"]), few([1.05, 1.12, 9.0]))
+def test_the_choice_is_on_the_frontier_that_is_drawn(entries, prefer, limit):
+    for one in entries:
+        one["accuracy"]["perplexity"] = {"value": 1.0, "low": 1.0, "high": 1.0}
+    report = new_report(entries)
+    limits = {"max_latency_ms": limit, "max_perplexity_increase": 0.1, "max_size_mb": 9}
+    report["recommendation"] = recommend(report, limits, prefer=prefer)
+    points, _ = pareto_points(report)
+    choice = report["recommendation"]["choice"]
+    assert choice is None or choice in names(frontier_of(points))
+
+
+def test_a_tie_is_told_and_nothing_else_is():
+    quick = entry("quick", 0.01, 2.0, 4.0)
+    report = new_report([quick, entry("like", 0.01, 2.1, 4.0), entry("slow", 0.01)])
     result = recommend(report)
-    assert result["choice"] == "middling"
-    assert "balance" in result["why"][0]
-    assert "3 ms" in result["why"][0] and "3 MB" in result["why"][0]
+    assert (result["choice"], result["ties"]) == ("quick", ["like"])
+    assert any("like" in sentence for sentence in result["why"])
+    report = new_report([quick, entry("slow", 0.01), entry("exact", 0.005)])
+    assert recommend(report)["ties"] == []
+    # A file that breaks its budget by less than measurement error may be the better.
+    report = new_report([entry("exact", 0.0, 5.1), entry("worse", 0.01, 2.0)])
+    result = recommend(report, {"max_latency_ms": 5})
+    assert (result["choice"], result["ties"]) == ("worse", ["exact"])
 
 
 def test_equals_are_told_apart_by_name():
@@ -618,7 +724,7 @@ def test_equals_are_told_apart_by_name():
 def test_what_nobody_would_notice_is_not_told():
     one = entry("one", 0.0100, 2.000, 4.0)
     like = entry("like", 0.0104, 2.001, 5.0)
-    unlike = entry("unlike", 0.0107, 2.100, 5.0)
+    unlike = entry("unlike", 0.0117, 2.200, 5.0)
     result = recommend(new_report([one, like]), {"max_size_mb": 8})
     told = [result["runner_up_cost"], result["dominated"][0]["sentence"]]
     for sentence in told:
@@ -626,7 +732,7 @@ def test_what_nobody_would_notice_is_not_told():
     result = recommend(new_report([one, unlike]), {"max_size_mb": 8})
     told = [result["runner_up_cost"], result["dominated"][0]["sentence"]]
     for sentence in told:
-        assert "4 MB" in sentence and "2.1 ms" in sentence and "1.07 %" in sentence
+        assert "4 MB" in sentence and "1.98 ms" in sentence and "1.17 %" in sentence
 
 
 def test_a_tie_in_what_matters_is_broken_by_the_rest():
@@ -638,7 +744,7 @@ def test_the_runner_ups_price_is_told_in_numbers():
     result = recommend(new_report(ALL), None, "phone")
     assert result["runner_up"] == "small"
     cost = result["runner_up_cost"]
-    assert "slower (6 ms instead of 2 ms)" in cost
+    assert "slower (5.4 ms instead of 1.8 ms)" in cost
     assert "less accurate (5 % instead of 4 %)" in cost
     assert "but smaller (2 MB instead of 9 MB)" in cost
 

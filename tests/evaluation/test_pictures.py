@@ -253,15 +253,24 @@ def test_the_area_of_a_point_is_proportional_to_the_files_size():
 
 
 def test_the_frontier_is_what_none_beats():
+    def frontier(places, outside=()):
+        points = [{"x": x, "y": y, "is_outside": (x, y) in outside} for x, y in places]
+        return [(point["x"], point["y"]) for point in pictures.frontier_of(points)]
+
     places = [(1, 5), (2, 5), (2, 3), (3, 4), (4, 1), (4, 2)]
-    frontier = pictures.frontier_of([{"x": x, "y": y} for x, y in places])
-    assert frontier == [{"x": 1, "y": 5}, {"x": 2, "y": 3}, {"x": 4, "y": 1}]
+    assert frontier(places) == [(1, 5), (2, 3), (4, 1)]
+    # What breaks a budget beats nobody, unless nothing keeps them.
+    assert frontier(places, [(2, 3), (4, 1)]) == [(1, 5), (3, 4), (4, 2)]
+    assert frontier(places, places) == frontier(places)
 
 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(*[st.integers(0, 4)] * 2), max_size=9))
 def test_a_point_is_on_the_frontier_unless_one_beats_it_equal_ones_together(places):
-    points = [{"x": x, "y": y, "name": name} for name, (x, y) in enumerate(places)]
+    points = [
+        {"x": x, "y": y, "name": name, "is_outside": False}
+        for name, (x, y) in enumerate(places)
+    ]
     unbeaten = [
         point
         for point in points

@@ -4,6 +4,7 @@ import os
 import shlex
 
 from gpt_tf.evaluation import pictures as drawing
+from gpt_tf.evaluation.advisor import RULE
 from gpt_tf.evaluation.budgets import KINDS, shown
 from gpt_tf.evaluation.page import elements
 from gpt_tf.evaluation.pictures import (
@@ -97,14 +98,13 @@ def _figures(report, entry):
         beside = None
         others = ((other or {}).get("latency") or {}).get("inter_token_latency_ms")
         if others:
-            # Of medians: a 95th percentile is the machine's as much as the file's.
             ratio = others["median"] / spread["median"]
             beside = _times(ratio, "faster than", "the latency of", other["name"])
         shown.append(
             (
-                elements.term("Latency, p95", "inter-token"),
-                elements.spread(spread, "p95"),
-                f"between two tokens; median {elements.spread(spread, 'median')}",
+                elements.term("Latency, median", "inter-token"),
+                elements.spread(spread, "median"),
+                f"between two tokens; p95 {elements.spread(spread, 'p95')}",
                 beside,
             )
         )
@@ -220,10 +220,10 @@ def _summary(report, folder):
     for label, value_of, write in (
         ("Smallest", lambda entry: entry["size_bytes"], elements.megabytes),
         (
-            "Lowest latency between tokens, p95",
+            "Lowest latency between tokens, median",
             lambda entry: (
                 (entry["latency"] or {}).get("inter_token_latency_ms") or {}
-            ).get("p95"),
+            ).get("median"),
             elements.ms,
         ),
         (
@@ -317,6 +317,7 @@ def reasons(report):
     return elements.section(
         "reasons",
         "Why this one" if recommendation.get("choice") else "Why none",
+        elements.tag("p", RULE),
         elements.tag(
             "ul", [elements.tag("li", elements.sentence(reason)) for reason in why]
         )

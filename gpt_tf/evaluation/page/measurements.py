@@ -19,8 +19,8 @@ def plane(report, drawn):
             f"{elements.count(len(points), 'file')}. "
             f"On the frontier, from fast to accurate: {', '.join(frontier)}.",
             "A point further left is faster, a lower one more accurate, a smaller one "
-            "a smaller file. On the line are the files than which none is better in "
-            f"both: {', '.join(frontier)}.",
+            "a smaller file. On the line are the files, within the budgets if any are, "
+            f"than which none is better in both: {', '.join(frontier)}.",
         ),
     )
 

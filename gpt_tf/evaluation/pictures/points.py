@@ -75,24 +75,27 @@ def _marked(points, report):
 
 
 def frontier_of(points: Iterable[dict]) -> list[dict]:
-    """Return the points that no other one beats.
+    """Return the points within the budgets that no other one of them beats.
 
     A point beats another if it is smaller in one of `x` and `y` and larger in neither.
     So equal points do not beat each other: all of them are on the frontier or none.
 
     Args:
-        points: Dicts with the numbers `x` and `y`, both better when smaller.
+        points: Dicts with the numbers `x` and `y`, both better when smaller, and
+            `is_outside`. If all are outside the budgets, all count.
 
     Returns:
         Those on the frontier, by `x`; equal ones in the order in which they came.
 
     Example:
-        >>> points = [{"x": 2, "y": 2}, {"x": 3, "y": 3}, {"x": 1, "y": 5}]
-        >>> frontier_of(points)
-        [{'x': 1, 'y': 5}, {'x': 2, 'y': 2}]
+        >>> places = [(2, 2), (3, 3), (1, 5)]
+        >>> points = [{"x": x, "y": y, "is_outside": False} for x, y in places]
+        >>> [(point["x"], point["y"]) for point in frontier_of(points)]
+        [(1, 5), (2, 2)]
     """
-    frontier = []
-    for point in sorted(points, key=_place):
+    frontier, points = [], list(points)
+    within = [point for point in points if not point["is_outside"]]
+    for point in sorted(within or points, key=_place):
         is_lower = not frontier or point["y"] < frontier[-1]["y"]
         if is_lower or _place(point) == _place(frontier[-1]):
             frontier.append(point)
