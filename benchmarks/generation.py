@@ -3,7 +3,8 @@
     python benchmarks/generation.py [--rounds N] [--new-tokens N]
 
 Both continue the same random prompt greedily, one sequence at a time, in float32.
-Every token reads every weight once, so memory bandwidth sets the floor.
+Every token reads every weight once; what that takes at the rate at which NumPy reads
+memory is a yardstick, no bound.
 """
 
 import argparse

@@ -965,7 +965,8 @@ def test_budgets_that_no_file_can_keep_are_refused_early():
     with pytest.raises(InputError, match="max_memory_mb"):
         refuse_impossible(Budgets(max_memory_mb=0.6), CONFIG, MACHINE)
     floor = min(estimates.floor_latency_ms(GPT2, mode, MACHINE) for mode in MODES)
-    assert floor == pytest.approx((86.9e6 - (32 << 20)) / 30e9 * 1e3, rel=0.01)
+    # NumPy's rate is no bound: a loop in C reads twice as fast.
+    assert floor == pytest.approx((86.9e6 - (32 << 20)) / 60e9 * 1e3, rel=0.01)
     refuse_impossible(Budgets(max_latency_ms=1.01 * floor), GPT2, MACHINE)
     refuse_impossible(Budgets(min_tokens_per_s=990 / floor), GPT2, MACHINE)
     for name, value in {
@@ -973,5 +974,5 @@ def test_budgets_that_no_file_can_keep_are_refused_early():
         "max_first_token_ms": 0.99 * floor,
         "min_tokens_per_s": 1010 / floor,
     }.items():
-        with pytest.raises(InputError, match=rf"`{name}`.*takes 1\.7\d ms"):
+        with pytest.raises(InputError, match=rf"`{name}`.*takes 0\.8\d+ ms"):
             refuse_impossible(Budgets(**{name: value}), GPT2, MACHINE)

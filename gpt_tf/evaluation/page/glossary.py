@@ -60,10 +60,11 @@ _TERMS = (
     ),
     (
         "bandwidth",
-        "Share of the bandwidth limit",
-        "For each token all weights are read from memory, so memory's speed sets a "
-        "limit to how fast tokens can come. 50 % means: half as fast as if nothing but "
-        "reading took time. Weights that stay in the processor's cache can exceed it.",
+        "Share of the bandwidth",
+        "For each token all weights are read from memory. 50 % means: half as fast as "
+        "if nothing but reading took time, at the rate at which NumPy reads. That is a "
+        "yardstick and no limit: other code reads up to twice as fast, and weights "
+        "that stay in the processor's cache faster still.",
     ),
     (
         "energy",

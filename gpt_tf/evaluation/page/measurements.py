@@ -94,7 +94,7 @@ def all_files(report, drawn):
                 elements.term("Tokens per second", "tokens-per-second"),
                 elements.term("Response time", "response-time"),
                 elements.term("Peak memory", "peak-memory"),
-                elements.term("Share of bandwidth limit", "bandwidth"),
+                elements.term("Share of the bandwidth", "bandwidth"),
             ],
             speed,
             caption=elements.join("How fast they are", _conditions(report)),
