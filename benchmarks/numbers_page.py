@@ -216,6 +216,11 @@ def _joined(*parts):
 
 def _training(content):
     tables = []
+    if "commit" not in content:  # of before PyTorch's denormals were flushed
+        tables.append(
+            "PyTorch ran with denormal numbers here, which TensorFlow flushes: on some "
+            "processors that slows it down threefold. Its rows are to be measured anew."
+        )
     for name, study in content["shapes"].items():
         shape = study["shape"]
         tokens = shape["batch_size"] * shape["context_length"]

@@ -66,7 +66,8 @@ Latency (`gpt_tf.evaluation.latency`). A SPREAD is {"median", "p95", "p99", "wor
     throughput              [{"requests", "tokens_per_s" (the median), "q1", "q3",
                               "count"}]
 
-The latency that a budget is about is the 95th percentile of `inter_token_latency_ms`.
+The latency that a budget is about is the 95th percentile of `inter_token_latency_ms`;
+files are compared, and drawn, by its median.
 """
 
 import datetime
