@@ -904,7 +904,9 @@ class _Run:
         }
         spoilt = _first_not_finite(state)
         if spoilt is not None:
-            raise self.divergence(f"NaN or infinity in {spoilt}")
+            raise self.divergence(
+                f"NaN or infinity in {spoilt}, after a loss of {self.loss},"
+            )
         return state
 
     def divergence(self, received):
@@ -917,9 +919,9 @@ class _Run:
         last = f"The last checkpoint, {kept[-1]}, stays as it is. " if kept else ""
         return TrainingDivergedError(
             "Training expects a finite loss and finite weights. Received: "
-            f"{received} at step {self.step}, with a loss of {self.loss}: the run "
-            f"diverged. {last}Start again, with --overwrite, at a `learning_rate` "
-            f"below {self.config.learning_rate:g} or with more `warmup_steps`."
+            f"{received} at step {self.step}: the run diverged. {last}Start again, "
+            "with --overwrite, at a `learning_rate` below "
+            f"{self.config.learning_rate:g} or with more `warmup_steps`."
         )
 
     def _checkpoint(self, step):

@@ -357,7 +357,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(tiny, tmp_path):
     config = dataclasses.replace(
         tiny, learning_rate=1e30, warmup_steps=0, checkpoint_every=1, jit_compile="off"
     )
-    with pytest.raises(TrainingDivergedError, match=r"step [12]\b.*loss"):
+    with pytest.raises(TrainingDivergedError, match=r"loss of \w+ at step [12]\b"):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
     assert not (tmp_path / "run" / "history.json").exists()
@@ -414,7 +414,7 @@ def test_a_run_that_a_callback_ends_keeps_no_model_of_nan(tiny, tmp_path):
 
 
 def test_a_student_that_diverges_stops_too(trained, tmp_path):
-    with pytest.raises(TrainingDivergedError, match=r"step 3\b.*loss"):
+    with pytest.raises(TrainingDivergedError, match=r"loss of nan at step 3\b"):
         distil(
             trained.out,
             tmp_path / "student",
