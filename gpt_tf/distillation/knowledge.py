@@ -402,7 +402,7 @@ def _fill(store, facts, teacher, tokens, mapping, on_progress):
             _write(store, facts, records.unknown(mapping.settled(start), mapping.top_k))
         batch = np.zeros(rows * length, np.int32)
         batch[: stop - start] = tokens[start:stop]
-        with placement.on_device_of(teacher):
+        with tf.device(placement.device_of(teacher)):
             outputs = forward(tf.constant(batch.reshape(rows, length)))
         outputs = [tensor.numpy()[: stop - start] for tensor in outputs]
         _write(store, facts, mapping.records(start, *outputs))

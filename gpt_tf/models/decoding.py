@@ -203,7 +203,7 @@ def append(model, tokens, position, caches):
 
 
 def _compiled(model, caches, num_tokens):
-    """Return the cached forward pass for these shapes, compiled by XLA.
+    """Return the cached forward pass for these shapes, compiled by XLA, and its device.
 
     It is kept with its model. A trace per shape is meant, so the traces are kept
     here and not in a `tf.function`, which warns of many.
@@ -220,7 +220,7 @@ def _compiled(model, caches, num_tokens):
             with operations.inside_xla():
                 return forward_cached(model, tokens, position, starts, caches)
 
-        functions[key] = tf.function(
+        compiled = tf.function(
             run, jit_compile=not plan.is_divided, autograph=False
         ).get_concrete_function(
             tf.TensorSpec([batch_size, num_tokens], tf.int32),
@@ -228,13 +228,15 @@ def _compiled(model, caches, num_tokens):
             tf.TensorSpec([batch_size], tf.int32),
             [tf.TensorSpec(cache.shape, cache.dtype) for cache in caches],
         )
+        functions[key] = compiled, placement.device_of(model)
     return functions[key]
 
 
 def _run(model, tokens, position, starts, caches):
-    with placement.on_device_of(model):
-        tokens = tf.cast(tokens, tf.int32)
-        return _compiled(model, caches, tokens.shape[1])(
+    tokens = tf.cast(tokens, tf.int32)
+    compiled, device = _compiled(model, caches, tokens.shape[1])
+    with tf.device(device):
+        return compiled(
             tokens, tf.constant(position, tf.int32), tf.cast(starts, tf.int32), caches
         )
 
@@ -343,8 +345,8 @@ def _steps(model, texts, done):
                 *ids, _ = texts[row].pending
                 starts[row] = position - len(ids)
                 caches = _refill(model, caches, ids, row, starts[row])
-            # A text that has ended sees no more than the token of this step.
-            starts[np.setdiff1d(np.arange(len(texts)), alive)] = position
+            for row in set(range(len(texts))).difference(alive):
+                starts[row] = position  # it sees no more than the token of this step
             if position == capacity:
                 unused = min(starts)
                 caches = [tf.roll(cache, -unused, axis=2) for cache in caches]

@@ -7,8 +7,6 @@
 import contextlib
 import contextvars
 
-import tensorflow as tf
-
 _PLANNER = contextvars.ContextVar("planner", default=None)
 
 
@@ -45,11 +43,10 @@ def plan_for(sizes):
     return OnePlace() if planner is None else planner(sizes)
 
 
-def on_device_of(model):
-    """Return a context that computes where a model's weights are.
+def device_of(model):
+    """Return the device of a model's weights, None where they are on several.
 
-    A compiled function does not read variables of another device.
+    A compiled function reads the variables of the device that it is called on.
     """
-    if getattr(model, "plan", OnePlace()).is_divided:  # in several places
-        return contextlib.nullcontext()
-    return tf.device(model.weights[0].device)
+    is_divided = getattr(model, "plan", OnePlace()).is_divided
+    return None if is_divided else model.weights[0].device
