@@ -30,8 +30,8 @@ from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.distillation.distiller import Distiller
 from gpt_tf.distillation.knowledge import KnowledgeStore
 from gpt_tf.errors import DamagedFileError, InputError, TrainingDivergedError
+from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.models.precision import precision
 from gpt_tf.parallel import strategy as strategies

@@ -12,12 +12,11 @@ from gpt_tf.distillation.observe import outputs_of
 from gpt_tf.distillation.top_k import logits_from_sorted, logits_from_top_k
 from gpt_tf.errors import InputError
 from gpt_tf.models import operations
+from gpt_tf.models.checks import check_takes_logits, refuse_keras_3
 from gpt_tf.models.language_model import (
     TokenTraining,
     beside,
     check_language_model,
-    check_takes_logits,
-    refuse_keras_3,
 )
 from gpt_tf.models.next_token import (
     IGNORED,

@@ -15,7 +15,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models.language_model import refuse_keras_3
+from gpt_tf.models.checks import refuse_keras_3
 
 
 class Outputs(NamedTuple):

@@ -17,9 +17,10 @@ import tensorflow as tf
 from gpt_tf.distillation.losses import evenly_spaced
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import operations
+from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.decoding import parts_of
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.models.language_model import LanguageModel, beside, refuse_keras_3
+from gpt_tf.models.language_model import LanguageModel, beside
 from gpt_tf.models.layers import observed
 
 LAYER_CHOICES = (

@@ -13,9 +13,9 @@ from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.export import constants as weights
 from gpt_tf.export import flatbuffer, graph, seal, signatures, verify
 from gpt_tf.generation import ids_without_token
+from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.decoding import looks_untrained
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.quiet import quiet
 
 SCORE_LENGTH = 64

@@ -8,10 +8,7 @@ import tf_keras as keras
 
 from gpt_tf.errors import InputError
 from gpt_tf.models import placement
-from gpt_tf.models.language_model import (
-    LanguageModel,
-    refuse_keras_3,  # noqa: F401 - a part of this module's interface
-)
+from gpt_tf.models.language_model import LanguageModel
 from gpt_tf.models.layers import (
     LanguageModelHead,
     LayerNormalization,

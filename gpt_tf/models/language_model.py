@@ -9,16 +9,13 @@ accumulation.
 import contextlib
 import functools
 import inspect
-import re
 import warnings
 
-import numpy as np
 import tensorflow as tf
 import tf_keras as keras
-from tensorflow.python.framework import kernels
 
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models import operations, step
+from gpt_tf.models import checks, operations, step, xla
 from gpt_tf.models.next_token import (
     IGNORED,
     NextTokenLoss,
@@ -31,24 +28,6 @@ from gpt_tf.models.next_token import (
 from gpt_tf.models.optimizer import AdamW
 
 _OWN_METRICS = (Perplexity, TokenAccuracy)
-# Names of losses and metrics, without case and underscores.
-_OF_PROBABILITIES = (
-    "binarycrossentropy",
-    "binaryfocalcrossentropy",
-    "categoricalcrossentropy",
-    "categoricalfocalcrossentropy",
-    "ce",
-    "crossentropy",
-    "kld",
-    "kldivergence",
-    "kullbackleiblerdivergence",
-    "sparsecategoricalcrossentropy",
-)
-_BAD_IDS = "gpt_tf: "
-
-
-class XlaNotice(UserWarning):
-    """XLA was switched off, since it cannot compile a training step."""
 
 
 def _prepared(name):
@@ -60,13 +39,8 @@ def _prepared(name):
     def method(self, *args, **kwargs):
         given = signature.bind(self, *args, **kwargs)
         self._prepare(name, given.arguments)
-        try:
+        with checks.telling_bad_ids():
             return theirs(*given.args, **given.kwargs)
-        except tf.errors.InvalidArgumentError as error:
-            found = re.search(f"{_BAD_IDS}([^\\]'\"]*)", str(error))
-            if found is None:
-                raise
-            raise InputError(found[1].strip()) from None
 
     return method
 
@@ -132,9 +106,9 @@ class TokenTraining:
             ("weighted_metrics", weighted_metrics),
         ):
             for part in tf.nest.flatten(value):
-                refuse_keras_3(part, role)
+                checks.refuse_keras_3(part, role)
                 if role != "optimizer":
-                    check_takes_logits(part, role)
+                    checks.check_takes_logits(part, role)
         steps = gradient_accumulation_steps
         if not isinstance(steps, int) or steps < 1:
             raise InputError(
@@ -155,7 +129,7 @@ class TokenTraining:
             loss = NextTokenLoss() if loss is None else loss
             self._averages_tokens = isinstance(loss, NextTokenLoss)
             if steps > 1:
-                _check_is_a_mean(loss)
+                checks.check_is_a_mean(loss)
             super().compile(
                 optimizer=AdamW() if optimizer is None else optimizer,
                 loss=loss,
@@ -228,7 +202,7 @@ class TokenTraining:
     def _prepare(self, method, given):
         """Check and complete the arguments of a method of Keras's, a dict."""
         for callback in tf.nest.flatten(given.get("callbacks")):
-            refuse_keras_3(callback, "callbacks")
+            checks.refuse_keras_3(callback, "callbacks")
         if given.get("class_weight") is not None:
             raise InputError(
                 f"`{method}` of a language model expects `sample_weight`. Received: "
@@ -237,7 +211,7 @@ class TokenTraining:
             )
         for role in ("x", "y"):
             if role in given:
-                given[role] = _as_arrays(given[role])
+                given[role] = checks.as_arrays(given[role])
         self.check_data(method, given.get("x"), given.get("y"))
         if not self._is_compiled:
             self.compile()
@@ -258,8 +232,8 @@ class TokenTraining:
             x, y = (*spec, None, None)[:2]
         if not tf.nest.flatten(x) or not hasattr(tf.nest.flatten(x)[0], "shape"):
             return  # a generator, for one: its batches are seen in the step
-        _check_there_are_labels(method, y)
-        check_shape_of_ids(self.tokens_of(x), "inputs")
+        checks.check_there_are_labels(method, y)
+        checks.check_shape_of_ids(self.tokens_of(x), "inputs")
 
     def tokens_of(self, x):
         """Return the token ids `(B, T)` among the inputs."""
@@ -290,17 +264,17 @@ class TokenTraining:
     def unpack(self, data):
         """Return inputs, labels and weights once their ids are known to be good."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        _check_there_are_labels("fit", y)
+        checks.check_there_are_labels("fit", y)
         tokens = self.tokens_of(x)
-        check_shape_of_ids(tokens, "inputs")
-        checks = [check_range(tokens, self.vocab_size, "inputs")]
+        checks.check_shape_of_ids(tokens, "inputs")
+        good = [checks.check_range(tokens, self.vocab_size, "inputs")]
         if self._averages_tokens:
             (labels,) = tf.nest.flatten(y)
-            checks.append(check_range(labels, self.vocab_size, "labels", IGNORED))
+            good.append(checks.check_range(labels, self.vocab_size, "labels", IGNORED))
             y = tf.nest.map_structure(lambda labels: tf.cast(labels, tf.int32), y)
-        with tf.control_dependencies(checks):
+        with tf.control_dependencies(good):
             x, y = tf.nest.map_structure(tf.identity, (x, y))
-        return x, y, _weights_by_row(sample_weight)
+        return x, y, checks.weights_by_row(sample_weight)
 
     def differentiate(self, x, y, sample_weight, share=None):
         """Compute a training step on a batch, all but the update.
@@ -546,14 +520,14 @@ class TokenTraining:
     def _can_compile(self, function, args):
         """Return whether XLA knows all operations of a function; if not, give it up."""
         graph = self._for_xla(function).get_concrete_function(*args).graph
-        unknown = _not_for_xla(graph)
+        unknown = xla.unknown_operations(graph)
         if unknown:
             self._use_xla = False
             warnings.warn(
                 f"XLA cannot compile {', '.join(sorted(unknown))}, which the loss or "
                 "the model uses: training goes on without XLA. Say so without this "
                 "notice: `compile(jit_compile=False)`.",
-                XlaNotice,
+                xla.XlaNotice,
                 stacklevel=2,
             )
         return not unknown
@@ -574,189 +548,13 @@ class LanguageModel(TokenTraining, keras.Model):
     """
 
 
-def _not_for_xla(graph):
-    """Return the names of operations in a traced graph that XLA cannot compile."""
-    definition = graph.as_graph_def()
-    functions = definition.library.function
-    nodes = [*definition.node, *(node for f in functions for node in f.node_def)]
-    names = {f.signature.name for f in functions}
-    return {
-        op
-        for op in {node.op for node in nodes} - names - {"Placeholder"}
-        if not _has_xla_kernel(op)
-    }
-
-
-@functools.cache
-def _has_xla_kernel(op):
-    _register_xla_kernels()
-    found = kernels.get_registered_kernels_for_op(op).kernel
-    # Operations without any kernel are rewritten before they run.
-    return not found or any(kernel.device_type.endswith("_JIT") for kernel in found)
-
-
-@functools.cache
-def _register_xla_kernels():
-    """Let TensorFlow register XLA's kernels, as the first compilation does."""
-    tf.function(lambda: tf.constant(0), jit_compile=True)()
-
-
-def _as_arrays(data):
-    """Return nested lists of numbers as an array, and anything else as it is."""
-    first = data
-    while isinstance(first, (list, tuple)) and first:
-        first = first[0]
-    is_list = isinstance(data, (list, tuple)) and data
-    if not is_list or not isinstance(first, (int, float, str, bytes, np.number)):
-        return data
-    try:
-        return np.asarray(data)
-    except ValueError:
-        raise InputError(
-            "Token ids are expected as (B, T), rows of one length. Received: rows of "
-            "several lengths. Pad them, and set the labels of the padding to "
-            f"{IGNORED}."
-        ) from None
-
-
-def _check_there_are_labels(method, y):
-    if y is None:
-        raise InputError(
-            f"`{method}` expects labels, the next tokens (B, T). Received: inputs "
-            f"only. Pass `{method}(inputs, labels)` or a dataset of both."
-        )
-
-
-def check_shape_of_ids(ids, role):
-    """Refuse what cannot be token ids `(B, T)`, by its shape and type alone.
-
-    Raises:
-        InputError: It cannot.
-    """
-    dtype = tf.as_dtype(ids.dtype)
-    ragged = isinstance(ids, (tf.RaggedTensor, tf.RaggedTensorSpec))
-    known = ids.shape.rank if isinstance(ids.shape, tf.TensorShape) else len(ids.shape)
-    is_number = dtype.is_integer or dtype.is_floating
-    if is_number and not ragged and known in (2, None):
-        return
-    kind = "ragged " if ragged else ""
-    mend = "Encode text with a tokenizer and cut it into windows first."
-    if is_number and known == 1:
-        mend = "Batch the dataset, or write `ids[np.newaxis]` for a single row."
-    elif ragged:
-        mend = f"Pad with `to_tensor()`, and the labels with `to_tensor({IGNORED})`."
-    raise InputError(
-        f"The {role} expect token ids (B, T). Received: {kind}{dtype.name} "
-        f"{tuple(ids.shape)}. {mend}"
-    )
-
-
-def _weights_by_row(sample_weight):
-    """Return weights `(B,)` or `(B, T)` as `(B, 1)` or `(B, T)`.
-
-    A step that has seen both is traced for a weight of any rank.
-    """
-
-    def by_row(weights):
-        if weights.shape.rank == 2:
-            return weights
-        rows = tf.shape(weights)[0]
-        columns = tf.where(rows > 0, tf.size(weights) // tf.maximum(rows, 1), 1)
-        return tf.reshape(weights, [rows, columns])
-
-    if sample_weight is None:
-        return None
-    return tf.nest.map_structure(by_row, sample_weight)
-
-
-def check_range(ids, vocab_size, role, ignored=None):
-    """Refuse ids that the vocabulary does not have.
-
-    Args:
-        ids: Any shape, in a graph too.
-        vocab_size: `V`.
-        role: What they are, in the plural.
-        ignored: An id that is none and yet allowed, or None.
-
-    Returns:
-        In a graph, an operation; it fails with a message that `fit` tells as an
-        `InputError`.
-
-    Raises:
-        InputError: Outside a graph, there is such an id.
-    """
-    is_good = (ids >= 0) & (ids < vocab_size)
-    expected = f"expect token ids from 0 to {vocab_size - 1}"
-    if ignored is not None:
-        is_good |= ids == ignored
-        expected += f", or {ignored} where they do not count"
-    text = f"The {role} {expected}. Received: {{}}. "
-    text += "Use the tokenizer that the model was built for."
-
-    def refuse():
-        bad = tf.boolean_mask(ids, ~is_good)[0]
-        return tf.debugging.Assert(False, [tf.strings.format(_BAD_IDS + text, bad)])
-
-    if not tf.executing_eagerly():
-        return tf.cond(tf.reduce_all(is_good), tf.no_op, refuse)
-    if not np.all(is_good):
-        raise InputError(text.format(np.asarray(ids)[~np.asarray(is_good)][0]))
-    return tf.no_op()
-
-
-def check_takes_logits(value, role):
-    """Refuse a loss or a metric that takes probabilities; the models give logits.
-
-    Args:
-        value: Whatever Keras takes for a loss or a metric.
-        role: The argument's name.
-
-    Raises:
-        InputError: It takes probabilities.
-    """
-    of_logits = True
-    if isinstance(value, (keras.losses.Loss, keras.metrics.Metric)):
-        config = {} if type(value).get_config is None else value.get_config()
-        of_logits = config.get("from_logits", True) and not isinstance(
-            value, (keras.losses.KLDivergence, keras.metrics.KLDivergence)
-        )
-    elif isinstance(value, str) or callable(value):
-        name = value if isinstance(value, str) else getattr(value, "__name__", "")
-        is_kerass = isinstance(value, str) or value.__module__.startswith("tf_keras.")
-        of_logits = (
-            not is_kerass or name.lower().replace("_", "") not in _OF_PROBABILITIES
-        )
-    if of_logits:
-        return
-    kind = "losses" if role.endswith("loss") else "metrics"
-    line = f"keras.{kind}.SparseCategoricalCrossentropy(from_logits=True)"
-    line = line if kind == "losses" else f"[{line}]"
-    raise InputError(
-        f"`{role}` expects a function of logits, which the model gives. Received: "
-        f"{value if isinstance(value, str) else getattr(value, 'name', value)}, of "
-        f"probabilities. Write `{role}={line}`, or leave it out for the default."
-    )
-
-
-def _check_is_a_mean(losses):
-    means = (keras.losses.Reduction.AUTO, keras.losses.Reduction.SUM_OVER_BATCH_SIZE)
-    for loss in tf.nest.flatten(losses):
-        reduction = getattr(loss, "reduction", means[0])
-        if reduction not in means:
-            raise InputError(
-                "`gradient_accumulation_steps` expects a loss that is a mean over the "
-                f"batch. Received: a loss with the reduction {reduction!r}. Leave its "
-                "reduction out, or compile with `gradient_accumulation_steps=1`."
-            )
-
-
 def check_language_model(model, role):
     """Refuse what is no GPT of this package.
 
     Raises:
         InputTypeError: It is none.
     """
-    refuse_keras_3(model, role)
+    checks.refuse_keras_3(model, role)
     if not isinstance(model, LanguageModel):
         raise InputTypeError(
             f"`{role}` expects a GPTModel, or one that `quantize_aware` made. "
@@ -772,33 +570,3 @@ def beside(model):
     if tf.distribute.has_strategy():
         return contextlib.nullcontext()
     return model.distribute_strategy.scope()
-
-
-def refuse_keras_3(value, role):
-    """Raise an error that teaches where a Keras 3 object was handed in."""
-    for kind in type(value).__mro__:
-        module = kind.__module__.split(".")
-        if module[0] in ("keras", "keras_hub", "keras_nlp"):
-            raise InputTypeError(
-                f"`{role}` expects an object of tf_keras (Keras 2), which TF-MOT "
-                f"works on. Received: {type(value).__module__}."
-                f"{type(value).__name__}, of Keras 3. {_mend(value, role)}"
-            )
-
-
-def _mend(value, role):
-    """Say what to write instead of an object of Keras 3."""
-    homes = {
-        "optimizer": "optimizers",
-        "loss": "losses",
-        "student_loss": "losses",
-        "metrics": "metrics",
-        "callbacks": "callbacks",
-    }
-    if role not in homes:
-        return (
-            "Build it after `import tf_keras as keras`; a GPT is a `gpt_tf.GPTModel`, "
-            "whose `from_preset` takes KerasHub's weights."
-        )
-    name = f"keras.{homes[role]}.{type(value).__name__}(...)"
-    return f"Write `import tf_keras as keras` and `{name}`."

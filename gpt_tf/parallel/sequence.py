@@ -16,9 +16,10 @@ from tensorflow.experimental import dtensor
 
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import operations
+from gpt_tf.models.checks import check_range, refuse_keras_3
 from gpt_tf.models.decoding import parts_of
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.models.language_model import TokenTraining, check_range, refuse_keras_3
+from gpt_tf.models.language_model import TokenTraining
 from gpt_tf.models.next_token import (
     IGNORED,
     Perplexity,

@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.models.language_model import refuse_keras_3
 from gpt_tf.models.layers import observed
 from gpt_tf.quantization.weights import SMALLEST_SCALE
 from gpt_tf.text.dataset import Windows

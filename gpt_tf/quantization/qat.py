@@ -28,8 +28,9 @@ import tf_keras as keras
 
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import step
+from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import CUSTOM_OBJECTS, GPTModel
-from gpt_tf.models.language_model import LanguageModel, beside, refuse_keras_3
+from gpt_tf.models.language_model import LanguageModel, beside
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.models.precision import precision
 from gpt_tf.quantization import calibration, quantizers

@@ -544,7 +544,9 @@ def _parts_of(component) -> list[str]:
             f"{settings['type']} with behavior Removed" if removes else settings["type"]
         ]
 
-    return [] if component is None else names(json.loads(component.__getstate__()))
+    return (
+        [] if component is None else names(files.parse_json(component.__getstate__()))
+    )
 
 
 def _clean(text: str) -> str:

@@ -9,8 +9,8 @@ import tf_keras as keras
 
 import gpt_tf
 from gpt_tf.errors import InputError
-from gpt_tf.models.language_model import XlaNotice
 from gpt_tf.models.next_token import NextTokenLoss
+from gpt_tf.models.xla import XlaNotice
 from gpt_tf.parallel import strategy as strategies
 
 
