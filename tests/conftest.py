@@ -1,5 +1,7 @@
 """What all tests share: four logical CPUs, small models and a small corpus."""
 
+import ctypes
+import gc
 import io
 import os
 import random
@@ -160,3 +162,12 @@ def separate_collectives():
     from gpt_tf.parallel import strategy
 
     strategy._use_fresh_collective_keys()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_given_back():
+    """Free the models of a file before the next one, and what glibc keeps of them."""
+    yield
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
