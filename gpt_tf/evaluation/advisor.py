@@ -97,8 +97,8 @@ def recommend(
         - `scenario`, `prefer`, and `budgets` by name, None where there is none;
         - `choice`: the name of an entry, or None if none keeps the budgets;
         - `why`: sentences;
-        - `ties`: the names of those that would be chosen instead if times came out
-          differently by measurement error;
+        - `ties`: the names of those that another measurement of the same files may
+          choose, being off by its error;
         - `runner_up`: what would be chosen without it, or None, and
           `runner_up_cost`: a sentence with what that would cost and win;
         - `ranking`: the names of all that keep the budgets, best first;
@@ -253,7 +253,7 @@ def _tie(measure, cost):
 
 
 def _ties(candidates, objective, given):
-    """Return who would be chosen if it came out quicker and all others slower."""
+    """Return who would be chosen if it came out better and all others worse."""
 
     def choice(those):
         those = [one for one in those if one.keeps(given)]
@@ -262,7 +262,7 @@ def _ties(candidates, objective, given):
     chosen, found = choice(candidates), []
     for one in sorted(candidates, key=lambda one: one.name):
         moved = [
-            other.delayed(-_TIE_SHARE if other is one else _TIE_SHARE)
+            other.worsened(-_TIE_SHARE if other is one else _TIE_SHARE)
             for other in candidates
         ]
         if chosen not in (None, one.name) and choice(moved) == one.name:
@@ -344,8 +344,8 @@ def _why(fitting, ties, objective, given):
         sentences = [_objective_sentence(fitting, objective, given)]
     if ties:
         sentences.append(
-            f"It ties with {_listed(ties)}: another measurement, whose times differ by "
-            f"{100 * _TIE_SHARE:g} %, may choose differently."
+            f"It ties with {_listed(ties)}: a measurement that is off by "
+            f"{100 * _TIE_SHARE:g} % may choose differently."
         )
     ahead = _ahead_of(best, fitting)
     if ahead is not None:
@@ -357,8 +357,8 @@ def _why(fitting, ties, objective, given):
     limit = given.get("max_latency_ms")
     if limit and best.p99_ms and best.p99_ms > limit:
         sentences.append(
-            f"One token in a hundred takes longer than that: the 99th percentile is "
-            f"{significant(best.p99_ms)} ms."
+            f"One token in a hundred takes longer than {significant(limit)} ms: the "
+            f"99th percentile is {significant(best.p99_ms)} ms."
         )
     unknown = [
         _what(measure)
@@ -408,7 +408,7 @@ def _objective_sentence(fitting, objective, given):
         if _is_noticed(best, first, name) and best.cost(name) < first.cost(name)
     ]
     return (
-        f"{best.name} has the {what} but for measurement error: {facts}, "
+        f"{best.name} ties for the {what}: {facts}, beside "
         f"{_shown(first, objective)} of {first.name}. It is "
         f"{' and '.join(parts) or 'smaller'}.{but}"
     )

@@ -51,18 +51,19 @@ class Candidate:
             self.p95 if name == "max_latency_ms" else self.values[KINDS[name].measure]
         )
 
-    def delayed(self, share: float) -> "Candidate":
-        """Return what this would be if all took longer by that share of its time."""
-        p95, *times = (
-            value and dataclasses.replace(value, number=value.number * (1 + share))
-            for value in (self.p95, self.values["latency"], self.values["first_token"])
-        )
-        speed = self.values["throughput"]
-        if speed:
-            speed = dataclasses.replace(speed, number=speed.number / (1 + share))
-        changed = dict(zip(("latency", "first_token"), times, strict=True))
-        values = self.values | changed | {"throughput": speed}
-        return dataclasses.replace(self, values=values, p95=p95)
+    def worsened(self, share: float) -> "Candidate":
+        """Return what a measurement that came out worse by a share would have found.
+
+        Accuracy and size are the same in every measurement.
+        """
+        factors = {"accuracy": 1, "size": 1, "throughput": 1 / (1 + share)}
+
+        def moved(measure, value):
+            factor = factors.get(measure, 1 + share)
+            return value and dataclasses.replace(value, number=value.number * factor)
+
+        values = {name: moved(name, value) for name, value in self.values.items()}
+        return dataclasses.replace(self, values=values, p95=moved("p95", self.p95))
 
     def is_estimate(self, measure: str) -> bool:
         """Whether a quantity is known by an estimate only."""
