@@ -100,7 +100,7 @@ def draw_decode(axes, report, threads):
         measured["floor_tokens_per_second"]["dynamic_int8"],
         f"The file, GPT-2 small, {threads} thread{'s' * (threads != '1')}",
         "tokens/s",
-        f"int8 {READING}",
+        "int8 weights once, NumPy's rate",
     )
 
 
