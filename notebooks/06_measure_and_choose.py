@@ -276,8 +276,8 @@ print_latency(side_by_side)
 
 # %% [markdown]
 # The *share of the bandwidth* compares a token with reading: all weights, once, at the
-# rate at which NumPy read memory above, and nothing else. That rate is a yardstick and no
-# bound: a loop in C reads up to twice as fast, and a model that fits into the
+# rate at which NumPy read memory above, and nothing else. That rate is a yardstick and
+# no bound: a loop in C reads up to twice as fast, and a model that fits into the
 # processor's cache, as these do, is not bound by memory at all.
 
 # %%
@@ -319,9 +319,9 @@ Image(folder / "accuracy.png", width=600)
 # ## Which one? (6.3)
 #
 # That depends on what can be afforded. `recommend` chooses among what was measured.
-# Budgets decide what may be shipped at all; of the files within all of them the one with
-# the smallest increase in perplexity is chosen. Suppose that a file may be as large as the
-# middle one of ours, and take as long for a token as the middle one:
+# Budgets decide what may be shipped at all; of the files within all of them the one
+# with the smallest increase in perplexity is chosen. Suppose that a file may be as large
+# as the middle one of ours, and take as long for a token as the middle one:
 
 # %%
 sizes_mb = [entry["size_bytes"] / 1e6 for entry in report["entries"]]
