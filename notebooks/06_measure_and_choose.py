@@ -320,8 +320,8 @@ Image(folder / "accuracy.png", width=600)
 #
 # That depends on what can be afforded. `recommend` chooses among what was measured.
 # Budgets decide what may be shipped at all; of the files within all of them the one
-# with the smallest increase in perplexity is chosen. Suppose that a file may be as large
-# as the middle one of ours, and take as long for a token as the middle one:
+# with the smallest increase in perplexity is chosen. Suppose that a file may be as
+# large as the middle one of ours, and take as long for a token as the middle one:
 
 # %%
 sizes_mb = [entry["size_bytes"] / 1e6 for entry in report["entries"]]
