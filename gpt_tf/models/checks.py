@@ -11,7 +11,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models.next_token import IGNORED
+from gpt_tf.models.next_token import IGNORED, NextTokenLoss
 
 # Names of losses and metrics, without case and underscores.
 _OF_PROBABILITIES = (
@@ -146,6 +146,24 @@ def check_range(ids, vocab_size, role, ignored=None):
     if not np.all(is_good):
         raise InputError(text.format(np.asarray(ids)[~np.asarray(is_good)][0]))
     return tf.no_op()
+
+
+def check_of_labels(loss):
+    """Return the check of labels that a loss asks for, or None.
+
+    Args:
+        loss: Whatever Keras takes for a loss.
+
+    Returns:
+        A function of labels and `vocab_size` that calls `check_range`. XLA would
+        compute NaN of a label that there is none of, and say nothing.
+    """
+    ignored = IGNORED
+    if isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+        ignored = loss.get_config().get("ignore_class")
+    elif not isinstance(loss, NextTokenLoss):
+        return None
+    return lambda labels, size: check_range(labels, size, "labels", ignored)
 
 
 def check_takes_logits(value, role):

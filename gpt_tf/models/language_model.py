@@ -17,7 +17,6 @@ import tf_keras as keras
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import checks, operations, step, xla
 from gpt_tf.models.next_token import (
-    IGNORED,
     NextTokenLoss,
     Perplexity,
     TokenAccuracy,
@@ -128,6 +127,7 @@ class TokenTraining:
         with self.distribute_strategy.scope(), self.on_the_weights_device():
             loss = NextTokenLoss() if loss is None else loss
             self._averages_tokens = isinstance(loss, NextTokenLoss)
+            self._label_check = checks.check_of_labels(loss)
             if steps > 1:
                 checks.check_is_a_mean(loss)
             super().compile(
@@ -268,9 +268,10 @@ class TokenTraining:
         tokens = self.tokens_of(x)
         checks.check_shape_of_ids(tokens, "inputs")
         good = [checks.check_range(tokens, self.vocab_size, "inputs")]
-        if self._averages_tokens:
+        if self._label_check:
             (labels,) = tf.nest.flatten(y)
-            good.append(checks.check_range(labels, self.vocab_size, "labels", IGNORED))
+            good.append(self._label_check(labels, self.vocab_size))
+        if self._averages_tokens:
             y = tf.nest.map_structure(lambda labels: tf.cast(labels, tf.int32), y)
         with tf.control_dependencies(good):
             x, y = tf.nest.map_structure(tf.identity, (x, y))
@@ -286,16 +287,13 @@ class TokenTraining:
             share: What the loss is multiplied by, `()` float32, or None for 1.
 
         Returns:
-            Gradients in the order of the trainable variables, None where there is
-            none; what is for `take_observed`; and the model's outputs for
+            Gradients in the order of the trainable variables, None or 0 where there
+            is none; what is for `take_observed`; and the model's outputs for
             `compute_metrics`, or None where the metrics have seen them.
         """
-        if self.gradient_accumulation_steps == 1:
-            gradients, observed, y_pred = self._differentiate(
-                x, y, sample_weight, share
-            )
-        else:
-            gradients, observed, y_pred = self._accumulate(x, y, sample_weight, share)
+        whole = self.gradient_accumulation_steps == 1
+        compute = self._differentiate if whole else self._accumulate
+        gradients, observed, y_pred = compute(x, y, sample_weight, share)
         if isinstance(self.optimizer, keras.mixed_precision.LossScaleOptimizer):
             gradients = self.optimizer.get_unscaled_gradients(gradients)
         return gradients, observed, y_pred
@@ -320,7 +318,6 @@ class TokenTraining:
         )
         share = 1.0 if share is None else share
         of_all = self._weight_of(y)
-        is_connected = []
 
         def more(index, gradients, observed, outputs):
             x, y, sample_weight = tf.nest.map_structure(
@@ -328,7 +325,6 @@ class TokenTraining:
             )
             own = share * tf.math.divide_no_nan(self._weight_of(y), of_all)
             new, new_observed, y_pred = self._differentiate(x, y, sample_weight, own)
-            is_connected[:] = [gradient is not None for gradient in new]
             gradients = [
                 total if gradient is None else total + gradient
                 for total, gradient in zip(gradients, new, strict=True)
@@ -347,10 +343,6 @@ class TokenTraining:
                 [tf.TensorArray(tf.float32, parts)] if self.wants_outputs else [],
             ),
         )
-        gradients = [
-            gradient if is_there else None
-            for gradient, is_there in zip(gradients, is_connected, strict=True)
-        ]
         return gradients, observed, outputs[0].concat() if outputs else None
 
     def measure(self, x, y, sample_weight):

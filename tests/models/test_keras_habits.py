@@ -204,6 +204,20 @@ def test_ids_that_there_are_none_of_are_named(
     assert not np.any(moved(model, start))
 
 
+def test_keras_own_loss_names_labels_that_there_are_none_of(make_model, windows_of):
+    x, y = windows_of(8, 8)
+    y[5, 3] = -100
+    model = make_model()
+    model.compile(sgd(), own_loss())
+    with pytest.raises(InputError, match=r"labels.*Received: -100"):
+        model.fit(x, y, verbose=0)
+    ignoring = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, ignore_class=-100
+    )
+    model.compile(sgd(), ignoring)
+    assert np.isfinite(model.fit(x, y, verbose=0).history["loss"]).all()
+
+
 @pytest.mark.parametrize("weights", [None, "zero"])
 def test_ignored_labels_in_a_dataset_do_not_count(make_model, windows_of, weights):
     x, y = windows_of(8, 8)

@@ -219,3 +219,22 @@ def test_a_step_trains_as_keras_does(cell):
     for ours, theirs in ((history, expected[1]), (report, expected[2])):
         for name in theirs if tolerance == 1e-4 else ["loss"]:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=tolerance)
+
+
+def test_the_tolerance_notices_a_weight_of_the_loss():
+    cell = dict.fromkeys(VARIANTS) | {
+        "loss": "default",
+        "optimizer": "sgd",
+        "jit_compile": False,
+        "steps": "one",
+        "loss_weights": 1.01,
+        "data": "arrays",
+        "precision": "float32",
+        "strategy": "none",
+    }
+    test_a_step_trains_as_keras_does(cell)
+    weights, _, _ = trained(cell, plain=False)
+    other, _, _ = trained(cell | {"loss_weights": None}, plain=False)
+    moved = max(np.abs(a - b).max() for a, b in zip(weights, start(), strict=True))
+    off = max(np.abs(a - b).max() for a, b in zip(weights, other, strict=True))
+    assert off > 10 * 1e-4 * moved
