@@ -52,8 +52,13 @@ class TokenTraining:
     before them. The model has the attribute `vocab_size`. One that wants to observe
     its activations while it trains, as quantisation does, overrides `observing` and
     `take_observed`.
+
+    Attributes:
+        xla_by_default: Whether XLA is on where `compile` is not told; of the class.
+        observed_shape: Shape of what is observed.
     """
 
+    xla_by_default = True
     observed_shape = (0,)
 
     # compile
@@ -118,7 +123,8 @@ class TokenTraining:
         self._wanted_jit_compile = jit_compile
         self._use_xla = bool(jit_compile)
         if jit_compile in (None, "auto"):
-            self._use_xla = not tf.config.list_logical_devices("TPU")
+            has_tpu = bool(tf.config.list_logical_devices("TPU"))
+            self._use_xla = self.xla_by_default and not has_tpu
         self.__dict__["_step_functions"] = {}
         # Keras compiles whole steps, and with them the update of all replicas. That is
         # left for a `train_step` of the user's own.

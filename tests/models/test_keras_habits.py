@@ -80,7 +80,7 @@ def test_a_loss_that_xla_cannot_compile_switches_it_off(make_model, windows_of):
         )
 
     model = make_model()
-    model.compile(sgd(), loss)
+    model.compile(sgd(), loss, jit_compile=True)
     with pytest.warns(XlaNotice, match="EagerPyFunc"):
         model.fit(*windows_of(4, 8), verbose=0)
     assert seen and not model.uses_xla
@@ -101,10 +101,14 @@ def test_accumulation_computes_parts_whatever_the_loss(make_model, windows_of):
     assert seen == {2}
 
 
-def test_jit_compile_can_be_set_afterwards(make_model, windows_of):
+def test_xla_is_on_by_default_and_can_be_set_afterwards(
+    make_model, windows_of, monkeypatch
+):
+    monkeypatch.setattr(gpt_tf.GPTModel, "xla_by_default", True)
     model = make_model()
     model.compile()
     assert model.uses_xla
+    model.fit(*windows_of(4, 8), verbose=0)
     model.jit_compile = False
     assert not model.uses_xla
     model.fit(*windows_of(4, 8), verbose=0)
@@ -185,7 +189,7 @@ def test_class_weights_are_refused(make_model, windows_of):
         make_model().fit(*windows_of(4, 8), class_weight={0: 2.0}, verbose=0)
 
 
-@pytest.mark.parametrize("jit_compile", [None, False])
+@pytest.mark.parametrize("jit_compile", [True, False])
 @pytest.mark.parametrize(
     ("role", "bad"), [("inputs", 31), ("inputs", -1), ("labels", 31), ("labels", -99)]
 )
@@ -229,7 +233,7 @@ def test_ignored_labels_in_a_dataset_do_not_count(make_model, windows_of, weight
     model, short = make_model(), make_model()
     start = model.get_weights()
     for each in (model, short):
-        each.compile(sgd())
+        each.compile(sgd(), jit_compile=True)
     model.fit(data, verbose=0)
     short.fit(x[:, :6], y[:, :6], batch_size=8, verbose=0)
     np.testing.assert_allclose(moved(model, start), moved(short, start), atol=1e-6)
@@ -247,7 +251,9 @@ def test_a_step_in_float16_is_one_in_float32(make_model, windows_of):
             for parts in (1, 2):
                 model = make_model()
                 start = model.get_weights()
-                model.compile(sgd(), gradient_accumulation_steps=parts)
+                model.compile(
+                    sgd(), gradient_accumulation_steps=parts, jit_compile=True
+                )
                 model.fit(x, y, batch_size=8, verbose=0)
                 found[policy, parts] = moved(model, start)
         finally:
@@ -311,7 +317,7 @@ def test_the_default_loss_is_right_in_other_steps(make, loss, windows_of):
 def test_a_model_on_another_device_trains(make_model, windows_of):
     with tf.device("CPU:1"):
         model = make_model()
-        model.compile(sgd())
+        model.compile(sgd(), jit_compile=True)
     model.fit(*windows_of(4, 8), verbose=0)
     assert "CPU:1" in model.weights[0].device
 

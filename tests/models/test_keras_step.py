@@ -34,7 +34,7 @@ class Scce(keras.losses.Loss):
 VARIANTS = {
     "loss": ["default", "keras", "function", "class"],
     "optimizer": ["sgd", "adam", "gpt_tf", "legacy"],
-    "jit_compile": [None, False],
+    "jit_compile": [True, False],
     "steps": ["one", "two at once", "eager", "in parts"],
     "loss_weights": [None, 3.0],
     "metrics": [None, "accuracy", "weighted"],
@@ -156,7 +156,7 @@ def trained(cell, plain):
     if plain:
         loss = LOSSES["keras"]()
     else:
-        options["jit_compile"] = cell["jit_compile"]
+        options["jit_compile"] = cell["jit_compile"] and cell["steps"] != "eager"
         if cell["steps"] == "in parts":
             options["gradient_accumulation_steps"] = 2
         if cell["steps"] == "eager":
