@@ -19,7 +19,7 @@ quickstart: $(VENV)/.train ## Train a GPT on Python's own sources, make it fast 
 		--max-perplexity-increase 3% --max-latency-ms 5 --max-size-mb 1 --out $(RUN)
 
 test: $(VENV)/.dev ## Run the default tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 4 --dist loadfile
 
 test-slow: $(VENV)/.dev ## Run the long tests too
 	$(BIN)/python -m pytest -m "not network"
