@@ -61,8 +61,11 @@ OPTIMIZERS = {
 
 
 def is_possible(cell):
-    # Keras's own step, run eagerly, takes a minute on several devices.
-    return not (cell["steps"] == "eager" and cell["strategy"] in ("two", "four"))
+    # Eager steps on several devices take a minute, and XLA's executables for four of
+    # them hundreds of megabytes.
+    is_eager, has_xla = cell["steps"] == "eager", cell["jit_compile"]
+    many = {"two": is_eager, "four": is_eager or has_xla}
+    return not many.get(cell["strategy"], False)
 
 
 def cells():
@@ -73,7 +76,7 @@ def cells():
         for a, b in itertools.combinations(names, 2)
         for x in VARIANTS[a]
         for y in VARIANTS[b]
-        if is_possible({"steps": "", "strategy": "", a: x, b: y})
+        if is_possible({"steps": "", "strategy": "", "jit_compile": False, a: x, b: y})
     }
     random = np.random.default_rng(0)
     found = []

@@ -333,7 +333,7 @@ def test_a_mixed_window_goes_on_elsewhere_behind_a_mark():
     cuts, places, mixed = set(), [], 0
     for row, targets, weight, before in zip(x, y, weights, plain, strict=True):
         ids = np.append(row, targets[-1])
-        np.testing.assert_array_equal(ids[1:], targets)
+        np.testing.assert_array_equal(targets, np.where(weight > 0, ids[1:], -100))
         if END not in ids:
             np.testing.assert_array_equal(row, before)
             assert weight.all()
@@ -341,9 +341,10 @@ def test_a_mixed_window_goes_on_elsewhere_behind_a_mark():
         mixed += 1
         cut = ids.tolist().index(END)
         cuts.add(cut)
-        places.append(ids[cut + 1])
+        if cut + 1 < LENGTH:  # else what goes on there is not seen
+            places.append(ids[cut + 1])
         np.testing.assert_array_equal(ids[:cut], before[:cut])
-        assert (np.diff(ids[cut + 1 :]) == 1).all()
+        assert (np.diff(row[cut + 1 :]) == 1).all()
         # Neither the mark nor what begins behind it can be foreseen.
         unknown = [place - 1 for place in (cut, cut + 1) if place <= LENGTH]
         assert np.flatnonzero(weight == 0).tolist() == unknown
@@ -357,12 +358,12 @@ def test_without_an_end_of_text_a_mixed_window_has_no_mark():
     alphabet = [chr(0x4E00 + index) for index in range(201)]
     tokenizer = CharacterTokenizer.train(alphabet, end_of_text=False)
     x, y, weights = batches_of(ramp_with({"mix_documents": 0.9}, tokenizer), range(9))
-    ids = np.concatenate([x, y[:, -1:]], 1)
-    jumps = np.diff(ids) != 1
+    jumps = np.diff(x) != 1
     assert jumps.any()
-    np.testing.assert_array_equal(ids[:, 1:], y)
+    known = weights[:, :-1] > 0
+    np.testing.assert_array_equal(x[:, 1:][known], y[:, :-1][known])
     # A jump has no weight; a text may by chance go on at the very next place.
-    assert not weights[jumps].any()
+    assert not weights[:, :-1][jumps].any()
     assert (weights == 0).sum(1).max() == 1
 
 
@@ -406,7 +407,8 @@ def test_any_mixture_gives_sound_batches(rates, step, data):
     x, y, weights = windows.batch(step)
     assert x.shape == y.shape == weights.shape == (ROWS, LENGTH)
     assert (x.dtype, y.dtype, weights.dtype) == (np.int32, np.int32, np.float32)
-    assert min(x.min(), y.min()) >= 0
+    assert x.min() >= 0
+    np.testing.assert_array_equal(y < 0, weights == 0)
     assert max(x.max(), y.max()) < BPE.vocab_size
     assert set(np.unique(weights)) <= {0.0, 1.0}
     if not (rates[1] or rates[2]):
@@ -422,9 +424,9 @@ def test_any_mixture_gives_sound_batches(rates, step, data):
 def test_rates_out_of_range_are_refused_in_one_line(name, rate):
     with pytest.raises(InputError) as caught:
         AugmentationConfig(**{name: rate})
-    assert str(caught.value) == (
-        f"`{name}` expects a value at least 0 and below 1. Received: {rate!r}."
-    )
+    assert f"`{name}`" in str(caught.value)
+    assert f"Received: {rate!r}" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
