@@ -27,10 +27,10 @@ hypothesis.settings.load_profile("same")
 def pytest_sessionstart(session):
     import tensorflow as tf
 
-    from gpt_tf.models.language_model import TokenTraining
+    from gpt_tf.models import xla
 
     # XLA's executables stay in memory for good. What is about XLA asks for it.
-    TokenTraining.xla_by_default = False
+    xla.ON_BY_DEFAULT = False
     tf.get_logger().setLevel("ERROR")
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],

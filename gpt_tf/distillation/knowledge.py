@@ -29,7 +29,7 @@ from gpt_tf.distillation.records import log_probabilities_of
 from gpt_tf.distillation.unfinished import Unfinished, check_place, partial_path
 from gpt_tf.distillation.vocabulary import VocabularyMap, align, is_derived
 from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
-from gpt_tf.models import operations, placement
+from gpt_tf.models import placement, xla
 from gpt_tf.models.language_model import check_language_model
 from gpt_tf.text.dataset import TokenFile, Windows, check_at_least
 from gpt_tf.text.tokenizer import Tokenizer
@@ -429,14 +429,12 @@ def _compiled(teacher, mapping, rows, length):
     """Return a function of tokens `(B, T)` that gives `mapping.outputs` of them."""
 
     def run(tokens):
-        with operations.inside_xla():
-            logits = tf.cast(teacher(tokens, training=False), tf.float32)
-            logits = tf.reshape(logits, [-1, logits.shape[-1]])  # (B * T, V)
-            return mapping.outputs(logits)
+        logits = tf.cast(teacher(tokens, training=False), tf.float32)
+        logits = tf.reshape(logits, [-1, logits.shape[-1]])  # (B * T, V)
+        return mapping.outputs(logits)
 
-    return tf.function(run, jit_compile=True, autograph=False).get_concrete_function(
-        tf.TensorSpec([rows, length], tf.int32)
-    )
+    specification = tf.TensorSpec([rows, length], tf.int32)
+    return xla.compiled(run).get_concrete_function(specification)
 
 
 def _mapping(teacher, tokenizer, token_file, own_tokenizer, own_file, top_k):

@@ -15,7 +15,7 @@ import tensorflow as tf
 from gpt_tf import generation
 from gpt_tf.errors import InputError
 from gpt_tf.generation import GenerationNotice as GenerationNotice
-from gpt_tf.models import layers, operations, placement
+from gpt_tf.models import layers, operations, placement, xla
 from gpt_tf.sampling import Sampler
 from gpt_tf.text.tokenizer import Tokenizer
 
@@ -217,12 +217,10 @@ def _compiled(model, caches, num_tokens):
         def run(tokens, position, starts, caches):
             if plan.is_divided:  # each of its stages is compiled by itself
                 return plan.forward_cached(model, tokens, position, starts, caches)
-            with operations.inside_xla():
-                return forward_cached(model, tokens, position, starts, caches)
+            return forward_cached(model, tokens, position, starts, caches)
 
-        compiled = tf.function(
-            run, jit_compile=not plan.is_divided, autograph=False
-        ).get_concrete_function(
+        uses_xla = False if plan.is_divided else None
+        compiled = xla.compiled(run, uses_xla).get_concrete_function(
             tf.TensorSpec([batch_size, num_tokens], tf.int32),
             tf.TensorSpec([], tf.int32),
             tf.TensorSpec([batch_size], tf.int32),

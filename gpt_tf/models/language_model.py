@@ -15,7 +15,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models import checks, operations, step, xla
+from gpt_tf.models import checks, step, xla
 from gpt_tf.models.next_token import (
     NextTokenLoss,
     Perplexity,
@@ -52,13 +52,8 @@ class TokenTraining:
     before them. The model has the attribute `vocab_size`. One that wants to observe
     its activations while it trains, as quantisation does, overrides `observing` and
     `take_observed`.
-
-    Attributes:
-        xla_by_default: Whether XLA is on where `compile` is not told; of the class.
-        observed_shape: Shape of what is observed.
     """
 
-    xla_by_default = True
     observed_shape = (0,)
 
     # compile
@@ -124,7 +119,7 @@ class TokenTraining:
         self._use_xla = bool(jit_compile)
         if jit_compile in (None, "auto"):
             has_tpu = bool(tf.config.list_logical_devices("TPU"))
-            self._use_xla = self.xla_by_default and not has_tpu
+            self._use_xla = xla.ON_BY_DEFAULT and not has_tpu
         self.__dict__["_step_functions"] = {}
         # Keras compiles whole steps, and with them the update of all replicas. That is
         # left for a `train_step` of the user's own.
@@ -505,14 +500,7 @@ class TokenTraining:
             replica = 0 if known is None else int(known)
         key = (function.__name__, replica)
         if key not in self._step_functions:
-
-            def traced(*args):
-                with operations.inside_xla():
-                    return function(*args)
-
-            self._step_functions[key] = tf.function(
-                traced, jit_compile=True, autograph=False
-            )
+            self._step_functions[key] = xla.compiled(function, True)
         return self._step_functions[key]
 
     def _can_compile(self, function, args):

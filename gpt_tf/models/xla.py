@@ -1,13 +1,36 @@
-"""What XLA can compile, and the notice where it cannot."""
+"""What XLA compiles, what it can, and the notice where it cannot."""
 
+import contextlib
 import functools
 
 import tensorflow as tf
 from tensorflow.python.framework import kernels
 
+from gpt_tf.models import operations
+
+# Whether XLA compiles what is not told otherwise. Its executables stay in memory as
+# long as the process.
+ON_BY_DEFAULT = True
+
 
 class XlaNotice(UserWarning):
     """XLA was switched off, since it cannot compile a training step."""
+
+
+def compiled(function, uses_xla=None):
+    """Return a graph function without autograph, compiled by XLA or not.
+
+    Args:
+        function: A function of tensors.
+        uses_xla: Whether XLA compiles it; `ON_BY_DEFAULT` unless given.
+    """
+    uses_xla = ON_BY_DEFAULT if uses_xla is None else uses_xla
+
+    def traced(*args):
+        with operations.inside_xla() if uses_xla else contextlib.nullcontext():
+            return function(*args)
+
+    return tf.function(traced, jit_compile=uses_xla, autograph=False)
 
 
 def unknown_operations(graph):

@@ -7,6 +7,7 @@ stage, whose gradient can begin at once, does both in one.
 """
 
 import contextlib
+import functools
 import itertools
 import time
 
@@ -14,7 +15,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError
-from gpt_tf.models import operations, placement, step
+from gpt_tf.models import operations, placement, step, xla
 from gpt_tf.models.decoding import blocks_cached, cached_mask, parts_of
 from gpt_tf.models.next_token import counted, token_weights
 from gpt_tf.parallel.strategy import devices_for
@@ -327,17 +328,11 @@ class _Stage:
     def _run(self, function, training):
         key = (function.__name__, training)
         if key not in self._functions:
-            # Decoding always does, and needs no `compile` before it.
-            uses_xla = function.__name__ == "cached" or self.model.uses_xla
-
-            def traced(*args):
-                if not uses_xla:
-                    return function(*args, training=training)
-                with operations.inside_xla():
-                    return function(*args, training=training)
-
-            self._functions[key] = tf.function(
-                traced, jit_compile=uses_xla, autograph=False
+            # Decoding needs no `compile` before it.
+            is_cached = function.__name__ == "cached"
+            uses_xla = None if is_cached else self.model.uses_xla
+            self._functions[key] = xla.compiled(
+                functools.partial(function, training=training), uses_xla
             )
         return self._functions[key]
 

@@ -5,10 +5,16 @@ import pytest
 import tensorflow as tf
 
 from gpt_tf.errors import InputError
-from gpt_tf.models import decoding
+from gpt_tf.models import decoding, xla
 from gpt_tf.models.layers import Dropout
 from gpt_tf.sampling import Sampler
 from gpt_tf.text.tokenizer import CharacterTokenizer
+
+
+@pytest.fixture(autouse=True)
+def with_xla(monkeypatch):
+    """Decode as users do."""
+    monkeypatch.setattr(xla, "ON_BY_DEFAULT", True)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import tf_keras as keras
 
 import gpt_tf
 from gpt_tf.errors import InputError
+from gpt_tf.models import xla
 from gpt_tf.models.next_token import NextTokenLoss
-from gpt_tf.models.xla import XlaNotice
 from gpt_tf.parallel import strategy as strategies
 
 
@@ -81,7 +81,7 @@ def test_a_loss_that_xla_cannot_compile_switches_it_off(make_model, windows_of):
 
     model = make_model()
     model.compile(sgd(), loss, jit_compile=True)
-    with pytest.warns(XlaNotice, match="EagerPyFunc"):
+    with pytest.warns(xla.XlaNotice, match="EagerPyFunc"):
         model.fit(*windows_of(4, 8), verbose=0)
     assert seen and not model.uses_xla
 
@@ -104,7 +104,7 @@ def test_accumulation_computes_parts_whatever_the_loss(make_model, windows_of):
 def test_xla_is_on_by_default_and_can_be_set_afterwards(
     make_model, windows_of, monkeypatch
 ):
-    monkeypatch.setattr(gpt_tf.GPTModel, "xla_by_default", True)
+    monkeypatch.setattr(xla, "ON_BY_DEFAULT", True)
     model = make_model()
     model.compile()
     assert model.uses_xla
