@@ -126,7 +126,12 @@ def test_resumed_weights_are_bit_equal(tiny, tmp_path, interrupt_after, step):
 )
 def test_resume_after_kill_9_is_bit_equal(tiny, tmp_path, changes):
     config = dataclasses.replace(
-        tiny, checkpoint_every=3, steps=60, validate_every=30, **changes
+        tiny,
+        checkpoint_every=3,
+        steps=60,
+        validate_every=30,
+        jit_compile="on",  # as in the other process
+        **changes,
     )
     whole = run(config, tmp_path / "whole")
     out = tmp_path / "cut"

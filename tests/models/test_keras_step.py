@@ -214,7 +214,7 @@ def test_a_step_trains_as_keras_does(cell):
     weights, history, report = trained(cell, plain=False)
     expected = plainly_trained(*(cell[name] for name in _ITS_OWN))
     # 16-bit products are rounded in another order by XLA.
-    tolerance = 1e-4 if cell["precision"] == "float32" else 0.02
+    tolerance = 1e-4 if cell["precision"] == "float32" else 0.05
     moves = [np.abs(a - b).max() for a, b in zip(expected[0], start(), strict=True)]
     assert max(moves) > 0.01
     for ours, theirs in zip(weights, expected[0], strict=True):
