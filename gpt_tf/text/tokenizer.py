@@ -4,7 +4,6 @@ Both are the `tokenizers` library's and are kept in Hugging Face's `tokenizer.js
 """
 
 import abc
-import codecs
 import functools
 import hashlib
 import os
@@ -435,30 +434,6 @@ class CharacterTokenizer(Tokenizer):
                 f"{data[error.start]:#04x} at offset {error.start}. Use a bpe "
                 "tokenizer for any bytes."
             ) from None
-
-
-class StreamDecoder:
-    """Turn ids into text as they come, holding back unfinished characters.
-
-    Args:
-        tokenizer: The tokenizer of the ids.
-
-    Example:
-        >>> decoder = StreamDecoder(tokenizer)
-        >>> text = "".join(decoder.push(i) for i in ids) + decoder.finish()
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """Take an id and return the text that is now complete."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
-
-    def finish(self) -> str:
-        """Return what is left, unfinished characters as U+FFFD."""
-        return self._decoder.decode(b"", final=True)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

@@ -16,7 +16,6 @@ from gpt_tf.text.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
     CharacterTokenizer,
-    StreamDecoder,
     TokenizerWarning,
     load_tokenizer,
     tokenizer_from_json,
@@ -204,31 +203,6 @@ def test_ids_out_of_range_are_refused(tokenizer, which):
     token = -1 if which == "negative" else tokenizer.vocab_size
     with pytest.raises(InputError, match="Token ids run from 0"):
         tokenizer.decode([token])
-
-
-# Streaming
-
-
-@given(st.one_of(st.binary(max_size=60), any_text.map(str.encode)))
-@quick
-def test_streamed_text_equals_decoded_text(data):
-    ids = BPE.encode_bytes(data)
-    decoder = StreamDecoder(BPE)
-    streamed = "".join(decoder.push(token) for token in ids) + decoder.finish()
-    assert streamed == BPE.decode(ids)
-
-
-def test_a_character_is_held_back_until_it_is_whole():
-    decoder = StreamDecoder(BPE)
-    ids = BPE.encode("\U0001f600")
-    assert [decoder.push(token) for token in ids] == ["", "", "", "\U0001f600"]
-    assert decoder.finish() == ""
-
-
-def test_finish_shows_what_was_held_back():
-    decoder = StreamDecoder(BPE)
-    assert decoder.push(BPE.encode("\U0001f600")[0]) == ""
-    assert decoder.finish() == "\ufffd"
 
 
 # Files
