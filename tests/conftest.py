@@ -38,6 +38,11 @@ def pytest_sessionstart(session):
     )
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the tutorials, which take longest, so that nothing waits for them."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 def _seed_what_has_no_seed(name):
     """Let code without a seed draw the same under a name in every run.
 
