@@ -101,8 +101,10 @@ def forward_cached(model, tokens, position, starts, caches):
         Logits `(B, T, V)` and the caches with `T` more rows.
     """
     parts = parts_of(model)
-    mask, places = cached_mask(position, starts, tokens.shape[1], caches[0].shape[2])
-    x, table = parts.embed([tokens, places])
+    mask, positions = cached_mask(position, starts, tokens.shape[1], caches[0].shape[2])
+    # Padding behind a text may stand behind the last position.
+    positions = tf.minimum(positions, _config(model, "context_length") - 1)
+    x, table = parts.embed([tokens, positions])
     x, caches = blocks_cached(parts.blocks, x, caches, position, mask)
     return parts.score(x, table), caches
 
