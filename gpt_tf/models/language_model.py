@@ -15,7 +15,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models import checks, step, xla
+from gpt_tf.models import checks, placement, step, xla
 from gpt_tf.models.next_token import (
     NextTokenLoss,
     Perplexity,
@@ -160,9 +160,10 @@ class TokenTraining:
 
     def on_the_weights_device(self):
         """Return a context for what goes with the weights, if one device has them."""
-        devices = {variable.device for variable in self.weights}
-        one = len(devices) == 1 and self.distribute_strategy.num_replicas_in_sync == 1
-        return tf.device(devices.pop()) if one else contextlib.nullcontext()
+        device = placement.device_of(self)
+        if device is None or self.distribute_strategy.num_replicas_in_sync > 1:
+            return contextlib.nullcontext()  # each replica has a device of its own
+        return tf.device(device)
 
     def get_compile_config(self):
         config = super().get_compile_config()
@@ -318,13 +319,13 @@ class TokenTraining:
             (x, y, sample_weight), self.gradient_accumulation_steps
         )
         share = 1.0 if share is None else share
-        of_all = self._weight_of(y)
+        of_all = self.weight_of(y)
 
         def more(index, gradients, observed, outputs):
             x, y, sample_weight = tf.nest.map_structure(
                 lambda part: None if part is None else part[index], batch
             )
-            own = share * tf.math.divide_no_nan(self._weight_of(y), of_all)
+            own = share * tf.math.divide_no_nan(self.weight_of(y), of_all)
             new, new_observed, y_pred = self._differentiate(x, y, sample_weight, own)
             gradients = [
                 total if gradient is None else total + gradient
@@ -397,7 +398,7 @@ class TokenTraining:
         loss, correct, weight = sums
         if not self.compiled_loss.built:
             self.compiled_loss.build(self.output)
-        count = self._weight_of(y)
+        count = self.weight_of(y)
         self.compiled_loss.metrics[0].update_state(
             tf.math.divide_no_nan(loss, count), sample_weight=count
         )
@@ -431,7 +432,7 @@ class TokenTraining:
             return self.get_metrics_result()
         return self.compute_metrics(x, y, y_pred, sample_weight)
 
-    def _weight_of(self, y):
+    def weight_of(self, y):
         """Return over how many tokens, or rows, the loss is a mean, `()` float32."""
         labels = tf.nest.flatten(y)[0]
         if self._averages_tokens:
@@ -444,7 +445,7 @@ class TokenTraining:
         replicas = context.num_replicas_in_sync if context else 1
         if replicas == 1 or not self._averages_tokens:
             return None
-        own = self._weight_of(y)
+        own = self.weight_of(y)
         return tf.math.divide_no_nan(own * replicas, step.add_over_replicas(own))
 
     def _rows_that_count(self, y, sample_weight):

@@ -48,5 +48,5 @@ def device_of(model):
 
     A compiled function reads the variables of the device that it is called on.
     """
-    is_divided = getattr(model, "plan", OnePlace()).is_divided
-    return None if is_divided else model.weights[0].device
+    devices = {variable.device for variable in model.weights}
+    return devices.pop() if len(devices) == 1 else None

@@ -387,7 +387,7 @@ class _Plan:
         """Compute a training step, all stages at work; return the metrics."""
         model.check_default_loss("A pipeline")
         batch = _tokens_labels_weights(model, x, y, sample_weight)
-        count = step.add_over_replicas(_count(y))
+        count = step.add_over_replicas(model.weight_of(y))
         scale = tf.math.reciprocal_no_nan(count)
         if isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer):
             scale = model.optimizer.get_scaled_loss(scale)
@@ -618,10 +618,6 @@ def _tokens_labels_weights(model, x, y, sample_weight):
     weights = token_weights(labels, sample_weight)
     labels = tf.where(counted(labels), labels, 0)
     return tf.cast(model.tokens_of(x), tf.int32), labels, weights
-
-
-def _count(y):
-    return tf.reduce_sum(tf.cast(counted(tf.nest.flatten(y)[0]), tf.float32))
 
 
 def _micro_batches(tensors, parts):
