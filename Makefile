@@ -22,7 +22,7 @@ test: $(VENV)/.dev ## Run the default tests
 	$(BIN)/python -m pytest -n 4 --dist loadfile
 
 test-slow: $(VENV)/.dev ## Run the long tests too
-	$(BIN)/python -m pytest -m "not network"
+	XLA_FLAGS= $(BIN)/python -m pytest -m "not network"
 
 lint: $(VENV)/.dev ## Check style, formatting and imports
 	$(BIN)/ruff check .

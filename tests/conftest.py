@@ -10,6 +10,9 @@ import zlib
 from types import SimpleNamespace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Compiling takes most of the time here, so little is optimised. `XLA_FLAGS=` in the
+# environment, as `make test-slow` has it, compiles as it is done for users.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
 import numpy as np
@@ -31,6 +34,8 @@ def pytest_sessionstart(session):
 
     # XLA's executables stay in memory for good. What is about XLA asks for it.
     xla.ON_BY_DEFAULT = False
+    if os.environ["XLA_FLAGS"]:
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     tf.get_logger().setLevel("ERROR")
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],

@@ -15,7 +15,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models import checks, placement, step, xla
+from gpt_tf.models import checks, operations, placement, step, xla
 from gpt_tf.models.next_token import (
     NextTokenLoss,
     Perplexity,
@@ -255,7 +255,8 @@ class TokenTraining:
         )
         self.take_observed(observed)
         pairs = zip(gradients, self.trainable_variables, strict=True)
-        self.optimizer.apply_gradients(list(pairs))
+        with operations.graph_owns_gradients():  # those of the sum over replicas
+            self.optimizer.apply_gradients(list(pairs))
         return self._report(x, y, y_pred, sample_weight)
 
     def test_step(self, data):

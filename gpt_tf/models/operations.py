@@ -43,29 +43,48 @@ def keep(x):
 
 
 def custom_gradient(function):
-    """`tf.custom_gradient`, but a graph can be freed that a call was traced in.
+    """`tf.custom_gradient`, but a graph can be freed that a call was traced in."""
+    differentiable = tf.custom_gradient(function)
+
+    @functools.wraps(function)
+    def call(*args):
+        with graph_owns_gradients():
+            return differentiable(*args)
+
+    return call
+
+
+@contextlib.contextmanager
+def graph_owns_gradients():
+    """Let the gradients that are registered in the block be freed with their graph.
 
     TensorFlow registers the gradient of each traced call by name and for ever, and the
     gradient refers to the graph: what was traced would stay in memory. Here the graph
     owns its gradients, and the registry forgets them with it.
     """
-    differentiable = tf.custom_gradient(function)
+    if tf.executing_eagerly():
+        yield
+        return
+    registry = ops._gradient_registry._registry
+    before = set(registry)
+    yield
+    graph = tf.compat.v1.get_default_graph()
+    for name in set(registry) - before:
+        gradient = registry[name]["type"]
+        if isinstance(gradient, _OwnedGradient):
+            continue
+        graph._owned_gradients = (*getattr(graph, "_owned_gradients", ()), gradient)
+        registry[name]["type"] = _OwnedGradient(gradient, registry, name)
 
-    @functools.wraps(function)
-    def call(*args):
-        outputs = differentiable(*args)
-        if not tf.executing_eagerly():
-            op = tf.nest.flatten(outputs)[0].op
-            name = op.get_attr("_gradient_op_type").decode()
-            registry = ops._gradient_registry._registry
-            gradient = registry[name]["type"]
-            others = getattr(op.graph, "_custom_gradients", ())
-            op.graph._custom_gradients = (*others, gradient)
-            owned = weakref.ref(gradient, lambda _: registry.pop(name))
-            registry[name]["type"] = lambda *args: owned()(*args)
-        return outputs
 
-    return call
+class _OwnedGradient:
+    """A registered gradient that a graph owns; the registry only refers to it."""
+
+    def __init__(self, gradient, registry, name):
+        self._reference = weakref.ref(gradient, lambda _: registry.pop(name))
+
+    def __call__(self, *args):
+        return self._reference()(*args)
 
 
 def layer_norm(x, gamma, beta, epsilon):

@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from gpt_tf.models import operations
+
 
 def parts_of_batch(batch, least):
     """Cut every tensor of a batch into equal parts.
@@ -34,7 +36,8 @@ def add_over_replicas(tensors):
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return tensors
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+    with operations.graph_owns_gradients():
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
 
 def max_over_replicas(tensor):
@@ -50,4 +53,4 @@ def max_over_replicas(tensor):
     shape = tf.concat([tf.shape(places), tf.ones([tf.rank(tensor)], tf.int32)], 0)
     own = tf.reshape(places == context.replica_id_in_sync_group, shape)
     spread = tf.where(own, tensor[tf.newaxis], tf.zeros([], tensor.dtype))
-    return tf.reduce_max(context.all_reduce(tf.distribute.ReduceOp.SUM, spread), axis=0)
+    return tf.reduce_max(add_over_replicas(spread), axis=0)

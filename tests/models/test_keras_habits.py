@@ -1,11 +1,13 @@
 """What users of Keras's models do, done with a GPTModel."""
 
+import gc
 import inspect
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
+from tensorflow.python.framework.func_graph import FuncGraph
 
 import gpt_tf
 from gpt_tf.errors import InputError
@@ -261,6 +263,19 @@ def test_a_step_in_float16_is_one_in_float32(make_model, windows_of):
     expected = found["float32", 1]
     for step in found.values():
         np.testing.assert_allclose(step, expected, atol=0.01 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("devices", [["CPU:0"], ["CPU:0", "CPU:1"]])
+def test_a_trained_model_leaves_nothing_in_memory(make_model, windows_of, devices):
+    def graphs_after_training():
+        with tf.distribute.MirroredStrategy(devices).scope():
+            model = make_model(num_layers=1)
+        model.fit(*windows_of(4, 8), batch_size=4, verbose=0)
+        del model
+        gc.collect()
+        return sum(isinstance(thing, FuncGraph) for thing in gc.get_objects())
+
+    assert graphs_after_training() == graphs_after_training()
 
 
 def test_replicas_of_unequal_work_train_as_one_device(make_model, windows_of):

@@ -68,6 +68,12 @@ def is_possible(cell):
     return not many.get(cell["strategy"], False)
 
 
+def cost_of(cell):
+    """Return about how long a cell takes: XLA compiles for each replica."""
+    replicas = {"two": 2, "four": 4}.get(cell["strategy"], 1)
+    return 3 + replicas * (2 if cell["jit_compile"] else 1)
+
+
 def cells():
     """Return cells in which every pair of values meets, greedily few."""
     names = list(VARIANTS)
@@ -92,7 +98,10 @@ def cells():
             {frozenset(pair) for pair in itertools.combinations(cell.items(), 2)}
             for cell in drawn
         ]
-        best = max(range(len(drawn)), key=lambda index: len(met[index] & pairs))
+        best = max(
+            range(len(drawn)),
+            key=lambda index: len(met[index] & pairs) / cost_of(drawn[index]),
+        )
         pairs -= met[best]
         found.append(drawn[best])
     return found

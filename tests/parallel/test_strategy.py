@@ -33,7 +33,9 @@ def weights_after(make_model, windows_of, replicas, jit_compile, accumulation=1)
     return model.get_weights(), model.evaluate(x, y, batch_size=8, verbose=0)
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_weights_do_not_depend_on_the_number_of_replicas(
     make_model, windows_of, jit_compile
 ):
