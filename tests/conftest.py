@@ -16,9 +16,16 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
 import numpy as np
+import psutil
 import pytest
 
 import gpt_tf  # before TensorFlow: it chooses Keras 2
+
+_LEFT_OUT = """
+    arithmetic_optimization common_subgraph_elimination constant_folding
+    dependency_optimization implementation_selector layout_optimizer loop_optimization
+    remapping shape_optimization
+"""
 
 # The default tests take the same examples every time, so that a red test is about the
 # change. `--hypothesis-profile=search` looks for new counter-examples.
@@ -35,7 +42,9 @@ def pytest_sessionstart(session):
     # XLA's executables stay in memory for good. What is about XLA asks for it.
     xla.ON_BY_DEFAULT = False
     if os.environ["XLA_FLAGS"]:
-        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+        tf.config.optimizer.set_experimental_options(
+            dict.fromkeys(_LEFT_OUT.split(), False)
+        )
     tf.get_logger().setLevel("ERROR")
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
@@ -178,10 +187,16 @@ def separate_collectives():
     strategy._use_fresh_collective_keys()
 
 
-@pytest.fixture(scope="module", autouse=True)
+_memory = {"bytes": 0}
+
+
+@pytest.fixture(autouse=True)
 def memory_is_given_back():
-    """Free the models of a file before the next one, and what glibc keeps of them."""
+    """Free the models of earlier tests, and what glibc keeps of them, in time."""
     yield
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    process = psutil.Process()
+    if process.memory_info().rss > _memory["bytes"] + 100e6:
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+        _memory["bytes"] = process.memory_info().rss

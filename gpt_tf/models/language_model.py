@@ -255,7 +255,7 @@ class TokenTraining:
         )
         self.take_observed(observed)
         pairs = zip(gradients, self.trainable_variables, strict=True)
-        with operations.graph_owns_gradients():  # those of the sum over replicas
+        with operations.graph_owns_gradients():
             self.optimizer.apply_gradients(list(pairs))
         return self._report(x, y, y_pred, sample_weight)
 

@@ -58,9 +58,10 @@ def custom_gradient(function):
 def graph_owns_gradients():
     """Let the gradients that are registered in the block be freed with their graph.
 
-    TensorFlow registers the gradient of each traced call by name and for ever, and the
-    gradient refers to the graph: what was traced would stay in memory. Here the graph
-    owns its gradients, and the registry forgets them with it.
+    TensorFlow registers the gradient of each traced call by name and for ever, that of
+    a sum over replicas too, and the gradient refers to the graph: what was traced would
+    stay in memory. Here the graph owns its gradients, and the registry forgets them
+    with it.
     """
     if tf.executing_eagerly():
         yield

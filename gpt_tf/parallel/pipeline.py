@@ -395,7 +395,8 @@ class _Plan:
         if isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer):
             gradients = model.optimizer.get_unscaled_gradients(gradients)
         pairs = zip(gradients, model.trainable_variables, strict=True)
-        model.optimizer.apply_gradients(list(pairs))
+        with operations.graph_owns_gradients():
+            model.optimizer.apply_gradients(list(pairs))
         return model.report_sums(sums, x, y, logits, sample_weight)
 
     def test_step(self, model, x, y, sample_weight):

@@ -336,7 +336,8 @@ class MeshGPT(TokenTraining, keras.Model):
                 tape.gradient(loss, variables), variables, strict=True
             )
         ]
-        self.optimizer.apply_gradients(list(zip(gradients, variables, strict=True)))
+        with operations.graph_owns_gradients():
+            self.optimizer.apply_gradients(list(zip(gradients, variables, strict=True)))
         return sums
 
     def _test(self, tokens, labels, weights):

@@ -399,7 +399,9 @@ def test_the_student_writes_what_generate_would(make_model):
         assert row[3:].tolist() == wanted
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("mixed_bfloat16", marks=pytest.mark.slow), "mixed_float16"]
+)
 def test_a_student_of_16_bits_writes_by_the_same_probabilities(make_model, policy):
     keras.mixed_precision.set_global_policy(policy)
     try:

@@ -75,7 +75,11 @@ def test_a_spoilt_cache_breaks_the_equality(model, windows_of):
 
 
 @pytest.mark.parametrize(
-    ("policy", "tolerance"), [("mixed_bfloat16", 0.15), ("mixed_float16", 0.02)]
+    ("policy", "tolerance"),
+    [
+        pytest.param("mixed_bfloat16", 0.15, marks=pytest.mark.slow),
+        ("mixed_float16", 0.02),
+    ],
 )
 def test_a_model_of_16_bits_generates(make_model, policy, tolerance):
     import tf_keras as keras

@@ -446,7 +446,9 @@ def test_inputs_without_labels_are_refused(make_model):
         make_model().fit(np.zeros((2, 4), "int32"), verbose=0)
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_a_short_last_batch_is_accumulated_like_any_other(
     make_model, windows_of, jit_compile
 ):
@@ -461,7 +463,9 @@ def test_a_short_last_batch_is_accumulated_like_any_other(
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_accumulation_reports_added_metrics(make_model, windows_of, jit_compile):
     x, y = windows_of(5, 8)  # parts of one row
     reports = []

@@ -86,7 +86,7 @@ def test_strategies_of_one_process_do_not_disturb_each_other(make_model, windows
     x, y = windows_of(8, 8)
     for width in (12, 15):
         with strategies.make_strategy("mirrored").scope():
-            model = make_model(embedding_dim=width)
+            model = make_model(embedding_dim=width, num_layers=1)
             model.compile(jit_compile=False)
         model.fit(x, y, verbose=0)
 

@@ -162,7 +162,7 @@ def alone():
     ("replicas", "jit_compile", "parts"),
     [
         (2, True, 1),
-        (4, False, 1),
+        pytest.param(4, False, 1, marks=pytest.mark.slow),
         (2, False, 3),
         pytest.param(1, True, 4, marks=pytest.mark.slow),
     ],
