@@ -25,6 +25,7 @@ TRAIN = [
     # keras-nlp pins keras-hub without saying so of Python: 0.25 is the last for 3.10.
     'keras-nlp>=0.25.1,<0.26; python_version < "3.11"',
     'keras-nlp>=0.32,<0.33; python_version >= "3.11"',
+    "h5py>=3.11,<4",
     "safetensors>=0.5,<1",
     "matplotlib>=3.8,<4",
     "tensorboard>=2.21,<2.22",

@@ -15,12 +15,11 @@ logs/               for TensorBoard
 import dataclasses
 from pathlib import Path
 
-import tf_keras as keras
-
 from gpt_tf import files
 from gpt_tf.configuration import Configuration
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.models import keras_file
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.parallel import strategy as strategies
 from gpt_tf.parallel.mesh import parse_mesh
@@ -370,7 +369,7 @@ def windows_of(token_file, config, shuffle, tokenizer=None):
 
 
 def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None"]:
-    """Load a trained model and its tokenizer.
+    """Load a trained model and its tokenizer, without running what a file holds.
 
     Args:
         path: A run's folder, a model's folder, or a `.keras` file.
@@ -381,7 +380,8 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
 
     Raises:
         InputError: There is no model.
-        DamagedFileError: A file is not what its manifest says.
+        DamagedFileError: A file is not what its manifest says, or no model that
+            gpt_tf saved.
     """
     file = model_file(path)
     folder = file.parent
@@ -392,19 +392,21 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
         )
     if (folder / files.MANIFEST_NAME).is_file():
         files.check_manifest(folder, "model")
-    try:
-        model = keras.models.load_model(file, compile=False)
-    except Exception as error:  # zipfile's, h5py's, TensorFlow's or Keras's own
-        raise DamagedFileError(
-            f"{file} cannot be loaded as a Keras model: {error}."
-        ) from error
+    classes = {"GPTModel": GPTModel, "QuantizationAwareGPT": _quantization_aware}
+    model = keras_file.open_model(file, classes)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return model, tokenizers.load_tokenizer(folder) if has_tokenizer else None
 
 
+def _quantization_aware(**config):
+    from gpt_tf.quantization.qat import QuantizationAwareGPT  # and with it TF-MOT
+
+    return QuantizationAwareGPT(**config)
+
+
 def model_file(path):
     path = Path(path)
-    if path.suffix == ".keras":
+    if path.suffix == ".keras" or path.is_file():
         return path
     return (path / "model" if (path / "model").is_dir() else path) / "model.keras"
 

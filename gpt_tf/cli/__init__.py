@@ -90,7 +90,7 @@ def _of_the_disk(error):
 _EXTRAS = dict.fromkeys(
     (
         *("tensorflow", "tf_keras", "tensorflow_model_optimization", "keras_nlp"),
-        *("safetensors", "matplotlib", "flatbuffers", "litert_lm_builder"),
+        *("safetensors", "matplotlib", "flatbuffers", "litert_lm_builder", "h5py"),
     ),
     "train",
 ) | {"ai_edge_litert": "edge", "lime": "explain", "shap": "explain"}

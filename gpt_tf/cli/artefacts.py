@@ -121,7 +121,7 @@ def generate(
 def _is_edge(model):
     if model.suffix in (".tflite", ".litertlm"):
         return True
-    return model.is_file() and model.suffix != ".keras"
+    return model.is_file() and model.suffix not in (".keras", ".h5")
 
 
 def _edge_stream(model):

@@ -5,7 +5,6 @@ Only the model's sizes are read: neither TensorFlow nor LiteRT runs anything.
 
 import dataclasses
 import os
-import zipfile
 from pathlib import Path
 
 from gpt_tf import files
@@ -104,7 +103,9 @@ def read_sizes(path: str | os.PathLike) -> dict:
     elif path.name == "run.json":
         config = _of_folder(path.parent)
     elif path.suffix == ".keras" and path.is_file():
-        config = _of_keras(path)
+        from gpt_tf.models.keras_file import read_config
+
+        config = read_config(path)
     elif path.is_file():
         from gpt_tf.edge.container import open_artefact
 
@@ -226,21 +227,5 @@ def _of_model(folder):
         raise DamagedFileError(
             f"Expected the model's sizes in {folder / files.MANIFEST_NAME}. Received: "
             f"{config!r}. Another version of gpt_tf wrote it; save the model again."
-        )
-    return config
-
-
-def _of_keras(path):
-    try:
-        with zipfile.ZipFile(path) as archive:
-            config = files.parse_json(archive.read("config.json"))["config"]
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, OSError) as error:
-        raise DamagedFileError(
-            f"Expected a Keras model in {path}, but its configuration cannot be read: "
-            f"{error}. Save the model again."
-        ) from None
-    if not isinstance(config, dict):
-        raise DamagedFileError(
-            f"Expected a GPTModel in {path}. Received: another Keras model."
         )
     return config

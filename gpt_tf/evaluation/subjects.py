@@ -72,9 +72,12 @@ def check_open(subject) -> None:
 
 
 def is_keras(path: str | os.PathLike) -> bool:
-    """Tell whether a path is taken for a Keras model: a folder or a `.keras` file."""
+    """Tell whether a path is taken for a Keras model: a folder or a `.keras` file.
+
+    So is HDF5, which is then refused with the way to convert it.
+    """
     path = Path(path)
-    return path.suffix == ".keras" or path.is_dir()
+    return path.suffix in (".keras", ".h5") or path.is_dir()
 
 
 def unique_names(paths) -> list[str]:
