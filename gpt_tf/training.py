@@ -32,6 +32,7 @@ from gpt_tf.distillation.knowledge import KnowledgeStore
 from gpt_tf.errors import DamagedFileError, InputError, TrainingDivergedError
 from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import GPTModel
+from gpt_tf.models.interop import read_safetensors
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.models.precision import precision
 from gpt_tf.parallel import strategy as strategies
@@ -1013,17 +1014,20 @@ class _Run:
                 f"{differences(manifest['config'], config)}. "
                 "Resume the run that wrote it."
             )
-        state = safetensors.numpy.load_file(folder / "state.safetensors")
+        state = read_safetensors(folder / "state.safetensors")
         variables = self._variables()
         for name, variable in variables.items():
             shape = tuple(variable.shape)
             if isinstance(self.model, MeshGPT):
                 shape = self.model.outer_shape(variable)
-            if name not in state or state[name].shape != shape:
+            expected = f"{variable.dtype.name} {shape}"
+            found = "nothing"
+            if name in state:
+                found = f"{state[name].dtype} {state[name].shape}"
+            if found != expected:
                 raise InputError(
                     f"The checkpoint in {folder} does not fit this model: {name} "
-                    f"expects the shape {shape}. Received: "
-                    f"{state[name].shape if name in state else 'nothing'}."
+                    f"expects {expected}. Received: {found}."
                 )
         spoilt = _first_not_finite(state)
         if spoilt is not None:

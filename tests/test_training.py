@@ -433,25 +433,46 @@ def test_a_student_that_diverges_stops_too(trained, tmp_path):
     assert not (tmp_path / "student" / "model").exists()
 
 
-@pytest.mark.parametrize("where", ["state", "history"])
-def test_a_checkpoint_of_nan_is_passed_over(interrupted, where):
-    """As versions before wrote them."""
-    newest = interrupted / "checkpoints" / "step-00000012"
-    if where == "state":
-        path = newest / "state.safetensors"
-        state = safetensors.numpy.load_file(path)
-        state["model/0003"][...] = np.nan
-        safetensors.numpy.save_file(state, path)
-    else:
-        path = newest / "history.json"
-        path.write_text('{"steps": [], "validations": [{"step": 10, "loss": NaN}]}')
+def forge_newest(run, change):
+    """Let `change` do what it likes to the newest checkpoint, and describe it anew."""
+    newest = run / "checkpoints" / "step-00000012"
+    change(newest)
     facts = files.read_json(newest / "manifest.json")
     facts = {key: facts[key] for key in ("step", "best", "config")}
     names = ["state.safetensors", "history.json"]
     files.write_manifest(newest, "checkpoint", names, **facts)
+
+
+def in_state(change):
+    def forge(folder):
+        state = safetensors.numpy.load_file(folder / "state.safetensors")
+        state["model/0003"] = change(state["model/0003"])
+        safetensors.numpy.save_file(state, folder / "state.safetensors")
+
+    return forge
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_state(lambda array: array * np.nan),
+        lambda folder: (folder / "history.json").write_text('{"loss": NaN}'),
+        lambda folder: (folder / "state.safetensors").write_bytes(b"\xff" * 99),
+    ],
+    ids=["NaN in the state", "NaN in the history", "no tensors"],
+)
+def test_a_checkpoint_that_is_no_good_is_passed_over(interrupted, change):
+    """Whatever its hash says: versions before wrote NaN, and others may forge."""
+    forge_newest(interrupted, change)
     notices = []
     run(None, interrupted, resume=True, on_notice=notices.append)
     assert "going on from step 8" in notices
+
+
+def test_a_checkpoint_of_another_type_is_refused(interrupted):
+    forge_newest(interrupted, in_state(lambda array: array.astype("int64")))
+    with pytest.raises(InputError, match=r"model/0003.*int64"):
+        run(None, interrupted, resume=True)
 
 
 def test_an_existing_run_is_not_overwritten_unasked(trained, tiny):

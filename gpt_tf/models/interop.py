@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
 from gpt_tf.models.gpt import GPTModel
+from gpt_tf.models.keras_file import can_hold
 from gpt_tf.text.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
@@ -82,35 +82,30 @@ def from_huggingface(folder: str | os.PathLike, **changes) -> GPTModel:
         >>> model = from_huggingface("gpt2")
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    tensors = _read_tensors(folder)
-    width = config["n_embd"]
-    model = GPTModel(
-        **{
-            "vocab_size": config["vocab_size"],
-            "embedding_dim": width,
-            "num_layers": config["n_layer"],
-            "num_heads": config["n_head"],
-            "context_length": config["n_positions"],
-            "feedforward_dim": config["n_inner"],
-            "tie_embeddings": config["tie_word_embeddings"],
-            "layer_norm_epsilon": config["layer_norm_epsilon"],
-            **changes,
-        }
-    )
+    sizes = _read_config(folder)
+    path = folder / "model.safetensors"
+    tensors = _read_tensors(path)
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    if not can_hold(sizes, held, len(tensors) // len(_HUGGINGFACE_BLOCK)):
+        raise DamagedFileError(
+            f"{path} expects the weights of {sizes}, as config.json states. Received: "
+            f"{held} bytes in {len(tensors)} tensors. Fetch the file anew, or correct "
+            "config.json."
+        )
+    model = GPTModel(**{**sizes, **changes})
     for name, variable in named_variables(model).items():
         if name not in tensors:
             raise DamagedFileError(
-                f"{folder / 'model.safetensors'} lacks the tensor {name!r}, which a "
-                f"GPT-2 of {config['n_layer']} layers has. Fetch the file anew, or "
-                "correct config.json."
+                f"{path} lacks the tensor {name!r}, which a GPT-2 of "
+                f"{model.num_layers} layers has. Fetch the file anew, or correct "
+                "config.json."
             )
         value = tensors[name]
         if value.shape != tuple(variable.shape):
             raise DamagedFileError(
-                f"{folder / 'model.safetensors'}: {name!r} expects the shape "
-                f"{tuple(variable.shape)}. Received: {value.shape}. config.json, or "
-                "an argument that replaces a part of it, does not fit the file."
+                f"{path}: {name!r} expects the shape {tuple(variable.shape)}. "
+                f"Received: {value.shape}. config.json, or an argument that replaces "
+                "a part of it, does not fit the file."
             )
         variable.assign(np.asarray(value, np.float32))
     return model
@@ -394,6 +389,7 @@ def _keras_hub_pairs(model, backbone):
 
 
 def _read_config(folder):
+    """Return the arguments of the `GPTModel` that a folder's config.json is of."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
@@ -402,50 +398,47 @@ def _read_config(folder):
         )
     try:
         config = files.parse_json(path.read_text("utf-8"))
-        kind = config.get("model_type")
-        for name in ("vocab_size", "n_embd", "n_layer", "n_head"):
-            config[name] = int(config[name])
-        positions = config.get("n_positions") or config.get("n_ctx") or 1024
-        config["n_positions"] = int(positions)
-        config["n_inner"] = int(config.get("n_inner") or 4 * config["n_embd"])
+        width = config["n_embd"]
+        sizes = {
+            "vocab_size": config["vocab_size"],
+            "embedding_dim": width,
+            "num_layers": config["n_layer"],
+            "num_heads": config["n_head"],
+            "context_length": config.get("n_positions") or config.get("n_ctx") or 1024,
+            "feedforward_dim": config.get("n_inner") or 4 * width,
+        }
+        if not all(type(size) is int and size > 0 for size in sizes.values()):
+            raise ValueError(f"expects integers of at least 1, received {sizes}")
         epsilon = config.get("layer_norm_epsilon")
-        config["layer_norm_epsilon"] = 1e-5 if epsilon is None else float(epsilon)
+        sizes["layer_norm_epsilon"] = 1e-5 if epsilon is None else float(epsilon)
         tied = config.get("tie_word_embeddings")
-        config["tie_word_embeddings"] = True if tied is None else bool(tied)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        sizes["tie_embeddings"] = True if tied is None else bool(tied)
+    except Exception as error:  # of the reading, or of what was read
         raise DamagedFileError(
             f"{path} is no configuration of a GPT-2: {type(error).__name__} {error}."
         ) from None
     expected = (
-        ("model_type", kind, ("gpt2",)),
-        (
-            "activation_function",
-            config.get("activation_function", "gelu_new"),
-            _TANH_GELU,
-        ),
-        ("scale_attn_weights", config.get("scale_attn_weights", True), (True,)),
-        (
-            "scale_attn_by_inverse_layer_idx",
-            config.get("scale_attn_by_inverse_layer_idx", False),
-            (False,),
-        ),
-        ("add_cross_attention", config.get("add_cross_attention", False), (False,)),
+        ("model_type", None, ("gpt2",)),
+        ("activation_function", "gelu_new", _TANH_GELU),
+        ("scale_attn_weights", True, (True,)),
+        ("scale_attn_by_inverse_layer_idx", False, (False,)),
+        ("add_cross_attention", False, (False,)),
     )
-    for name, value, known in expected:
+    for name, default, known in expected:
+        value = config.get(name, default)
         if value not in known:
             raise InputError(
                 f"{path}: `{name}` expects one of {known}. Received: {value!r}. "
                 "gpt_tf reads plain GPT-2 models."
             )
-    return config
+    return sizes
 
 
-def _read_tensors(folder):
-    path = folder / "model.safetensors"
+def _read_tensors(path):
     if not path.is_file():
-        pickled = (folder / "pytorch_model.bin").is_file()
+        pickled = path.with_name("pytorch_model.bin").is_file()
         raise InputError(
-            f"Expected model.safetensors in {folder}; there is none."
+            f"Expected model.safetensors in {path.parent}; there is none."
             + (
                 " A pytorch_model.bin is a pickle, which can run code and is not "
                 "opened; convert it with transformers' "
@@ -454,8 +447,17 @@ def _read_tensors(folder):
                 else ""
             )
         )
-    try:
-        tensors = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise DamagedFileError(f"{path} cannot be read: {error}.") from None
+    tensors = read_safetensors(path)
     return {name.removeprefix("transformer."): t for name, t in tensors.items()}
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Read the arrays of a safetensors file.
+
+    Raises:
+        DamagedFileError: It is none, or has arrays of a type that NumPy does not.
+    """
+    try:
+        return safetensors.numpy.load_file(path)
+    except Exception as error:  # safetensors' and NumPy's own
+        raise DamagedFileError(f"{path} cannot be read: {error}.") from None

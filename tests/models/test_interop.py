@@ -304,12 +304,46 @@ def test_sixteen_bit_tensors_are_read_as_float32(model, folder):
         {"n_embd": None},
         {"n_inner": "wide"},
         {"layer_norm_epsilon": "small"},
+        {"n_layer": 10**30},
+        {"n_layer": 3},
+        {"n_layer": -1},
+        {"n_layer": 1.5},
+        {"n_head": True},
+        {"vocab_size": "31"},
+        {"vocab_size": 10**12},
+        {"n_positions": 1 << 40},
+        {"n_embd": 1 << 20},
     ],
 )
-def test_a_configuration_of_wrong_types_is_damaged(folder, change):
+def test_a_configuration_that_the_tensors_are_not_of_is_damaged(folder, change):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(DamagedFileError, match=r"config\.json"):
+        GPTModel.from_huggingface(folder)
+
+
+def header(dtype="F32", shape=(1,), end=4, **others):
+    """Return a safetensors file of one tensor in four bytes, as its header says."""
+    tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, end], **others}
+    text = json.dumps({"wte.weight": tensor}).encode()
+    return len(text).to_bytes(8, "little") + text + b"1234"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        header(shape=[10**9], end=4 * 10**9),
+        header(shape=[2**62, 4], end=0),
+        header(shape=[0, 2**63], end=0),
+        header(shape=[1] * 100),
+        header(dtype="F8_E4M3", shape=[4]),
+        (1 << 62).to_bytes(8, "little") + header()[8:],
+        b"",
+    ],
+)
+def test_headers_that_lie_are_refused(folder, data):
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(DamagedFileError, match=r"model\.safetensors"):
         GPTModel.from_huggingface(folder)
 
 
