@@ -72,7 +72,15 @@ class Tokenizer(abc.ABC):
         # Text is text, "<|endoftext|>" included, but where `special` is asked for.
         backend.encode_special_tokens = True
         self.backend = backend
-        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+        vocabulary = backend.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > 2 * len(vocabulary):
+            raise DamagedFileError(
+                "A tokenizer expects at least half of its ids to have a token. "
+                f"Received: {len(vocabulary)} tokens and ids up to "
+                f"{self.vocab_size - 1}, for each of which a model has a row. Number "
+                "the tokens from 0."
+            )
         self.end_of_text_id = backend.token_to_id(END_OF_TEXT)
         self._bytes_of = self._read_vocabulary()
 
@@ -477,16 +485,18 @@ def tokenizer_from_json(text: str, name: str = "the text") -> Tokenizer:
     Raises:
         DamagedFileError: It is no tokenizer that gpt_tf knows.
     """
+    known = {models.BPE: BPETokenizer, models.WordLevel: CharacterTokenizer}
     try:
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:
+        for model, kind in known.items():
+            if isinstance(backend.model, model):
+                return kind(backend)
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
         raise DamagedFileError(
             f"{name} cannot be read as a tokenizer.json: {error}."
         ) from None
-    known = {models.BPE: BPETokenizer, models.WordLevel: CharacterTokenizer}
-    for model, kind in known.items():
-        if isinstance(backend.model, model):
-            return kind(backend)
     raise DamagedFileError(
         f"{name} holds a {type(backend.model).__name__} tokenizer. gpt_tf knows "
         "byte-level BPE and single characters."

@@ -307,6 +307,25 @@ def test_pre_tokenizers_that_change_text_are_refused(part):
         tokenizer_from_json(foreign_with(pre_tokenizer=both))
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("vocab", {"~~": 2**32 - 1}),
+        ("vocab", {"~~": -1}),
+        ("continuing_subword_prefix", "longer than any token"),
+        ("merges", [["a", "longer than any token"]]),
+        ("type", "Unigram"),
+    ],
+)
+def test_models_that_the_library_gives_up_on_are_damaged(part, value):
+    """With an id of 32 bits, or with what panics in Rust."""
+    content = json.loads(BPE.to_json())
+    before = content["model"][part]
+    content["model"][part] = {**before, **value} if part == "vocab" else value
+    with pytest.raises(DamagedFileError, match="tokenizer"):
+        tokenizer_from_json(json.dumps(content))
+
+
 def test_a_prefix_space_is_refused():
     part = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(DamagedFileError, match="give back the text"):
