@@ -37,6 +37,7 @@ from gpt_tf.text.tokenizer import Tokenizer
 KIND = "knowledge"
 _IDS, _CODES = "ids.bin", "codes.bin"
 
+_SIZES = ("top_k", "vocab_size", "passes", "context_length", "bytes_per_token")
 _COMPARED = ("tokenizer_fingerprint", "tokens_sha256", "teacher_fingerprint")
 
 # Windows after which what was extracted is forced to disk.
@@ -488,9 +489,14 @@ def _check_sound(manifest, path):
         count = manifest["passes"] * (manifest["count"] - 1)
         found = {name: e["size_bytes"] for name, e in manifest["files"].items()}
         sizes = {name: n * count for name, n in _record_bytes(manifest).items()}
+        offsets, length = manifest["offsets"], manifest["context_length"]
         is_sound = (
-            found == sizes
-            and len(manifest["offsets"]) == manifest["passes"]
+            all(type(manifest[key]) is int and manifest[key] > 0 for key in _SIZES)
+            and type(count) is int
+            and count > 0
+            and found == sizes
+            and len(offsets) == manifest["passes"]
+            and all(type(n) is int and 0 <= n < length for n in offsets)
             and all(isinstance(manifest[key], str) for key in _COMPARED)
         )
     except (KeyError, TypeError):

@@ -330,7 +330,15 @@ def test_damaged_stores_are_refused(store, damage, message, at_once):
 
 @pytest.mark.parametrize(
     "facts",
-    [{"count": 9}, {"offsets": [0]}, {"mapping": "sorted"}, {"tokens_sha256": None}],
+    [
+        {"count": 9},
+        {"offsets": [0]},
+        {"offsets": [0, 10**12]},
+        {"offsets": [0, 0.5]},
+        {"context_length": "8"},
+        {"mapping": "sorted"},
+        {"tokens_sha256": None},
+    ],
 )
 def test_a_manifest_of_another_version_is_refused(store, facts):
     path = store.path / "manifest.json"

@@ -199,6 +199,8 @@ def alter_manifest(**changes):
         alter_manifest(count="3"),
         alter_manifest(kind="run"),
         alter_manifest(size_bytes=None),
+        alter_manifest(dtype="O"),
+        alter_manifest(dtype=["<u2"]),
         lambda path: path.with_name(path.name + ".json").write_text("[]"),
         lambda path: path.with_name(path.name + ".json").write_text("{"),
     ],
