@@ -327,11 +327,11 @@ BAD_MODELS = {
     "tampered": (tampered, "SHA-256"),
     "tampered without manifest": (
         lambda f: (without_manifest(f), tampered(f)),
-        "cannot be loaded",
+        "model.keras",
     ),
     "no Keras file": (
         lambda f: (without_manifest(f), (f / "model.keras").write_text("junk")),
-        "cannot be loaded",
+        "model.keras",
     ),
     "no tokenizer": (
         lambda f: (without_manifest(f), (f / "tokenizer.json").unlink()),

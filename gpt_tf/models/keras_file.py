@@ -132,8 +132,8 @@ def _opened(path):
     except Exception as error:  # zipfile's, h5py's, TensorFlow's own
         raise DamagedFileError(
             f"Expected a model that gpt_tf saved in {path}. Received: "
-            f"{str(error) or type(error).__name__}. A Keras or HDF5 file that you "
-            "made yourself is converted by `keras.models.load_model(path).save("
+            f"{str(error) or type(error).__name__}. Copy it again. A Keras or HDF5 "
+            "file of your own is converted by `keras.models.load_model(path).save("
             "'gpt.keras')`, which runs the code that is in it."
         ) from error
 
