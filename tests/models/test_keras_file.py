@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import shutil
 import stat
 import tracemalloc
@@ -17,7 +18,7 @@ import tf_keras as keras
 import gpt_tf
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError
-from gpt_tf.models.keras_file import read_config
+from gpt_tf.models.keras_file import open_model, read_config
 from gpt_tf.models.precision import precision
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.quantization.qat import set_activation_ranges
@@ -455,6 +456,31 @@ def test_a_forged_archive_is_refused_and_nothing_runs(
     assert tree(tmp_path) == before
     assert not marker.exists()
     assert not Path("/tmp/executed").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_corrupt_weights_are_refused_or_numbers(honest, honest_members, tmp_path, seed):
+    """500 times, with right checksums: HDF5 neither crashes nor hangs."""
+    generator = random.Random(seed)
+    model, path, refused = load_model(honest)[0], tmp_path / "gpt.keras", 0
+    for _ in range(500):
+        data = bytearray(honest_members["model.weights.h5"])
+        for _ in range(generator.choice([1, 2, 4, 16, 64])):
+            at, other = (generator.randrange(len(data) - 8) for _ in "12")
+            size = generator.choice([1, 2, 4, 8])
+            number = generator.choice([0, 2**64 - 1, 2**63 - 1, len(data), other])
+            written = number.to_bytes(8, "little")
+            if generator.random() < 0.5:
+                written = data[other : other + 8]
+            data[at : at + size] = written[:size]
+        members = honest_members | {"model.weights.h5": bytes(data)}
+        path.write_bytes(packed(*members.items()))
+        try:
+            open_model(path, {"GPTModel": lambda **_: model})
+        except DamagedFileError:
+            refused += 1
+    assert 0 < refused < 500
 
 
 @pytest.mark.parametrize("name", ["HDF5 with a Lambda", "subprocess.getoutput"])
