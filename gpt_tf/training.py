@@ -35,21 +35,24 @@ from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.models.precision import precision
 from gpt_tf.parallel import strategy as strategies
-from gpt_tf.parallel.mesh import check_divides, check_fits, make_mesh, parse_mesh
+from gpt_tf.parallel.config import parse_mesh
+from gpt_tf.parallel.mesh import check_divides, check_fits, make_mesh
 from gpt_tf.parallel.pipeline import Pipeline
 from gpt_tf.parallel.sequence import MeshGPT
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.runs import (
     OWN_ENTRIES,
     PLACEMENT,
-    PRESETS,  # noqa: F401 - a part of this module's interface
-    TrainingConfig,
     copy_of,
     load_model,
     model_file,
     read_run,
     save_model,
     windows_of,
+)
+from gpt_tf.settings import (
+    PRESETS,  # noqa: F401 - a part of this module's interface
+    TrainingConfig,
 )
 from gpt_tf.text import tokenizer as tokenizers
 from gpt_tf.text.dataset import TokenFile
@@ -183,7 +186,7 @@ def train(
             )
         config = dataclasses.replace(read_run(out), **changes)
     else:
-        config = dataclasses.replace(config or TrainingConfig(), **changes)
+        config = dataclasses.replace(TrainingConfig.of(config), **changes)
         if resume_or_start and (finished := _finished(config, out)) is not None:
             notice(f"the run in {out} is finished")
             return finished

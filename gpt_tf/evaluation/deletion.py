@@ -24,8 +24,7 @@ from gpt_tf.evaluation.explain import (
     neutral_token,
     prompt_ids,
 )
-
-FEWEST_PROMPTS = 50
+from gpt_tf.settings import FEWEST_PROMPTS
 
 _RANDOM_DRAWS = 16
 _RESAMPLES = 2000

@@ -10,17 +10,20 @@ import contextlib
 import functools
 import itertools
 import time
+from typing import get_args
 
 import tensorflow as tf
 import tf_keras as keras
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.models import operations, placement, step, xla
 from gpt_tf.models.decoding import blocks_cached, cached_mask, parts_of
 from gpt_tf.models.next_token import counted, token_weights
+from gpt_tf.parallel.config import Schedule
 from gpt_tf.parallel.strategy import devices_for
 
-SCHEDULES = ("1f1b", "gpipe")
+SCHEDULES = get_args(Schedule)
 
 _FORWARD, _BACKWARD = "forward", "backward"
 
@@ -70,22 +73,9 @@ class Pipeline:
         costs=None,
         blocks=None,
     ):
-        for name, value in (
-            ("num_stages", num_stages),
-            ("micro_batches", micro_batches),
-        ):
-            if isinstance(value, bool) or int(value) != value or value < 1:
-                raise InputError(
-                    f"`{name}` expects an integer of at least 1. Received: {value!r}."
-                )
-        if schedule not in SCHEDULES:
-            raise InputError(
-                f"`schedule` expects one of {', '.join(SCHEDULES)}. "
-                f"Received: {schedule!r}."
-            )
-        self.num_stages = int(num_stages)
-        self.micro_batches = int(micro_batches)
-        self.schedule = schedule
+        self.num_stages = arguments.integer("num_stages", num_stages, 1)
+        self.micro_batches = arguments.integer("micro_batches", micro_batches, 1)
+        self.schedule = arguments.one_of("schedule", schedule, SCHEDULES)
         self.devices = devices_for(self.num_stages, devices, "A pipeline's stages")
         self.costs = costs
         self.blocks = blocks

@@ -7,6 +7,7 @@ each activation between them, from which a method chooses where to cut.
 """
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import tensorflow as tf
@@ -15,10 +16,11 @@ from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.layers import observed
+from gpt_tf.quantization.config import Method
 from gpt_tf.quantization.weights import SMALLEST_SCALE
 from gpt_tf.text.dataset import Windows
 
-METHODS = ("minmax", "percentile", "mse")
+METHODS = get_args(Method)
 
 # What softmax writes lies in [0, 1); its integers have the scale 1/256 by contract.
 FIXED_RANGES = {"probabilities_activation": (0.0, 255.0 / 256.0)}
