@@ -11,12 +11,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpt_tf.errors import InputError
+from gpt_tf.errors import InputError, InputTypeError
 
 # Sizes are told to TensorFlow and to files as int32.
 LARGEST = 2**31 - 1
 # Seeds become int64 at most.
 LARGEST_SEED = 2**63 - 1
+MOST_THREADS = 1024
 # An upper end above this one is only spoken of where a value exceeds it.
 _TOLD_UP_TO = 1024
 _LONGEST_SHOWN = 80
@@ -165,6 +166,33 @@ def paths(name: str, values: Iterable[str | os.PathLike]) -> list[Path]:
     if single or not isinstance(values, Iterable):
         refuse(name, values, "a list of files", "Put it in brackets.")
     return [path(name, value) for value in values]
+
+
+def texts(name: str, values: str | Iterable[str]) -> list[str]:
+    """Return texts, or one, as a list, or refuse what is none.
+
+    Raises:
+        InputError: It is neither a text nor several.
+    """
+    try:
+        found = [values] if isinstance(values, str) else list(values)
+    except TypeError:
+        found = [None]
+    if not all(isinstance(value, str) for value in found):
+        refuse(name, values, "a text, or a list of texts")
+    return found
+
+
+def instance(name: str, value, kind: type, expected: str, *, or_none=False):
+    """Return an object of a class, or refuse another.
+
+    Raises:
+        InputTypeError: It is of another.
+    """
+    if not (isinstance(value, kind) or (value is None and or_none)):
+        expected += ", or None" * or_none
+        raise InputTypeError(f"`{name}` expects {expected}. Received: {shown(value)}.")
+    return value
 
 
 def phrase(kind, value, least=None, most=None, above=None, below=None, or_none=False):

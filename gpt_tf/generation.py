@@ -6,14 +6,14 @@ and a tokenizer are all it needs.
 """
 
 import codecs
-import numbers
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.sampling import Sampler
 from gpt_tf.text.tokenizer import Tokenizer
@@ -54,14 +54,12 @@ def check_request(
     Raises:
         InputError: One of them cannot be used.
     """
-    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
-        raise InputError(
-            "`max_new_tokens` expects an integer of at least 0. "
-            f"Received: {max_new_tokens!r}."
-        )
-    stop = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(text, str) for text in stop):
-        raise InputError(f"`stop` expects texts. Received: {stop!r}.")
+    arguments.integer("max_new_tokens", max_new_tokens)
+    arguments.switch("stream", stream)
+    arguments.instance(
+        "tokenizer", tokenizer, Tokenizer, "a tokenizer of gpt_tf", or_none=True
+    )
+    stop = arguments.texts("stop", stop)
     rows, is_text, is_list = rows_of(prompt, tokenizer)
     check_rows(rows, vocab_size)
     if stop and tokenizer is None:
@@ -188,9 +186,21 @@ def rows_of(prompt, tokenizer) -> tuple[list[list[int]], bool, bool]:
     except TypeError:
         raise InputError(
             "A prompt is a text or token ids, or a list of one kind. "
-            f"Received: {given!r}."
+            f"Received: {arguments.shown(given)}."
         ) from None
     return rows, False, is_list
+
+
+def ids_of(ids: Iterable[int]) -> list[int]:
+    """Return token ids as a list of Python's integers.
+
+    Raises:
+        InputError: They are no integers.
+    """
+    try:
+        return [operator.index(token) for token in ids]
+    except TypeError:
+        arguments.refuse("ids", ids, "token ids, a list of integers")
 
 
 def _is_id(item):

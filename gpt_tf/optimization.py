@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt_tf import files, training
+from gpt_tf import arguments, files, training
 from gpt_tf.configuration import differences
 from gpt_tf.display import StepProgress
 from gpt_tf.edge.runtime import EdgeGPT
@@ -139,7 +139,10 @@ def optimize(
     Reference: article 6.1 to 6.3.
     """
     config = OptimizationConfig.of(config)
-    out = Path(out)
+    out = arguments.path("out", out)
+    update = arguments.switch("update", update)
+    overwrite = arguments.switch("overwrite", overwrite)
+    arguments.text("command", command, or_none=True)
     if update and overwrite:
         raise InputError(
             "`update` keeps what is there and `overwrite` does not. Received: both. "

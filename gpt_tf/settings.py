@@ -21,15 +21,14 @@ from gpt_tf.configuration import (
 )
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.errors import InputError
+from gpt_tf.models.sizes import MOST_LAYERS
 from gpt_tf.parallel.config import Schedule, Strategy, parse_mesh
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.text.augment import AugmentationConfig
 from gpt_tf.text.corpus import check_separator
+from gpt_tf.text.tokenizer import MOST_TOKENS
 
-# The largest of each that a file, or a table of positions, is written for.
-MOST_LAYERS = 1024
-_MOST_TOKENS = 2**24
 _MOST_POSITIONS = 2**20
 _WIDEST = 2**20
 
@@ -60,7 +59,7 @@ class TrainingConfig(Configuration):
         "bpe", description="bpe, character, or the path of a tokenizer to use."
     )
     vocab_size: int = Field(
-        4096, ge=1, le=_MOST_TOKENS, description="Tokens that bpe learns, at least 257."
+        4096, ge=1, le=MOST_TOKENS, description="Tokens that bpe learns, at least 257."
     )
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the text to hold out."

@@ -24,7 +24,7 @@ import safetensors.numpy
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import files, preparation
+from gpt_tf import arguments, files, preparation
 from gpt_tf.configuration import differences
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.distillation.distiller import Distiller
@@ -37,6 +37,7 @@ from gpt_tf.models.precision import precision
 from gpt_tf.parallel import strategy as strategies
 from gpt_tf.parallel.config import parse_mesh
 from gpt_tf.parallel.mesh import check_divides, check_fits, make_mesh
+from gpt_tf.parallel.peers import join_timeout as seconds_to_join
 from gpt_tf.parallel.pipeline import Pipeline
 from gpt_tf.parallel.sequence import MeshGPT
 from gpt_tf.quantization.config import QuantizationConfig
@@ -168,7 +169,12 @@ def train(
         >>> result = train(PRESETS["tiny"], "runs/tiny")
     """
     notice = on_notice or print
-    out = Path(out)
+    out = arguments.path("out", out)
+    resume = arguments.switch("resume", resume)
+    resume_or_start = arguments.switch("resume_or_start", resume_or_start)
+    overwrite = arguments.switch("overwrite", overwrite)
+    verbose = arguments.switch("verbose", verbose)
+    seconds_to_join(join_timeout)
     for callback in callbacks:
         refuse_keras_3(callback, "callbacks")
     if resume_or_start and (resume or overwrite):
@@ -329,7 +335,7 @@ def _course_of(source, changes, what, role="model"):
             f"{what} expects a trained {role}. Received: none. Name the folder "
             "that `gpt-tf train` wrote."
         )
-    source = Path(source)
+    source = arguments.path("source", source)
     if (source / "run.json").is_file():
         before = read_run(source)
         if "corpus" in changes:  # what its own text was divided by goes with it

@@ -63,6 +63,7 @@ def check_fits(mesh, sizes):
     Raises:
         InputError: It does not.
     """
+    arguments.instance("mesh", mesh, dtensor.Mesh, "what `make_mesh` returns")
     missing = [name for name in AXES if name not in mesh.dim_names]
     if missing:
         raise InputError(

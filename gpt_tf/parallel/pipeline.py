@@ -77,8 +77,11 @@ class Pipeline:
         self.micro_batches = arguments.integer("micro_batches", micro_batches, 1)
         self.schedule = arguments.one_of("schedule", schedule, SCHEDULES)
         self.devices = devices_for(self.num_stages, devices, "A pipeline's stages")
-        self.costs = costs
-        self.blocks = blocks
+        self.costs, self.blocks = costs, blocks
+        if costs is not None:
+            self.costs = [arguments.number("costs", cost, least=0) for cost in costs]
+        if blocks is not None:
+            self.blocks = [arguments.integer("blocks", count, 1) for count in blocks]
 
     def scope(self):
         """Return a context in which the GPTs that are built are pipelines."""
@@ -98,12 +101,8 @@ class Pipeline:
                 f"{self.num_stages} stages for {num_layers} blocks. Use fewer stages."
             )
         if self.blocks is not None:
-            blocks = [int(count) for count in self.blocks]
-            if (
-                len(blocks) != self.num_stages
-                or min(blocks) < 1
-                or sum(blocks) != num_layers
-            ):
+            blocks = self.blocks
+            if len(blocks) != self.num_stages or sum(blocks) != num_layers:
                 raise InputError(
                     f"`blocks` expects {self.num_stages} numbers of at least 1 that "
                     f"add up to {num_layers}. Received: {self.blocks}."

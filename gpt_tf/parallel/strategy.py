@@ -83,7 +83,7 @@ def devices_for(count, devices=None, what="This"):
             f"(in a notebook, restart the kernel) with `gpt_tf.split_cpu({count})`; on "
             "the command line, leave out --virtual-devices or give more."
         )
-    names = list(devices)
+    names = arguments.texts("devices", devices)
     known = {
         spec.name.rpartition("device:")[2]: spec.name
         for spec in tf.config.list_logical_devices()
