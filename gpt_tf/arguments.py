@@ -7,6 +7,7 @@ numbers, and True and False are none.
 
 import math
 import numbers
+import operator
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,12 +16,14 @@ from gpt_tf.errors import InputError, InputTypeError
 
 # Sizes are told to TensorFlow and to files as int32.
 LARGEST = 2**31 - 1
-# Seeds become int64 at most.
-LARGEST_SEED = 2**63 - 1
+# Seeds become uint64 at most.
+LARGEST_SEED = 2**64 - 1
 MOST_THREADS = 1024
 # An upper end above this one is only spoken of where a value exceeds it.
 _TOLD_UP_TO = 1024
 _LONGEST_SHOWN = 80
+# Of file systems.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096
 
 
 def integer(
@@ -84,6 +87,20 @@ def number(name: str, value, *, or_none=False, **limits: float):
     return found
 
 
+def items(name: str, values: Iterable, expected: str = "a list") -> list:
+    """Return what a list or the like holds, or refuse what is none, as a text is.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        if not isinstance(values, str | bytes):
+            return list(values)
+    except TypeError:
+        pass
+    refuse(name, values, expected, "Put it in brackets.")
+
+
 def integers(name: str, values: Iterable[int], least: int = 0, most: int = LARGEST):
     """Return several integers, each once, or refuse them.
 
@@ -94,13 +111,20 @@ def integers(name: str, values: Iterable[int], least: int = 0, most: int = LARGE
         >>> integers("requests", (1, 4, 4), 1)
         [1, 4]
     """
-    try:
-        found = None if isinstance(values, str | bytes) else list(values)
-    except TypeError:
-        found = None
-    if found is None:
-        refuse(name, values, "a list of integers", "Put it in brackets.")
+    found = items(name, values, "a list of integers")
     return list(dict.fromkeys(integer(name, value, least, most) for value in found))
+
+
+def ids(values: Iterable[int]) -> list[int]:
+    """Return token ids as Python's integers, of any size, or refuse what is none.
+
+    Raises:
+        InputError: They are no list, or one of them is no integer.
+    """
+    try:
+        return [operator.index(token) for token in items("ids", values)]
+    except TypeError:
+        refuse("ids", values, "token ids, a list of integers")
 
 
 def one_of(name: str, value, choices: Iterable[str]) -> str:
@@ -141,15 +165,25 @@ def path(name: str, value, *, or_none=False):
     """Return the path of a file or folder, or refuse what is none.
 
     Raises:
-        InputError: It is no text and no path, is empty, or has a character that no
-            path has.
+        InputError: It is no text and no path, is empty, or is what no file system
+            takes.
     """
     if value is None and or_none:
         return None
     given = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(given, str) or not given or "\0" in given:
+    if not isinstance(given, str) or not _is_path(given):
         refuse(name, value, "the path of a file or folder" + ", or None" * or_none)
     return Path(given)
+
+
+def _is_path(value):
+    try:
+        parts = os.fsencode(value).split(b"/")
+    except UnicodeError:
+        return False
+    longest = max(map(len, parts))
+    whole = 0 < len(value) < _LONGEST_PATH and "\0" not in value
+    return whole and longest <= _LONGEST_NAME
 
 
 def paths(name: str, values: Iterable[str | os.PathLike]) -> list[Path]:
@@ -162,10 +196,7 @@ def paths(name: str, values: Iterable[str | os.PathLike]) -> list[Path]:
         >>> paths("paths", ["a.litertlm"])
         [PosixPath('a.litertlm')]
     """
-    single = isinstance(values, str | bytes | os.PathLike)
-    if single or not isinstance(values, Iterable):
-        refuse(name, values, "a list of files", "Put it in brackets.")
-    return [path(name, value) for value in values]
+    return [path(name, value) for value in items(name, values, "a list of files")]
 
 
 def texts(name: str, values: str | Iterable[str]) -> list[str]:
@@ -174,12 +205,10 @@ def texts(name: str, values: str | Iterable[str]) -> list[str]:
     Raises:
         InputError: It is neither a text nor several.
     """
-    try:
-        found = [values] if isinstance(values, str) else list(values)
-    except TypeError:
-        found = [None]
+    expected = "a text, or a list of texts"
+    found = [values] if isinstance(values, str) else items(name, values, expected)
     if not all(isinstance(value, str) for value in found):
-        refuse(name, values, "a text, or a list of texts")
+        refuse(name, values, expected)
     return found
 
 

@@ -45,6 +45,7 @@ _ONE = {
     dict: "a dict",
     tuple: "a list",
 }
+_JSON = (bool, int, float, str, dict, type(None))
 _SEVERAL = {int: "integers", str: "texts"}
 # What pydantic calls a limit, and what `arguments.phrase` does.
 _LIMITS = {"ge": "least", "le": "most", "gt": "above", "lt": "below"}
@@ -108,7 +109,11 @@ class Configuration:
             return tuple(map(cls._plain, value))
         if isinstance(value, os.PathLike):
             return os.fspath(value)
-        return value.item() if isinstance(value, np.generic) else value
+        if isinstance(value, np.generic):
+            return value.item()
+        if not isinstance(value, _JSON):  # pydantic takes whatever has a `__float__`
+            raise ValueError
+        return value
 
     @classmethod
     def of(cls, value):

@@ -8,7 +8,7 @@ and a tokenizer are all it needs.
 import codecs
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,9 +56,6 @@ def check_request(
     """
     arguments.integer("max_new_tokens", max_new_tokens)
     arguments.switch("stream", stream)
-    arguments.instance(
-        "tokenizer", tokenizer, Tokenizer, "a tokenizer of gpt_tf", or_none=True
-    )
     stop = arguments.texts("stop", stop)
     rows, is_text, is_list = rows_of(prompt, tokenizer)
     check_rows(rows, vocab_size)
@@ -191,18 +188,6 @@ def rows_of(prompt, tokenizer) -> tuple[list[list[int]], bool, bool]:
     return rows, False, is_list
 
 
-def ids_of(ids: Iterable[int]) -> list[int]:
-    """Return token ids as a list of Python's integers.
-
-    Raises:
-        InputError: They are no integers.
-    """
-    try:
-        return [operator.index(token) for token in ids]
-    except TypeError:
-        arguments.refuse("ids", ids, "token ids, a list of integers")
-
-
 def _is_id(item):
     try:
         operator.index(item)
@@ -243,6 +228,8 @@ def ids_without_token(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarra
     Returns:
         `(n,)` integers, ascending.
     """
+    expected = "a tokenizer of gpt_tf"
+    arguments.instance("tokenizer", tokenizer, Tokenizer, expected, or_none=True)
     if tokenizer is None:
         return np.arange(0)
     if tokenizer.backend.get_vocab_size() == tokenizer.vocab_size:  # no gaps

@@ -179,7 +179,7 @@ def _refuse_other_options(out, config):
     path = out / CONFIG_NAME
     if not path.is_file():
         return
-    there = files.read_json(path)
+    there = files.read_json(path, dict)
     # As JSON gives it back, tuples are lists.
     asked = {
         name: list(value) if isinstance(value, tuple) else value

@@ -90,7 +90,8 @@ def prepare(config, out, overwrite, notice):
         else:
             notice(f"taking the tokens of the run {source.name}")
             shutil.copytree(source / "data", staging / "data")
-            corpus = files.read_json(source / "run.json")["corpus"]
+            run = files.read_json(source / "run.json", {"corpus": dict})
+            corpus = run["corpus"]
         token_files = {
             split: TokenFile.open(staging / "data" / f"{split}.tokens")
             for split in corpora.SPLITS

@@ -58,10 +58,10 @@ def read_run(out):
             f"Expected an interrupted run in {out}; there is no run.json. "
             "Start a run without --resume first."
         )
-    run = files.read_json(out / "run.json")
+    run = files.read_json(out / "run.json", {"config": dict})
     try:
         return TrainingConfig(**run["config"])
-    except (KeyError, TypeError, InputError) as error:
+    except InputError as error:
         raise DamagedFileError(
             f"{out / 'run.json'} is no configuration of this version: {error}."
         ) from None

@@ -119,7 +119,7 @@ class Stages:
 
     def _is_whole(self, record):
         outputs = record.get("outputs")
-        return outputs is not None and all(
+        return isinstance(outputs, dict) and all(
             (self.folder / name).is_file()
             and files.sha256_of(self.folder / name) == sha256
             for name, sha256 in outputs.items()
@@ -137,11 +137,11 @@ class Stages:
 
 def _read_record(path):
     """Return what is known of a stage: nothing where its record is damaged."""
+    done = {"key": str, "seconds": float, "outputs": {str: str}}
     try:
-        record = files.read_json(path)
+        return files.read_json(path, (done, {"key": str}))
     except DamagedFileError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _key(inputs):

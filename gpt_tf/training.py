@@ -97,6 +97,10 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+# What history.json holds.
+HISTORY = {key: [{"step": int, str: float}] for key in ("steps", "validations")}
+
+
 @dataclasses.dataclass
 class TrainingResult:
     """What a training run leaves in memory.
@@ -567,13 +571,16 @@ def _finished(config, out):
     manifest = out / "model" / files.MANIFEST_NAME
     if not ((out / "run.json").is_file() and manifest.is_file()):
         return None
-    facts = files.read_json(manifest)
+    facts = files.read_json(
+        manifest, {"made_from?": dict, "validation_loss?": (float, None)}
+    )
     if facts.get("made_from", {}).get("run") != files.sha256_of(out / "run.json"):
         return None
     _check_same(config, out)
     model, tokenizer = load_model(out)
-    history = files.read_json(out / "history.json")
-    return TrainingResult(model, tokenizer, history, out, facts["validation_loss"])
+    history = files.read_json(out / "history.json", HISTORY)
+    loss = facts.get("validation_loss")
+    return TrainingResult(model, tokenizer, history, out, loss)
 
 
 def _check_shared(out):
@@ -705,8 +712,8 @@ class _Run:
         if self.knowledge is not None:
             return None
         path = self.distillation.teacher
-        stated = files.read_json(self.out / "run.json")["made_from"]["teacher"]
-        if files.sha256_of(model_file(path)) != stated:
+        run = files.read_json(self.out / "run.json", {"made_from": {"teacher": str}})
+        if files.sha256_of(model_file(path)) != run["made_from"]["teacher"]:
             raise InputError(
                 f"The student in {self.out} expects the teacher that it began with. "
                 f"Received: another model in {path}. Put the first one back, or start "
@@ -857,7 +864,8 @@ class _Run:
         # A copy without the optimiser, which would take twice the model's bytes and
         # stands in the checkpoints; under several workers Keras cannot save it.
         made_from = {"run": files.sha256_of(self.out / "run.json")}
-        made_from |= files.read_json(self.out / "run.json").get("made_from", {})
+        run = files.read_json(self.out / "run.json", {"made_from?": {str: str}})
+        made_from |= run.get("made_from", {})
         save_model(
             copy_of(self.trained),
             self.tokenizer,
@@ -1015,6 +1023,12 @@ class _Run:
         self.notice("no checkpoint was written yet: starting from step 0")
 
     def _restore(self, folder, manifest):
+        shape = {
+            "config": dict,
+            "step": int,
+            "best": {"loss": (float, None), "step": int, "waited": int},
+        }
+        files.check_shape(manifest, shape, folder / files.MANIFEST_NAME)
         config = self.trained.get_config()
         if manifest["config"] != config:
             raise InputError(
@@ -1046,9 +1060,8 @@ class _Run:
                 self._write(variable, state[name])
         best = [state[name] for name in sorted(state) if name.startswith("best/")]
         self.best_weights = best or None
-        self.best = manifest["best"]
-        self.step = int(manifest["step"])
-        self.history = files.read_json(folder / "history.json")
+        self.best, self.step = manifest["best"], manifest["step"]
+        self.history = files.read_json(folder / "history.json", HISTORY)
 
 
 def _first_not_finite(arrays):

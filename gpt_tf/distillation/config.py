@@ -15,6 +15,8 @@ from gpt_tf.configuration import (
 )
 from gpt_tf.errors import InputError
 
+# Its square multiplies losses in float32.
+LARGEST_TEMPERATURE = 1e6
 LayerChoice = Literal[
     "evenly", "every_second", "first", "last", "first_and_last", "importance"
 ]
@@ -72,7 +74,9 @@ class DistillationConfig(Configuration):
         "attention_transfer.",
     )
     alpha: Share = Field(0.1, description="Share of the loss by labels.")
-    temperature: Positive = Field(1.0, description="Divides the logits of both.")
+    temperature: float = Field(
+        1.0, gt=0, le=LARGEST_TEMPERATURE, description="Divides the logits of both."
+    )
     on_policy_fraction: Share = Field(
         0.0, description="Share of steps on the student's own text."
     )

@@ -196,7 +196,7 @@ class Distiller(TokenTraining, keras.Model):
             "on_policy_prompt_length", on_policy_prompt_length, 1, or_none=True
         )
         on_policy_seed = arguments.integer("on_policy_seed", on_policy_seed)
-        temperature = arguments.number("temperature", temperature, above=0)
+        temperature = losses.check_temperature(temperature)
         student_loss = student_loss or NextTokenLoss()
         if not isinstance(student_loss, keras.losses.Loss):
             student_loss = keras.losses.get(student_loss)

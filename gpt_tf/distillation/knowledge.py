@@ -487,6 +487,13 @@ def _record_bytes(facts) -> dict[str, int]:
 
 def _check_sound(manifest, path):
     """Refuse a manifest that is whole but not as this version writes it."""
+    numbers = ("passes", "count", "top_k", "vocab_size", "context_length")
+    shape = {name: int for name in (*numbers, "batch_size", "seed", "bytes_per_token")}
+    files.check_shape(
+        manifest,
+        {**shape, "offsets": [int], "mapping": str},
+        path / files.MANIFEST_NAME,
+    )
     try:
         count = manifest["passes"] * (manifest["count"] - 1)
         found = {name: e["size_bytes"] for name, e in manifest["files"].items()}
@@ -496,7 +503,7 @@ def _check_sound(manifest, path):
             and len(manifest["offsets"]) == manifest["passes"]
             and all(isinstance(manifest[key], str) for key in _COMPARED)
         )
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         is_sound = False
     if not is_sound:
         raise DamagedFileError(
@@ -511,11 +518,8 @@ def _check_teacher(teacher, tokenizer, context_length):
             f"A tokenizer of at most the teacher's {teacher.vocab_size} tokens was "
             f"expected. Received: one of {tokenizer.vocab_size}. Use the teacher's."
         )
-    if context_length and not 1 <= context_length <= teacher.context_length:
-        raise InputError(
-            f"`context_length` expects 1 to {teacher.context_length}, the teacher's. "
-            f"Received: {context_length}."
-        )
+    most = teacher.context_length
+    arguments.integer("context_length", context_length, 1, most, or_none=True)
 
 
 def _check_written_with(tokenizer, token_file):

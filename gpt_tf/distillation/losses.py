@@ -14,6 +14,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf import arguments
+from gpt_tf.distillation.config import LARGEST_TEMPERATURE
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.checks import refuse_keras_3
 
@@ -37,7 +38,7 @@ class Outputs(NamedTuple):
 
 def _log_probabilities(teacher_logits, student_logits, temperature):
     if not tf.is_tensor(temperature):
-        temperature = arguments.number("temperature", temperature, above=0)
+        check_temperature(temperature)
     teacher = tf.stop_gradient(tf.cast(teacher_logits, tf.float32))
     student = tf.cast(student_logits, tf.float32)
     return (
@@ -634,6 +635,16 @@ def get(identifier=None):
         "`distillation_loss` expects a DistillationLoss, a name, a tf_keras loss or "
         f"pairs of these and a weight. Received: {type(identifier).__name__}."
     )
+
+
+def check_temperature(value):
+    """Return a temperature, or refuse what is none.
+
+    Raises:
+        InputError: It is no number above 0, or its square is too large.
+    """
+    most = LARGEST_TEMPERATURE
+    return arguments.number("temperature", value, above=0, most=most)
 
 
 def _pairs_in(terms):

@@ -255,7 +255,7 @@ class EdgeGPT:
                 `when_full="stop"`.
         """
         self.check_open()
-        (token,) = generation.ids_of([token])
+        (token,) = arguments.ids([token])
         self._check_ids([token])
         self._turn += 1
         if self.position < self.context_length:
@@ -307,7 +307,7 @@ class EdgeGPT:
     def _appendable(self, ids):
         """Return ids as a list, seen to be known and to have room in the cache."""
         self.check_open()
-        ids = generation.ids_of(ids)
+        ids = arguments.ids(ids)
         if ids:
             self._check_ids(ids)
         room = self.context_length - self.position

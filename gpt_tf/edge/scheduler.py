@@ -93,6 +93,8 @@ class EdgeScheduler:
         self.chunked = arguments.switch("chunked", chunked)
         self.max_active = arguments.integer("max_active", max_active, 1)
         self.patience = arguments.integer("patience", patience, 1)
+        arguments.integer("num_threads", num_threads, 1, or_none=True)
+        arguments.one_of("when_full", when_full, ("slide", "stop"))
         self._owns = not isinstance(source, EdgeGPT)
         if self._owns:
             source = EdgeGPT(

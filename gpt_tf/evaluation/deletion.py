@@ -112,7 +112,10 @@ def deletion_test(
     _check_methods(subject, methods)
     rows = _rows_of(subject, prompts, FEWEST_PROMPTS)
     fractions = [arguments.number("fraction", fraction, above=0, below=1)]
-    fractions += [arguments.number("curve", s, above=0, below=1) for s in curve]
+    fractions += [
+        arguments.number("curve", share, above=0, below=1)
+        for share in arguments.items("curve", curve)
+    ]
     keep_last = arguments.switch("keep_last", keep_last)
     seed = arguments.integer("seed", seed, most=2**32 - 1)
     neutral = neutral_token(subject, neutral)

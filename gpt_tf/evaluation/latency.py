@@ -314,10 +314,11 @@ def measure_files(
     # Before minutes are spent.
     job = _checked_job(
         *(options.get("prompt_tokens", 64), options.get("new_tokens", 64)),
-        *(repetitions, options.get("threads"), contexts or ()),
+        *(repetitions, options.get("threads"), () if contexts is None else contexts),
         *(options.get("requests", REQUESTS), "gpt_tf", rounds),
     )
-    arguments.integers("thread_counts", thread_counts or (), 1)
+    if thread_counts is not None:
+        arguments.integers("thread_counts", thread_counts, 1)
     engines_of = {path: [engine] for path in paths}
     if engine == "both":
         for path in paths:

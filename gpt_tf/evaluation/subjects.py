@@ -197,7 +197,7 @@ class KerasGPT:
         """
         from gpt_tf.models import decoding
 
-        ids = generation.ids_of(ids)
+        ids = arguments.ids(ids)
         vocab_size = self.config["vocab_size"]
         if not ids:
             return np.zeros((0, vocab_size), np.float32)

@@ -43,9 +43,7 @@ class AdamW(keras.optimizers.AdamW):
     ):
         if not callable(learning_rate) and not tf.is_tensor(learning_rate):
             learning_rate = arguments.number("learning_rate", learning_rate, least=0)
-        weight_decay = arguments.number(
-            "weight_decay", weight_decay, least=0, or_none=True
-        )
+        weight_decay = arguments.number("weight_decay", weight_decay, least=0)
         beta_1 = arguments.number("beta_1", beta_1, least=0, below=1)
         beta_2 = arguments.number("beta_2", beta_2, least=0, below=1)
         epsilon = arguments.number("epsilon", epsilon, least=0)

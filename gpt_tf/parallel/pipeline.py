@@ -79,9 +79,15 @@ class Pipeline:
         self.devices = devices_for(self.num_stages, devices, "A pipeline's stages")
         self.costs, self.blocks = costs, blocks
         if costs is not None:
-            self.costs = [arguments.number("costs", cost, least=0) for cost in costs]
+            self.costs = [
+                arguments.number("costs", cost, least=0)
+                for cost in arguments.items("costs", costs)
+            ]
         if blocks is not None:
-            self.blocks = [arguments.integer("blocks", count, 1) for count in blocks]
+            self.blocks = [
+                arguments.integer("blocks", count, 1)
+                for count in arguments.items("blocks", blocks)
+            ]
 
     def scope(self):
         """Return a context in which the GPTs that are built are pipelines."""

@@ -91,7 +91,7 @@ def devices_for(count, devices=None, what="This"):
     known |= {name: name for name in known.values()}
     unknown = [name for name in names if name not in known]
     if unknown or len(names) != count:
-        received = f"{unknown[0]!r}" if unknown else f"{len(names)} of them"
+        received = arguments.shown(unknown[0]) if unknown else f"{len(names)} of them"
         raise InputError(
             f"{what} expect {count} devices out of "
             f"{', '.join(n for n in known if n[0] != '/')}. Received: {received}."

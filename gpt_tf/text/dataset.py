@@ -504,20 +504,21 @@ def _manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+_TOKEN_MANIFEST = {
+    **dict.fromkeys(("kind", "dtype", "sha256", "tokenizer_fingerprint"), str),
+    **dict.fromkeys(("count", "size_bytes", "vocab_size", "text_bytes"), int),
+}
+
+
 def _check_token_manifest(manifest, path: Path) -> None:
-    try:
-        size = np.dtype(manifest["dtype"]).itemsize
-        is_sound = (
-            manifest["kind"] == "tokens"
-            and manifest["dtype"] in ("<u2", "<u4")
-            and manifest["count"] * size == manifest["size_bytes"] > 0
-            and isinstance(manifest["sha256"], str)
-            and manifest["vocab_size"] > 0
-            and manifest["text_bytes"] > 0
-        )
-    except (KeyError, TypeError, ValueError):
-        is_sound = False
-    if not is_sound:
+    files.check_shape(manifest, _TOKEN_MANIFEST, path)
+    bytes_each = {"<u2": 2, "<u4": 4}.get(manifest["dtype"], 0)
+    if not (
+        manifest["kind"] == "tokens"
+        and manifest["count"] * bytes_each == manifest["size_bytes"] > 0
+        and manifest["vocab_size"] > 0
+        and manifest["text_bytes"] > 0
+    ):
         raise DamagedFileError(
             f"{path} is no sound manifest of a token file. Prepare the corpus again."
         )

@@ -6,7 +6,6 @@ Both are the `tokenizers` library's and are kept in Hugging Face's `tokenizer.js
 import abc
 import functools
 import hashlib
-import operator
 import os
 import re
 import warnings
@@ -150,10 +149,7 @@ class Tokenizer(abc.ABC):
         Raises:
             InputError: An id is negative or not below `vocab_size`.
         """
-        try:
-            ids = [operator.index(token) for token in ids]
-        except TypeError:
-            arguments.refuse("ids", ids, "token ids, a list of integers")
+        ids = arguments.ids(ids)
         self.check_ids(ids)
         # Ids without a token are gaps in a foreign vocabulary.
         return b"".join(self._bytes_of.get(token, b"") for token in ids)
@@ -536,9 +532,15 @@ def _parts_of(component) -> list[str]:
 
 def _clean(text: str) -> str:
     """Replace lone surrogates by "?"; no UTF-8 has them, and the library refuses."""
+    arguments.text("texts", text)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _refuse_single_text(texts) -> None:
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+    try:
+        iter(texts)
+        are_several = not isinstance(texts, (str, bytes))
+    except TypeError:
+        are_several = False
+    if not are_several:
         arguments.refuse("texts", texts, "several texts, a list for example")

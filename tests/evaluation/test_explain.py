@@ -343,7 +343,7 @@ def test_a_target_that_is_no_token_is_refused(target, message):
         (PROMPT, {"neutral": 99}, "`neutral`.*Received: 99"),
         (PROMPT, {"seed": -1}, r"`seed`.*at least 0 and below 2\*\*32. Received: -1"),
         (PROMPT, {"seed": 1 << 32, "method": "shap"}, "`seed`.*Received: 4294967296"),
-        (PROMPT, {"seed": 1.5}, "`seed` expects a whole number.*Received: 1.5"),
+        (PROMPT, {"seed": 1.5}, "`seed` expects an integer.*Received: 1.5"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(prompt, options, message):
