@@ -459,6 +459,8 @@ def check_manifest(
             f"{folder / MANIFEST_NAME} does not have the SHA-256 that it states: it "
             "was altered, or another version of gpt_tf wrote it."
         )
+    listed = {str: {"size_bytes": int, "sha256": str}}
+    check_shape(manifest, {"files": listed}, folder / MANIFEST_NAME)
     for name, facts in manifest["files"].items():
         file = folder / name
         if not file.is_file():

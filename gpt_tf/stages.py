@@ -119,7 +119,7 @@ class Stages:
 
     def _is_whole(self, record):
         outputs = record.get("outputs")
-        return isinstance(outputs, dict) and all(
+        return outputs is not None and all(
             (self.folder / name).is_file()
             and files.sha256_of(self.folder / name) == sha256
             for name, sha256 in outputs.items()
@@ -139,7 +139,7 @@ def _read_record(path):
     """Return what is known of a stage: nothing where its record is damaged."""
     done = {"key": str, "seconds": float, "outputs": {str: str}}
     try:
-        return files.read_json(path, (done, {"key": str}))
+        return files.read_json(path, (done, {"key": str, "outputs?": None}))
     except DamagedFileError:
         return {}
 

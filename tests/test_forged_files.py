@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gpt_tf import files
 from gpt_tf.display import draw_history
-from gpt_tf.distillation.knowledge import KIND, KnowledgeStore, extract
+from gpt_tf.distillation.knowledge import KnowledgeStore, extract
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation.advisor import print_recommendation, recommend
 from gpt_tf.evaluation.baseline import read_baseline
@@ -55,11 +55,13 @@ def places(value, before=()):
         yield from places(part, (*before, key))
 
 
-def wrong(value, use):
-    """Return which forgeries end in a bare error, and how many were tried."""
+def wrong(value, use, every=1):
+    """Return which of every so many forgeries end in a bare error; all are counted."""
     found, tried = [], 0
     for place, forged, altered in forgeries(value):
         tried += 1
+        if tried % every:
+            continue
         try:
             use(altered)
         except InputError as error:
@@ -96,9 +98,7 @@ def test_forged_runs_are_one_line(trained, put, tmp_path):
 def test_forged_histories_are_one_line(trained, put, tmp_path):
     def use(history):
         history = files.read_json(put("history.json", history), HISTORY)
-        if any(map(len, history.values())):
-            history["steps"][:1], history["validations"][:1]
-            [one["step"] for part in HISTORY for one in history[part]]
+        assert all(one["step"] >= -1 for part in HISTORY for one in history[part])
 
     history = files.read_json(trained.out / "history.json")
     found, _ = wrong(history, use)
@@ -124,17 +124,15 @@ def test_forged_stores_of_knowledge_are_one_line(trained, tmp_path):
         trained.model, tokens, tmp_path / "store", tokenizer=trained.tokenizer, top_k=2
     )
     manifest = files.read_json(store.path / files.MANIFEST_NAME)
-    del manifest["manifest_sha256"]
 
     def use(forged):
-        if not isinstance(forged, dict):
-            forged = {"kind": forged}
-        kept = {k: v for k, v in forged.items() if k not in ("kind", "files")}
-        names = [name for name in manifest["files"] if name in str(forged.get("files"))]
-        files.write_manifest(store.path, KIND, names, **kept)
-        KnowledgeStore.open(store.path).read(0, [1, 2])
+        if isinstance(forged, dict):  # with the hash of what it says now
+            forged = {k: v for k, v in forged.items() if k != "sha256"}
+            forged["sha256"] = files._sha256_of_content(forged)
+        files.write_json(store.path / files.MANIFEST_NAME, forged)
+        KnowledgeStore.open(store.path, verify=False).read(0, [1, 2])
 
-    found, _ = wrong(manifest, use)
+    found, _ = wrong(manifest, use, every=5)
     assert found == []
 
 
@@ -160,7 +158,9 @@ def test_forged_records_of_stages_are_done_again(put, tmp_path):
     assert found == []
 
 
-def test_forged_reports_are_one_line(put):
+# A prime, so that every kind of value is tried somewhere.
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_forged_reports_are_one_line(put, every):
     console = Console(file=io.StringIO())
     stored = put("stored.json", full_report())
 
@@ -171,9 +171,9 @@ def test_forged_reports_are_one_line(put):
         recommend(join_reports([read, read_report(stored)]))
         read_baseline(path)
 
-    found, tried = wrong(full_report(), use)
+    found, tried = wrong(full_report(), use, every)
     assert found == []
-    assert tried > 1000
+    assert tried > 3000
 
 
 def test_a_forgery_that_nobody_checks_is_found():
