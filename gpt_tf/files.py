@@ -336,7 +336,7 @@ def _misfit(value, shape, place=""):
         if not isinstance(value, type(shape)):
             return place
         pairs = _pairs(value, shape)
-        found = (_misfit(v, one, f"{place}.{key}".strip(".")) for key, v, one in pairs)
+        found = (_misfit(v, one, f"{place}.{key}".strip(".?")) for key, v, one in pairs)
         return next((one for one in found if one is not None), None)
     if shape is None or value is None:
         return None if shape in (value, object) else place

@@ -121,7 +121,8 @@ _LATENCY = {
     ),
 }
 _ENTRY = {
-    **dict.fromkeys(("name", "path", "kind", "mode"), str),
+    "name": str,
+    **dict.fromkeys(("path", "kind", "mode"), (str, None)),
     **dict.fromkeys(("parameters", "size_bytes", "context_length"), (int, None)),
     "sha256": (str, None),
     "config": (dict, None),
@@ -131,9 +132,9 @@ _ENTRY = {
     "estimate": (dict, None),
 }
 _REPORT = {
-    "made_at": str,
+    "made_at": (str, None),
     "command": (str, None),
-    "versions": dict,
+    "versions": (dict, None),
     "machine": (dict, None),
     "corpus": (dict, None),
     "budgets": {str: _NUMBER},

@@ -509,11 +509,11 @@ def test_spoilt_logits_are_an_error_that_names_the_file(spoilt):
 
 def test_a_subject_without_tokenizer_or_an_unknown_reference_is_refused():
     gpt = Bigrams(1)
-    with pytest.raises(InputError, match=r"one of a, or None. Received: 'b'"):
+    with pytest.raises(InputError, match=r"one of a. Received: 'b'"):
         measure_accuracies({"a": gpt}, "b", "abc")
     with pytest.raises(InputError, match="at least one file"):
         measure_accuracies({}, None, "abc")
-    with pytest.raises(InputError, match=r"list of files. Received: one, 'a\.tfli"):
+    with pytest.raises(InputError, match=r"list of files. Received: 'a\.tfli"):
         evaluate_files("a.tflite")
     with pytest.raises(InputError, match="at least one block"):
         block_bootstrap(np.zeros((0, 2)), mean)

@@ -181,7 +181,7 @@ def test_the_status_says_whether_something_got_worse(run, tmp_path):
         ([FILE, "--prompt-tokens", 128], "Received: 128 + 64"),
         ([FILE, "--threads", 0], "`threads` expects"),
         ([FILE, "--new-tokens", 1], "`new_tokens` expects"),
-        ([FILE, "--engine", "onnx"], "gpt_tf, litert-lm or both. Received: 'onnx'"),
+        ([FILE, "--engine", "onnx"], "gpt_tf, litert-lm, both. Received: 'onnx'"),
         (["gpt.tflite", "--engine", "litert-lm"], "expects a .litertlm"),
         ([FILE, "--contexts", "4,x"], "--contexts expects whole numbers with commas"),
         ([FILE, "--by-threads", "2,0"], "`thread_counts` expects"),
