@@ -44,5 +44,7 @@ def default_and_description(field):
         if name in facts
     ]
     said = [ast.literal_eval(facts["description"])]
-    said += [f"{' and '.join(limits).capitalize()}."] if limits else []
+    if limits:
+        ends = " and ".join(limits)
+        said.append(f"{ends[0].upper()}{ends[1:]}.")
     return ast.unparse(call.args[0]), " ".join(said)

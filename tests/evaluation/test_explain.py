@@ -357,7 +357,7 @@ def test_a_seed_of_numpy_is_written_as_json():
 
 
 def test_samples_of_the_keras_methods_are_checked(keras_subject):
-    with pytest.raises(InputError, match="at least 8.*steps"):
+    with pytest.raises(InputError, match=r"at least 8.*steps"):
         explain(keras_subject, IDS, method="gradient", num_samples=7, neutral=1)
     with pytest.raises(InputError, match=r"takes no samples.*num_samples=9"):
         explain(keras_subject, IDS, method="attention", num_samples=9, neutral=1)
