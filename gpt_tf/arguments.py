@@ -19,6 +19,8 @@ LARGEST = 2**31 - 1
 # Seeds become uint64 at most.
 LARGEST_SEED = 2**64 - 1
 MOST_THREADS = 1024
+# The trainer of a vocabulary takes memory for all of it before it counts anything.
+MOST_TOKENS = 2**24
 # An upper end above this one is only spoken of where a value exceeds it.
 _TOLD_UP_TO = 1024
 _LONGEST_SHOWN = 80

@@ -12,7 +12,6 @@ import types
 import typing
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import pydantic
 from pydantic import Field
 from pydantic.fields import FieldInfo
@@ -109,8 +108,8 @@ class Configuration:
             return tuple(map(cls._plain, value))
         if isinstance(value, os.PathLike):
             return os.fspath(value)
-        if isinstance(value, np.generic):
-            return value.item()
+        if hasattr(value, "item") and not hasattr(value, "__len__"):
+            value = value.item()  # a number of NumPy's, and no array
         if not isinstance(value, _JSON):  # pydantic takes whatever has a `__float__`
             raise ValueError
         return value

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from gpt_tf.arguments import LARGEST
+from gpt_tf.arguments import LARGEST, MOST_TOKENS
 from gpt_tf.configuration import (
     Configuration,
     Count,
@@ -25,9 +25,8 @@ from gpt_tf.models.sizes import MOST_LAYERS
 from gpt_tf.parallel.config import Schedule, Strategy, parse_mesh
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.quantization.modes import MODES
-from gpt_tf.text.augment import AugmentationConfig
+from gpt_tf.text.config import AugmentationConfig
 from gpt_tf.text.corpus import check_separator
-from gpt_tf.text.tokenizer import MOST_TOKENS
 
 _MOST_POSITIONS = 2**20
 _WIDEST = 2**20

@@ -16,7 +16,7 @@ import typer
 from gpt_tf.configuration import fields_of
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.settings import OptimizationConfig, TrainingConfig
-from gpt_tf.text.augment import AugmentationConfig
+from gpt_tf.text.config import AugmentationConfig
 
 # The panels of `--help`, each with the first of its fields.
 _PANELS = {

@@ -22,7 +22,7 @@ from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.errors import InputError
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.settings import PRESETS, TrainingConfig
-from gpt_tf.text.augment import AugmentationConfig
+from gpt_tf.text.config import AugmentationConfig
 
 # Of a run that follows another one: what is not given is the other run's.
 _SOURCES_TEXT = {"corpus": "As for train; the source's own. May be repeated."}

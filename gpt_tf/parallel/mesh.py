@@ -13,7 +13,7 @@ from tensorflow.experimental import dtensor
 
 from gpt_tf import arguments
 from gpt_tf.errors import InputError
-from gpt_tf.parallel.config import AXES
+from gpt_tf.parallel.config import AXES, parse_mesh  # noqa: F401 - of this interface
 from gpt_tf.parallel.strategy import devices_for
 
 # How activations lie on a mesh: for each of their axes the mesh's that divides it.

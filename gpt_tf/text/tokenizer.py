@@ -19,8 +19,6 @@ from gpt_tf import arguments, files
 from gpt_tf.errors import DamagedFileError, InputError
 
 END_OF_TEXT = "<|endoftext|>"
-# The trainer takes memory for as many as are asked for, before it counts any.
-MOST_TOKENS = 2**24
 FILE_NAME = "tokenizer.json"
 
 
@@ -272,7 +270,7 @@ class BPETokenizer(Tokenizer):
             "vocab_size",
             vocab_size,
             257,
-            MOST_TOKENS,
+            arguments.MOST_TOKENS,
             repair="256 bytes and the end of text are tokens always.",
         )
         backend = _byte_level(models.BPE())

@@ -395,7 +395,7 @@ def test_fingerprints_tell_models_apart(teacher):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context_length": 17}, "expects 1 to 16"),
+        ({"context_length": 17}, "from 1 to 16"),
         ({"top_k": 281}, "at most 280"),
         ({"top_k": 0}, "`top_k` expects"),
         ({"passes": 0}, "`passes` expects"),
