@@ -77,6 +77,8 @@ setup(
         "tokenizers>=0.21,<1",
         "typer>=0.15,<1",
         "rich>=13.9,<16",
+        # Newer versions of typer bring it too.
+        "pydantic>=2.10,<3",
     ],
     extras_require={
         "train": TRAIN,

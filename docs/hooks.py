@@ -140,6 +140,8 @@ def _kind(hint):
 def _default(option):
     if option.required:
         return "required"
+    if isinstance(option.show_default, str):  # of a field of a configuration
+        return f"`{option.show_default}`"
     if option.default is None or option.default == ():
         return ""
     if isinstance(option.default, bool):

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AdamW": "gpt_tf.models.optimizer",
-    "AugmentationConfig": "gpt_tf.text.augment",
+    "AugmentationConfig": "gpt_tf.text.config",
     "BPEDropout": "gpt_tf.text.augment",
     "BPETokenizer": "gpt_tf.text.tokenizer",
     "CharacterTokenizer": "gpt_tf.text.tokenizer",

@@ -291,12 +291,77 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         file.write(f"{text}\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike, shape: Any = object) -> Any:
     """Read JSON that gpt_tf wrote.
 
+    Args:
+        path: The file.
+        shape: What it holds: a type; a dict of shapes, in which a key that ends in `?`
+            may be missing and the key `str` stands for all; a list of the one shape of
+            its items; or a tuple of alternatives.
+
     Raises:
-        DamagedFileError: The file is missing or is not JSON, as with NaN in it.
+        DamagedFileError: The file is missing, is not JSON, as with NaN in it, or holds
+            something else.
     """
+    return check_shape(_read_json(path), shape, path)
+
+
+def check_shape(value: Any, shape: Any, path: str | os.PathLike) -> Any:
+    """Return what a file holds, or refuse it where it has not the shape expected.
+
+    Args:
+        value: JSON.
+        shape: As for `read_json`.
+        path: The file.
+
+    Raises:
+        DamagedFileError: It has not.
+    """
+    place = _misfit(value, shape)
+    if place is not None:
+        raise DamagedFileError(
+            f"{path} is not what gpt_tf wrote: {place or 'all of it'} is missing or of "
+            "another type. The file was altered, or is of another version."
+        )
+    return value
+
+
+def _misfit(value, shape, place=""):
+    """Return where a value has not its shape, or None."""
+    if isinstance(shape, tuple):
+        found = [_misfit(value, one, place) for one in shape]
+        return None if None in found else max(found, key=len)
+    if isinstance(shape, dict | list):
+        if not isinstance(value, type(shape)):
+            return place
+        pairs = _pairs(value, shape)
+        found = (_misfit(v, one, f"{place}.{key}".strip(".?")) for key, v, one in pairs)
+        return next((one for one in found if one is not None), None)
+    if shape is None or value is None:
+        return None if shape in (value, object) else place
+    if isinstance(value, bool):
+        return None if shape in (bool, object) else place
+    kinds = (int, float) if shape is float else shape
+    return None if isinstance(value, kinds) else place
+
+
+def _pairs(value, shape):
+    """Yield key, value and shape of what a dict or a list holds."""
+    if isinstance(shape, list):
+        yield from ((index, one, shape[0]) for index, one in enumerate(value))
+        return
+    for key, one in shape.items():
+        if key is str:
+            yield from ((name, v, one) for name, v in value.items())
+        elif key.removesuffix("?") in value or not key.endswith("?"):
+            yield key, value.get(key.removesuffix("?"), _MISSING), one
+
+
+_MISSING = type("Missing", (), {})()
+
+
+def _read_json(path):
     try:
         return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -394,6 +459,8 @@ def check_manifest(
             f"{folder / MANIFEST_NAME} does not have the SHA-256 that it states: it "
             "was altered, or another version of gpt_tf wrote it."
         )
+    listed = {str: {"size_bytes": int, "sha256": str}}
+    check_shape(manifest, {"files": listed}, folder / MANIFEST_NAME)
     for name, facts in manifest["files"].items():
         file = folder / name
         if not file.is_file():

@@ -6,7 +6,6 @@ and a tokenizer are all it needs.
 """
 
 import codecs
-import numbers
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.sampling import Sampler
 from gpt_tf.text.tokenizer import Tokenizer
@@ -54,14 +54,9 @@ def check_request(
     Raises:
         InputError: One of them cannot be used.
     """
-    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
-        raise InputError(
-            "`max_new_tokens` expects an integer of at least 0. "
-            f"Received: {max_new_tokens!r}."
-        )
-    stop = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(text, str) for text in stop):
-        raise InputError(f"`stop` expects texts. Received: {stop!r}.")
+    arguments.integer("max_new_tokens", max_new_tokens)
+    arguments.switch("stream", stream)
+    stop = arguments.texts("stop", stop)
     rows, is_text, is_list = rows_of(prompt, tokenizer)
     check_rows(rows, vocab_size)
     if stop and tokenizer is None:
@@ -188,7 +183,7 @@ def rows_of(prompt, tokenizer) -> tuple[list[list[int]], bool, bool]:
     except TypeError:
         raise InputError(
             "A prompt is a text or token ids, or a list of one kind. "
-            f"Received: {given!r}."
+            f"Received: {arguments.shown(given)}."
         ) from None
     return rows, False, is_list
 
@@ -233,6 +228,8 @@ def ids_without_token(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarra
     Returns:
         `(n,)` integers, ascending.
     """
+    expected = "a tokenizer of gpt_tf"
+    arguments.instance("tokenizer", tokenizer, Tokenizer, expected, or_none=True)
     if tokenizer is None:
         return np.arange(0)
     if tokenizer.backend.get_vocab_size() == tokenizer.vocab_size:  # no gaps

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt_tf import files, training
-from gpt_tf.configuration import Configuration, differences
+from gpt_tf import arguments, files, training
+from gpt_tf.configuration import differences
 from gpt_tf.display import StepProgress
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
@@ -32,7 +32,6 @@ from gpt_tf.evaluation.accuracy import measure_accuracies
 from gpt_tf.evaluation.advisor import recommend
 from gpt_tf.evaluation.budgets import Budgets, objective_of, scenario_of
 from gpt_tf.evaluation.deletion import (
-    FEWEST_PROMPTS,
     compare_explanations,
     deletion_test,
     prompts_of,
@@ -47,13 +46,12 @@ from gpt_tf.evaluation.latency import compare_latencies
 from gpt_tf.evaluation.machine import describe_machine
 from gpt_tf.evaluation.parsing import find_prompts, measure_parsing
 from gpt_tf.evaluation.subjects import describe, open_subject
-from gpt_tf.export.constants import MODES as EXPORT_MODES
 from gpt_tf.export.trained import export_trained
 from gpt_tf.preparation import open_text
-from gpt_tf.runs import PRESETS, TrainingConfig, model_file, read_run
+from gpt_tf.runs import model_file, read_run
+from gpt_tf.settings import PRESETS, OptimizationConfig, TrainingConfig
 from gpt_tf.stages import FOLDER as STAGES_FOLDER
 from gpt_tf.stages import Stages
-from gpt_tf.text.corpus import check_separator
 
 CONFIG_NAME = "optimize.json"
 # Fields that say which text is learnt from and what of it is held out.
@@ -72,88 +70,6 @@ _SAMPLE_TOKENS = 100
 # Prompts to explain are this long, and spread over so many times their own text.
 _EXPLAINED_TOKENS = 24
 _EXPLAINED_FROM = 8
-MODES = ("dynamic_int8", "int8", "int4")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizationConfig(Configuration):
-    """Everything that decides what is made and measured; budgets only choose.
-
-    Args:
-        corpus: As for `TrainingConfig`; None takes that of `model`'s run, and
-            `"python-stdlib"` without `model`.
-        validation, separator: As for `TrainingConfig`, of a `corpus` that is given.
-        model: A trained run or model to take as the teacher; None trains one.
-        preset: Name of the `gpt_tf.training.PRESETS` that the teacher is trained by.
-        steps: Optimiser steps of the teacher; None takes the preset's.
-        students: Blocks of each student; None takes half and a quarter of the
-            teacher's. Empty makes none.
-        student_steps: Optimiser steps of each student; None takes a third of the
-            teacher's.
-        modes: Modes in which teacher and students are exported. For `"int8"` a
-            student is trained on with rounded weights and activations first.
-        evaluated_tokens: Tokens of held-out text that accuracy is measured on.
-        prompt_tokens: Tokens of the request whose response time is measured.
-        new_tokens: Tokens that it asks for. If the context has no room for both, each
-            is half of it.
-        repetitions: Requests per file.
-        explained_prompts: Prompts of the deletion test, at least 50; 0 leaves
-            explanations out.
-        seed: Of weights, data order and sampling.
-    """
-
-    title = "An optimisation"
-
-    corpus: str | tuple[str, ...] | None = None
-    validation: str | None = None
-    separator: str | None = None
-    model: str | None = None
-    preset: str = "quickstart"
-    steps: int | None = None
-    students: tuple[int, ...] | None = None
-    student_steps: int | None = None
-    modes: tuple[str, ...] = MODES
-    evaluated_tokens: int = 20_000
-    prompt_tokens: int = 32
-    new_tokens: int = 32
-    repetitions: int = 20
-    explained_prompts: int = 50
-    seed: int = 1337
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("corpus", "students", "modes"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-        divided = self.validation is not None or self.separator is not None
-        whole = self.corpus is not None or not divided
-        self._check("corpus", whole, "beside `validation` and `separator`")
-        if self.validation is not None:
-            object.__setattr__(self, "validation", str(self.validation))
-        check_separator(self.separator)
-        if self.model is not None:
-            object.__setattr__(self, "model", os.path.abspath(self.model))
-        self._check("preset", self.preset in PRESETS, f"of {', '.join(PRESETS)}")
-        for name in ("steps", "student_steps"):
-            value = getattr(self, name)
-            self._check(name, value is None or value >= 1, "at least 1, or None")
-        for name in ("evaluated_tokens", "prompt_tokens", "new_tokens"):
-            self._check(name, getattr(self, name) >= 2, "at least 2")
-        self._check("repetitions", self.repetitions >= 1, "at least 1")
-        prompts = self.explained_prompts
-        enough = prompts == 0 or prompts >= FEWEST_PROMPTS
-        self._check("explained_prompts", enough, f"at least {FEWEST_PROMPTS}, or 0")
-        self._check("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32")
-        blocks = self.students or ()
-        unlike = len(set(blocks)) == len(blocks) and all(n >= 1 for n in blocks)
-        self._check("students", unlike, "of different numbers of blocks, at least 1")
-        known = set(self.modes) <= set(EXPORT_MODES) and len(set(self.modes)) == len(
-            self.modes
-        )
-        self._check(
-            "modes", self.modes and known, f"of {', '.join(EXPORT_MODES)}, each once"
-        )
 
 
 class File(NamedTuple):
@@ -223,7 +139,10 @@ def optimize(
     Reference: article 6.1 to 6.3.
     """
     config = OptimizationConfig.of(config)
-    out = Path(out)
+    out = arguments.path("out", out)
+    update = arguments.switch("update", update)
+    overwrite = arguments.switch("overwrite", overwrite)
+    arguments.text("command", command, or_none=True)
     if update and overwrite:
         raise InputError(
             "`update` keeps what is there and `overwrite` does not. Received: both. "
@@ -260,7 +179,7 @@ def _refuse_other_options(out, config):
     path = out / CONFIG_NAME
     if not path.is_file():
         return
-    there = files.read_json(path)
+    there = files.read_json(path, dict)
     # As JSON gives it back, tuples are lists.
     asked = {
         name: list(value) if isinstance(value, tuple) else value

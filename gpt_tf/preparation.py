@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf import files
@@ -24,6 +25,7 @@ from gpt_tf.distillation.vocabulary import (
 )
 from gpt_tf.errors import InputError
 from gpt_tf.models.decoding import looks_untrained
+from gpt_tf.models.sizes import TRAINED_WEIGHT_BYTES, check_memory
 from gpt_tf.runs import (
     OWN_ENTRIES,
     TEXT,
@@ -54,6 +56,8 @@ def prepare(config, out, overwrite, notice):
     """Write tokens and configuration beside `out`, then move them in."""
     _refuse_foreign_folder(out, overwrite)
     start = _load_start(config)
+    if start.model is None and start.teacher is None:
+        _check_memory(config)
     source = _source_with_this_text(config, start.tokenizer)
     text = open_text(config, notice) if source is None else None
     try:
@@ -90,7 +94,8 @@ def prepare(config, out, overwrite, notice):
         else:
             notice(f"taking the tokens of the run {source.name}")
             shutil.copytree(source / "data", staging / "data")
-            corpus = files.read_json(source / "run.json")["corpus"]
+            run = files.read_json(source / "run.json", {"corpus": dict})
+            corpus = run["corpus"]
         token_files = {
             split: TokenFile.open(staging / "data" / f"{split}.tokens")
             for split in corpora.SPLITS
@@ -121,6 +126,16 @@ def prepare(config, out, overwrite, notice):
         _move_in(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_memory(config):
+    """Refuse a model whose training memory cannot hold, before the text is read."""
+    sizes = {name: getattr(config, name) for name in (*SHAPE, "context_length")}
+    if config.tokenizer != "bpe":
+        sizes["vocab_size"] = 1  # its tokens are not counted yet
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    sizes["feedforward_dim"] = config.feedforward_dim or 4 * config.embedding_dim
+    check_memory(sizes, TRAINED_WEIGHT_BYTES, accelerators=gpus)
 
 
 def open_text(config, notice):

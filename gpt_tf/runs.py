@@ -12,23 +12,15 @@ loss.png            the same as a picture
 logs/               for TensorBoard
 """
 
-import dataclasses
 from pathlib import Path
 
 from gpt_tf import files
-from gpt_tf.configuration import Configuration
-from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models import keras_file
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.parallel import strategy as strategies
-from gpt_tf.parallel.mesh import parse_mesh
-from gpt_tf.parallel.pipeline import SCHEDULES
 from gpt_tf.parallel.sequence import MeshGPT
-from gpt_tf.quantization.config import QuantizationConfig
+from gpt_tf.settings import TrainingConfig
 from gpt_tf.text import tokenizer as tokenizers
-from gpt_tf.text.augment import AugmentationConfig
-from gpt_tf.text.corpus import check_separator
 from gpt_tf.text.dataset import Windows
 
 # Fields that say which text is learnt from, and which is held out.
@@ -59,296 +51,16 @@ OWN_ENTRIES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig(Configuration):
-    """Everything that decides the course of a training run.
-
-    Args:
-        corpus: `"python-stdlib"`, `"shakespeare"`, or paths of files and folders.
-        tokenizer: `"bpe"`, `"character"`, or the path of a tokenizer to use.
-        vocab_size: Size of the vocabulary that `"bpe"` trains, at least 257.
-        validation_fraction: Share of the text that is held out, in (0, 1).
-        validation: File or folder that is held out instead, or None.
-        separator: Text between the documents of one file, or None. Each document is
-            followed by the end-of-text token.
-        embedding_dim, num_layers, num_heads, feedforward_dim, dropout,
-            tie_embeddings: As for `GPTModel`.
-        context_length: Tokens per window and positions of the model.
-        batch_size: Windows per step over all replicas.
-        gradient_accumulation_steps: Parts in which a batch is computed.
-        steps: Number of optimiser steps.
-        learning_rate: Largest learning rate, above 0.
-        final_learning_rate: Learning rate at the end, a tenth unless given.
-        warmup_steps: Steps over which the learning rate rises.
-        weight_decay: Decay of matrices per unit of learning rate.
-        beta_2: Decay of Adam's second moment, in [0, 1).
-        global_clipnorm: Largest norm of the gradient.
-        validate_every: Steps between validations.
-        validation_batches: Batches per validation; None takes all.
-        patience: Validations without improvement after which training stops and
-            the best weights are kept; 0 trains to the end.
-        checkpoint_every: Steps between checkpoints; 0 writes one at the end.
-        keep_checkpoints: Number of newest checkpoints that stay.
-        sample_every: Steps between samples of text; 0 writes none.
-        sample_prompt: What the samples begin with.
-        precision: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"`.
-        jit_compile: `"auto"`, `"on"` or `"off"`: XLA.
-        strategy: One of `gpt_tf.parallel.strategy.STRATEGIES`.
-        pipeline_stages: Devices among which the blocks are divided, as by
-            `gpt_tf.parallel.pipeline.Pipeline`; 1 keeps them together.
-        micro_batches: Parts of a batch that flow through the pipeline.
-        pipeline_schedule: `"1f1b"` or `"gpipe"`.
-        mesh: Devices among which batch, weights and positions are divided, as read by
-            `gpt_tf.parallel.mesh.parse_mesh`: `"2x2"` for example; or None.
-        seed: Seed of weights, data order and dropout.
-        init_from: Trained model to start from: a run's or model's folder, or a
-            `.keras` file. Architecture and tokenizer are then that model's, whatever
-            the fields above say.
-        quantization: Fields of a `QuantizationConfig`: the model of `init_from`
-            becomes quantisation-aware before it is trained. None leaves it as it is.
-        distillation: Fields of a `DistillationConfig`: the model of `init_from`, or one
-            cut from the teacher, learns from the teacher. None learns from text alone.
-        augmentation: Fields of an `AugmentationConfig`: the training text is read
-            otherwise in each epoch. None only shifts its windows. Validation reads the
-            text as it stands.
-    """
-
-    corpus: str | tuple[str, ...] = "python-stdlib"
-    tokenizer: str = "bpe"
-    vocab_size: int = 4096
-    validation_fraction: float = 0.1
-    validation: str | None = None
-    separator: str | None = None
-    embedding_dim: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    context_length: int = 128
-    feedforward_dim: int | None = None
-    dropout: float = 0.0
-    tie_embeddings: bool = True
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    steps: int = 1000
-    learning_rate: float = 1e-3
-    final_learning_rate: float | None = None
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    beta_2: float = 0.99
-    global_clipnorm: float = 1.0
-    validate_every: int = 200
-    validation_batches: int | None = 50
-    patience: int = 0
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 3
-    sample_every: int = 0
-    sample_prompt: str = "\n"
-    precision: str = "float32"
-    jit_compile: str = "auto"
-    strategy: str = "auto"
-    pipeline_stages: int = 1
-    micro_batches: int = 4
-    pipeline_schedule: str = "1f1b"
-    mesh: str | None = None
-    seed: int = 1337
-    init_from: str | None = None
-    quantization: dict | None = None
-    distillation: dict | None = None
-    augmentation: dict | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.corpus, str):
-            object.__setattr__(self, "corpus", tuple(str(p) for p in self.corpus))
-        for name in (
-            "vocab_size",
-            "embedding_dim",
-            "num_layers",
-            "num_heads",
-            "context_length",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "steps",
-            "validate_every",
-            "keep_checkpoints",
-            "pipeline_stages",
-            "micro_batches",
-        ):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("feedforward_dim", "validation_batches"):
-            value = getattr(self, name)
-            self._check(name, value is None or value >= 1, "at least 1, or None")
-        for name in (
-            "warmup_steps",
-            "weight_decay",
-            "patience",
-            "checkpoint_every",
-            "sample_every",
-        ):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
-        final = self.final_learning_rate
-        self._check(
-            "final_learning_rate", final is None or final >= 0, "at least 0, or None"
-        )
-        for name in ("learning_rate", "global_clipnorm"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("dropout", "beta_2"):
-            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        self._check("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32")
-        width = self.embedding_dim
-        self._check(
-            "num_heads", self.num_heads <= width, f"at most `embedding_dim`, {width}"
-        )
-        fraction = self.validation_fraction
-        self._check("validation_fraction", 0 < fraction < 1, "between 0 and 1")
-        if self.validation is not None:
-            object.__setattr__(self, "validation", str(self.validation))
-        check_separator(self.separator)
-        precisions = ("float32", "mixed_bfloat16", "mixed_float16")
-        self._check("precision", self.precision in precisions, f"one of {precisions}")
-        modes = ("auto", "on", "off")
-        self._check("jit_compile", self.jit_compile in modes, f"one of {modes}")
-        known = strategies.STRATEGIES
-        self._check("strategy", self.strategy in known, f"one of {known}")
-        modes = SCHEDULES
-        self._check(
-            "pipeline_schedule", self.pipeline_schedule in modes, f"one of {modes}"
-        )
-        self._check_division()
-        parts = self.gradient_accumulation_steps
-        self._check(
-            "batch_size", self.batch_size % parts == 0, f"a multiple of {parts}"
-        )
-        if self.init_from is not None:
-            object.__setattr__(self, "init_from", str(self.init_from))
-        if self.distillation is not None:
-            fields = DistillationConfig.of(self.distillation).get_config()
-            self._check("distillation", fields["teacher"], "that names a teacher")
-            object.__setattr__(self, "distillation", fields)
-        if self.quantization is not None:
-            source = self.init_from or self.distillation
-            self._check("init_from", source, "that names a trained model")
-            whole = self.precision == "float32"
-            self._check("precision", whole, "of float32 beside `quantization`")
-            fields = QuantizationConfig.of(self.quantization).get_config()
-            object.__setattr__(self, "quantization", fields)
-        if self.augmentation is not None:
-            self._check_augmentation()
-
-    def _check_augmentation(self):
-        """Refuse what a teacher cannot follow."""
-        wanted = AugmentationConfig.of(self.augmentation)
-        object.__setattr__(self, "augmentation", wanted.get_config())
-        if self.distillation is None:
-            return
-        if self.distillation["knowledge"] is not None:
-            raise InputError(
-                "Stored knowledge is of the text as it stood. Received: `augmentation` "
-                "beside it. Let the teacher run along, or leave out one of the two."
-            )
-        if wanted.written_tokens:
-            raise InputError(
-                "In distillation it is the student's teacher that writes. Received: "
-                "`written_tokens` in `augmentation`. Give it in `distillation`."
-            )
-
-    def _check_division(self):
-        """Refuse what does not go with layers, weights or positions in parts."""
-        if self.mesh is not None:
-            parse_mesh(self.mesh)
-        name = "mesh" if self.mesh is not None else "pipeline_stages"
-        if self.mesh is None and self.pipeline_stages == 1:
-            return
-        self._check(
-            "strategy",
-            self.strategy in ("auto", "one_device"),
-            f"of auto beside `{name}`, which places the model itself",
-        )
-        self._check(
-            "gradient_accumulation_steps",
-            self.gradient_accumulation_steps == 1,
-            f"of 1 beside `{name}`",
-        )
-        if self.mesh is not None:
-            self._check(
-                "pipeline_stages", self.pipeline_stages == 1, "of 1 beside `mesh`"
-            )
-            whole = self.precision == "float32"
-            self._check("precision", whole, "of float32 beside `mesh`")
-        others = self.quantization or self.distillation
-        self._check(name, not others, "left out in quantisation and in distillation")
-
-
-PRESETS = {
-    "quickstart": TrainingConfig(
-        vocab_size=1024,
-        embedding_dim=128,
-        num_layers=4,
-        num_heads=4,
-        context_length=128,
-        batch_size=16,
-        steps=600,
-        learning_rate=4e-3,
-        warmup_steps=60,
-        validate_every=100,
-        validation_batches=30,
-        checkpoint_every=100,
-    ),
-    "tiny": TrainingConfig(
-        vocab_size=512,
-        embedding_dim=32,
-        num_layers=2,
-        num_heads=2,
-        context_length=32,
-        batch_size=8,
-        steps=20,
-        warmup_steps=2,
-        validate_every=10,
-        validation_batches=4,
-        checkpoint_every=10,
-    ),
-    "shakespeare-char": TrainingConfig(
-        corpus="shakespeare",
-        tokenizer="character",
-        embedding_dim=128,
-        num_layers=4,
-        num_heads=4,
-        context_length=64,
-        batch_size=12,
-        steps=2000,
-        learning_rate=4e-3,
-        final_learning_rate=0.0,
-        warmup_steps=100,
-        validate_every=250,
-        validation_batches=None,
-        checkpoint_every=500,
-        sample_prompt="\n",
-    ),
-    "small": TrainingConfig(
-        vocab_size=10000,
-        embedding_dim=512,
-        num_layers=6,
-        num_heads=8,
-        context_length=256,
-        batch_size=16,
-        steps=5000,
-        learning_rate=6e-4,
-        warmup_steps=200,
-        validate_every=250,
-        checkpoint_every=250,
-    ),
-}
-
-
 def read_run(out):
     if not (out / "run.json").is_file():
         raise InputError(
             f"Expected an interrupted run in {out}; there is no run.json. "
             "Start a run without --resume first."
         )
-    run = files.read_json(out / "run.json")
+    run = files.read_json(out / "run.json", {"config": dict})
     try:
         return TrainingConfig(**run["config"])
-    except (KeyError, TypeError) as error:
+    except InputError as error:
         raise DamagedFileError(
             f"{out / 'run.json'} is no configuration of this version: {error}."
         ) from None

@@ -5,10 +5,10 @@ both wherever their logits agree.
 """
 
 import dataclasses
-import math
 
 import numpy as np
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 
 _FIRST_SORTED = 256
@@ -42,31 +42,22 @@ class Sampler:
     )
 
     def __post_init__(self):
-        checks = (
-            (
-                "temperature",
-                0 <= self.temperature < math.inf,
-                "at least 0 and finite",
+        penalty = self.repetition_penalty
+        checked = {
+            "temperature": arguments.number("temperature", self.temperature, least=0),
+            "top_k": arguments.integer("top_k", self.top_k, 1, or_none=True),
+            "top_p": arguments.number(
+                "top_p", self.top_p, above=0, most=1, or_none=True
             ),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
-            (
-                "top_p",
-                self.top_p is None or 0 < self.top_p <= 1,
-                "above 0 and at most 1, or None",
+            "repetition_penalty": arguments.number(
+                "repetition_penalty", penalty, above=0
             ),
-            (
-                "repetition_penalty",
-                0 < self.repetition_penalty < math.inf,
-                "above 0 and finite",
+            "seed": arguments.integer(
+                "seed", self.seed, most=arguments.LARGEST_SEED, or_none=True
             ),
-            ("seed", self.seed is None or self.seed >= 0, "at least 0, or None"),
-        )
-        for name, good, expected in checks:
-            if not good:
-                raise InputError(
-                    f"`{name}` expects a value {expected}. "
-                    f"Received: {getattr(self, name)!r}."
-                )
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def generators(self, num_rows: int) -> list[np.random.Generator]:
         """Return a random generator per row; row `i` depends on seed and `i` only."""

@@ -137,11 +137,11 @@ class Stages:
 
 def _read_record(path):
     """Return what is known of a stage: nothing where its record is damaged."""
+    done = {"key": str, "seconds": float, "outputs": {str: str}}
     try:
-        record = files.read_json(path)
+        return files.read_json(path, (done, {"key": str, "outputs?": None}))
     except DamagedFileError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _key(inputs):

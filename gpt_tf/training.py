@@ -24,7 +24,7 @@ import safetensors.numpy
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import files, preparation
+from gpt_tf import arguments, files, preparation
 from gpt_tf.configuration import differences
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.distillation.distiller import Distiller
@@ -36,21 +36,25 @@ from gpt_tf.models.interop import read_safetensors
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.models.precision import precision
 from gpt_tf.parallel import strategy as strategies
-from gpt_tf.parallel.mesh import check_divides, check_fits, make_mesh, parse_mesh
+from gpt_tf.parallel.config import parse_mesh
+from gpt_tf.parallel.mesh import check_divides, check_fits, make_mesh
+from gpt_tf.parallel.peers import join_timeout as seconds_to_join
 from gpt_tf.parallel.pipeline import Pipeline
 from gpt_tf.parallel.sequence import MeshGPT
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.runs import (
     OWN_ENTRIES,
     PLACEMENT,
-    PRESETS,  # noqa: F401 - a part of this module's interface
-    TrainingConfig,
     copy_of,
     load_model,
     model_file,
     read_run,
     save_model,
     windows_of,
+)
+from gpt_tf.settings import (
+    PRESETS,  # noqa: F401 - a part of this module's interface
+    TrainingConfig,
 )
 from gpt_tf.text import tokenizer as tokenizers
 from gpt_tf.text.dataset import TokenFile
@@ -92,6 +96,10 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
             "warmup_steps": self.warmup_steps,
             "total_steps": self.total_steps,
         }
+
+
+# What history.json holds.
+HISTORY = {key: [{"step": int, str: float}] for key in ("steps", "validations")}
 
 
 @dataclasses.dataclass
@@ -166,7 +174,12 @@ def train(
         >>> result = train(PRESETS["tiny"], "runs/tiny")
     """
     notice = on_notice or print
-    out = Path(out)
+    out = arguments.path("out", out)
+    resume = arguments.switch("resume", resume)
+    resume_or_start = arguments.switch("resume_or_start", resume_or_start)
+    overwrite = arguments.switch("overwrite", overwrite)
+    verbose = arguments.switch("verbose", verbose)
+    seconds_to_join(join_timeout)
     for callback in callbacks:
         refuse_keras_3(callback, "callbacks")
     if resume_or_start and (resume or overwrite):
@@ -184,7 +197,7 @@ def train(
             )
         config = dataclasses.replace(read_run(out), **changes)
     else:
-        config = dataclasses.replace(config or TrainingConfig(), **changes)
+        config = dataclasses.replace(TrainingConfig.of(config), **changes)
         if resume_or_start and (finished := _finished(config, out)) is not None:
             notice(f"the run in {out} is finished")
             return finished
@@ -327,7 +340,7 @@ def _course_of(source, changes, what, role="model"):
             f"{what} expects a trained {role}. Received: none. Name the folder "
             "that `gpt-tf train` wrote."
         )
-    source = Path(source)
+    source = arguments.path("source", source)
     if (source / "run.json").is_file():
         before = read_run(source)
         if "corpus" in changes:  # what its own text was divided by goes with it
@@ -559,13 +572,16 @@ def _finished(config, out):
     manifest = out / "model" / files.MANIFEST_NAME
     if not ((out / "run.json").is_file() and manifest.is_file()):
         return None
-    facts = files.read_json(manifest)
+    facts = files.read_json(
+        manifest, {"made_from?": dict, "validation_loss?": (float, None)}
+    )
     if facts.get("made_from", {}).get("run") != files.sha256_of(out / "run.json"):
         return None
     _check_same(config, out)
     model, tokenizer = load_model(out)
-    history = files.read_json(out / "history.json")
-    return TrainingResult(model, tokenizer, history, out, facts["validation_loss"])
+    history = files.read_json(out / "history.json", HISTORY)
+    loss = facts.get("validation_loss")
+    return TrainingResult(model, tokenizer, history, out, loss)
 
 
 def _check_shared(out):
@@ -697,8 +713,8 @@ class _Run:
         if self.knowledge is not None:
             return None
         path = self.distillation.teacher
-        stated = files.read_json(self.out / "run.json")["made_from"]["teacher"]
-        if files.sha256_of(model_file(path)) != stated:
+        run = files.read_json(self.out / "run.json", {"made_from": {"teacher": str}})
+        if files.sha256_of(model_file(path)) != run["made_from"]["teacher"]:
             raise InputError(
                 f"The student in {self.out} expects the teacher that it began with. "
                 f"Received: another model in {path}. Put the first one back, or start "
@@ -849,7 +865,8 @@ class _Run:
         # A copy without the optimiser, which would take twice the model's bytes and
         # stands in the checkpoints; under several workers Keras cannot save it.
         made_from = {"run": files.sha256_of(self.out / "run.json")}
-        made_from |= files.read_json(self.out / "run.json").get("made_from", {})
+        run = files.read_json(self.out / "run.json", {"made_from?": {str: str}})
+        made_from |= run.get("made_from", {})
         save_model(
             copy_of(self.trained),
             self.tokenizer,
@@ -1007,6 +1024,12 @@ class _Run:
         self.notice("no checkpoint was written yet: starting from step 0")
 
     def _restore(self, folder, manifest):
+        shape = {
+            "config": dict,
+            "step": int,
+            "best": {"loss": (float, None), "step": int, "waited": int},
+        }
+        files.check_shape(manifest, shape, folder / files.MANIFEST_NAME)
         config = self.trained.get_config()
         if manifest["config"] != config:
             raise InputError(
@@ -1041,9 +1064,8 @@ class _Run:
                 self._write(variable, state[name])
         best = [state[name] for name in sorted(state) if name.startswith("best/")]
         self.best_weights = best or None
-        self.best = manifest["best"]
-        self.step = int(manifest["step"])
-        self.history = files.read_json(folder / "history.json")
+        self.best, self.step = manifest["best"], manifest["step"]
+        self.history = files.read_json(folder / "history.json", HISTORY)
 
 
 def _first_not_finite(arrays):

@@ -654,7 +654,7 @@ def test_every_option_of_distil_arrives(command, trained, monkeypatch, tmp_path)
         "feedforward_dim": 99,
         "vocab_size": 300,
     }
-    assert config == {**named, **wanted, "knowledge": None}
+    assert config == {**named, **wanted}
     expected = {"teacher": trained.out, "out": tmp_path, "resume": False}
     expected |= {"resume_or_start": False, "join_timeout": None}
     quantization = QuantizationConfig().get_config()

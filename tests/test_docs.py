@@ -313,7 +313,7 @@ def test_the_page_of_the_command_line_has_every_command_and_option(pages):
 def test_types_and_defaults_of_options_are_told(pages):
     page = pages["reference/command_line.md"]
 
-    assert "| `--num-layers` INTEGER | Blocks. |  |" in page
+    assert "| `--num-layers` INTEGER | Blocks. | `4` |" in page
     assert "| `--corpus` TEXT | Typical text" in page
     assert "A run's or model's folder. | required |" in page
     assert "`dynamic_int8` |" in page

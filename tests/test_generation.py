@@ -174,7 +174,7 @@ def test_a_prompt_longer_than_the_context_gives_a_notice_at_once():
         (np.array(1), {}, "of one kind"),
         ([[[0]]], {}, "of one kind"),
         (None, {}, "of one kind"),
-        ("a", {"stop": [1]}, "`stop` expects texts"),
+        ("a", {"stop": [1]}, "`stop` expects a text"),
     ],
 )
 def test_bad_prompts_are_refused(prompt, options, message):

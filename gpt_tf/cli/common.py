@@ -61,80 +61,9 @@ JoinTimeout = Annotated[
     float | None,
     typer.Option(help="Seconds that workers wait for each other; 600."),
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Windows per step.")]
-ValidateEvery = Annotated[int | None, typer.Option(help="Steps between validations.")]
-CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.")]
-Strategy = Annotated[
-    str | None, typer.Option(help="auto, one_device, mirrored, multi_worker or tpu.")
-]
 VirtualDevices = Annotated[
     int | None, typer.Option(help="Split the CPU into so many logical devices.")
 ]
-BPEDropout = Annotated[
-    float | None,
-    typer.Option(help="Share of merges left out: the same text in other tokens."),
-]
-TokenDropout = Annotated[
-    float | None, typer.Option(help="Share of input tokens that are blanked.")
-]
-TokenReplacement = Annotated[
-    float | None, typer.Option(help="Share of input tokens exchanged for others.")
-]
-Replacement = Annotated[
-    str | None,
-    typer.Option(help="For tokens as frequent as in the text, unigram; or uniform."),
-]
-MixDocuments = Annotated[
-    float | None,
-    typer.Option(help="Share of windows that go on with another place of the text."),
-]
-RandomOffsets = Annotated[
-    bool | None,
-    typer.Option(help="Cut windows at other places in each epoch; the default."),
-]
-Validation = Annotated[
-    str | None,
-    typer.Option(
-        help="File or folder to hold out. Else what the names of the files say, or a "
-        "share of the text.",
-    ),
-]
-Separator = Annotated[
-    str | None,
-    typer.Option(
-        help="Text that ends a document within a file: '<|endoftext|>' for example."
-    ),
-]
-SourceCorpus = Annotated[
-    list[str] | None,
-    typer.Option(help="As for train; the source's own. May be repeated."),
-]
-
-
-def given_of(given, others=()):
-    """Return the fields of a configuration that the command line gave."""
-    changes = {
-        name: value
-        for name, value in given.items()
-        if name not in others and value is not None
-    }
-    if "corpus" in changes:
-        paths = changes["corpus"]
-        changes["corpus"] = paths[0] if len(paths) == 1 else tuple(paths)
-    return changes
-
-
-# The options above that are fields of an `AugmentationConfig`.
-AUGMENTATION = (
-    *("bpe_dropout", "token_dropout", "token_replacement", "replacement"),
-    *("mix_documents", "random_offsets"),
-)
-
-
-def augmentation_of(given, names=AUGMENTATION):
-    """Return the augmentation that the command line gave, as a change of a course."""
-    fields = {name: given[name] for name in names if given[name] is not None}
-    return {"augmentation": fields} if fields else {}
 
 
 def notice(line):

@@ -18,10 +18,13 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from gpt_tf.cli.common import Separator, app, import_tensorflow, notice
+from gpt_tf.cli.common import app, import_tensorflow, notice
+from gpt_tf.cli.options import options_of
+from gpt_tf.settings import TrainingConfig
 
 
 @app.command()
+@options_of(TrainingConfig, "text", ["separator"])
 def evaluate(
     file: Annotated[
         list[Path],
@@ -37,7 +40,6 @@ def evaluate(
     whole: Annotated[
         bool, typer.Option("--whole", help="No model has seen any of --corpus.")
     ] = False,
-    separator: Separator = None,
     reference: Annotated[
         Path | None, typer.Option(help="What the others are compared with.")
     ] = None,
@@ -55,6 +57,8 @@ def evaluate(
         Path | None, typer.Option(help="Write the report there, as JSON.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same numbers.")] = 0,
+    *,
+    text: dict,
 ):
     """Measure how well files predict text that they have not seen."""
     from gpt_tf.evaluation.accuracy import evaluate_files
@@ -73,7 +77,7 @@ def evaluate(
             file,
             corpus=corpus[0] if corpus and len(corpus) == 1 else corpus or None,
             whole=whole,
-            separator=separator,
+            **text,
             reference=reference,
             max_tokens=max_tokens,
             parse=parse,

@@ -7,175 +7,84 @@ from typing import Annotated
 import typer
 
 from gpt_tf.cli.common import (
-    AUGMENTATION,
-    BatchSize,
-    BPEDropout,
-    CheckpointEvery,
     JoinTimeout,
-    MixDocuments,
     Overwrite,
-    RandomOffsets,
-    Replacement,
     Resume,
     ResumeOrStart,
-    Separator,
-    SourceCorpus,
-    Strategy,
-    TokenDropout,
-    TokenReplacement,
-    ValidateEvery,
-    Validation,
     VirtualDevices,
     app,
-    augmentation_of,
-    given_of,
     import_tensorflow,
     notice,
 )
+from gpt_tf.cli.options import options_of
+from gpt_tf.configuration import fields_of
+from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.errors import InputError
+from gpt_tf.quantization.config import QuantizationConfig
+from gpt_tf.settings import PRESETS, TrainingConfig
+from gpt_tf.text.config import AugmentationConfig
+
+# Of a run that follows another one: what is not given is the other run's.
+_SOURCES_TEXT = {"corpus": "As for train; the source's own. May be repeated."}
+_AUGMENTATION = (
+    *("bpe_dropout", "token_dropout", "token_replacement", "replacement"),
+    *("mix_documents", "random_offsets"),
+)
 
 
 @app.command()
+@options_of(AugmentationConfig, "augmentation")
+@options_of(TrainingConfig, "course")
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/gpt"),
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="python-stdlib, shakespeare, or a file or folder; may be repeated."
-        ),
-    ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="quickstart, tiny, shakespeare-char or small."),
+        typer.Option(help=f"{', '.join(PRESETS)}; the defaults below without one."),
     ] = None,
     resume: Resume = False,
     resume_or_start: ResumeOrStart = False,
     overwrite: Overwrite = False,
     join_timeout: JoinTimeout = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="bpe, character, or a tokenizer.json.")
-    ] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Tokens to learn.")] = None,
-    validation_fraction: Annotated[
-        float | None, typer.Option(help="Share of the text to hold out; 0.1.")
-    ] = None,
-    validation: Validation = None,
-    separator: Separator = None,
-    embedding_dim: Annotated[int | None, typer.Option(help="Width.")] = None,
-    num_layers: Annotated[int | None, typer.Option(help="Blocks.")] = None,
-    num_heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
-    feedforward_dim: Annotated[
-        int | None, typer.Option(help="Feed-forward width; 4 x embedding-dim.")
-    ] = None,
-    context_length: Annotated[int | None, typer.Option(help="Tokens seen.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout rate.")] = None,
-    tie_embeddings: Annotated[
-        bool | None, typer.Option(help="Score with the token table.")
-    ] = None,
-    batch_size: BatchSize = None,
-    gradient_accumulation_steps: Annotated[
-        int | None, typer.Option(help="Parts in which a batch is computed.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="At its peak.")] = None,
-    final_learning_rate: Annotated[
-        float | None, typer.Option(help="At the end; a tenth of the peak.")
-    ] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Steps of rise.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="On matrices.")] = None,
-    beta_2: Annotated[
-        float | None, typer.Option(help="Decay of Adam's second moment.")
-    ] = None,
-    global_clipnorm: Annotated[
-        float | None, typer.Option(help="Largest norm of the gradient.")
-    ] = None,
-    validate_every: ValidateEvery = None,
-    validation_batches: Annotated[
-        int | None, typer.Option(help="Batches per validation.")
-    ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(help="Stop after so many validations without improvement."),
-    ] = None,
-    checkpoint_every: CheckpointEvery = None,
-    keep_checkpoints: Annotated[
-        int | None, typer.Option(help="Newest checkpoints that stay.")
-    ] = None,
-    sample_every: Annotated[
-        int | None, typer.Option(help="Steps between samples of text.")
-    ] = None,
-    sample_prompt: Annotated[
-        str | None, typer.Option(help="What the samples begin with.")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="float32, mixed_bfloat16 or mixed_float16.")
-    ] = None,
-    jit_compile: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
-    strategy: Strategy = None,
-    pipeline_stages: Annotated[
-        int | None, typer.Option(help="Devices to divide the blocks among.")
-    ] = None,
-    micro_batches: Annotated[
-        int | None, typer.Option(help="Parts of a batch in the pipeline.")
-    ] = None,
-    pipeline_schedule: Annotated[
-        str | None, typer.Option(help="1f1b or gpipe.")
-    ] = None,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            help="Devices to divide batch x weights (x positions) among: 2x2, 1x2x2, "
-            "or batch=2,sequence=2."
-        ),
-    ] = None,
     virtual_devices: VirtualDevices = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights and data.")] = None,
-    init_from: Annotated[
-        str | None, typer.Option(help="Trained run or model to go on from.")
-    ] = None,
-    bpe_dropout: BPEDropout = None,
-    token_dropout: TokenDropout = None,
-    token_replacement: TokenReplacement = None,
-    replacement: Replacement = None,
-    mix_documents: MixDocuments = None,
-    random_offsets: RandomOffsets = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Trained run or model that writes text to read.")
-    ] = None,
-    written_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of text that the teacher writes first.")
-    ] = None,
+    *,
+    course: dict,
+    augmentation: dict,
 ):
     """Train a GPT on text and leave a folder to generate from."""
-    given = dict(locals())
-    augmentation = (*AUGMENTATION, "teacher", "written_tokens")
-    changes = given_of(given, ("out", "preset", *augmentation, *_NOT_OF_THE_COURSE))
-    changes |= augmentation_of(given, augmentation)
-    import_tensorflow()
-    from gpt_tf import training
-    from gpt_tf.display import print_result
-    from gpt_tf.parallel.strategy import split_cpu
-
-    if preset is not None and preset not in training.PRESETS:
+    if preset is not None and preset not in PRESETS:
         raise InputError(
-            f"A preset is one of {', '.join(training.PRESETS)}. Received: {preset!r}."
+            f"A preset is one of {', '.join(PRESETS)}. Received: {preset!r}."
         )
-    if virtual_devices is not None:
-        split_cpu(virtual_devices)
-    result = training.train(
-        training.PRESETS.get(preset),
+    _train(
+        "train",
+        PRESETS.get(preset),
         out,
         resume=resume,
         resume_or_start=resume_or_start,
         overwrite=overwrite,
         join_timeout=join_timeout,
-        on_notice=notice,
-        **changes,
+        virtual_devices=virtual_devices,
+        **course,
+        **({"augmentation": augmentation} if augmentation else {}),
     )
-    print_result(result)
 
 
 @app.command()
+@options_of(
+    TrainingConfig,
+    "course",
+    (
+        *("corpus", "validation", "separator", "steps", "learning_rate", "batch_size"),
+        *("validate_every", "checkpoint_every", "strategy", "seed"),
+    ),
+    helps={
+        **_SOURCES_TEXT,
+        "steps": "Optimiser steps; a tenth of the source's.",
+        "learning_rate": "At its peak; a twentieth of the source's.",
+        "seed": "Of the data's order.",
+    },
+    defaults=False,
+)
 def quantize(
     model: Annotated[
         Path | None, typer.Option(help="Folder of the trained run or model.")
@@ -186,9 +95,6 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder of the new run.")] = Path(
         "runs/gpt-qat"
     ),
-    corpus: SourceCorpus = None,
-    validation: Validation = None,
-    separator: Separator = None,
     full: Annotated[
         bool, typer.Option(help="Residual, softmax and logits in integers too.")
     ] = False,
@@ -196,38 +102,18 @@ def quantize(
     resume_or_start: ResumeOrStart = False,
     overwrite: Overwrite = False,
     join_timeout: JoinTimeout = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps; a tenth of the source's.")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="At its peak; a twentieth of the source's.")
-    ] = None,
-    batch_size: BatchSize = None,
-    validate_every: ValidateEvery = None,
-    checkpoint_every: CheckpointEvery = None,
-    strategy: Strategy = None,
     virtual_devices: VirtualDevices = None,
-    seed: Annotated[int | None, typer.Option(help="Of the data's order.")] = None,
+    *,
+    course: dict,
 ):
     """Make a trained model ready for integers, by training it a little further."""
-    changes = given_of(
-        locals(),
-        ("model", "method", "out", "full", *_NOT_OF_THE_COURSE),
-    )
     if method not in _QUANTIZE_METHODS:
         raise InputError(
             f"`--method` expects one of {', '.join(_QUANTIZE_METHODS)}. "
             f"Received: {method!r}."
         )
-    import_tensorflow()
-    from gpt_tf import training
-    from gpt_tf.display import print_result
-    from gpt_tf.parallel.strategy import split_cpu
-    from gpt_tf.quantization.config import QuantizationConfig
-
-    if virtual_devices is not None:
-        split_cpu(virtual_devices)
-    result = training.quantize(
+    _train(
+        "quantize",
         model,
         out,
         QuantizationConfig.full() if full else None,
@@ -235,19 +121,47 @@ def quantize(
         resume_or_start=resume_or_start,
         overwrite=overwrite,
         join_timeout=join_timeout,
-        on_notice=notice,
-        **changes,
+        virtual_devices=virtual_devices,
+        **course,
     )
-    print_result(result)
 
 
 _QUANTIZE_METHODS = ("qat",)
-_NOT_OF_THE_COURSE = (
-    *("resume", "resume_or_start", "overwrite", "join_timeout", "virtual_devices"),
-)
 
 
 @app.command()
+@options_of(AugmentationConfig, "augmentation", _AUGMENTATION)
+@options_of(
+    TrainingConfig,
+    "course",
+    (
+        *("corpus", "validation", "separator", "init_from", "steps", "learning_rate"),
+        *("dropout", "batch_size", "validate_every", "checkpoint_every", "strategy"),
+        "seed",
+    ),
+    helps={
+        **_SOURCES_TEXT,
+        "init_from": "Trained student to go on with instead.",
+        "steps": "Optimiser steps; the teacher's.",
+        "learning_rate": "At its peak; the teacher's.",
+        "dropout": "Of the student; 0.",
+        "seed": "Of fresh weights and of the data's order.",
+    },
+    defaults=False,
+)
+@options_of(
+    DistillationConfig,
+    "student",
+    [name for name in fields_of(DistillationConfig) if name != "teacher"],
+    renamed={
+        "num_layers": "student_layers",
+        "num_heads": "student_heads",
+        **{
+            name: f"student_{name}"
+            for name in ("embedding_dim", "feedforward_dim", "vocab_size")
+        },
+    },
+)
 def distil(
     teacher: Annotated[
         Path | None, typer.Option(help="Folder of the teacher's run or model.")
@@ -255,57 +169,8 @@ def distil(
     out: Annotated[Path, typer.Option(help="Folder of the student's run.")] = Path(
         "runs/gpt-student"
     ),
-    corpus: SourceCorpus = None,
-    validation: Validation = None,
-    separator: Separator = None,
-    student_layers: Annotated[
-        int | None, typer.Option(help="Blocks; the teacher's if not given.")
-    ] = None,
-    student_embedding_dim: Annotated[int | None, typer.Option(help="Width.")] = None,
-    student_heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
-    student_feedforward_dim: Annotated[
-        int | None, typer.Option(help="Feed-forward width.")
-    ] = None,
-    student_vocab_size: Annotated[
-        int | None, typer.Option(help="Tokens, the first of the teacher's tokenizer.")
-    ] = None,
-    layers: Annotated[
-        str,
-        typer.Option(
-            help="Blocks to take: evenly, every_second, first, last, first_and_last, "
-            "importance."
-        ),
-    ] = "evenly",
-    init: Annotated[
-        str, typer.Option(help="teacher: begin with its weights; or fresh.")
-    ] = "teacher",
-    init_from: Annotated[
-        str | None, typer.Option(help="Trained student to go on with instead.")
-    ] = None,
-    loss: Annotated[
-        str,
-        typer.Option(
-            help="forward_kl, reverse_kl, jensen_shannon, total_variation, skewed_kl, "
-            "skewed_reverse_kl, hidden_states, attention_transfer."
-        ),
-    ] = "forward_kl",
-    alpha: Annotated[
-        float, typer.Option(help="Share of the loss by labels, 0 to 1.")
-    ] = 0.1,
-    temperature: Annotated[
-        float, typer.Option(help="Divides the logits of both.")
-    ] = 1.0,
-    on_policy_fraction: Annotated[
-        float, typer.Option(help="Share of steps on the student's own text.")
-    ] = 0.0,
-    written_tokens: Annotated[
-        int, typer.Option(help="Tokens of text that the teacher writes first.")
-    ] = 0,
     extract: Annotated[
         Path | None, typer.Option(help="Store the teacher's knowledge here, and end.")
-    ] = None,
-    knowledge: Annotated[
-        Path | None, typer.Option(help="Learn from a store, without the teacher.")
     ] = None,
     top_k: Annotated[int, typer.Option(help="Of --extract: likeliest tokens.")] = 32,
     passes: Annotated[
@@ -318,95 +183,64 @@ def distil(
     resume_or_start: ResumeOrStart = False,
     overwrite: Overwrite = False,
     join_timeout: JoinTimeout = None,
-    steps: Annotated[int | None, typer.Option(help="The teacher's.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="At its peak; the teacher's.")
-    ] = None,
-    dropout: Annotated[float | None, typer.Option(help="Of the student; 0.")] = None,
-    batch_size: BatchSize = None,
-    validate_every: ValidateEvery = None,
-    checkpoint_every: CheckpointEvery = None,
-    strategy: Strategy = None,
     virtual_devices: VirtualDevices = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of fresh weights and of the data's order.")
-    ] = None,
-    bpe_dropout: BPEDropout = None,
-    token_dropout: TokenDropout = None,
-    token_replacement: TokenReplacement = None,
-    replacement: Replacement = None,
-    mix_documents: MixDocuments = None,
-    random_offsets: RandomOffsets = None,
+    *,
+    student: dict,
+    course: dict,
+    augmentation: dict,
 ):
     """Train a small student on what a large teacher knows, or store that first."""
-    augmentation = augmentation_of(locals())
-    wanted = {
-        "num_layers": student_layers,
-        "embedding_dim": student_embedding_dim,
-        "num_heads": student_heads,
-        "feedforward_dim": student_feedforward_dim,
-        "vocab_size": student_vocab_size,
-        "layers": layers,
-        "init": init,
-        "loss": loss,
-        "alpha": alpha,
-        "temperature": temperature,
-        "on_policy_fraction": on_policy_fraction,
-        "written_tokens": written_tokens,
-        "knowledge": knowledge,
-    }
-    text = {"corpus": corpus, "validation": validation, "separator": separator}
-    course = {
-        **text,
-        "init_from": init_from,
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "dropout": dropout,
-        "batch_size": batch_size,
-        "validate_every": validate_every,
-        "checkpoint_every": checkpoint_every,
-        "strategy": strategy,
-        "seed": seed,
-    }
+    if augmentation:
+        course["augmentation"] = augmentation
+    if extract is None:
+        if quantize:
+            course["quantization"] = QuantizationConfig().get_config()
+        _train(
+            "distil",
+            teacher,
+            out,
+            None if resume else student,
+            resume=resume,
+            resume_or_start=resume_or_start,
+            overwrite=overwrite,
+            join_timeout=join_timeout,
+            virtual_devices=virtual_devices,
+            **course,
+        )
+        return
     import_tensorflow()
     from gpt_tf import training
-    from gpt_tf.display import StepProgress, print_knowledge, print_result
+    from gpt_tf.display import StepProgress, print_knowledge
     from gpt_tf.parallel.strategy import split_cpu
-    from gpt_tf.quantization.config import QuantizationConfig
 
     if virtual_devices is not None:
         split_cpu(virtual_devices)
-    if extract is not None:
-        with StepProgress("windows") as progress:
-            store = training.extract_knowledge(
-                teacher,
-                extract,
-                vocab_size=student_vocab_size,
-                top_k=top_k,
-                passes=passes,
-                overwrite=overwrite,
-                on_notice=progress.notice,
-                on_progress=progress.update,
-                **given_of({**text, "seed": seed}),
-                **augmentation,
-            )
-        print_knowledge(store)
-        return
-    changes = given_of(course) | augmentation
-    if quantize:
-        changes["quantization"] = QuantizationConfig().get_config()
-    result = training.distil(
-        teacher,
-        out,
-        None if resume else wanted,
-        resume=resume,
-        resume_or_start=resume_or_start,
-        overwrite=overwrite,
-        join_timeout=join_timeout,
-        on_notice=notice,
-        **changes,
-    )
-    print_result(result)
+    of_the_text = ("corpus", "validation", "separator", "seed", "augmentation")
+    with StepProgress("windows") as progress:
+        store = training.extract_knowledge(
+            teacher,
+            extract,
+            vocab_size=student.get("vocab_size"),
+            top_k=top_k,
+            passes=passes,
+            overwrite=overwrite,
+            on_notice=progress.notice,
+            on_progress=progress.update,
+            **{name: course[name] for name in of_the_text if name in course},
+        )
+    print_knowledge(store)
+
+
+def _train(verb, *arguments, virtual_devices, **options):
+    """Call the verb of `gpt_tf.training`, and print what came out."""
+    import_tensorflow()
+    from gpt_tf import training
+    from gpt_tf.display import print_result
+    from gpt_tf.parallel.strategy import split_cpu
+
+    if virtual_devices is not None:
+        split_cpu(virtual_devices)
+    print_result(getattr(training, verb)(*arguments, on_notice=notice, **options))
 
 
 @app.command(

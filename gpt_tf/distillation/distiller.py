@@ -1,12 +1,11 @@
 """`Distiller`: a Keras model in which a teacher's knowledge trains a student."""
 
-import math
-import numbers
 import types
 
 import tensorflow as tf
 import tf_keras as keras
 
+from gpt_tf import arguments
 from gpt_tf.distillation import losses, on_policy
 from gpt_tf.distillation.observe import outputs_of
 from gpt_tf.distillation.top_k import logits_from_sorted, logits_from_top_k
@@ -189,9 +188,15 @@ class Distiller(TokenTraining, keras.Model):
                 )
         refuse_keras_3(student_loss, "student_loss")
         check_takes_logits(student_loss, "student_loss")
-        _check_share("alpha", alpha)
-        _check_share("on_policy_fraction", on_policy_fraction)
-        losses.check_temperature(temperature)
+        alpha = arguments.number("alpha", alpha, least=0, most=1)
+        on_policy_fraction = arguments.number(
+            "on_policy_fraction", on_policy_fraction, least=0, most=1
+        )
+        on_policy_prompt_length = arguments.integer(
+            "on_policy_prompt_length", on_policy_prompt_length, 1, or_none=True
+        )
+        on_policy_seed = arguments.integer("on_policy_seed", on_policy_seed)
+        temperature = losses.check_temperature(temperature)
         student_loss = student_loss or NextTokenLoss()
         if not isinstance(student_loss, keras.losses.Loss):
             student_loss = keras.losses.get(student_loss)
@@ -207,11 +212,11 @@ class Distiller(TokenTraining, keras.Model):
             )
         self.student_loss = student_loss
         self.distillation_loss = distillation_loss
-        self.alpha = float(alpha)
-        self.temperature = float(temperature)
-        self.on_policy_fraction = float(on_policy_fraction)
+        self.alpha = alpha
+        self.temperature = temperature
+        self.on_policy_fraction = on_policy_fraction
         self.on_policy_prompt_length = on_policy_prompt_length
-        self.on_policy_seed = int(on_policy_seed)
+        self.on_policy_seed = on_policy_seed
         super().compile(
             optimizer, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs
         )
@@ -496,9 +501,3 @@ def _check_pair(teacher, student):
             f"{type(student.distribute_strategy).__name__}. Build or load both under "
             "`strategy.scope()`."
         )
-
-
-def _check_share(name, value):
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0.0 <= value <= 1.0:
-        raise InputError(f"`{name}` expects a number from 0 to 1. Received: {value!r}.")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.distillation import records
 from gpt_tf.distillation.records import log_probabilities_of
 from gpt_tf.distillation.unfinished import Unfinished, check_place, partial_path
@@ -31,7 +31,7 @@ from gpt_tf.distillation.vocabulary import VocabularyMap, align, is_derived
 from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
 from gpt_tf.models import placement, xla
 from gpt_tf.models.language_model import check_language_model
-from gpt_tf.text.dataset import TokenFile, Windows, check_at_least
+from gpt_tf.text.dataset import TokenFile, Windows
 from gpt_tf.text.tokenizer import Tokenizer
 
 KIND = "knowledge"
@@ -348,10 +348,13 @@ def extract(
         >>> extract(teacher, tokens, "knowledge", tokenizer=tokenizer).bytes_per_token
         97
     """
-    path, notice = Path(path), on_notice or (lambda line: None)
+    path, notice = arguments.path("path", path), on_notice or (lambda line: None)
     _check_teacher(teacher, tokenizer, context_length)
-    check_at_least(1, passes=passes, top_k=top_k, batch_size=batch_size)
-    check_at_least(0, seed=seed)
+    passes = arguments.integer("passes", passes, 1)
+    top_k = arguments.integer("top_k", top_k, 1)
+    batch_size = arguments.integer("batch_size", batch_size, 1)
+    seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
+    overwrite = arguments.switch("overwrite", overwrite)
     check_place(path, KIND, overwrite)
     own = student or (tokenizer, token_file)
     for pair in ((tokenizer, token_file), own):
@@ -360,13 +363,13 @@ def extract(
     length = int(context_length or teacher.context_length)
     facts = {
         "mapping": mapping.name,
-        "top_k": int(top_k),
+        "top_k": top_k,
         "vocab_size": mapping.vocab_size,
-        "passes": int(passes),
+        "passes": passes,
         "offsets": _offsets(mapping.name, token_file, length, passes, seed),
         "context_length": length,
-        "batch_size": int(batch_size),
-        "seed": int(seed),
+        "batch_size": batch_size,
+        "seed": seed,
         "teacher_fingerprint": fingerprint_of(teacher),
         **_facts_of_text(tokenizer, token_file, "teacher_"),
         **_facts_of_text(*own),
@@ -485,6 +488,13 @@ def _record_bytes(facts) -> dict[str, int]:
 
 def _check_sound(manifest, path):
     """Refuse a manifest that is whole but not as this version writes it."""
+    numbers = ("passes", "count", "top_k", "vocab_size", "context_length")
+    shape = {name: int for name in (*numbers, "batch_size", "seed", "bytes_per_token")}
+    files.check_shape(
+        manifest,
+        {**shape, "offsets": [int], "mapping": str},
+        path / files.MANIFEST_NAME,
+    )
     try:
         count = manifest["passes"] * (manifest["count"] - 1)
         found = {name: e["size_bytes"] for name, e in manifest["files"].items()}
@@ -499,7 +509,7 @@ def _check_sound(manifest, path):
             and all(type(n) is int and 0 <= n < length for n in offsets)
             and all(isinstance(manifest[key], str) for key in _COMPARED)
         )
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         is_sound = False
     if not is_sound:
         raise DamagedFileError(
@@ -514,11 +524,8 @@ def _check_teacher(teacher, tokenizer, context_length):
             f"A tokenizer of at most the teacher's {teacher.vocab_size} tokens was "
             f"expected. Received: one of {tokenizer.vocab_size}. Use the teacher's."
         )
-    if context_length and not 1 <= context_length <= teacher.context_length:
-        raise InputError(
-            f"`context_length` expects 1 to {teacher.context_length}, the teacher's. "
-            f"Received: {context_length}."
-        )
+    most = teacher.context_length
+    arguments.integer("context_length", context_length, 1, most, or_none=True)
 
 
 def _check_written_with(tokenizer, token_file):

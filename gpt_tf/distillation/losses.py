@@ -7,13 +7,14 @@ hidden states and attention have weights or a layer map.
 """
 
 import math
-import numbers
 import operator
 from typing import NamedTuple
 
 import tensorflow as tf
 import tf_keras as keras
 
+from gpt_tf import arguments
+from gpt_tf.distillation.config import LARGEST_TEMPERATURE
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.checks import refuse_keras_3
 
@@ -36,6 +37,8 @@ class Outputs(NamedTuple):
 
 
 def _log_probabilities(teacher_logits, student_logits, temperature):
+    if not tf.is_tensor(temperature):
+        check_temperature(temperature)
     teacher = tf.stop_gradient(tf.cast(teacher_logits, tf.float32))
     student = tf.cast(student_logits, tf.float32)
     return (
@@ -107,7 +110,7 @@ def jensen_shannon(teacher_logits, student_logits, temperature=1.0, weight=0.5):
 
     Reference: Agarwal et al. (GKD), arXiv:2306.13649, section 3.
     """
-    weight = _share("weight", weight)
+    weight = arguments.number("weight", weight, above=0, below=1)
     log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
     gap = log_q - log_p
     above = _mixture(gap, weight)
@@ -143,7 +146,7 @@ def skewed_kl(teacher_logits, student_logits, temperature=1.0, skew=0.1):
     Reference: Ko et al., "DistiLLM", arXiv:2402.03898, section 3.1.
     """
     log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
-    above = _mixture(log_q - log_p, _share("skew", skew))
+    above = _mixture(log_q - log_p, arguments.number("skew", skew, above=0, below=1))
     return temperature**2 * tf.reduce_sum(tf.exp(log_p) * -above, axis=-1)
 
 
@@ -155,7 +158,7 @@ def skewed_reverse_kl(teacher_logits, student_logits, temperature=1.0, skew=0.1)
     Reference: Ko et al., "DistiLLM", arXiv:2402.03898, section 3.1.
     """
     log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
-    above = _mixture(log_p - log_q, _share("skew", skew))
+    above = _mixture(log_p - log_q, arguments.number("skew", skew, above=0, below=1))
     return temperature**2 * tf.reduce_sum(tf.exp(log_q) * -above, axis=-1)
 
 
@@ -363,7 +366,7 @@ class JensenShannon(DistillationLoss):
 
     def __init__(self, weight=0.5, **kwargs):
         super().__init__(**kwargs)
-        self.weight = _share("weight", weight)
+        self.weight = arguments.number("weight", weight, above=0, below=1)
 
     call = _of_logits(jensen_shannon, "weight")
 
@@ -374,7 +377,7 @@ class JensenShannon(DistillationLoss):
 class _Skewed(DistillationLoss):
     def __init__(self, skew=0.1, **kwargs):
         super().__init__(**kwargs)
-        self.skew = _share("skew", skew)
+        self.skew = arguments.number("skew", skew, above=0, below=1)
 
     def get_config(self):
         return {**super().get_config(), "skew": self.skew}
@@ -550,7 +553,9 @@ class WeightedSum(DistillationLoss):
     def __init__(self, terms, **kwargs):
         super().__init__(**kwargs)
         pairs = _pairs_in(terms)
-        self.factors = [_positive("weight", weight) for _, weight in pairs]
+        self.factors = [
+            arguments.number("weight", weight, above=0) for _, weight in pairs
+        ]
         self.terms = [get(loss) for loss, _ in pairs]
         self.wants = frozenset().union(*(term.wants for term in self.terms))
         self.across_vocabularies = all(term.across_vocabularies for term in self.terms)
@@ -614,7 +619,7 @@ def get(identifier=None):
         if "class_name" not in identifier:
             raise InputError(
                 "The configuration of a distillation loss expects `class_name`. "
-                f"Received: {identifier!r}. Take it from "
+                f"Received: {arguments.shown(identifier)}. Take it from "
                 "`keras.saving.serialize_keras_object(loss)`."
             )
         return get(keras.saving.deserialize_keras_object(identifier))
@@ -625,10 +630,7 @@ def get(identifier=None):
     if isinstance(identifier, str):
         if identifier in NAMES:
             return NAMES[identifier]()
-        raise InputError(
-            f"A distillation loss is one of {', '.join(NAMES)}. "
-            f"Received: {identifier!r}."
-        )
+        arguments.refuse("loss", identifier, f"one of {', '.join(NAMES)}")
     raise InputTypeError(
         "`distillation_loss` expects a DistillationLoss, a name, a tf_keras loss or "
         f"pairs of these and a weight. Received: {type(identifier).__name__}."
@@ -636,31 +638,13 @@ def get(identifier=None):
 
 
 def check_temperature(value):
-    """Refuse what is no temperature.
+    """Return a temperature, or refuse what is none.
 
     Raises:
-        InputError: It is not a finite number above 0.
+        InputError: It is no number above 0, or its square is too large.
     """
-    _positive("temperature", value)
-
-
-def _positive(name, value):
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0.0 < value < math.inf:
-        raise InputError(
-            f"`{name}` expects a finite number above 0. Received: {value!r}."
-        )
-    return float(value)
-
-
-def _share(name, value):
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0.0 < value < 1.0:
-        raise InputError(
-            f"`{name}` expects a number between 0 and 1, both excluded. "
-            f"Received: {value!r}."
-        )
-    return float(value)
+    most = LARGEST_TEMPERATURE
+    return arguments.number("temperature", value, above=0, most=most)
 
 
 def _pairs_in(terms):
@@ -671,7 +655,7 @@ def _pairs_in(terms):
     if not pairs:
         raise InputError(
             "A sum of distillation losses expects pairs of a loss and a weight, "
-            f"[('forward_kl', 1.0)] for example. Received: {terms!r}."
+            f"[('forward_kl', 1.0)] for example. Received: {arguments.shown(terms)}."
         )
     return pairs
 
@@ -687,7 +671,7 @@ def _normal_map(layer_map):
     if not pairs:
         raise InputError(
             "`layer_map` expects 'evenly', or pairs of a student's and a teacher's "
-            f"layer. Received: {layer_map!r}."
+            f"layer. Received: {arguments.shown(layer_map)}."
         )
     return pairs
 

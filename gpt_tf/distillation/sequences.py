@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.models import decoding
 from gpt_tf.text.corpus import Document
@@ -58,15 +59,17 @@ def written_documents(
         >>> documents = list(written_documents(teacher, tokenizer, ids, 10_000))
     """
     context = teacher.context_length
-    if not 1 <= prompt_length < min(context, len(tokens)):
-        raise InputError(
-            f"`prompt_length` expects a number from 1 to below the context, {context}, "
-            f"and the text, {len(tokens)} tokens. Received: {prompt_length}."
-        )
-    if not 0.0 <= max_repetition <= 1.0:
-        raise InputError(
-            f"`max_repetition` expects a share from 0 to 1. Received: {max_repetition}."
-        )
+    num_tokens = arguments.integer("num_tokens", num_tokens)
+    batch_size = arguments.integer("batch_size", batch_size, 1)
+    prompt_length = arguments.integer(
+        "prompt_length",
+        prompt_length,
+        1,
+        min(context, len(tokens)) - 1,
+        repair="It is shorter than the context and the text.",
+    )
+    max_repetition = arguments.number("max_repetition", max_repetition, least=0, most=1)
+    seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
     generator = np.random.default_rng(seed)
     count = kept = fruitless = 0
     while count < num_tokens:

@@ -9,11 +9,13 @@ of the size that a new model begins with.
 """
 
 import itertools
-import numbers
+from typing import get_args
 
 import numpy as np
 import tensorflow as tf
 
+from gpt_tf import arguments
+from gpt_tf.distillation.config import LayerChoice
 from gpt_tf.distillation.losses import evenly_spaced
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import operations
@@ -23,10 +25,7 @@ from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import LanguageModel, beside
 from gpt_tf.models.layers import observed
 
-LAYER_CHOICES = (
-    *("evenly", "every_second", "first", "last", "first_and_last"),
-    "importance",
-)
+LAYER_CHOICES = get_args(LayerChoice)
 _SPREAD = 0.02
 
 # Logits that are in memory at once while importance is measured: 128 MiB.
@@ -90,12 +89,21 @@ def make_student(
     if inputs is not None:
         inputs = _checked_ids("inputs", inputs, teacher)
     config = teacher.get_config()
-    sizes = _sizes(config, num_layers, embedding_dim, num_heads, feedforward_dim)
-    sizes["vocab_size"] = config["vocab_size"] if vocab_size is None else vocab_size
-    _check_sizes(config, sizes)
+    sizes = _sizes(
+        config,
+        num_layers=num_layers,
+        embedding_dim=embedding_dim,
+        num_heads=num_heads,
+        feedforward_dim=feedforward_dim,
+        vocab_size=vocab_size,
+    )
+    seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
     token_ids = _checked_token_ids(config, sizes, token_ids, init)
-    if init not in ("teacher", "fresh"):
-        raise InputError(f"`init` expects teacher or fresh. Received: {init!r}.")
+    arguments.one_of("init", init, ("teacher", "fresh"))
+    if isinstance(layers, str):
+        arguments.one_of("layers", layers, LAYER_CHOICES)
+    else:
+        layers = arguments.integers("layers", layers, 0, teacher.num_layers - 1)
     dropout = config["dropout"] if dropout is None else dropout
     with beside(teacher):
         student = GPTModel(**{**config, **sizes, "dropout": dropout, "name": name})
@@ -183,31 +191,27 @@ def _check_teacher(teacher, function):
         )
 
 
-def _sizes(config, num_layers, embedding_dim, num_heads, feedforward_dim):
-    width = config["embedding_dim"] if embedding_dim is None else embedding_dim
-    if feedforward_dim is None and isinstance(width, numbers.Real):
-        share = config["feedforward_dim"] / config["embedding_dim"]
-        feedforward_dim = max(1, round(width * share))
-    if num_heads is None and isinstance(width, numbers.Real):
-        num_heads = min(config["num_heads"], width)
-    return {
-        "num_layers": config["num_layers"] if num_layers is None else num_layers,
-        "embedding_dim": width,
-        "num_heads": num_heads,
-        "feedforward_dim": feedforward_dim,
-    }
-
-
-def _check_sizes(config, sizes):
+def _sizes(teacher, **given):
+    """Return the sizes of a student, those that were not given after the teacher's."""
+    sizes = {}
     for name in ("num_layers", "embedding_dim", "vocab_size"):
-        size = sizes[name]
-        whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
-        if not whole or not 1 <= size <= config[name]:
-            raise InputError(
-                f"`{name}` of a student expects a number from 1 to the teacher's, "
-                f"{config[name]}. Received: {size!r}. A larger one is a new "
-                "model: `GPTModel(...)`."
-            )
+        size = teacher[name] if given[name] is None else given[name]
+        sizes[name] = arguments.integer(name, size, 1, teacher[name], repair=_NEW_MODEL)
+    width = sizes["embedding_dim"]
+    share = teacher["feedforward_dim"] / teacher["embedding_dim"]
+    others = {
+        "num_heads": min(teacher["num_heads"], width),
+        "feedforward_dim": max(1, round(width * share)),
+    }
+    for name, size in others.items():
+        sizes[name] = size if given[name] is None else given[name]
+    return sizes
+
+
+_NEW_MODEL = (
+    "A student has at most what its teacher has; a larger one is a new model: "
+    "`GPTModel(...)`."
+)
 
 
 def _checked_token_ids(config, sizes, token_ids, init):
@@ -254,7 +258,7 @@ def _choose_layers(layers, teacher, count, inputs):
     """Return the numbers of the blocks to take, rising."""
     total = teacher.num_layers
     if not isinstance(layers, str):
-        return _checked_layers(list(layers), total, count)
+        return _checked_layers(layers, total, count)
     if layers == "evenly":
         return evenly_spaced(total, count)
     if layers == "every_second":
@@ -271,18 +275,13 @@ def _choose_layers(layers, teacher, count, inputs):
     if layers == "first_and_last":
         front = (count + 1) // 2
         return [*range(front), *range(total - (count - front), total)]
-    if layers == "importance":
-        if inputs is None:
-            raise InputError(
-                "`layers='importance'` expects `inputs` to measure it on. "
-                "Received: none. Pass token ids (N, T)."
-            )
-        growth = layer_importance(teacher, inputs)
-        return sorted(np.argsort(-growth, kind="stable")[:count].tolist())
-    raise InputError(
-        f"`layers` expects one of {', '.join(LAYER_CHOICES)}, or a list of numbers. "
-        f"Received: {layers!r}."
-    )
+    if inputs is None:
+        raise InputError(
+            "`layers='importance'` expects `inputs` to measure it on. "
+            "Received: none. Pass token ids (N, T)."
+        )
+    growth = layer_importance(teacher, inputs)
+    return sorted(np.argsort(-growth, kind="stable")[:count].tolist())
 
 
 def _checked_layers(layers, total, count):

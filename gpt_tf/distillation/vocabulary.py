@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.text.tokenizer import BPETokenizer, Tokenizer, tokenizer_from_json
 
@@ -659,12 +659,14 @@ def _rules(content: dict) -> dict:
 def _first_tokens(merges, vocabulary, vocab_size) -> tuple[set[str], int]:
     """Return the first `vocab_size` tokens, and the number of merges they take."""
     kept = set(vocabulary) - {left + right for left, right in merges}
-    if not len(kept) <= vocab_size <= len(vocabulary):
-        raise InputError(
-            f"`vocab_size` expects {len(kept)} (the tokens that no merge makes) to "
-            f"{len(vocabulary)} (all of the teacher's). Received: {vocab_size}. "
-            "Choose a size in that range."
-        )
+    arguments.integer(
+        "vocab_size",
+        vocab_size,
+        len(kept),
+        len(vocabulary),
+        repair="It begins with the tokens that no merge makes, and ends with all of "
+        "the teacher's.",
+    )
     for count, (left, right) in enumerate(merges):
         if not {left, right} <= kept:
             raise InputError(

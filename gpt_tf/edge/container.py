@@ -12,10 +12,9 @@ import mmap
 import os
 import struct
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.export.seal import read_seal
 from gpt_tf.text.tokenizer import (
@@ -72,7 +71,7 @@ def open_artefact(path: str | os.PathLike, tokenizer=None) -> Artefact:
             together.
         DamagedFileError: A file is empty, truncated, altered or foreign.
     """
-    path = Path(path)
+    path = arguments.path("path", path)
     if not path.is_file():
         received = "a folder" if path.is_dir() else "nothing"
         raise InputError(
@@ -104,7 +103,7 @@ def open_artefact(path: str | os.PathLike, tokenizer=None) -> Artefact:
         elif own is not None:
             tokenizer, name = _load_tokenizer(own), str(own)
     elif not isinstance(tokenizer, Tokenizer):
-        name = os.fspath(tokenizer)
+        name = str(arguments.path("tokenizer", tokenizer))
         tokenizer = _load_tokenizer(tokenizer)
     if tokenizer is not None:
         _check_pair(facts, tokenizer, path, name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import generation
+from gpt_tf import arguments, generation
 from gpt_tf.edge.container import open_artefact
 from gpt_tf.edge.executor import Executor, Session
 from gpt_tf.errors import InputError
@@ -59,14 +59,10 @@ class EdgeGPT:
         num_threads: int | None = None,
         when_full: str = "slide",
     ):
-        if num_threads is not None and num_threads < 1:
-            raise InputError(
-                f"`num_threads` expects at least 1, or None. Received: {num_threads}."
-            )
-        if when_full not in ("slide", "stop"):
-            raise InputError(
-                f'`when_full` expects "slide" or "stop". Received: {when_full!r}.'
-            )
+        num_threads = arguments.integer(
+            "num_threads", num_threads, 1, arguments.MOST_THREADS, or_none=True
+        )
+        arguments.one_of("when_full", when_full, ("slide", "stop"))
         artefact = open_artefact(path, tokenizer)
         self.metadata = artefact.facts
         self.config = artefact.facts["config"]
@@ -177,10 +173,7 @@ class EdgeGPT:
         ids = self._ids_of(prompt)
         context = self.context_length
         overlap = context // 2 if overlap is None else overlap
-        if not 0 <= overlap < context:
-            raise InputError(
-                f"`overlap` expects 0 to {context - 1}. Received: {overlap}."
-            )
+        overlap = arguments.integer("overlap", overlap, 0, context - 1)
         scores = np.zeros(len(ids) - 1, np.float32)
         known = 0
         while known < len(scores):
@@ -262,7 +255,7 @@ class EdgeGPT:
                 `when_full="stop"`.
         """
         self.check_open()
-        token = int(token)
+        (token,) = arguments.ids([token])
         self._check_ids([token])
         self._turn += 1
         if self.position < self.context_length:
@@ -314,7 +307,7 @@ class EdgeGPT:
     def _appendable(self, ids):
         """Return ids as a list, seen to be known and to have room in the cache."""
         self.check_open()
-        ids = [int(token) for token in ids]
+        ids = arguments.ids(ids)
         if ids:
             self._check_ids(ids)
         room = self.context_length - self.position

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gpt_tf import generation
+from gpt_tf import arguments, generation
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
 
@@ -89,13 +89,12 @@ class EdgeScheduler:
         num_threads: int | None = None,
         when_full: str = "slide",
     ):
-        for name, value in (
-            ("max_chunk", max_chunk),
-            ("max_active", max_active),
-            ("patience", patience),
-        ):
-            if value < 1:
-                raise InputError(f"`{name}` expects at least 1. Received: {value}.")
+        self.max_chunk = arguments.integer("max_chunk", max_chunk, 1)
+        self.chunked = arguments.switch("chunked", chunked)
+        self.max_active = arguments.integer("max_active", max_active, 1)
+        self.patience = arguments.integer("patience", patience, 1)
+        arguments.integer("num_threads", num_threads, 1, or_none=True)
+        arguments.one_of("when_full", when_full, ("slide", "stop"))
         self._owns = not isinstance(source, EdgeGPT)
         if self._owns:
             source = EdgeGPT(
@@ -107,10 +106,6 @@ class EdgeScheduler:
                 "opened. Received: an open EdgeGPT. Give them to that."
             )
         self.gpt = source
-        self.max_chunk = max_chunk
-        self.chunked = chunked
-        self.max_active = max_active
-        self.patience = patience
         self._waiting = collections.deque()  # without a cache
         self._prompts = []  # being prefilled, in order of arrival
         self._writers = collections.deque()  # one token each before the next chunk

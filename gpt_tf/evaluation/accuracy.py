@@ -26,14 +26,13 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import parsing, report
-from gpt_tf.evaluation.arguments import at_least, list_of_paths
 from gpt_tf.evaluation.held_out import (
     DEFAULT_CORPUS,
     HeldOutText,
@@ -248,6 +247,8 @@ def block_bootstrap(
 
     Reference: Efron and Tibshirani, "An Introduction to the Bootstrap", section 13.3.
     """
+    samples = arguments.integer("samples", samples, 1)
+    seed = arguments.integer("seed", seed)
     totals = np.asarray(totals, np.float64)
     if not len(totals):
         raise InputError("A bootstrap expects at least one block. Received: none.")
@@ -307,6 +308,9 @@ def evaluate_files(
 
     # What costs nothing to see is seen before files are opened.
     parsing.check_count(completions)
+    whole = arguments.switch("whole", whole)
+    if parse is not None:
+        parse = arguments.switch("parse", parse)
     names, compared = _names(paths, reference)
     _check(names, compared, max_tokens, None, SAMPLES, seed)
     if corpus is None:
@@ -647,19 +651,12 @@ def _check(subjects, reference, max_tokens, block_bytes, samples, seed):
         raise InputError(
             "Measuring expects at least one file or model. Received: none."
         )
-    if reference is not None and reference not in subjects:
-        raise InputError(
-            f"`reference` expects one of {', '.join(subjects)}, or None. "
-            f"Received: {reference!r}."
-        )
-    for name, value, least in (
-        ("max_tokens", max_tokens, 2),
-        ("block_bytes", block_bytes, 1),
-        ("samples", samples, 1),
-        ("seed", seed, 0),
-    ):
-        if value is not None or name not in ("max_tokens", "block_bytes"):
-            at_least(name, value, least)
+    if reference is not None:
+        arguments.one_of("reference", reference, subjects)
+    arguments.integer("max_tokens", max_tokens, 2, or_none=True)
+    arguments.integer("block_bytes", block_bytes, 1, or_none=True)
+    arguments.integer("samples", samples, 1)
+    arguments.integer("seed", seed)
 
 
 def _require_tokenizer(subject, name):
@@ -676,9 +673,9 @@ def _require_tokenizer(subject, name):
 
 def _names(paths, reference):
     """Return paths by names that differ, the reference first, and its name."""
-    paths = [Path(path) for path in list_of_paths(paths)]
+    paths = arguments.paths("paths", paths)
     if reference is not None:
-        reference = Path(reference)
+        reference = arguments.path("reference", reference)
         others = [path for path in paths if path.absolute() != reference.absolute()]
         paths = [reference, *others]
     if not paths:

@@ -9,6 +9,7 @@ import dataclasses
 import decimal
 import math
 
+from gpt_tf import arguments
 from gpt_tf.evaluation.budgets import (
     KINDS,
     SCENARIOS,
@@ -124,6 +125,7 @@ def recommend(
 
     Reference: article 6.3.
     """
+    arguments.instance("report", report, dict, "what `read_report` returns")
     wanted = objective_of(scenario, prefer)
     if budgets is None and scenario == "custom":
         budgets = report.get("budgets")

@@ -23,7 +23,7 @@ import dataclasses
 import math
 import numbers
 
-from gpt_tf.errors import InputError
+from gpt_tf import arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +103,8 @@ class Budgets:
         if value is None or isinstance(value, cls):
             return value or cls()
         if not isinstance(value, dict) or not value.keys() <= KINDS.keys():
-            raise InputError(
-                "Budgets expect a Budgets or a dict of its fields, "
-                f"{', '.join(KINDS)}. Received: {value!r}."
-            )
+            expected = f"a Budgets or a dict of its fields, {', '.join(KINDS)}"
+            arguments.refuse("budgets", value, expected)
         return cls(**value)
 
     def given(self) -> dict:
@@ -143,11 +141,7 @@ def scenario_of(name: str) -> Scenario:
     Raises:
         InputError: There is none.
     """
-    if name not in SCENARIOS:
-        raise InputError(
-            f"`scenario` expects one of {', '.join(SCENARIOS)}. Received: {name!r}."
-        )
-    return SCENARIOS[name]
+    return SCENARIOS[arguments.one_of("scenario", name, SCENARIOS)]
 
 
 def objective_of(scenario: str, prefer: str | None = None) -> str:
@@ -164,11 +158,7 @@ def objective_of(scenario: str, prefer: str | None = None) -> str:
     own = scenario_of(scenario).objective
     if prefer is None:
         return own
-    if prefer not in PREFERENCES:
-        raise InputError(
-            f"`prefer` expects one of {', '.join(PREFERENCES)}. Received: {prefer!r}."
-        )
-    return prefer
+    return arguments.one_of("prefer", prefer, PREFERENCES)
 
 
 def option(name: str) -> str:
@@ -201,7 +191,7 @@ def _number(name, value):
     expected = f"a number above 0, in {KINDS[name].unit}"
     number = _float(name, value, expected)
     if not (math.isfinite(number) and number > 0):
-        _refuse(name, value, expected, "Leave it out for no limit.")
+        arguments.refuse(name, value, expected, "Leave it out for no limit.")
     return number
 
 
@@ -211,16 +201,16 @@ def _fraction(name, value):
     percent = text is not None and text.endswith("%")
     number = _float(name, text[:-1] if percent else value, expected)
     if not math.isfinite(number) or number <= 0:
-        _refuse(
+        arguments.refuse(
             name, value, expected, "Every mode but float32 loses a little; try 0.1%."
         )
     fraction = number / 100 if percent else number
     if percent and fraction >= 1:
-        _refuse(name, value, "less than 100%", "Leave it out for no limit.")
+        arguments.refuse(name, value, "less than 100%", "Leave it out for no limit.")
     if fraction >= 1:
         n, whole = significant(number, 6), significant(100 * number, 6)
         mend = f"Did you mean {n}%?" if number < 100 else "Leave it out for no limit."
-        _refuse(name, value, expected, f"{n} is {whole} %. {mend}")
+        arguments.refuse(name, value, expected, f"{n} is {whole} %. {mend}")
     return fraction
 
 
@@ -229,11 +219,9 @@ def _float(name, value, expected):
     try:
         return float(value if good else "")
     except (ValueError, OverflowError):
-        _refuse(name, value, expected, "Write it with a decimal point and no unit.")
-
-
-def _refuse(name, value, expected, repair):
-    raise InputError(f"`{name}` expects {expected}. Received: {value!r}. {repair}")
+        arguments.refuse(
+            name, value, expected, "Write it with a decimal point and no unit."
+        )
 
 
 # At the end, since its budgets are checked by what stands above.

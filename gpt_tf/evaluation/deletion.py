@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.explain import (
     SAMPLING_METHODS,
@@ -24,8 +25,7 @@ from gpt_tf.evaluation.explain import (
     neutral_token,
     prompt_ids,
 )
-
-FEWEST_PROMPTS = 50
+from gpt_tf.settings import FEWEST_PROMPTS
 
 _RANDOM_DRAWS = 16
 _RESAMPLES = 2000
@@ -47,6 +47,8 @@ def prompts_of(
     Raises:
         InputError: The text is too short for so many.
     """
+    count = arguments.integer("count", count, 1)
+    num_tokens = arguments.integer("num_tokens", num_tokens, 1)
     tokens = np.asarray(tokens)
     if len(tokens) < count * num_tokens:
         raise InputError(
@@ -109,13 +111,13 @@ def deletion_test(
     """
     _check_methods(subject, methods)
     rows = _rows_of(subject, prompts, FEWEST_PROMPTS)
-    fractions = [fraction, *curve]
-    for share in fractions:
-        if not 0 < share < 1:
-            raise InputError(
-                "`fraction` and `curve` expect shares above 0 and below 1. Received: "
-                f"{share}."
-            )
+    fractions = [arguments.number("fraction", fraction, above=0, below=1)]
+    fractions += [
+        arguments.number("curve", share, above=0, below=1)
+        for share in arguments.items("curve", curve)
+    ]
+    keep_last = arguments.switch("keep_last", keep_last)
+    seed = arguments.integer("seed", seed, most=2**32 - 1)
     neutral = neutral_token(subject, neutral)
     ways = [(share, False) for share in fractions] + [(fraction, True)] * keep_last
     fallen = []
@@ -212,6 +214,7 @@ def compare_explanations(
     Reference: Spearman, "The Proof and Measurement of Association between Two
     Things", 1904.
     """
+    seed = arguments.integer("seed", seed, most=2**32 - 2)
     for subject in (subject_a, subject_b):
         _check_methods(subject, [method])
     sizes = [subject.config["vocab_size"] for subject in (subject_a, subject_b)]
@@ -339,9 +342,7 @@ def _rows_of(subject, prompts, fewest):
 
 
 def _check_methods(subject, methods):
-    if isinstance(methods, str) or not methods:
-        raise InputError(
-            f'`methods` expects a list, ["lime"] for example. Received: {methods!r}.'
-        )
+    if not isinstance(methods, list | tuple) or not methods:
+        arguments.refuse("methods", methods, 'a list, ["lime"] for example')
     for method in methods:
         check_method(subject, method)

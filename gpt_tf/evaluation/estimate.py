@@ -17,9 +17,11 @@ estimated: only a run of the file on text tells it.
 import math
 from pathlib import Path
 
+from gpt_tf import arguments
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation.budgets import Budgets, option, shown, significant
 from gpt_tf.export.signatures import MODES
+from gpt_tf.models import sizes
 
 # Factors that a value may be off by either way.
 SIZE_FACTOR = 1.02
@@ -107,6 +109,10 @@ def estimate(
     """
     config = sizes_of(config)
     _check_mode(config, mode)
+    arguments.one_of("kind", kind, ("litertlm", "tflite"))
+    arguments.instance("machine", machine, dict, "what `describe_machine` returns")
+    most = arguments.MOST_THREADS
+    threads = arguments.integer("threads", threads, 1, most, or_none=True)
     threads = threads or default_threads(machine)
     rate = read_rate(machine, threads)
     size = size_bytes(config, mode, kind)
@@ -273,9 +279,7 @@ def count_parameters(config: dict) -> int:
     Raises:
         InputError: A size is missing.
     """
-    config = sizes_of(config)
-    tables = sum(rows * width for rows, width in _tables(config))
-    return tables + _block_weights(config) + _vector_numbers(config)
+    return sizes.count_parameters(sizes_of(config))
 
 
 def modes_of(config: dict) -> tuple[str, ...]:
@@ -292,20 +296,16 @@ def sizes_of(config: dict) -> dict:
     Raises:
         InputError: One is missing or is no number of at least 1.
     """
+    if not isinstance(config, dict):
+        arguments.refuse("config", config, "what `GPTModel.get_config()` returns")
     config = config.get("gpt", config)
     names = ("vocab_size", "embedding_dim", "num_layers", "num_heads", "context_length")
-    width = config.get("embedding_dim")
-    hidden = config.get("feedforward_dim") or (4 * width if width else None)
-    found = {name: config.get(name) for name in names} | {"feedforward_dim": hidden}
-    for name, value in found.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(
-                f"An estimate expects the model's `{name}`, at least 1. Received: "
-                f"{value!r}. Use what `GPTModel.get_config()` returns."
-            )
-    found["inner"] = max(1, width // found["num_heads"]) * found["num_heads"]
-    found["tie_embeddings"] = bool(config.get("tie_embeddings", True))
-    return found
+    found = sizes.checked_sizes(
+        {name: config.get(name) for name in (*names, "feedforward_dim")}
+    )
+    inner = found["embedding_dim"] // found["num_heads"] * found["num_heads"]
+    tied = bool(config.get("tie_embeddings", True))
+    return {**found, "inner": inner, "tie_embeddings": tied}
 
 
 def default_threads(machine: dict) -> int:
@@ -347,12 +347,12 @@ def last_level_cache_bytes(
 
 def _check_mode(config, mode):
     modes = modes_of(config)
-    if mode not in modes:
-        why = f"its widths are no multiples of {INT4_BLOCK}" if mode == _INT4 else ""
+    if isinstance(mode, str) and mode == _INT4 and mode not in modes:
         raise InputError(
-            f"`mode` expects one of {', '.join(modes)}. Received: {mode!r}"
-            + (f"; {why}." if why else ".")
+            f"`mode` expects one of {', '.join(modes)}. Received: {mode!r}; its widths "
+            f"are no multiples of {INT4_BLOCK}."
         )
+    arguments.one_of("mode", mode, modes)
 
 
 def _cache_bytes_of(machine):

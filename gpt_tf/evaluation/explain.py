@@ -35,13 +35,12 @@ away.
 
 import contextlib
 import dataclasses
-import numbers
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
-from gpt_tf import generation
+from gpt_tf import arguments, generation
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.subjects import check_open
@@ -57,6 +56,7 @@ _SAMPLES = 512
 _SAMPLES_PER_TOKEN = 8
 _STEPS = 64
 _FEWEST_STEPS = 8
+_MOST_SAMPLES = 1 << 20
 _BATCH_SIZE = 64
 _END_OF_TEXT = "<|endoftext|>"
 
@@ -151,7 +151,7 @@ def explain(
     Reference: see the module.
     """
     check_method(subject, method)
-    seed = _checked_seed(seed)
+    seed = arguments.integer("seed", seed, most=2**32 - 1)
     ids = prompt_ids(subject, prompt)
     num_samples = _samples(method, num_samples, len(ids))
     neutral = None if method == "attention" else neutral_token(subject, neutral)
@@ -231,10 +231,7 @@ def check_method(subject, method: str) -> None:
         InputError: It is one of these, or the subject is not open.
     """
     check_open(subject)
-    if method not in METHODS:
-        raise InputError(
-            f"`method` expects one of {', '.join(METHODS)}. Received: {method!r}."
-        )
+    arguments.one_of("method", method, METHODS)
     if method in KERAS_METHODS and not hasattr(subject, "model"):
         raise InputError(
             f"The method {method} looks into a Keras model; of a file there are scores "
@@ -485,7 +482,7 @@ def _samples(method, num_samples, num_tokens):
         if num_samples is not None:
             raise InputError(
                 "The method attention takes no samples: it is computed once. Received: "
-                f"num_samples={num_samples}. Leave it out."
+                f"num_samples={arguments.shown(num_samples)}. Leave it out."
             )
         return None
     if method == "gradient":
@@ -496,22 +493,10 @@ def _samples(method, num_samples, num_tokens):
         what = f"masked prompts for {num_tokens} tokens"
     if num_samples is None:
         return default
-    if not isinstance(num_samples, numbers.Integral) or num_samples < fewest:
-        raise InputError(
-            f"`num_samples` expects at least {fewest} {what}. Received: "
-            f"{num_samples!r}. Leave it out for {default}."
-        )
-    return int(num_samples)
-
-
-def _checked_seed(seed):
-    """Return a seed as the libraries take it and JSON knows it."""
-    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 1 << 32:
-        raise InputError(
-            "`seed` expects a whole number, at least 0 and below 2**32. Received: "
-            f"{seed!r}."
-        )
-    return int(seed)
+    repair = f"They are {what}; leave it out for {default}."
+    return arguments.integer(
+        "num_samples", num_samples, fewest, _MOST_SAMPLES, repair=repair
+    )
 
 
 def _token(name, token, subject):
@@ -533,20 +518,15 @@ def _token(name, token, subject):
         begins = token_texts(subject, ids[:1])[0]
         repair = f"It begins with {begins!r}, id {ids[0]}: name that, or another."
     raise InputError(
-        f"`{name}` expects one token. Received: {token!r}, of {len(ids)} tokens. "
-        f"{repair}"
+        f"`{name}` expects one token. Received: {arguments.shown(token)}, of "
+        f"{len(ids)} tokens. {repair}"
     )
 
 
 def _check_id(name, token, subject):
     vocab_size = subject.config["vocab_size"]
-    integral = isinstance(token, numbers.Integral) and not isinstance(token, bool)
-    if not integral or not 0 <= token < vocab_size:
-        raise InputError(
-            f"`{name}` expects a token of the vocabulary, an id from 0 to "
-            f"{vocab_size - 1}. Received: {token!r}."
-        )
-    return int(token)
+    repair = "It is the text or the id of a token of the vocabulary."
+    return arguments.integer(name, token, 0, vocab_size - 1, repair=repair)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.explain import Explanation
 
@@ -47,6 +47,7 @@ def print_explanation(
         console: Where to write; standard output unless given.
         top: Rows of the table.
     """
+    top = arguments.integer("top", top)
     console = console or Console()
     strengths = _strengths(explanation)
     text = Text()
@@ -157,6 +158,7 @@ def draw_explanation(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    top = arguments.integer("top", top, 1)
     lines = _laid_out(explanation.texts)
     shown = _strongest(explanation)[:top][::-1]
     heights = (0.2 * len(lines) + 0.2, 0.27 * len(shown) + 0.7)

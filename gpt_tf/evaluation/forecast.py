@@ -201,13 +201,7 @@ def _of_folder(folder):
         )
     if (folder / "initial" / files.MANIFEST_NAME).is_file():
         return _of_model(folder / "initial")
-    run = files.read_json(folder / "run.json")
-    config = run.get("config") if isinstance(run, dict) else None
-    if not isinstance(config, dict):
-        raise DamagedFileError(
-            f"Expected a run's configuration in {folder / 'run.json'}. Received: other "
-            "JSON. Start the run again."
-        )
+    config = files.read_json(folder / "run.json", {"config": dict})["config"]
     if config.get("init_from") or config.get("distillation"):
         raise InputError(
             f"The run in {folder} takes its sizes from another model and has not got "

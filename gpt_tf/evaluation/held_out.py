@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt_tf import arguments
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.text.corpus import Document, open_corpus
 from gpt_tf.text.tokenizer import load_tokenizer
@@ -116,6 +117,8 @@ def held_out_text(
         True
     """
     say = on_notice or (lambda line: None)
+    most_bytes = arguments.integer("most_bytes", most_bytes, 1, 2**63 - 1)
+    whole = arguments.switch("whole", whole)
     folder = Path(source) if isinstance(source, str | os.PathLike) else None
     if folder is not None and is_run(folder):
         name, split, documents = *_run_name(folder), _run_documents(folder)

@@ -36,10 +36,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import errors, files
+from gpt_tf import arguments, errors, files
 from gpt_tf.errors import InputError, WorkerFailedError
 from gpt_tf.evaluation import machine, report
-from gpt_tf.evaluation.arguments import all_at_least, at_least, list_of_paths
 from gpt_tf.evaluation.estimate import count_parameters
 from gpt_tf.evaluation.requests import (
     CONTEXT_TOKENS,
@@ -208,7 +207,7 @@ def compare_latencies(
     Example:
         >>> teacher, student = compare_latencies(["teacher.litertlm", "gpt.litertlm"])
     """
-    paths = list_of_paths(paths)
+    paths = [str(path) for path in arguments.paths("paths", paths)]
     engines = ["gpt_tf"] * len(paths) if engines is None else list(engines)
     if len(engines) != len(paths):
         raise InputError(
@@ -222,7 +221,7 @@ def compare_latencies(
         )
         for engine in engines
     ]
-    thread_counts = all_at_least("thread_counts", thread_counts, 1)
+    thread_counts = arguments.integers("thread_counts", thread_counts, 1)
     for path, engine in zip(paths, engines, strict=True):
         _check_engine(path, engine)
     described = described or describe_files(paths)
@@ -270,7 +269,7 @@ def describe_files(paths: Sequence[str | os.PathLike]) -> list[dict]:
     Raises:
         InputError, WorkerFailedError: As for `compare_latencies`.
     """
-    paths = list_of_paths(paths)
+    paths = [str(path) for path in arguments.paths("paths", paths)]
     found, _ = _in_process({"describe": paths}, ", ".join(paths))
     return found
 
@@ -307,21 +306,19 @@ def measure_files(
     """
     from gpt_tf.evaluation import subjects
 
-    paths = list_of_paths(paths)
-    if engine not in (*ENGINES, "both"):
-        raise InputError(
-            f"`engine` expects gpt_tf, litert-lm or both. Received: {engine!r}."
-        )
+    paths = [str(path) for path in arguments.paths("paths", paths)]
+    arguments.one_of("engine", engine, (*ENGINES, "both"))
     if not paths:
         raise InputError("Measuring expects at least one file. Received: none.")
     names = dict(zip(paths, subjects.unique_names(paths), strict=True))
     # Before minutes are spent.
     job = _checked_job(
         *(options.get("prompt_tokens", 64), options.get("new_tokens", 64)),
-        *(repetitions, options.get("threads"), contexts or ()),
+        *(repetitions, options.get("threads"), () if contexts is None else contexts),
         *(options.get("requests", REQUESTS), "gpt_tf", rounds),
     )
-    all_at_least("thread_counts", thread_counts or (), 1)
+    if thread_counts is not None:
+        arguments.integers("thread_counts", thread_counts, 1)
     engines_of = {path: [engine] for path in paths}
     if engine == "both":
         for path in paths:
@@ -382,16 +379,15 @@ def _checked_job(
     prompt_tokens, new_tokens, repetitions, threads, contexts, requests, engine, rounds
 ):
     """Return what a process is asked to do, after its numbers were checked."""
-    rounds = at_least("rounds", rounds, 1)
-    prompt_tokens = at_least("prompt_tokens", prompt_tokens, 1)
-    new_tokens = at_least("new_tokens", new_tokens, 2)
-    repetitions = at_least("repetitions", repetitions, 1)
-    if threads is not None:
-        threads = at_least("threads", threads, 1)
-    contexts = all_at_least("contexts", contexts, 1)
-    requests = all_at_least("requests", requests, 1)
-    if engine not in ENGINES:
-        raise InputError(f"`engine` expects gpt_tf or litert-lm. Received: {engine!r}.")
+    rounds = arguments.integer("rounds", rounds, 1)
+    prompt_tokens = arguments.integer("prompt_tokens", prompt_tokens, 1)
+    new_tokens = arguments.integer("new_tokens", new_tokens, 2)
+    repetitions = arguments.integer("repetitions", repetitions, 1)
+    most = arguments.MOST_THREADS
+    threads = arguments.integer("threads", threads, 1, most, or_none=True)
+    contexts = arguments.integers("contexts", contexts, 1)
+    requests = arguments.integers("requests", requests, 1)
+    arguments.one_of("engine", engine, ENGINES)
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_tf.errors import InputError
+from gpt_tf import arguments
+from gpt_tf.models.sizes import memory_bytes
 
 POWERCAP = "/sys/class/powercap"
 
@@ -25,6 +26,7 @@ POWERCAP = "/sys/class/powercap"
 _LARGEST_ARRAY_BYTES = 256 << 20
 _SHARE_OF_MEMORY = 8
 _FEWEST_PASSES = 3
+_MOST_SECONDS = 3600
 
 _VECTORS = ("avx512f", "avx2", "avx", "sve2", "sve", "asimd", "neon")
 
@@ -44,7 +46,7 @@ def describe_machine(*, seconds: float = 2.0) -> dict:
         >>> describe_machine()["read_bytes_per_s"]["1"]
     """
     rates = None
-    if seconds:
+    if arguments.number("seconds", seconds, least=0, most=_MOST_SECONDS):
         counts = thread_counts()
         share = seconds / len(counts)
         rates = {str(n): measure_read_rate(n, seconds=share) for n in counts}
@@ -52,7 +54,7 @@ def describe_machine(*, seconds: float = 2.0) -> dict:
         "cpu": _cpu_name(),
         "cores": len(usable_cores()),
         "physical_cores": _physical_cores(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory_bytes(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "read_bytes_per_s": rates,
@@ -81,10 +83,10 @@ def measure_read_rate(threads: int = 1, *, seconds: float = 1.0) -> float:
     Raises:
         InputError: `threads` is less than 1.
     """
-    if threads < 1:
-        raise InputError(f"`threads` expects at least 1. Received: {threads}.")
+    threads = arguments.integer("threads", threads, 1, arguments.MOST_THREADS)
+    seconds = arguments.number("seconds", seconds, least=0, most=_MOST_SECONDS)
     deadline = time.perf_counter() + seconds
-    memory = _memory_bytes() or _SHARE_OF_MEMORY * _LARGEST_ARRAY_BYTES
+    memory = memory_bytes() or _SHARE_OF_MEMORY * _LARGEST_ARRAY_BYTES
     size = min(_LARGEST_ARRAY_BYTES, memory // _SHARE_OF_MEMORY)
     # Of NumPy's reductions, which leave Python's lock, `or` is the one that waits
     # for memory most: a sum of float64 was half as fast.
@@ -215,19 +217,6 @@ def _physical_cores():
         return psutil.cpu_count(logical=False) or len(cores)
     except ImportError:
         return len(cores)
-
-
-def _memory_bytes():
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        pass
-    try:
-        import psutil
-
-        return psutil.virtual_memory().total
-    except ImportError:
-        return None
 
 
 def _cpu_name(cpuinfo="/proc/cpuinfo"):

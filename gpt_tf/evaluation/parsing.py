@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.held_out import HeldOutText
 from gpt_tf.evaluation.subjects import check_open
@@ -89,10 +90,9 @@ def measure_parsing(
     Reference: Wilson, "Probable Inference, the Law of Succession, and Statistical
     Inference", Journal of the American Statistical Association 22 (1927).
     """
-    if max_new_tokens < 1:
-        raise InputError(
-            f"`max_new_tokens` expects at least 1. Received: {max_new_tokens}."
-        )
+    arguments.integer("max_new_tokens", max_new_tokens, 1)
+    arguments.number("temperature", temperature, least=0)
+    arguments.integer("seed", seed)
     check_open(subject)
     if subject.tokenizer is None:
         raise InputError(f"Completing text with {name} expects its tokenizer.")
@@ -139,6 +139,7 @@ def find_prompts(documents, count: int = COUNT, seed: int = 0) -> list[Prompt]:
         InputError: `count` is too small, or there is no text.
     """
     check_count(count)
+    arguments.integer("seed", seed)
     documents = HeldOutText.of(documents).documents
     generator = np.random.default_rng([seed, 1])
     prompts = []
@@ -157,11 +158,8 @@ def check_count(count: int) -> None:
     Raises:
         InputError: It is less than 1.
     """
-    if count < 1:
-        raise InputError(
-            f"`count` expects at least 1 completion. Received: {count}. Leave parsing "
-            "out, with parse=False or --no-parse, to have none."
-        )
+    repair = "Leave parsing out, with parse=False or --no-parse, to have none."
+    arguments.integer("count", count, 1, repair=repair)
 
 
 def is_accepted(prompt: str, written: str, is_whole: bool = False) -> bool:

@@ -82,14 +82,69 @@ REPORT_KIND = "gpt-tf report"
 REPORT_FORMAT = 1
 BUDGETS = ("max_perplexity_increase", "max_latency_ms", "max_size_mb")
 
-_PARTS = (
-    *("made_at", "command", "versions", "machine", "corpus", "budgets", "reference"),
-    *("entries", "recommendation", "explanations", "stages", "notes"),
-)
-_ENTRY_PARTS = (
-    *("name", "path", "kind", "mode", "parameters", "size_bytes", "sha256"),
-    *("context_length", "config", "made_from", "accuracy", "latency", "estimate"),
-)
+# Shapes, as `files.read_json` takes them; what was not measured may be missing.
+_NUMBER = (float, None)
+_INTERVAL = ({"value": float, "low": float, "high": float}, None)
+_SPREAD = {f"{part}?": float for part in "median p95 p99 worst q1 q3 count".split()}
+_ACCURACY = {
+    **dict.fromkeys(("tokens?", "bytes?", "blocks?"), int),
+    **dict.fromkeys(("perplexity?", "bits_per_byte?", "token_accuracy?"), _INTERVAL),
+    **dict.fromkeys(("perplexity_increase?", "divergence_nats?"), _INTERVAL),
+    "top1_agreement?": _INTERVAL,
+    "parsed?": ({"share": _INTERVAL, "of_true_text": float, "count": int}, None),
+}
+_LATENCY = {
+    "engine?": str,
+    **dict.fromkeys(("threads?", "prompt_tokens?", "new_tokens?"), (int, None)),
+    "repetitions?": (int, None),
+    "time_to_first_token_ms?": (_SPREAD, None),
+    "inter_token_latency_ms?": (_SPREAD, None),
+    **dict.fromkeys(
+        ("response_time_ms?", "load_ms?", "cold_start_ms?"), (_SPREAD, None)
+    ),
+    **dict.fromkeys(("tokens_per_s?", "peak_memory_bytes?"), _NUMBER),
+    **dict.fromkeys(("bandwidth_share?", "energy_j_per_token?"), _NUMBER),
+    "by_context?": (
+        [
+            {
+                "context": int,
+                "time_to_first_token_ms?": _SPREAD,
+                "inter_token_latency_ms?": _SPREAD,
+            }
+        ],
+        None,
+    ),
+    "by_threads?": ([{"threads": int, "inter_token_latency_ms?": _SPREAD}], None),
+    "throughput?": (
+        [{"requests": int, "tokens_per_s": float, "q1?": float, "q3?": float}],
+        None,
+    ),
+}
+_ENTRY = {
+    "name": str,
+    **dict.fromkeys(("path", "kind", "mode"), (str, None)),
+    **dict.fromkeys(("parameters", "size_bytes", "context_length"), (int, None)),
+    "sha256": (str, None),
+    "config": (dict, None),
+    "made_from": (str, None),
+    "accuracy": (_ACCURACY, None),
+    "latency": (_LATENCY, None),
+    "estimate": (dict, None),
+}
+_REPORT = {
+    "made_at": (str, None),
+    "command": (str, None),
+    "versions": (dict, None),
+    "machine": (dict, None),
+    "corpus": (dict, None),
+    "budgets": {str: _NUMBER},
+    "reference": (str, None),
+    "entries": [_ENTRY],
+    "recommendation": (dict, None),
+    "explanations": (dict, None),
+    "stages": [dict],
+    "notes": [str],
+}
 
 
 def new_report(entries, **parts) -> dict:
@@ -142,7 +197,7 @@ def new_entry(described: dict, **parts) -> dict:
     Returns:
         The entry; what is not given is None.
     """
-    entry = dict.fromkeys(_ENTRY_PARTS) | described
+    entry = dict.fromkeys(_ENTRY) | described
     _refuse_unknown(parts, entry, "An entry")
     return entry | parts
 
@@ -238,23 +293,10 @@ def read_report(path: str | os.PathLike) -> dict:
             f"{report.get('format')!r}, of gpt_tf {version}. Measure again with this "
             f"version, {files.versions().get('gpt-tf', 'unknown')}."
         )
-    missing = [part for part in _PARTS if part not in report]
-    entries = report.get("entries")
-    if not missing and isinstance(entries, list):
-        missing = [
-            f"entries.{part}"
-            for entry in entries
-            for part in _ENTRY_PARTS
-            if not isinstance(entry, dict) or part not in entry
-        ]
-    if missing or not isinstance(entries, list):
-        raise DamagedFileError(
-            f"The report in {path} lacks {', '.join(missing[:3]) or 'its entries'}: "
-            "it is incomplete. Measure again."
-        )
-    names = [entry["name"] for entry in entries]
+    files.check_shape(report, _REPORT, path)
+    names = [entry["name"] for entry in report["entries"]]
     for name in names:
-        if not isinstance(name, str) or names.count(name) > 1:
+        if names.count(name) > 1:
             raise DamagedFileError(
                 f"Every entry of the report in {path} expects a name of its own. "
                 f"Received: {name!r}. The report was altered; measure again."

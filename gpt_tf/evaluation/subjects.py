@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import files, generation
+from gpt_tf import arguments, files, generation
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.estimate import count_parameters
@@ -39,7 +39,7 @@ def open_subject(path: str | os.PathLike, *, num_threads: int | None = None):
         >>> with open_subject("gpt.litertlm") as gpt:
         ...     logits = gpt.logits(gpt.tokenizer.encode("def main():"))
     """
-    path = Path(path)
+    path = arguments.path("path", path)
     if is_keras(path):
         from gpt_tf.training import load_model
 
@@ -200,7 +200,7 @@ class KerasGPT:
         """
         from gpt_tf.models import decoding
 
-        ids = [int(token) for token in ids]
+        ids = arguments.ids(ids)
         vocab_size = self.config["vocab_size"]
         if not ids:
             return np.zeros((0, vocab_size), np.float32)

@@ -8,42 +8,11 @@ from gpt_tf.errors import InputError
 from gpt_tf.export import signatures
 from gpt_tf.export.flatbuffer import Grid, Type
 from gpt_tf.models.decoding import parts_of
+from gpt_tf.quantization.modes import MODES, Mode
 from gpt_tf.quantization.weights import SMALLEST_SCALE, quantize_array
 
 INT4_BLOCK = 32
 _INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-
-
-@dataclasses.dataclass(frozen=True)
-class Mode:
-    """How a mode stores weights and computes.
-
-    Args:
-        kernels: `"float32"`, `"float16"`, `"int8"` per output channel, or `"int4"` in
-            blocks of 32 inputs per output channel.
-        tables: The same for the token and the position table (a row is a channel)
-            and with it the head.
-        activations: `None` for real numbers (with int8 and int4 kernels each row is
-            quantised as it comes), `"int8"` or `"int16"` for grids fixed beforehand.
-        everything: Whether residuals, GELU, attention's products and the caches are
-            integers too.
-    """
-
-    kernels: str
-    tables: str
-    activations: str | None = None
-    everything: bool = False
-
-
-MODES = {
-    "float32": Mode("float32", "float32"),
-    "float16": Mode("float16", "float16"),
-    "dynamic_int8": Mode("int8", "int8"),
-    "int8": Mode("int8", "int8", "int8"),
-    "int8_full": Mode("int8", "int8", "int8", everything=True),
-    "int16x8": Mode("int8", "int8", "int16"),
-    "int4": Mode("int4", "int8"),
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

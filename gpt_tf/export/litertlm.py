@@ -10,9 +10,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.errors import InputError
 from gpt_tf.export import tflite
+from gpt_tf.text.tokenizer import Tokenizer
 
 # Whatever the conversation is, the model sees the bare text of its messages.
 _TEMPLATE = (
@@ -53,17 +54,18 @@ def export_litertlm(
         >>> export_litertlm(model, tokenizer, "gpt.litertlm")["mode"]
         'dynamic_int8'
     """
-    path = Path(path)
+    path = arguments.path("path", path)
     if path.suffix != ".litertlm":
         raise InputError(
             f"`path` expects a name that ends in .litertlm. Received: {path.name!r}."
         )
     tflite.refuse_other_models(model)
-    if tokenizer is None or tokenizer.vocab_size > model.vocab_size:
-        size = None if tokenizer is None else tokenizer.vocab_size
+    expected = "the tokenizer that the model was trained with"
+    arguments.instance("tokenizer", tokenizer, Tokenizer, expected)
+    if tokenizer.vocab_size > model.vocab_size:
         raise InputError(
-            "`tokenizer` expects the one that the model was trained with, of at most "
-            f"{model.vocab_size} tokens. Received: {size}."
+            f"`tokenizer` expects {expected}, of at most {model.vocab_size} tokens. "
+            f"Received: {tokenizer.vocab_size}."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

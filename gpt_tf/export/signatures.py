@@ -38,6 +38,8 @@ import re
 
 import numpy as np
 
+from gpt_tf.quantization import modes
+
 DECODE = "decode"
 TOKENS = "tokens"
 POSITIONS = "input_pos"
@@ -46,15 +48,7 @@ LOGITS = "logits"
 MASKED = -1e9
 DEFAULT_PREFILL_LENGTHS = (1, 8, 64)
 
-MODES = (
-    "float32",
-    "float16",
-    "dynamic_int8",
-    "int8",
-    "int8_full",
-    "int16x8",
-    "int4",
-)
+MODES = tuple(modes.MODES)
 
 # The metadata entry of a `.tflite` that describes it, as JSON that begins so; the 64
 # hexadecimal digits that follow are the SHA-256 of the whole file with these digits

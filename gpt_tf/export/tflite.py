@@ -1,14 +1,13 @@
 """Export a GPT to a `.tflite`: write it, run it, and only then give it its name."""
 
 import errno
-import numbers
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.export import constants as weights
 from gpt_tf.export import flatbuffer, graph, seal, signatures, verify
@@ -102,18 +101,21 @@ def export_tflite(
     Reference: article 3.2; TensorFlow Lite's 8-bit quantisation specification.
     """
     say = on_notice or (lambda line: None)
-    path = Path(path)
-    if mode not in weights.MODES:
-        reason = _NO_MODE.get(mode)
+    path = arguments.path("path", path)
+    if isinstance(mode, str) and mode in _NO_MODE:
         raise InputError(
-            f"`mode` expects one of {', '.join(weights.MODES)}. Received: {mode!r}"
-            + (f", which cannot be had: {reason}." if reason else ".")
+            f"`mode` expects one of {', '.join(weights.MODES)}. Received: {mode!r}, "
+            f"which cannot be had: {_NO_MODE[mode]}."
         )
+    arguments.one_of("mode", mode, weights.MODES)
     if path.suffix != ".tflite":
         raise InputError(
             f"`path` expects a name that ends in .tflite. Received: {path.name!r}. "
             "For one file with the tokenizer use `export_litertlm`."
         )
+    allow_untrained = arguments.switch("allow_untrained", allow_untrained)
+    if per_channel is not None:
+        per_channel = arguments.switch("per_channel", per_channel)
     plain, ranges = _source_of(model, mode, ranges, representative, say)
     if not allow_untrained:
         _refuse_untrained(plain)
@@ -220,30 +222,15 @@ def _refuse_untrained(model):
 def _capacity(model, context_length):
     if context_length is None:
         return model.context_length
-    is_whole = isinstance(context_length, numbers.Integral)
-    if not is_whole or not 2 <= context_length <= model.context_length:
-        raise InputError(
-            f"`context_length` expects 2 to {model.context_length}, the positions "
-            f"that the model has. Received: {context_length}."
-        )
-    return int(context_length)
+    most = model.context_length
+    return arguments.integer("context_length", context_length, 2, most)
 
 
 def _lengths(prefill_lengths, capacity):
-    lengths = prefill_lengths if isinstance(prefill_lengths, Iterable) else ()
-    lengths = list(lengths)
-    if not lengths or not all(
-        isinstance(length, numbers.Integral)
-        and not isinstance(length, bool)
-        and length >= 1
-        for length in lengths
-    ):
-        raise InputError(
-            "`prefill_lengths` expects one or more integers of at least 1. "
-            f"Received: {prefill_lengths!r}. Use (1, 8, 64), for example."
-        )
+    lengths = sorted(arguments.integers("prefill_lengths", prefill_lengths, 1))
+    if not lengths:
+        arguments.refuse("prefill_lengths", lengths, "one or more integers")
     # LiteRT-LM needs a small one for what is left of a prompt.
-    lengths = sorted({int(length) for length in lengths})
     return [1, *(length for length in lengths if 1 < length <= capacity)]
 
 

@@ -3,10 +3,10 @@
 import itertools
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.export import litertlm, tflite
 from gpt_tf.models.gpt import GPTModel
@@ -52,7 +52,7 @@ def export_trained(
         >>> export_trained("runs/quickstart", "gpt.litertlm", "dynamic_int8")
     """
     say = on_notice or (lambda line: None)
-    source, out = Path(source), Path(out)
+    source, out = arguments.path("source", source), arguments.path("out", out)
     if out.suffix not in (".tflite", ".litertlm"):
         raise InputError(
             "`out` expects a name that ends in .litertlm or .tflite. "

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from gpt_tf import generation
+from gpt_tf import arguments, generation
 from gpt_tf.errors import InputError
 from gpt_tf.generation import GenerationNotice as GenerationNotice
 from gpt_tf.models import layers, operations, placement, xla
@@ -52,6 +52,8 @@ def parts_of(model) -> Parts:
     Raises:
         InputError: The model is not made of gpt_tf's layers.
     """
+    if not hasattr(model, "layers"):
+        arguments.instance("model", model, tf.keras.Model, "a GPT of gpt_tf's layers")
     found = {}
     for layer in model.layers:
         kind = type(getattr(layer, "layer", layer))

@@ -1,12 +1,11 @@
 """GPTModel: GPT-2's architecture as a Keras model that needs no preparation."""
 
 import inspect
-import numbers
 
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf.errors import InputError
+from gpt_tf import arguments
 from gpt_tf.models import placement
 from gpt_tf.models.language_model import LanguageModel
 from gpt_tf.models.layers import (
@@ -16,6 +15,7 @@ from gpt_tf.models.layers import (
     TransformerBlock,
 )
 from gpt_tf.models.next_token import NextTokenLoss, Perplexity  # noqa: F401
+from gpt_tf.models.sizes import check_memory, checked_sizes
 
 CUSTOM_OBJECTS = {
     layer.__name__: layer
@@ -40,7 +40,7 @@ class GPTModel(LanguageModel):
     Args:
         vocab_size: `V`, number of tokens, at least 1.
         embedding_dim: `C`, width of the model, at least 1.
-        num_layers: `L`, number of blocks, at least 1.
+        num_layers: `L`, number of blocks, from 1 to 1024.
         num_heads: `H`, from 1 to `embedding_dim`. It need not divide
             `embedding_dim`: the head width is `embedding_dim // num_heads`.
         context_length: Largest number of positions, at least 1.
@@ -57,7 +57,7 @@ class GPTModel(LanguageModel):
         Logits `(B, T, V)`, float32.
 
     Raises:
-        InputError: A size is out of its range.
+        InputError: A size is out of its range, or memory cannot hold the model.
 
     Example:
         >>> model = GPTModel(vocab_size=100, embedding_dim=16, num_layers=2,
@@ -83,28 +83,25 @@ class GPTModel(LanguageModel):
         name="gpt",
         **kwargs,
     ):
-        if feedforward_dim is None:
-            feedforward_dim = 4 * _positive("embedding_dim", embedding_dim)
-        sizes = {
-            "vocab_size": vocab_size,
-            "embedding_dim": embedding_dim,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "context_length": context_length,
-            "feedforward_dim": feedforward_dim,
-        }
-        sizes = {key: _positive(key, value) for key, value in sizes.items()}
-        if sizes["num_heads"] > sizes["embedding_dim"]:
-            raise InputError(
-                "`num_heads` expects at most one head per unit of `embedding_dim`. "
-                f"Received: num_heads={num_heads}, embedding_dim={embedding_dim}. "
-                "Use fewer heads or a wider model."
-            )
-        if not layer_norm_epsilon > 0:
-            raise InputError(
-                "`layer_norm_epsilon` expects a number above 0. "
-                f"Received: {layer_norm_epsilon}. GPT-2 uses 1e-5."
-            )
+        sizes = checked_sizes(
+            {
+                "vocab_size": vocab_size,
+                "embedding_dim": embedding_dim,
+                "num_layers": num_layers,
+                "num_heads": num_heads,
+                "context_length": context_length,
+                "feedforward_dim": feedforward_dim,
+            }
+        )
+        dropout = arguments.number("dropout", dropout, least=0, below=1)
+        tie_embeddings = arguments.switch("tie_embeddings", tie_embeddings)
+        layer_norm_epsilon = arguments.number(
+            "layer_norm_epsilon", layer_norm_epsilon, above=0
+        )
+        check_memory(
+            {**sizes, "tie_embeddings": tie_embeddings},
+            accelerators=len(tf.config.list_physical_devices("GPU")),
+        )
         plan = placement.plan_for(sizes)
         tokens = keras.Input(shape=(None,), dtype="int32", name="tokens")
         with plan.at("embedding"):
@@ -113,7 +110,7 @@ class GPTModel(LanguageModel):
                 sizes["embedding_dim"],
                 sizes["context_length"],
                 dropout=dropout,
-                share_table=bool(tie_embeddings),
+                share_table=tie_embeddings,
                 name="embedding",
             )(tokens)
         table = None
@@ -145,7 +142,7 @@ class GPTModel(LanguageModel):
         self.context_length = sizes["context_length"]
         self.feedforward_dim = sizes["feedforward_dim"]
         self.dropout = dropout
-        self.tie_embeddings = bool(tie_embeddings)
+        self.tie_embeddings = tie_embeddings
         self.layer_norm_epsilon = layer_norm_epsilon
 
     # A model whose layers stand in several places
@@ -216,12 +213,3 @@ class GPTModel(LanguageModel):
 
 # HDF5 files and `to_json` name a model by its plain class.
 keras.saving.get_custom_objects()["GPTModel"] = GPTModel
-
-
-def _positive(name, value):
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not value >= 1 or value % 1:
-        raise InputError(
-            f"`{name}` expects an integer of at least 1. Received: {value!r}."
-        )
-    return int(value)

@@ -14,6 +14,7 @@ import warnings
 import tensorflow as tf
 import tf_keras as keras
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import checks, operations, placement, step, xla
 from gpt_tf.models.next_token import (
@@ -108,12 +109,13 @@ class TokenTraining:
                 checks.refuse_keras_3(part, role)
                 if role != "optimizer":
                     checks.check_takes_logits(part, role)
-        steps = gradient_accumulation_steps
-        if not isinstance(steps, int) or steps < 1:
-            raise InputError(
-                "`gradient_accumulation_steps` expects an integer of at least 1. "
-                f"Received: {steps!r}."
-            )
+        steps = arguments.integer(
+            "gradient_accumulation_steps", gradient_accumulation_steps, 1
+        )
+        if isinstance(jit_compile, str):
+            arguments.one_of("jit_compile", jit_compile, ["auto"])
+        elif jit_compile is not None:
+            jit_compile = arguments.switch("jit_compile", jit_compile)
         self.gradient_accumulation_steps = steps
         self._wanted_jit_compile = jit_compile
         self._use_xla = bool(jit_compile)

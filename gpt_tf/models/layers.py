@@ -17,6 +17,7 @@ import contextlib
 import tensorflow as tf
 import tf_keras as keras
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.models import operations
 
@@ -74,12 +75,7 @@ class Dropout(keras.layers.Layer):
 
     def __init__(self, rate, seed=0, **kwargs):
         super().__init__(**kwargs)
-        if not 0.0 <= rate < 1.0:
-            raise InputError(
-                "`dropout` expects a rate of at least 0 and below 1. "
-                f"Received: {rate}. Use 0.1, for example."
-            )
-        self.rate = rate
+        self.rate = arguments.number("dropout", rate, least=0, below=1)
         self.seed = seed
 
     def build(self, input_shape):

@@ -3,6 +3,8 @@
 import tensorflow as tf
 import tf_keras as keras
 
+from gpt_tf import arguments
+
 
 @keras.saving.register_keras_serializable(package="gpt_tf")
 class AdamW(keras.optimizers.AdamW):
@@ -39,6 +41,15 @@ class AdamW(keras.optimizers.AdamW):
         name="AdamW",
         **kwargs,
     ):
+        if not callable(learning_rate) and not tf.is_tensor(learning_rate):
+            learning_rate = arguments.number("learning_rate", learning_rate, least=0)
+        weight_decay = arguments.number("weight_decay", weight_decay, least=0)
+        beta_1 = arguments.number("beta_1", beta_1, least=0, below=1)
+        beta_2 = arguments.number("beta_2", beta_2, least=0, below=1)
+        epsilon = arguments.number("epsilon", epsilon, least=0)
+        global_clipnorm = arguments.number(
+            "global_clipnorm", global_clipnorm, least=0, or_none=True
+        )
         super().__init__(
             learning_rate=learning_rate,
             weight_decay=weight_decay,

@@ -24,7 +24,9 @@ import time
 from pathlib import Path
 
 from gpt_tf import files
+from gpt_tf.arguments import integer
 from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
+from gpt_tf.parallel.peers import join_timeout as seconds_to_join
 
 FOLDERS = {
     "train": "runs/gpt",
@@ -78,6 +80,10 @@ def launch(
         >>> launch(["train", "--preset", "tiny", "--out", "runs/tiny"], workers=2)
     """
     arguments = [str(argument) for argument in arguments]
+    workers = integer("workers", workers, 1, 256)
+    max_restarts = integer("max_restarts", max_restarts)
+    port = integer("port", port, 1, 65535, or_none=True)
+    seconds_to_join(join_timeout)
     _check(arguments)
     out = Path(_value(arguments, "--out") or FOLDERS[arguments[0]])
     before = _stamp(out / "run.json")

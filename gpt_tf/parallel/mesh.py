@@ -11,10 +11,10 @@ import tensorflow as tf
 import tf_keras as keras
 from tensorflow.experimental import dtensor
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
+from gpt_tf.parallel.config import AXES, parse_mesh  # noqa: F401 - of this interface
 from gpt_tf.parallel.strategy import devices_for
-
-AXES = ("batch", "model", "sequence")
 
 # How activations lie on a mesh: for each of their axes the mesh's that divides it.
 ACTIVATIONS = {
@@ -48,54 +48,9 @@ def make_mesh(batch=1, model=1, sequence=1, *, devices=None):
     Reference: tf.experimental.dtensor.
     """
     sizes = {"batch": batch, "model": model, "sequence": sequence}
-    for name, size in sizes.items():
-        if isinstance(size, bool) or int(size) != size or size < 1:
-            raise InputError(
-                f"The axis `{name}` of a mesh expects at least 1 part. "
-                f"Received: {size!r}."
-            )
+    sizes = {name: arguments.integer(name, size, 1) for name, size in sizes.items()}
     names = devices_for(math.prod(sizes.values()), devices, "A mesh's parts")
     return dtensor.create_mesh(list(sizes.items()), devices=names)
-
-
-def parse_mesh(text):
-    """Read the sizes of a mesh from a text.
-
-    Args:
-        text: `"2x2"`, parts of batch and model; `"2x2x2"`, of batch, model and
-            sequence; or by name, `"batch=2,sequence=2"`.
-
-    Returns:
-        A dict of the three sizes.
-
-    Raises:
-        InputError: The text means no mesh.
-
-    Example:
-        >>> parse_mesh("1x2")
-        {'batch': 1, 'model': 2, 'sequence': 1}
-    """
-    sizes = dict.fromkeys(AXES, 1)
-    try:
-        if "=" in text:
-            pairs = [part.split("=") for part in text.split(",")]
-            given = {name.strip(): int(size) for name, size in pairs}
-            if len(given) != len(pairs):
-                raise ValueError
-        else:
-            numbers = [int(size) for size in text.lower().split("x")]
-            if len(numbers) > len(AXES):
-                raise ValueError
-            given = dict(zip(AXES, numbers, strict=False))
-        if not given.keys() <= sizes.keys() or min(given.values()) < 1:
-            raise ValueError
-    except ValueError:
-        raise InputError(
-            "A mesh expects parts of batch and model such as 2x2, of batch, model and "
-            "sequence such as 1x2x2, or names such as batch=2,sequence=2. "
-            f"Received: {text!r}."
-        ) from None
-    return {**sizes, **given}
 
 
 def check_fits(mesh, sizes):
@@ -108,6 +63,7 @@ def check_fits(mesh, sizes):
     Raises:
         InputError: It does not.
     """
+    arguments.instance("mesh", mesh, dtensor.Mesh, "what `make_mesh` returns")
     missing = [name for name in AXES if name not in mesh.dim_names]
     if missing:
         raise InputError(

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.errors import InputError
 
 JOIN_TIMEOUT_S = 600.0
@@ -42,17 +42,13 @@ def join_timeout(given=None):
     Raises:
         InputError: That is no number above 0.
     """
-    name, value = "`join_timeout`", given
-    if given is None:
-        name = f"The environment variable {JOIN_TIMEOUT_VARIABLE}"
-        value = os.environ.get(JOIN_TIMEOUT_VARIABLE) or JOIN_TIMEOUT_S
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = 0.0
-    if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise InputError(f"{name} expects seconds, above 0. Received: {value!r}.")
-    return seconds
+    limits = {"above": 0, "below": threading.TIMEOUT_MAX}
+    if given is not None:
+        return arguments.number("join_timeout", given, **limits)
+    value = os.environ.get(JOIN_TIMEOUT_VARIABLE) or JOIN_TIMEOUT_S
+    with contextlib.suppress(ValueError):
+        value = float(value)
+    return arguments.number(JOIN_TIMEOUT_VARIABLE, value, **limits)
 
 
 class Peers:

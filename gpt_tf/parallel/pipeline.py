@@ -10,17 +10,20 @@ import contextlib
 import functools
 import itertools
 import time
+from typing import get_args
 
 import tensorflow as tf
 import tf_keras as keras
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.models import operations, placement, step, xla
 from gpt_tf.models.decoding import blocks_cached, cached_mask, parts_of
 from gpt_tf.models.next_token import counted, token_weights
+from gpt_tf.parallel.config import Schedule
 from gpt_tf.parallel.strategy import devices_for
 
-SCHEDULES = ("1f1b", "gpipe")
+SCHEDULES = get_args(Schedule)
 
 _FORWARD, _BACKWARD = "forward", "backward"
 
@@ -70,25 +73,21 @@ class Pipeline:
         costs=None,
         blocks=None,
     ):
-        for name, value in (
-            ("num_stages", num_stages),
-            ("micro_batches", micro_batches),
-        ):
-            if isinstance(value, bool) or int(value) != value or value < 1:
-                raise InputError(
-                    f"`{name}` expects an integer of at least 1. Received: {value!r}."
-                )
-        if schedule not in SCHEDULES:
-            raise InputError(
-                f"`schedule` expects one of {', '.join(SCHEDULES)}. "
-                f"Received: {schedule!r}."
-            )
-        self.num_stages = int(num_stages)
-        self.micro_batches = int(micro_batches)
-        self.schedule = schedule
+        self.num_stages = arguments.integer("num_stages", num_stages, 1)
+        self.micro_batches = arguments.integer("micro_batches", micro_batches, 1)
+        self.schedule = arguments.one_of("schedule", schedule, SCHEDULES)
         self.devices = devices_for(self.num_stages, devices, "A pipeline's stages")
-        self.costs = costs
-        self.blocks = blocks
+        self.costs, self.blocks = costs, blocks
+        if costs is not None:
+            self.costs = [
+                arguments.number("costs", cost, least=0)
+                for cost in arguments.items("costs", costs)
+            ]
+        if blocks is not None:
+            self.blocks = [
+                arguments.integer("blocks", count, 1)
+                for count in arguments.items("blocks", blocks)
+            ]
 
     def scope(self):
         """Return a context in which the GPTs that are built are pipelines."""
@@ -108,12 +107,8 @@ class Pipeline:
                 f"{self.num_stages} stages for {num_layers} blocks. Use fewer stages."
             )
         if self.blocks is not None:
-            blocks = [int(count) for count in self.blocks]
-            if (
-                len(blocks) != self.num_stages
-                or min(blocks) < 1
-                or sum(blocks) != num_layers
-            ):
+            blocks = self.blocks
+            if len(blocks) != self.num_stages or sum(blocks) != num_layers:
                 raise InputError(
                     f"`blocks` expects {self.num_stages} numbers of at least 1 that "
                     f"add up to {num_layers}. Received: {self.blocks}."

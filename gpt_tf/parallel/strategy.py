@@ -9,34 +9,34 @@ import re
 import sys
 import threading
 import time
+from typing import get_args
 
 import tensorflow as tf
 from tensorflow.python.distribute import collective_all_reduce_strategy
 from tensorflow.python.eager import context
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.errors import InputError, PeerLostError
+from gpt_tf.parallel.config import Strategy
 from gpt_tf.parallel.peers import Peers
 from gpt_tf.parallel.peers import join_timeout as seconds_to_join
 
-STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+STRATEGIES = get_args(Strategy)
+# More logical devices than this only take time to make.
+MOST_DEVICES = 256
 
 
 def split_cpu(num_devices):
     """Divide the CPU into logical devices, to see distribution on any laptop.
 
     Args:
-        num_devices: Number of logical CPU devices, at least 1.
+        num_devices: Number of logical CPU devices, from 1 to 256.
 
     Raises:
-        InputError: The number is below 1, or TensorFlow has been used already in
-            this process and can no longer be divided otherwise.
+        InputError: The number is out of its range, or TensorFlow has been used
+            already in this process and can no longer be divided otherwise.
     """
-    if num_devices < 1:
-        raise InputError(
-            "The CPU can be split into 1 or more logical devices. "
-            f"Received: {num_devices}."
-        )
+    num_devices = arguments.integer("num_devices", num_devices, 1, MOST_DEVICES)
     cpus = tf.config.list_physical_devices("CPU")
     wanted = [tf.config.LogicalDeviceConfiguration() for _ in range(num_devices)]
     try:
@@ -66,6 +66,11 @@ def devices_for(count, devices=None, what="This"):
     """
     if devices is None:
         gpus = tf.config.list_physical_devices("GPU")
+        if count > max(MOST_DEVICES, len(gpus)):
+            raise InputError(
+                f"{what} expect {count:,} devices. Received: a machine of {len(gpus)} "
+                f"GPUs, whose CPU is split into at most {MOST_DEVICES}. Use fewer."
+            )
         if len(gpus) < count and not _is_running():
             split_cpu(max(count, len(_wanted_cpus())))
         for kind in ("GPU", "CPU"):
@@ -78,7 +83,7 @@ def devices_for(count, devices=None, what="This"):
             f"(in a notebook, restart the kernel) with `gpt_tf.split_cpu({count})`; on "
             "the command line, leave out --virtual-devices or give more."
         )
-    names = list(devices)
+    names = arguments.texts("devices", devices)
     known = {
         spec.name.rpartition("device:")[2]: spec.name
         for spec in tf.config.list_logical_devices()
@@ -86,7 +91,7 @@ def devices_for(count, devices=None, what="This"):
     known |= {name: name for name in known.values()}
     unknown = [name for name in names if name not in known]
     if unknown or len(names) != count:
-        received = f"{unknown[0]!r}" if unknown else f"{len(names)} of them"
+        received = arguments.shown(unknown[0]) if unknown else f"{len(names)} of them"
         raise InputError(
             f"{what} expect {count} devices out of "
             f"{', '.join(n for n in known if n[0] != '/')}. Received: {received}."
@@ -129,10 +134,7 @@ def make_strategy(name="auto", join_timeout=None, on_notice=None):
         ...     model = GPTModel(vocab_size=100, embedding_dim=16, num_layers=1,
         ...                      num_heads=2)
     """
-    if name not in STRATEGIES:
-        raise InputError(
-            f"A strategy is one of {', '.join(STRATEGIES)}. Received: {name!r}."
-        )
+    arguments.one_of("strategy", name, STRATEGIES)
     if name == "auto":
         name = _best_strategy()
     if name == "multi_worker":

@@ -7,18 +7,21 @@ each activation between them, from which a method chooses where to cut.
 """
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import tensorflow as tf
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.layers import observed
+from gpt_tf.quantization.config import Method
 from gpt_tf.quantization.weights import SMALLEST_SCALE
 from gpt_tf.text.dataset import Windows
 
-METHODS = ("minmax", "percentile", "mse")
+METHODS = get_args(Method)
 
 # What softmax writes lies in [0, 1); its integers have the scale 1/256 by contract.
 FIXED_RANGES = {"probabilities_activation": (0.0, 255.0 / 256.0)}
@@ -83,23 +86,12 @@ def calibrate(
         (0.0, 0.99609375)
     """
     _check_model(model)
-    if method not in METHODS:
-        raise InputError(
-            f"`method` expects one of {', '.join(METHODS)}. Received: {method!r}."
-        )
-    if not 50 < percentile <= 100:
-        raise InputError(
-            "`percentile` expects a number above 50 and at most 100. "
-            f"Received: {percentile}."
-        )
-    if not callable(dtype) and dtype not in ("int8", "int16"):
-        raise InputError(
-            "`dtype` expects int8, int16 or a function of an activation's name. "
-            f"Received: {dtype!r}."
-        )
-    for name, value in (("batch_size", batch_size), ("num_batches", num_batches or 1)):
-        if value < 1:
-            raise InputError(f"`{name}` expects at least 1. Received: {value}.")
+    arguments.one_of("method", method, METHODS)
+    percentile = arguments.number("percentile", percentile, above=50, most=100)
+    if not callable(dtype):
+        arguments.one_of("dtype", dtype, ("int8", "int16"))
+    batch_size = arguments.integer("batch_size", batch_size, 1)
+    num_batches = arguments.integer("num_batches", num_batches, 1, or_none=True)
 
     if hasattr(inputs, "__next__"):  # it can be gone through only once
         inputs = list(itertools.islice(inputs, num_batches))

@@ -1,10 +1,19 @@
 """What a quantised GPT computes in integers, and how its ranges are found."""
 
-import dataclasses
+from typing import ClassVar, Literal
 
-from gpt_tf.configuration import Configuration
+from pydantic import Field
 
-TYPES = ("float32", "int16", "int8")
+from gpt_tf.configuration import (
+    Configuration,
+    CountOrZero,
+    Rate,
+    Share,
+    configuration,
+)
+
+Type = Literal["float32", "int16", "int8"]
+Method = Literal["minmax", "percentile", "mse"]
 
 # Which activations a field of the configuration decides about.
 _FIELD_OF = {
@@ -26,32 +35,9 @@ _FIELD_OF = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@configuration
 class QuantizationConfig(Configuration):
     """Types of weights and activations, and the course of their ranges.
-
-    Args:
-        weight_bits: Bits per weight of every matrix, tables included: 2 to 8. A file
-            holds 8 per channel, or 4 in blocks of 32, which is finer than what is
-            trained here with 4: fewer than 8 are for study.
-        per_channel: Whether every output channel of a matrix, or row of a table, has
-            a scale of its own; otherwise each matrix has one, as TF-MOT's default.
-        inputs: Type of what the products with weights read: layer-normalised
-            vectors, attention's context, GELU's output.
-        outputs: Type of what these products write, biases included; keys and values,
-            and so the cache, among it.
-        residual: Type of the embedding and of the sum after each half of a block.
-        scores: Type of attention's scores before softmax.
-        softmax: Type of the probabilities after it.
-        logits: Type of the logits.
-        ema_decay: Share that a range keeps when a batch of training has other
-            extremes, in [0, 1).
-        freeze_ranges_at: Share of the training steps after which ranges no longer
-            move, in [0, 1]; 1 lets them move to the end.
-        calibration_batches: Batches of the training data from which `fit` first
-            measures the ranges of a model that has none, before weights move; 0
-            starts with the first batch of training instead.
-        calibration_method: As `method` of `calibrate`.
 
     What it costs, in perplexity on 32,768 tokens that `saved_models/python-small`
     was not trained on (float32: 16.73), and the share of places where the likeliest
@@ -80,42 +66,68 @@ class QuantizationConfig(Configuration):
     `"percentile"` at 99.999 +0.55 %, at 99.9 +4.3 %, and `"minmax"` +0.61 %.
 
     Raises:
-        InputError: A value is none of these.
+        InputError: A value is of another type, or out of its range.
 
     Example:
         >>> QuantizationConfig(residual="int16").type_of("embedding_activation")
         'int16'
     """
 
-    title = "A quantisation config"
+    title: ClassVar[str] = "A quantisation config"
 
-    weight_bits: int = 8
-    per_channel: bool = True
-    inputs: str = "int8"
-    outputs: str = "int8"
-    residual: str = "float32"
-    scores: str = "float32"
-    softmax: str = "float32"
-    logits: str = "float32"
-    ema_decay: float = 0.99
-    freeze_ranges_at: float = 0.5
-    calibration_batches: int = 50
-    calibration_method: str = "mse"
-
-    def __post_init__(self):
-        super().__post_init__()
-        bits = self.weight_bits
-        self._check("weight_bits", bits in range(2, 9), "from 2 to 8")
-        for name in ("inputs", "outputs", "residual", "scores", "softmax", "logits"):
-            self._check(name, getattr(self, name) in TYPES, f"one of {TYPES}")
-        self._check("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1")
-        share = self.freeze_ranges_at
-        self._check("freeze_ranges_at", 0 <= share <= 1, "from 0 to 1")
-        batches = self.calibration_batches
-        self._check("calibration_batches", batches >= 0, "at least 0")
-        methods = ("minmax", "percentile", "mse")
-        known = self.calibration_method in methods
-        self._check("calibration_method", known, f"one of {methods}")
+    weight_bits: int = Field(
+        8,
+        ge=2,
+        le=8,
+        description="Bits per weight of every matrix, tables included. A file holds 8 "
+        "per channel, or 4 in blocks of 32, which is finer than what is trained here "
+        "with 4: fewer than 8 are for study.",
+    )
+    per_channel: bool = Field(
+        True,
+        description="Whether every output channel of a matrix, or row of a table, has "
+        "a scale of its own; otherwise each matrix has one, as TF-MOT's default.",
+    )
+    inputs: Type = Field(
+        "int8",
+        description="Type of what the products with weights read: layer-normalised "
+        "vectors, attention's context, GELU's output.",
+    )
+    outputs: Type = Field(
+        "int8",
+        description="Type of what these products write, biases included; keys and "
+        "values, and so the cache, among it.",
+    )
+    residual: Type = Field(
+        "float32",
+        description="Type of the embedding and of the sum after each half of a block.",
+    )
+    scores: Type = Field(
+        "float32", description="Type of attention's scores before softmax."
+    )
+    softmax: Type = Field(
+        "float32", description="Type of the probabilities after softmax."
+    )
+    logits: Type = Field("float32", description="Type of the logits.")
+    ema_decay: Rate = Field(
+        0.99,
+        description="Share that a range keeps when a batch of training has other "
+        "extremes.",
+    )
+    freeze_ranges_at: Share = Field(
+        0.5,
+        description="Share of the training steps after which ranges no longer move; 1 "
+        "lets them move to the end.",
+    )
+    calibration_batches: CountOrZero = Field(
+        50,
+        description="Batches of the training data from which `fit` first measures the "
+        "ranges of a model that has none, before weights move; 0 starts with the first "
+        "batch of training instead.",
+    )
+    calibration_method: Method = Field(
+        "mse", description="How they are measured, as `method` of `calibrate`."
+    )
 
     @classmethod
     def full(cls, **changes):

@@ -9,10 +9,10 @@ an artefact holds the integers that were measured here.
 """
 
 import dataclasses
-import numbers
 
 import numpy as np
 
+from gpt_tf import arguments
 from gpt_tf.errors import InputError, InputTypeError
 
 BLOCK_SIZE = 32
@@ -65,12 +65,8 @@ def quantize_array(values, bits=8, axis=None, block_size=None, name="the array")
     limit = _limit(bits)
     values = _finite(values, name)
     if axis is not None:
-        if not -values.ndim <= axis < values.ndim:
-            raise InputError(
-                f"`axis` expects an axis of {name}, which has {values.ndim}. "
-                f"Received: {axis}."
-            )
-        axis %= values.ndim
+        last = values.ndim - 1
+        axis = arguments.integer("axis", axis, -last - 1, last) % values.ndim
     largest = _largest(np.abs(values), axis, block_size)
     scales = _scale(largest, limit)
     return _round(values, _spread(scales, values.shape, block_size), limit), scales
@@ -129,20 +125,17 @@ def channel_axis(name):
 
 
 def _limit(bits):
-    if (
-        isinstance(bits, bool)
-        or not isinstance(bits, numbers.Integral)
-        or not 2 <= bits <= 8
-    ):
-        raise InputError(
-            f"`bits` expects an integer from 2 to 8. Received: {bits!r}. "
-            "Devices compute with 8; 4 halve the file."
-        )
-    return 2 ** (int(bits) - 1) - 1
+    bits = arguments.integer(
+        "bits", bits, 2, 8, repair="Devices compute with 8; 4 halve the file."
+    )
+    return 2 ** (bits - 1) - 1
 
 
 def _finite(values, name):
-    values = np.asarray(values, np.float32)
+    try:
+        values = np.asarray(values, np.float32)
+    except (TypeError, ValueError):
+        arguments.refuse("values", values, f"{name} as numbers")
     if not values.size:
         raise InputError(
             f"Quantisation expects at least one value in {name}. "
@@ -403,10 +396,7 @@ def quantize_weights(model, strategy="per_channel", bits=8):
             "`gpt_tf.GPTModel(...)`; of a model that TF-MOT wrapped, hand in the "
             "GPTModel that it was made of."
         )
-    if strategy not in STRATEGIES:
-        raise InputError(
-            f"`strategy` expects one of {STRATEGIES}. Received: {strategy!r}."
-        )
+    arguments.one_of("strategy", strategy, STRATEGIES)
     weights, kept = _matrices_and_vectors(model)
     quantized = _STRATEGIES[strategy](weights, bits)
     approximations = {name: array.dequantize() for name, array in quantized.items()}

@@ -18,17 +18,15 @@ before training, by `gpt_tf.distillation.sequences`.
 Reference: article 6.4.
 """
 
-import dataclasses
 import itertools
-import numbers
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from gpt_tf import files
-from gpt_tf.configuration import Configuration
+from gpt_tf import arguments, files
 from gpt_tf.errors import InputError
+from gpt_tf.text.config import AugmentationConfig
 from gpt_tf.text.randomness import draw, uniform
 from gpt_tf.text.tokenizer import BPETokenizer, byte_alphabet
 
@@ -45,103 +43,6 @@ _WHOLE = 0x10000
 
 # What Python's `surrogateescape` makes of bytes that are not UTF-8.
 _BROKEN_BYTES = re.compile("([\udc80-\udcff]+)")
-
-_RATES = ("bpe_dropout", "token_dropout", "token_replacement", "mix_documents")
-_REPLACEMENTS = ("unigram", "uniform")
-
-
-@dataclasses.dataclass(frozen=True)
-class AugmentationConfig(Configuration):
-    """Which augmentations a training has, and how strong they are.
-
-    Args:
-        bpe_dropout: Probability with which each possible merge is left out at each
-            step of BPE, in [0, 1). The published choice is 0.1. Windows keep their
-            number of tokens, and hold less text.
-        token_dropout: Probability with which an input token is blanked, in [0, 1):
-            it becomes the end-of-text token, or the commonest token where the
-            tokenizer has no such. Targets stay.
-        token_replacement: Probability with which an input token is exchanged for
-            another, in [0, 1). Targets stay.
-        replacement: What it is exchanged for: `"unigram"`, a token as frequent as in
-            the training text, or `"uniform"`, any token.
-        mix_documents: Share of windows that, from a random place on, go on with text
-            of a random other place, in [0, 1). An end-of-text token stands between,
-            if there is one; what nobody can foresee there has weight 0.
-        random_offsets: Whether each epoch shifts its windows by a random offset. That
-            is how training goes without any augmentation, too.
-        teacher: Folder of the trained run or model that writes `written_tokens`.
-        written_tokens: Tokens of text that the teacher writes, before training, to
-            be read with the real text; 0 for none.
-
-    Raises:
-        InputError: A value is none of these.
-
-    Example:
-        >>> AugmentationConfig(bpe_dropout=0.1).changes_windows
-        True
-
-    Reference: Provilkov, Emelianenko and Voita, "BPE-Dropout", arXiv:1910.13267;
-    Xie et al., "Data Noising as Smoothing in Neural Network Language Models",
-    arXiv:1703.02573, sections 3.2 and 3.3, for dropout and replacement.
-    """
-
-    title = "An augmentation config"
-
-    bpe_dropout: float = 0.0
-    token_dropout: float = 0.0
-    token_replacement: float = 0.0
-    replacement: str = "unigram"
-    mix_documents: float = 0.0
-    random_offsets: bool = True
-    teacher: str | None = None
-    written_tokens: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in _RATES:
-            value = getattr(self, name)
-            is_rate = _is_number(value) and 0 <= value < 1
-            self._check(name, is_rate, "at least 0 and below 1")
-            # JSON does not know NumPy's numbers.
-            object.__setattr__(self, name, float(value))
-        known = self.replacement in _REPLACEMENTS
-        self._check("replacement", known, f"of {', '.join(_REPLACEMENTS)}")
-        is_switch = isinstance(self.random_offsets, bool)
-        self._check("random_offsets", is_switch, "of True or False")
-        count = self.written_tokens
-        is_whole = isinstance(count, numbers.Integral) and not isinstance(count, bool)
-        self._check("written_tokens", is_whole and count >= 0, "at least 0")
-        object.__setattr__(self, "written_tokens", int(count))
-        if self.teacher is not None:
-            object.__setattr__(self, "teacher", str(self.teacher))
-        if bool(count) != (self.teacher is not None):
-            raise InputError(
-                "Text of a teacher expects both `teacher`, a trained run's folder, and "
-                f"`written_tokens`, above 0. Received: teacher={self.teacher!r} and "
-                f"written_tokens={count}. Give both or none."
-            )
-
-    @property
-    def changes_windows(self) -> bool:
-        """Whether a window is read otherwise than it stands in the text."""
-        return any(getattr(self, name) for name in _RATES)
-
-    def check_fits(self, tokenizer) -> None:
-        """Refuse what a tokenizer cannot do.
-
-        Args:
-            tokenizer: The `Tokenizer` of the text that is read.
-
-        Raises:
-            InputError: BPE dropout is wanted of a tokenizer that merges nothing.
-        """
-        if self.bpe_dropout and not isinstance(tokenizer, BPETokenizer):
-            raise InputError(
-                "`bpe_dropout` expects a bpe tokenizer, whose merges it leaves out. "
-                f"Received: a {tokenizer.kind} tokenizer. Use `token_dropout`, or a "
-                "bpe tokenizer."
-            )
 
 
 class BPEDropout:
@@ -170,10 +71,8 @@ class BPEDropout:
 
     def __init__(self, tokenizer: BPETokenizer, rate: float):
         AugmentationConfig(bpe_dropout=0.5).check_fits(tokenizer)
-        if not (_is_number(rate) and 0 <= rate <= 1):
-            raise InputError(f"`rate` expects a number from 0 to 1. Received: {rate}.")
         self.tokenizer = tokenizer
-        self.rate = float(rate)
+        self.rate = arguments.number("rate", rate, least=0, most=1)
         backend = tokenizer.backend
         vocabulary = backend.get_vocab()
         self._stands_for = {byte: c for c, byte in byte_alphabet().items()}
@@ -204,6 +103,7 @@ class BPEDropout:
             text: Any text.
             seed: 0 or more.
         """
+        seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
         ids = np.asarray(self.tokenizer.encode(text), np.int64)
         key = draw(np.uint64(0), np.array([seed]))
         return self.resegment([ids], key)[0].tolist()
@@ -447,7 +347,3 @@ def _counts(tokens, vocab_size):
             )
         counts += found
     return counts
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.errors import DamagedFileError, InputError
 
 SPLITS = ("train", "validation")
@@ -120,8 +120,7 @@ class Corpus:
         Raises:
             InputError: There is no such split, or a file cannot be read.
         """
-        if split not in SPLITS:
-            raise InputError(f"A split is one of {SPLITS}. Received: {split!r}.")
+        arguments.one_of("split", split, SPLITS)
         # Not a generator itself: a wrong split is refused at once.
         return self._documents(split)
 
@@ -216,17 +215,17 @@ def open_corpus(
         >>> next(corpus.documents("validation")).name.endswith(".py")
         True
     """
-    if not 0.0 < validation_fraction < 1.0:
-        raise InputError(
-            "`validation_fraction` expects a share between 0 and 1. "
-            f"Received: {validation_fraction}."
-        )
+    validation_fraction = arguments.number(
+        "validation_fraction", validation_fraction, above=0, below=1
+    )
+    validation = arguments.path("validation", validation, or_none=True)
     check_separator(separator)
+    whole = arguments.switch("whole", whole)
     notice = on_notice or (lambda line: warnings.warn(line, CorpusWarning, 3))
     facts = {} if separator is None else {"separator": separator}
     if isinstance(source, (str, os.PathLike)):
         source = [source]
-    sources = [str(item) for item in source]
+    sources = [str(item) for item in arguments.paths("corpus", source)]
     if sources == ["python-stdlib"]:
         name, found = "python-stdlib", _without_copies(_stdlib_files(), _be_silent)
         facts["python"] = sys.version.split()[0]
@@ -266,10 +265,8 @@ def check_separator(separator: str | None) -> None:
         InputError: It is neither a text of at least one character nor None.
     """
     if separator is not None and not (isinstance(separator, str) and separator):
-        raise InputError(
-            "`separator` expects the text between two documents, at least one "
-            f"character, or None. Received: {separator!r}."
-        )
+        expected = "the text between two documents, at least one character, or None"
+        arguments.refuse("separator", separator, expected)
 
 
 def download_shakespeare(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.text.augment import AugmentationConfig, Augmenter
 from gpt_tf.text.corpus import Document
@@ -87,7 +87,7 @@ class TokenFile:
         Raises:
             DamagedFileError: File or manifest is missing, truncated or altered.
         """
-        path = Path(path)
+        path = arguments.path("path", path)
         manifest = files.read_json(_manifest_path(path))
         _check_token_manifest(manifest, _manifest_path(path))
         dtype, size = np.dtype(manifest["dtype"]), manifest["size_bytes"]
@@ -258,13 +258,11 @@ class Windows:
                 "`tokens` expects a TokenFile or integer ids of shape (N,). Received: "
                 f"{self.tokens.dtype} of shape {self.tokens.shape}."
             )
-        check_at_least(1, context_length=context_length, batch_size=batch_size)
-        check_at_least(0, seed=seed)
-        self.context_length = int(context_length)
-        self.batch_size = int(batch_size)
-        self.seed = int(seed)
-        self.shuffle = bool(shuffle)
-        self.drop_remainder = bool(drop_remainder)
+        self.context_length = arguments.integer("context_length", context_length, 1)
+        self.batch_size = arguments.integer("batch_size", batch_size, 1)
+        self.seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
+        self.shuffle = arguments.switch("shuffle", shuffle)
+        self.drop_remainder = arguments.switch("drop_remainder", drop_remainder)
         count = len(self.tokens)
         if count < self.context_length + 1:
             raise InputError(
@@ -272,7 +270,7 @@ class Windows:
                 f"longer than the text, which has {count} tokens. Give more text or "
                 "a shorter context."
             )
-        if shuffle:
+        if self.shuffle:
             # One window fewer than fit, so that there is room for the offset.
             self.num_windows = max(1, count // self.context_length - 1)
             self.largest_offset = count - 1 - self.num_windows * self.context_length
@@ -321,7 +319,7 @@ class Windows:
         Raises:
             InputError: The step is negative, or the batch cannot be divided so.
         """
-        check_at_least(0, step=step)
+        step = arguments.integer("step", step)
         self._check_shard(shard, num_shards)
         arrays = self._batches(step, step + 1, shard, num_shards)
         return self._element(*(array[0] for array in arrays))
@@ -389,16 +387,13 @@ class Windows:
         return x, y, is_text.astype(np.float32)
 
     def _check_shard(self, shard, num_shards):
-        check_at_least(1, num_shards=num_shards)
+        arguments.integer("num_shards", num_shards, 1)
         if self.batch_size % num_shards:
             raise InputError(
                 f"The batch of {self.batch_size} is to be divided among {num_shards} "
                 f"workers. Use a batch size that is a multiple of {num_shards}."
             )
-        if not 0 <= shard < num_shards:
-            raise InputError(
-                f"`shard` expects 0 to {num_shards - 1}. Received: {shard}."
-            )
+        arguments.integer("shard", shard, 0, num_shards - 1)
 
     def dataset(
         self,
@@ -434,7 +429,10 @@ class Windows:
             >>> windows = Windows(np.arange(100), context_length=8, batch_size=4)
             >>> model.fit(windows.dataset(), steps_per_epoch=windows.steps_per_epoch)
         """
-        check_at_least(0, start_step=start_step, num_steps=num_steps or 0)
+        start_step = arguments.integer("start_step", start_step)
+        num_steps = arguments.integer("num_steps", num_steps, or_none=True)
+        repeat = arguments.switch("repeat", repeat)
+        prefetch = arguments.integer("prefetch", prefetch, -1)  # tf.data.AUTOTUNE
         self._check_shard(shard, num_shards)
         if not repeat:
             rest = self.steps_per_epoch - start_step % self.steps_per_epoch
@@ -506,30 +504,21 @@ def _manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+_TOKEN_MANIFEST = {
+    **dict.fromkeys(("kind", "dtype", "sha256", "tokenizer_fingerprint"), str),
+    **dict.fromkeys(("count", "size_bytes", "vocab_size", "text_bytes"), int),
+}
+
+
 def _check_token_manifest(manifest, path: Path) -> None:
-    try:
-        size = {"<u2": 2, "<u4": 4}[manifest["dtype"]]
-        is_sound = (
-            manifest["kind"] == "tokens"
-            and manifest["count"] * size == manifest["size_bytes"] > 0
-            and isinstance(manifest["sha256"], str)
-            and manifest["vocab_size"] > 0
-            and manifest["text_bytes"] > 0
-        )
-    except (KeyError, TypeError):
-        is_sound = False
-    if not is_sound:
+    files.check_shape(manifest, _TOKEN_MANIFEST, path)
+    bytes_each = {"<u2": 2, "<u4": 4}.get(manifest["dtype"], 0)
+    if not (
+        manifest["kind"] == "tokens"
+        and manifest["count"] * bytes_each == manifest["size_bytes"] > 0
+        and manifest["vocab_size"] > 0
+        and manifest["text_bytes"] > 0
+    ):
         raise DamagedFileError(
             f"{path} is no sound manifest of a token file. Prepare the corpus again."
         )
-
-
-def check_at_least(least: int, **values) -> None:
-    """Refuse numbers that are too small.
-
-    Raises:
-        InputError: A value is below `least`.
-    """
-    for name, value in values.items():
-        if value < least:
-            raise InputError(f"`{name}` expects at least {least}. Received: {value}.")

@@ -15,7 +15,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gpt_tf import files
+from gpt_tf import arguments, files
 from gpt_tf.errors import DamagedFileError, InputError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -120,6 +120,7 @@ class Tokenizer(abc.ABC):
             >>> tokenizer.encode("<|endoftext|>", special=True)
             [0]
         """
+        arguments.text("text", text)
         is_found = special and any(token in text for token in self._special_tokens)
         return self._encode_special(text) if is_found else self.encode_batch([text])[0]
 
@@ -154,7 +155,7 @@ class Tokenizer(abc.ABC):
         Raises:
             InputError: An id is negative or not below `vocab_size`.
         """
-        ids = [int(token) for token in ids]
+        ids = arguments.ids(ids)
         self.check_ids(ids)
         # Ids without a token are gaps in a foreign vocabulary.
         return b"".join(self._bytes_of.get(token, b"") for token in ids)
@@ -273,11 +274,13 @@ class BPETokenizer(Tokenizer):
             InputError: The size is too small, or larger than the text supports.
         """
         _refuse_single_text(texts)
-        if vocab_size < 257:
-            raise InputError(
-                "A byte-level vocabulary expects at least 257 tokens: 256 bytes and "
-                f"the end of text. Received: {vocab_size}."
-            )
+        vocab_size = arguments.integer(
+            "vocab_size",
+            vocab_size,
+            257,
+            arguments.MOST_TOKENS,
+            repair="256 bytes and the end of text are tokens always.",
+        )
         backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -394,6 +397,7 @@ class CharacterTokenizer(Tokenizer):
             InputError: There is no text.
         """
         _refuse_single_text(texts)
+        end_of_text = arguments.switch("end_of_text", end_of_text)
         characters = set()
         for text in texts:
             characters.update(_clean(text))
@@ -455,7 +459,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         InputError: There is none.
         DamagedFileError: The file is no tokenizer that gpt_tf knows.
     """
-    path = Path(path)
+    path = arguments.path("path", path)
     if path.is_dir():
         gpt2 = (path / "vocab.json", path / "merges.txt")
         path = path / FILE_NAME
@@ -536,12 +540,15 @@ def _parts_of(component) -> list[str]:
 
 def _clean(text: str) -> str:
     """Replace lone surrogates by "?"; no UTF-8 has them, and the library refuses."""
+    arguments.text("texts", text)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _refuse_single_text(texts) -> None:
-    if isinstance(texts, (str, bytes)):
-        raise InputError(
-            "`texts` expects several texts, a list for example. "
-            f"Received: one {type(texts).__name__}. Write `[text]`."
-        )
+    try:
+        iter(texts)
+        are_several = not isinstance(texts, (str, bytes))
+    except TypeError:
+        are_several = False
+    if not are_several:
+        arguments.refuse("texts", texts, "several texts, a list for example")

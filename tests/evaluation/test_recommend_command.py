@@ -212,7 +212,7 @@ def test_entries_without_names_of_their_own_are_refused(recommend, report, names
     files.write_json(report / "report.json", content)
     found = recommend(report)
     assert (found.status, found.out) == (2, "")
-    assert f"Received: {names[0]!r}. The report was altered" in found.err
+    assert "was altered" in found.err
 
 
 def test_a_report_that_states_no_versions_is_of_another_one(recommend, report):

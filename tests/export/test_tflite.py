@@ -667,7 +667,7 @@ def test_a_text_to_verify_on_that_cannot_be_used_is_refused(tmp_path, model, ids
 
 @pytest.mark.parametrize("length", [CONTEXT + 1, 1, 0, -5])
 def test_a_context_that_the_model_has_not_is_refused(tmp_path, model, length):
-    refused(tmp_path, rf"expects 2 to {CONTEXT}", model, context_length=length)
+    refused(tmp_path, rf"from 2 to {CONTEXT}", model, context_length=length)
 
 
 @pytest.mark.parametrize(

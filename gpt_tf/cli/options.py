@@ -1,0 +1,155 @@
+"""Options of commands, made from the configurations that they fill.
+
+A field's type, default and description are stated in its configuration; here they
+become an option of the same name, with `-` for `_`.
+"""
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Annotated, Literal
+
+import typer
+
+from gpt_tf.configuration import fields_of
+from gpt_tf.distillation.config import DistillationConfig
+from gpt_tf.settings import OptimizationConfig, TrainingConfig
+from gpt_tf.text.config import AugmentationConfig
+
+# The panels of `--help`, each with the first of its fields.
+_PANELS = {
+    TrainingConfig: {
+        "corpus": "Text",
+        "init_from": "Model",
+        "batch_size": "Training",
+        "validate_every": "Validation, checkpoints and samples",
+        "precision": "Computation",
+    },
+    AugmentationConfig: {"bpe_dropout": "Augmentation"},
+    DistillationConfig: {"teacher": "Student", "loss": "Distillation"},
+    OptimizationConfig: {
+        "corpus": "Text",
+        "model": "Models",
+        "evaluated_tokens": "Measurements",
+    },
+}
+
+
+def options_of(
+    kind: type,
+    parameter: str,
+    names: Iterable[str] | None = None,
+    *,
+    renamed: dict[str, str] | None = None,
+    helps: dict[str, str] | None = None,
+    defaults: bool = True,
+) -> Callable:
+    """Give a command the options that fill a configuration.
+
+    Args:
+        kind: The configuration.
+        parameter: Parameter of the command that takes a dict of the fields that were
+            given.
+        names: Fields that are options; all but dicts unless given.
+        renamed: Names of options that are not their field's.
+        helps: Help of options that is not their field's description.
+        defaults: Whether the fields' defaults are those of the command.
+
+    Example:
+        >>> @app.command()
+        ... @options_of(TrainingConfig, "course")
+        ... def train(out: Path, course: dict): ...
+    """
+    renamed, helps = renamed or {}, helps or {}
+    panels = _PANELS.get(kind, {})
+    panel, options, field_of = None, [], {}
+    for name, field in fields_of(kind).items():
+        panel = panels.get(name, panel)
+        read = _type_of(field.annotation)
+        if read is dict or (names is not None and name not in names):
+            continue
+        option = typer.Option(
+            help=helps.get(name) or _help_of(field),
+            show_default=_shown(field.default) if defaults else False,
+            rich_help_panel=panel,
+        )
+        field_of[renamed.get(name, name)] = name
+        options.append(
+            inspect.Parameter(
+                renamed.get(name, name),
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[read | None, option],
+            )
+        )
+
+    def decorate(command):
+        @functools.wraps(command)
+        def run(**given):
+            values = {field: given.pop(name) for name, field in field_of.items()}
+            fields = {
+                name: _value_of(kind, name, value)
+                for name, value in values.items()
+                if value is not None and value != []
+            }
+            return command(**given, **{parameter: fields})
+
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.name != parameter]
+        run.__signature__ = signature.replace(parameters=[*own, *options])
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
+        return run
+
+    return decorate
+
+
+def _alternatives(annotation):
+    """Return the types that a field may have, without their limits and None."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _alternatives(parts[0])
+    if origin in (typing.Union, types.UnionType):
+        return [kind for part in parts for kind in _alternatives(part)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def _type_of(annotation):
+    """Return what the command line reads: lists for tuples, texts for choices."""
+    first, *others = _alternatives(annotation)
+    for several in (first, *others):
+        if typing.get_origin(several) is tuple:
+            item = _type_of(typing.get_args(several)[0])
+            if several is first or item is first:
+                return list[item]
+    return str if typing.get_origin(first) is Literal else first
+
+
+def _value_of(kind, name, value):
+    """Return a field's value; one of several that may be one is that one."""
+    if not isinstance(value, list):
+        return value
+    several_only = typing.get_origin(_alternatives(fields_of(kind)[name].annotation)[0])
+    return value[0] if len(value) == 1 and several_only is not tuple else tuple(value)
+
+
+def _help_of(field):
+    text = field.description
+    for kind in _alternatives(field.annotation):
+        item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+        if typing.get_origin(item) is Literal:
+            *some, last = typing.get_args(item)
+            text = f"{text[:-1]}: {', '.join(some)} or {last}."
+    if typing.get_origin(_type_of(field.annotation)) is list:
+        text += " May be repeated."
+    return text
+
+
+def _shown(default):
+    if default is None:
+        return False
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    several = default if isinstance(default, tuple) else [default]
+    return ", ".join(repr(v) if v != str(v).strip() else str(v) for v in several)

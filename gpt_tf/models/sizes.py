@@ -1,0 +1,91 @@
+"""The sizes of a GPT: their ranges, its parameters, and what memory they take."""
+
+import os
+
+from gpt_tf import arguments
+from gpt_tf.errors import InputError
+
+# Deeper ones take minutes to build and are trained by nobody.
+MOST_LAYERS = 1024
+# A weight in float32; in training its gradient and two moments too.
+WEIGHT_BYTES = 4
+TRAINED_WEIGHT_BYTES = 16
+
+
+def checked_sizes(sizes: dict) -> dict[str, int]:
+    """Return the sizes of a GPT as Python's integers, or refuse them.
+
+    Args:
+        sizes: `vocab_size`, `embedding_dim`, `num_layers`, `num_heads`,
+            `context_length` and `feedforward_dim`, which may be None.
+
+    Raises:
+        InputError: One is no integer, or out of its range.
+    """
+    found = {
+        name: arguments.integer(
+            name,
+            size,
+            1,
+            MOST_LAYERS if name == "num_layers" else arguments.LARGEST,
+            or_none=name == "feedforward_dim",
+        )
+        for name, size in sizes.items()
+    }
+    if found["feedforward_dim"] is None:
+        found["feedforward_dim"] = 4 * found["embedding_dim"]
+    if found["num_heads"] > found["embedding_dim"]:
+        raise InputError(
+            "`num_heads` expects at most one head per unit of `embedding_dim`. "
+            f"Received: num_heads={found['num_heads']}, "
+            f"embedding_dim={found['embedding_dim']}. Use fewer heads or a wider model."
+        )
+    return found
+
+
+def count_parameters(sizes: dict) -> int:
+    """Count a GPT's weights and biases; a tied token table counts once."""
+    width, hidden = sizes["embedding_dim"], sizes["feedforward_dim"]
+    inner = width // sizes["num_heads"] * sizes["num_heads"]
+    attention = width * 3 * inner + 3 * inner + inner * width + width
+    feedforward = width * hidden + hidden + hidden * width + width
+    norms = 4 * width
+    tables = 1 if sizes.get("tie_embeddings", True) else 2
+    rows = tables * sizes["vocab_size"] + sizes["context_length"]
+    blocks = sizes["num_layers"] * (attention + feedforward + norms)
+    return rows * width + blocks + 2 * width
+
+
+def check_memory(sizes: dict, weight_bytes: int = WEIGHT_BYTES, accelerators=0) -> None:
+    """Refuse a GPT that this machine's memory cannot hold, before it is built.
+
+    Args:
+        sizes: As `checked_sizes` returns them, and `tie_embeddings`.
+        weight_bytes: Bytes that each weight takes.
+        accelerators: Devices besides the processor; each may have as much memory.
+
+    Raises:
+        InputError: It cannot hold it.
+    """
+    count, memory = count_parameters(sizes), memory_bytes()
+    if memory is not None and count * weight_bytes > memory * (1 + accelerators):
+        raise InputError(
+            f"A GPT expects sizes that fit into {memory / 1e9:,.0f} GB, this machine's "
+            f"memory. Received: {count:,} parameters, which take "
+            f"{count * weight_bytes / 1e9:,.0f} GB. Make `vocab_size`, "
+            "`embedding_dim`, `num_layers` or `context_length` smaller."
+        )
+
+
+def memory_bytes() -> int | None:
+    """Return how much memory this machine has, or None where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        pass
+    try:
+        import psutil
+
+        return psutil.virtual_memory().total
+    except ImportError:
+        return None
