@@ -501,12 +501,11 @@ def _check_sound(manifest, path):
         sizes = {name: n * count for name, n in _record_bytes(manifest).items()}
         offsets, length = manifest["offsets"], manifest["context_length"]
         is_sound = (
-            all(type(manifest[key]) is int and manifest[key] > 0 for key in _SIZES)
-            and type(count) is int
+            all(manifest[key] > 0 for key in _SIZES)
             and count > 0
             and found == sizes
             and len(offsets) == manifest["passes"]
-            and all(type(n) is int and 0 <= n < length for n in offsets)
+            and all(0 <= n < length for n in offsets)
             and all(isinstance(manifest[key], str) for key in _COMPARED)
         )
     except (AttributeError, KeyError, TypeError):
