@@ -52,7 +52,7 @@ class EdgeGPT:
 
     Example:
         >>> with EdgeGPT("gpt.litertlm") as gpt:
-        ...     print(gpt.generate("def ", max_new_tokens=20, seed=1))
+        ...     print(gpt.generate("def", max_new_tokens=20, seed=1))
 
     Reference: LiteRT, github.com/google-ai-edge/LiteRT.
     """
@@ -137,7 +137,7 @@ class EdgeGPT:
             InputError: A prompt or an option cannot be used.
 
         Example:
-            >>> gpt.generate(["def ", "class "], max_new_tokens=20, seed=1)
+            >>> gpt.generate(["def", "class"], max_new_tokens=20, seed=1)
         """
         sampler = self.sampler(temperature, top_k, top_p, repetition_penalty, seed)
 

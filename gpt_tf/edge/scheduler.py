@@ -75,7 +75,7 @@ class EdgeScheduler:
     Example:
         >>> with EdgeScheduler("gpt.litertlm") as scheduler:
         ...     long = scheduler.submit(document, max_new_tokens=100)
-        ...     short = scheduler.submit("def ", seed=1)
+        ...     short = scheduler.submit("def", seed=1)
         ...     for piece in short.stream():
         ...         print(piece, end="")
         ...     print(long.result())
