@@ -244,7 +244,9 @@ def to_json(value: Any, **options: Any) -> str:
         '{"loss": 1.5}'
     """
     try:
-        return json.dumps(value, allow_nan=False, **options)
+        text = json.dumps(value, allow_nan=False, **options)
+        # Of a name that is not UTF-8, what is left over is escaped as JSON does it.
+        return text.encode("utf-8", "backslashreplace").decode()
     except ValueError:
         _check_finite(value)
         raise

@@ -511,7 +511,13 @@ def _prepare_tokenizer(config, text, notice):
         return tokenizers.CharacterTokenizer.train(texts, end_of_text=has_ends)
     if config.tokenizer == "bpe":
         notice(f"training a tokenizer of {config.vocab_size} tokens on {text.name}")
-        return tokenizers.BPETokenizer.train(texts, config.vocab_size)
+        trained = tokenizers.BPETokenizer.train(texts, config.vocab_size)
+        if trained.vocab_size < config.vocab_size:
+            notice(
+                f"{text.name} supports a vocabulary of {trained.vocab_size} tokens; it "
+                "is the run's"
+            )
+        return trained
     return tokenizers.load_tokenizer(config.tokenizer)
 
 

@@ -147,7 +147,12 @@ def train(
     Args:
         config: The course of training; `TrainingConfig()` unless given.
         out: Folder of the run.
-        resume: Go on with the run in `out`. The configuration is the run's own.
+        resume: Go on with the run in `out`, from its newest checkpoint. The
+            configuration is the run's own, but for `steps`: with more than the run's
+            it goes on up to these, even if it was finished. From there on the learning
+            rate is that of a run of so many steps, so it may rise again; nothing that
+            was computed before is computed anew. A run that `patience` has ended stays
+            ended.
         resume_or_start: Go on with the run in `out` if there is one, of this very
             configuration; else start it. A run that is finished is only loaded. So a
             command that is started again after every failure comes to its end.
@@ -188,14 +193,20 @@ def train(
             f"{'--resume' if resume else '--overwrite'} with it. Choose one."
         )
     if resume:
-        others = changes.keys() - set(PLACEMENT)
+        others = changes.keys() - {*PLACEMENT, "steps"}
         if others:
             raise InputError(
-                "A resumed run keeps its own configuration, but for what says where "
-                f"it is computed: {', '.join(PLACEMENT)}. "
-                f"Received: {', '.join(sorted(others))}. Start a new run for these."
+                "A resumed run keeps its own configuration, but for `steps` and what "
+                f"says where it is computed: `{'`, `'.join(PLACEMENT)}`. "
+                f"Received: `{'`, `'.join(sorted(others))}`. Start a new run for these."
             )
-        config = dataclasses.replace(read_run(out), **changes)
+        before = read_run(out)
+        config = dataclasses.replace(before, **changes)
+        if config.steps < before.steps:
+            raise InputError(
+                f"`steps` of a resumed run expects {before.steps}, the run's own, or "
+                f"more. Received: {config.steps}. Start a new run for fewer."
+            )
     else:
         config = dataclasses.replace(TrainingConfig.of(config), **changes)
         if resume_or_start and (finished := _finished(config, out)) is not None:
@@ -216,7 +227,9 @@ def train(
         strategies.on_chief(strategy, lambda: stack.enter_context(lock))
         if resume_or_start:
             _start_run_unless_there(config, out, strategy, notice)
-        elif not resume:
+        elif resume:
+            strategies.on_chief(strategy, lambda: _extend(out, config.steps))
+        else:
             _start_run(config, out, overwrite, strategy, notice)
         if not resume:
             config = read_run(out)  # with the shape of the model that it starts from
@@ -553,6 +566,14 @@ def _start_run_unless_there(config, out, strategy, notice):
     _check_shared(out)
 
 
+def _extend(out, steps):
+    """Let a run go on for more steps than it was started with."""
+    run = files.read_json(out / "run.json")
+    if steps > run["config"]["steps"]:
+        run["config"]["steps"] = steps
+        files.write_json(out / "run.json", run)
+
+
 def _check_same(config, out):
     """Refuse a run that has another configuration than the one asked for."""
     old, new = (dataclasses.asdict(c) for c in (read_run(out), config))
@@ -785,6 +806,7 @@ class _Run:
         )
         self.model.stop_training = False
         if self._stopped_early():
+            self.notice("validation had not improved any more: the run stays ended")
             return
         for start, stop, length in self._segments():
             first = start // self.config.validate_every

@@ -648,7 +648,7 @@ plt.show()
 # More machines, or more processes on this one, are a strategy too. Each process is told
 # who the others are; `launch` does that for those on one machine:
 #
-#     gpt-tf launch --workers 2 train --strategy multi_worker --out runs/workers
+#     gpt-tf launch --trust-network --workers 2 train --out runs/workers
 #
 # ## Which way, when
 #

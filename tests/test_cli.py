@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import typer
 
+import gpt_tf
 from gpt_tf import cli, generation, training
 from gpt_tf.errors import InputError
 from gpt_tf.models import decoding
 from gpt_tf.quantization.config import QuantizationConfig
+from gpt_tf.shipped import shipped_model
 from gpt_tf.text.augment import AugmentationConfig
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
 from gpt_tf.training import PRESETS, TrainingConfig
@@ -120,7 +122,6 @@ BAD_TRAINING = {
     "empty corpus": ("--corpus {place}/empty.txt", "empty"),
     "binary corpus": ("--corpus {place}/binary.txt", "binary"),
     "folder without text": ("--corpus {place}/blank", "there are none"),
-    "vocabulary too large": ("--vocab-size 50000", "at most"),
     "vocabulary too small": ("--vocab-size 256", "at least 257"),
     "context too long": ("--context-length 99999", "longer than the text"),
     "missing tokenizer": ("--tokenizer {place}/no.json", "there is none"),
@@ -128,16 +129,16 @@ BAD_TRAINING = {
     "unknown strategy": ("--strategy telepathy", "Received: 'telepathy'"),
     "unknown preset": ("--preset huge", "quickstart, tiny, shakespeare-char, small"),
     "unknown precision": ("--precision float8", "mixed_bfloat16"),
-    "no heads": ("--num-heads 0", "`num_heads`"),
-    "more heads than width": ("--num-heads 33", "at most `embedding_dim`, 32"),
-    "no feed-forward": ("--feedforward-dim 0", "`feedforward_dim`"),
-    "no validation": ("--validation-batches 0", "`validation_batches`"),
-    "impossible momentum": ("--beta-2 1", "`beta_2`"),
-    "seed of 33 bits": (f"--seed {2**32}", "`seed`"),
-    "negative seed": ("--seed -1", "`seed`"),
-    "negative decay": ("--weight-decay -1", "`weight_decay`"),
-    "negative end": ("--final-learning-rate -1", "`final_learning_rate`"),
-    "rate that is no number": ("--learning-rate nan", "`learning_rate`"),
+    "no heads": ("--num-heads 0", "`--num-heads`"),
+    "more heads than width": ("--num-heads 33", "at most `--embedding-dim`, 32"),
+    "no feed-forward": ("--feedforward-dim 0", "`--feedforward-dim`"),
+    "no validation": ("--validation-batches 0", "`--validation-batches`"),
+    "impossible momentum": ("--beta-2 1", "`--beta-2`"),
+    "seed of 33 bits": (f"--seed {2**32}", "`--seed`"),
+    "negative seed": ("--seed -1", "`--seed`"),
+    "negative decay": ("--weight-decay -1", "`--weight-decay`"),
+    "negative end": ("--final-learning-rate -1", "`--final-learning-rate`"),
+    "rate that is no number": ("--learning-rate nan", "`--learning-rate`"),
     "batch not divisible": (
         "--batch-size 7 --gradient-accumulation-steps 2",
         "a multiple of 2",
@@ -166,7 +167,7 @@ def test_bad_input_is_one_line_and_leaves_all_files_alone(
 
 def test_an_empty_sample_prompt_is_refused(train, place):
     result = train(place / "new", "--sample-every", 1, "--sample-prompt", "")
-    assert_one_line(result, "`sample_prompt`")
+    assert_one_line(result, "--sample-prompt")
     assert not (place / "new").exists()
 
 
@@ -193,6 +194,14 @@ def test_a_folder_that_is_taken_is_left_alone(train, place, out, message):
         (
             '{"cluster": {"worker": ["a"]}, "task": {"type": "worker", "index": 0}}',
             "'a' is no host:port",
+        ),
+        *(
+            (
+                f'{{"cluster": {{"worker": ["a:{port}"]}}, '
+                '"task": {"type": "worker", "index": 0}}',
+                "a port from 1 to 65535",
+            )
+            for port in (0, 65536, 99999)
         ),
         (
             '{"cluster": {"worker": [7]}, "task": {"type": "worker", "index": 0}}',
@@ -292,8 +301,9 @@ def test_a_damaged_run_is_one_line_and_stays_as_it_is(
 
 def test_a_resumed_run_takes_no_other_options(command, interrupted):
     before = snapshot(interrupted)
-    result = command("train", "--resume", "--out", interrupted, "--steps", 9)
-    assert_one_line(result, "Received: steps")
+    for option, value in (("--batch-size", 9), ("--steps", 5)):
+        result = command("train", "--resume", "--out", interrupted, option, value)
+        assert_one_line(result, f"`{option}`")
     assert snapshot(interrupted) == before
 
 
@@ -360,13 +370,13 @@ def test_a_bad_model_is_one_line(command, trained, tmp_path, damage, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--temperature", "-1"], "`temperature`"),
-        (["--top-k", "0"], "`top_k`"),
-        (["--top-p", "1.5"], "`top_p`"),
-        (["--repetition-penalty", "0"], "`repetition_penalty`"),
-        (["--seed", "-1"], "`seed`"),
-        (["--max-new-tokens", "-1"], "`max_new_tokens`"),
-        (["--prompt", ""], "Prompt 0 is empty"),
+        (["--temperature", "-1"], "`--temperature`"),
+        (["--top-k", "0"], "`--top-k`"),
+        (["--top-p", "1.5"], "`--top-p`"),
+        (["--repetition-penalty", "0"], "`--repetition-penalty`"),
+        (["--seed", "-1"], "`--seed`"),
+        (["--max-new-tokens", "-1"], "`--max-new-tokens`"),
+        (["--prompt", ""], "--prompt"),
     ],
 )
 def test_bad_generation_options_are_one_line_and_no_output(generate, options, message):
@@ -684,9 +694,9 @@ def test_what_cannot_be_distilled_is_one_line(command, trained, tmp_path):
         (["--extract", tmp_path / "store"], "expects a trained teacher"),
         (["--teacher", tmp_path], "there is none"),
         (["--teacher", trained.out / "model"], "without run.json"),
-        ([*teacher, "--alpha", 3], "`alpha`"),
-        ([*teacher, "--temperature", 0], "`temperature`"),
-        ([*teacher, "--student-layers", 9], "`num_layers`"),
+        ([*teacher, "--alpha", 3], "`--alpha`"),
+        ([*teacher, "--temperature", 0], "`--temperature`"),
+        ([*teacher, "--student-layers", 9], "`--student-layers`"),
         ([*teacher, "--loss", "magic"], "'magic'"),
         ([*teacher, "--knowledge", tmp_path / "nowhere"], "nowhere"),
     ):
@@ -758,7 +768,7 @@ def test_another_seed_gives_another_text(generate):
 
 @pytest.mark.filterwarnings("default::gpt_tf.models.decoding.GenerationNotice")
 def test_a_prompt_longer_than_the_context_is_answered_with_a_notice(generate):
-    prompt = "the quick brown fox " * 20
+    prompt = " the quick brown fox" * 20
     result = generate("--prompt", prompt, "--max-new-tokens", 3, "--seed", 7)
     assert result.status == 0
     assert result.err.count("\n") == 1
@@ -899,22 +909,124 @@ def test_help_comes_without_tensorflow(arguments):
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["generate", "--model", "x"]])
-def test_without_tensorflow_the_extra_is_named(arguments):
+def run_without(package, *arguments):
+    """Run the command line where a package is not installed."""
     result = run_python(
         "import sys\n"
-        "sys.modules['tensorflow'] = None\n"
+        f"sys.modules[{package!r}] = None\n"
         "from gpt_tf import cli\n"
-        f"sys.argv = ['gpt-tf', *{arguments!r}]\n"
+        f"sys.argv = ['gpt-tf', *{list(map(str, arguments))!r}]\n"
         "cli.main()\n"
     )
-    result.status, result.out, result.err = (
-        result.returncode,
-        result.stdout,
-        result.stderr,
+    return SimpleNamespace(
+        status=result.returncode, out=result.stdout, err=result.stderr
     )
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["generate", "--model"]])
+def test_without_tensorflow_the_extra_is_named(arguments, tmp_path):
+    model = [tmp_path] if arguments[-1] == "--model" else []
+    result = run_without("tensorflow", *arguments, *model)
     assert_one_line(result, "package tensorflow, which is not installed")
     assert "pip install 'gpt-tf[train]'" in result.err
+
+
+@pytest.mark.parametrize("name", ["nosuch", "nosuch.keras", "nosuch.litertlm"])
+@pytest.mark.parametrize("package", ["tensorflow", "ai_edge_litert"])
+def test_a_model_that_is_not_there_is_said_whatever_is_installed(name, package):
+    result = run_without(package, "generate", "--model", name, "--prompt", "a")
+    assert_one_line(result, f"{name}; there is none")
+
+
+def test_the_version_is_printed(command):
+    result = command("--version")
+    assert (result.status, result.out) == (0, f"gpt-tf {gpt_tf.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--corpus", ""],
+        ["train", "--out", ""],
+        ["train", "--out="],
+        ["export", "--model", ""],
+        ["evaluate", ""],
+    ],
+)
+def test_what_is_empty_is_refused(command, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n" * 999)
+    assert_one_line(command(*words), words[-2 if words[-1] == "" else -1].strip("="))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("distil --student-layers 9", "--student-layers"),
+        ("distil --student-heads 99", "--student-heads"),
+        ("optimize --mode int3", "--mode"),
+        ("recommend --prefer size --estimate x", "--prefer"),
+    ],
+)
+def test_messages_speak_in_options(command, trained, tmp_path, words, option):
+    verb, *options = words.split()
+    place = ["--out", tmp_path / "out"]
+    more = {
+        "distil": ["--teacher", trained.out, *place],
+        "optimize": ["--model", trained.out, *place],
+    }
+    result = command(verb, *options, *more.get(verb, []))
+    assert_one_line(result, f"`{option}`")
+
+
+def test_a_prompt_that_ends_in_a_space_is_remarked_on(generate):
+    options = ("--max-new-tokens", 2, "--seed", 1)
+    result = generate("--prompt", "the ", *options)
+    assert result.status == 0 and result.out.startswith("the ")
+    assert result.err.count("\n") == 1 and "ends in a space" in result.err
+    assert generate("--prompt", "the", *options).err == ""
+
+
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
+def test_a_closed_stream_is_no_error(closed):
+    code = (
+        "import os, sys\n"
+        f"for number in {closed}: os.close(number)\n"
+        f"os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])\n"
+    )
+    words = ["generate", "--max-new-tokens", "2", "--seed", "1"]
+    words += [] if 0 in closed else ["--prompt", "def"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *COMMAND[1:], *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0
+    assert "Traceback" not in result.stdout + result.stderr
+    assert bool(result.stdout) == (1 not in closed)
+
+
+def test_a_run_too_deep_or_without_a_name_in_utf_8_is_one_line(train, tmp_path):
+    for name, said in (("e/" * 1500, "too many folders"), ("r\udcfcn", "UTF-8")):
+        assert_one_line(train(tmp_path / name), said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_text_need_not_be_utf_8(train, corpus_folder, tmp_path):
+    texts = os.fsdecode(os.fsencode(tmp_path) + b"/t\xfcxts")
+    shutil.copytree(corpus_folder, texts)
+    assert train(tmp_path / "run", "--corpus", texts).status == 0
+    facts = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert facts["config"]["corpus"] == texts
+
+
+def test_names_of_files_for_a_device_need_not_be_utf_8(command, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/g\xfct.litertlm")
+    shutil.copyfile(shipped_model(), path)
+    written = command("generate", "--model", path, "--prompt", "def", "--seed", 1)
+    assert written.status == 0 and written.out.startswith("def"), written.err
 
 
 def test_export_writes_a_file_that_generate_runs(command, trained, tmp_path):

@@ -160,6 +160,72 @@ def test_resume_after_kill_9_is_bit_equal(tiny, tmp_path, changes):
         np.testing.assert_array_equal(one, other)
 
 
+def assert_same_weights(one, other):
+    for mine, others in zip(
+        one.model.get_weights(), other.model.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(mine, others)
+
+
+def test_a_finished_run_goes_on_to_more_steps_when_asked_for_by_name(
+    tiny, tmp_path, interrupt_after
+):
+    config = dataclasses.replace(
+        tiny, steps=6, validate_every=3, checkpoint_every=2, jit_compile="off"
+    )
+    first = run(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    longer = run(None, tmp_path / "whole", resume=True, steps=10)
+    assert read_run(tmp_path / "whole") == dataclasses.replace(config, steps=10)
+    validated = [row["step"] for row in longer.history["validations"]]
+    assert validated == [3, 6, 9, 10]
+    assert longer.history["validations"][:2] == first.history["validations"]
+    # It may be killed and told again, with the same words or without the steps.
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            None,
+            tmp_path / "cut",
+            resume=True,
+            steps=10,
+            callbacks=[interrupt_after(3)],
+        )
+    assert_same_weights(run(None, tmp_path / "cut", resume=True, steps=10), longer)
+    assert_same_weights(run(None, tmp_path / "cut", resume=True), longer)
+    with pytest.raises(InputError, match=r"`steps`.*10.*Received: 9"):
+        run(None, tmp_path / "cut", resume=True, steps=9)
+
+
+def test_from_where_it_was_resumed_the_rate_is_that_of_a_longer_run(tiny, tmp_path):
+    config = dataclasses.replace(tiny, steps=2, warmup_steps=0, jit_compile="off")
+    rates = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: rates.append(
+            float(note.model.optimizer.learning_rate)
+        )
+    )
+    run(config, tmp_path / "run", callbacks=[note])
+    run(None, tmp_path / "run", resume=True, steps=4, callbacks=[note])
+    peak = config.learning_rate
+    short, long = (WarmupCosine(peak, peak / 10, 0, steps) for steps in (2, 4))
+    wanted = [short(0), short(1), long(2), long(3)]
+    np.testing.assert_allclose(rates, wanted, rtol=1e-6)
+
+
+def test_little_text_trains_with_the_vocabulary_that_it_supports(tiny, tmp_path):
+    text = (tmp_path / "some.txt", "One two three. Two three four.\n" * 800)
+    text[0].write_text(text[1])  # 25 kB
+    config = dataclasses.replace(
+        tiny, corpus=str(text[0]), vocab_size=4096, steps=2, jit_compile="off"
+    )
+    notices = []
+    result = run(config, tmp_path / "run", on_notice=notices.append)
+    size = result.tokenizer.vocab_size
+    assert 257 < size < 300 and result.model.vocab_size == size
+    assert any(f"a vocabulary of {size} tokens" in line for line in notices)
+    # The configuration is still the one that was asked for.
+    assert run(config, tmp_path / "run", resume_or_start=True).model is not None
+
+
 def test_another_seed_gives_other_weights(tiny, tmp_path):
     quick = dataclasses.replace(tiny, steps=2, jit_compile="off")
     first = run(quick, tmp_path / "one")

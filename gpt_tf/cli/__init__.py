@@ -6,7 +6,9 @@ program in `common`. Here is what ends it: errors become one line and a status.
 
 import contextlib
 import errno
+import itertools
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -31,15 +33,17 @@ __all__ = ["app", "main"]
 def main():
     """Run the command line; what the user can mend is one line and status 2."""
     warnings.showwarning = _one_line
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a stream that is not the system's
             stream.reconfigure(errors="replace")  # models write what some cannot show
     try:
+        _check_words(sys.argv)
         app(prog_name="gpt-tf")
     except InputError as error:
         if getattr(app, "debug", False):
             raise
-        _say(error)
+        _say(_in_options(str(error)))
         sys.exit(2)
     except PeerLostError as error:
         if getattr(app, "debug", False):
@@ -66,11 +70,54 @@ def main():
         sys.exit(2)
 
 
+def _open_what_is_closed():
+    """Let a closed standard stream be the null device.
+
+    Its number would go to the next file that is opened, and what native code prints
+    into that file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays
+
+
+def _check_words(words):
+    """Refuse names that are empty, and of what is written those that are not UTF-8."""
+    for before, word in itertools.pairwise(words):
+        # `--out ""` would be the folder that one stands in.
+        if not word or re.fullmatch("--[a-z-]+=", word):
+            name = word[:-1] or before
+            raise InputError(f"{name} expects a value. Received: nothing but quotes.")
+        is_out = before == "--out" or word.startswith("--out=")
+        if is_out and re.search("[\udc80-\udcff]", word):
+            raise InputError(
+                "--out expects a name in UTF-8, which TensorFlow needs. Received: "
+                f"{word!r}. Choose another."
+            )
+
+
+def _in_options(message):
+    """Call what Python calls `num_layers` as this command does, `--student-layers`."""
+    command = getattr(app, "command_run", None)
+    options = {p.name: p.opts[0] for p in command.params} if command else {}
+
+    def option(found):
+        name, short = found[1], found[1].removeprefix("num_")
+        students = (f"student_{name}", f"student_{short}")
+        for other in (name, *students, short, short.removesuffix("s")):
+            if options.get(other, "").startswith("--"):
+                return f"`{options[other]}`"
+        return found[0]
+
+    return re.sub(r"`(\w+)`", option, message)
+
+
 # What is wrong then is the place, and not gpt_tf.
 _NO_PLACE = {
     *(errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
     *(errno.ENOTDIR, errno.EPERM, errno.EROFS),
 }
+_DEEP = 300  # folders; Python makes them by calls within calls
 
 
 def _of_the_disk(error):
@@ -84,6 +131,10 @@ def _of_the_disk(error):
         )
     if isinstance(error, OSError) and name and error.errno in _NO_PLACE:
         return f"{name} cannot be used: {error.strerror}. Choose another place."
+    if isinstance(error, RecursionError):
+        deepest = max(sys.argv, key=lambda word: word.count(os.sep))
+        if deepest.count(os.sep) > _DEEP:
+            return f"{deepest[:20]}... lies in too many folders. Choose another place."
     return None
 
 

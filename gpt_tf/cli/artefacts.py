@@ -92,9 +92,21 @@ def generate(
 ):
     """Continue a prompt, streaming; without a prompt, line by line from you."""
     model = model or shipped_model()
-    stream = _edge_stream(model) if _is_edge(model) else _keras_stream(model)
+    if not model.exists():  # before anything is imported that a device may lack
+        raise InputError(
+            f"`model` expects a file or a folder. Received: {model}; there is none. "
+            "Check the path."
+        )
+    open_model = _open_edge if _is_edge(model) else _open_keras
+    stream, tokenizer = open_model(model)
 
     def answer(text):
+        if text.endswith(" ") and tokenizer.kind == "bpe":
+            typer.echo(
+                "gpt-tf: The prompt ends in a space. Words are tokens that begin with "
+                "theirs, so a model writes better without it.",
+                err=True,
+            )
         pieces = stream(
             # In bytes no special tokens are recognised.
             text.encode("utf-8", "surrogateescape") if literal else text,
@@ -124,22 +136,22 @@ def _is_edge(model):
     return model.is_file() and model.suffix not in (".keras", ".h5")
 
 
-def _edge_stream(model):
+def _open_edge(model):
     from gpt_tf.edge import EdgeGPT
 
     gpt = EdgeGPT(model)
     _require_tokenizer(gpt.tokenizer, model, "the file that `gpt-tf export` wrote")
-    return gpt.stream
+    return gpt.stream, gpt.tokenizer
 
 
-def _keras_stream(model):
+def _open_keras(model):
     import_tensorflow()
     from gpt_tf.models import decoding
     from gpt_tf.training import load_model
 
     gpt, tokenizer = load_model(model)
     _require_tokenizer(tokenizer, model, "the folder that `gpt-tf train` wrote")
-    return functools.partial(decoding.stream, gpt, tokenizer=tokenizer)
+    return functools.partial(decoding.stream, gpt, tokenizer=tokenizer), tokenizer
 
 
 def _require_tokenizer(tokenizer, model, instead):

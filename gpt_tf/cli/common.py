@@ -7,6 +7,7 @@ import typer
 import typer.core
 from rich.console import Console
 
+import gpt_tf
 from gpt_tf.quiet import held_back
 
 # The order in which `--help` names the commands: the way of the data.
@@ -40,18 +41,41 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool):
+    if wanted:
+        typer.echo(f"gpt-tf {gpt_tf.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _main(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version, and end.",
+        ),
+    ] = False,
     debug: Annotated[
         bool, typer.Option(help="Show the traceback of an error.")
     ] = False,
 ):
     """Train a GPT, make it fast, and ship it to an edge device."""
     app.debug = debug
+    app.command_run = context.command.get_command(context, context.invoked_subcommand)
 
 
 # Options that several commands have.
-Resume = Annotated[bool, typer.Option(help="Go on with the interrupted run in --out.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        help="Go on with the interrupted run in --out; with more --steps than its own, "
+        "up to these."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace the run that stands in --out.")]
 ResumeOrStart = Annotated[
     bool,

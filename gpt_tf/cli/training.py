@@ -250,6 +250,13 @@ def _train(verb, *arguments, virtual_devices, **options):
 def launch(
     context: typer.Context,
     workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 2,
+    trust_network: Annotated[
+        bool,
+        typer.Option(
+            "--trust-network",
+            help="Needed: all who can reach this machine may be trusted.",
+        ),
+    ] = False,
     max_restarts: Annotated[
         int, typer.Option(help="New starts in a row without a new checkpoint.")
     ] = 3,
@@ -258,12 +265,18 @@ def launch(
     ] = None,
     join_timeout: JoinTimeout = None,
 ):
-    """Train with several workers on this machine: launch --workers 2 train --out ..."""
+    """Train with several workers on this machine: launch --workers 2 train --out ...
+
+    TensorFlow lets them listen on every interface of the machine, not on the loopback
+    only, and they obey whoever connects. Behind a firewall, or in a network of your
+    own, say --trust-network.
+    """
     from gpt_tf.parallel.launch import launch as launch_workers
 
     launch_workers(
         context.args,
         workers,
+        trust_network=trust_network,
         max_restarts=max_restarts,
         port=port,
         join_timeout=join_timeout,

@@ -92,11 +92,11 @@ class Executor:
         """Take a cache back."""
         if self._free is None:  # closed
             return
-        self._free.append(room)
         # Small ones are kept for other texts, half as many rows as are possible.
-        self._free.sort(key=lambda room: room.capacity)
-        while sum(room.capacity for room in self._free) > self.largest // 2:
-            self._free.pop()
+        kept = sorted([*self._free, room], key=lambda room: room.capacity)
+        while sum(room.capacity for room in kept) > self.largest // 2:
+            kept.pop()
+        self._free = kept
 
     def close(self) -> None:
         """Give model and buffers back; its sessions are of no use afterwards."""
@@ -220,9 +220,9 @@ class Session:
 
     def close(self) -> None:
         """Give the cache back, for other sessions."""
-        if self._room is not None:
-            self._executor.give_back(self._room)
-        self._room = None
+        room, self._room = self._room, None  # never given back twice
+        if room is not None:
+            self._executor.give_back(room)
 
     def _chunks(self, ids, by_length):
         """Cut tokens into pieces, each with the signature that runs it."""
@@ -236,11 +236,11 @@ class Session:
             begin += len(chunk)
 
     def _enter(self, capacity):
-        old, executor = self._room, self._executor
-        self._room = executor.room(capacity)
+        old, new = self._room, self._executor.room(capacity)
         if self.position:
-            self._copy_rows(old, self._room)
-        executor.give_back(old)
+            self._copy_rows(old, new)
+        self._room = new
+        self._executor.give_back(old)
 
     def _copy_rows(self, old, new):
         executor = self._executor
@@ -359,6 +359,7 @@ class _Signature:
         """Let mask and caches have this many rows."""
         if capacity == self._capacity:
             return
+        self._capacity = None  # an interruption leaves some in the old size
         for index, (name, shape) in enumerate(
             zip(self.inputs, self._shapes, strict=True)
         ):
@@ -391,7 +392,8 @@ class _Call:
 
     def show(self, position):
         """Let the tokens from a position on see the rows up to their own."""
-        if len(self.mask) == 1 and position - 1 == self._position:
+        before, self._position = self._position, None  # not known if interrupted
+        if len(self.mask) == 1 and position - 1 == before:
             self.mask[0, position] = 0
         else:
             length, capacity = self.mask.shape

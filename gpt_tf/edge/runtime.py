@@ -1,6 +1,7 @@
 """A GPT on a device: open a file, continue text, score text."""
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,8 +21,13 @@ class EdgeGPT:
     """A GPT that `gpt_tf.export` wrote, run by LiteRT.
 
     The file is verified to the last byte before it is used. One text at a time is in
-    the cache; `generate`, `stream` and `score` begin a new one. An object may be used
-    by one thread at a time.
+    the cache; `generate`, `stream` and `score` begin a new one, and a stream that was
+    left open goes on with its own when it is asked for its next piece.
+
+    One thread at a time may use it: a call that comes while another thread's is
+    running raises an InputError. Threads that take turns, by a lock around each call
+    and each piece of a stream, get the texts that one thread gets. A call that was
+    interrupted, by Ctrl-C for example, may be made again.
 
     Args:
         path: A `.tflite` or a `.litertlm`.
@@ -46,7 +52,7 @@ class EdgeGPT:
 
     Example:
         >>> with EdgeGPT("gpt.litertlm") as gpt:
-        ...     print(gpt.generate("def ", max_new_tokens=20, seed=1))
+        ...     print(gpt.generate("def", max_new_tokens=20, seed=1))
 
     Reference: LiteRT, github.com/google-ai-edge/LiteRT.
     """
@@ -78,8 +84,11 @@ class EdgeGPT:
         )
         self._session = self._executor.session()
         self.context_length = self._executor.limit
-        self._ids = []  # what is in the cache
+        # What is in the cache. The session's position may be ahead of it, if a call was
+        # interrupted.
+        self._ids = []
         self._turn = 0
+        self.one_thread = _OneThread()
 
     def generate(
         self,
@@ -124,24 +133,25 @@ class EdgeGPT:
             InputError: A prompt or an option cannot be used.
 
         Example:
-            >>> gpt.generate(["def ", "class "], max_new_tokens=20, seed=1)
+            >>> gpt.generate(["def", "class"], max_new_tokens=20, seed=1)
         """
-        self.check_open()
         sampler = self.sampler(temperature, top_k, top_p, repetition_penalty, seed)
 
         def steps_of(rows, end, done):
             return self._steps(self.texts(rows, max_new_tokens, sampler), done)
 
-        return generation.answer(
-            prompt,
-            steps_of,
-            vocab_size=self.config["vocab_size"],
-            context_length=self.context_length,
-            tokenizer=self.tokenizer,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            stream=stream,
-        )
+        with self.one_thread:
+            self.check_open()
+            return generation.answer(
+                prompt,
+                steps_of,
+                vocab_size=self.config["vocab_size"],
+                context_length=self.context_length,
+                tokenizer=self.tokenizer,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                stream=stream,
+            )
 
     def stream(self, prompt, **options) -> Iterator[str]:
         """Continue one prompt piece by piece: `generate` with `stream=True`."""
@@ -169,38 +179,39 @@ class EdgeGPT:
         Example:
             >>> perplexity = np.exp(-gpt.score("the quick brown fox").mean())
         """
-        self.check_open()
         ids = self._ids_of(prompt)
         context = self.context_length
         overlap = context // 2 if overlap is None else overlap
         overlap = arguments.integer("overlap", overlap, 0, context - 1)
         scores = np.zeros(len(ids) - 1, np.float32)
         known = 0
-        while known < len(scores):
-            begin = max(0, known - overlap)
-            # Behind the last token nothing is asked for.
-            end = min(begin + context, len(scores))
+        with self.one_thread:
+            self.check_open()
+            while known < len(scores):
+                begin = max(0, known - overlap)
+                # Behind the last token nothing is asked for.
+                end = min(begin + context, len(scores))
+                self.reset()
+                self._session_here().prefill(ids[begin:known])
+                for logits in self._session.score(ids[known:end]):
+                    after = known + len(logits)
+                    targets = ids[known + 1 : after + 1]
+                    scores[known:after] = _log_probabilities(logits, targets)
+                    known = after
             self.reset()
-            self._session.prefill(ids[begin:known])
-            for logits in self._session.score(ids[known:end]):
-                after = known + len(logits)
-                targets = ids[known + 1 : after + 1]
-                scores[known:after] = _log_probabilities(logits, targets)
-                known = after
-        self.reset()
         return scores
 
     @property
     def position(self) -> int:
-        """Number of tokens in the cache."""
-        return self._session.position
+        """Number of tokens in the cache; after an interruption, what is left of it."""
+        return len(self._ids)
 
     def reset(self) -> None:
         """Empty the cache: the next token is the first of a text."""
-        self.check_open()
-        self._turn += 1
-        self._session.reset()
-        self._ids = []
+        with self.one_thread:
+            self.check_open()
+            self._turn += 1
+            self._ids = []
 
     def prefill(self, ids: Sequence[int]) -> int:
         """Append tokens to the text in the cache, for a loop of your own.
@@ -219,8 +230,10 @@ class EdgeGPT:
             >>> gpt.prefill(ids[:-1])
             >>> logits = gpt.decode(ids[-1])
         """
-        self._fill(self._appendable(ids))
-        return self.position
+        with self.one_thread:
+            self.check_open()
+            self._fill(self._appendable(ids))
+            return self.position
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Append tokens as `prefill` does and return what may follow each of them.
@@ -234,9 +247,11 @@ class EdgeGPT:
         Raises:
             InputError: As for `prefill`.
         """
-        ids = self._appendable(ids)
-        pieces = list(self._session.score(ids))
-        self._ids += ids
+        with self.one_thread:
+            self.check_open()
+            ids = self._appendable(ids)
+            pieces = list(self._session_here().score(ids))
+            self._ids += ids
         return np.concatenate(pieces or [np.zeros((0, self.config["vocab_size"]))])
 
     def decode(self, token: int) -> np.ndarray:
@@ -254,25 +269,27 @@ class EdgeGPT:
             InputError: The id is unknown, or the cache is full and
                 `when_full="stop"`.
         """
-        self.check_open()
         (token,) = arguments.ids([token])
         self._check_ids([token])
-        self._turn += 1
-        if self.position < self.context_length:
-            return self._append(token)
-        if self.when_full == "stop":
-            raise InputError(
-                f"The cache is full: it has {self.context_length} tokens. Call "
-                '`reset()` first, or open the model with when_full="slide".'
-            )
-        half = generation.half_of(self.context_length)
-        return self._begin([*self._ids, token][-half:])
+        with self.one_thread:
+            self.check_open()
+            self._turn += 1
+            if self.position < self.context_length:
+                return self._append(token)
+            if self.when_full == "stop":
+                raise InputError(
+                    f"The cache is full: it has {self.context_length} tokens. Call "
+                    '`reset()` first, or open the model with when_full="slide".'
+                )
+            half = generation.half_of(self.context_length)
+            return self._begin([*self._ids, token][-half:])
 
     def close(self) -> None:
         """Give the model's memory back; the object is of no use afterwards."""
-        if self._executor is not None:
-            self._executor.close()
-        self._executor = self._session = None
+        with self.one_thread:
+            executor, self._executor, self._session = self._executor, None, None
+            if executor is not None:
+                executor.close()
 
     def __enter__(self) -> "EdgeGPT":
         return self
@@ -292,21 +309,22 @@ class EdgeGPT:
         """Yield the new tokens of one text."""
         turn = None
         while not text.finished:
-            if turn != self._turn:
-                # Whoever used the cache meanwhile has left another text in it.
-                text.restart()
-            if text.begins:
-                logits = self._begin(text.pending)
-            else:
-                logits = self._append(text.pending[0])
-            turn = self._turn
+            with self.one_thread:
+                self.check_open()
+                if turn != self._turn:
+                    # Whoever used the cache meanwhile has left another text in it.
+                    text.restart()
+                if text.begins:
+                    logits = self._begin(text.pending)
+                else:
+                    logits = self._append(text.pending[0])
+                turn = self._turn
             token = text.push(logits)
             if token is not None:
                 yield token
 
     def _appendable(self, ids):
         """Return ids as a list, seen to be known and to have room in the cache."""
-        self.check_open()
         ids = arguments.ids(ids)
         if ids:
             self._check_ids(ids)
@@ -326,14 +344,18 @@ class EdgeGPT:
         return self._append(window[-1])
 
     def _fill(self, ids):
-        self._session.prefill(ids)
+        self._session_here().prefill(ids)
         self._ids += ids
 
     def _append(self, token):
-        self.check_open()
-        logits = self._session.decode(token)
+        logits = self._session_here().decode(token)
         self._ids.append(token)
         return logits
+
+    def _session_here(self):
+        """Return the session, behind the last token that counts."""
+        self._session.position = len(self._ids)
+        return self._session
 
     def _ids_of(self, prompt):
         rows, _, is_list = generation.rows_of(prompt, self.tokenizer)
@@ -364,8 +386,9 @@ class EdgeGPT:
 
     def new_session(self) -> Session:
         """Begin a text with a cache of its own, beside the one that `reset` empties."""
-        self.check_open()
-        return self._executor.session()
+        with self.one_thread:
+            self.check_open()
+            return self._executor.session()
 
     def check_open(self) -> None:
         """Refuse to go on with a closed model.
@@ -375,6 +398,24 @@ class EdgeGPT:
         """
         if self._executor is None:
             raise InputError("The model was closed. Open it again: `EdgeGPT(path)`.")
+
+
+class _OneThread:
+    """Keeps other threads out while a block runs, by an error."""
+
+    def __init__(self):
+        self._lock = threading.RLock()
+
+    def __enter__(self):
+        if not self._lock.acquire(blocking=False):
+            raise InputError(
+                "An open model expects one thread at a time. Received: a call while "
+                "another thread's is running. Open the file once per thread, or take "
+                "turns by a lock."
+            )
+
+    def __exit__(self, *exception):
+        self._lock.release()
 
 
 def default_threads() -> int:

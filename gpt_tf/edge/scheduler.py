@@ -39,7 +39,8 @@ class EdgeScheduler:
     """Shares one model among requests that may come at any time.
 
     It has no thread of its own: `step` does one piece of work, and `run`, a loop over
-    the scheduler, or asking a request for its text call it as often as need be.
+    the scheduler, or asking a request for its text call it as often as need be. It is
+    used by one thread at a time, as `EdgeGPT` is.
 
     The policy:
 
@@ -49,6 +50,9 @@ class EdgeScheduler:
       that came first; but when `patience` chunks have passed the oldest prompt by, it
       is its turn;
     - at most `max_active` requests have a cache, the others wait in order of arrival.
+
+    The request whose work was interrupted, by Ctrl-C or for want of memory, fails; the
+    others go on.
 
     Every request gets the text that `EdgeGPT` alone would give for the same seed. With
     a `max_chunk` smaller than the file's longest prefill the same sums are rounded in
@@ -71,7 +75,7 @@ class EdgeScheduler:
     Example:
         >>> with EdgeScheduler("gpt.litertlm") as scheduler:
         ...     long = scheduler.submit(document, max_new_tokens=100)
-        ...     short = scheduler.submit("def ", seed=1)
+        ...     short = scheduler.submit("def", seed=1)
         ...     for piece in short.stream():
         ...         print(piece, end="")
         ...     print(long.result())
@@ -106,11 +110,12 @@ class EdgeScheduler:
                 "opened. Received: an open EdgeGPT. Give them to that."
             )
         self.gpt = source
-        self._waiting = collections.deque()  # without a cache
-        self._prompts = []  # being prefilled, in order of arrival
-        self._writers = collections.deque()  # one token each before the next chunk
-        self._served = collections.deque()  # had theirs since the last chunk
+        # Those that are not done, in order of arrival: the first have a cache. What is
+        # next follows from what they have, so no interruption loses one.
+        self._requests = []
         self._arrivals = itertools.count()
+        self._steps = itertools.count(1)
+        self._chunk_step = 0  # the step of the last chunk
         self._passed = 0  # chunks since the oldest prompt's
 
     def submit(
@@ -139,24 +144,23 @@ class EdgeScheduler:
             InputError: The prompt or an option cannot be used.
         """
         gpt = self.gpt
-        gpt.check_open()
         sampler = gpt.sampler(temperature, top_k, top_p, repetition_penalty, seed)
-        checked = generation.check_request(
-            prompt,
-            vocab_size=gpt.config["vocab_size"],
-            context_length=gpt.context_length,
-            tokenizer=gpt.tokenizer,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            stream=True,
-        )
-        (text,) = gpt.texts(checked.rows, max_new_tokens, sampler)
-        output = generation.Output(gpt.tokenizer, checked.stop, checked.is_text)
-        request = Request(self, next(self._arrivals), text, output)
-        if request.done:
-            request._finish()
-        else:
-            self._waiting.append(request)
+        with gpt.one_thread:
+            gpt.check_open()
+            checked = generation.check_request(
+                prompt,
+                vocab_size=gpt.config["vocab_size"],
+                context_length=gpt.context_length,
+                tokenizer=gpt.tokenizer,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                stream=True,
+            )
+            (text,) = gpt.texts(checked.rows, max_new_tokens, sampler)
+            output = generation.Output(gpt.tokenizer, checked.stop, checked.is_text)
+            request = Request(self, next(self._arrivals), text, output)
+            if not request.done:
+                self._requests.append(request)
         return request
 
     def step(self) -> Work | None:
@@ -165,17 +169,17 @@ class EdgeScheduler:
         Returns:
             What was done, or None where nothing is left to do.
         """
-        self.gpt.check_open()
-        self._admit()
-        # Without chunks, a prompt goes before all else.
-        if self._writers and (self.chunked or not self._prompts):
-            return self._write(self._writers.popleft())
-        if self._prompts:
-            return self._read(self._next_prompt())
-        if self._served:
-            self._begin_round()
-            return self.step()
-        return None
+        with self.gpt.one_thread:
+            self.gpt.check_open()
+            request = self._next(self._admitted())
+            if request is None:
+                return None
+            request._working = True
+            work = self._read(request) if request._calls else self._write(request)
+            request._working = False
+            if request.done:
+                self._release(request)
+            return work
 
     def run(self) -> None:
         """Work until all requests are done."""
@@ -183,7 +187,10 @@ class EdgeScheduler:
             pass
 
     def __iter__(self) -> Iterator[tuple["Request", object]]:
-        """Work; yield each request that has something new, and what: text, or an id."""
+        """Work; yield each request that has something new, and what: text, or an id.
+
+        Where an interruption ends the loop a piece may be lost; not to `result`.
+        """
         while work := self.step():
             for piece in work.request._take():
                 yield work.request, piece
@@ -191,13 +198,12 @@ class EdgeScheduler:
     @property
     def active(self) -> int:
         """Number of requests that have a cache."""
-        return len(self._prompts) + len(self._writers) + len(self._served)
+        return sum(request._session is not None for request in self._requests)
 
     def close(self) -> None:
         """End all requests and give the memory back."""
-        for queue in (self._waiting, self._prompts, self._writers, self._served):
-            for request in list(queue):
-                request.cancel()
+        for request in list(self._requests):
+            request.cancel()
         if self._owns:
             self.gpt.close()
 
@@ -207,34 +213,57 @@ class EdgeScheduler:
     def __exit__(self, *exception):
         self.close()
 
-    def _admit(self):
-        while self._waiting and self.active < self.max_active:
-            request = self._waiting.popleft()
-            request._session = self.gpt.new_session()
-            self._place(request)
+    def _admitted(self):
+        """Return the requests that have a cache, after those that wait got theirs."""
+        admitted = []
+        for request in list(self._requests):
+            if len(admitted) == self.max_active:
+                break
+            if request._working:
+                request.error = InputError(
+                    "The request expects to be worked for without interruption. "
+                    f"Received: an interruption after {len(request.tokens)} new "
+                    "tokens. Submit it again."
+                )
+            if request.done:
+                self._release(request)
+                continue
+            if request._session is None:
+                request._working = True
+                request._session = self.gpt.new_session()
+                self._plan(request)
+                request._working = False
+            admitted.append(request)
+        return admitted
 
-    def _place(self, request):
-        """Put a request that has a cache where it is next worked for."""
-        text = request._text
-        if not text.begins:
-            self._served.append(request)
-            return
-        session = request._session
-        session.reset()
+    def _plan(self, request):
+        """Choose the calls that prefill a request's window into its emptied cache."""
         most = self.max_chunk if self.chunked else None
-        request._calls = collections.deque(session.plan(len(text.pending) - 1, most))
+        request._session.reset()
         request._read = 0
-        if request._calls:
-            self._prompts.append(request)
-            self._prompts.sort(key=lambda other: other.arrival)
-        else:
-            self._writers.append(request)
+        request._calls = collections.deque(
+            request._session.plan(len(request._text.pending) - 1, most)
+        )
 
-    def _next_prompt(self):
+    def _next(self, admitted):
+        """Return the request to work for, or None."""
+        prompts = [request for request in admitted if request._calls]
+        writers = [request for request in admitted if not request._calls]
+        if prompts:  # then each writes once a chunk; without chunks, afterwards
+            writers = [
+                request
+                for request in writers
+                if self.chunked and request._token_step < self._chunk_step
+            ]
+        if writers:
+            return min(writers, key=lambda request: request._token_step)
+        return self._next_prompt(prompts) if prompts else None
+
+    def _next_prompt(self, prompts):
+        oldest = prompts[0]
         if not self.chunked:
-            return self._prompts[0]
-        oldest = self._prompts[0]
-        chosen = min(self._prompts, key=lambda request: request.unread)
+            return oldest
+        chosen = min(prompts, key=lambda request: request.unread)
         if self._passed >= self.patience:
             chosen = oldest
         self._passed = 0 if chosen is oldest else self._passed + 1
@@ -250,16 +279,8 @@ class EdgeScheduler:
             request._session.step(ids, length)
             request._read += len(ids)
             count += len(ids)
-        if not request._calls:
-            self._prompts.remove(request)
-            # It has waited longest.
-            self._served.appendleft(request)
-        self._begin_round()
+        self._chunk_step = next(self._steps)
         return Work(request, "prefill", count)
-
-    def _begin_round(self):
-        self._writers.extend(self._served)
-        self._served.clear()
 
     def _write(self, request):
         """Give a request its next token."""
@@ -267,16 +288,19 @@ class EdgeScheduler:
             request._push(request._session.decode(request._text.pending[-1]))
         except InputError as error:
             request.error = error
-        if request.done:
-            request._finish()
         else:
-            self._place(request)
+            if request._text.begins and not request._ended:
+                self._plan(request)
+        request._token_step = next(self._steps)
         return Work(request, "decode", 1)
 
-    def _forget(self, request):
-        for queue in (self._waiting, self._prompts, self._writers, self._served):
-            if request in queue:
-                queue.remove(request)
+    def _release(self, request):
+        """Take the cache of a request that is done."""
+        session, request._session = request._session, None
+        if session is not None:
+            session.close()
+        if request in self._requests:
+            self._requests.remove(request)
 
 
 class Request:
@@ -296,8 +320,10 @@ class Request:
         self._output = output
         self._session = self._calls = None
         self._read = 0
+        self._token_step = -1  # the step of its last token
         self._pieces = collections.deque()
         self._cancelled = False
+        self._working = False  # still True after it: an interruption
 
     @property
     def tokens(self) -> list[int]:
@@ -314,8 +340,11 @@ class Request:
     @property
     def done(self) -> bool:
         """Whether nothing more will come."""
-        ended = self._text.finished or self._output.stopped or self._cancelled
-        return ended or self.error is not None
+        return self.error is not None or (self._ended and not self._working)
+
+    @property
+    def _ended(self):
+        return self._text.finished or self._output.stopped or self._cancelled
 
     def stream(self) -> Iterator:
         """Yield what is new as it comes, and let the scheduler work for it.
@@ -336,9 +365,12 @@ class Request:
                 self._scheduler.step()
             if self.error is not None:
                 raise self.error
-        finally:
-            if not self.done:
-                self.cancel()
+        except GeneratorExit:
+            self.cancel()
+            raise
+        except BaseException:
+            self._working = not self.done
+            raise
 
     def result(self):
         """Let the scheduler work until the request is done; return what was added.
@@ -358,22 +390,21 @@ class Request:
 
     def cancel(self) -> None:
         """End it: its cache is given back, and what it has written stays."""
-        if not self.done:
-            self._cancelled = True
-            self._scheduler._forget(self)
-            self._finish()
+        with self._scheduler.gpt.one_thread:
+            if not self.done:
+                self._working = True
+                self._pieces.extend(self._output.finish())
+                self._cancelled = True
+                self._working = False
+            self._scheduler._release(self)
 
     def _push(self, logits):
         token = self._text.push(logits)
         if token is not None:
             self._pieces.extend(self._output.push(token))
+        if self._ended:
+            self._pieces.extend(self._output.finish())
 
     def _take(self):
         while self._pieces:
             yield self._pieces.popleft()
-
-    def _finish(self):
-        self._pieces.extend(self._output.finish())
-        if self._session is not None:
-            self._session.close()
-        self._session = None

@@ -460,10 +460,12 @@ def _logits_of_file(gpt, rows):
     try:
         before = np.full(rows.shape[1], -1)
         for row in rows:
-            # The last token is run in any case: its logits are asked for.
-            session.position = int(np.argmax([*(row != before)[:-1], True]))
-            session.prefill(row[session.position : -1].tolist())
-            yield session.decode(int(row[-1]))
+            with gpt.one_thread:
+                # The last token is run in any case: its logits are asked for.
+                session.position = int(np.argmax([*(row != before)[:-1], True]))
+                session.prefill(row[session.position : -1].tolist())
+                logits = session.decode(int(row[-1]))
+            yield logits
             before = row
     finally:
         session.close()

@@ -56,6 +56,7 @@ def launch(
     arguments,
     workers=2,
     *,
+    trust_network=False,
     max_restarts=3,
     port=None,
     join_timeout=None,
@@ -63,21 +64,28 @@ def launch(
 ):
     """Train with several workers on this machine.
 
+    TensorFlow lets each worker listen on every interface of the machine, whatever
+    address `TF_CONFIG` gives it, and obey whoever connects.
+
     Args:
         arguments: Command line of `gpt-tf train`, `quantize` or `distil`, from that
             word on.
         workers: Number of worker processes, at least 1. The first is the chief.
+        trust_network: Whether all who can reach this machine may be trusted; has to
+            be True.
         max_restarts: Starts again in a row, without a new checkpoint between.
         port: First of as many ports in a row; free ones are taken unless given.
         join_timeout: Seconds that the workers wait for each other at most.
         on_line: Takes each line of the workers, with `[worker 0] ` before it.
 
     Raises:
-        InputError: The command cannot be launched, or a port is in use.
+        InputError: The command cannot be launched, a port is in use, or the network
+            is not said to be trusted.
         WorkerFailedError: A worker failed in a way that a new start does not mend.
 
     Example:
-        >>> launch(["train", "--preset", "tiny", "--out", "runs/tiny"], workers=2)
+        >>> words = ["train", "--preset", "tiny", "--out", "runs/tiny"]
+        >>> launch(words, workers=2, trust_network=True)
     """
     arguments = [str(argument) for argument in arguments]
     workers = integer("workers", workers, 1, 256)
@@ -85,20 +93,29 @@ def launch(
     port = integer("port", port, 1, 65535, or_none=True)
     seconds_to_join(join_timeout)
     _check(arguments)
+    if not trust_network:
+        raise InputError(
+            "Workers of TensorFlow listen on every interface of this machine, not on "
+            "the loopback only, and obey whoever connects. `trust_network` is expected "
+            "to say that a firewall, or a network of your own, keeps strangers out. "
+            "Received: nothing."
+        )
     out = Path(_value(arguments, "--out") or FOLDERS[arguments[0]])
     before = _stamp(out / "run.json")
 
     def command(start):
-        words = [*arguments]
+        verb, *words = arguments
         if "--overwrite" in words and _stamp(out / "run.json") != before:
             words = [word for word in words if word != "--overwrite"]
+        # Before the others: an option without its value must not take one of these.
+        own = []
         if not {"--overwrite", "--resume"} & set(words):
-            words.append("--resume-or-start")
+            own.append("--resume-or-start")
         if _value(words, "--strategy") is None:
-            words += ["--strategy", "multi_worker"]
+            own += ["--strategy", "multi_worker"]
         if join_timeout is not None:
-            words += ["--join-timeout", str(join_timeout)]
-        return [sys.executable, "-m", "gpt_tf.cli", *words]
+            own += ["--join-timeout", str(join_timeout)]
+        return [sys.executable, "-m", "gpt_tf.cli", verb, *own, *words]
 
     supervise(
         command,

@@ -176,8 +176,11 @@ def read_tf_config():
         }
         kind, index = str(config["task"]["type"]), int(config["task"]["index"])
         for address in itertools.chain(*cluster.values()):
-            if not re.fullmatch(r".+:\d{1,5}", address):
-                raise ValueError(f"{address!r} is no host:port")
+            place = re.fullmatch(r".+:(\d{1,5})", address)
+            if not (place and 0 < int(place[1]) < 1 << 16):
+                raise ValueError(
+                    f"{address!r} is no host:port, with a port from 1 to 65535"
+                )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             "TF_CONFIG expects JSON with a cluster and a task. "

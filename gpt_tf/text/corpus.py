@@ -393,18 +393,22 @@ def _walk(root: Path, leave_out: Callable[[str], bool], notice) -> Iterator[Path
 
     Links to folders are not followed, so that a loop of links does no harm.
     """
-
-    def report(error):
-        notice(f"{error.filename} cannot be read and was skipped: {error.strerror}")
-
-    for folder, folders, names in os.walk(root, onerror=report):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and not leave_out(name)
-        )
-        for name in sorted(names):
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
+    folders = [root]  # no recursion: they may be nested deeper than Python's calls
+    while folders:
+        try:
+            entries = sorted(os.scandir(folders.pop()), key=lambda entry: entry.name)
+        except OSError as error:
+            notice(f"{error.filename} cannot be read and was skipped: {error.strerror}")
+            continue
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in entries:
+            if (path := Path(entry.path)).is_file():
                 yield path
+        folders += [
+            entry.path
+            for entry in reversed(entries)
+            if entry.is_dir(follow_symlinks=False) and not leave_out(entry.name)
+        ]
 
 
 def _content(path: Path) -> str:

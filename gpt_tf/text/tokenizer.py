@@ -259,9 +259,10 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learn a vocabulary of exactly `vocab_size` tokens from texts.
+        """Learn a vocabulary of `vocab_size` tokens from texts.
 
-        The same texts give the same vocabulary.
+        The same texts give the same vocabulary. It is smaller where the texts support
+        no more: where every word of them is a token.
 
         Args:
             texts: The training text, in pieces.
@@ -271,7 +272,7 @@ class BPETokenizer(Tokenizer):
             The tokenizer; its end-of-text token has id 0.
 
         Raises:
-            InputError: The size is too small, or larger than the text supports.
+            InputError: The size is too small.
         """
         _refuse_single_text(texts)
         vocab_size = arguments.integer(
@@ -289,13 +290,6 @@ class BPETokenizer(Tokenizer):
             show_progress=False,
         )
         backend.train_from_iterator(map(_clean, texts), trainer)
-        reached = backend.get_vocab_size()
-        if reached < vocab_size:
-            raise InputError(
-                f"The text supports a vocabulary of at most {reached} tokens. "
-                f"Received: vocab_size={vocab_size}. Ask for {reached} or fewer, or "
-                "give more text."
-            )
         return cls(backend)
 
     @classmethod

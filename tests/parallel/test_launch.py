@@ -337,6 +337,36 @@ def test_a_thread_may_launch_too(fake):
     assert sorted(lines) == ["[worker 0] here", "[worker 1] here"]
 
 
+# Why the network has to be trusted. Where this fails, TensorFlow has learnt to bind.
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/net")
+def test_tensorflow_listens_on_every_interface_whatever_address_it_is_given(run):
+    code = """
+from gpt_tf.parallel.strategy import make_strategy
+make_strategy("multi_worker")
+own = []
+for name in os.listdir("/proc/self/fd"):
+    try:
+        own.append(os.readlink(f"/proc/self/fd/{name}"))
+    except OSError:
+        pass
+for kind in ("tcp", "tcp6"):
+    with open(f"/proc/net/{kind}") as table:
+        for line in list(table)[1:]:
+            _, address, _, state, *_ = words = line.split()
+            if state == "0A" and f"socket:[{words[9]}]" in own:
+                print("listens on", address.split(":")[0], flush=True)
+time.sleep(2)
+os._exit(0)
+"""
+    lines, failure, _ = run(code, settle_s=60, grace_s=60)
+    assert failure is None
+    found = [line.split()[-1] for line in lines if "listens on" in line]
+    assert len(found) == 2 and all(int(address, 16) == 0 for address in found)
+
+
 # The commands of gpt-tf
 
 
@@ -369,7 +399,7 @@ def commands(monkeypatch):
                 rest, command=command, workers=workers
             ),
         )
-        launch(words, **options)
+        launch(words, trust_network=True, **options)
         return caught
 
     return of
@@ -383,9 +413,20 @@ def test_every_start_goes_on_or_starts(commands, tmp_path):
         command = caught["command"](start)
         assert command[1:4] == ["-m", "gpt_tf.cli", "train"]
         assert command[4:] == (
-            f"--out {tmp_path} --steps 5 --resume-or-start "
-            "--strategy multi_worker --join-timeout 7"
+            "--resume-or-start --strategy multi_worker --join-timeout 7 "
+            f"--out {tmp_path} --steps 5"
         ).split(" ")
+
+
+def test_an_option_without_a_value_takes_none_of_ours(commands):
+    words = commands(["train", "--steps", 5, "--out"])["command"](0)
+    assert words[-1] == "--out"
+
+
+def test_without_a_word_that_the_network_is_trusted_nothing_starts(monkeypatch):
+    monkeypatch.setattr(module, "supervise", None)
+    with pytest.raises(InputError, match="every interface"):
+        launch(["train"])
 
 
 def test_a_run_is_overwritten_once(commands, tmp_path):
@@ -429,7 +470,7 @@ def test_the_command_line_hands_on_what_follows_the_verb(monkeypatch):
 
     caught = []
     monkeypatch.setattr(module, "launch", lambda *a, **k: caught.append((a, k)))
-    words = "--workers 3 --port 5000 train --out x --port 7 --no-such"
+    words = "--workers 3 --port 5000 --trust-network train --out x --port 7 --no-such"
     monkeypatch.setattr(sys, "argv", ["gpt-tf", "launch", *words.split()])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -444,7 +485,7 @@ def test_the_command_line_hands_on_what_follows_the_verb(monkeypatch):
         assert arguments == (["train", "--out", "x", "--port", "7", "--no-such"], 3)
         assert options["port"] == 5000
         assert (options["max_restarts"], options["join_timeout"]) == (3, None)
-    assert len(caught) == 2
+    assert [options["trust_network"] for _, options in caught] == [True, False]
 
 
 def test_the_command_line_ends_with_the_workers_status(monkeypatch, capsys):

@@ -217,7 +217,9 @@ def launch_and_kill(command, out, victims, monkeypatch):
 
     def run():
         try:
-            launcher.launch(command, workers=2, on_line=lines.append)
+            launcher.launch(
+                command, workers=2, trust_network=True, on_line=lines.append
+            )
         except Exception as error:
             failures.append(error)
 
@@ -269,18 +271,20 @@ def test_a_run_whose_workers_were_killed_five_times_ends_bit_equal(
     assert len(told) == 5, lines
     for line, victim in zip(told, victims, strict=True):
         assert f"Worker {victim} was killed by SIGKILL" in line
-    launcher.launch(words(tmp_path / "b"), on_line=lambda line: None)
+    options = {"trust_network": True, "on_line": lambda line: None}
+    launcher.launch(words(tmp_path / "b"), **options)
     assert_same_run(tmp_path / "a", tmp_path / "b")
-    launcher.launch([*words(tmp_path / "c"), "--seed", "2"], on_line=lambda line: None)
+    launcher.launch([*words(tmp_path / "c"), "--seed", "2"], **options)
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "a", tmp_path / "c")
 
 
 @pytest.mark.slow
 def test_what_the_user_can_mend_ends_the_launch_with_his_message(words, tmp_path):
+    launch = "-m gpt_tf.cli launch --workers 2 --trust-network".split()
     command = [*words(tmp_path / "run"), "--tokenizer", str(tmp_path / "no.json")]
     result = subprocess.run(
-        [sys.executable, "-m", "gpt_tf.cli", "launch", "--workers", "2", *command],
+        [sys.executable, *launch, *command],
         capture_output=True,
         text=True,
         timeout=200,

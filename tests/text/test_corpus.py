@@ -1,10 +1,12 @@
 """Claims about where text comes from and how it is split."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import sysconfig
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -449,6 +451,22 @@ def test_hidden_blank_and_binary_files_of_a_folder_are_skipped(folder):
     corpus = open_corpus(folder, on_notice=notices.append)
     assert corpus.describe()["files"] == 30
     assert len(notices) == 1 and "picture.png" in notices[0]
+
+
+def test_folders_may_be_nested_deeper_than_calls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1500):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("deepest.txt").write_text("words of the deepest file\n" * 9)
+    monkeypatch.chdir(tmp_path)
+    Path("first.txt").write_text("other words\n" * 9)
+    try:
+        corpus = open_corpus(tmp_path, whole=True)
+        names = [part.name for part in corpus.parts["validation"]]
+    finally:  # pytest's own way to remove it recurses
+        subprocess.run(["rm", "-r", tmp_path / "d"], check=True)
+    assert names == ["first.txt", "d/" * 1500 + "deepest.txt"]
 
 
 def test_loops_of_links_do_no_harm(folder):

@@ -162,13 +162,14 @@ def test_fingerprint_tells_tokenizers_apart():
     ]
 
 
-def test_a_vocabulary_larger_than_the_text_supports_is_refused_with_its_limit():
-    with pytest.raises(InputError, match=r"at most (\d+) tokens") as caught:
-        BPETokenizer.train(["low lower lowest"], 5000)
-    limit = int(str(caught.value).split("at most ")[1].split()[0])
-    assert BPETokenizer.train(["low lower lowest"], limit).vocab_size == limit
-    with pytest.raises(InputError):
-        BPETokenizer.train(["low lower lowest"], limit + 1)
+def test_a_vocabulary_is_as_large_as_the_text_supports():
+    largest = BPETokenizer.train(["low lower lowest"], 5000)
+    assert 257 < largest.vocab_size < 300
+    assert len(largest.encode(" lowest")) == 1
+    same = BPETokenizer.train(["low lower lowest"], largest.vocab_size)
+    assert same.fingerprint() == largest.fingerprint()
+    smaller = BPETokenizer.train(["low lower lowest"], largest.vocab_size - 1)
+    assert smaller.vocab_size == largest.vocab_size - 1
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused():

@@ -187,7 +187,7 @@ def _sample(sample):
 
 
 def _command(entry, sample, folder):
-    prompt = (sample or {}).get("prompt") or "def "
+    prompt = (sample or {}).get("prompt") or "def"
     path = entry["path"] or entry["name"]
     command = f"gpt-tf generate --model {shlex.quote(str(path))}"
     command += f" --prompt {shlex.quote(prompt)}"
