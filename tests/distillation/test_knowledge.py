@@ -348,7 +348,7 @@ def test_a_manifest_of_another_version_is_refused(store, facts):
     kept = {k: v for k, v in manifest.items() if k not in ("kind", "versions")}
     del kept["files"], kept["sha256"]
     gpt_tf.files.write_manifest(store.path, "knowledge", names, **kept)
-    with pytest.raises(DamagedFileError, match="of (this|another) version"):
+    with pytest.raises(DamagedFileError, match=r"of (this|another) version"):
         KnowledgeStore.open(store.path)
 
 
