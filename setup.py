@@ -15,7 +15,7 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "gpt_tf/__init__.py").read_text("utf-8"), re.M
 ).group(1)
 
-EDGE = ["ai-edge-litert>=2.3,<3"]
+EDGE = ["ai-edge-litert>=2.3,<3", "flatbuffers>=24.3"]
 # Google's own runtime, which the tests run the exported files in.
 EDGE_TEST = [*EDGE, "litert-lm>=0.18.1,<0.19"]
 TRAIN = [
@@ -31,7 +31,6 @@ TRAIN = [
     "tensorboard>=2.21,<2.22",
     # What is trained is exported too, and run before it gets its name.
     *EDGE,
-    "flatbuffers>=24.3",
     "litert-lm-builder>=0.18.1,<0.19",
     # TF-MOT imports distutils without asking for it; from 3.12 it is setuptools'.
     'setuptools>=69; python_version >= "3.12"',

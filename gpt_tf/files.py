@@ -1,18 +1,22 @@
 """Files written whole or not at all, and the manifests that describe them.
 
-A file appears under its final name only when it is complete: the bytes go to a
-temporary neighbour, are forced to disk, and the neighbour is then renamed. A
+What is being written has a name of its own, `.NAME.gpt-tf.partial`, and takes its
+final name only when it is complete and on disk: `atomic_file` for a file,
+`replaced` for a folder or for files that belong together. A process that is killed
+leaves the old or the new and that one name, which the next writer clears away. A
 manifest is a JSON file that says what an artefact is, what it was made from and
 which bytes it has, so that a damaged or foreign file is noticed before it is used.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import platform
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -23,6 +27,7 @@ from gpt_tf.errors import DamagedFileError, InputError
 
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
+_PARTIAL = ".gpt-tf.partial"
 
 _VERSIONED_PACKAGES = (
     "gpt-tf",
@@ -32,6 +37,47 @@ _VERSIONED_PACKAGES = (
     "tokenizers",
     "ai-edge-litert",
 )
+
+# Full, over quota, too large a file, failing, gone: what nobody asked the disk for.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
+
+
+def disk_trouble(error: Exception) -> str | None:
+    """Return what the disk did, in the system's words, or None if it did nothing.
+
+    Args:
+        error: Any; shutil, h5py, safetensors and TensorFlow quote the system.
+
+    Example:
+        >>> disk_trouble(OSError(errno.ENOSPC, "..."))
+        'No space left on device'
+    """
+    for code in _DISK_ERRORS:
+        words = os.strerror(code)
+        if getattr(error, "errno", None) == code or words in str(error):
+            return words
+    return None
+
+
+@contextlib.contextmanager
+def _disk_errors_explained(path):
+    try:
+        yield
+    except Exception as error:
+        trouble = disk_trouble(error)
+        is_part = _PARTIAL in str(path)  # of something that is named outside
+        if trouble is None or is_part or isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path} cannot be written: {trouble}. Make room, or see to the disk, and "
+            "start again; what was finished is kept."
+        ) from error
+
+
+def partial_path(path: str | os.PathLike) -> Path:
+    """Return the name that something has until it is whole."""
+    path = Path(path)
+    return path.with_name(f".{path.name}{_PARTIAL}")
 
 
 @contextlib.contextmanager
@@ -46,6 +92,9 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         The open temporary file. After an exception it is removed and whatever
         stood at `path` before is untouched.
 
+    Raises:
+        InputError: Another process is writing it, or the disk is full or fails.
+
     Example:
         >>> with atomic_file("notes.txt", "w") as file:
         ...     file.write("whole or not at all")
@@ -53,20 +102,20 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        os.close(handle)  # opened again by name, so that `file.name` is a path
-        with open(temporary, mode, encoding=encoding) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    temporary = partial_path(path)
+    with _disk_errors_explained(path):
+        handle = _claim(temporary, path)
+        with open(temporary, mode, encoding=encoding, opener=lambda *_: handle) as file:
+            try:
+                file.truncate(0)  # what a killed process wrote
+                yield file
+                file.flush()
+                os.fsync(handle)
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        _sync(path.parent)
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -98,46 +147,186 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
-    """Fill a folder that takes its final name only when the block ends well.
+def workspace(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
+    """Own a folder beside a path while the block runs, empty at first and then gone.
 
     Args:
-        path: Final name; it must not exist yet, but with `replace`.
-        replace: Whether a folder of that name gives way, once the new one is whole.
+        path: What it is for; another process cannot write there meanwhile. What one
+            that was killed began there is settled first.
+        keep: Whether what is in it stays, for the next block that keeps it.
 
     Yields:
-        A temporary folder beside `path`. Every file in it is forced to disk
-        before the rename. After an exception it is removed.
+        The folder.
 
     Raises:
-        InputError: `path` exists already, and `replace` is False.
+        InputError: Another process writes there, or the disk is full or fails.
     """
     path = Path(path)
-    if path.exists() and not replace:
-        raise InputError(
-            f"A new folder was to be written at {path}, but something stands there. "
-            "Remove it or choose another name."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-        os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    work = partial_path(path)
+    with _disk_errors_explained(path):
+        if os.path.lexists(work) and not _is_folder(work):  # `atomic_file` left it
+            handle = _claim(work, path)
+            os.unlink(work)
+            os.close(handle)
+        with _locked(work, path):
+            try:
+                _settle(path)
+                for one in (*work.rglob("*"),) if keep else ():
+                    if not _is_folder(one) and not _is_own(os.lstat(one)):
+                        one.unlink()
+                if not keep:
+                    _clear(work)
+                yield work
+            finally:
+                _settle(path)
+                if not keep:
+                    _clear(work)
+        with contextlib.suppress(OSError):  # kept, or taken by the next one
+            os.rmdir(work)
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
+def replaced(
+    path: str | os.PathLike, *beside: str, keep: bool = False
+) -> Iterator[Path]:
+    """Fill a folder whose entries take the places of others when the block ends well.
+
+    The old entries are moved aside first, then the new ones come in, then the old ones
+    are removed. What a killed process began is undone by the next one that writes
+    there, or completed once the entry at `path` was in.
+
+    Args:
+        path: A file or folder that the block makes.
+        *beside: Names of entries in the same folder that go and come with it.
+        keep: Whether what an interrupted block left is there again the next time.
+
+    Yields:
+        The folder to put the new entries in, under their final names. What need not
+        stay has room beside it, in its parent.
+
+    Raises:
+        InputError: As for `workspace`.
+
+    Example:
+        >>> with replaced("gpt.tflite", "gpt.tflite.json") as new:
+        ...     write_file_manifest(export(new / "gpt.tflite"), "tflite")
+    """
+    path = Path(path)
+    with workspace(path, keep=keep) as work:
+        new = work / "new"
+        new.mkdir(exist_ok=True)
+        yield new
+        for one in (new, *new.rglob("*")):
+            _sync(one)
+        (work / "old").mkdir()
+        _swap(path, beside)
+
+
+def settle(path: Path, *, keep: bool = True) -> None:
+    """Undo or complete what a killed process began at a path.
+
+    Args:
+        path: As for `workspace`.
+        keep: As for `workspace`.
+    """
+    if os.path.lexists(partial_path(path)):
+        with workspace(path, keep=keep):
+            pass
+
+
+def _swap(path, beside):
+    """Move the old entries aside and the new ones in, `path` first."""
+    new, old = partial_path(path) / "new", partial_path(path) / "old"
+    for name in (path.name, *beside):
+        place = path.parent / name
+        # A file at `path` is replaced in one step, and never missing.
+        is_file = name == path.name and not (
+            _is_folder(place) or _is_folder(new / name)
+        )
+        if os.path.lexists(place) and not is_file:
+            os.rename(place, old / name)
+    os.replace(new / path.name, path)
+    for name in beside:
+        if os.path.lexists(new / name):
+            os.replace(new / name, path.parent / name)
+    _sync(path.parent)
+
+
+def _settle(path):
+    """Undo a swap that was interrupted, or complete it if the entry at `path` is in."""
+    work = partial_path(path)
+    new, old = work / "new", work / "old"
+    if not _is_folder(old):
+        return
+    is_in = not os.path.lexists(new / path.name)
+    source = new if is_in else old
+    for name in os.listdir(source) if _is_folder(source) else ():
+        if not os.path.lexists(path.parent / name):
+            os.rename(source / name, path.parent / name)
+    if is_in:
+        _clear(work)
+    else:
+        shutil.rmtree(old)
+
+
+def _clear(work):
+    """Remove all that is in a folder but its lock, `old`, by which we know, last."""
+    for name in sorted(os.listdir(work), key=lambda name: name == "old"):
+        if _is_folder(work / name):
+            shutil.rmtree(work / name)
+        elif name != LOCK_NAME:
+            os.unlink(work / name)
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: str | os.PathLike, *, replace: bool = False, keep: bool = False
+) -> Iterator[Path]:
+    """Fill a folder that takes its final name only when the block ends well.
+
+    Args:
+        path: Final name; it must not exist yet, but with `replace`. Where it links to
+            a folder, that one is meant.
+        replace: Whether a folder of that name gives way, once the new one is whole.
+        keep: As for `replaced`.
+
+    Yields:
+        A temporary folder. After an exception it is removed.
+
+    Raises:
+        InputError: `path` exists already, and `replace` is False; or as `replaced`.
+    """
+    path = Path(os.path.realpath(path))
+    with replaced(path, keep=keep) as new:
+        if path.exists() and not replace:
+            raise InputError(
+                f"A new folder was to be written at {path}, but something stands "
+                "there. Remove it or choose another name."
+            )
+        folder = new / path.name
+        folder.mkdir(exist_ok=True)
+        yield folder
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, the latter whole or not at all."""
+    with workspace(path) as work:
+        if os.path.lexists(path):
+            os.rename(path, work / "gone")
+
+
+def _is_folder(path):
+    """Return whether a folder stands at a path, and not a link to one."""
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
+def _is_own(found):
+    """Return whether a file is a plain one that has no other name."""
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike, names: Iterable[str] = ()) -> Iterator[None]:
     """Keep other processes out of a folder while the block runs.
 
     The operating system takes the lock away from a process that ends, however it
@@ -147,22 +336,65 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         folder: The folder; it is made where there is none, and removed again if
             nothing is put into it. Meanwhile its file `.lock` names the process that
             has it.
+        names: Entries that the block may write to. What killed processes left of them
+            is settled first.
 
     Raises:
-        InputError: Another process has it, or it cannot be written.
+        InputError: Another process has it, it cannot be written, or there is a
+            symbolic link among the entries, through which something else would be.
 
     Example:
         >>> with locked("runs/mine"):
         ...     write_json("runs/mine/state.json", {"step": 3})
     """
     folder = Path(folder)
+    with _locked(folder, folder):
+        found = [
+            path
+            for name in names
+            for top in (folder / name, partial_path(folder / name))
+            for path in (top, *(top.rglob("*") if _is_folder(top) else ()))
+        ]
+        for path in found:
+            if path.is_symlink():
+                raise InputError(
+                    f"Files and folders of its own are expected in {folder}. Received: "
+                    f"{path}, a symbolic link. Put what it links to in its place; to "
+                    f"use another disk, move all of {folder} there and link to that."
+                )
+        for path in found:
+            if path.name.endswith(_PARTIAL):
+                settle(path.with_name(path.name[1 : -len(_PARTIAL)]), keep=False)
+        yield
+
+
+def is_settled(folder: Path) -> bool:
+    """Return whether nothing is being written in a folder, nor was when it ended."""
+    return not any(
+        path.name == LOCK_NAME or path.name.endswith(_PARTIAL)
+        for path in folder.rglob(".*")
+    )
+
+
+def entries(folder: Path) -> set[str]:
+    """Return the names in a folder, but for locks and for what is not whole yet."""
+    return {
+        name
+        for name in os.listdir(folder)
+        if name != LOCK_NAME and not name.endswith(_PARTIAL)
+    }
+
+
+@contextlib.contextmanager
+def _locked(folder, what):
+    """Lock a folder, on behalf of what is written with its help."""
     if folder.exists() and not folder.is_dir():
         raise InputError(
             f"A folder is expected at {folder}, but that is a file. Choose another "
             "name."
         )
     is_new = not folder.exists()
-    handle = _open_lock(folder)
+    handle = _claim(folder / LOCK_NAME, what)
     try:
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
@@ -175,31 +407,43 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             os.rmdir(folder)  # nothing came of it
 
 
-def _open_lock(folder):
-    """Return the lock of a folder, opened and ours."""
-    path = folder / LOCK_NAME
+# Not the library filelock: its lock neither names its owner nor leaves the folder as
+# it was, it gives up where a network file system knows no locks, and releases that
+# refuse links need Python 3.11.
+def _claim(path, what):
+    """Return a plain file of ours alone, open and locked; it may have content.
+
+    Whatever else stands there is removed and never followed: a folder that was
+    unpacked from an archive may hold links to any file of the user's.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_symlink():
+                path.unlink(missing_ok=True)
+            handle = os.open(path, flags, 0o666)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+                continue  # whoever had it removed the folder between our two steps
             raise InputError(
-                f"The folder {folder} cannot be written: {error.strerror}. Choose "
-                "another."
-            ) from None
-        if not _try_lock(handle):
-            try:
+                f"{what} cannot be written: {error.strerror}. Choose another place."
+            ) from error
+        try:
+            if not _try_lock(handle):
                 raise InputError(
-                    f"The folder {folder} is in use by another process"
-                    f"{_owner(handle)}. Wait until that has ended, or choose another "
-                    "folder."
+                    f"{what} is in use by another process{_owner(handle)}. Wait until "
+                    "that has ended, or choose another place."
                 )
-            finally:
-                os.close(handle)
-        # Whoever had it may have removed the file between our two steps.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                return handle
+            found = os.fstat(handle)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(found, os.lstat(path)):
+                    if _is_own(found):
+                        return handle
+                    path.unlink(missing_ok=True)
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
 
 
@@ -377,6 +621,35 @@ def _read_json(path):
         ) from None
 
 
+def write_sealed_json(path: str | os.PathLike, facts: dict) -> dict[str, Any]:
+    """Write facts as JSON with a SHA-256 of their own.
+
+    Returns:
+        What was written: the facts and `"sha256"`.
+    """
+    sealed = {**facts, "sha256": _sha256_of_content(facts)}
+    write_json(path, sealed)
+    return sealed
+
+
+def check_seal(facts: Any, path: str | os.PathLike, own: str = "sha256") -> None:
+    """Compare what `write_sealed_json` wrote, read again, with its SHA-256.
+
+    Args:
+        facts: What was read.
+        path: Where from.
+        own: Name of the SHA-256 among the facts.
+
+    Raises:
+        DamagedFileError: They are no facts, or were altered.
+    """
+    if not isinstance(facts, dict) or facts.get(own) != _sha256_of_content(facts, own):
+        raise DamagedFileError(
+            f"{path} does not have the SHA-256 that it states: it was altered, or "
+            "another version of gpt_tf wrote it."
+        )
+
+
 def sha256_of(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -425,9 +698,7 @@ def write_manifest(
         },
         **facts,
     }
-    manifest["sha256"] = _sha256_of_content(manifest)
-    write_json(folder / MANIFEST_NAME, manifest)
-    return manifest
+    return write_sealed_json(folder / MANIFEST_NAME, manifest)
 
 
 def check_manifest(
@@ -456,11 +727,7 @@ def check_manifest(
             f"Expected a {kind} in {folder}. Received: {received!r}. "
             "Point to the folder that gpt_tf wrote."
         )
-    if manifest.get("sha256") != _sha256_of_content(manifest):
-        raise DamagedFileError(
-            f"{folder / MANIFEST_NAME} does not have the SHA-256 that it states: it "
-            "was altered, or another version of gpt_tf wrote it."
-        )
+    check_seal(manifest, folder / MANIFEST_NAME)
     listed = {str: {"size_bytes": int, "sha256": str}}
     check_shape(manifest, {"files": listed}, folder / MANIFEST_NAME)
     for name, facts in manifest["files"].items():
@@ -527,12 +794,7 @@ def check_file_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
             f"Expected the manifest of {path} in {beside}. Received: other JSON. "
             "Remove it, or copy both files again."
         )
-    stated = manifest.get("manifest_sha256")
-    if stated != _sha256_of_content(manifest, "manifest_sha256"):
-        raise DamagedFileError(
-            f"{beside} does not have the SHA-256 that it states: it was altered, or "
-            "another version of gpt_tf wrote it."
-        )
+    check_seal(manifest, beside, "manifest_sha256")
     _compare(path, manifest)
     return manifest
 
@@ -558,14 +820,9 @@ def _sha256_of_content(manifest: dict[str, Any], own: str = "sha256") -> str:
     return hashlib.sha256(content.encode("utf-8")).hexdigest()
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

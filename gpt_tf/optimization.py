@@ -60,7 +60,7 @@ _MODEL_FILES = ("model.keras", "tokenizer.json", files.MANIFEST_NAME)
 CHOSEN_NAME = "gpt.litertlm"
 _OWN_ENTRIES = (
     *(CONFIG_NAME, "runs", "files", "measurements", STAGES_FOLDER, CHOSEN_NAME),
-    *(f"{CHOSEN_NAME}.json", "report.html", "report.json", files.LOCK_NAME),
+    *(f"{CHOSEN_NAME}.json", "report.html", "report.json"),
     *(f"{name}.png" for name in page.PICTURES),
 )
 REFERENCE = "teacher-float32"
@@ -150,15 +150,15 @@ def optimize(
         )
     _refuse_foreign_folder(out)
     say = on_notice or print
-    with files.locked(out):
+    with files.locked(out, _OWN_ENTRIES):
         if not (update or overwrite):
             _refuse_other_options(out, config)
         wanted = {"budgets": budgets, "scenario": scenario, "prefer": prefer}
         optimization = _Optimization(config, out, wanted, say)
         # All that can be refused was: from here on the folder is written to.
-        if overwrite:
-            _empty(out)
-        files.write_json(out / CONFIG_NAME, config.get_config())
+        others = _OWN_ENTRIES[1:] if overwrite else ()
+        with files.replaced(out / CONFIG_NAME, *others) as new:
+            files.write_json(new / CONFIG_NAME, config.get_config())
         return optimization.run(command)
 
 
@@ -166,7 +166,7 @@ def _refuse_foreign_folder(out):
     """Refuse a folder in which something lies that is not an optimisation's."""
     if not out.is_dir() or (out / CONFIG_NAME).is_file():
         return
-    others = [path.name for path in out.iterdir() if path.name not in _OWN_ENTRIES]
+    others = files.entries(out) - set(_OWN_ENTRIES)
     if others:
         raise InputError(
             f"The folder {out} already holds something else, {min(others)} for "
@@ -191,16 +191,6 @@ def _refuse_other_options(out, config):
             f"Received: others. It has {differences(there, asked)}. Give these again, "
             "add --update to do what the change concerns, or --overwrite to begin anew."
         )
-
-
-def _empty(out):
-    """Remove what an optimisation left, but for the lock."""
-    for name in _OWN_ENTRIES:
-        entry = out / name
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif name != files.LOCK_NAME:
-            entry.unlink(missing_ok=True)
 
 
 class _Optimization:
@@ -439,13 +429,15 @@ class _Optimization:
 
     def _train(self, name, title, inputs, train, command):
         """Train in a run's folder, from its newest checkpoint where it was begun."""
-
-        def work(begun):
-            how = {"resume_or_start": True} if begun else {"overwrite": True}
-            train({"on_notice": self.say, **how})
-
-        made = [f"runs/{name}/model/{file}" for file in _MODEL_FILES]
-        self.stages.run(name, inputs, made, work, title=title, command=command)
+        self.stages.run(
+            name,
+            inputs,
+            [f"runs/{name}/model/{file}" for file in _MODEL_FILES],
+            lambda: train({"on_notice": self.say, "resume_or_start": True}),
+            begin=lambda: files.remove(self.out / "runs" / name),
+            title=title,
+            command=command,
+        )
 
     def _export(self, file):
         source = self.out / "runs" / file.source
@@ -459,7 +451,7 @@ class _Optimization:
             inputs["corpus"] = self.text_hash
         text = "" if is_run else _words(self.course, ["corpus"])
 
-        def work(begun):
+        def work():
             typical = None if is_run else open_text(self.course, _silent)
             export_trained(
                 source,
@@ -584,7 +576,7 @@ class _Optimization:
             }
         }
 
-        def work(begun):
+        def work():
             files.write_json(self.out / path, measure())
 
         self.stages.run(name, inputs, [path], work, title=title)
@@ -621,14 +613,13 @@ class _Optimization:
         beside = files.file_manifest_path(place)
         if recommendation["choice"] is None:
             # Not the choice of another budget under the name of this one.
-            place.unlink(missing_ok=True)
             beside.unlink(missing_ok=True)
+            place.unlink(missing_ok=True)
             return
         chosen = self.out / self._file(recommendation["choice"]).path
-        pairs = {place: chosen, beside: files.file_manifest_path(chosen)}
-        for to, source in pairs.items():
-            with files.atomic_file(to) as target, open(source, "rb") as opened:
-                shutil.copyfileobj(opened, target)
+        with files.replaced(place, beside.name) as new:
+            shutil.copyfile(chosen, new / place.name)
+            shutil.copyfile(files.file_manifest_path(chosen), new / beside.name)
         prompt = _PYTHON_PROMPT if self._is_python(text) else _beginning_of(text)
         with EdgeGPT(place) as gpt:
             written = gpt.generate(
@@ -663,7 +654,7 @@ class _Optimization:
         }
         path = "measurements/explanations.json"
 
-        def work(begun):
+        def work():
             with open_subject(run) as model, EdgeGPT(self.out / file.path) as gpt:
                 found = self._explanations(model, gpt, file, text)
             files.write_json(self.out / path, found)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -53,22 +52,14 @@ SHAPE = (
 
 
 def prepare(config, out, overwrite, notice):
-    """Write tokens and configuration beside `out`, then move them in."""
+    """Write tokens and configuration, whole or not at all, in place of an old run."""
     _refuse_foreign_folder(out, overwrite)
     start = _load_start(config)
     if start.model is None and start.teacher is None:
         _check_memory(config)
     source = _source_with_this_text(config, start.tokenizer)
     text = open_text(config, notice) if source is None else None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise InputError(
-            f"The run's folder {out} cannot be written: {error.strerror}. "
-            "Choose another."
-        ) from None
-    try:
+    with files.replaced(out / "run.json", *OWN_ENTRIES[1:]) as staging:
         _check_losses(config, start)
         tokenizer = start.tokenizer or _prepare_tokenizer(config, text, notice)
         AugmentationConfig.of(config.augmentation).check_fits(tokenizer)
@@ -113,7 +104,7 @@ def prepare(config, out, overwrite, notice):
             save_model(
                 initial, tokenizer, staging / "initial", made_from=start.made_from
             )
-        files.write_json(
+        files.write_sealed_json(
             staging / "run.json",
             {
                 "kind": "run",
@@ -123,9 +114,6 @@ def prepare(config, out, overwrite, notice):
                 "versions": files.versions(),
             },
         )
-        _move_in(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_memory(config):
@@ -343,7 +331,7 @@ def _add_written_text(config, start, text, tokenizer, staging, notice):
     real = TokenFile.open(folder / "train.tokens")
     teacher, reads = start.writer or (start.teacher, start.teacher_tokenizer)
     if reads.fingerprint() != tokenizer.fingerprint():
-        path = staging / reads.fingerprint() / "train.tokens"
+        path = staging.parent / reads.fingerprint() / "train.tokens"
         real = write_token_file(path, text.documents("train"), reads)
     notice(f"the teacher writes {count:,} tokens")
     written = list(
@@ -439,16 +427,18 @@ def _read_by_teacher(config, start, text, token_file, staging, notice):
     wanted = DistillationConfig.of(config.distillation)
     if start.model is not None and wanted.knowledge is not None:
         return None
-    return _in_tokens_of(start.teacher_tokenizer, config, text, staging, notice)
+    # Beside what is to stay.
+    where = (config, text, staging.parent, notice)
+    return _in_tokens_of(start.teacher_tokenizer, *where)
 
 
-def _in_tokens_of(tokenizer, config, text, staging, notice):
+def _in_tokens_of(tokenizer, config, text, folder, notice):
     """Return the training text in a tokenizer's tokens, of the run that has them."""
     source = _source_with_this_text(config, tokenizer)
     if source is not None:
         return TokenFile.open(source / "data" / "train.tokens")
     text = text or open_text(config, notice)
-    path = staging / tokenizer.fingerprint() / "train.tokens"
+    path = folder / tokenizer.fingerprint() / "train.tokens"
     return write_token_file(path, text.documents("train"), tokenizer)
 
 
@@ -474,28 +464,13 @@ def _refuse_foreign_folder(out, overwrite):
         raise InputError(
             f"The run's folder is to be {out}, but that is a file. Choose another."
         )
-    others = {path.name for path in out.iterdir()} - {files.LOCK_NAME}
-    if others and not overwrite:
+    if files.entries(out) and not overwrite:
         what = "a run" if (out / "run.json").exists() else "something else"
         raise InputError(
             f"The folder {out} already holds {what}. Choose another, or add "
             "--overwrite to replace what gpt_tf wrote there"
             + (", or --resume to go on." if what == "a run" else ".")
         )
-
-
-def _move_in(staging, out):
-    out.mkdir(parents=True, exist_ok=True)
-    # run.json goes first and comes last: without it the folder is no run.
-    for name in OWN_ENTRIES:
-        old = out / name
-        if old.is_dir():
-            shutil.rmtree(old)
-        elif old.exists():
-            old.unlink()
-    for name in reversed(OWN_ENTRIES):
-        if (staging / name).exists():
-            shutil.move(staging / name, out / name)
 
 
 def _prepare_tokenizer(config, text, notice):
@@ -535,9 +510,8 @@ def store_knowledge(config, path, *, on_notice, **options):
     """
     path = Path(path)
     start = _load_start(config)
-    staging = path.parent / f".{path.name}.tokens"
-    try:
-        where = (config, None, staging, on_notice)
+    with files.workspace(path.with_name(f"{path.name}.tokens")) as folder:
+        where = (config, None, folder, on_notice)
         read = _in_tokens_of(start.teacher_tokenizer, *where)
         if start.reads_other_tokens:
             own = _in_tokens_of(start.tokenizer, *where)
@@ -552,5 +526,3 @@ def store_knowledge(config, path, *, on_notice, **options):
             on_notice=on_notice,
             **options,
         )
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

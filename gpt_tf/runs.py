@@ -51,6 +51,10 @@ OWN_ENTRIES = (
 )
 
 
+# All that run.json had before it had a hash of its own.
+_UNSEALED = {"kind", "config", "corpus", "made_from", "versions"}
+
+
 def read_run(out):
     if not (out / "run.json").is_file():
         raise InputError(
@@ -58,6 +62,8 @@ def read_run(out):
             "Start a run without --resume first."
         )
     run = files.read_json(out / "run.json", {"config": dict})
+    if run.keys() - _UNSEALED:
+        files.check_seal(run, out / "run.json")
     try:
         return TrainingConfig(**run["config"])
     except InputError as error:

@@ -5,6 +5,7 @@ both wherever their logits agree.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -52,9 +53,7 @@ class Sampler:
             "repetition_penalty": arguments.number(
                 "repetition_penalty", penalty, above=0
             ),
-            "seed": arguments.integer(
-                "seed", self.seed, most=arguments.LARGEST_SEED, or_none=True
-            ),
+            "seed": arguments.integer("seed", self.seed, most=math.inf, or_none=True),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

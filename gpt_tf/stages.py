@@ -65,8 +65,9 @@ class Stages:
         name: str,
         inputs: dict,
         outputs: Sequence[str],
-        work: Callable[[bool], None],
+        work: Callable[[], None],
         *,
+        begin: Callable[[], None] = lambda: None,
         title: str | None = None,
         command: str | None = None,
     ) -> bool:
@@ -76,8 +77,10 @@ class Stages:
             name: One of the plan's.
             inputs: JSON values that decide what comes out.
             outputs: Files that it leaves, relative to the folder.
-            work: Does it. Called with True where it was begun with these very inputs
-                and not finished, so that what is there may be gone on with.
+            work: Does it. What it finds was left by a call with these very inputs, or
+                by one before `begin`.
+            begin: Called first where it was not begun with these inputs, to remove what
+                it must not go on with.
             title: What to call it in the line that is said; its name if not given.
             command: The command line that does the same alone.
 
@@ -95,9 +98,10 @@ class Stages:
             return False
         self.say(f"{number}{self._time_left(name)}")
         if not same:
+            begin()
             files.write_json(record_path, {"key": key, "inputs": inputs})
         began = time.perf_counter()
-        work(same)
+        work()
         seconds = time.perf_counter() - began
         record = {
             "key": key,

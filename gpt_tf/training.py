@@ -10,10 +10,9 @@ What a run's folder holds is told in `runs`.
 
 import contextlib
 import dataclasses
-import errno
+import hashlib
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -223,7 +222,7 @@ def train(
     ):
         _check_division(config, strategy.num_replicas_in_sync)
         # Of several workers the chief keeps other processes out of the folder.
-        lock = files.locked(out)
+        lock = files.locked(out, OWN_ENTRIES)
         strategies.on_chief(strategy, lambda: stack.enter_context(lock))
         if resume_or_start:
             _start_run_unless_there(config, out, strategy, notice)
@@ -558,9 +557,9 @@ def _start_run_unless_there(config, out, strategy, notice):
         if (out / "run.json").is_file():
             _check_same(config, out)
             return
-        # A folder of nothing but our own files was killed while it was prepared.
-        names = {path.name for path in out.iterdir()} - {files.LOCK_NAME}
-        preparation.prepare(config, out, names <= set(OWN_ENTRIES), notice)
+        # A folder of nothing but our own files has lost its run.json.
+        is_ours = files.entries(out) <= set(OWN_ENTRIES)
+        preparation.prepare(config, out, is_ours, notice)
 
     strategies.on_chief(strategy, prepare)
     _check_shared(out)
@@ -590,17 +589,19 @@ def _check_same(config, out):
 
 def _finished(config, out):
     """Return the result of the run in a folder if it is finished, else None."""
-    manifest = out / "model" / files.MANIFEST_NAME
-    if not ((out / "run.json").is_file() and manifest.is_file()):
-        return None
-    facts = files.read_json(
-        manifest, {"made_from?": dict, "validation_loss?": (float, None)}
-    )
-    if facts.get("made_from", {}).get("run") != files.sha256_of(out / "run.json"):
+    if not (out / "run.json").is_file() or not files.is_settled(out):
         return None
     _check_same(config, out)
-    model, tokenizer = load_model(out)
-    history = files.read_json(out / "history.json", HISTORY)
+    try:
+        facts = files.check_manifest(out / "model", "model", verify=False)
+        shape = {"made_from?": dict, "validation_loss?": (float, None)}
+        files.check_shape(facts, shape, out / "model" / files.MANIFEST_NAME)
+        if facts.get("made_from", {}).get("run") != files.sha256_of(out / "run.json"):
+            return None
+        history = files.read_json(out / "history.json", HISTORY)
+        model, tokenizer = load_model(out)
+    except DamagedFileError:  # it can be made again from the last checkpoint
+        return None
     loss = facts.get("validation_loss")
     return TrainingResult(model, tokenizer, history, out, loss)
 
@@ -627,6 +628,10 @@ class _Run:
         self.notice = notice
         self.verbose = verbose
         self.is_chief = strategies.is_chief(strategy)
+        # Somebody may remove it meanwhile; what was trained is written even so.
+        self.run_json = (out / "run.json").read_bytes()
+        run = files.read_json(out / "run.json", {"made_from?": {str: str}})
+        self.made_from = run.get("made_from", {})
         self.tokenizer = tokenizers.load_tokenizer(out)
         self.windows = {
             split: windows_of(
@@ -734,8 +739,7 @@ class _Run:
         if self.knowledge is not None:
             return None
         path = self.distillation.teacher
-        run = files.read_json(self.out / "run.json", {"made_from": {"teacher": str}})
-        if files.sha256_of(model_file(path)) != run["made_from"]["teacher"]:
+        if files.sha256_of(model_file(path)) != self.made_from.get("teacher"):
             raise InputError(
                 f"The student in {self.out} expects the teacher that it began with. "
                 f"Received: another model in {path}. Put the first one back, or start "
@@ -883,12 +887,15 @@ class _Run:
     def _write_results(self, loss):
         from gpt_tf.display import draw_history
 
+        if not (self.out / "run.json").exists():
+            with files.atomic_file(self.out / "run.json") as file:
+                file.write(self.run_json)
         files.write_json(self.out / "history.json", self.history)
+        draw_history(self.history, self.out / "loss.png")
         # A copy without the optimiser, which would take twice the model's bytes and
         # stands in the checkpoints; under several workers Keras cannot save it.
-        made_from = {"run": files.sha256_of(self.out / "run.json")}
-        run = files.read_json(self.out / "run.json", {"made_from?": {str: str}})
-        made_from |= run.get("made_from", {})
+        made_from = {"run": hashlib.sha256(self.run_json).hexdigest()} | self.made_from
+        # The last thing: with it the run is finished.
         save_model(
             copy_of(self.trained),
             self.tokenizer,
@@ -897,7 +904,6 @@ class _Run:
             validation_loss=loss,
             made_from=made_from,
         )
-        draw_history(self.history, self.out / "loss.png")
 
     # Checkpoints
 
@@ -971,7 +977,7 @@ class _Run:
         """Write the state of this step; the older checkpoints stay until then.
 
         Raises:
-            InputError: No space is left.
+            InputError: The disk is full or fails.
             TrainingDivergedError: The state contains NaN or infinity.
         """
         folder = self._checkpoint(self.step)
@@ -983,34 +989,23 @@ class _Run:
         if self.best_weights is not None:
             for index, weight in enumerate(self.best_weights):
                 state[f"best/{index:04d}"] = np.asarray(weight)
-        try:
-            with files.atomic_folder(folder) as temporary:
-                safetensors.numpy.save_file(state, temporary / "state.safetensors")
-                files.write_json(temporary / "history.json", self.history)
-                files.write_manifest(
-                    temporary,
-                    "checkpoint",
-                    ["state.safetensors", "history.json"],
-                    step=self.step,
-                    best=self.best,
-                    config=self.trained.get_config(),
-                )
-        except (OSError, safetensors.SafetensorError) as error:
-            full = getattr(
-                error, "errno", None
-            ) == errno.ENOSPC or "os error 28" in str(error)
-            if not full:
-                raise
-            raise InputError(
-                f"No space is left to write the checkpoint of step {self.step} to "
-                f"{folder.parent}. The last good one stays. Make room, then go on "
-                "with --resume."
-            ) from None
-        kept = sorted(folder.parent.glob("step-*"))
-        # Those with a point were being written when a process was killed.
-        unfinished = folder.parent.glob(".step-*")
-        for old in (*unfinished, *kept[: -self.config.keep_checkpoints]):
-            shutil.rmtree(old)
+        with files.atomic_folder(folder) as temporary:
+            safetensors.numpy.save_file(state, temporary / "state.safetensors")
+            files.write_json(temporary / "history.json", self.history)
+            files.write_manifest(
+                temporary,
+                "checkpoint",
+                ["state.safetensors", "history.json"],
+                step=self.step,
+                best=self.best,
+                config=self.trained.get_config(),
+            )
+        self._remove_old_checkpoints()
+
+    def _remove_old_checkpoints(self):
+        kept = sorted((self.out / "checkpoints").glob("step-*"))
+        for old in kept[: -self.config.keep_checkpoints]:
+            files.remove(old)
 
     def _restore_newest(self):
         """Let all workers take the checkpoint that the chief takes."""
@@ -1037,6 +1032,8 @@ class _Run:
                 self.notice(f"skipping a damaged checkpoint: {error}")
                 continue
             self.notice(f"going on from step {self.step}")
+            if folder == folders[0]:  # a process may have been killed in this
+                self._remove_old_checkpoints()
             return
         if folders:
             raise DamagedFileError(

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 import gpt_tf
-from gpt_tf import cli, generation, training
+from gpt_tf import cli, files, generation, training
 from gpt_tf.errors import InputError
 from gpt_tf.models import decoding
 from gpt_tf.quantization.config import QuantizationConfig
@@ -246,9 +246,14 @@ def another_tokenizer(run, vocab_size):
 
 
 def another_shape(run):
-    content = json.loads((run / "run.json").read_text())
+    content = files.read_json(run / "run.json")
     content["config"]["num_layers"] = 2
-    (run / "run.json").write_text(json.dumps(content))
+    files.write_sealed_json(run / "run.json", content)
+
+
+def another_seed(run):
+    text = (run / "run.json").read_text()
+    (run / "run.json").write_text(text.replace('"seed": 1', '"seed": 2'))
 
 
 BAD_RUNS = {
@@ -279,6 +284,7 @@ BAD_RUNS = {
         lambda run: (run / "run.json").write_text("{"),
         "Expected JSON",
     ),
+    "configuration tampered": (another_seed, "does not have the SHA-256"),
     "configuration of another version": (
         lambda run: (run / "run.json").write_text('{"config": {"depth": 3}}'),
         "no configuration of this version",
@@ -437,8 +443,11 @@ def test_a_missing_package_is_one_line_if_an_extra_brings_it(train, place, monke
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "left to write a/b"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "left to write what"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "a/b cannot be writ"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "a/b"), "File too large"),
+        (RuntimeError("Save error: Input/output error (os error 5)"), "Make room"),
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "a"), "a cannot be written"),
         (shutil.Error([("a", "b", "[Errno 28] No space left on device")]), "Make room"),
         (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b cannot be used"),
         (PermissionError(errno.EACCES, "Permission denied", "a"), "Permission denied"),

@@ -1,6 +1,9 @@
 import contextlib
+import errno
+import functools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -105,6 +108,183 @@ def test_a_folder_gives_way_only_to_a_whole_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_entries_are_replaced_together(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text("old")
+    with files.replaced(tmp_path / "a", "b", "d") as new:
+        for name in ("a", "d"):
+            (new / name).write_text("new")
+        (new.parent / "scratch").write_text("does not stay")
+        assert (tmp_path / "a").read_text() == "old"
+    content = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert content == {"a": "new", "c": "old", "d": "new"}
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2, 3])
+def test_a_replacement_that_fails_in_the_middle_is_undone_or_completed(
+    tmp_path, monkeypatch, moves
+):
+    """The first folder decides: once it is in, the second one follows."""
+
+    def write(folder, text):
+        for name in ("a", "b"):
+            (folder / name).mkdir()
+            (folder / name / "text").write_text(text)
+
+    def failing(move, *arguments):
+        done.append(arguments)
+        if len(done) > moves:
+            monkeypatch.undo()
+            raise Accident
+        move(*arguments)
+
+    write(tmp_path, "old")
+    done = []
+    with pytest.raises(Accident), files.replaced(tmp_path / "a", "b") as new:
+        write(new, "new")
+        for name in ("rename", "replace"):
+            move = functools.partial(failing, getattr(os, name))
+            monkeypatch.setattr(os, name, move)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    found = {(tmp_path / name / "text").read_text() for name in "ab"}
+    assert found == {"new" if moves == 3 else "old"}
+
+
+def test_what_was_kept_is_there_the_next_time(tmp_path):
+    for keep in (True, True):
+        with (
+            pytest.raises(Accident),
+            files.atomic_folder(tmp_path / "folder", keep=keep) as folder,
+        ):
+            with open(folder / "numbers", "a") as file:
+                file.write("1")
+            raise Accident
+    files.settle(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    with files.atomic_folder(tmp_path / "folder", keep=True) as folder:
+        assert (folder / "numbers").read_text() == "11"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_removed_is_gone_and_what_it_links_to_stays(tmp_path, kind):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis").write_text("precious")
+    path = tmp_path / "thing"
+    if kind == "link":
+        path.symlink_to(tmp_path / "other")
+    else:
+        path.touch() if kind == "file" else (path / "deep").mkdir(parents=True)
+    for _ in range(2):
+        files.remove(path)
+        assert os.listdir(tmp_path) == ["other"]
+    assert (tmp_path / "other" / "thesis").read_text() == "precious"
+
+
+def test_a_folder_that_is_a_link_is_filled_where_it_links_to(tmp_path):
+    """Somebody may keep what is large on another disk."""
+    (tmp_path / "disk" / "folder").mkdir(parents=True)
+    (tmp_path / "folder").symlink_to(tmp_path / "disk" / "folder")
+    with files.atomic_folder(tmp_path / "folder", replace=True) as new:
+        (new / "text").touch()
+    assert (tmp_path / "folder").is_symlink()
+    assert os.listdir(tmp_path / "disk" / "folder") == ["text"]
+    assert os.listdir(tmp_path / "disk") == ["folder"]
+
+
+def test_two_cannot_write_one_file(tmp_path):
+    with files.atomic_file(tmp_path / "a", "w") as file:
+        with (
+            pytest.raises(InputError, match="in use by another"),
+            files.atomic_file(tmp_path / "a", "w"),
+        ):
+            pytest.fail("two wrote it")
+        file.write("whole")
+    assert (tmp_path / "a").read_text() == "whole"
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+@pytest.mark.parametrize("write", ["file", "folder", "lock"])
+def test_links_at_names_of_ours_are_not_written_through(tmp_path, link, write):
+    """A folder that was unpacked from an archive may bring them."""
+    mine = tmp_path / "thesis"
+    mine.write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    name = files.LOCK_NAME if write == "lock" else files.partial_path(run / "a").name
+    getattr(run / name, link)(mine)
+    if write == "file":
+        files.write_json(run / "a", 1)
+    elif write == "folder":
+        with files.atomic_folder(run / "a") as new:
+            (new / "text").touch()
+    else:
+        with files.locked(run):
+            assert (run / name).read_text() == str(os.getpid())
+    assert mine.read_text() == "precious"
+    assert os.listdir(run) == ([] if write == "lock" else ["a"])
+
+
+@pytest.mark.parametrize("place", ["partial", "new", "old"])
+def test_a_link_to_a_folder_is_not_taken_for_a_place_of_ours(tmp_path, place):
+    mine = tmp_path / "mine"
+    for name in ("new", "old"):
+        (mine / name).mkdir(parents=True)
+        (mine / name / "thesis").write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    partial = files.partial_path(run / "a")
+    if place == "partial":
+        partial.symlink_to(mine)
+    else:
+        partial.mkdir()
+        (partial / place).symlink_to(mine / place)
+    for keep in (True, False):
+        with files.atomic_folder(run / "a", replace=True, keep=keep) as new:
+            (new / "text").touch()
+    assert [(mine / name / "thesis").read_text() for name in ("new", "old")] == [
+        "precious",
+        "precious",
+    ]
+    assert sorted(os.listdir(mine)) == ["new", "old"]
+    assert os.listdir(run) == ["a"] and os.listdir(run / "a") == ["text"]
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE"])
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_what_the_disk_does_is_told_and_leaves_the_old(tmp_path, code, place):
+    path = tmp_path / "a"
+    write = {
+        "file": files.atomic_file,
+        "folder": lambda path: files.atomic_folder(path, replace=True),
+    }[place]
+    with write(path):
+        pass
+    number = getattr(errno, code)
+    for error in (
+        OSError(number, os.strerror(number)),
+        RuntimeError(f"I/O error: {os.strerror(number)} (os error {number})"),
+    ):
+        with pytest.raises(InputError, match=os.strerror(number)), write(path):
+            raise error
+    with pytest.raises(RuntimeError), write(path):
+        raise RuntimeError("something else")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_that_is_too_large_is_told(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files.write_json(tmp_path / "a", 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="a cannot be written: File too large"):
+            files.write_json(tmp_path / "a", "long" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files.read_json(tmp_path / "a") == 1
+    assert os.listdir(tmp_path) == ["a"]
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_permissions_follow_the_umask(tmp_path, mask):
     with umask(mask):
@@ -162,6 +342,25 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
         files.write_json(tmp_path / "value.json", {"key": object()})
     assert files.read_json(tmp_path / "value.json") == 1
     assert os.listdir(tmp_path) == ["value.json"]
+
+
+@given(data=st.data())
+def test_any_flipped_bit_of_sealed_json_is_noticed(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("folder") / "run.json"
+    facts = {"steps": 3, "loss": 0.25, "corpus": ["a", "\u00e9"]}
+    assert files.write_sealed_json(path, facts) == files.read_json(path)
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(
+        st.integers(0, 7)
+    )
+    path.write_bytes(content)
+    try:
+        after = files.read_json(path)
+        files.check_seal(after, path)
+    except DamagedFileError:
+        return
+    del after["sha256"]
+    assert after == facts  # white space between the facts
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, None])
@@ -370,6 +569,43 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
         process.kill()
     with files.locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step", "run.json"])
+def test_links_among_what_is_written_are_refused_before_anything_is_lost(
+    tmp_path, place
+):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    (disk / "thesis").write_text("precious")
+    (run / place).parent.mkdir(parents=True)
+    (run / place).symlink_to(disk)
+    names = ("run.json", "checkpoints")
+    with pytest.raises(InputError, match="symbolic link"), files.locked(run, names):
+        pytest.fail("it was taken")
+    assert (disk / "thesis").read_text() == "precious"
+    assert not (run / files.LOCK_NAME).exists()
+    with files.locked(run, ("model",)):  # of others nothing is asked
+        pass
+    (tmp_path / "link").symlink_to(run)
+    (run / place).unlink()
+    with files.locked(tmp_path / "link", names):
+        pass
+
+
+def test_what_was_left_in_a_folder_is_cleared_away_by_who_locks_it(tmp_path):
+    for path in ("run.json", "checkpoints/step", "notes"):
+        partial = files.partial_path(tmp_path / path)
+        partial.parent.mkdir(exist_ok=True)
+        partial.touch() if path == "run.json" else (partial / "new").mkdir(parents=True)
+    assert files.entries(tmp_path) == {"checkpoints"}
+    assert not files.is_settled(tmp_path)
+    with files.locked(tmp_path, ("run.json", "checkpoints")):
+        assert os.listdir(tmp_path / "checkpoints") == []
+        assert not files.partial_path(tmp_path / "run.json").exists()
+    assert files.partial_path(tmp_path / "notes").exists()
+    files.settle(tmp_path / "notes", keep=False)
+    assert files.is_settled(tmp_path)
 
 
 def test_a_lock_is_given_back_after_an_error(tmp_path):

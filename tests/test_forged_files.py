@@ -142,7 +142,7 @@ def test_forged_records_of_stages_are_done_again(put, tmp_path):
     def stages():
         return Stages(tmp_path, {"count": 1.0}, lambda line: None)
 
-    def count(begun):
+    def count():
         (tmp_path / "count").write_text("1")
 
     stages().run("count", {"text": "a"}, ["count"], count)

@@ -190,7 +190,7 @@ def test_text_of_a_teacher_is_not_taken_for_real_text(trained, tmp_path):
     found = []
     for fields in (None, {"teacher": str(trained.out), "written_tokens": 9}):
         run["config"]["augmentation"] = fields
-        files.write_json(source / "run.json", run)
+        files.write_sealed_json(source / "run.json", run)
         found.append(preparation._source_with_this_text(config, trained.tokenizer))
     assert found == [source, None]
 
@@ -298,7 +298,7 @@ def test_another_teacher_in_its_place_is_noticed(trained, student, tmp_path):
     shutil.copytree(student.out, out)
     run = files.read_json(out / "run.json")
     run["config"]["distillation"]["teacher"] = str(student.out)
-    files.write_json(out / "run.json", run)
+    files.write_sealed_json(out / "run.json", run)
     with pytest.raises(InputError, match="the teacher that it began with"):
         training.distil(None, out, resume=True, verbose=False)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tf_keras as keras
 
-from gpt_tf import cli, training
+from gpt_tf import cli, files, training
 from gpt_tf.errors import InputError
 from gpt_tf.runs import read_run
 from gpt_tf.training import PRESETS
@@ -134,7 +134,7 @@ def test_what_is_no_run_stays(start, config, tmp_path):
 def test_a_finished_run_is_returned_without_training(
     start, config, finished, copy_of_finished
 ):
-    files = {
+    times = {
         path: path.stat().st_mtime_ns
         for path in copy_of_finished.rglob("*")
         if path.is_file()
@@ -145,7 +145,76 @@ def test_a_finished_run_is_returned_without_training(
     assert_same_weights(result, finished)
     assert result.validation_loss == finished.validation_loss
     assert result.history == finished.history
-    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_what_a_killed_process_left_in_a_finished_run_is_cleared_away(
+    start, config, finished, copy_of_finished
+):
+    before = sorted(copy_of_finished.rglob("*"))
+    (copy_of_finished / files.LOCK_NAME).touch()
+    (files.partial_path(copy_of_finished / "model") / "new").mkdir(parents=True)
+    result, steps, _ = start(config, copy_of_finished)
+    assert steps == 0
+    assert_same_weights(result, finished)
+    assert sorted(copy_of_finished.rglob("*")) == before
+
+
+def test_a_damaged_model_is_made_again_from_the_last_checkpoint(
+    start, config, finished, copy_of_finished
+):
+    (copy_of_finished / "model" / "model.keras").write_bytes(b"half")
+    result, steps, notices = start(config, copy_of_finished)
+    assert steps == 0
+    assert "going on from step 6" in notices
+    assert_same_weights(result, finished)
+    files.check_manifest(copy_of_finished / "model", "model")
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "logs/train", "history.json"])
+@pytest.mark.parametrize("how", ["resume", "resume_or_start", "overwrite"])
+def test_a_run_is_not_written_through_links(
+    config, copy_of_finished, tmp_path, place, how
+):
+    """They may have come from an archive, and lead to any file of the user's."""
+    if how == "resume_or_start":
+        shutil.rmtree(copy_of_finished / "model")
+    disk = tmp_path / "disk"
+    shutil.move(copy_of_finished / place, disk)
+    (copy_of_finished / place).symlink_to(disk)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(InputError, match="symbolic link"):
+        training.train(
+            None if how == "resume" else config, copy_of_finished, **{how: True}
+        )
+    assert before.keys() == set(tmp_path.rglob("*"))
+    for path, time in before.items():
+        assert path.is_dir() or path.lstat().st_mtime_ns == time
+
+
+def test_a_run_on_another_disk_is_a_link_as_a_whole(
+    start, config, finished, copy_of_finished, tmp_path
+):
+    cut(copy_of_finished, keep=["step-00000004"])
+    (tmp_path / "link").symlink_to(copy_of_finished)
+    result, steps, _ = start(config, tmp_path / "link")
+    assert steps == 2
+    assert_same_weights(result, finished)
+    assert (copy_of_finished / "model").is_dir()
+
+
+def test_a_run_whose_configuration_is_removed_meanwhile_is_finished(
+    start, config, finished, tmp_path
+):
+    class Removal(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            (tmp_path / "run" / "run.json").unlink(missing_ok=True)
+
+    result, _, _ = start(config, tmp_path / "run", callbacks=[Removal()])
+    assert_same_weights(result, finished)
+    again, steps, notices = start(config, tmp_path / "run")
+    assert steps == 0 and "is finished" in notices[0]
+    assert_same_weights(again, finished)
 
 
 def test_a_finished_run_does_not_wait_for_workers_that_are_gone(

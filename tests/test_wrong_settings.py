@@ -132,7 +132,7 @@ sampled = {
     "top_k": either(count),
     "top_p": either(real(above=0, high=1)),
     "repetition_penalty": positive,
-    "seed": either(seed64),
+    "seed": either(whole(0, math.inf)),
 }
 
 TRAINING = {

@@ -26,6 +26,7 @@ from gpt_tf.cli import (  # noqa: F401  they register themselves
 )
 from gpt_tf.cli.common import app
 from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
+from gpt_tf.files import disk_trouble
 
 __all__ = ["app", "main"]
 
@@ -81,12 +82,18 @@ def _open_what_is_closed():
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays
 
 
+# Of an empty list nothing is measured.
+_LISTS = ("--contexts", "--by-threads", "--requests")
+
+
 def _check_words(words):
     """Refuse names that are empty, and of what is written those that are not UTF-8."""
     for before, word in itertools.pairwise(words):
         # `--out ""` would be the folder that one stands in.
         if not word or re.fullmatch("--[a-z-]+=", word):
             name = word[:-1] or before
+            if name in _LISTS:
+                continue
             raise InputError(f"{name} expects a value. Received: nothing but quotes.")
         is_out = before == "--out" or word.startswith("--out=")
         if is_out and re.search("[\udc80-\udcff]", word):
@@ -123,11 +130,10 @@ _DEEP = 300  # folders; Python makes them by calls within calls
 def _of_the_disk(error):
     """Return what to say of a file that cannot be read or written, else None."""
     name = getattr(error, "filename", None)
-    # shutil, h5py, safetensors and TensorFlow say it in words of their own.
-    if os.strerror(errno.ENOSPC) in str(error):
+    if (trouble := disk_trouble(error)) is not None:
         return (
-            f"No space is left to write {name or 'what was made'}. Make room and start "
-            "again; what was finished is kept."
+            f"{name or 'What was made'} cannot be written: {trouble}. Make room, or "
+            "see to the disk, and start again; what was finished is kept."
         )
     if isinstance(error, OSError) and name and error.errno in _NO_PLACE:
         return f"{name} cannot be used: {error.strerror}. Choose another place."

@@ -26,7 +26,7 @@ import tensorflow as tf
 from gpt_tf import arguments, files
 from gpt_tf.distillation import records
 from gpt_tf.distillation.records import log_probabilities_of
-from gpt_tf.distillation.unfinished import Unfinished, check_place, partial_path
+from gpt_tf.distillation.unfinished import check_place, unfinished
 from gpt_tf.distillation.vocabulary import VocabularyMap, align, is_derived
 from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
 from gpt_tf.models import placement, xla
@@ -103,7 +103,7 @@ class KnowledgeStore:
             DamagedFileError: It is missing, unfinished, truncated or altered.
         """
         path = Path(path)
-        if not path.exists() and partial_path(path).exists():
+        if not path.exists() and files.partial_path(path).exists():
             raise DamagedFileError(
                 f"Expected a {KIND} in {path}. Received: one whose extraction was "
                 "interrupted. Extract again with the same options to go on with it."
@@ -315,8 +315,7 @@ def extract(
     """Store what a teacher says of every token of a text.
 
     Whoever is interrupted calls it again with the same arguments: it goes on where
-    it stopped, in `<path>.partial`, to the same bytes. `path` appears when all is
-    there.
+    it stopped, to the same bytes. `path` appears when all is there.
 
     Args:
         teacher: A trained `GPTModel`, or a quantisation-aware one.
@@ -355,6 +354,7 @@ def extract(
     batch_size = arguments.integer("batch_size", batch_size, 1)
     seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
     overwrite = arguments.switch("overwrite", overwrite)
+    files.settle(path)
     check_place(path, KIND, overwrite)
     own = student or (tokenizer, token_file)
     for pair in ((tokenizer, token_file), own):
@@ -378,9 +378,8 @@ def extract(
     facts["bytes_per_token"] = sum(sizes.values())
     megabytes = facts["bytes_per_token"] * passes * (facts["count"] - 1) / 1e6
     notice(f"{facts['bytes_per_token']} bytes a token, {megabytes:,.1f} MB in all")
-    with Unfinished(path, facts, sizes, notice) as store:
+    with unfinished(path, KIND, facts, sizes, notice, overwrite=overwrite) as store:
         _fill(store, facts, teacher, token_file.tokens, mapping, on_progress)
-        store.finish(KIND, overwrite=overwrite)
     return KnowledgeStore.open(path, verify=False)
 
 
@@ -410,7 +409,7 @@ def _fill(store, facts, teacher, tokens, mapping, on_progress):
             outputs = forward(tf.constant(batch.reshape(rows, length)))
         outputs = [tensor.numpy()[: stop - start] for tensor in outputs]
         _write(store, facts, mapping.records(start, *outputs))
-        if (index + 1) % part == 0:
+        if (index + 1) % part == 0 or index + 1 == len(plan):
             store.save(index + 1)
         if on_progress is not None:
             on_progress(done[index], done[-1])

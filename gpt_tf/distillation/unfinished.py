@@ -2,22 +2,13 @@
 
 import contextlib
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
-
-_PROGRESS = "progress.json"
-
-
-def partial_path(path: str | os.PathLike) -> Path:
-    """Return where a folder is filled until it is complete: `<name>.partial`."""
-    path = Path(path)
-    return path.with_name(path.name + ".partial")
 
 
 def check_place(path: Path, kind: str, overwrite: bool) -> None:
@@ -49,58 +40,75 @@ def check_place(path: Path, kind: str, overwrite: bool) -> None:
         )
 
 
+@contextlib.contextmanager
+def unfinished(
+    path: Path,
+    kind: str,
+    facts: dict,
+    record_bytes: dict[str, int],
+    on_notice: Callable[[str], None],
+    *,
+    overwrite: bool = False,
+) -> Iterator["Unfinished"]:
+    """Fill a folder that takes its place, with a manifest, when the block ends well.
+
+    What an interrupted block left is gone on with by the next one of the same facts.
+
+    Args:
+        path: Final place.
+        kind: What the manifest says it is.
+        facts: What is being made, and from what, as JSON values, for the manifest too.
+            A folder that was begun with other facts is begun anew.
+        record_bytes: Bytes of one record, by the name of the file.
+        on_notice: Takes one-line notices.
+        overwrite: Whether a folder that stands at `path` gives way.
+
+    Yields:
+        The folder.
+
+    Raises:
+        InputError: As for `files.atomic_folder`.
+
+    Example:
+        >>> where = Path("squares"), "numbers", {"power": 2}, {"values": 8}, print
+        >>> with unfinished(*where) as folder:
+        ...     for step in range(folder.steps, 100):
+        ...         folder.write(values=np.array([step**2]))
+        ...         folder.save(step + 1)
+    """
+    with files.atomic_folder(path, replace=overwrite, keep=True) as folder:
+        for other in set(os.listdir(folder)) - {*record_bytes}:
+            os.unlink(folder / other)
+        with contextlib.ExitStack() as stack:
+            opened = {
+                name: stack.enter_context(open(folder / name, "ab"))
+                for name in record_bytes
+            }
+            # Beside the folder, since it is not to stay.
+            progress = folder.parent.parent / "progress.json"
+            yield Unfinished(path, opened, progress, facts, record_bytes, on_notice)
+        files.write_manifest(folder, kind, list(record_bytes), **facts)
+
+
 class Unfinished:
-    """Files that grow record by record, in a folder beside its final place.
+    """Files that grow record by record, in a folder that is not whole yet.
 
     Now and then `save` forces them to disk and only then counts what they hold. What
     stands after that when the work was interrupted is cut off, and done again.
 
-    Args:
-        path: Final place.
-        facts: What is being made, and from what, as JSON values. A folder that was
-            begun with other facts is begun anew.
-        record_bytes: Bytes of one record, by the name of the file.
-        on_notice: Takes one-line notices.
-
     Attributes:
         steps: Number of steps that were saved.
-
-    Raises:
-        InputError: Something else stands where it would be filled.
-
-    Example:
-        >>> with Unfinished("squares", {"power": 2}, {"values": 8}, print) as folder:
-        ...     for step in range(folder.steps, 100):
-        ...         folder.write(values=np.array([step**2]))
-        ...         folder.save(step + 1)
-        ...     folder.finish("numbers", overwrite=False)
     """
 
-    def __init__(
-        self,
-        path: Path,
-        facts: dict,
-        record_bytes: dict[str, int],
-        on_notice: Callable[[str], None],
-    ):
-        self.path = path
-        self.folder = partial_path(path)
+    def __init__(self, path, opened, progress, facts, record_bytes, on_notice):
+        self._open = opened
+        self._progress = progress
         self._facts = files.parse_json(files.to_json(facts))
         self._record_bytes = record_bytes
-        self.steps, self._saved = self._begun(on_notice)
-        self._open = {}
-
-    def __enter__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.save(self.steps)  # what stands here is ours from now on
-        for name, size in self._record_bytes.items():
-            self._open[name] = open(self.folder / name, "ab")
-            self._open[name].truncate(self._saved * size)
-            self._open[name].seek(0, os.SEEK_END)
-        return self
-
-    def __exit__(self, *error):
-        self._close()
+        self.steps, self._saved = self._begun(path, on_notice)
+        for name, file in opened.items():
+            file.truncate(self._saved * record_bytes[name])
+            file.seek(0, os.SEEK_END)
 
     def write(self, **arrays: np.ndarray) -> None:
         """Append records: for each file an array whose bytes are to be written."""
@@ -118,53 +126,26 @@ class Unfinished:
             os.fsync(file.fileno())
             self._saved = file.tell() // self._record_bytes[name]
         self.steps = steps
-        progress = {"facts": self._facts, "steps": steps, "records": self._saved}
-        files.write_json(self.folder / _PROGRESS, progress)
+        files.write_json(
+            self._progress,
+            {"facts": self._facts, "steps": steps, "records": self._saved},
+        )
 
-    def finish(self, kind: str, *, overwrite: bool) -> None:
-        """Describe the files in a manifest and put the folder in its final place.
-
-        Args:
-            kind: For the manifest, which has the facts too.
-            overwrite: Whether a folder that stands there gives way.
-        """
-        self._close()
-        names = list(self._record_bytes)
-        files.write_manifest(self.folder, kind, names, **self._facts)
-        with files.atomic_folder(self.path, replace=overwrite) as folder:
-            for name in (*names, files.MANIFEST_NAME):
-                os.replace(self.folder / name, folder / name)
-        shutil.rmtree(self.folder)
-
-    def _close(self):
-        for file in self._open.values():
-            file.close()
-        self._open = {}
-
-    def _begun(self, notice):
+    def _begun(self, path, notice):
         """Return the steps and records that an interrupted work left."""
-        if not self.folder.exists():
-            return 0, 0
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            return 0, 0
         try:
-            progress = files.read_json(self.folder / _PROGRESS)
+            progress = files.read_json(self._progress)
             facts, steps = progress["facts"], progress["steps"]
             count = progress["records"]
         except (DamagedFileError, KeyError, TypeError):
-            raise InputError(
-                f"{self.folder} is where {self.path.name} is filled. Received: "
-                "something that is no interrupted work of gpt_tf. Remove it, or "
-                "choose another name."
-            ) from None
-        if facts != self._facts:
-            notice(f"{self.folder} was begun from other things: it starts anew")
             return 0, 0
-        for name, size in self._record_bytes.items():
-            file = self.folder / name
-            if count and (not file.is_file() or file.stat().st_size < count * size):
-                notice(f"{self.folder} lacks what it should hold: it starts anew")
+        if facts != self._facts:
+            notice(f"{path} was begun from other things: it starts anew")
+            return 0, 0
+        for name, file in self._open.items():
+            if file.seek(0, os.SEEK_END) < count * self._record_bytes[name]:
+                notice(f"what there is of {path} lacks bytes: it starts anew")
                 return 0, 0
         if steps:
-            notice(f"going on in {self.folder} after {count:,} records")
+            notice(f"going on with {path} after {count:,} records")
         return steps, count

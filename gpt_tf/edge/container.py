@@ -16,7 +16,10 @@ from typing import NamedTuple
 
 from gpt_tf import arguments, files
 from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.export import structure
+from gpt_tf.export.reader import U8, U64, BrokenError, Flatbuffer
 from gpt_tf.export.seal import read_seal
+from gpt_tf.export.signatures import BUNDLE_PREFIX
 from gpt_tf.text.tokenizer import (
     FILE_NAME,
     Tokenizer,
@@ -29,6 +32,8 @@ _LITERTLM_MAGIC = b"LITERTLM"
 _LITERTLM_MAJOR_VERSION = 1
 _HEADER_END = 24  # where the header's end is written
 _HEADER_BEGIN = 32
+_HEADER_BLOCK = 1 << 14
+_TIME = b"creation_timestamp"
 
 # Kinds of sections, `AnySectionDataType` of the schema.
 _MODEL = 3
@@ -37,8 +42,10 @@ _TOKENIZER = 6
 # No tokenizer is larger; what claims to be is damaged.
 _LARGEST_TOKENIZER_BYTES = 1 << 28
 
-# What a seal says of a model, and must.
-_FACTS = {"mode", "config", "capacity", "cache_dtype", "tokenizer_fingerprint"}
+# Fields of the header's tables, by index.
+_HEADER = {1: Flatbuffer.follow}
+_SECTIONS = {0: Flatbuffer.tables}
+_SECTION = {1: U64, 2: U64, 3: U8}
 
 
 class Artefact(NamedTuple):
@@ -86,16 +93,21 @@ def open_artefact(path: str | os.PathLike, tokenizer=None) -> Artefact:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[4:8] == _TFLITE_MAGIC:
                 facts = read_seal(data, str(path))
+                _check_structure(data, facts, path)
                 model, own = str(path), _tokenizer_beside(path)
             else:
                 sections = read_sections(data, str(path))
+                # Files with a time in their header have a seal of the model only.
+                is_sealed = data.find(_TIME, 0, _HEADER_BLOCK) < 0
+                if is_sealed:
+                    read_seal(data, str(path), BUNDLE_PREFIX)
                 begin, end = _section(sections, _MODEL, path)
                 # LiteRT takes the model as `bytes`, so this copy is what it keeps.
                 model = data[begin:end]
-                facts = read_seal(model, str(path))
+                facts = read_seal(model, str(path), verify=not is_sealed)
+                _check_structure(model, facts, path)
                 begin, end = _section(sections, _TOKENIZER, path)
                 own = data[begin:end]
-    _check_facts(facts, path)
     name = str(path)
     if tokenizer is None:
         if isinstance(own, bytes):
@@ -129,14 +141,16 @@ def read_sections(data, name: str) -> dict[int, tuple[int, int]]:
         (major,) = struct.unpack_from("<I", data, 8)
         (end,) = struct.unpack_from("<Q", data, _HEADER_END)
         if major != _LITERTLM_MAJOR_VERSION:
-            raise _Broken(f"version {major}")
+            raise BrokenError(f"version {major}")
         if not _HEADER_BEGIN < end <= len(data):
-            raise _Broken(f"an end at byte {end} of {len(data)}")
-        found = _find_sections(_Flatbuffer(data[_HEADER_BEGIN:end]))
+            raise BrokenError(f"an end at byte {end} of {len(data)}")
+        found = _find_sections(Flatbuffer(data[_HEADER_BEGIN:end], strict=False))
         for begin, end in found.values():
             if not _HEADER_BEGIN < begin < end <= len(data):
-                raise _Broken(f"a section from {begin} to {end} of {len(data)} bytes")
-    except (_Broken, struct.error) as error:
+                raise BrokenError(
+                    f"a section from {begin} to {end} of {len(data)} bytes"
+                )
+    except (BrokenError, struct.error) as error:
         raise DamagedFileError(
             f"Expected a sound header in {name}. Received: {error}. The file is "
             "truncated or was altered; export or copy it again."
@@ -144,80 +158,30 @@ def read_sections(data, name: str) -> dict[int, tuple[int, int]]:
     return found
 
 
-def _find_sections(buffer):
-    root = buffer.root()
-    objects = buffer.tables(buffer.table(root, 1), 0)
+def _find_sections(header):
+    root = header.table(header.follow(0), _HEADER)
+    if 1 not in root:
+        raise BrokenError("no list of sections")
     found = {}
-    for section in objects:
-        kind = buffer.scalar(section, 3, "<B", 0)
-        begin = buffer.scalar(section, 1, "<Q", 0)
-        end = buffer.scalar(section, 2, "<Q", 0)
+    for position in header.table(root[1], _SECTIONS).get(0, ()):
+        section = {1: 0, 2: 0, 3: 0} | header.table(position, _SECTION)
+        kind = section[3]
         if kind in (_MODEL, _TOKENIZER):
             if kind in found:
-                raise _Broken(f"several sections of kind {kind}")
-            found[kind] = begin, end
+                raise BrokenError(f"several sections of kind {kind}")
+            found[kind] = section[1], section[2]
     return found
 
 
-class _Broken(Exception):
-    """A header leads nowhere."""
-
-
-class _Flatbuffer:
-    """The little of the flatbuffer format that a header needs, bounds checked.
-
-    A table is known by its position. Python refuses negative positions in none of
-    these reads, so they are refused here.
-    """
-
-    def __init__(self, data: bytes):
-        self.data = data
-
-    def read(self, layout, position):
-        if not 0 <= position <= len(self.data) - struct.calcsize(layout):
-            raise _Broken(f"an offset to byte {position} of its {len(self.data)}")
-        return struct.unpack_from(layout, self.data, position)[0]
-
-    def root(self):
-        return self.read("<I", 0)
-
-    def field(self, table, index):
-        """Return the position of a table's field, or None where it is left out."""
-        fields = table - self.read("<i", table)
-        entry = 4 + 2 * index
-        if entry + 2 > self.read("<H", fields):
-            return None
-        offset = self.read("<H", fields + entry)
-        return table + offset if offset else None
-
-    def scalar(self, table, index, layout, default):
-        position = self.field(table, index)
-        return default if position is None else self.read(layout, position)
-
-    def follow(self, position):
-        return position + self.read("<I", position)
-
-    def table(self, table, index):
-        position = self.field(table, index)
-        if position is None:
-            raise _Broken("no list of sections")
-        return self.follow(position)
-
-    def tables(self, table, index):
-        vector = self.table(table, index)
-        count = self.read("<I", vector)
-        if count > len(self.data) // 4:
-            raise _Broken(f"{count} sections")
-        return [self.follow(vector + 4 + 4 * i) for i in range(count)]
-
-
-def _check_facts(facts, path):
-    missing = _FACTS - facts.keys()
-    if missing:
+def _check_structure(model, facts, path):
+    try:
+        structure.check(model, facts)
+    except BrokenError as error:
         raise DamagedFileError(
-            f"Expected a seal in {path} that states {min(missing)}. Received: none. "
-            "Another version of gpt_tf exported it; export it again."
-        )
+            f"Expected in {path} the graph that gpt_tf writes. Received: {error}. The "
+            "file was altered, or a version of gpt_tf with another graph exported it: "
+            "export the model again."
+        ) from None
 
 
 def _section(sections, kind, path):

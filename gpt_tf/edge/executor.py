@@ -7,6 +7,7 @@ input and output of every signature. A loaded model may have several sessions, t
 with a cache each.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -61,8 +62,8 @@ class Executor:
         self.cache_names = signatures.caches(config["num_layers"])
         # LiteRT goes on reading it.
         self._data = model
-        with quiet():
-            self.model = _load(model, num_threads, name)
+        with quiet(), _refused(name):
+            self.model = _load(model, num_threads)
             self._signatures = self._find_signatures(name)
             self.decode = self._signatures[signatures.DECODE]
             shape = self.decode.shape_of(self.cache_names[0])
@@ -402,7 +403,7 @@ class _Call:
         self._position = position
 
 
-def _load(model, num_threads, name):
+def _load(model, num_threads):
     options = Options(
         HardwareAccelerator.CPU,
         cpu_options=CpuOptions(
@@ -412,8 +413,13 @@ def _load(model, num_threads, name):
     load = (
         CompiledModel.from_file if isinstance(model, str) else CompiledModel.from_buffer
     )
+    return load(model, environment=_environment(), options=options)
+
+
+@contextlib.contextmanager
+def _refused(name):
     try:
-        return load(model, environment=_environment(), options=options)
+        yield
     except RuntimeError as error:
         raise DamagedFileError(
             f"LiteRT cannot open {name}: {error}. Export it again, or install the "

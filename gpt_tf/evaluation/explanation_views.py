@@ -239,11 +239,12 @@ def write_explanation(explanation: Explanation, out: str | os.PathLike) -> list[
     if out.suffix == ".png" and not out.is_dir():
         draw_explanation(explanation, out)
         return [out]
-    paths = [out / f"explanation.{kind}" for kind in ("html", "png", "json")]
-    write_explanation_html(explanation, paths[0])
-    draw_explanation(explanation, paths[1])
-    files.write_json(paths[2], explanation.as_dict())
-    return paths
+    names = [f"explanation.{kind}" for kind in ("html", "png", "json")]
+    with files.replaced(out / names[0], *names[1:]) as new:
+        write_explanation_html(explanation, new / names[0])
+        draw_explanation(explanation, new / names[1])
+        files.write_json(new / names[2], explanation.as_dict())
+    return [out / name for name in names]
 
 
 def _laid_out(texts):

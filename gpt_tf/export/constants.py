@@ -1,18 +1,14 @@
-"""A model's weights in the form in which a file of each mode stores them."""
+"""What a graph has to know of a model's weights: their names, forms and grids."""
 
 import dataclasses
 
 import numpy as np
 
 from gpt_tf.errors import InputError
-from gpt_tf.export import signatures
 from gpt_tf.export.flatbuffer import Grid, Type
-from gpt_tf.models.decoding import parts_of
-from gpt_tf.quantization.modes import MODES, Mode
-from gpt_tf.quantization.weights import SMALLEST_SCALE, quantize_array
+from gpt_tf.quantization.modes import MODES, SMALLEST_SCALE, Mode
 
 INT4_BLOCK = 32
-_INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,97 +32,6 @@ class Matrix:
         """Bytes of the numbers and of their scales."""
         scales = 0 if self.grid is None else self.grid.scales.nbytes
         return self.values.nbytes + scales
-
-
-def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
-    """Return a matrix `(outputs, inputs)` in a form of `Mode.kernels`.
-
-    Args:
-        values: Its numbers.
-        form: A form.
-        name: What an error calls it.
-        per_channel: Whether an int8 matrix has a scale per output channel; if not,
-            one scale.
-
-    Raises:
-        InputError: A value is NaN or infinite.
-    """
-    values = np.ascontiguousarray(values, np.float32)
-    _refuse_infinite(values, name)
-    if form in ("float16", "int4"):
-        _refuse_large(values, form, name)
-    if form == "float32":
-        return Matrix(values, Type.FLOAT32, values.shape, None)
-    if form == "float16":
-        return Matrix(values.astype(np.float16), Type.FLOAT16, values.shape, None)
-    if form == "int8":
-        axis = 0 if per_channel else None
-        integers, scales = quantize_array(values, 8, axis=axis, name=name)
-        scales = scales.reshape(-1)
-        grid = Grid(scales, np.zeros(len(scales), np.int64))
-        return Matrix(integers, Type.INT8, values.shape, grid)
-    if values.shape[1] % INT4_BLOCK:
-        raise InputError(
-            f"The mode int4 stores blocks of {INT4_BLOCK} inputs. Received: {name} "
-            f"with {values.shape[1]} inputs. Use a model whose embedding_dim, heads "
-            f"together and feedforward_dim are multiples of {INT4_BLOCK}, or "
-            "dynamic_int8."
-        )
-    return _int4(values)
-
-
-def _refuse_infinite(values, name):
-    if not np.isfinite(values).all():
-        raise InputError(
-            f"Exporting expects finite weights. Received: NaN or infinity in {name}. "
-            "Train with a lower learning rate, or in float32."
-        )
-
-
-def _refuse_large(values, form, name):
-    most = float(np.finfo(np.float16).max)
-    if np.abs(values).max(initial=0.0) > most:
-        raise InputError(
-            f"The mode {form} expects weights up to {most:.0f}, the largest number of "
-            f"float16. Received: {np.abs(values).max():.3g} in {name}. Use float32 or "
-            "dynamic_int8."
-        )
-
-
-def _rows_times(matrix, rows, factors):
-    """Return rows of an int8 matrix, multiplied through their scales."""
-    scales = matrix.grid.scales
-    scales = scales[rows] * factors if len(scales) > 1 else scales * factors[:1]
-    values = matrix.values[rows]
-    grid = Grid(scales, np.zeros(len(scales), np.int64))
-    return Matrix(values, matrix.kind, values.shape, grid)
-
-
-def _int4(values):
-    """Quantise in blocks, each with the scale of the smallest squared error.
-
-    With 15 steps only, cutting off a block's largest value often costs less than
-    making all steps coarser.
-    """
-    rows, width = values.shape
-    blocks = values.reshape(rows, width // INT4_BLOCK, INT4_BLOCK)
-    largest = np.abs(blocks).max(axis=2) / 7
-    best = np.full(largest.shape, np.inf, np.float32)
-    scales = np.zeros(largest.shape, np.float16)
-    integers = np.zeros(blocks.shape, np.int8)
-    for share in _INT4_SHARES:
-        # The file holds scales as float16, so the integers are chosen for those.
-        tried = (largest * share).astype(np.float16)
-        divisor = np.where(tried == 0, np.float16(1), tried).astype(np.float32)
-        steps = np.clip(np.rint(blocks / divisor[..., None]), -7, 7)
-        errors = ((steps * divisor[..., None] - blocks) ** 2).sum(axis=2)
-        better = errors < best
-        best[better], scales[better] = errors[better], tried[better]
-        integers[better] = steps[better]
-    halves = (integers.view(np.uint8) & 15).reshape(-1, 2)
-    packed = halves[:, 0] | (halves[:, 1] << 4)  # the first in the low half
-    grid = Grid(scales, np.zeros(1, np.int64), 0, INT4_BLOCK)
-    return Matrix(packed, Type.INT4, values.shape, grid)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,6 +100,15 @@ class Constants:
         wide = self.mode.activations == "int16" or "residual" in name
         return Type.INT16 if wide or "embedding" in name else Type.INT8
 
+    def integer_bias(self, bias, input_grid: Grid, matrix_grid: Grid):
+        """Return a bias as int32, and the grid that sums of products have."""
+        # In double precision: a bias of int32 may have more digits than float32.
+        scales = np.float64(input_grid.scale) * matrix_grid.scales.astype(np.float64)
+        limit = 2**31 - 1
+        integers = np.clip(np.rint(bias / scales), -limit, limit).astype(np.int32)
+        zeros = np.zeros(len(scales), np.int64)
+        return integers, Grid(scales.astype(np.float32), zeros)
+
 
 def affine_grid(scale: float, zero_point: int) -> Grid:
     """Return a grid with one scale and one zero point."""
@@ -210,75 +124,83 @@ def _never_zero(scale):
     return scale if scale >= SMALLEST_SCALE else 1.0
 
 
-def constants_of(
-    model, mode: str, ranges=None, per_channel=True, suppressed=()
-) -> Constants:
-    """Take the weights out of a float model, in the form of a mode.
+class _Outline(Constants):
+    """Constants without values: every activation has some grid of its own."""
 
-    The queries' share of the QKV product is divided by the root of the head width
-    here, so that no graph has to.
+    def _new_grid(self, name):
+        return affine_grid(1.0, 0)
+
+    def integer_bias(self, bias, input_grid, matrix_grid):
+        return _all(0, np.int32, *bias.shape), dataclasses.replace(matrix_grid)
+
+
+def outline(mode: str, sizes: dict, per_channel: bool, masked: bool) -> Constants:
+    """Return the constants of a model without their values.
+
+    A graph of them has every name, shape and type of the model's own.
 
     Args:
-        model: A `GPTModel`.
         mode: A key of `MODES`.
-        ranges: (minimum, maximum) by activation, for modes with fixed activations.
-        per_channel: As for `store`.
-        suppressed: Token ids that the file is to rule out.
+        sizes: `GPTModel`'s configuration, and `head_dim`.
+        per_channel: Whether int8 weights have a scale per output channel.
+        masked: Whether the file rules out token ids.
 
-    Raises:
-        InputError: A weight is not finite, or does not fit the mode.
+    Example:
+        >>> outline("int8", sizes, True, False).matrices["block_0/up_kernel"].shape
+        (512, 128)
     """
     form = MODES[mode]
-    parts = parts_of(model)
-    first = parts.blocks[0]
-    sizes = {
-        key: value for key, value in model.get_config().items() if key != "name"
-    } | {"head_dim": first.head_dim}
-    matrices, vectors = {}, {}
-    inner = first.num_heads * first.head_dim
-
-    def keep(name, values, kind=form.kernels):
-        matrices[name] = store(values, kind, name, per_channel)
-
-    for name in ("token_table", "position_table"):
-        values = getattr(parts.embedding, name).numpy()
-        keep(f"embedding/{name}", values, form.tables)
-    for block in parts.blocks:
+    width, hidden = sizes["embedding_dim"], sizes["feedforward_dim"]
+    vocab_size, inner = sizes["vocab_size"], sizes["num_heads"] * sizes["head_dim"]
+    separate = form.activations is not None or not per_channel
+    pieces = ("query", "key", "value") if separate else ("qkv",)
+    products = {
+        **{name: (3 * inner // len(pieces), width) for name in pieces},
+        "output": (width, inner),
+        "up": (hidden, width),
+        "down": (width, hidden),
+    }
+    vectors = {"final_norm/gamma": width, "final_norm/beta": width}
+    tables = {
+        "embedding/token_table": (vocab_size, width),
+        "embedding/position_table": (sizes["context_length"], width),
+    }
+    if not sizes["tie_embeddings"]:
+        tables["head/kernel"] = (vocab_size, width)
+    if masked:
+        vectors["head/mask"] = vocab_size
+    kernels = {}
+    for index in range(sizes["num_layers"]):
+        for name, shape in products.items():
+            kernels[f"block_{index}/{name}_kernel"] = shape
+            vectors[f"block_{index}/{name}_bias"] = shape[0]
         for name in ("attention_norm", "feedforward_norm"):
             for part in ("gamma", "beta"):
-                key = f"{block.name}/{name}_{part}"
-                vectors[key] = getattr(block, f"{name}_{part}").numpy()
-        kernel, bias = block.qkv_kernel.numpy().T, block.qkv_bias.numpy()
-        pieces = {"qkv": slice(None)}
-        if form.activations is not None or not per_channel:
-            # Grids of their own, so that the queries' may be the finer one.
-            pieces = {
-                name: slice(index * inner, (index + 1) * inner)
-                for index, name in enumerate(("query", "key", "value"))
-            }
-        root = np.ones(3 * inner, np.float32)
-        root[:inner] /= np.sqrt(first.head_dim)
-        if form.kernels == "int8":
-            whole = store(kernel, "int8", f"{block.name}/qkv_kernel", per_channel)
-        for name, rows in pieces.items():
-            key = f"{block.name}/{name}"
-            vectors[f"{key}_bias"] = (bias * root)[rows]
-            if form.kernels == "int8":
-                # The integers are those of the model's own kernel.
-                matrices[f"{key}_kernel"] = _rows_times(whole, rows, root[rows])
-            else:
-                keep(f"{key}_kernel", (kernel * root[:, None])[rows])
-        for name in ("output", "up", "down"):
-            key = f"{block.name}/{name}"
-            keep(f"{key}_kernel", getattr(block, f"{name}_kernel").numpy().T)
-            vectors[f"{key}_bias"] = getattr(block, f"{name}_bias").numpy()
-    vectors["final_norm/gamma"] = parts.norm.gamma.numpy()
-    vectors["final_norm/beta"] = parts.norm.beta.numpy()
-    if parts.head.kernel is not None:
-        keep("head/kernel", parts.head.kernel.numpy(), form.tables)
-    if len(suppressed):
-        vectors["head/mask"] = np.zeros(sizes["vocab_size"], np.float32)
-        vectors["head/mask"][suppressed] = signatures.MASKED
-    for name, vector in vectors.items():
-        _refuse_infinite(vector, name)
-    return Constants(form, sizes, matrices, vectors, dict(ranges or {}))
+                vectors[f"block_{index}/{name}_{part}"] = width
+    matrices = {
+        name: _empty(shape, kind, per_channel)
+        for kind, group in ((form.tables, tables), (form.kernels, kernels))
+        for name, shape in group.items()
+    }
+    vectors = {name: _all(0, np.float32, length) for name, length in vectors.items()}
+    return _Outline(form, sizes, matrices, vectors, {})
+
+
+def _empty(shape, form, per_channel):
+    """Return a matrix of a form of `Mode.kernels`, all zeros."""
+    rows, columns = shape
+    if form == "int8":
+        count = rows if per_channel else 1
+        grid = Grid(_all(1, np.float32, count), _all(0, np.int64, count))
+        return Matrix(_all(0, np.int8, *shape), Type.INT8, shape, grid)
+    if form == "int4":
+        scales = _all(1, np.float16, rows, columns // INT4_BLOCK)
+        grid = Grid(scales, _all(0, np.int64, 1), 0, INT4_BLOCK)
+        return Matrix(_all(0, np.uint8, rows * columns // 2), Type.INT4, shape, grid)
+    kind = Type.FLOAT16 if form == "float16" else Type.FLOAT32
+    return Matrix(_all(0, np.dtype(form), *shape), kind, shape, None)
+
+
+def _all(value, dtype, *shape):
+    """Return an array of one value, which takes no memory."""
+    return np.broadcast_to(np.array(value, dtype), shape)

@@ -14,7 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from gpt_tf.export import signatures
 from gpt_tf.export.constants import Constants, Matrix, affine_grid
-from gpt_tf.export.flatbuffer import Grid, Model, Op, Tensor, Type
+from gpt_tf.export.flatbuffer import Model, Op, Tensor, Type
 
 # The operations on real numbers that are left in the mode `int8_full`: the embedding's
 # rows and the normalisations, which need more than 8 bits, mask and softmax, and the
@@ -53,6 +53,23 @@ _EVERYTHING = _PRODUCTS | {
     "norm_activation",
     "logits_activation",
 }
+
+
+def build_all(model: Model, constants, capacity, prefill_lengths, score_lengths):
+    """Add all signatures of a file to a model, in the order that files have.
+
+    Args:
+        model: The `flatbuffer.Model`.
+        constants: The weights.
+        capacity: `S`, rows of the caches.
+        prefill_lengths: Tokens per call of each prefill.
+        score_lengths: The same of each score.
+    """
+    build(model, constants, "decode", 1, capacity)
+    for length in prefill_lengths:
+        build(model, constants, "prefill", length, capacity)
+    for length in score_lengths:
+        build(model, constants, "score", length, capacity)
 
 
 def build(model: Model, constants: Constants, kind: str, length: int, capacity: int):
@@ -282,20 +299,14 @@ class _Graph:
         options.quantizedBiasType = Type.INT32
         version = 5 if kind == Type.INT8 else 11
         if bias is not None:
-            bias = self._integer_bias(bias, x.grid, matrix.grid)
+            bias = self.graph.constant(
+                *self.constants.integer_bias(bias, x.grid, matrix.grid)
+            )
         shape = (*x.shape[:-1], matrix.shape[0])
         inputs = [x, self._matrix(matrix), bias]
         return self.graph.op(
             Op.FULLY_CONNECTED, inputs, shape, kind, grid, options, version
         )
-
-    def _integer_bias(self, bias, input_grid, matrix_grid):
-        # In double precision: a bias of int32 may have more digits than float32.
-        scales = np.float64(input_grid.scale) * matrix_grid.scales.astype(np.float64)
-        limit = 2**31 - 1
-        integers = np.clip(np.rint(bias / scales), -limit, limit).astype(np.int32)
-        zeros = np.zeros(len(scales), np.int64)
-        return self.graph.constant(integers, Grid(scales.astype(np.float32), zeros))
 
     def _matrix(self, matrix: Matrix) -> Tensor:
         tensor = self.graph.constant(

@@ -1,18 +1,20 @@
 """Export a GPT to a `.litertlm`: model, tokenizer and metadata in one file.
 
 LiteRT-LM, Google's runtime, and `gpt_tf.edge` both run it. The container is written
-by Google's own `litert-lm-builder`.
+by Google's own `litert-lm-builder`, and then sealed. The same model, options and
+versions give the same bytes.
 """
 
 import contextlib
 import io
+import mmap
 import os
-import tempfile
-from pathlib import Path
+from unittest import mock
 
 from gpt_tf import arguments, files
 from gpt_tf.errors import InputError
-from gpt_tf.export import tflite
+from gpt_tf.export import seal, tflite
+from gpt_tf.export.signatures import BUNDLE_PREFIX
 from gpt_tf.text.tokenizer import Tokenizer
 
 # Whatever the conversation is, the model sees the bare text of its messages.
@@ -67,19 +69,16 @@ def export_litertlm(
             f"`tokenizer` expects {expected}, of at most {model.vocab_size} tokens. "
             f"Received: {tokenizer.vocab_size}."
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{path.name}.", dir=path.parent
-        ) as folder:
-            folder = Path(folder)
-            inner = tflite.export_tflite(
-                model, folder / "model.tflite", mode, tokenizer=tokenizer, **options
-            )
-            with files.atomic_file(path) as file:
-                _bundle(folder, inner, tokenizer, file)
-                tflite.force_to_disk(file)
-                files.file_manifest_path(path).unlink(missing_ok=True)
+    with files.replaced(path, files.file_manifest_path(path).name) as new:
+        parts = new.parent / "parts"
+        inner = tflite.export_tflite(
+            model, parts / "model.tflite", mode, tokenizer=tokenizer, **options
+        )
+        with open(new / path.name, "w+b") as file:
+            _bundle(parts, inner, tokenizer, file)
+            file.flush()
+            with mmap.mmap(file.fileno(), 0) as data:
+                seal.seal(data, BUNDLE_PREFIX)
         kept = {
             key: value
             for key, value in inner.items()
@@ -87,14 +86,13 @@ def export_litertlm(
             not in ("kind", "versions", "size_bytes", "sha256", "manifest_sha256")
         }
         return files.write_file_manifest(
-            path, "litertlm", **kept, tflite_sha256=inner["sha256"]
+            new / path.name, "litertlm", **kept, tflite_sha256=inner["sha256"]
         )
-    except OSError as error:
-        raise tflite.no_space(path, error) from None
 
 
 def _bundle(folder, manifest, tokenizer, stream):
     import litert_lm_builder as builder
+    from litert_lm_builder import litertlm_builder
 
     (folder / "metadata.textproto").write_text(
         _metadata_of(manifest, tokenizer), "utf-8"
@@ -102,10 +100,17 @@ def _bundle(folder, manifest, tokenizer, stream):
     (folder / "template.jinja").write_text(_TEMPLATE, "utf-8")
     bundle = builder.LitertLmFileBuilder()
     kinds = builder.DType
-    # The builder prints what it adds.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.ExitStack() as stack:
+        # The builder prints what it adds, and adds a random id and the time.
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(
+            mock.patch.object(litertlm_builder, "populate_system_metadata", list)
+        )
         bundle.add_system_metadata(
             builder.Metadata(key="Authors", value="gpt_tf", dtype=kinds.STRING)
+        )
+        bundle.add_system_metadata(
+            builder.Metadata("gpt_tf", seal.blank_seal(BUNDLE_PREFIX), kinds.STRING)
         )
         bundle.add_llm_metadata(
             str(folder / "metadata.textproto"),

@@ -56,6 +56,8 @@ MODES = tuple(modes.MODES)
 METADATA_NAME = "gpt_tf"
 SEAL_PREFIX = b'{"format": "gpt_tf.tflite/1", "sha256": "'
 SEAL_DIGITS = 64
+# The same in the header of a `.litertlm`, of all of that file.
+BUNDLE_PREFIX = b'{"format": "gpt_tf.litertlm/1", "sha256": "'
 
 
 def prefill(length: int) -> str:

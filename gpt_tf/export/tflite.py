@@ -1,20 +1,18 @@
 """Export a GPT to a `.tflite`: write it, run it, and only then give it its name."""
 
-import errno
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from gpt_tf import arguments, files
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.export import constants as weights
-from gpt_tf.export import flatbuffer, graph, seal, signatures, verify
+from gpt_tf.export import flatbuffer, graph, seal, signatures, verify, weights
 from gpt_tf.generation import ids_without_token
 from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.decoding import looks_untrained
 from gpt_tf.models.gpt import GPTModel
+from gpt_tf.quantization.modes import MODES
 from gpt_tf.quiet import quiet
 
 SCORE_LENGTH = 64
@@ -104,10 +102,10 @@ def export_tflite(
     path = arguments.path("path", path)
     if isinstance(mode, str) and mode in _NO_MODE:
         raise InputError(
-            f"`mode` expects one of {', '.join(weights.MODES)}. Received: {mode!r}, "
+            f"`mode` expects one of {', '.join(MODES)}. Received: {mode!r}, "
             f"which cannot be had: {_NO_MODE[mode]}."
         )
-    arguments.one_of("mode", mode, weights.MODES)
+    arguments.one_of("mode", mode, MODES)
     if path.suffix != ".tflite":
         raise InputError(
             f"`path` expects a name that ends in .tflite. Received: {path.name!r}. "
@@ -128,10 +126,7 @@ def export_tflite(
     constants = weights.constants_of(plain, mode, ranges, per_channel, suppressed)
     score_length = min(SCORE_LENGTH, capacity)
     written = flatbuffer.Model()
-    graph.build(written, constants, "decode", 1, capacity)
-    for length in lengths:
-        graph.build(written, constants, "prefill", length, capacity)
-    graph.build(written, constants, "score", score_length, capacity)
+    graph.build_all(written, constants, capacity, lengths, [score_length])
     facts = {
         "mode": mode,
         "per_channel": per_channel,
@@ -148,26 +143,20 @@ def export_tflite(
     data = written.to_bytes()
     seal.seal(data)
     ids, text = _verification_text(verify_on, representative, plain, capacity)
-    beside = None if tokenizer is None else _place_of(tokenizer, path)
-    try:
-        with files.atomic_file(path) as file:
+    beside = [files.file_manifest_path(path).name, *_tokenizer_beside(path, tokenizer)]
+    with files.replaced(path, *beside) as new:
+        place = new / path.name
+        with open(place, "wb") as file:
             file.write(data)
-            del data
-            force_to_disk(file)
-            say("running every signature and comparing with Keras")
-            with quiet():
-                measured = verify.verify(
-                    Path(file.name), written, constants, mode, model, ids
-                )
-                if beside is not None:
-                    tokenizer.save(beside)
-            # A manifest of the file that stood here would call the new one damaged.
-            files.file_manifest_path(path).unlink(missing_ok=True)
+        del data
+        say("running every signature and comparing with Keras")
+        with quiet():
+            measured = verify.verify(place, written, constants, mode, model, ids)
+        for name in beside[1:]:
+            tokenizer.save(new / name)
         return files.write_file_manifest(
-            path, "tflite", **facts, verification={**measured, "text": text}
+            place, "tflite", **facts, verification={**measured, "text": text}
         )
-    except OSError as error:
-        raise no_space(path, error) from None
 
 
 def refuse_other_models(model) -> None:
@@ -193,7 +182,7 @@ def _source_of(model, mode, ranges, representative, say):
 
         found = qat.activation_ranges(model)
         return qat.to_float(model), {**found, **(ranges or {})}
-    if weights.MODES[mode].activations is None:
+    if MODES[mode].activations is None:
         return model, {}
     if ranges is None:
         if representative is None:
@@ -205,7 +194,7 @@ def _source_of(model, mode, ranges, representative, say):
         from gpt_tf.quantization import calibration
 
         say("calibrating: measuring the ranges of all activations")
-        activations = weights.MODES[mode].activations
+        activations = MODES[mode].activations
         ranges = calibration.calibrate(model, representative, dtype=activations)
     return model, ranges
 
@@ -253,33 +242,18 @@ def _verification_text(verify_on, representative, model, capacity):
     return ids, "given text"
 
 
-def _place_of(tokenizer, path):
-    """Return where to write the tokenizer, None where it stands already."""
+def _tokenizer_beside(path, tokenizer):
+    """Return the names of what is to stand beside a file and does not yet."""
     from gpt_tf.text.tokenizer import FILE_NAME, load_tokenizer
 
+    if tokenizer is None:
+        return []
     beside = path.parent / FILE_NAME
     if not beside.is_file():
-        return beside
+        return [FILE_NAME]
     if load_tokenizer(beside).fingerprint() != tokenizer.fingerprint():
         raise InputError(
             f"The tokenizer is to stand beside {path}, but {beside} is another "
             "one. Choose another folder."
         )
-    return None
-
-
-def force_to_disk(file) -> None:
-    """Find out whether there is space, before anything else is touched."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def no_space(path, error) -> InputError:
-    """Return the error to raise where a file could not be written."""
-    if error.errno == errno.ENOSPC:
-        return InputError(
-            f"No space is left to write {path}. Make room and export again."
-        )
-    return InputError(
-        f"{path} cannot be written: {error.strerror}. Choose another place."
-    )
+    return []

@@ -5,14 +5,17 @@ logits are held against those of the Keras model. What does not pass never gets 
 final name.
 """
 
+import mmap
+
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from gpt_tf.errors import InputError
-from gpt_tf.export import signatures
+from gpt_tf.export import seal, signatures, structure
 from gpt_tf.export.constants import Constants
 from gpt_tf.export.flatbuffer import Model, Type
 from gpt_tf.export.graph import FLOAT_ISLANDS
+from gpt_tf.export.reader import BrokenError
 from gpt_tf.sampling import log_softmax
 
 # A file may be larger than its parameters by this factor and the graphs' bytes.
@@ -66,6 +69,14 @@ def verify(path, model: Model, constants: Constants, mode: str, reference, ids) 
     )
     if mode == "int8_full":
         _check_islands(model)
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        try:
+            structure.check(data, seal.read_seal(data, verify=False))
+        except BrokenError as error:
+            _require(False, "a graph that LiteRT can run", error)
     runner = _Runner(path, constants)
     expected = sorted(graph.signature for graph in model.subgraphs)
     _require(sorted(runner.names) == expected, expected, sorted(runner.names))

@@ -336,8 +336,8 @@ class _Group:
             except queue.Empty:
                 return
             timeout_s = 0.0
-            if line.strip():
-                self.last_lines[index] = line.strip()
+            if words := line.strip(" ╭╮╰╯─│"):  # of the box that an error stands in
+                self.last_lines[index] = words
             self.on_line(f"[worker {index}] {line}")
 
 

@@ -18,7 +18,7 @@ from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.layers import observed
 from gpt_tf.quantization.config import Method
-from gpt_tf.quantization.weights import SMALLEST_SCALE
+from gpt_tf.quantization.modes import SMALLEST_SCALE
 from gpt_tf.text.dataset import Windows
 
 METHODS = get_args(Method)

@@ -9,7 +9,7 @@ fuses; TensorFlow's own fake quantisers it cannot compile, and they know no 16 b
 import tensorflow as tf
 
 from gpt_tf.models import operations
-from gpt_tf.quantization.weights import SMALLEST_SCALE
+from gpt_tf.quantization.modes import SMALLEST_SCALE
 
 
 def fake_quantize(x, minimum, maximum, dtype="int8"):

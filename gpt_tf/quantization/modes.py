@@ -2,6 +2,11 @@
 
 import dataclasses
 
+import numpy as np
+
+# Below it float32 loses digits, and the runtimes of devices read 0.
+SMALLEST_SCALE = np.finfo(np.float32).tiny
+
 
 @dataclasses.dataclass(frozen=True)
 class Mode:

@@ -14,14 +14,12 @@ import numpy as np
 
 from gpt_tf import arguments
 from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.quantization.modes import SMALLEST_SCALE
 
 BLOCK_SIZE = 32
 
 # Stored as (outputs, inputs); every other kernel is (inputs, outputs).
 _OUTPUTS_FIRST = ("embedding/token_table", "embedding/position_table", "head/kernel")
-
-# Below it float32 loses digits, and the runtimes of devices read 0.
-SMALLEST_SCALE = np.finfo(np.float32).tiny
 
 
 # Arrays

@@ -162,38 +162,40 @@ def write_token_file(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     digest = hashlib.sha256()
     count = text_bytes = num_documents = 0
-    with files.atomic_file(path) as file:
-        for batch in _batches(documents):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                if document.ends and tokenizer.end_of_text_id is not None:
-                    ids = [*ids, tokenizer.end_of_text_id]
-                num_documents += document.ends
-                text_bytes += len(document.text.encode("utf-8", "replace"))
-                data = np.asarray(ids, dtype).tobytes()
-                digest.update(data)
-                file.write(data)
-                count += len(ids)
-            if on_progress is not None:
-                on_progress(count)
+    beside = _manifest_path(path).name
+    with files.replaced(path, beside) as new:
+        with open(new / path.name, "wb") as file:
+            for batch in _batches(documents):
+                encoded = tokenizer.encode_batch([document.text for document in batch])
+                for document, ids in zip(batch, encoded, strict=True):
+                    if document.ends and tokenizer.end_of_text_id is not None:
+                        ids = [*ids, tokenizer.end_of_text_id]
+                    num_documents += document.ends
+                    text_bytes += len(document.text.encode("utf-8", "replace"))
+                    data = np.asarray(ids, dtype).tobytes()
+                    digest.update(data)
+                    file.write(data)
+                    count += len(ids)
+                if on_progress is not None:
+                    on_progress(count)
         if not text_bytes:
             raise InputError(
                 "A token file expects text. Received: documents without any."
             )
-    manifest = {
-        **(facts or {}),
-        "kind": "tokens",
-        "dtype": dtype.str,
-        "count": count,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_fingerprint": tokenizer.fingerprint(),
-        "documents": num_documents,
-        "text_bytes": text_bytes,
-        "size_bytes": count * dtype.itemsize,
-        "sha256": digest.hexdigest(),
-        "versions": files.versions(),
-    }
-    files.write_json(_manifest_path(path), manifest)
+        manifest = {
+            **(facts or {}),
+            "kind": "tokens",
+            "dtype": dtype.str,
+            "count": count,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer_fingerprint": tokenizer.fingerprint(),
+            "documents": num_documents,
+            "text_bytes": text_bytes,
+            "size_bytes": count * dtype.itemsize,
+            "sha256": digest.hexdigest(),
+            "versions": files.versions(),
+        }
+        files.write_json(new / beside, manifest)
     return TokenFile.open(path, verify=False)
 
 

@@ -318,10 +318,11 @@ class BPETokenizer(Tokenizer):
         merges = [m if isinstance(m, str) else " ".join(m) for m in content["merges"]]
         vocabulary = self.backend.get_vocab()
         vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
-        with files.atomic_file(Path(folder) / "vocab.json", "w") as file:
-            file.write(files.to_json(vocabulary, ensure_ascii=False))
-        with files.atomic_file(Path(folder) / "merges.txt", "w") as file:
-            file.write("#version: 0.2\n" + "\n".join(merges) + "\n")
+        with files.replaced(Path(folder) / "vocab.json", "merges.txt") as new:
+            text = files.to_json(vocabulary, ensure_ascii=False)
+            (new / "vocab.json").write_text(text, "utf-8")
+            text = "#version: 0.2\n" + "\n".join(merges) + "\n"
+            (new / "merges.txt").write_text(text, "utf-8")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self.backend.encode_batch_fast(

@@ -1,12 +1,10 @@
 """Claims about folders that are filled over several sittings."""
 
-import json
-
 import numpy as np
 import pytest
 
 from gpt_tf import files
-from gpt_tf.distillation.unfinished import Unfinished, check_place, partial_path
+from gpt_tf.distillation.unfinished import check_place, unfinished
 from gpt_tf.errors import InputError
 
 SIZES = {"squares": 8, "names": 3}
@@ -17,10 +15,12 @@ def path(tmp_path):
     return tmp_path / "folder"
 
 
-def fill(path, *, stop=20, fail_at=None, every=4, notices=None, facts=(("power", 2),)):
+def fill(path, *, stop=20, fail_at=None, every=4, notices=None, power=2, **options):
     """Write two records a step, and count them every few steps."""
-    notices = [] if notices is None else notices
-    with Unfinished(path, dict(facts), SIZES, notices.append) as folder:
+    where = path, "squares", {"power": power}, SIZES
+    with unfinished(*where, ([] if notices is None else notices).append, **options) as (
+        folder
+    ):
         begun = folder.steps
         for step in range(begun, stop):
             values = np.array([2 * step, 2 * step + 1])
@@ -30,7 +30,6 @@ def fill(path, *, stop=20, fail_at=None, every=4, notices=None, facts=(("power",
                 raise KeyboardInterrupt
             if (step + 1) % every == 0:
                 folder.save(step + 1)
-        folder.finish("squares", overwrite=False)
     return begun
 
 
@@ -71,7 +70,7 @@ def test_it_may_be_interrupted_again_and_again(path):
 def test_other_facts_start_anew(path):
     interrupted(path, 9)
     notices = []
-    assert fill(path, notices=notices, facts=(("power", 2.5),)) == 0
+    assert fill(path, notices=notices, power=2.5) == 0
     assert "starts anew" in notices[0]
     assert len(np.fromfile(path / "squares", np.int64)) == 40
 
@@ -79,7 +78,7 @@ def test_other_facts_start_anew(path):
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_damaged_file_starts_anew(path, damage):
     interrupted(path, 9)
-    file = partial_path(path) / "names"
+    file = files.partial_path(path) / "new" / "folder" / "names"
     if damage == "missing":
         file.unlink()
     else:
@@ -90,22 +89,44 @@ def test_a_damaged_file_starts_anew(path, damage):
     assert (path / "names").stat().st_size == 40 * 3
 
 
-@pytest.mark.parametrize("stranger", ["notes.txt", "progress.json", None])
-def test_what_another_put_there_is_not_touched(path, stranger):
-    place = partial_path(path)
-    if stranger is None:
-        place.write_text("mine")
-    else:
-        place.mkdir()
-        (place / stranger).write_text(json.dumps(["mine"]))
-    with pytest.raises(InputError, match="is where folder is filled"):
-        fill(path)
-    assert place.is_file() or list(place.iterdir()) == [place / stranger]
+def test_what_it_was_begun_with_does_not_come_along(path):
+    interrupted(path, 9)
+    with unfinished(path, "cubes", {}, {"cubes": 8}, print) as folder:
+        folder.write(cubes=np.arange(3))
+    assert content(path).keys() == {"cubes", "manifest.json"}
 
 
-def test_an_empty_place_is_taken(path):
-    partial_path(path).mkdir()
+@pytest.mark.parametrize("progress", [None, "", "[1]", '{"steps": 3}'])
+def test_a_folder_killed_in_its_first_write_is_begun_anew(tmp_path, path, progress):
+    fill(tmp_path / "whole")
+    interrupted(path, 2)
+    if progress is not None:
+        (files.partial_path(path) / "progress.json").write_text(progress)
+    assert fill(path) == 0
+    assert content(path) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("link", ["soft", "hard"])
+def test_links_among_what_was_begun_are_not_followed(tmp_path, path, link):
+    """Such a folder may come from an archive of somebody else's."""
+    mine = tmp_path / "thesis"
+    mine.write_text("precious")
+    interrupted(path, 9)
+    planted = files.partial_path(path) / "new" / "folder" / "names"
+    planted.unlink()
+    planted.symlink_to(mine) if link == "soft" else planted.hardlink_to(mine)
     fill(path)
+    assert mine.read_text() == "precious"
+    assert len(np.fromfile(path / "squares", np.int64)) == 40
+
+
+def test_two_cannot_fill_one_folder(path):
+    with (
+        unfinished(path, "squares", {}, SIZES, print),
+        pytest.raises(InputError, match="in use by another process"),
+        unfinished(path, "squares", {}, SIZES, print),
+    ):
+        pytest.fail("two filled it")
 
 
 def test_a_new_place_is_always_free(path):
@@ -137,9 +158,8 @@ def test_strangers_are_never_overwritten(path, stranger):
 def test_an_old_folder_stands_until_the_new_one_is_whole(path):
     fill(path)
     before = content(path)
-    interrupted(path, 9, stop=10)
+    interrupted(path, 9, stop=10, overwrite=True)
     assert content(path) == before
-    with Unfinished(path, {"power": 2}, SIZES, print) as folder:
-        folder.finish("squares", overwrite=True)
+    assert fill(path, stop=8, overwrite=True) == 8
     assert (path / "squares").stat().st_size == 16 * 8
-    assert not partial_path(path).exists()
+    assert not files.partial_path(path).exists()

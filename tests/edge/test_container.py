@@ -1,6 +1,7 @@
 import json
 import struct
 import zlib
+from pathlib import Path
 
 import flatbuffers
 import pytest
@@ -8,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_tf import files
-from gpt_tf.edge import EdgeGPT
+from gpt_tf.edge import EdgeGPT, executor
 from gpt_tf.edge.container import open_artefact, read_sections
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.export import seal
+from gpt_tf.export.signatures import BUNDLE_PREFIX
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
 
 MODEL, TOKENIZER = 3, 6
+SAVED_MODELS = Path(__file__).parents[2] / "saved_models"
 
 
 # Sound files
@@ -110,18 +113,73 @@ def test_a_seal_of_another_version_is_refused(tmp_path):
     data = bytearray(bytes(4) + b"TFL3" + seal.blank_seal(mode="int8"))
     seal.seal(data)
     (tmp_path / "gpt.tflite").write_bytes(data)
-    with pytest.raises(DamagedFileError, match="states cache_dtype"):
+    with pytest.raises(DamagedFileError, match=r"gpt\.tflite .*possible config"):
         open_artefact(tmp_path / "gpt.tflite")
 
 
-def test_a_sealed_file_that_litert_cannot_read_is_refused(exported, tmp_path):
+def test_a_sealed_file_without_a_graph_is_refused(exported, tmp_path):
     facts = dict(seal.read_seal(exported.tflite.read_bytes()))
     del facts["format"], facts["sha256"]
     data = bytearray(bytes(4) + b"TFL3" + seal.blank_seal(**facts))
     seal.seal(data)
     (tmp_path / "gpt.tflite").write_bytes(data)
-    with pytest.raises(DamagedFileError, match=r"LiteRT cannot open .*gpt\.tflite"):
+    with pytest.raises(DamagedFileError, match=r"gpt\.tflite the graph that gpt_tf"):
         EdgeGPT(tmp_path / "gpt.tflite")
+
+
+def test_what_litert_refuses_is_a_damaged_file(copied, monkeypatch):
+    def refuse(*arguments, **options):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(executor.CompiledModel, "from_file", refuse)
+    with pytest.raises(DamagedFileError, match=r"gpt\.tflite: no such operator"):
+        EdgeGPT(copied("tflite"))
+
+
+def resealed(data):
+    """Return a `.litertlm` with the right hash."""
+    data = bytearray(data)
+    place = data.index(BUNDLE_PREFIX) + len(BUNDLE_PREFIX)
+    data[place : place + 64] = b"0" * 64
+    seal.seal(data, BUNDLE_PREFIX)
+    return bytes(data)
+
+
+def test_appended_bytes_and_altered_metadata_are_noticed(copied):
+    path = copied("litertlm")
+    files.file_manifest_path(path).unlink()
+    sound = path.read_bytes()
+    place = sound.index(b"message.content")
+    altered = sound.replace(b"message.content", b"message.CONTENT", 1)
+    for data in (sound + b"\0", altered, sound.replace(b"Authors", b"authors")):
+        path.write_bytes(data)
+        with pytest.raises(DamagedFileError, match=r"gpt\.litertlm .*SHA-256"):
+            open_artefact(path)
+    # A right hash says who computed it last, no more.
+    assert place < sound.index(b"TFL3")
+    path.write_bytes(resealed(altered))
+    assert open_artefact(path).facts["mode"] == "float32"
+
+
+def test_a_bundle_that_lost_its_seal_is_refused(copied):
+    path = copied("litertlm")
+    files.file_manifest_path(path).unlink()
+    path.write_bytes(path.read_bytes().replace(BUNDLE_PREFIX, BUNDLE_PREFIX.upper()))
+    with pytest.raises(DamagedFileError, match=r"gpt\.litertlm"):
+        open_artefact(path)
+
+
+def test_a_bundle_with_a_time_has_a_seal_of_its_model_alone(tmp_path):
+    """As gpt_tf wrote them once, those that come along among them."""
+    path = tmp_path / "old.litertlm"
+    data = bytearray((SAVED_MODELS / "python-student.litertlm").read_bytes())
+    assert BUNDLE_PREFIX not in data and b"creation_timestamp" in data[:1024]
+    path.write_bytes(data)
+    assert open_artefact(path).facts["mode"] == "int8"
+    data[-1000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedFileError, match=r"old\.litertlm .*SHA-256"):
+        open_artefact(path)
 
 
 # Tokenizers
@@ -150,6 +208,7 @@ def test_a_damaged_tokenizer_beside_the_model_is_named(copied, tmp_path):
 
 def bundle_with(exported, tokenizer=None, model=None, sections=None):
     """Build a `.litertlm` by hand."""
+    from litert_lm_builder import DType, Metadata
     from litert_lm_builder import litertlm_header_schema_py_generated as schema
 
     if tokenizer is None:
@@ -165,14 +224,16 @@ def bundle_with(exported, tokenizer=None, model=None, sections=None):
         )
         begin = end
     objects = objects if sections is None else sections(objects)
+    entry = Metadata("gpt_tf", seal.blank_seal(BUNDLE_PREFIX), DType.STRING)
     root = schema.LiteRTLMMetaDataT(
-        sectionMetadata=schema.SectionMetadataT(objects=objects)
+        systemMetadata=schema.SystemMetadataT(entries=[entry.to_key_value_pair()]),
+        sectionMetadata=schema.SectionMetadataT(objects=objects),
     )
     builder = flatbuffers.Builder(0)
     builder.Finish(root.Pack(builder))
     header = bytes(builder.Output())
     front = b"LITERTLM" + struct.pack("<IIIIQ", 1, 0, 0, 0, 32 + len(header)) + header
-    return front.ljust(1024, b"\0") + model + tokenizer
+    return resealed(front.ljust(1024, b"\0") + model + tokenizer)
 
 
 def test_a_bundle_built_by_hand_opens(exported, tmp_path):

@@ -86,7 +86,7 @@ def test_a_target_may_be_named_by_its_id(explain, file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt", ""], "The prompt is empty"),
+        (["--prompt", ""], "--prompt expects a value"),
         (["--prompt", "abc", "--target", "de"], "It begins with 'd'"),
         (["--prompt", "abc", "--target", "z"], "lacks 'z'"),
         (["--prompt", "abc", "--target-id", "22"], "from 0 to 21. Received: 22"),

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import gpt_tf
 from gpt_tf import files
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation import machine
 from gpt_tf.evaluation.forecast import forecast, print_forecast, read_sizes
 from gpt_tf.evaluation.report import new_entry, new_report, write_report
-from gpt_tf.export import seal
 
 MACHINE = {
     "read_bytes_per_s": {"1": 20e9, "2": 30e9},
@@ -40,15 +40,9 @@ def recommend(command, monkeypatch):
 
 
 @pytest.fixture
-def artefact(tmp_path):
-    """A sealed file that states its sizes; nothing else in it is ever read."""
-    facts = {"mode": "int8", "capacity": 128, "cache_dtype": "float32"}
-    data = bytearray(b"\0\0\0\0TFL3")
-    data += seal.blank_seal(config=SIZES, tokenizer_fingerprint=None, **facts)
-    seal.seal(data)
-    path = tmp_path / "gpt.tflite"
-    path.write_bytes(data)
-    return path
+def artefact():
+    """The bundled file, of the sizes above."""
+    return Path(gpt_tf.__file__).parents[1] / "saved_models" / "python-small.litertlm"
 
 
 @pytest.fixture
@@ -170,8 +164,8 @@ def test_nothing_fits_is_status_3_with_the_nearest_miss(
     ("options", "message"),
     [
         ("--max-perplexity-increase 3", "3 is 300 %. Did you mean 3%?"),
-        ("--max-size-mb -1", "`max_size_mb` expects a number above 0"),
-        ("--max-latency-ms nan", "`max_latency_ms` expects a number above 0"),
+        ("--max-size-mb -1", "`--max-size-mb` expects a number above 0"),
+        ("--max-latency-ms nan", "`--max-latency-ms` expects a number above 0"),
         ("--max-latency-ms 15ms", "no unit"),
         ("--scenario fridge", "phone, board, server, custom"),
         ("--prefer taste", "accuracy, latency, size"),

@@ -8,8 +8,8 @@ from hypothesis.extra import numpy as nps
 
 from gpt_tf.errors import InputError
 from gpt_tf.export import flatbuffer, graph, signatures
-from gpt_tf.export.constants import constants_of
 from gpt_tf.export.flatbuffer import Grid, Model, Op, Type
+from gpt_tf.export.weights import constants_of
 from tests.export.runner import OPERATORS, content_of
 
 DTYPES = {

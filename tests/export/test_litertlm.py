@@ -350,6 +350,17 @@ def test_the_file_holds_the_verified_tflite_byte_by_byte(
     assert len(data) - len(inner) < 200_000
 
 
+def test_the_same_model_gives_the_same_bytes(model, tokenizer, tmp_path):
+    paths = [tmp_path / f"{name}.litertlm" for name in "abc"]
+    for path, length in zip(paths, (4, 4, 5), strict=True):
+        export_litertlm(model, tokenizer, path, "float32", prefill_lengths=[length])
+    first, second, other = (path.read_bytes() for path in paths)
+    assert first == second != other
+    sealed = seal.read_seal(first, "a", signatures.BUNDLE_PREFIX)
+    assert sealed["format"] == "gpt_tf.litertlm/1"
+    assert b"uuid" not in first and b"creation_timestamp" not in first
+
+
 def test_the_manifest_is_that_of_the_bundle(bundled, python_small):
     path, manifest = bundled("dynamic_int8")
     assert files.check_file_manifest(path) == manifest
@@ -422,7 +433,7 @@ def test_a_full_disk_leaves_what_was_there(
         original(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="No space is left"):
+    with pytest.raises(InputError, match="cannot be written: No space left"):
         export_litertlm(model, tokenizer, path, "dynamic_int8")
     assert contents(path.parent) == before
 
@@ -438,7 +449,7 @@ def test_a_full_disk_while_the_bundle_is_written_leaves_what_was_there(
 
     path, before = existing
     monkeypatch.setattr(litert_lm_builder.LitertLmFileBuilder, "build", full)
-    with pytest.raises(InputError, match=r"No space is left to write .*gpt\.litertlm"):
+    with pytest.raises(InputError, match=r"gpt\.litertlm cannot be written: No spa"):
         export_litertlm(model, tokenizer, path)
     assert contents(path.parent) == before
 
@@ -454,7 +465,7 @@ def test_a_tokenizer_of_another_model_is_refused(model, tmp_path):
     text = "the quick brown fox jumps over a lazy dog and runs away again " * 9
     larger = BPETokenizer.train([text], 289)
     for tokenizer in (larger, None):
-        with pytest.raises(InputError, match="of at most 288 tokens"):
+        with pytest.raises(InputError, match="`tokenizer` expects"):
             export_litertlm(model, tokenizer, tmp_path / "gpt.litertlm")
     assert not list(tmp_path.iterdir())
 

@@ -3,7 +3,16 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from gpt_tf.errors import InputError
-from gpt_tf.export import constants, flatbuffer, graph, seal, signatures, verify
+from gpt_tf.export import (
+    flatbuffer,
+    graph,
+    reader,
+    seal,
+    signatures,
+    structure,
+    verify,
+    weights,
+)
 from gpt_tf.export.flatbuffer import Op, Type
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.export.verify import VerificationError
@@ -128,7 +137,7 @@ def test_keys_and_values_that_are_exchanged_are_noticed(write, monkeypatch):
 
 
 def test_queries_without_their_scale_are_noticed(write, monkeypatch):
-    monkeypatch.setattr(constants.np, "sqrt", lambda x: 1.0)
+    monkeypatch.setattr(weights.np, "sqrt", lambda x: 1.0)
     write()
 
 
@@ -172,10 +181,13 @@ def test_the_wide_limits_notice_a_fault_in_a_trained_model(
 
     break_method(monkeypatch, "_head", turned)
     monkeypatch.setattr(verify, "FLOAT_ISLANDS", (*graph.FLOAT_ISLANDS, "REVERSE_V2"))
+    monkeypatch.setitem(structure._OPTIONS, schema.ReverseV2OptionsT, {})
     refuse_trained(python_small, tmp_path, mode)
 
 
 def test_logits_that_are_no_numbers_are_noticed(write, monkeypatch):
+    monkeypatch.setitem(structure._OPTIONS, schema.DivOptionsT, {0: reader.I8})
+
     def nan(original, self, x):
         logits = original(self, x)
         zero = self.graph.constant(np.zeros(1, np.float32))
@@ -323,3 +335,10 @@ def test_without_a_text_every_signature_is_verified_too(tmp_path, build_model):
         "prefill_160",
         "score_64",
     }
+
+
+def test_a_range_too_narrow_for_litert_is_an_error(write, model, representative):
+    """LiteRT ends the process where a product is scaled up too far."""
+    ranges = calibrate(model, representative)
+    ranges["block_0/up_activation"] = (-1e-9, 1e-9)
+    assert "scales" in write("int8", "scales", ranges=ranges, representative=None)

@@ -106,6 +106,11 @@ def test_a_line_comes_while_the_worker_still_runs(fake, tmp_path):
     assert seen == [("[worker 0] now", True)]
 
 
+def test_the_last_line_is_one_of_words(run):
+    _, failure, _ = run("print('╭──╮\\n│ so │\\n╰──╯'); sys.exit(2)")
+    assert str(failure).endswith("its last line was: so")
+
+
 def test_each_worker_finds_its_own_place(run, monkeypatch):
     lines, _, _ = run("print(os.environ['TF_CONFIG'])", workers=3)
     clusters = {}

@@ -331,7 +331,7 @@ def test_a_pipeline_that_cannot_be_is_refused(arguments, message):
     ],
 )
 def test_a_model_that_cannot_be_divided_so_is_refused(make_model, arguments, message):
-    with Pipeline(**arguments).scope(), pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message), Pipeline(**arguments).scope():
         make_model()
 
 

@@ -267,7 +267,7 @@ def test_devices_that_do_not_exist_are_refused():
         make_mesh(2, 2, 2)
     with pytest.raises(InputError, match="Received: 'TPU:0'"):
         make_mesh(1, 2, devices=["TPU:0", "TPU:1"])
-    with pytest.raises(InputError, match="at least 1 part"):
+    with pytest.raises(InputError, match="`batch` expects"):
         make_mesh(batch=0)
 
 

@@ -152,7 +152,7 @@ def test_a_running_tensorflow_cannot_be_split_otherwise():
     strategies.split_cpu(4)  # as it is
     with pytest.raises(InputError, match="already runs with 4"):
         strategies.split_cpu(3)
-    with pytest.raises(InputError, match="1 or more"):
+    with pytest.raises(InputError, match="from 1 to 256"):
         strategies.split_cpu(0)
 
 

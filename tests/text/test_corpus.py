@@ -569,7 +569,7 @@ def test_fractions_outside_0_and_1_are_refused(folder, fraction):
 def test_other_bad_arguments_are_refused(folder):
     with pytest.raises(InputError, match="at least one path"):
         open_corpus([])
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="`corpus` expects"):
         open_corpus("x" * 5000)
     with pytest.raises(InputError, match="device or a pipe"):
         open_corpus("/dev/null")

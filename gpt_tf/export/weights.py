@@ -1,0 +1,179 @@
+"""A model's weights in the form in which a file of each mode stores them."""
+
+import numpy as np
+
+from gpt_tf.errors import InputError
+from gpt_tf.export import signatures
+from gpt_tf.export.constants import INT4_BLOCK, Constants, Matrix
+from gpt_tf.export.flatbuffer import Grid, Type
+from gpt_tf.models.decoding import parts_of
+from gpt_tf.quantization.modes import MODES
+from gpt_tf.quantization.weights import quantize_array
+
+_INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
+    """Return a matrix `(outputs, inputs)` in a form of `Mode.kernels`.
+
+    Args:
+        values: Its numbers.
+        form: A form.
+        name: What an error calls it.
+        per_channel: Whether an int8 matrix has a scale per output channel; if not,
+            one scale.
+
+    Raises:
+        InputError: A value is NaN or infinite.
+    """
+    values = np.ascontiguousarray(values, np.float32)
+    _refuse_infinite(values, name)
+    if form in ("float16", "int4"):
+        _refuse_large(values, form, name)
+    if form == "float32":
+        return Matrix(values, Type.FLOAT32, values.shape, None)
+    if form == "float16":
+        return Matrix(values.astype(np.float16), Type.FLOAT16, values.shape, None)
+    if form == "int8":
+        axis = 0 if per_channel else None
+        integers, scales = quantize_array(values, 8, axis=axis, name=name)
+        scales = scales.reshape(-1)
+        grid = Grid(scales, np.zeros(len(scales), np.int64))
+        return Matrix(integers, Type.INT8, values.shape, grid)
+    if values.shape[1] % INT4_BLOCK:
+        raise InputError(
+            f"The mode int4 stores blocks of {INT4_BLOCK} inputs. Received: {name} "
+            f"with {values.shape[1]} inputs. Use a model whose embedding_dim, heads "
+            f"together and feedforward_dim are multiples of {INT4_BLOCK}, or "
+            "dynamic_int8."
+        )
+    return _int4(values)
+
+
+def _refuse_infinite(values, name):
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"Exporting expects finite weights. Received: NaN or infinity in {name}. "
+            "Train with a lower learning rate, or in float32."
+        )
+
+
+def _refuse_large(values, form, name):
+    most = float(np.finfo(np.float16).max)
+    if np.abs(values).max(initial=0.0) > most:
+        raise InputError(
+            f"The mode {form} expects weights up to {most:.0f}, the largest number of "
+            f"float16. Received: {np.abs(values).max():.3g} in {name}. Use float32 or "
+            "dynamic_int8."
+        )
+
+
+def _rows_times(matrix, rows, factors):
+    """Return rows of an int8 matrix, multiplied through their scales."""
+    scales = matrix.grid.scales
+    scales = scales[rows] * factors if len(scales) > 1 else scales * factors[:1]
+    values = matrix.values[rows]
+    grid = Grid(scales, np.zeros(len(scales), np.int64))
+    return Matrix(values, matrix.kind, values.shape, grid)
+
+
+def _int4(values):
+    """Quantise in blocks, each with the scale of the smallest squared error.
+
+    With 15 steps only, cutting off a block's largest value often costs less than
+    making all steps coarser.
+    """
+    rows, width = values.shape
+    blocks = values.reshape(rows, width // INT4_BLOCK, INT4_BLOCK)
+    largest = np.abs(blocks).max(axis=2) / 7
+    best = np.full(largest.shape, np.inf, np.float32)
+    scales = np.zeros(largest.shape, np.float16)
+    integers = np.zeros(blocks.shape, np.int8)
+    for share in _INT4_SHARES:
+        # The file holds scales as float16, so the integers are chosen for those.
+        tried = (largest * share).astype(np.float16)
+        divisor = np.where(tried == 0, np.float16(1), tried).astype(np.float32)
+        steps = np.clip(np.rint(blocks / divisor[..., None]), -7, 7)
+        errors = ((steps * divisor[..., None] - blocks) ** 2).sum(axis=2)
+        better = errors < best
+        best[better], scales[better] = errors[better], tried[better]
+        integers[better] = steps[better]
+    scales[scales == 0] = 1  # of a block of zeros, as LiteRT wants it
+    halves = (integers.view(np.uint8) & 15).reshape(-1, 2)
+    packed = halves[:, 0] | (halves[:, 1] << 4)  # the first in the low half
+    grid = Grid(scales, np.zeros(1, np.int64), 0, INT4_BLOCK)
+    return Matrix(packed, Type.INT4, values.shape, grid)
+
+
+def constants_of(
+    model, mode: str, ranges=None, per_channel=True, suppressed=()
+) -> Constants:
+    """Take the weights out of a float model, in the form of a mode.
+
+    The queries' share of the QKV product is divided by the root of the head width
+    here, so that no graph has to.
+
+    Args:
+        model: A `GPTModel`.
+        mode: A key of `MODES`.
+        ranges: (minimum, maximum) by activation, for modes with fixed activations.
+        per_channel: As for `store`.
+        suppressed: Token ids that the file is to rule out.
+
+    Raises:
+        InputError: A weight is not finite, or does not fit the mode.
+    """
+    form = MODES[mode]
+    parts = parts_of(model)
+    first = parts.blocks[0]
+    sizes = {
+        key: value for key, value in model.get_config().items() if key != "name"
+    } | {"head_dim": first.head_dim}
+    matrices, vectors = {}, {}
+    inner = first.num_heads * first.head_dim
+
+    def keep(name, values, kind=form.kernels):
+        matrices[name] = store(values, kind, name, per_channel)
+
+    for name in ("token_table", "position_table"):
+        values = getattr(parts.embedding, name).numpy()
+        keep(f"embedding/{name}", values, form.tables)
+    for block in parts.blocks:
+        for name in ("attention_norm", "feedforward_norm"):
+            for part in ("gamma", "beta"):
+                key = f"{block.name}/{name}_{part}"
+                vectors[key] = getattr(block, f"{name}_{part}").numpy()
+        kernel, bias = block.qkv_kernel.numpy().T, block.qkv_bias.numpy()
+        pieces = {"qkv": slice(None)}
+        if form.activations is not None or not per_channel:
+            # Grids of their own, so that the queries' may be the finer one.
+            pieces = {
+                name: slice(index * inner, (index + 1) * inner)
+                for index, name in enumerate(("query", "key", "value"))
+            }
+        root = np.ones(3 * inner, np.float32)
+        root[:inner] /= np.sqrt(first.head_dim)
+        if form.kernels == "int8":
+            whole = store(kernel, "int8", f"{block.name}/qkv_kernel", per_channel)
+        for name, rows in pieces.items():
+            key = f"{block.name}/{name}"
+            vectors[f"{key}_bias"] = (bias * root)[rows]
+            if form.kernels == "int8":
+                # The integers are those of the model's own kernel.
+                matrices[f"{key}_kernel"] = _rows_times(whole, rows, root[rows])
+            else:
+                keep(f"{key}_kernel", (kernel * root[:, None])[rows])
+        for name in ("output", "up", "down"):
+            key = f"{block.name}/{name}"
+            keep(f"{key}_kernel", getattr(block, f"{name}_kernel").numpy().T)
+            vectors[f"{key}_bias"] = getattr(block, f"{name}_bias").numpy()
+    vectors["final_norm/gamma"] = parts.norm.gamma.numpy()
+    vectors["final_norm/beta"] = parts.norm.beta.numpy()
+    if parts.head.kernel is not None:
+        keep("head/kernel", parts.head.kernel.numpy(), form.tables)
+    if len(suppressed):
+        vectors["head/mask"] = np.zeros(sizes["vocab_size"], np.float32)
+        vectors["head/mask"][suppressed] = signatures.MASKED
+    for name, vector in vectors.items():
+        _refuse_infinite(vector, name)
+    return Constants(form, sizes, matrices, vectors, dict(ranges or {}))

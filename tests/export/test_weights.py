@@ -1,0 +1,256 @@
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as nps
+
+from gpt_tf.errors import InputError
+from gpt_tf.export.constants import MODES
+from gpt_tf.export.flatbuffer import Type
+from gpt_tf.export.weights import constants_of, store
+from gpt_tf.quantization.weights import quantize_array
+
+FINITE = st.floats(-1e3, 1e3, width=32)
+MATRICES = nps.arrays(np.float32, (3, 64), elements=FINITE)
+
+
+def unpacked(matrix):
+    """int4 integers `(rows, width)`, read as the format has them: low half first."""
+    values = np.stack([matrix.values & 15, matrix.values >> 4], axis=1).reshape(-1)
+    signed = values.astype(np.int8)
+    signed[signed > 7] -= 16
+    return signed.reshape(matrix.shape)
+
+
+def real_numbers(matrix):
+    if matrix.kind == Type.INT8:
+        return matrix.values * matrix.grid.scales[:, None]
+    if matrix.kind == Type.INT4:
+        scales = matrix.grid.scales.astype(np.float32)
+        return unpacked(matrix) * np.repeat(scales, matrix.grid.block_size, axis=1)
+    return matrix.values.astype(np.float32)
+
+
+# Matrices
+
+
+@given(MATRICES)
+def test_float32_is_stored_as_it_is(values):
+    matrix = store(values, "float32", "w")
+    assert matrix.kind == Type.FLOAT32
+    assert matrix.grid is None
+    np.testing.assert_array_equal(matrix.values, values)
+
+
+@given(MATRICES)
+def test_float16_is_rounded_to_the_nearest(values):
+    matrix = store(values, "float16", "w")
+    assert matrix.kind == Type.FLOAT16
+    error = np.abs(real_numbers(matrix) - values)
+    assert (error <= np.maximum(np.abs(values) * 2**-11, 2**-25)).all()
+
+
+@given(MATRICES)
+def test_int8_is_the_grid_of_quantize_array_exactly(values):
+    matrix = store(values, "int8", "w")
+    integers, scales = quantize_array(values, 8, axis=0)
+    assert matrix.kind == Type.INT8
+    np.testing.assert_array_equal(matrix.values, integers)
+    np.testing.assert_array_equal(matrix.grid.scales, scales[:, 0])
+    assert matrix.grid.scales.dtype == np.float32
+    assert not matrix.grid.zero_points.any()
+    assert matrix.grid.axis == 0
+
+
+@example(np.full((3, 64), 2**-23, np.float32))  # its scale rounds to 0
+@given(MATRICES)
+def test_int4_is_at_least_as_near_as_with_the_whole_range(values):
+    matrix = store(values, "int4", "w")
+    assert matrix.kind == Type.INT4
+    assert matrix.shape == (3, 64)
+    assert matrix.values.dtype == np.uint8
+    assert matrix.values.size == 3 * 32
+    assert matrix.grid.block_size == 32
+    assert matrix.grid.scales.shape == (3, 2)
+    assert matrix.grid.scales.dtype == np.float16
+    assert np.abs(unpacked(matrix)).max() <= 7
+    largest = np.repeat(np.abs(values.reshape(3, 2, 32)).max(axis=2), 32, axis=1)
+    plain = np.clip(np.rint(values * 7 / np.where(largest == 0, 1, largest)), -7, 7)
+    errors = [
+        ((approximation - values) ** 2).reshape(3, 2, 32).sum(axis=2)
+        for approximation in (real_numbers(matrix), plain * largest / 7)
+    ]
+    # The scale itself is rounded to float16, whose smallest step is 2**-24: seven
+    # steps, rounded by so much, add to each of a block's 32 errors.
+    rounding = 7 * 2**-25 + largest[:, ::32] * (2**-11 + 2**-20)
+    bound = np.sqrt(errors[1]) + np.sqrt(32) * rounding
+    assert (np.sqrt(errors[0]) <= bound).all()
+
+
+def test_int4_errs_by_at_most_half_a_step_where_nothing_is_cut_off():
+    values = np.random.default_rng(2).uniform(-1, 1, (8, 320)).astype(np.float32)
+    values[:, ::5] = np.sign(values[:, ::5])  # so that cutting off does not pay
+    matrix = store(values, "int4", "w")
+    steps = np.repeat(matrix.grid.scales.astype(np.float32), 32, axis=1)
+    kept = np.abs(values) <= 7 * steps
+    assert kept.mean() > 0.7
+    errors = np.abs(real_numbers(matrix) - values)
+    assert (errors[kept] <= steps[kept] * 0.5001).all()
+
+
+def test_the_first_of_two_int4_lies_in_the_low_half():
+    values = np.zeros((1, 32), np.float32)
+    values[0, :4] = [7, -7, 1, 2]
+    matrix = store(values, "int4", "w")
+    assert matrix.values[:2].tolist() == [0x97, 0x21]
+    np.testing.assert_array_equal(real_numbers(matrix), values)
+
+
+def test_a_block_of_zeros_stays_zero():
+    values = np.zeros((2, 64), np.float32)
+    values[0, 0] = 3
+    for form in ("int8", "int4"):
+        np.testing.assert_allclose(
+            real_numbers(store(values, form, "w")), values, rtol=1e-3
+        )
+    # LiteRT refuses a scale of 0.
+    assert (store(values, "int4", "w").grid.scales > 0).all()
+
+
+@pytest.mark.parametrize("form", ["float32", "float16", "int8", "int4"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(form, value):
+    values = np.ones((2, 32), np.float32)
+    values[1, 3] = value
+    with pytest.raises(InputError, match=r"NaN or infinity in block_7/up_kernel"):
+        store(values, form, "block_7/up_kernel")
+
+
+@pytest.mark.parametrize("form", ["float16", "int4"])
+def test_weights_beyond_float16_are_refused(form):
+    values = np.full((1, 32), 65504, np.float32)
+    store(values, form, "w")
+    with pytest.raises(InputError, match=r"up to 65504.*7e\+04 in block_0/up_kernel"):
+        store(np.full((1, 32), 70000, np.float32), form, "block_0/up_kernel")
+
+
+def test_int4_refuses_widths_that_are_no_multiple_of_its_block():
+    with pytest.raises(InputError, match=r"blocks of 32 .* 48 inputs.* dynamic_int8"):
+        store(np.ones((64, 48), np.float32), "int4", "block_0/up_kernel")
+
+
+@pytest.mark.parametrize("form", ["float32", "float16", "int8", "int4"])
+def test_the_size_counts_numbers_and_scales(form):
+    matrix = store(np.ones((3, 64), np.float32), form, "w")
+    expected = {
+        "float32": 3 * 64 * 4,
+        "float16": 3 * 64 * 2,
+        "int8": 3 * 64 + 3 * 4,
+        "int4": 3 * 32 + 3 * 2 * 2,
+    }
+    assert matrix.size_bytes == expected[form]
+
+
+# A model's weights
+
+
+@pytest.fixture(scope="module")
+def models(build_model, model):
+    return [(True, model), (False, build_model(tie_embeddings=False))]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_weight_of_the_model_is_stored_once(models, mode):
+    for tied, model in models:
+        constants = constants_of(model, mode, {})
+        count = sum(np.prod(m.shape, dtype=int) for m in constants.matrices.values())
+        count += sum(vector.size for vector in constants.vectors.values())
+        assert count == model.count_params()
+        assert ("head/kernel" in constants.matrices) == (not tied)
+
+
+def whole(constants, name):
+    """A kernel and its bias, of which the QKV product's may be stored in three."""
+    pieces = [name]
+    if f"{name}_kernel" not in constants.matrices:
+        block = name.rpartition("/")[0]
+        pieces = [f"{block}/{piece}" for piece in ("query", "key", "value")]
+    return [
+        np.concatenate(parts)
+        for parts in (
+            [real_numbers(constants.matrices[f"{piece}_kernel"]) for piece in pieces],
+            [constants.vectors[f"{piece}_bias"] for piece in pieces],
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "most"), [("float32", 1e-7), ("dynamic_int8", 2e-3), ("int8", 2e-3)]
+)
+def test_kernels_lie_as_outputs_by_inputs_and_the_queries_are_scaled(model, mode, most):
+    constants = constants_of(model, mode, {})
+    block = model.get_layer("block_1")
+    factors = np.ones((96, 1), np.float32)
+    factors[:32] = 8**-0.5  # the head width is 32 / 4
+    for name in ("qkv", "output", "up", "down"):
+        kernel, bias = whole(constants, f"block_1/{name}")
+        factor = factors if name == "qkv" else np.ones((len(bias), 1), np.float32)
+        expected = getattr(block, f"{name}_kernel").numpy().T * factor
+        assert np.abs(kernel - expected).max() <= most
+        assert np.abs(kernel - 1.1 * expected).max() > most
+        expected = getattr(block, f"{name}_bias").numpy() * factor[:, 0]
+        np.testing.assert_allclose(bias, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["dynamic_int8", "int8", "int16x8"])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_the_integers_are_those_of_the_models_own_kernel(model, mode, per_channel):
+    constants = constants_of(model, mode, {}, per_channel)
+    kernel = model.get_layer("block_0").qkv_kernel.numpy().T
+    integers, scales = quantize_array(kernel, 8, axis=0 if per_channel else None)
+    scales = np.broadcast_to(scales.reshape(-1), (96,))
+    factors = np.ones(96, np.float32)
+    factors[:32] /= np.sqrt(8)
+    pieces = ("query", "key", "value")
+    if mode == "dynamic_int8" and per_channel:
+        pieces = ("qkv",)
+    found = [constants.matrices[f"block_0/{piece}_kernel"] for piece in pieces]
+    np.testing.assert_array_equal(np.concatenate([m.values for m in found]), integers)
+    kept = [np.broadcast_to(m.grid.scales, len(m.values)) for m in found]
+    np.testing.assert_allclose(np.concatenate(kept), scales * factors, rtol=1e-6)
+
+
+def test_one_scale_per_matrix_where_channels_are_not_told_apart(model):
+    constants = constants_of(model, "dynamic_int8", per_channel=False)
+    for matrix in constants.matrices.values():
+        assert len(matrix.grid.scales) == 1
+    table = model.get_layer("embedding").token_table.numpy()
+    integers, scales = quantize_array(table)
+    found = constants.matrices["embedding/token_table"]
+    np.testing.assert_array_equal(found.values, integers)
+    assert found.grid.scales.tolist() == scales.reshape(-1).tolist()
+
+
+def test_modes_store_what_they_say(model):
+    kinds = {
+        mode: {
+            name: matrix.kind
+            for name, matrix in constants_of(model, mode, {}).matrices.items()
+        }
+        for mode in MODES
+    }
+    assert set(kinds["float32"].values()) == {Type.FLOAT32}
+    assert set(kinds["float16"].values()) == {Type.FLOAT16}
+    for mode in ("dynamic_int8", "int8", "int8_full", "int16x8"):
+        assert set(kinds[mode].values()) == {Type.INT8}
+    assert kinds["int4"].pop("embedding/token_table") == Type.INT8
+    assert kinds["int4"].pop("embedding/position_table") == Type.INT8
+    assert set(kinds["int4"].values()) == {Type.INT4}
+
+
+def test_a_spoilt_weight_is_named(build_model):
+    model = build_model()
+    kernel = model.get_layer("block_1").up_kernel
+    kernel.assign(np.full(kernel.shape, np.nan))
+    with pytest.raises(InputError, match="block_1/up_kernel"):
+        constants_of(model, "dynamic_int8")
