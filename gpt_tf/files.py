@@ -171,7 +171,7 @@ def workspace(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
         with _locked(work, path):
             try:
                 _settle(path)
-                for one in (*work.rglob("*"),) if keep else ():
+                for one in list(work.rglob("*")):  # there may be links in it
                     if not _is_folder(one) and not _is_own(os.lstat(one)):
                         one.unlink()
                 if not keep:
@@ -418,13 +418,15 @@ def _claim(path, what):
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     while True:
+        was_there = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            was_there = True
             if path.is_symlink():
                 path.unlink(missing_ok=True)
             handle = os.open(path, flags, 0o666)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+            if was_there and not path.parent.is_dir():
                 continue  # whoever had it removed the folder between our two steps
             raise InputError(
                 f"{what} cannot be written: {error.strerror}. Choose another place."

@@ -10,6 +10,9 @@ model/              the finished model with its tokenizer and manifest
 history.json        what was measured, step by step
 loss.png            the same as a picture
 logs/               for TensorBoard
+
+`.lock` names the process that writes there; what is not whole yet, or was left by a
+process that was killed, is called `.NAME.gpt-tf.partial`.
 """
 
 from pathlib import Path
