@@ -50,6 +50,7 @@ def pytest_sessionstart(session):
         tf.config.list_physical_devices("CPU")[0],
         [tf.config.LogicalDeviceConfiguration() for _ in range(4)],
     )
+    tf.config.list_logical_devices()  # TensorFlow runs now, and no test splits it
 
 
 def pytest_collection_modifyitems(items):

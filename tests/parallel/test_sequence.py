@@ -234,7 +234,7 @@ def test_a_run_that_goes_on_keeps_what_it_learns(
 ):
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "run", callbacks=[interrupt_after(12)])
-    with pytest.raises(InputError, match="Received: learning_rate"):
+    with pytest.raises(InputError, match="Received: `learning_rate`"):
         run(None, tmp_path / "run", resume=True, learning_rate=1.0, mesh="1x2")
 
 
