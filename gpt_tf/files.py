@@ -163,26 +163,30 @@ def workspace(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     work = partial_path(path)
+    made = [work] if path.parent.exists() else [work, path.parent]
     with _disk_errors_explained(path):
         if os.path.lexists(work) and not _is_folder(work):  # `atomic_file` left it
             handle = _claim(work, path)
             os.unlink(work)
             os.close(handle)
-        with _locked(work, path):
-            try:
-                _settle(path)
-                for one in list(work.rglob("*")):  # there may be links in it
-                    if not _is_folder(one) and not _is_own(os.lstat(one)):
-                        one.unlink()
-                if not keep:
-                    _clear(work)
-                yield work
-            finally:
-                _settle(path)
-                if not keep:
-                    _clear(work)
-        with contextlib.suppress(OSError):  # kept, or taken by the next one
-            os.rmdir(work)
+        try:
+            with _locked(work, path):
+                try:
+                    _settle(path)
+                    for one in list(work.rglob("*")):  # there may be links in it
+                        if not _is_folder(one) and not _is_own(os.lstat(one)):
+                            one.unlink()
+                    if not keep:
+                        _clear(work)
+                    yield work
+                finally:
+                    _settle(path)
+                    if not keep:
+                        _clear(work)
+        finally:
+            for folder in made:
+                with contextlib.suppress(OSError):  # something is in it, or it is gone
+                    os.rmdir(folder)
 
 
 @contextlib.contextmanager

@@ -570,7 +570,8 @@ def _extend(out, steps):
     run = files.read_json(out / "run.json")
     if steps > run["config"]["steps"]:
         run["config"]["steps"] = steps
-        files.write_json(out / "run.json", run)
+        run.pop("sha256", None)
+        files.write_sealed_json(out / "run.json", run)
 
 
 def _check_same(config, out):

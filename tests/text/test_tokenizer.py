@@ -376,7 +376,9 @@ def composing():
 @quick
 def test_composition_is_left_out_and_any_text_comes_back(composing, text):
     assert composing.decode(composing.encode(text)) == text
-    assert composing.decode(composing.encode(text, special=True)) == text
+    # A special token is no text.
+    rest = text.replace("<|endoftext|>", "")
+    assert composing.decode(composing.encode(text, special=True)) == rest
 
 
 @given(text=any_text)
