@@ -94,7 +94,7 @@ def export(task, folder, modes):
 
 def floors(task, folder, modes, bandwidth):
     """Return tokens per second if reading the weights once were all, by mode."""
-    from gpt_tf.files import check_file_manifest
+    from gpt_tf.artifacts import check_file_manifest
 
     found = {}
     for mode in modes:

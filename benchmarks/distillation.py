@@ -149,7 +149,7 @@ class Study:
     """
 
     def __init__(self, name, corpus, teacher, student, folder, steps, again=None):
-        from gpt_tf import training
+        from gpt_tf.training import loop
 
         self.name, self.student, self.steps = name, student, steps
         self.corpus, self.folder = corpus, folder / name
@@ -163,16 +163,16 @@ class Study:
                 self.teacher_run = found
             if gain < 0.01:
                 break
-        self.teacher, self.tokenizer = training.load_model(self.teacher_run)
+        self.teacher, self.tokenizer = loop.load_model(self.teacher_run)
         self.reference = None
 
     def _trained(self, name, config):
-        from gpt_tf import training
+        from gpt_tf.training import loop
 
         path = self.folder / name
         if not (path / "model").is_dir():
             console.print(f"{self.name}: training the {name}")
-            training.train(None, path, corpus=self.corpus, overwrite=True, **config)
+            loop.train(None, path, corpus=self.corpus, overwrite=True, **config)
         return path
 
     def run(self, way, seed=0):
@@ -224,15 +224,15 @@ class Study:
         is_compared = found.get("teacher", "teacher") == self.teacher_run.name
         if is_compared and "search_nats" in found:
             return found
-        from gpt_tf import training
+        from gpt_tf.training import loop
 
         found |= {"teacher": self.teacher_run.name}
-        found |= self.measure(*training.load_model(run), run)
+        found |= self.measure(*loop.load_model(run), run)
         (run / "measured.json").write_text(json.dumps(found), "utf-8")
         return found
 
     def _train(self, way, out, seed):
-        from gpt_tf import training
+        from gpt_tf.training import loop
 
         course = {
             **COURSE,
@@ -248,7 +248,7 @@ class Study:
             course["init_from"] = str(source if way.end else source / "initial")
         if way.distillation is not None:
             sizes = {} if way.source else self.student
-            return training.distil(
+            return loop.distil(
                 self.teacher_run,
                 out,
                 {**sizes, **way.distillation},
@@ -257,7 +257,7 @@ class Study:
             )
         if way.source is None:
             course |= self._fresh()
-        return training.train(None, out, **options, **course)
+        return loop.train(None, out, **options, **course)
 
     def _fresh(self):
         """Sizes and tokenizer of a student that never saw the teacher."""
@@ -270,7 +270,7 @@ class Study:
         vocab_size = self.student.get("vocab_size", self.tokenizer.vocab_size)
         path = self.folder / f"tokenizer-{vocab_size}"
         if not path.is_dir():
-            from gpt_tf.distillation.vocabulary import derive_tokenizer
+            from gpt_tf.distillation.tokenizer_alignment import derive_tokenizer
 
             tokenizer = self.tokenizer
             if vocab_size != tokenizer.vocab_size:
@@ -285,7 +285,7 @@ class Study:
         Of the first half, by which learning rates are chosen, the loss alone:
         `search_nats`.
         """
-        from gpt_tf.sampling import log_softmax
+        from gpt_tf.generation.sampler import log_softmax
         from gpt_tf.text.dataset import TokenFile, Windows
 
         ids = TokenFile.open(run / "data" / "validation.tokens").tokens
@@ -339,12 +339,12 @@ class Study:
 
     def knowledge(self, passes):
         """Extract the teacher's knowledge, once."""
-        from gpt_tf import training
+        from gpt_tf.training import loop
 
         path = self.folder / f"knowledge-of-{self.teacher_run.name}"
         if not (path / "manifest.json").is_file():
             began = time.perf_counter()
-            training.extract_knowledge(self.teacher_run, path, passes=passes)
+            loop.extract_knowledge(self.teacher_run, path, passes=passes)
             console.print(f"  extracted in {time.perf_counter() - began:.0f} s")
         return str(path)
 
@@ -462,7 +462,7 @@ def int8_files(study, whole, others, seeds, num_windows=250):
         float file of the same seed.
     """
     from gpt_tf.edge import EdgeGPT
-    from gpt_tf.export.trained import export_trained
+    from gpt_tf.export.from_run import export_trained
     from gpt_tf.text.dataset import TokenFile
 
     held_out = TokenFile.open(study.teacher_run / "data" / "validation.tokens").tokens
@@ -618,13 +618,13 @@ def step_times():
 def decode_speeds(study):
     """Tokens per second of teacher and student, in turn: Keras, and the int8 file."""
     import gpt_tf
-    from gpt_tf import training
     from gpt_tf.edge import EdgeGPT
-    from gpt_tf.export.trained import export_trained
+    from gpt_tf.export.from_run import export_trained
     from gpt_tf.text.dataset import TokenFile
+    from gpt_tf.training import loop
 
     runs = {"teacher": study.teacher_run, "student": study.folder / "distilled-0"}
-    models = {name: training.load_model(run)[0] for name, run in runs.items()}
+    models = {name: loop.load_model(run)[0] for name, run in runs.items()}
     held_out = TokenFile.open(study.teacher_run / "data" / "validation.tokens")
     prompt = [int(token) for token in held_out.tokens[:16]]
     found = {f"{kind}/{name}": [] for kind in ("keras", "int8") for name in runs}

@@ -50,7 +50,7 @@ COLOURS = {
 
 def held_out_prompts(tokenizer, length):
     """Return prompts from all files that the model was not trained on."""
-    from gpt_tf.evaluation.deletion import prompts_of
+    from gpt_tf.explain.faithfulness import prompts_of
     from gpt_tf.text.corpus import open_corpus
 
     tokens = []
@@ -61,7 +61,7 @@ def held_out_prompts(tokenizer, length):
 
 def export(source, out, mode):
     """Write a file of the model, unless it was named."""
-    from gpt_tf.export.trained import export_trained
+    from gpt_tf.export.from_run import export_trained
 
     console.print(f"exporting {mode}")
     export_trained(source, out, mode, corpus=CORPUS)
@@ -70,8 +70,8 @@ def export(source, out, mode):
 
 def measure(paths, prompts, samples):
     """Test every subject; return results by its name, and the comparisons."""
-    from gpt_tf.evaluation.deletion import compare_explanations, deletion_test
-    from gpt_tf.evaluation.subjects import open_subject
+    from gpt_tf.evaluation.models import open_subject
+    from gpt_tf.explain.faithfulness import compare_explanations, deletion_test
 
     subjects = {name: open_subject(path) for name, path in paths.items()}
     tests = {}

@@ -212,12 +212,12 @@ class Study:
     def _train(self, out, way, augmentation, seed):
         import tf_keras as keras
 
-        from gpt_tf import training
+        from gpt_tf.training import loop
 
         keras.backend.clear_session()
         points = []
         callback = _Measure(self.tests, out, self.course, points)
-        training.train(
+        loop.train(
             None,
             out,
             corpus=self.text.path,

@@ -205,7 +205,7 @@ def _torch_product(size):
 
 def read_rate(workers=None):
     """Return bytes per second that so many threads, or all, together read."""
-    from gpt_tf.evaluation.machine import measure_read_rate
+    from gpt_tf.evaluation.hardware import measure_read_rate
 
     return measure_read_rate(workers or os.cpu_count() or 1)
 
@@ -272,7 +272,7 @@ def cut_windows(tokens, length, count):
 
 def file_log_probs(gpt, windows):
     """Run a file over windows `(N, T + 1)`; return log-probabilities `(N, T, V)`."""
-    from gpt_tf.sampling import log_softmax
+    from gpt_tf.generation.sampler import log_softmax
 
     pieces = []
     for window in windows:
@@ -316,7 +316,7 @@ def provenance():
 
     A commit of which the package or the benchmarks were changed ends in `-dirty`.
     """
-    from gpt_tf.evaluation.machine import describe_machine
+    from gpt_tf.evaluation.hardware import describe_machine
 
     found = {"cpu": describe_machine(seconds=0)["cpu"], "cores": os.cpu_count()}
     found["python"] = platform.python_version()

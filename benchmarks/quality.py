@@ -35,7 +35,7 @@ CONFIGURATIONS = {
 def run(name, seed, text, changes):
     """Train once and return the validation losses by tokens seen."""
     import gpt_tf
-    from gpt_tf.training import PRESETS
+    from gpt_tf.training.config import PRESETS
 
     config = {**CONFIGURATIONS[name], **changes}
     if text:

@@ -94,8 +94,8 @@ def further(source, kind, folder, course):
 
     The same text, order, rate and number of steps, whatever the kind.
     """
-    from gpt_tf import training
     from gpt_tf.quantization.config import QuantizationConfig
+    from gpt_tf.training import loop
 
     out = folder / kind
     if (out / "model").is_dir():
@@ -109,10 +109,10 @@ def further(source, kind, folder, course):
     console.print(f"training further: {kind}")
     options = {"overwrite": True, "on_notice": lambda line: None, **course}
     if quantization is not None:
-        training.quantize(source, out, quantization, **options)
+        loop.quantize(source, out, quantization, **options)
         return out
     options |= {"init_from": str(source), "final_learning_rate": 0.0}
-    training.train(None, out, **options)
+    loop.train(None, out, **options)
     return out
 
 
@@ -139,15 +139,16 @@ def ratio(losses, base, name):
 
 def study(name, source, folder, course, num_tokens):
     """Measure all variants of one model."""
-    from gpt_tf import files, runs, training
+    from gpt_tf import artifacts
     from gpt_tf.edge import EdgeGPT
-    from gpt_tf.export.trained import export_trained
+    from gpt_tf.export.from_run import export_trained
+    from gpt_tf.training import loop, run_folder
 
     folder.mkdir(parents=True, exist_ok=True)
-    model, _ = training.load_model(source)
+    model, _ = loop.load_model(source)
     context = model.context_length
     qat = further(source, "qat", folder, course)
-    tokens = training.TokenFile.open(qat / "data" / "validation.tokens").tokens
+    tokens = loop.TokenFile.open(qat / "data" / "validation.tokens").tokens
     count = -(-num_tokens // context)
     windows = cut_windows(tokens, context, count)
     console.print(f"{name}: {count * context:,} held-out tokens in {count} windows")
@@ -193,7 +194,7 @@ def study(name, source, folder, course, num_tokens):
         "sizes": model.get_config(),
         "tokens": count * context,
         "further_training": course,
-        "made_from": files.sha256_of(runs.model_file(source)),
+        "made_from": artifacts.sha256_of(run_folder.model_file(source)),
         "rows": rows,
     }
 
@@ -274,9 +275,9 @@ def main():
     if arguments.wide:
         source = folder / "wide-float"
         if not (source / "model").is_dir():
-            from gpt_tf import training
+            from gpt_tf.training import loop
 
-            training.train(None, source, overwrite=True, **WIDE)
+            loop.train(None, source, overwrite=True, **WIDE)
         course |= {
             "steps": arguments.wide_qat_steps,
             "warmup_steps": arguments.wide_qat_steps // 20,

@@ -273,7 +273,7 @@ def throughput_of(measured):
 
 def weight_bytes(task, folder):
     """Return the bytes that a token reads."""
-    from gpt_tf.files import check_file_manifest
+    from gpt_tf.artifacts import check_file_manifest
 
     manifest = check_file_manifest(file_of(folder))
     # Of the position table a token reads one row.

@@ -62,16 +62,16 @@ import xml
 from IPython.display import Image
 
 import gpt_tf
+from gpt_tf.advisor.estimate import estimate, estimate_error, refuse_impossible
+from gpt_tf.advisor.ranking import Budgets, print_recommendation, recommend
 from gpt_tf.evaluation.accuracy import held_out_text, measure_accuracies
-from gpt_tf.evaluation.advisor import Budgets, print_recommendation, recommend
-from gpt_tf.evaluation.baseline import compare_with_baseline, read_baseline
-from gpt_tf.evaluation.estimate import estimate, estimate_error, refuse_impossible
+from gpt_tf.evaluation.hardware import describe_machine
 from gpt_tf.evaluation.latency import compare_latencies
-from gpt_tf.evaluation.latency_tables import print_latency
-from gpt_tf.evaluation.machine import describe_machine
-from gpt_tf.evaluation.pictures import draw_accuracy, draw_latency, draw_pareto
+from gpt_tf.evaluation.regression import compare_with_baseline, read_baseline
 from gpt_tf.evaluation.report import entry_of, new_report
-from gpt_tf.optimization import optimize
+from gpt_tf.reporting.latency_tables import print_latency
+from gpt_tf.reporting.pictures import draw_accuracy, draw_latency, draw_pareto
+from gpt_tf.workflow.optimization import optimize
 
 # %% tags=["parameters"]
 packages = (asyncio, email, http, multiprocessing, unittest, xml)  # of Python's own

@@ -56,19 +56,19 @@ from IPython.display import Image
 
 import gpt_tf
 from gpt_tf.evaluation.accuracy import held_out_text
-from gpt_tf.evaluation.deletion import (
+from gpt_tf.evaluation.models import open_subject
+from gpt_tf.explain.attribution import METHODS, MaskedPrompt, explain
+from gpt_tf.explain.faithfulness import (
     compare_explanations,
     deletion_test,
     prompts_of,
     rank_correlation,
 )
-from gpt_tf.evaluation.explain import METHODS, MaskedPrompt, explain
-from gpt_tf.evaluation.explanation_views import (
+from gpt_tf.reporting.explanations import (
     draw_explanation,
     print_explanation,
     write_explanation,
 )
-from gpt_tf.evaluation.subjects import open_subject
 
 # %% tags=["parameters"]
 corpus = "python-stdlib"  # or the path of a folder of your own text
@@ -95,7 +95,7 @@ if models:
     model_path, file_path = models[0], models[0].with_suffix(".litertlm")
 else:
     model_path, file_path = folder / "gpt", folder / "gpt.litertlm"
-    preset = gpt_tf.training.PRESETS["quickstart"]
+    preset = gpt_tf.training.config.PRESETS["quickstart"]
     gpt_tf.train(preset, model_path, verbose=False, overwrite=True)
     gpt_tf.export_trained(model_path, file_path, "dynamic_int8")
 
@@ -298,7 +298,7 @@ plt.show()
 # to distrust: it says where a model looks, and looking is not using (Jain and Wallace,
 # "Attention is not Explanation", arXiv:1902.10186). Followed back through all layers,
 # as is usual, it does much worse than this mean of the layers:
-# `gpt_tf.evaluation.explain` has the numbers.
+# `gpt_tf.explain.attribution` has the numbers.
 #
 # ## Does compression change the explanation?
 #

@@ -25,8 +25,8 @@ from nbclient.exceptions import CellExecutionError
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from gpt_tf.artifacts import atomic_file
 from gpt_tf.errors import InputError
-from gpt_tf.files import atomic_file
 
 KERNEL_OPTIONS = [
     # What TensorFlow's C++ remarks on the machine stays in the terminal.

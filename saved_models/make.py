@@ -17,8 +17,8 @@ HERE = Path(__file__).resolve().parent
 RUNS = Path("runs")
 sys.path.insert(0, str(HERE.parent))
 
-from gpt_tf import files
-from gpt_tf.evaluation.estimate import count_parameters
+from gpt_tf import artifacts
+from gpt_tf.advisor.estimate import count_parameters
 from gpt_tf.evaluation.report import entry_of, read_report
 
 MODEL_FILES = ["model.keras", "tokenizer.json"]
@@ -135,15 +135,15 @@ def write_table():
     for name in sorted({*FOLDERS, *FILES}):
         path = HERE / name
         manifests[name] = (
-            files.check_manifest(path, "model")
+            artifacts.check_manifest(path, "model")
             if path.is_dir()
-            else files.check_file_manifest(path)
+            else artifacts.check_file_manifest(path)
         )
     readme = HERE / "README.md"
     text = readme.read_text("utf-8")
     begin = text.index("| name |")
     end = text.index("\n\n", begin)
-    with files.atomic_file(readme, "w") as file:
+    with artifacts.atomic_file(readme, "w") as file:
         file.write(text[:begin] + table(manifests) + text[end:])
 
 
@@ -155,13 +155,13 @@ def describe(path, name, made_by, reports):
         "measured": measured(name, reports),
     }
     if path.is_dir():
-        old = files.check_manifest(path, "model")
+        old = artifacts.check_manifest(path, "model")
         kept = {key: value for key, value in old.items() if key not in own}
-        files.write_manifest(path, "model", MODEL_FILES, **{**kept, **facts})
+        artifacts.write_manifest(path, "model", MODEL_FILES, **{**kept, **facts})
     else:
-        old = files.check_file_manifest(path)
+        old = artifacts.check_file_manifest(path)
         kept = {key: value for key, value in old.items() if key not in own}
-        files.write_file_manifest(path, old["kind"], **{**kept, **facts})
+        artifacts.write_file_manifest(path, old["kind"], **{**kept, **facts})
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def corpus_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(corpus_folder, tmp_path_factory):
     """A finished tiny run."""
-    from gpt_tf.training import PRESETS, train
+    from gpt_tf.training.config import PRESETS
+    from gpt_tf.training.loop import train
 
     return train(
         PRESETS["tiny"],
@@ -183,9 +184,9 @@ def interrupt_after():
 @pytest.fixture(autouse=True)
 def separate_collectives():
     """Let each test's own `MirroredStrategy` stand beside those of other tests."""
-    from gpt_tf.parallel import strategy
+    from gpt_tf.parallel import data
 
-    strategy._use_fresh_collective_keys()
+    data._use_fresh_collective_keys()
 
 
 _memory = {"bytes": 0}

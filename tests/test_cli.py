@@ -13,14 +13,16 @@ import pytest
 import typer
 
 import gpt_tf
-from gpt_tf import cli, files, generation, training
+from gpt_tf import artifacts, cli
+from gpt_tf.bundled_model import shipped_model
 from gpt_tf.errors import InputError
-from gpt_tf.models import decoding
+from gpt_tf.generation import sequence
+from gpt_tf.models import cached_forward
 from gpt_tf.quantization.config import QuantizationConfig
-from gpt_tf.shipped import shipped_model
 from gpt_tf.text.augment import AugmentationConfig
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
-from gpt_tf.training import PRESETS, TrainingConfig
+from gpt_tf.training import loop
+from gpt_tf.training.config import PRESETS, TrainingConfig
 
 COMMAND = [sys.executable, "-m", "gpt_tf.cli"]
 
@@ -45,7 +47,7 @@ def train(command, corpus_folder):
 def generate(command, trained, monkeypatch):
     """Run `gpt-tf generate` on the trained model, which stays compiled."""
     loaded = (trained.model, trained.tokenizer)
-    monkeypatch.setattr(training, "load_model", lambda path: loaded)
+    monkeypatch.setattr(loop, "load_model", lambda path: loaded)
 
     def run(*options, stdin=""):
         return command("generate", "--model", trained.out, *options, stdin=stdin)
@@ -74,7 +76,7 @@ def interrupted(corpus_folder, tmp_path_factory, interrupt_after):
     """A run that stopped after step 5, with checkpoints at 2 and 4."""
     out = tmp_path_factory.mktemp("runs") / "cut"
     with pytest.raises(KeyboardInterrupt):
-        training.train(
+        loop.train(
             PRESETS["tiny"],
             out,
             corpus=str(corpus_folder),
@@ -246,9 +248,9 @@ def another_tokenizer(run, vocab_size):
 
 
 def another_shape(run):
-    content = files.read_json(run / "run.json")
+    content = artifacts.read_json(run / "run.json")
     content["config"]["num_layers"] = 2
-    files.write_sealed_json(run / "run.json", content)
+    artifacts.write_sealed_json(run / "run.json", content)
 
 
 def another_seed(run):
@@ -409,7 +411,7 @@ def test_unknown_commands_and_options_have_status_2(command, arguments):
 
 
 def test_a_message_of_several_lines_becomes_one(train, place, monkeypatch):
-    monkeypatch.setattr(training, "train", raiser(InputError("first\nsecond\r\n")))
+    monkeypatch.setattr(loop, "train", raiser(InputError("first\nsecond\r\n")))
     assert_one_line(train(place / "new"), "first second")
 
 
@@ -426,14 +428,14 @@ def test_debug_shows_the_traceback(command, place):
 
 
 def test_a_defect_keeps_its_traceback(train, place, monkeypatch):
-    monkeypatch.setattr(training, "train", raiser(RuntimeError("a defect")))
+    monkeypatch.setattr(loop, "train", raiser(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):
         train(place / "new")
 
 
 def test_a_missing_package_is_one_line_if_an_extra_brings_it(train, place, monkeypatch):
     missing = ModuleNotFoundError("No module", name="matplotlib.figure")
-    monkeypatch.setattr(training, "train", raiser(missing))
+    monkeypatch.setattr(loop, "train", raiser(missing))
     assert_one_line(train(place / "new"), "the package matplotlib, which")
     missing.name = "gpt_tf.nothing"
     with pytest.raises(ModuleNotFoundError):
@@ -456,7 +458,7 @@ def test_a_missing_package_is_one_line_if_an_extra_brings_it(train, place, monke
 def test_a_disk_that_takes_nothing_is_one_line(
     train, place, monkeypatch, error, message
 ):
-    monkeypatch.setattr(training, "train", raiser(error))
+    monkeypatch.setattr(loop, "train", raiser(error))
     assert_one_line(train(place / "new"), message)
 
 
@@ -472,7 +474,7 @@ def test_what_a_stream_cannot_show_is_replaced(monkeypatch):
 
 
 def test_an_interruption_has_status_130(train, place, monkeypatch):
-    monkeypatch.setattr(training, "train", raiser(KeyboardInterrupt()))
+    monkeypatch.setattr(loop, "train", raiser(KeyboardInterrupt()))
     result = train(place / "new")
     assert (result.status, result.err) == (130, "gpt-tf: interrupted\n")
 
@@ -483,11 +485,11 @@ def test_special_tokens_in_a_prompt_are_text_if_it_is_literal(
     asked = []
 
     def take(model, prompt, *, tokenizer, **options):
-        (ids,), _, _ = generation.rows_of(prompt, tokenizer)
+        (ids,), _, _ = sequence.rows_of(prompt, tokenizer)
         asked.append(ids.count(tokenizer.end_of_text_id))
         return iter(())
 
-    monkeypatch.setattr(decoding, "stream", take)
+    monkeypatch.setattr(cached_forward, "stream", take)
     for options in ([], ["--literal"]):
         result = generate("--prompt", "fox<|endoftext|>", *options)
         assert result.out == "fox<|endoftext|>\n"
@@ -565,7 +567,7 @@ def test_every_field_of_the_configuration_is_an_option_and_arrives(
         given.append(dataclasses.replace(config or TrainingConfig(), **changes))
         return trained
 
-    monkeypatch.setattr(training, "train", take)
+    monkeypatch.setattr(loop, "train", take)
     arguments = _options(OTHER)
     for preset in ("small", None):
         start = ["--preset", preset] if preset else []
@@ -617,7 +619,7 @@ def test_every_option_of_quantize_arrives(command, trained, monkeypatch, tmp_pat
         given.update(options, source=source, out=out, quantization=quantization)
         return trained
 
-    monkeypatch.setattr(training, "quantize", take)
+    monkeypatch.setattr(loop, "quantize", take)
     fields = "steps batch_size validate_every checkpoint_every seed".split()
     changes = {name: index + 2 for index, name in enumerate(fields)}
     changes |= {"learning_rate": 1e-5, "strategy": "mirrored", "corpus": "shakespeare"}
@@ -646,7 +648,7 @@ def test_every_option_of_distil_arrives(command, trained, monkeypatch, tmp_path)
         given.update(options, teacher=teacher, out=out, distillation=distillation)
         return trained
 
-    monkeypatch.setattr(training, "distil", take)
+    monkeypatch.setattr(loop, "distil", take)
     numbers = "steps batch_size validate_every checkpoint_every seed".split()
     changes = {name: index + 2 for index, name in enumerate(numbers)}
     changes |= {"learning_rate": 1e-3, "strategy": "mirrored", "corpus": "shakespeare"}
@@ -775,7 +777,7 @@ def test_another_seed_gives_another_text(generate):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.filterwarnings("default::gpt_tf.models.decoding.GenerationNotice")
+@pytest.mark.filterwarnings("default::gpt_tf.models.cached_forward.GenerationNotice")
 def test_a_prompt_longer_than_the_context_is_answered_with_a_notice(generate):
     prompt = " the quick brown fox" * 20
     result = generate("--prompt", prompt, "--max-new-tokens", 3, "--seed", 7)
@@ -824,7 +826,7 @@ def test_notices_are_printed_as_they_are(train, trained, place, monkeypatch):
         on_notice("step 3: '[/b] [red] :smile:'")
         return trained
 
-    monkeypatch.setattr(training, "train", take)
+    monkeypatch.setattr(loop, "train", take)
     assert "step 3: '[/b] [red] :smile:'\n" in train(place / "new").out
 
 

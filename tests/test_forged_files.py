@@ -10,19 +10,19 @@ import json
 import pytest
 from rich.console import Console
 
-from gpt_tf import files
-from gpt_tf.display import draw_history
-from gpt_tf.distillation.knowledge import KnowledgeStore, extract
+from gpt_tf import artifacts
+from gpt_tf.advisor.forecast import read_sizes
+from gpt_tf.advisor.ranking import print_recommendation, recommend
+from gpt_tf.distillation.teacher_cache import KnowledgeStore, extract
 from gpt_tf.errors import DamagedFileError, InputError
-from gpt_tf.evaluation.advisor import print_recommendation, recommend
-from gpt_tf.evaluation.baseline import read_baseline
-from gpt_tf.evaluation.forecast import read_sizes
+from gpt_tf.evaluation.regression import read_baseline
 from gpt_tf.evaluation.report import join_reports, read_report
-from gpt_tf.runs import read_run
-from gpt_tf.stages import Stages
+from gpt_tf.progress import draw_history
 from gpt_tf.text.dataset import TokenFile
-from gpt_tf.training import HISTORY
-from tests.evaluation.test_page import full_report
+from gpt_tf.training.loop import HISTORY
+from gpt_tf.training.run_folder import read_run
+from gpt_tf.workflow.steps import Stages
+from tests.reporting.test_page import full_report
 
 FORGED = (None, "x", "", -1, 0, 1.5, True, [], {}, [1], {"a": 1}, 10**30)
 _GONE = object()
@@ -90,20 +90,22 @@ def test_forged_runs_are_one_line(trained, put, tmp_path):
         read_run(tmp_path)
         read_sizes(tmp_path)
 
-    found, tried = wrong(files.read_json(trained.out / "run.json"), use)
+    found, tried = wrong(artifacts.read_json(trained.out / "run.json"), use)
     assert found == []
     assert tried > 500
 
 
 def test_forged_histories_are_one_line(trained, put, tmp_path):
     def use(history):
-        history = files.read_json(put("history.json", history), HISTORY)
+        history = artifacts.read_json(put("history.json", history), HISTORY)
         assert all(one["step"] >= -1 for part in HISTORY for one in history[part])
 
-    history = files.read_json(trained.out / "history.json")
+    history = artifacts.read_json(trained.out / "history.json")
     found, _ = wrong(history, use)
     assert found == []
-    draw_history(files.read_json(trained.out / "history.json", HISTORY), tmp_path / "a")
+    draw_history(
+        artifacts.read_json(trained.out / "history.json", HISTORY), tmp_path / "a"
+    )
 
 
 def test_forged_manifests_of_tokens_are_one_line(trained, put, tmp_path):
@@ -114,7 +116,7 @@ def test_forged_manifests_of_tokens_are_one_line(trained, put, tmp_path):
         put("train.tokens.json", manifest)
         TokenFile.open(tmp_path / source.name, verify=False).check_fits(300)
 
-    found, _ = wrong(files.read_json(f"{source}.json"), use)
+    found, _ = wrong(artifacts.read_json(f"{source}.json"), use)
     assert found == []
 
 
@@ -123,13 +125,13 @@ def test_forged_stores_of_knowledge_are_one_line(trained, tmp_path):
     store = extract(
         trained.model, tokens, tmp_path / "store", tokenizer=trained.tokenizer, top_k=2
     )
-    manifest = files.read_json(store.path / files.MANIFEST_NAME)
+    manifest = artifacts.read_json(store.path / artifacts.MANIFEST_NAME)
 
     def use(forged):
         if isinstance(forged, dict):  # with the hash of what it says now
             forged = {k: v for k, v in forged.items() if k != "sha256"}
-            forged["sha256"] = files._sha256_of_content(forged)
-        files.write_json(store.path / files.MANIFEST_NAME, forged)
+            forged["sha256"] = artifacts._sha256_of_content(forged)
+        artifacts.write_json(store.path / artifacts.MANIFEST_NAME, forged)
         KnowledgeStore.open(store.path, verify=False).read(0, [1, 2])
 
     found, _ = wrong(manifest, use, every=5)
@@ -146,7 +148,7 @@ def test_forged_records_of_stages_are_done_again(put, tmp_path):
         (tmp_path / "count").write_text("1")
 
     stages().run("count", {"text": "a"}, ["count"], count)
-    record = files.read_json(tmp_path / "stages" / "count.json")
+    record = artifacts.read_json(tmp_path / "stages" / "count.json")
 
     def use(forged):
         put("stages/count.json", forged)
@@ -181,4 +183,4 @@ def test_a_forgery_that_nobody_checks_is_found():
     assert any("TypeError" in line for line in found)
     with pytest.raises(DamagedFileError, match=r"sizes\.0\.width"):
         shape = {"sizes": [{"width": int}]}
-        files.check_shape({"sizes": [{"width": "1"}]}, shape, "a.json")
+        artifacts.check_shape({"sizes": [{"width": "1"}]}, shape, "a.json")

@@ -1,7 +1,7 @@
 """A process may be killed at any file operation: nothing is lost, stuck or left behind.
 
-The default test kills what `gpt_tf.files` offers at every operation there is. The slow
-one, which is a program too, kills every command that writes, at random:
+The default test kills what `gpt_tf.artifacts` offers at every operation there is. The
+slow one, which is a program too, kills every command that writes, at random:
 
     python tests/test_kills.py 500
 """
@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.distillation.unfinished import unfinished
-from gpt_tf.stages import Stages
+from gpt_tf.workflow.steps import Stages
 
 COUNT = int(os.environ.get("GPT_TF_KILLS", 500))
 _KILLED = {-signal.SIGKILL, -signal.SIGALRM}
@@ -225,7 +225,7 @@ def _next_one_of(folder, names):
     if folder.exists():
         shutil.copytree(folder, seen, symlinks=True)
     try:
-        with files.locked(seen, names):
+        with artifacts.locked(seen, names):
             yield seen
     finally:
         shutil.rmtree(seen, ignore_errors=True)
@@ -235,74 +235,74 @@ def _next_one_of(folder, names):
 def _settled(folder, name):
     """Settle a copy of a folder as the next process does that writes a name there."""
     with _next_one_of(folder, ()) as seen:
-        files.settle(seen / name)
+        artifacts.settle(seen / name)
         yield seen
 
 
-# What `gpt_tf.files` offers
+# What `gpt_tf.artifacts` offers
 
 _NAMES = ("run.json", "data", "knowledge", "model", "notes.txt")
 
 
 def _write_run(folder, seed, names):
-    with files.replaced(folder / "run.json", *_NAMES[1:]) as new:
+    with artifacts.replaced(folder / "run.json", *_NAMES[1:]) as new:
         for name in names:
             (new / name).mkdir()
             (new / name / "numbers").write_text(f"{name} {seed}")
         (new.parent / "scratch").write_text("does not stay")
-        files.write_sealed_json(new / "run.json", {"seed": seed, "names": names})
+        artifacts.write_sealed_json(new / "run.json", {"seed": seed, "names": names})
 
 
 def _start_run(folder, seed, names):
-    with files.locked(folder, _NAMES):
+    with artifacts.locked(folder, _NAMES):
         _write_run(folder, seed, names)
 
 
 def _state_of_run(folder):
     """Return the seed of a run that is whole, as the next process finds it."""
     facts = folder / "run.json"
-    before = files.read_json(facts) if facts.exists() else None  # never missing
+    before = artifacts.read_json(facts) if facts.exists() else None  # never missing
     with _next_one_of(folder, _NAMES) as seen:
         if before is None:
-            return sorted(files.entries(seen)) or None
+            return sorted(artifacts.entries(seen)) or None
         for name in before["names"]:
             text = (seen / name / "numbers").read_text()
             if text != f"{name} {before['seed']}":
                 raise AssertionError(f"{name} holds {text}")
-        rest = files.entries(seen) - {"run.json", *before["names"]}
+        rest = artifacts.entries(seen) - {"run.json", *before["names"]}
         return before["seed"], sorted(rest)
 
 
 def _write_pair(folder, text):
     path = folder / "gpt.tflite"
-    with files.replaced(path, "gpt.tflite.json") as new:
+    with artifacts.replaced(path, "gpt.tflite.json") as new:
         (new / path.name).write_text(text)
-        files.write_file_manifest(new / path.name, "tflite")
+        artifacts.write_file_manifest(new / path.name, "tflite")
 
 
 def _state_of_pair(folder):
     path = folder / "gpt.tflite"
-    files.check_file_manifest(path)  # there may be none, but not another's
+    artifacts.check_file_manifest(path)  # there may be none, but not another's
     return path.read_text()
 
 
 def _write_folder(folder, text):
-    with files.atomic_folder(folder / "model", replace=True) as new:
+    with artifacts.atomic_folder(folder / "model", replace=True) as new:
         (new / "weights").write_text(text)
-        files.write_manifest(new, "model", ["weights"])
+        artifacts.write_manifest(new, "model", ["weights"])
 
 
 def _state_of_folder(folder):
     with _settled(folder, "model") as seen:
-        files.check_manifest(seen / "model", "model")
+        artifacts.check_manifest(seen / "model", "model")
         return (seen / "model" / "weights").read_text()
 
 
 def _fill(folder, power=2):
     path = folder / "store"
-    files.settle(path)
+    artifacts.settle(path)
     with contextlib.suppress(Exception):
-        if files.check_manifest(path, "numbers")["power"] == power:
+        if artifacts.check_manifest(path, "numbers")["power"] == power:
             return
     options = {"overwrite": True}
     with unfinished(
@@ -318,7 +318,7 @@ def _state_of_store(folder):
     with _settled(folder, "store") as seen:
         if not (seen / "store").exists():
             return None
-        power = files.check_manifest(seen / "store", "numbers")["power"]
+        power = artifacts.check_manifest(seen / "store", "numbers")["power"]
         values = np.fromfile(seen / "store" / "values", np.int64)
         np.testing.assert_array_equal(values, np.arange(6) ** power)
         return power
@@ -330,32 +330,32 @@ def _do_stages(folder, word):
         before = path.read_text() if path.exists() else ""
         if before and word[0] not in before:
             raise AssertionError(f"goes on with {before}")
-        files.write_json(folder / "made" / "first", word[:1])
-        with files.atomic_file(folder / "made" / "first", "w") as file:
+        artifacts.write_json(folder / "made" / "first", word[:1])
+        with artifacts.atomic_file(folder / "made" / "first", "w") as file:
             file.write(word)
 
     def second():
-        files.write_json(folder / "second", (folder / "made" / "first").read_text())
+        artifacts.write_json(folder / "second", (folder / "made" / "first").read_text())
 
-    with files.locked(folder, ("made", "second", "stages")):
+    with artifacts.locked(folder, ("made", "second", "stages")):
         stages = Stages(folder, {"first": 1.0, "second": 1.0}, print)
         inputs = {"word": word}
-        remove = {"begin": lambda: files.remove(folder / "made")}
+        remove = {"begin": lambda: artifacts.remove(folder / "made")}
         stages.run("first", inputs, ["made/first"], first, **remove)
         stages.run("second", inputs, ["second"], second)
 
 
 def _state_of_stages(folder):
     path = folder / "second"
-    return files.read_json(path) if path.exists() else None
+    return artifacts.read_json(path) if path.exists() else None
 
 
 PRIMITIVES = [
     Case(
         "file",
-        lambda folder: files.write_json(folder / "a.json", "new"),
-        lambda folder: files.read_json(folder / "a.json"),
-        lambda folder: files.write_json(folder / "a.json", "old"),
+        lambda folder: artifacts.write_json(folder / "a.json", "new"),
+        lambda folder: artifacts.read_json(folder / "a.json"),
+        lambda folder: artifacts.write_json(folder / "a.json", "old"),
     ),
     Case(
         "pair",
@@ -398,7 +398,7 @@ PRIMITIVES = [
     ),
     Case(
         "removal",
-        lambda folder: files.remove(folder / "model"),
+        lambda folder: artifacts.remove(folder / "model"),
         lambda folder: (folder / "model" / "weights").exists(),
         lambda folder: _write_folder(folder, "old"),
     ),
@@ -462,16 +462,16 @@ def _stop_after(steps, work):
     def run(folder):
         import tf_keras as keras
 
-        from gpt_tf import training
+        from gpt_tf.training import loop
 
         class Stop(keras.callbacks.Callback):
             def on_train_batch_end(self, batch, logs=None):
                 if self.model.optimizer.iterations == steps:
                     raise InterruptedError
 
-        real = training.train
+        real = loop.train
         stopping = {"callbacks": [Stop()]}
-        training.train = lambda *a, **k: real(*a, **{**k, **stopping})
+        loop.train = lambda *a, **k: real(*a, **{**k, **stopping})
         with contextlib.suppress(InterruptedError):
             work(folder)
 
@@ -482,7 +482,7 @@ def _weights_of(folder):
     """Return a hash of a finished model's weights."""
     import h5py
 
-    files.check_manifest(folder, "model")
+    artifacts.check_manifest(folder, "model")
     digest = hashlib.sha256()
     with zipfile.ZipFile(folder / "model.keras") as archive:
         content = archive.read("model.weights.h5")
@@ -499,18 +499,18 @@ def _weights_of(folder):
 
 def _state_of_training(folder):
     """Return what a run has come to, as the next process that writes there finds it."""
-    from gpt_tf.runs import OWN_ENTRIES, read_run
     from gpt_tf.text.dataset import TokenFile
+    from gpt_tf.training.run_folder import OWN_ENTRIES, read_run
 
     with _next_one_of(folder / "run", OWN_ENTRIES) as run:
-        if not files.entries(run):
+        if not artifacts.entries(run):
             return None
         config = read_run(run)
         for split in ("train", "validation"):
             TokenFile.open(run / "data" / f"{split}.tokens")
         newest = ""
         for newest in sorted((run / "checkpoints").glob("step-*")):
-            files.check_manifest(newest, "checkpoint")
+            artifacts.check_manifest(newest, "checkpoint")
         weights = _weights_of(run / "model") if (run / "model").exists() else None
         return {"course": config, "newest": Path(newest).name, "weights": weights}
 
@@ -524,7 +524,7 @@ def _is_on_the_way(found, old, new):
 
 
 def _state_of_knowledge(folder):
-    from gpt_tf.distillation.knowledge import KnowledgeStore
+    from gpt_tf.distillation.teacher_cache import KnowledgeStore
 
     with _settled(folder, "store") as seen:
         if not (seen / "store").exists():
@@ -551,7 +551,7 @@ def _state_of_export(name):
         path = folder / name
         if not path.exists():
             return None
-        manifest = files.check_file_manifest(path)
+        manifest = artifacts.check_file_manifest(path)
         return manifest and manifest.get("tflite_sha256", manifest["sha256"])
 
     return state
@@ -568,7 +568,7 @@ def _state_of_report(folder):
 
 def _state_of_explanation(folder):
     path = folder / "why" / "explanation.json"
-    return files.read_json(path) if path.exists() else None
+    return artifacts.read_json(path) if path.exists() else None
 
 
 def _state_of_huggingface(folder):
@@ -577,19 +577,19 @@ def _state_of_huggingface(folder):
     if not (folder / "hf").exists():
         return None
     tensors = safetensors.numpy.load_file(folder / "hf" / "model.safetensors")
-    files.read_json(folder / "hf" / "config.json")
+    artifacts.read_json(folder / "hf" / "config.json")
     return {name: array.tobytes() for name, array in tensors.items()}
 
 
 def _state_of_optimization(folder):
     from gpt_tf.evaluation.report import read_report
-    from gpt_tf.optimization import _OWN_ENTRIES
+    from gpt_tf.workflow.optimization import _OWN_ENTRIES
 
     with _next_one_of(folder / "best", _OWN_ENTRIES) as out:
         if not (out / "report.json").exists():
             return None
         report = read_report(out / "report.json")
-        files.check_file_manifest(out / "gpt.litertlm")
+        artifacts.check_file_manifest(out / "gpt.litertlm")
         return [(entry["name"], entry["accuracy"]) for entry in report["entries"]]
 
 
@@ -715,12 +715,12 @@ def commands(base):
 def _to_huggingface(run):
     def work(folder):
         from gpt_tf.models.interop import to_huggingface
-        from gpt_tf.training import load_model
+        from gpt_tf.training.loop import load_model
 
         if not (folder / "hf").exists():
             to_huggingface(load_model(run)[0], folder / "hf")
         else:
-            files.settle(folder / "hf")
+            artifacts.settle(folder / "hf")
 
     return work
 
@@ -775,9 +775,6 @@ def main():
             campaigns = kill_everywhere(cases, root)
         else:
             # Imported and not used: a process that is to be forked must not compute.
-            import gpt_tf.export.trained
-            import gpt_tf.optimization
-            import gpt_tf.quantization.qat  # noqa: F401
 
             base = root / "base"
             base.mkdir()
@@ -823,7 +820,7 @@ def test_nothing_is_lost_stuck_or_left_by_a_kill_at_any_file_operation():
 
 
 def test_a_swap_that_nobody_undoes_is_noticed():
-    before = "from gpt_tf import files\nfiles._settle = lambda path: None"
+    before = "from gpt_tf import artifacts\nartifacts._settle = lambda path: None"
     done = _campaign(0, 1, "smaller run", before=before)
     assert done.returncode == 1
     assert "left" in done.stdout

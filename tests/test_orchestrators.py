@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gpt_tf import cli
-from gpt_tf.parallel import strategy as strategies
+from gpt_tf.parallel import data as strategies
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Stands for gpt-tf: says what it was given, and ends as it is told.

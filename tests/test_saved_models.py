@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gpt_tf
-from gpt_tf import files, shipped
+from gpt_tf import artifacts, bundled_model
 from gpt_tf.errors import InputError
 
 FOLDER = Path(__file__).parent.parent / "saved_models"
@@ -79,9 +79,9 @@ def manifests():
         if path.name.startswith("_"):
             continue  # Python's own
         if path.is_dir():
-            yield path.name, files.check_manifest(path, "model")
+            yield path.name, artifacts.check_manifest(path, "model")
         elif path.suffix == ".litertlm":
-            yield path.name, files.check_file_manifest(path)
+            yield path.name, artifacts.check_file_manifest(path)
 
 
 def test_there_are_a_teacher_its_student_and_their_files_and_they_are_small():
@@ -153,12 +153,14 @@ def test_a_wheel_brings_the_shipped_model(tmp_path):
         check=True,
         capture_output=True,
     )
-    built = tmp_path / "built" / "gpt_tf" / "saved_models" / shipped.NAME
-    assert built.read_bytes() == (FOLDER / shipped.NAME).read_bytes()
-    assert built.with_name(shipped.NAME + ".json").is_file()
+    built = tmp_path / "built" / "gpt_tf" / "saved_models" / bundled_model.NAME
+    assert built.read_bytes() == (FOLDER / bundled_model.NAME).read_bytes()
+    assert built.with_name(bundled_model.NAME + ".json").is_file()
 
 
 def test_a_missing_shipped_model_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "gpt_tf" / "shipped.py"))
+    monkeypatch.setattr(
+        bundled_model, "__file__", str(tmp_path / "gpt_tf" / "shipped.py")
+    )
     with pytest.raises(InputError, match="--model"):
-        shipped.shipped_model()
+        bundled_model.shipped_model()

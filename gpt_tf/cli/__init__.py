@@ -1,7 +1,9 @@
-"""The command line: a verb per stage, no logic of its own.
+"""The command line: a verb per command, no logic of its own.
 
 A command stands in the module named after its group and registers itself with the
-program in `common`. Here is what ends it: errors become one line and a status.
+program in `common`; its options follow from the settings that they fill (`options`).
+Here is what ends a command: errors become one line and a status. Imports every room;
+none imports it. Start with `training`.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import warnings
 
 import typer
 
+from gpt_tf.artifacts import disk_trouble
 from gpt_tf.cli import (  # noqa: F401  they register themselves
     artefacts,
     benchmark,
@@ -26,7 +29,6 @@ from gpt_tf.cli import (  # noqa: F401  they register themselves
 )
 from gpt_tf.cli.common import app
 from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
-from gpt_tf.files import disk_trouble
 
 __all__ = ["app", "main"]
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from gpt_tf.bundled_model import shipped_model
 from gpt_tf.cli.common import app, import_tensorflow, notice
 from gpt_tf.errors import InputError
-from gpt_tf.shipped import shipped_model
 
 
 @app.command()
@@ -42,8 +42,8 @@ def export(
 ):
     """Write a trained model as one file for a device, verified."""
     import_tensorflow()
-    from gpt_tf.display import print_export
-    from gpt_tf.export.trained import export_trained
+    from gpt_tf.export.from_run import export_trained
+    from gpt_tf.progress import print_export
 
     options = {"context_length": context_length, "prefill_lengths": prefill_length}
     manifest = export_trained(
@@ -146,12 +146,12 @@ def _open_edge(model):
 
 def _open_keras(model):
     import_tensorflow()
-    from gpt_tf.models import decoding
-    from gpt_tf.training import load_model
+    from gpt_tf.models import cached_forward
+    from gpt_tf.training.loop import load_model
 
     gpt, tokenizer = load_model(model)
     _require_tokenizer(tokenizer, model, "the folder that `gpt-tf train` wrote")
-    return functools.partial(decoding.stream, gpt, tokenizer=tokenizer), tokenizer
+    return functools.partial(cached_forward.stream, gpt, tokenizer=tokenizer), tokenizer
 
 
 def _require_tokenizer(tokenizer, model, instead):

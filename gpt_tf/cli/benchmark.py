@@ -57,14 +57,14 @@ def benchmark(
     ] = False,
 ):
     """Measure how fast files answer, in turn, each in processes of its own."""
-    from gpt_tf.evaluation.baseline import compare_with_baseline, read_baseline
     from gpt_tf.evaluation.latency import REPETITIONS, REQUESTS, ROUNDS, measure_files
-    from gpt_tf.evaluation.latency_tables import (
+    from gpt_tf.evaluation.regression import compare_with_baseline, read_baseline
+    from gpt_tf.evaluation.report import place_of_report, write_report
+    from gpt_tf.reporting.latency_tables import (
         TurnProgress,
         print_baseline,
         print_latency,
     )
-    from gpt_tf.evaluation.report import place_of_report, write_report
 
     tokens = 16 if quick else 64
     sizes = {

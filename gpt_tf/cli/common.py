@@ -8,7 +8,7 @@ import typer.core
 from rich.console import Console
 
 import gpt_tf
-from gpt_tf.quiet import held_back
+from gpt_tf.native_logs import held_back
 
 # The order in which `--help` names the commands: the way of the data.
 _STAGES = (

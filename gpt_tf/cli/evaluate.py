@@ -20,7 +20,7 @@ from rich.text import Text
 
 from gpt_tf.cli.common import app, import_tensorflow, notice
 from gpt_tf.cli.options import options_of
-from gpt_tf.settings import TrainingConfig
+from gpt_tf.training.config import TrainingConfig
 
 
 @app.command()
@@ -62,9 +62,9 @@ def evaluate(
 ):
     """Measure how well files predict text that they have not seen."""
     from gpt_tf.evaluation.accuracy import evaluate_files
-    from gpt_tf.evaluation.held_out import is_run
+    from gpt_tf.evaluation.models import is_keras
     from gpt_tf.evaluation.report import place_of_report, write_report
-    from gpt_tf.evaluation.subjects import is_keras
+    from gpt_tf.evaluation.text import is_run
 
     named = [*file, *([] if reference is None else [reference])]
     # A run's text is in tokens, which TensorFlow reads.

@@ -41,14 +41,14 @@ def explain(
     ] = None,
 ):
     """Say which tokens of a prompt made a model say the next one."""
-    from gpt_tf.evaluation.explain import check_method
-    from gpt_tf.evaluation.explain import explain as explained
-    from gpt_tf.evaluation.explanation_views import (
+    from gpt_tf.evaluation.models import is_keras, open_subject
+    from gpt_tf.explain.attribution import check_method
+    from gpt_tf.explain.attribution import explain as explained
+    from gpt_tf.reporting.explanations import (
         check_place,
         print_explanation,
         write_explanation,
     )
-    from gpt_tf.evaluation.subjects import is_keras, open_subject
 
     if target is not None and target_id is not None:
         raise InputError(

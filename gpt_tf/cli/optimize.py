@@ -9,7 +9,7 @@ import typer
 
 from gpt_tf.cli.common import app, import_tensorflow, notice
 from gpt_tf.cli.options import options_of
-from gpt_tf.settings import OptimizationConfig
+from gpt_tf.workflow.config import OptimizationConfig
 
 # Nothing that was measured fits the budgets; the report says what comes nearest.
 NOTHING_FITS = 3
@@ -56,7 +56,7 @@ def optimize(
 
     A second start goes on where the first was stopped. Exit status 3: nothing fits.
     """
-    from gpt_tf.evaluation.budgets import Budgets
+    from gpt_tf.advisor.constraints import Budgets
 
     budgets = Budgets(
         max_perplexity_increase=max_perplexity_increase,
@@ -64,8 +64,8 @@ def optimize(
         max_size_mb=max_size_mb,
     )
     import_tensorflow()
-    from gpt_tf import optimization
-    from gpt_tf.evaluation.advisor import print_recommendation
+    from gpt_tf.advisor.ranking import print_recommendation
+    from gpt_tf.workflow import optimization
 
     report = optimization.optimize(
         config,

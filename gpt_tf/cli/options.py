@@ -13,10 +13,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from gpt_tf.configuration import fields_of
 from gpt_tf.distillation.config import DistillationConfig
-from gpt_tf.settings import OptimizationConfig, TrainingConfig
+from gpt_tf.settings.configuration import fields_of
 from gpt_tf.text.config import AugmentationConfig
+from gpt_tf.training.config import TrainingConfig
+from gpt_tf.workflow.config import OptimizationConfig
 
 # The panels of `--help`, each with the first of its fields.
 _PANELS = {

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.cli.common import app
 from gpt_tf.errors import InputError
 
@@ -81,7 +81,7 @@ def recommend(
             f"`prefer` expects a report to choose from. Received: {prefer!r} with "
             "--estimate, which lists every mode. Leave one out."
         )
-    from gpt_tf.evaluation.budgets import Budgets
+    from gpt_tf.advisor.constraints import Budgets
 
     budgets = Budgets(
         max_perplexity_increase,
@@ -92,22 +92,24 @@ def recommend(
         min_tokens_per_s,
     )
     if estimate is not None:
-        from gpt_tf.evaluation.forecast import forecast, print_forecast
-        from gpt_tf.evaluation.machine import describe_machine
+        from gpt_tf.advisor.forecast import forecast, print_forecast
+        from gpt_tf.evaluation.hardware import describe_machine
 
         result = forecast(estimate, describe_machine(), budgets, scenario)
         show, fits = print_forecast, any(m["fits"] != "no" for m in result["modes"])
     else:
-        from gpt_tf.evaluation import advisor
+        from gpt_tf.advisor import ranking
         from gpt_tf.evaluation.report import join_reports, read_report
 
         reports = [read_report(path) for path in report]
         joined = reports[0] if len(reports) == 1 else join_reports(reports)
         chosen = budgets if budgets.given() else None
-        result = advisor.recommend(joined, chosen, scenario, prefer)
-        show, fits = advisor.print_recommendation, result["choice"] is not None
+        result = ranking.recommend(joined, chosen, scenario, prefer)
+        show, fits = ranking.print_recommendation, result["choice"] is not None
     if as_json:
-        typer.echo(files.to_json(result, indent=2, sort_keys=True, ensure_ascii=False))
+        typer.echo(
+            artifacts.to_json(result, indent=2, sort_keys=True, ensure_ascii=False)
+        )
     else:
         show(result)
     if not fits:

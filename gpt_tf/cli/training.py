@@ -17,12 +17,12 @@ from gpt_tf.cli.common import (
     notice,
 )
 from gpt_tf.cli.options import options_of
-from gpt_tf.configuration import fields_of
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.errors import InputError
 from gpt_tf.quantization.config import QuantizationConfig
-from gpt_tf.settings import PRESETS, TrainingConfig
+from gpt_tf.settings.configuration import fields_of
 from gpt_tf.text.config import AugmentationConfig
+from gpt_tf.training.config import PRESETS, TrainingConfig
 
 # Of a run that follows another one: what is not given is the other run's.
 _SOURCES_TEXT = {"corpus": "As for train; the source's own. May be repeated."}
@@ -209,15 +209,15 @@ def distil(
         )
         return
     import_tensorflow()
-    from gpt_tf import training
-    from gpt_tf.display import StepProgress, print_knowledge
-    from gpt_tf.parallel.strategy import split_cpu
+    from gpt_tf.parallel.data import split_cpu
+    from gpt_tf.progress import StepProgress, print_knowledge
+    from gpt_tf.training import loop
 
     if virtual_devices is not None:
         split_cpu(virtual_devices)
     of_the_text = ("corpus", "validation", "separator", "seed", "augmentation")
     with StepProgress("windows") as progress:
-        store = training.extract_knowledge(
+        store = loop.extract_knowledge(
             teacher,
             extract,
             vocab_size=student.get("vocab_size"),
@@ -232,15 +232,15 @@ def distil(
 
 
 def _train(verb, *arguments, virtual_devices, **options):
-    """Call the verb of `gpt_tf.training`, and print what came out."""
+    """Call the verb of `gpt_tf.training.loop`, and print what came out."""
     import_tensorflow()
-    from gpt_tf import training
-    from gpt_tf.display import print_result
-    from gpt_tf.parallel.strategy import split_cpu
+    from gpt_tf.parallel.data import split_cpu
+    from gpt_tf.progress import print_result
+    from gpt_tf.training import loop
 
     if virtual_devices is not None:
         split_cpu(virtual_devices)
-    print_result(getattr(training, verb)(*arguments, on_notice=notice, **options))
+    print_result(getattr(loop, verb)(*arguments, on_notice=notice, **options))
 
 
 @app.command(

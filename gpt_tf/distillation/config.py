@@ -4,7 +4,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from gpt_tf.configuration import (
+from gpt_tf.errors import InputError
+from gpt_tf.settings.configuration import (
     Configuration,
     Count,
     CountOrZero,
@@ -13,7 +14,6 @@ from gpt_tf.configuration import (
     Share,
     configuration,
 )
-from gpt_tf.errors import InputError
 
 # Its square multiplies losses in float32.
 LARGEST_TEMPERATURE = 1e6

@@ -5,12 +5,11 @@ import types
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import arguments
 from gpt_tf.distillation import losses, on_policy
 from gpt_tf.distillation.observe import outputs_of
 from gpt_tf.distillation.top_k import logits_from_sorted, logits_from_top_k
 from gpt_tf.errors import InputError
-from gpt_tf.models import operations
+from gpt_tf.models import ops
 from gpt_tf.models.checks import check_takes_logits, refuse_keras_3
 from gpt_tf.models.language_model import (
     TokenTraining,
@@ -26,6 +25,7 @@ from gpt_tf.models.next_token import (
     counted,
     token_weights,
 )
+from gpt_tf.settings import arguments
 
 _STORED = "teacher_log_probs"
 _NO_KNOWLEDGE = (
@@ -370,7 +370,7 @@ class Distiller(TokenTraining, keras.Model):
         loss = tf.math.divide_no_nan(total, count)
         if self.student.losses:
             loss += tf.add_n(self.student.losses)
-        cross_entropy, correct, weight = operations.token_sums(
+        cross_entropy, correct, weight = ops.token_sums(
             tf.stop_gradient(student.logits), labels, labelled
         )
         agreement, divergence = _nearness(x, teacher.logits, student.logits)

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import arguments
 from gpt_tf.distillation.config import LARGEST_TEMPERATURE
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.checks import refuse_keras_3
+from gpt_tf.settings import arguments
 
 
 class Outputs(NamedTuple):

@@ -4,7 +4,7 @@ import contextlib
 
 from gpt_tf.distillation.losses import Outputs
 from gpt_tf.errors import InputError
-from gpt_tf.models.decoding import parts_of
+from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.layers import observed
 
 

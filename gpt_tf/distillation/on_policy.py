@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from gpt_tf.models.decoding import empty_cache, forward_cached
+from gpt_tf.models.cached_forward import empty_cache, forward_cached
 
 
 def write(student, prompts, length, seed):

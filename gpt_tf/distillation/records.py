@@ -8,9 +8,9 @@ positions of the student the records are about, where the two tokenizers differ.
 import numpy as np
 import tensorflow as tf
 
-from gpt_tf.distillation.vocabulary import Alignment, VocabularyMap
+from gpt_tf.distillation.tokenizer_alignment import Alignment, VocabularyMap
 from gpt_tf.errors import InputError
-from gpt_tf.models import operations
+from gpt_tf.models import ops
 
 # A code is this times the square root of a probability's surprise in nats.
 _SCALE = 64.0
@@ -62,7 +62,7 @@ def log_probabilities_of(codes) -> tf.Tensor:
     """
     codes = tf.convert_to_tensor(codes)
     roots = tf.cast(codes, tf.float32) / _SCALE
-    values = tf.where(codes == NOTHING, operations.MASKED, -roots * roots)
+    values = tf.where(codes == NOTHING, ops.MASKED, -roots * roots)
     return values - tf.reduce_logsumexp(values, axis=-1, keepdims=True)
 
 
@@ -215,10 +215,10 @@ def _largest(probabilities, k):
 
     `1 - sum` would leave nothing but rounding of a small remainder.
     """
-    probabilities = operations.keep(probabilities)
+    probabilities = ops.keep(probabilities)
     # XLA would merge the slice below into the search for the largest, and then sort
     # whole rows, which takes fifty times as long.
-    values, ids = map(operations.keep, tf.math.top_k(probabilities, k))  # (N, k)
+    values, ids = map(ops.keep, tf.math.top_k(probabilities, k))  # (N, k)
     smallest = values[:, -1:]
     below = tf.where(probabilities < smallest, probabilities, 0.0)
     tied = _count(probabilities == smallest) - _count(values == smallest)

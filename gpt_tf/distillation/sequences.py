@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from gpt_tf import arguments
 from gpt_tf.errors import InputError
-from gpt_tf.models import decoding
+from gpt_tf.models import cached_forward
+from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Document
 
 # Rounds in a row of which nothing may be kept before we give up.
@@ -75,7 +75,7 @@ def written_documents(
     while count < num_tokens:
         starts = generator.integers(0, len(tokens) - prompt_length, batch_size)
         prompts = [[int(t) for t in tokens[s : s + prompt_length]] for s in starts]
-        continued = decoding.generate(
+        continued = cached_forward.generate(
             teacher,
             prompts,
             tokenizer=tokenizer,

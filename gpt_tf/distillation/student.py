@@ -14,16 +14,16 @@ from typing import get_args
 import numpy as np
 import tensorflow as tf
 
-from gpt_tf import arguments
 from gpt_tf.distillation.config import LayerChoice
 from gpt_tf.distillation.losses import evenly_spaced
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models import operations
+from gpt_tf.models import ops
+from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.checks import refuse_keras_3
-from gpt_tf.models.decoding import parts_of
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import LanguageModel, beside
 from gpt_tf.models.layers import observed
+from gpt_tf.settings import arguments
 
 LAYER_CHOICES = get_args(LayerChoice)
 _SPREAD = 0.02
@@ -167,7 +167,7 @@ def _losses_without_each(parts, tokens, labels):
             rest = block(rest, training=False)
         logits = parts.score(rest, table)
         ones = tf.ones(labels.shape)
-        found.append(operations.token_sums(logits, labels, ones)[0].numpy())
+        found.append(ops.token_sums(logits, labels, ones)[0].numpy())
         if left_out < len(parts.blocks):
             x = parts.blocks[left_out](x, training=False)
     return np.array(found, np.float64)

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from gpt_tf.models import operations
+from gpt_tf.models import ops
 
 # Log-probabilities from here down say that nothing is known of an entry.
 NOTHING = -1e8
@@ -32,12 +32,12 @@ def logits_from_top_k(ids, log_probs, student_logits):
     rows = shape[0] * shape[1]
     entries = tf.reshape(log_probs[..., :-1], [-1])  # (B * T * k,)
     places = tf.stack([tf.repeat(tf.range(rows), count), tf.reshape(ids, [-1])], axis=1)
-    blank = tf.fill([rows, width], operations.MASKED * 2)
+    blank = tf.fill([rows, width], ops.MASKED * 2)
     known = tf.reshape(tf.tensor_scatter_nd_max(blank, places, entries), shape)
     is_known = known > NOTHING
     own = tf.nn.log_softmax(tf.cast(student_logits, tf.float32))
     left = tf.reduce_logsumexp(
-        tf.where(is_known, operations.MASKED, own), axis=-1, keepdims=True
+        tf.where(is_known, ops.MASKED, own), axis=-1, keepdims=True
     )
     return tf.where(is_known, known, own - left + log_probs[..., -1:])
 

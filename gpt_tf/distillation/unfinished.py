@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
 
 
@@ -31,7 +31,7 @@ def check_place(path: Path, kind: str, overwrite: bool) -> None:
         )
     is_ours = path.is_dir() and not any(path.iterdir())
     with contextlib.suppress(DamagedFileError):
-        manifest = files.read_json(path / files.MANIFEST_NAME)
+        manifest = artifacts.read_json(path / artifacts.MANIFEST_NAME)
         is_ours |= isinstance(manifest, dict) and manifest.get("kind") == kind
     if not is_ours:
         raise InputError(
@@ -76,7 +76,7 @@ def unfinished(
         ...         folder.write(values=np.array([step**2]))
         ...         folder.save(step + 1)
     """
-    with files.atomic_folder(path, replace=overwrite, keep=True) as folder:
+    with artifacts.atomic_folder(path, replace=overwrite, keep=True) as folder:
         for other in set(os.listdir(folder)) - {*record_bytes}:
             os.unlink(folder / other)
         with contextlib.ExitStack() as stack:
@@ -87,7 +87,7 @@ def unfinished(
             # Beside the folder, since it is not to stay.
             progress = folder.parent.parent / "progress.json"
             yield Unfinished(path, opened, progress, facts, record_bytes, on_notice)
-        files.write_manifest(folder, kind, list(record_bytes), **facts)
+        artifacts.write_manifest(folder, kind, list(record_bytes), **facts)
 
 
 class Unfinished:
@@ -103,7 +103,7 @@ class Unfinished:
     def __init__(self, path, opened, progress, facts, record_bytes, on_notice):
         self._open = opened
         self._progress = progress
-        self._facts = files.parse_json(files.to_json(facts))
+        self._facts = artifacts.parse_json(artifacts.to_json(facts))
         self._record_bytes = record_bytes
         self.steps, self._saved = self._begun(path, on_notice)
         for name, file in opened.items():
@@ -126,7 +126,7 @@ class Unfinished:
             os.fsync(file.fileno())
             self._saved = file.tell() // self._record_bytes[name]
         self.steps = steps
-        files.write_json(
+        artifacts.write_json(
             self._progress,
             {"facts": self._facts, "steps": steps, "records": self._saved},
         )
@@ -134,7 +134,7 @@ class Unfinished:
     def _begun(self, path, notice):
         """Return the steps and records that an interrupted work left."""
         try:
-            progress = files.read_json(self._progress)
+            progress = artifacts.read_json(self._progress)
             facts, steps = progress["facts"], progress["steps"]
             count = progress["records"]
         except (DamagedFileError, KeyError, TypeError):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import arguments, generation
-from gpt_tf.edge.container import open_artefact
-from gpt_tf.edge.executor import Executor, Session
+from gpt_tf.edge.loader import open_artefact
+from gpt_tf.edge.session import Executor, Session
 from gpt_tf.errors import InputError
-from gpt_tf.sampling import Sampler
+from gpt_tf.generation import sequence
+from gpt_tf.generation.sampler import Sampler
+from gpt_tf.settings import arguments
 
 # More threads than this wait for the same memory.
 _MOST_THREADS = 4
@@ -74,7 +75,7 @@ class EdgeGPT:
         self.config = artefact.facts["config"]
         self.mode = artefact.facts["mode"]
         self.tokenizer = artefact.tokenizer
-        self._suppressed = generation.ids_without_token(
+        self._suppressed = sequence.ids_without_token(
             self.tokenizer, self.config["vocab_size"]
         )
         self.num_threads = num_threads or default_threads()
@@ -142,7 +143,7 @@ class EdgeGPT:
 
         with self.one_thread:
             self.check_open()
-            return generation.answer(
+            return sequence.answer(
                 prompt,
                 steps_of,
                 vocab_size=self.config["vocab_size"],
@@ -281,7 +282,7 @@ class EdgeGPT:
                     f"The cache is full: it has {self.context_length} tokens. Call "
                     '`reset()` first, or open the model with when_full="slide".'
                 )
-            half = generation.half_of(self.context_length)
+            half = sequence.half_of(self.context_length)
             return self._begin([*self._ids, token][-half:])
 
     def close(self) -> None:
@@ -358,7 +359,7 @@ class EdgeGPT:
         return self._session
 
     def _ids_of(self, prompt):
-        rows, _, is_list = generation.rows_of(prompt, self.tokenizer)
+        rows, _, is_list = sequence.rows_of(prompt, self.tokenizer)
         if is_list:
             raise InputError(
                 "Scoring expects one text, or its ids. Received: a list of "
@@ -370,17 +371,17 @@ class EdgeGPT:
     def _check_ids(self, ids, name="The list of ids"):
         if not ids:
             raise InputError(f"{name} is empty. Give it at least one token.")
-        generation.check_rows([ids], self.config["vocab_size"])
+        sequence.check_rows([ids], self.config["vocab_size"])
 
     def sampler(self, *options) -> Sampler:
         """Return a `Sampler` with these options that chooses no id without a token."""
         return Sampler(*options, suppress_tokens=self._suppressed)
 
-    def texts(self, rows, max_new_tokens, sampler) -> list[generation.Continuation]:
+    def texts(self, rows, max_new_tokens, sampler) -> list[sequence.Continuation]:
         """Begin to continue the prompts of one list, as `generate` does."""
         end = None if self.tokenizer is None else self.tokenizer.end_of_text_id
         slides = self.when_full == "slide"
-        return generation.continuations(
+        return sequence.continuations(
             rows, max_new_tokens, sampler, end, self.context_length, slides
         )
 

@@ -16,9 +16,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gpt_tf import arguments, generation
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
+from gpt_tf.generation import sequence
+from gpt_tf.settings import arguments
 
 
 class Work(NamedTuple):
@@ -147,7 +148,7 @@ class EdgeScheduler:
         sampler = gpt.sampler(temperature, top_k, top_p, repetition_penalty, seed)
         with gpt.one_thread:
             gpt.check_open()
-            checked = generation.check_request(
+            checked = sequence.check_request(
                 prompt,
                 vocab_size=gpt.config["vocab_size"],
                 context_length=gpt.context_length,
@@ -157,7 +158,7 @@ class EdgeScheduler:
                 stream=True,
             )
             (text,) = gpt.texts(checked.rows, max_new_tokens, sampler)
-            output = generation.Output(gpt.tokenizer, checked.stop, checked.is_text)
+            output = sequence.Output(gpt.tokenizer, checked.stop, checked.is_text)
             request = Request(self, next(self._arrivals), text, output)
             if not request.done:
                 self._requests.append(request)

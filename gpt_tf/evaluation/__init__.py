@@ -1,1 +1,7 @@
-"""What a file is worth: accuracy, speed, explanation, and the choice among files."""
+"""What a model or a file is worth: accuracy, validity of code, latency.
+
+It measures and draws nothing. `models` opens what is measured, `text` chooses what it
+is measured on, `accuracy` and `latency` measure, `regression` compares with an earlier
+report, `report` is the schema of what comes out. Imports `edge` and `training`. Start
+with `accuracy`.
+"""

@@ -30,21 +30,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt_tf import arguments
 from gpt_tf.errors import InputError
-from gpt_tf.evaluation import parsing, report
-from gpt_tf.evaluation.held_out import (
-    DEFAULT_CORPUS,
-    HeldOutText,
-    held_out_text,
-    is_run,
-)
-from gpt_tf.evaluation.subjects import (
-    check_open,
-    describe,
-    open_subject,
-    unique_names,
-)
+from gpt_tf.evaluation import code_validity, report
+from gpt_tf.evaluation.models import check_open, describe, open_subject, unique_names
+from gpt_tf.evaluation.text import DEFAULT_CORPUS, HeldOutText, held_out_text, is_run
+from gpt_tf.settings import arguments
 
 __all__ = [
     "HeldOutText",
@@ -264,7 +254,7 @@ def evaluate_files(
     reference: str | os.PathLike | None = None,
     max_tokens: int | None = MAX_TOKENS,
     parse: bool | None = None,
-    completions: int = parsing.COUNT,
+    completions: int = code_validity.COUNT,
     seed: int = 0,
     folder: str | os.PathLike | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -273,7 +263,7 @@ def evaluate_files(
     """Measure the accuracy of files and models and put it into a report.
 
     Args:
-        paths: What `gpt_tf.evaluation.subjects.open_subject` opens, at least one.
+        paths: What `gpt_tf.evaluation.models.open_subject` opens, at least one.
         corpus: As for `held_out_text`; default: the text that the first run among
             the reference and `paths` held out, or else python-stdlib.
         whole, separator: As for `held_out_text`.
@@ -307,7 +297,7 @@ def evaluate_files(
         return functools.partial(on_progress, what) if on_progress else None
 
     # What costs nothing to see is seen before files are opened.
-    parsing.check_count(completions)
+    code_validity.check_count(completions)
     whole = arguments.switch("whole", whole)
     if parse is not None:
         parse = arguments.switch("parse", parse)
@@ -334,11 +324,11 @@ def evaluate_files(
             on_notice=note,
         )
         if text.is_python if parse is None else parse:
-            prompts = parsing.find_prompts(text, completions, seed)
+            prompts = code_validity.find_prompts(text, completions, seed)
             if not prompts:
                 note(f"{text.name} has no Python functions: nothing was parsed")
             for name in opened if prompts else ():
-                found[name]["parsed"] = parsing.measure_parsing(
+                found[name]["parsed"] = code_validity.measure_parsing(
                     opened[name],
                     prompts,
                     seed=seed,

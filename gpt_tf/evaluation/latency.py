@@ -36,16 +36,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import arguments, errors, files
+from gpt_tf import artifacts, errors
 from gpt_tf.errors import InputError, WorkerFailedError
-from gpt_tf.evaluation import machine, report
-from gpt_tf.evaluation.estimate import count_parameters
-from gpt_tf.evaluation.requests import (
-    CONTEXT_TOKENS,
-    WARM_UP,
-    SubjectRunner,
-    measure,
-)
+from gpt_tf.evaluation import hardware, report
+from gpt_tf.evaluation.worker import CONTEXT_TOKENS, WARM_UP, SubjectRunner, measure
+from gpt_tf.models.sizes import count_parameters
+from gpt_tf.settings import arguments
 
 ENGINES = ("gpt_tf", "litert-lm")
 REQUESTS = (1, 2, 4, 8)
@@ -129,11 +125,11 @@ def measure_latency(
             read_bytes_per_s=read_bytes_per_s,
         )
         return found
-    from gpt_tf.evaluation.subjects import check_open
+    from gpt_tf.evaluation.models import check_open
 
     subject = path_or_subject
     check_open(subject)
-    own = subject.num_threads or len(machine.usable_cores())
+    own = subject.num_threads or len(hardware.usable_cores())
     if engine != "gpt_tf" or thread_counts or threads not in (None, own):
         raise InputError(
             "Another engine or number of threads expects a file, which can be opened "
@@ -263,7 +259,7 @@ def describe_files(paths: Sequence[str | os.PathLike]) -> list[dict]:
         paths: As for `compare_latencies`.
 
     Returns:
-        Of each what `gpt_tf.evaluation.subjects.describe` says, and `threads`, the
+        Of each what `gpt_tf.evaluation.models.describe` says, and `threads`, the
         number that it computes with unless told otherwise.
 
     Raises:
@@ -304,13 +300,13 @@ def measure_files(
     Raises:
         InputError, WorkerFailedError: As for `compare_latencies`.
     """
-    from gpt_tf.evaluation import subjects
+    from gpt_tf.evaluation import models
 
     paths = [str(path) for path in arguments.paths("paths", paths)]
     arguments.one_of("engine", engine, (*ENGINES, "both"))
     if not paths:
         raise InputError("Measuring expects at least one file. Received: none.")
-    names = dict(zip(paths, subjects.unique_names(paths), strict=True))
+    names = dict(zip(paths, models.unique_names(paths), strict=True))
     # Before minutes are spent.
     job = _checked_job(
         *(options.get("prompt_tokens", 64), options.get("new_tokens", 64)),
@@ -334,9 +330,9 @@ def measure_files(
         shortest = min(facts["context_length"] for facts in facts_of.values())
         contexts = [length for length in (16, 64, 256, 1024) if length + 16 <= shortest]
     if thread_counts is None:
-        counts = machine.thread_counts()
+        counts = hardware.thread_counts()
         thread_counts = counts if len(counts) > 1 else ()
-    facts = machine.describe_machine()
+    facts = hardware.describe_machine()
     latencies = compare_latencies(
         [path for path, _ in pairs],
         engines=[one for _, one in pairs],
@@ -442,7 +438,7 @@ def _rates(counts, known):
         return dict.fromkeys(counts, known)
     known = known or {}
     return {
-        count: known.get(str(count)) or machine.measure_read_rate(count, seconds=0.7)
+        count: known.get(str(count)) or hardware.measure_read_rate(count, seconds=0.7)
         for count in counts
     }
 
@@ -476,13 +472,13 @@ def _in_process(job, name):
     root = str(Path(__file__).resolve().parents[2])
     code = (
         f"import sys; sys.path[:] = [{root!r}, *filter(None, sys.path)]; "
-        "from gpt_tf.evaluation.requests import work; work(sys.argv[1])"
+        "from gpt_tf.evaluation.worker import work; work(sys.argv[1])"
     )
     kind, value, cold_s = None, None, None
     with tempfile.TemporaryFile() as remarks:
         began = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-c", code, files.to_json(job)],
+            [sys.executable, "-c", code, artifacts.to_json(job)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=remarks,
@@ -491,7 +487,7 @@ def _in_process(job, name):
         )
         try:
             for line in process.stdout:
-                kind, value = files.parse_json(line)
+                kind, value = artifacts.parse_json(line)
                 if kind == "first":
                     cold_s = time.perf_counter() - began
         finally:

@@ -7,14 +7,14 @@ A report is a dict of plain JSON values:
     made_at         when, ISO 8601 in UTC
     command         the command line that made it, or None
     versions        of Python and packages, as in every manifest
-    machine         as `gpt_tf.evaluation.machine.describe_machine` says, or None
+    machine         as `gpt_tf.evaluation.hardware.describe_machine` says, or None
     corpus          what accuracy was measured on: name, split, tokens, bytes, or None
     budgets         max_perplexity_increase (0.03 is 3 %), max_latency_ms,
                     max_size_mb; each a number or None
     reference       name of the entry that others are compared with, or None
     entries         a list of entries, below
-    recommendation  as `gpt_tf.evaluation.advisor.recommend` returns it, or None
-    explanations    as `gpt_tf.evaluation.deletion` measures them, or None
+    recommendation  as `gpt_tf.advisor.ranking.recommend` returns it, or None
+    explanations    as `gpt_tf.explain.faithfulness` measures them, or None
     stages          of `gpt-tf optimize`: what was done, in seconds, or []
     notes           sentences that a reader should know
 
@@ -32,7 +32,7 @@ An entry is one file or model:
     made_from       a sentence, or None
     accuracy        below, or None
     latency         below, or None
-    estimate        as `gpt_tf.evaluation.advisor.estimate` returns it, or None
+    estimate        as `gpt_tf.advisor.ranking.estimate` returns it, or None
 
 Accuracy (`gpt_tf.evaluation.accuracy`). An INTERVAL is {"value", "low", "high"}, its
 bounds those of a 95 % block bootstrap:
@@ -75,7 +75,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
 
 REPORT_KIND = "gpt-tf report"
@@ -166,7 +166,7 @@ def new_report(entries, **parts) -> dict:
         "made_at": datetime.datetime.now(datetime.timezone.utc).isoformat(
             timespec="seconds"
         ),
-        "versions": files.versions(),
+        "versions": artifacts.versions(),
         **dict.fromkeys(("command", "machine", "corpus", "reference"), None),
         "budgets": dict.fromkeys(BUDGETS),
         "entries": list(entries),
@@ -188,7 +188,7 @@ def new_report(entries, **parts) -> dict:
 
 
 def new_entry(described: dict, **parts) -> dict:
-    """Make an entry of what `gpt_tf.evaluation.subjects.describe` says.
+    """Make an entry of what `gpt_tf.evaluation.models.describe` says.
 
     Args:
         described: That dict.
@@ -243,7 +243,7 @@ def place_of_report(out: str | os.PathLike) -> Path:
     out = Path(out)
     if out.is_dir() or out.suffix != ".json":
         out = out / "report.json"
-    files.check_writable(out)
+    artifacts.check_writable(out)
     return out
 
 
@@ -253,7 +253,7 @@ def write_report(path: str | os.PathLike, report: dict) -> None:
     Raises:
         InputError: A number in it is not finite.
     """
-    files.write_json(path, report)
+    artifacts.write_json(path, report)
 
 
 def read_report(path: str | os.PathLike) -> dict:
@@ -278,7 +278,7 @@ def read_report(path: str | os.PathLike) -> dict:
             f"Expected a report at {path}; there is none. Name the report.json that "
             "`gpt-tf optimize`, `evaluate` or `benchmark` wrote."
         )
-    report = files.read_json(path)
+    report = artifacts.read_json(path)
     if not isinstance(report, dict) or report.get("kind") != REPORT_KIND:
         raise DamagedFileError(
             f"Expected a report in {path}. Received: other JSON. Name the report.json "
@@ -291,9 +291,9 @@ def read_report(path: str | os.PathLike) -> dict:
         raise InputError(
             f"Expected a report of format {REPORT_FORMAT} in {path}. Received: format "
             f"{report.get('format')!r}, of gpt_tf {version}. Measure again with this "
-            f"version, {files.versions().get('gpt-tf', 'unknown')}."
+            f"version, {artifacts.versions().get('gpt-tf', 'unknown')}."
         )
-    files.check_shape(report, _REPORT, path)
+    artifacts.check_shape(report, _REPORT, path)
     names = [entry["name"] for entry in report["entries"]]
     for name in names:
         if names.count(name) > 1:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from gpt_tf.errors import InputError
-from gpt_tf.export.flatbuffer import Grid, Type
+from gpt_tf.export.tflite_writer import Grid, Type
 from gpt_tf.quantization.modes import MODES, SMALLEST_SCALE, Mode
 
 INT4_BLOCK = 32

@@ -14,7 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from gpt_tf.export import signatures
 from gpt_tf.export.constants import Constants, Matrix, affine_grid
-from gpt_tf.export.flatbuffer import Model, Op, Tensor, Type
+from gpt_tf.export.tflite_writer import Model, Op, Tensor, Type
 
 # The operations on real numbers that are left in the mode `int8_full`: the embedding's
 # rows and the normalisations, which need more than 8 bits, mask and softmax, and the

@@ -11,10 +11,11 @@ import mmap
 import os
 from unittest import mock
 
-from gpt_tf import arguments, files
+from gpt_tf import artifacts
 from gpt_tf.errors import InputError
-from gpt_tf.export import seal, tflite
+from gpt_tf.export import integrity, tflite
 from gpt_tf.export.signatures import BUNDLE_PREFIX
+from gpt_tf.settings import arguments
 from gpt_tf.text.tokenizer import Tokenizer
 
 # Whatever the conversation is, the model sees the bare text of its messages.
@@ -69,7 +70,7 @@ def export_litertlm(
             f"`tokenizer` expects {expected}, of at most {model.vocab_size} tokens. "
             f"Received: {tokenizer.vocab_size}."
         )
-    with files.replaced(path, files.file_manifest_path(path).name) as new:
+    with artifacts.replaced(path, artifacts.file_manifest_path(path).name) as new:
         parts = new.parent / "parts"
         inner = tflite.export_tflite(
             model, parts / "model.tflite", mode, tokenizer=tokenizer, **options
@@ -78,14 +79,14 @@ def export_litertlm(
             _bundle(parts, inner, tokenizer, file)
             file.flush()
             with mmap.mmap(file.fileno(), 0) as data:
-                seal.seal(data, BUNDLE_PREFIX)
+                integrity.seal(data, BUNDLE_PREFIX)
         kept = {
             key: value
             for key, value in inner.items()
             if key
             not in ("kind", "versions", "size_bytes", "sha256", "manifest_sha256")
         }
-        return files.write_file_manifest(
+        return artifacts.write_file_manifest(
             new / path.name, "litertlm", **kept, tflite_sha256=inner["sha256"]
         )
 
@@ -110,7 +111,9 @@ def _bundle(folder, manifest, tokenizer, stream):
             builder.Metadata(key="Authors", value="gpt_tf", dtype=kinds.STRING)
         )
         bundle.add_system_metadata(
-            builder.Metadata("gpt_tf", seal.blank_seal(BUNDLE_PREFIX), kinds.STRING)
+            builder.Metadata(
+                "gpt_tf", integrity.blank_seal(BUNDLE_PREFIX), kinds.STRING
+            )
         )
         bundle.add_llm_metadata(
             str(folder / "metadata.textproto"),

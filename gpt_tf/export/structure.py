@@ -13,9 +13,9 @@ import math
 
 import numpy as np
 
-from gpt_tf.export import constants, flatbuffer, graph, signatures
-from gpt_tf.export.flatbuffer import Op, Type, schema
+from gpt_tf.export import constants, graph, signatures, tflite_writer
 from gpt_tf.export.reader import BOOL, F32, I8, I32, U8, U32, BrokenError, Flatbuffer
+from gpt_tf.export.tflite_writer import Op, Type, schema
 from gpt_tf.quantization.modes import SMALLEST_SCALE
 
 _MOST_ELEMENTS = 1 << 28  # of a tensor: 1 GB in float32
@@ -133,7 +133,7 @@ def _check_facts(facts, size):
             raise BrokenError(f"a seal that does not state a possible {name}")
 
 
-class _Outline(flatbuffer.Model):
+class _Outline(tflite_writer.Model):
     """A model whose buffers are arrays; that equal ones are one, only a file shows."""
 
     def _buffer_with(self, array):

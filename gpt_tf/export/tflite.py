@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gpt_tf import arguments, files
+from gpt_tf import artifacts
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.export import flatbuffer, graph, seal, signatures, verify, weights
-from gpt_tf.generation import ids_without_token
+from gpt_tf.export import graph, integrity, signatures, tflite_writer, verify, weights
+from gpt_tf.generation.sequence import ids_without_token
+from gpt_tf.models.cached_forward import looks_untrained
 from gpt_tf.models.checks import refuse_keras_3
-from gpt_tf.models.decoding import looks_untrained
 from gpt_tf.models.gpt import GPTModel
+from gpt_tf.native_logs import quiet
 from gpt_tf.quantization.modes import MODES
-from gpt_tf.quiet import quiet
+from gpt_tf.settings import arguments
 
 SCORE_LENGTH = 64
 
@@ -125,7 +126,7 @@ def export_tflite(
     suppressed = ids_without_token(tokenizer, plain.vocab_size)
     constants = weights.constants_of(plain, mode, ranges, per_channel, suppressed)
     score_length = min(SCORE_LENGTH, capacity)
-    written = flatbuffer.Model()
+    written = tflite_writer.Model()
     graph.build_all(written, constants, capacity, lengths, [score_length])
     facts = {
         "mode": mode,
@@ -138,13 +139,17 @@ def export_tflite(
         "tokenizer_fingerprint": tokenizer.fingerprint() if tokenizer else None,
     }
     written.add_metadata(
-        signatures.METADATA_NAME, seal.blank_seal(**facts, versions=files.versions())
+        signatures.METADATA_NAME,
+        integrity.blank_seal(**facts, versions=artifacts.versions()),
     )
     data = written.to_bytes()
-    seal.seal(data)
+    integrity.seal(data)
     ids, text = _verification_text(verify_on, representative, plain, capacity)
-    beside = [files.file_manifest_path(path).name, *_tokenizer_beside(path, tokenizer)]
-    with files.replaced(path, *beside) as new:
+    beside = [
+        artifacts.file_manifest_path(path).name,
+        *_tokenizer_beside(path, tokenizer),
+    ]
+    with artifacts.replaced(path, *beside) as new:
         place = new / path.name
         with open(place, "wb") as file:
             file.write(data)
@@ -154,7 +159,7 @@ def export_tflite(
             measured = verify.verify(place, written, constants, mode, model, ids)
         for name in beside[1:]:
             tokenizer.save(new / name)
-        return files.write_file_manifest(
+        return artifacts.write_file_manifest(
             place, "tflite", **facts, verification={**measured, "text": text}
         )
 

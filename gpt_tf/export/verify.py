@@ -11,12 +11,12 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from gpt_tf.errors import InputError
-from gpt_tf.export import seal, signatures, structure
+from gpt_tf.export import integrity, signatures, structure
 from gpt_tf.export.constants import Constants
-from gpt_tf.export.flatbuffer import Model, Type
 from gpt_tf.export.graph import FLOAT_ISLANDS
 from gpt_tf.export.reader import BrokenError
-from gpt_tf.sampling import log_softmax
+from gpt_tf.export.tflite_writer import Model, Type
+from gpt_tf.generation.sampler import log_softmax
 
 # A file may be larger than its parameters by this factor and the graphs' bytes.
 SIZE_FACTOR = 1.02
@@ -74,7 +74,7 @@ def verify(path, model: Model, constants: Constants, mode: str, reference, ids) 
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
         try:
-            structure.check(data, seal.read_seal(data, verify=False))
+            structure.check(data, integrity.read_seal(data, verify=False))
         except BrokenError as error:
             _require(False, "a graph that LiteRT can run", error)
     runner = _Runner(path, constants)

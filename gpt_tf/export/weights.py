@@ -5,8 +5,8 @@ import numpy as np
 from gpt_tf.errors import InputError
 from gpt_tf.export import signatures
 from gpt_tf.export.constants import INT4_BLOCK, Constants, Matrix
-from gpt_tf.export.flatbuffer import Grid, Type
-from gpt_tf.models.decoding import parts_of
+from gpt_tf.export.tflite_writer import Grid, Type
+from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.quantization.weights import quantize_array
 

@@ -5,7 +5,6 @@ import inspect
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import arguments
 from gpt_tf.models import placement
 from gpt_tf.models.language_model import LanguageModel
 from gpt_tf.models.layers import (
@@ -16,6 +15,7 @@ from gpt_tf.models.layers import (
 )
 from gpt_tf.models.next_token import NextTokenLoss, Perplexity  # noqa: F401
 from gpt_tf.models.sizes import check_memory, checked_sizes
+from gpt_tf.settings import arguments
 
 CUSTOM_OBJECTS = {
     layer.__name__: layer

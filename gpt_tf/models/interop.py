@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.keras_file import can_hold
@@ -168,10 +168,10 @@ def to_huggingface(
     for name, variable in named_variables(model).items():
         prefix = "" if name.startswith("lm_head") else "transformer."
         tensors[prefix + name] = np.ascontiguousarray(variable.numpy())
-    with files.atomic_folder(folder) as temporary:
-        files.write_json(temporary / "config.json", config)
+    with artifacts.atomic_folder(folder) as temporary:
+        artifacts.write_json(temporary / "config.json", config)
         generation = {**special_ids, **_without_token(model, tokenizer)}
-        files.write_json(temporary / "generation_config.json", generation)
+        artifacts.write_json(temporary / "generation_config.json", generation)
         if tokenizer is not None:
             _write_tokenizer(tokenizer, model.context_length, temporary)
         safetensors.numpy.save_file(
@@ -193,8 +193,8 @@ def _write_tokenizer(tokenizer, context_length, folder):
     special = {}
     if tokenizer.end_of_text_id is not None:
         special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    files.write_json(folder / "special_tokens_map.json", special)
-    files.write_json(
+    artifacts.write_json(folder / "special_tokens_map.json", special)
+    artifacts.write_json(
         folder / "tokenizer_config.json",
         {
             # The class that takes tokenizer.json as it stands, of whatever kind.
@@ -397,7 +397,7 @@ def _read_config(folder):
             "the folder of a GPT-2 model."
         )
     try:
-        config = files.parse_json(path.read_text("utf-8"))
+        config = artifacts.parse_json(path.read_text("utf-8"))
         width = config["n_embd"]
         sizes = {
             "vocab_size": config["vocab_size"],

@@ -15,7 +15,7 @@ import re
 import reprlib
 import zipfile
 
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError
 
 try:
@@ -142,7 +142,7 @@ def _described(archive):
     """Return the class and the configuration that an archive is of."""
     if archive.getinfo(_CONFIG).file_size > _LARGEST_CONFIG:
         raise ValueError(f"a {_CONFIG} of more than {_LARGEST_CONFIG} bytes")
-    described = files.parse_json(archive.read(_CONFIG))
+    described = artifacts.parse_json(archive.read(_CONFIG))
     if not isinstance(described, dict):
         raise ValueError(f"a {_CONFIG} of {_SHOWN.repr(described)}")
     kind, module = described.get("class_name"), described.get("module")

@@ -14,9 +14,8 @@ import warnings
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import arguments
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models import checks, operations, placement, step, xla
+from gpt_tf.models import checks, ops, placement, step, xla
 from gpt_tf.models.next_token import (
     NextTokenLoss,
     Perplexity,
@@ -26,6 +25,7 @@ from gpt_tf.models.next_token import (
     token_weights,
 )
 from gpt_tf.models.optimizer import AdamW
+from gpt_tf.settings import arguments
 
 _OWN_METRICS = (Perplexity, TokenAccuracy)
 
@@ -257,7 +257,7 @@ class TokenTraining:
         )
         self.take_observed(observed)
         pairs = zip(gradients, self.trainable_variables, strict=True)
-        with operations.graph_owns_gradients():
+        with ops.graph_owns_gradients():
             self.optimizer.apply_gradients(list(pairs))
         return self._report(x, y, y_pred, sample_weight)
 
@@ -526,9 +526,9 @@ class TokenTraining:
 
     def generate(self, prompt, **options):
         """Continue prompts; see `gpt_tf.generate`."""
-        from gpt_tf.models import decoding
+        from gpt_tf.models import cached_forward
 
-        return decoding.generate(self, prompt, **options)
+        return cached_forward.generate(self, prompt, **options)
 
 
 class LanguageModel(TokenTraining, keras.Model):

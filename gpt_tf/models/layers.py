@@ -17,9 +17,9 @@ import contextlib
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import arguments
 from gpt_tf.errors import InputError
-from gpt_tf.models import operations
+from gpt_tf.models import ops
+from gpt_tf.settings import arguments
 
 
 def _identity(x):
@@ -324,21 +324,21 @@ class TransformerBlock(keras.layers.Layer):
 
         x = tf.reshape(x, [batch * length, self.embedding_dim])  # (B * T, C)
         normal = self.attention_norm_activation(
-            operations.layer_norm(
+            ops.layer_norm(
                 x, self.attention_norm_gamma, self.attention_norm_beta, self.epsilon
             )
         )
         qkv = self.qkv_activation(tf.matmul(normal, qkv_kernel) + self.qkv_bias)
         query, key, value = self._split_heads(qkv, batch, length)
         if cached:
-            key_cache = operations.write_rows(key_cache, key, position)
-            value_cache = operations.write_rows(value_cache, value, position)
+            key_cache = ops.write_rows(key_cache, key, position)
+            value_cache = ops.write_rows(value_cache, value, position)
             key, value = key_cache, value_cache  # (B, H, S, D)
-            mask = tf.where(mask, 0.0, operations.MASKED)
+            mask = tf.where(mask, 0.0, ops.MASKED)
         else:
-            mask = operations.causal_mask(length)
+            mask = ops.causal_mask(length)
         hooks = (self.scores_activation, self.probabilities_activation)
-        context = operations.attention(
+        context = ops.attention(
             query,
             key,
             value,
@@ -353,15 +353,13 @@ class TransformerBlock(keras.layers.Layer):
         x = self.attention_residual_activation(x + attended)
 
         normal = self.feedforward_norm_activation(
-            operations.layer_norm(
+            ops.layer_norm(
                 x, self.feedforward_norm_gamma, self.feedforward_norm_beta, self.epsilon
             )
         )
         up = self.up_activation(tf.matmul(normal, up_kernel) + self.up_bias)
-        hidden = self.hidden_activation(operations.gelu(up))  # (B * T, F)
-        output = self.down_activation(
-            operations.project(hidden, down_kernel) + self.down_bias
-        )
+        hidden = self.hidden_activation(ops.gelu(up))  # (B * T, F)
+        output = self.down_activation(ops.project(hidden, down_kernel) + self.down_bias)
         output = self.feedforward_dropout(output, training=training)
         x = self.feedforward_residual_activation(x + output)
         x = tf.reshape(x, [batch, length, self.embedding_dim])  # (B, T, C)
@@ -425,7 +423,7 @@ class LayerNormalization(keras.layers.Layer):
     def call(self, inputs):
         width = inputs.shape[-1]
         x = tf.reshape(inputs, [-1, width])  # (B * T, C)
-        x = operations.layer_norm(x, self.gamma, self.beta, self.epsilon)
+        x = ops.layer_norm(x, self.gamma, self.beta, self.epsilon)
         return self.norm_activation(tf.reshape(x, tf.shape(inputs)))
 
     def compute_output_shape(self, input_shape):

@@ -8,7 +8,7 @@ does not count, as in Hugging Face's libraries.
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf.models.operations import is_top_1
+from gpt_tf.models.ops import is_top_1
 from gpt_tf.text.dataset import IGNORED
 
 

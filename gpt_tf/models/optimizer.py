@@ -3,7 +3,7 @@
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import arguments
+from gpt_tf.settings import arguments
 
 
 @keras.saving.register_keras_serializable(package="gpt_tf")

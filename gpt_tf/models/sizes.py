@@ -2,8 +2,8 @@
 
 import os
 
-from gpt_tf import arguments
 from gpt_tf.errors import InputError
+from gpt_tf.settings import arguments
 
 # Deeper ones take minutes to build and are trained by nobody.
 MOST_LAYERS = 1024

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from gpt_tf.models import operations
+from gpt_tf.models import ops
 
 
 def parts_of_batch(batch, least):
@@ -36,7 +36,7 @@ def add_over_replicas(tensors):
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return tensors
-    with operations.graph_owns_gradients():
+    with ops.graph_owns_gradients():
         return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
 

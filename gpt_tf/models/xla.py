@@ -6,7 +6,7 @@ import functools
 import tensorflow as tf
 from tensorflow.python.framework import kernels
 
-from gpt_tf.models import operations
+from gpt_tf.models import ops
 
 # Whether XLA compiles what is not told otherwise. Its executables stay in memory as
 # long as the process.
@@ -27,7 +27,7 @@ def compiled(function, uses_xla=None):
     uses_xla = ON_BY_DEFAULT if uses_xla is None else uses_xla
 
     def traced(*args):
-        with operations.inside_xla() if uses_xla else contextlib.nullcontext():
+        with ops.inside_xla() if uses_xla else contextlib.nullcontext():
             return function(*args)
 
     return tf.function(traced, jit_compile=uses_xla, autograph=False)

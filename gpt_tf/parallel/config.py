@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from gpt_tf import arguments
+from gpt_tf.settings import arguments
 
 Strategy = Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"]
 Schedule = Literal["1f1b", "gpipe"]

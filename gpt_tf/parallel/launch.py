@@ -23,10 +23,10 @@ import threading
 import time
 from pathlib import Path
 
-from gpt_tf import files
-from gpt_tf.arguments import integer
+from gpt_tf import artifacts
 from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
 from gpt_tf.parallel.peers import join_timeout as seconds_to_join
+from gpt_tf.settings.arguments import integer
 
 FOLDERS = {
     "train": "runs/gpt",
@@ -401,7 +401,7 @@ def _environment(workers, cluster):
     if workers > 1:
         # Each worker would take all the memory of all GPUs.
         defaults["CUDA_VISIBLE_DEVICES"] = "-1"
-    return {**defaults, **os.environ, "TF_CONFIG": files.to_json(cluster)}
+    return {**defaults, **os.environ, "TF_CONFIG": artifacts.to_json(cluster)}
 
 
 def free_ports(count):

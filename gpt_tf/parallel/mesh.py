@@ -11,10 +11,10 @@ import tensorflow as tf
 import tf_keras as keras
 from tensorflow.experimental import dtensor
 
-from gpt_tf import arguments
 from gpt_tf.errors import InputError
 from gpt_tf.parallel.config import AXES, parse_mesh  # noqa: F401 - of this interface
-from gpt_tf.parallel.strategy import devices_for
+from gpt_tf.parallel.data import devices_for
+from gpt_tf.settings import arguments
 
 # How activations lie on a mesh: for each of their axes the mesh's that divides it.
 ACTIVATIONS = {

@@ -22,8 +22,9 @@ import socket
 import threading
 import time
 
-from gpt_tf import arguments, files
+from gpt_tf import artifacts
 from gpt_tf.errors import InputError
+from gpt_tf.settings import arguments
 
 JOIN_TIMEOUT_S = 600.0
 JOIN_TIMEOUT_VARIABLE = "GPT_TF_JOIN_TIMEOUT"
@@ -297,7 +298,7 @@ class Peers:
         return False
 
     def _fingerprint(self):
-        text = files.to_json(self.addresses, sort_keys=True)
+        text = artifacts.to_json(self.addresses, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     # Staying together
@@ -401,7 +402,7 @@ class _Channel:
     def send(self, message):
         with contextlib.suppress(OSError):
             self.connection.settimeout(_TIMEOUT_S)
-            self.connection.sendall(files.to_json(message).encode() + b"\n")
+            self.connection.sendall(artifacts.to_json(message).encode() + b"\n")
 
     def read(self, timeout_s=_TIMEOUT_S):
         """Return what comes within a time, and whether the connection is open."""
@@ -419,7 +420,7 @@ class _Channel:
         messages = []
         for line in lines:
             try:
-                message = files.parse_json(line)
+                message = artifacts.parse_json(line)
             except ValueError:
                 return messages, False  # somebody else's protocol
             if isinstance(message, dict):

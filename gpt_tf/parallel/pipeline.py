@@ -15,13 +15,13 @@ from typing import get_args
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf import arguments
 from gpt_tf.errors import InputError
-from gpt_tf.models import operations, placement, step, xla
-from gpt_tf.models.decoding import blocks_cached, cached_mask, parts_of
+from gpt_tf.models import ops, placement, step, xla
+from gpt_tf.models.cached_forward import blocks_cached, cached_mask, parts_of
 from gpt_tf.models.next_token import counted, token_weights
 from gpt_tf.parallel.config import Schedule
-from gpt_tf.parallel.strategy import devices_for
+from gpt_tf.parallel.data import devices_for
+from gpt_tf.settings import arguments
 
 SCHEDULES = get_args(Schedule)
 
@@ -160,7 +160,7 @@ def measure_costs(model, inputs, labels, repeats=5):
     def differentiated(layers, function):
         @tf.function(jit_compile=True, autograph=False)
         def run(x):
-            with operations.inside_xla(), tf.GradientTape() as tape:
+            with ops.inside_xla(), tf.GradientTape() as tape:
                 tape.watch(x)
                 total = function(x)
             variables = [v for layer in layers for v in layer.trainable_variables]
@@ -169,7 +169,7 @@ def measure_costs(model, inputs, labels, repeats=5):
         return run
 
     def loss(x):
-        return operations.token_sums(parts.score(x, table), labels, weights)[0]
+        return ops.token_sums(parts.score(x, table), labels, weights)[0]
 
     runs = [
         differentiated([block], lambda x, block=block: tf.reduce_sum(block(x)))
@@ -270,7 +270,7 @@ class _Stage:
     def sums(self, x, table, labels, weights, training):
         """Return the sums over tokens of the last stage, and the logits."""
         logits = self.parts.score(self.call(x, training), table, training=training)
-        return operations.token_sums(logits, labels, weights), logits
+        return ops.token_sums(logits, labels, weights), logits
 
     # The functions that run, each one XLA computation where the model uses XLA.
 
@@ -390,7 +390,7 @@ class _Plan:
         if isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer):
             gradients = model.optimizer.get_unscaled_gradients(gradients)
         pairs = zip(gradients, model.trainable_variables, strict=True)
-        with operations.graph_owns_gradients():
+        with ops.graph_owns_gradients():
             model.optimizer.apply_gradients(list(pairs))
         return model.report_sums(sums, x, y, logits, sample_weight)
 

@@ -12,13 +12,13 @@ from typing import get_args
 import numpy as np
 import tensorflow as tf
 
-from gpt_tf import arguments
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.layers import observed
 from gpt_tf.quantization.config import Method
 from gpt_tf.quantization.modes import SMALLEST_SCALE
+from gpt_tf.settings import arguments
 from gpt_tf.text.dataset import Windows
 
 METHODS = get_args(Method)

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from gpt_tf.configuration import (
+from gpt_tf.settings.configuration import (
     Configuration,
     CountOrZero,
     Rate,

@@ -8,7 +8,7 @@ fuses; TensorFlow's own fake quantisers it cannot compile, and they know no 16 b
 
 import tensorflow as tf
 
-from gpt_tf.models import operations
+from gpt_tf.models import ops
 from gpt_tf.quantization.modes import SMALLEST_SCALE
 
 
@@ -44,7 +44,7 @@ def fake_quantize(x, minimum, maximum, dtype="int8"):
     else:
         lowest, highest = tf.constant(-32767.0), tf.constant(32767.0)
 
-    @operations.custom_gradient
+    @ops.custom_gradient
     def round_within(x):
         steps = x / scale
 
@@ -54,7 +54,7 @@ def fake_quantize(x, minimum, maximum, dtype="int8"):
             return tf.where(passes, dy, tf.zeros_like(dy))
 
         rounded = tf.clip_by_value(tf.round(steps), lowest, highest) * scale
-        return operations.keep(tf.where(known, rounded, x)), gradient
+        return ops.keep(tf.where(known, rounded, x)), gradient
 
     return tf.cast(round_within(tf.cast(x, tf.float32)), x.dtype)
 
@@ -73,12 +73,12 @@ def fake_quantize_weights(weights, bits=8, axis=None):
     """
     limit = 2.0 ** (bits - 1) - 1.0
 
-    @operations.custom_gradient
+    @ops.custom_gradient
     def round_all(w):
         shared = [a for a in range(w.shape.rank) if a != axis]
         largest = tf.reduce_max(tf.abs(w), axis=shared, keepdims=True)
         scale = tf.maximum(largest / limit, SMALLEST_SCALE)
         scale = tf.where(largest > 0.0, scale, 1.0)
-        return operations.keep(tf.round(w / scale) * scale), lambda dy: dy
+        return ops.keep(tf.round(w / scale) * scale), lambda dy: dy
 
     return tf.cast(round_all(tf.cast(weights, tf.float32)), weights.dtype)

@@ -250,7 +250,7 @@ def quantize_aware(model, config=None):
         A `QuantizationAwareGPT` with a copy of the weights, in float32. Its ranges
         are not known yet: `fit` calibrates them first. It is not compiled; a twentieth
         of the float training's learning rate, falling to 0, is a good start, and what
-        `gpt_tf.training.quantize` takes.
+        `gpt_tf.training.loop.quantize` takes.
 
     Raises:
         InputError: The model is quantisation-aware already, or the configuration is

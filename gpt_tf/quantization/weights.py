@@ -12,9 +12,9 @@ import dataclasses
 
 import numpy as np
 
-from gpt_tf import arguments
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.quantization.modes import SMALLEST_SCALE
+from gpt_tf.settings import arguments
 
 BLOCK_SIZE = 32
 

@@ -24,10 +24,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt_tf import arguments, files
+from gpt_tf import artifacts
 from gpt_tf.errors import InputError
+from gpt_tf.settings import arguments
 from gpt_tf.text.config import AugmentationConfig
-from gpt_tf.text.randomness import draw, uniform
+from gpt_tf.text.rng import draw, uniform
 from gpt_tf.text.tokenizer import BPETokenizer, byte_alphabet
 
 # What the streams of a window are for; a new purpose takes a new number.
@@ -80,7 +81,7 @@ class BPEDropout:
         for character in byte_alphabet():
             self._byte_ids[ord(character)] = vocabulary[character]
         self._whole = set(backend.get_added_tokens_decoder())
-        merges = files.parse_json(tokenizer.to_json())["model"]["merges"]
+        merges = artifacts.parse_json(tokenizer.to_json())["model"]["merges"]
         merges = [tuple(m.split(" ")) if isinstance(m, str) else m for m in merges]
         pairs = np.array(
             [

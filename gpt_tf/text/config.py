@@ -4,14 +4,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from gpt_tf.configuration import (
+from gpt_tf.errors import InputError
+from gpt_tf.settings.configuration import (
     Configuration,
     CountOrZero,
     PathText,
     Rate,
     configuration,
 )
-from gpt_tf.errors import InputError
 
 _RATES = ("bpe_dropout", "token_dropout", "token_replacement", "mix_documents")
 

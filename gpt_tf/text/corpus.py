@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt_tf import arguments, files
+from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.settings import arguments
 
 SPLITS = ("train", "validation")
 PIECE_BYTES = 4 << 20
@@ -133,7 +134,8 @@ class Corpus:
         """
         sources = {(part.name, part.path) for s in SPLITS for part in self.parts[s]}
         entries = sorted(
-            (name, path.stat().st_size, files.sha256_of(path)) for name, path in sources
+            (name, path.stat().st_size, artifacts.sha256_of(path))
+            for name, path in sources
         )
         digest = hashlib.sha256()
         for name, size, sha256 in entries:
@@ -296,7 +298,7 @@ def download_shakespeare(
             f"The corpus shakespeare could not be downloaded from {url}: {error}. "
             "Without a network use `python-stdlib` or a file of your own."
         ) from None
-    found = files.sha256_of(path)
+    found = artifacts.sha256_of(path)
     if found != sha256:
         path.unlink()
         raise DamagedFileError(
@@ -430,7 +432,7 @@ def _without_copies(found: list[_Part], notice) -> list[_Part]:
     for same_size in by_size.values():
         seen = set()
         for part in same_size if len(same_size) > 1 else ():
-            digest = files.sha256_of(part.path)
+            digest = artifacts.sha256_of(part.path)
             if digest in seen:
                 copies.append(part)
             seen.add(digest)

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from gpt_tf import arguments, files
+from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.settings import arguments
 from gpt_tf.text.augment import AugmentationConfig, Augmenter
 from gpt_tf.text.corpus import Document
-from gpt_tf.text.randomness import permute
+from gpt_tf.text.rng import permute
 from gpt_tf.text.tokenizer import Tokenizer
 
 # The label of a token that does not count, as in Hugging Face's libraries.
@@ -88,7 +89,7 @@ class TokenFile:
             DamagedFileError: File or manifest is missing, truncated or altered.
         """
         path = arguments.path("path", path)
-        manifest = files.read_json(_manifest_path(path))
+        manifest = artifacts.read_json(_manifest_path(path))
         _check_token_manifest(manifest, _manifest_path(path))
         dtype, size = np.dtype(manifest["dtype"]), manifest["size_bytes"]
         if not path.is_file():
@@ -99,7 +100,7 @@ class TokenFile:
                 f"{path} should have {size} bytes but has {found}: it is truncated or "
                 "was written over. Prepare the corpus again."
             )
-        if verify and files.sha256_of(path) != manifest["sha256"]:
+        if verify and artifacts.sha256_of(path) != manifest["sha256"]:
             raise DamagedFileError(
                 f"{path} does not have the SHA-256 that its manifest states: its "
                 "bytes were altered. Prepare the corpus again."
@@ -163,7 +164,7 @@ def write_token_file(
     digest = hashlib.sha256()
     count = text_bytes = num_documents = 0
     beside = _manifest_path(path).name
-    with files.replaced(path, beside) as new:
+    with artifacts.replaced(path, beside) as new:
         with open(new / path.name, "wb") as file:
             for batch in _batches(documents):
                 encoded = tokenizer.encode_batch([document.text for document in batch])
@@ -193,9 +194,9 @@ def write_token_file(
             "text_bytes": text_bytes,
             "size_bytes": count * dtype.itemsize,
             "sha256": digest.hexdigest(),
-            "versions": files.versions(),
+            "versions": artifacts.versions(),
         }
-        files.write_json(new / beside, manifest)
+        artifacts.write_json(new / beside, manifest)
     return TokenFile.open(path, verify=False)
 
 
@@ -513,7 +514,7 @@ _TOKEN_MANIFEST = {
 
 
 def _check_token_manifest(manifest, path: Path) -> None:
-    files.check_shape(manifest, _TOKEN_MANIFEST, path)
+    artifacts.check_shape(manifest, _TOKEN_MANIFEST, path)
     bytes_each = {"<u2": 2, "<u4": 4}.get(manifest["dtype"], 0)
     if not (
         manifest["kind"] == "tokens"

@@ -15,8 +15,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gpt_tf import arguments, files
+from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.settings import arguments
 
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
@@ -166,7 +167,9 @@ class Tokenizer(abc.ABC):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that two tokenizers share only if they are the same."""
-        canonical = files.to_json(files.parse_json(self.to_json()), sort_keys=True)
+        canonical = artifacts.to_json(
+            artifacts.parse_json(self.to_json()), sort_keys=True
+        )
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
@@ -174,7 +177,7 @@ class Tokenizer(abc.ABC):
         path = Path(path)
         if path.suffix != ".json":
             path = path / FILE_NAME
-        with files.atomic_file(path, "w") as file:
+        with artifacts.atomic_file(path, "w") as file:
             file.write(self.to_json())
 
     def check_ids(self, ids: Iterable[int]) -> None:
@@ -314,12 +317,12 @@ class BPETokenizer(Tokenizer):
 
     def save_gpt2_files(self, folder: str | os.PathLike) -> None:
         """Write GPT-2's `vocab.json` and `merges.txt` into a folder."""
-        content = files.parse_json(self.to_json())["model"]
+        content = artifacts.parse_json(self.to_json())["model"]
         merges = [m if isinstance(m, str) else " ".join(m) for m in content["merges"]]
         vocabulary = self.backend.get_vocab()
         vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
-        with files.replaced(Path(folder) / "vocab.json", "merges.txt") as new:
-            text = files.to_json(vocabulary, ensure_ascii=False)
+        with artifacts.replaced(Path(folder) / "vocab.json", "merges.txt") as new:
+            text = artifacts.to_json(vocabulary, ensure_ascii=False)
             (new / "vocab.json").write_text(text, "utf-8")
             text = "#version: 0.2\n" + "\n".join(merges) + "\n"
             (new / "merges.txt").write_text(text, "utf-8")
@@ -529,7 +532,9 @@ def _parts_of(component) -> list[str]:
         ]
 
     return (
-        [] if component is None else names(files.parse_json(component.__getstate__()))
+        []
+        if component is None
+        else names(artifacts.parse_json(component.__getstate__()))
     )
 
 

@@ -9,7 +9,7 @@ from gpt_tf.distillation.observe import outputs_of
 from gpt_tf.distillation.on_policy import write
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.optimizer import AdamW
-from gpt_tf.parallel import strategy as strategies
+from gpt_tf.parallel import data as strategies
 from gpt_tf.quantization.qat import activation_ranges, quantize_aware, to_float
 
 METRICS = {

@@ -8,9 +8,13 @@ from hypothesis import strategies as st
 
 from gpt_tf.distillation import records, top_k
 from gpt_tf.distillation.records import codes_of, log_probabilities_of
-from gpt_tf.distillation.vocabulary import VocabularyMap, align, derive_tokenizer
+from gpt_tf.distillation.tokenizer_alignment import (
+    VocabularyMap,
+    align,
+    derive_tokenizer,
+)
 from gpt_tf.errors import InputError
-from gpt_tf.models import operations
+from gpt_tf.models import ops
 from gpt_tf.text.tokenizer import BPETokenizer
 
 TEXT = "low lower lowest, the newest and the widest; slowly we knew that. " * 20
@@ -38,7 +42,7 @@ def softmax(logits):
 
 def compiled(mapping, logits):
     def run(logits):
-        with operations.inside_xla():
+        with ops.inside_xla():
             return mapping.outputs(logits)
 
     tensors = tf.function(run, jit_compile=True)(tf.constant(logits, tf.float32))
@@ -129,7 +133,7 @@ def test_rows_are_not_sorted_for_it():
     mapping = records.SameVocabulary(6, 1000)
 
     def run(logits):
-        with operations.inside_xla():
+        with ops.inside_xla():
             return mapping.outputs(logits)
 
     logits = tf.zeros([16, 1000])

@@ -6,7 +6,7 @@ from gpt_tf import GPTModel
 from gpt_tf.distillation import student
 from gpt_tf.distillation.student import layer_importance, make_student
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models.decoding import parts_of
+from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.gpt import NextTokenLoss
 from gpt_tf.quantization.qat import quantize_aware
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.distillation.unfinished import check_place, unfinished
 from gpt_tf.errors import InputError
 
@@ -54,7 +54,7 @@ def test_an_interrupted_folder_goes_on_to_the_same_bytes(tmp_path, path, fail_at
     assert len(notices) == (begun > 0)
     assert content(path) == content(tmp_path / "whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "whole"]
-    assert files.check_manifest(path, "squares")["power"] == 2
+    assert artifacts.check_manifest(path, "squares")["power"] == 2
     values = np.fromfile(path / "squares", np.int64)
     np.testing.assert_array_equal(values, np.arange(40) ** 2)
 
@@ -78,7 +78,7 @@ def test_other_facts_start_anew(path):
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_damaged_file_starts_anew(path, damage):
     interrupted(path, 9)
-    file = files.partial_path(path) / "new" / "folder" / "names"
+    file = artifacts.partial_path(path) / "new" / "folder" / "names"
     if damage == "missing":
         file.unlink()
     else:
@@ -101,7 +101,7 @@ def test_a_folder_killed_in_its_first_write_is_begun_anew(tmp_path, path, progre
     fill(tmp_path / "whole")
     interrupted(path, 2)
     if progress is not None:
-        (files.partial_path(path) / "progress.json").write_text(progress)
+        (artifacts.partial_path(path) / "progress.json").write_text(progress)
     assert fill(path) == 0
     assert content(path) == content(tmp_path / "whole")
 
@@ -112,7 +112,7 @@ def test_links_among_what_was_begun_are_not_followed(tmp_path, path, link):
     mine = tmp_path / "thesis"
     mine.write_text("precious")
     interrupted(path, 9)
-    planted = files.partial_path(path) / "new" / "folder" / "names"
+    planted = artifacts.partial_path(path) / "new" / "folder" / "names"
     planted.unlink()
     planted.symlink_to(mine) if link == "soft" else planted.hardlink_to(mine)
     fill(path)
@@ -162,4 +162,4 @@ def test_an_old_folder_stands_until_the_new_one_is_whole(path):
     assert content(path) == before
     assert fill(path, stop=8, overwrite=True) == 8
     assert (path / "squares").stat().st_size == 16 * 8
-    assert not files.partial_path(path).exists()
+    assert not artifacts.partial_path(path).exists()

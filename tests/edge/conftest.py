@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gpt_tf
-from gpt_tf.edge import EdgeGPT, executor
+from gpt_tf.edge import EdgeGPT, session
 from gpt_tf.export.litertlm import export_litertlm
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.text.tokenizer import CharacterTokenizer
@@ -55,10 +55,10 @@ def exported(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gpt(exported):
     """The opened file, whose cache grows early and often."""
-    before, executor.GROWTH = executor.GROWTH, 4
+    before, session.GROWTH = session.GROWTH, 4
     with EdgeGPT(exported.litertlm) as opened:
         yield opened
-    executor.GROWTH = before
+    session.GROWTH = before
 
 
 @pytest.fixture

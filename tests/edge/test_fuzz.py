@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.edge import EdgeGPT
 from gpt_tf.errors import DamagedFileError, InputError
 
@@ -84,7 +84,7 @@ def test_every_corruption_is_refused_by_the_manifest(copied, kind):
 @pytest.mark.parametrize("kind", ["tflite", "litertlm"])
 def test_without_its_manifest_every_corrupt_file_is_refused(copied, kind):
     path = copied(kind)
-    files.file_manifest_path(path).unlink()
+    artifacts.file_manifest_path(path).unlink()
     for what in corruptions(path, seed=2):
         with pytest.raises(DamagedFileError, match=rf"gpt\.{kind}"):
             EdgeGPT(path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gpt_tf
-from gpt_tf.edge import EdgeGPT, EdgeScheduler, executor
+from gpt_tf.edge import EdgeGPT, EdgeScheduler, session
 from gpt_tf.edge.scheduler import Request
 from gpt_tf.errors import InputError
 from tests.edge.conftest import CONTEXT
@@ -31,8 +31,8 @@ COUNTS = [12, pytest.param(240, marks=pytest.mark.slow)]
 @pytest.fixture
 def opened(exported, monkeypatch):
     """Open the file; its caches grow early, and are counted."""
-    monkeypatch.setattr(executor, "GROWTH", 4)
-    make = executor.Executor._new_room
+    monkeypatch.setattr(session, "GROWTH", 4)
+    make = session.Executor._new_room
 
     @contextlib.contextmanager
     def open_it():
@@ -43,8 +43,8 @@ def opened(exported, monkeypatch):
             caches.update(room.caches.values())
             return room
 
-        monkeypatch.setattr(executor.Executor, "_new_room", counted)
-        executor._plan.cache_clear()  # so that all runs are alike
+        monkeypatch.setattr(session.Executor, "_new_room", counted)
+        session._plan.cache_clear()  # so that all runs are alike
         with EdgeGPT(exported.litertlm, num_threads=1) as gpt:
             yield gpt
             rooms = [gpt._session._room, *gpt._executor._free]
@@ -240,7 +240,7 @@ def in_a_thread(call):
 
 def while_it_computes(monkeypatch, gpt, intrude):
     """Let another thread come in the middle of the third run of a signature."""
-    found, runs, run = [], [], executor.Session.run
+    found, runs, run = [], [], session.Session.run
 
     def meanwhile(self, signature, chunk):
         runs.append(chunk)
@@ -248,7 +248,7 @@ def while_it_computes(monkeypatch, gpt, intrude):
             found.append(in_a_thread(intrude))
         return run(self, signature, chunk)
 
-    monkeypatch.setattr(executor.Session, "run", meanwhile)
+    monkeypatch.setattr(session.Session, "run", meanwhile)
     return found
 
 

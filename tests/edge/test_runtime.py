@@ -6,12 +6,12 @@ import pytest
 import tensorflow as tf
 
 import gpt_tf
-from gpt_tf.edge import EdgeGPT, EdgeScheduler, executor, runtime
+from gpt_tf.edge import EdgeGPT, EdgeScheduler, runtime, session
 from gpt_tf.errors import InputError
 from gpt_tf.export import signatures
 from gpt_tf.export.tflite import export_tflite
-from gpt_tf.generation import GenerationNotice
-from gpt_tf.sampling import Sampler
+from gpt_tf.generation.sampler import Sampler
+from gpt_tf.generation.sequence import GenerationNotice
 from tests.edge.conftest import CONTEXT, VOCAB_SIZE, small_model
 
 OPTIONS = [
@@ -78,7 +78,7 @@ def test_a_growing_cache_changes_nothing(exported, monkeypatch):
     ids = random_ids(CONTEXT)
     found = []
     for growth in (CONTEXT, 1, 5):
-        monkeypatch.setattr(executor, "GROWTH", growth)
+        monkeypatch.setattr(session, "GROWTH", growth)
         with EdgeGPT(exported.tflite) as gpt:
             gpt.prefill(ids[:3])
             found.append([gpt.decode(token) for token in ids[3:]])
@@ -87,7 +87,7 @@ def test_a_growing_cache_changes_nothing(exported, monkeypatch):
 
 
 def test_the_capacity_follows_the_text(exported, monkeypatch):
-    monkeypatch.setattr(executor, "GROWTH", 4)
+    monkeypatch.setattr(session, "GROWTH", 4)
     with EdgeGPT(exported.tflite) as gpt:
         seen = []
         for token in random_ids(CONTEXT):
@@ -103,11 +103,11 @@ def test_the_capacity_follows_the_text(exported, monkeypatch):
 
 
 def test_a_second_text_of_the_same_length_allocates_no_cache(exported, monkeypatch):
-    monkeypatch.setattr(executor, "GROWTH", 4)
+    monkeypatch.setattr(session, "GROWTH", 4)
     with EdgeGPT(exported.tflite) as gpt:
         first = gpt.generate([1, 2, 3], max_new_tokens=6, temperature=0)
         made = []
-        monkeypatch.setattr(executor.Executor, "_new_room", made.append)
+        monkeypatch.setattr(session.Executor, "_new_room", made.append)
         second = gpt.generate([1, 2, 3], max_new_tokens=6, temperature=0)
     assert first == second and not made
 
@@ -159,7 +159,7 @@ def each_alone(model, rows, count, sampler):
     return [text[-count:][:end] for text, end in zip(texts, ends, strict=True)]
 
 
-@pytest.mark.filterwarnings("ignore::gpt_tf.generation.GenerationNotice")
+@pytest.mark.filterwarnings("ignore::gpt_tf.generation.sequence.GenerationNotice")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_rows_of_any_lengths_are_each_as_if_alone_in_every_engine(
     gpt, exported, options
@@ -305,7 +305,7 @@ def test_every_mode_runs_as_the_cache_grows(tmp_path, monkeypatch, mode):
     )
     found = []
     for growth in (4, CONTEXT):
-        monkeypatch.setattr(executor, "GROWTH", growth)
+        monkeypatch.setattr(session, "GROWTH", growth)
         with EdgeGPT(path) as gpt:
             gpt.prefill(ids[:11])
             steps = [gpt.decode(token) for token in ids[11:]]

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from gpt_tf.edge import EdgeGPT, EdgeScheduler
-from gpt_tf.edge.executor import Executor
+from gpt_tf.edge.session import Executor
 from gpt_tf.errors import InputError
-from gpt_tf.generation import GenerationNotice
+from gpt_tf.generation.sequence import GenerationNotice
 from tests.edge.conftest import CONTEXT, VOCAB_SIZE
 from tests.edge.test_runtime import OPTIONS, random_ids
 

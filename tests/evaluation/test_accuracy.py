@@ -18,7 +18,7 @@ from gpt_tf.evaluation.accuracy import (
     measure_accuracies,
     measure_accuracy,
 )
-from gpt_tf.evaluation.subjects import KerasGPT
+from gpt_tf.evaluation.models import KerasGPT
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
 
 LETTERS = "abcdefghij .\n\u00e9"

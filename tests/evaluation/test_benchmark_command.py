@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from gpt_tf import cli
-from gpt_tf.evaluation import latency, latency_tables
+from gpt_tf.evaluation import latency
 from gpt_tf.evaluation.latency import spread
 from gpt_tf.evaluation.report import new_entry, new_report, read_report, write_report
+from gpt_tf.reporting import latency_tables
 
 SAVED = Path(__file__).parents[2] / "saved_models"
 FILE = SAVED / "python-small.litertlm"

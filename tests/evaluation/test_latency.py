@@ -19,7 +19,7 @@ from gpt_tf.evaluation.latency import (
     spread,
 )
 from gpt_tf.evaluation.report import read_report, write_report
-from gpt_tf.evaluation.requests import CONTEXT_TOKENS, WARM_UP, time_request
+from gpt_tf.evaluation.worker import CONTEXT_TOKENS, WARM_UP, time_request
 
 SAVED = Path(__file__).parents[2] / "saved_models"
 FILE = SAVED / "python-small.litertlm"

@@ -1,7 +1,7 @@
 import pytest
 
+from gpt_tf.advisor.ranking import recommend
 from gpt_tf.errors import InputError
-from gpt_tf.evaluation.advisor import recommend
 from gpt_tf.evaluation.report import (
     entry_of,
     join_reports,

@@ -23,8 +23,8 @@ from unittest import mock
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from gpt_tf.edge.container import read_sections
-from gpt_tf.export import constants, flatbuffer, graph, seal
+from gpt_tf.edge.loader import read_sections
+from gpt_tf.export import constants, graph, integrity, tflite_writer
 from gpt_tf.export.signatures import BUNDLE_PREFIX, SEAL_DIGITS, SEAL_PREFIX
 
 SECONDS = 30
@@ -91,7 +91,7 @@ def written(mode, layers=1, width=32, heads=2, capacity=24, lengths=(1, 4)):
     parts = constants.Constants(
         outline.mode, sizes, outline.matrices, vectors, Ranges()
     )
-    model = flatbuffer.Model()
+    model = tflite_writer.Model()
     graph.build_all(model, parts, capacity, lengths, [min(4, capacity)])
     facts = {
         "mode": mode,
@@ -103,7 +103,7 @@ def written(mode, layers=1, width=32, heads=2, capacity=24, lengths=(1, 4)):
         "cache_dtype": "int8" if parts.mode.everything else "float32",
         "tokenizer_fingerprint": None,
     }
-    model.add_metadata("gpt_tf", seal.blank_seal(**facts))
+    model.add_metadata("gpt_tf", integrity.blank_seal(**facts))
     return resealed(model.to_bytes())
 
 
@@ -113,8 +113,8 @@ def resealed(data, prefix=SEAL_PREFIX):
     place = data.rfind(prefix) + len(prefix)
     if place >= len(prefix):
         data[place : place + SEAL_DIGITS] = b"0" * SEAL_DIGITS
-        with contextlib.suppress(seal.InputError):
-            seal.seal(data, prefix)
+        with contextlib.suppress(integrity.InputError):
+            integrity.seal(data, prefix)
     return bytes(data)
 
 
@@ -366,7 +366,7 @@ def alter_a_fact(data, generator):
         del inner[name]
     else:
         inner[name] = generator.choice(others)
-    buffer.data = np.frombuffer(seal.blank_seal(**facts), np.uint8)
+    buffer.data = np.frombuffer(integrity.blank_seal(**facts), np.uint8)
     return pack(content), f"the fact {name} is {inner.get(name)!r:.60}"
 
 

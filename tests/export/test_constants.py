@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from gpt_tf.errors import InputError
 from gpt_tf.export import constants as constants_module
 from gpt_tf.export.constants import MODES, Constants, outline
-from gpt_tf.export.flatbuffer import Type
+from gpt_tf.export.tflite_writer import Type
 from gpt_tf.export.weights import constants_of
 
 FINITE = st.floats(-1e3, 1e3, width=32)

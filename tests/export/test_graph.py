@@ -7,7 +7,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from gpt_tf.export import signatures
 from gpt_tf.export.graph import FLOAT_ISLANDS
-from gpt_tf.models.operations import gelu
+from gpt_tf.models.ops import gelu
 from tests.export.runner import TYPES, content_of, operations_of
 
 MODES = signatures.MODES

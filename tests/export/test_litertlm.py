@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import gpt_tf
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.export import graph, seal, signatures
+from gpt_tf.export import graph, integrity, signatures
 from gpt_tf.export.litertlm import export_litertlm
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.export.verify import VerificationError
@@ -343,7 +343,7 @@ def test_the_file_holds_the_verified_tflite_byte_by_byte(
     export_tflite(model, plain, tokenizer=tokenizer, **options_for(ids))
     inner = inner_tflite(path, manifest)
     assert inner == plain.read_bytes()
-    assert seal.read_seal(inner)["mode"] == "dynamic_int8"
+    assert integrity.read_seal(inner)["mode"] == "dynamic_int8"
     data = path.read_bytes()
     assert data.startswith(b"LITERTLM")
     assert data.count(signatures.SEAL_PREFIX) == 1
@@ -356,14 +356,14 @@ def test_the_same_model_gives_the_same_bytes(model, tokenizer, tmp_path):
         export_litertlm(model, tokenizer, path, "float32", prefill_lengths=[length])
     first, second, other = (path.read_bytes() for path in paths)
     assert first == second != other
-    sealed = seal.read_seal(first, "a", signatures.BUNDLE_PREFIX)
+    sealed = integrity.read_seal(first, "a", signatures.BUNDLE_PREFIX)
     assert sealed["format"] == "gpt_tf.litertlm/1"
     assert b"uuid" not in first and b"creation_timestamp" not in first
 
 
 def test_the_manifest_is_that_of_the_bundle(bundled, python_small):
     path, manifest = bundled("dynamic_int8")
-    assert files.check_file_manifest(path) == manifest
+    assert artifacts.check_file_manifest(path) == manifest
     assert manifest["kind"] == "litertlm"
     assert manifest["size_bytes"] == path.stat().st_size
     assert manifest["tokenizer_fingerprint"] == python_small[1].fingerprint()

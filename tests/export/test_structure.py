@@ -8,7 +8,7 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from gpt_tf.errors import DamagedFileError
-from gpt_tf.export import seal, structure
+from gpt_tf.export import integrity, structure
 from gpt_tf.export.litertlm import export_litertlm
 from gpt_tf.export.reader import BrokenError
 from gpt_tf.export.signatures import MODES
@@ -20,7 +20,7 @@ Op, Type = schema.BuiltinOperator, schema.TensorType
 
 
 def check(data):
-    structure.check(data, seal.read_seal(data))
+    structure.check(data, integrity.read_seal(data))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def other_facts(content, **facts):
     before = json.loads(bytes(buffer.data))
     del before["format"], before["sha256"]
     config = before.pop("config") | facts.pop("config", {})
-    text = seal.blank_seal(config=config, **(before | facts))
+    text = integrity.blank_seal(config=config, **(before | facts))
     buffer.data = np.frombuffer(text, np.uint8)
 
 
@@ -269,7 +269,7 @@ def test_facts_of_a_wrong_type_or_range_are_named(written, facts):
 
 @pytest.mark.parametrize("missing", ["config", "mode", "per_channel", "capacity"])
 def test_a_fact_that_is_missing_is_named(written, missing):
-    facts = seal.read_seal(written("int8"))
+    facts = integrity.read_seal(written("int8"))
     del facts[missing]
     with pytest.raises(BrokenError, match=missing):
         structure.check(written("int8"), facts)

@@ -11,9 +11,9 @@ import tf_keras as keras
 from ai_edge_litert.interpreter import Interpreter
 
 import gpt_tf
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.export import seal, signatures
+from gpt_tf.export import integrity, signatures
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.quantization.calibration import calibrate
 from gpt_tf.quantization.weights import quantize_array
@@ -420,7 +420,7 @@ def test_a_second_copy_of_a_table_would_be_noticed(export, build_model, larger):
 def test_the_file_holds_one_seal_that_says_what_it_is(exported, mode):
     data = exported(mode).path.read_bytes()
     assert data.count(signatures.SEAL_PREFIX) == 1
-    facts = seal.read_seal(data)
+    facts = integrity.read_seal(data)
     assert facts["mode"] == mode
     assert facts["capacity"] == CONTEXT
     assert facts["config"]["num_layers"] == 2
@@ -429,7 +429,7 @@ def test_the_file_holds_one_seal_that_says_what_it_is(exported, mode):
     assert facts["score_lengths"] == [CONTEXT]
     assert facts["cache_dtype"] == ("int8" if mode == "int8_full" else "float32")
     assert facts["tokenizer_fingerprint"] is None
-    assert facts["versions"] == files.versions()
+    assert facts["versions"] == artifacts.versions()
 
 
 def test_the_same_model_gives_the_same_bytes(export, model, exported):
@@ -488,7 +488,7 @@ def test_gpt2_small_needs_124_megabytes_and_little_memory(tmp_path):
 def test_the_manifest_says_what_was_written_and_measured(exported, text_ids):
     file = exported("dynamic_int8")
     manifest = file.manifest
-    assert files.check_file_manifest(file.path) == manifest
+    assert artifacts.check_file_manifest(file.path) == manifest
     assert manifest["kind"] == "tflite"
     assert manifest["mode"] == "dynamic_int8"
     assert manifest["config"]["vocab_size"] == VOCAB_SIZE
@@ -518,7 +518,7 @@ def test_a_new_file_replaces_the_old_one_and_its_manifest(tmp_path, model):
     path = tmp_path / "gpt.tflite"
     export_tflite(model, path, "float32")
     manifest = export_tflite(model, path, "dynamic_int8")
-    assert files.check_file_manifest(path) == manifest
+    assert artifacts.check_file_manifest(path) == manifest
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "gpt.tflite",
         "gpt.tflite.json",
@@ -541,7 +541,7 @@ def test_the_tokenizer_stands_beside_and_is_known_by_the_file(
         assert manifest["tokenizer_fingerprint"] == fingerprint
         beside = load_tokenizer(tmp_path / "tokenizer.json")
         assert beside.fingerprint() == fingerprint
-    facts = seal.read_seal(path.read_bytes())
+    facts = integrity.read_seal(path.read_bytes())
     assert facts["tokenizer_fingerprint"] == fingerprint
 
 

@@ -4,17 +4,17 @@ from ai_edge_litert import schema_py_generated as schema
 
 from gpt_tf.errors import InputError
 from gpt_tf.export import (
-    flatbuffer,
     graph,
+    integrity,
     reader,
-    seal,
     signatures,
     structure,
+    tflite_writer,
     verify,
     weights,
 )
-from gpt_tf.export.flatbuffer import Op, Type
 from gpt_tf.export.tflite import export_tflite
+from gpt_tf.export.tflite_writer import Op, Type
 from gpt_tf.export.verify import VerificationError
 from gpt_tf.quantization.calibration import calibrate
 from tests.export.conftest import FIXED_MODES, PREFILL_LENGTHS
@@ -60,7 +60,7 @@ def break_method(monkeypatch, name, broken):
 
 
 def test_another_gelu_is_noticed(write, monkeypatch):
-    original = flatbuffer.Subgraph.ops
+    original = tflite_writer.Subgraph.ops
 
     def relu(self, operator, inputs, shapes, *arguments, **options):
         if operator == Op.GELU:
@@ -68,7 +68,7 @@ def test_another_gelu_is_noticed(write, monkeypatch):
             operator = Op.RELU
         return original(self, operator, inputs, shapes, *arguments, **options)
 
-    monkeypatch.setattr(flatbuffer.Subgraph, "ops", relu)
+    monkeypatch.setattr(tflite_writer.Subgraph, "ops", relu)
     write()
 
 
@@ -214,7 +214,7 @@ def test_a_float_operation_in_int8_full_is_noticed(write, monkeypatch):
 
 def test_a_second_copy_of_the_weights_is_noticed(build_model, tmp_path, monkeypatch):
     model = build_model(embedding_dim=128)
-    original = flatbuffer.Model.buffer
+    original = tflite_writer.Model.buffer
 
     def forgetful(self, array):
         if np.asarray(array).nbytes > 4096:
@@ -222,25 +222,25 @@ def test_a_second_copy_of_the_weights_is_noticed(build_model, tmp_path, monkeypa
             self._buffer_of.clear()
         return original(self, array)
 
-    monkeypatch.setattr(flatbuffer.Model, "buffer", forgetful)
+    monkeypatch.setattr(tflite_writer.Model, "buffer", forgetful)
     with pytest.raises(VerificationError, match="a size of at most"):
         export_tflite(model, tmp_path / "gpt.tflite", "float32")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_litert_cannot_open_is_refused(write, monkeypatch):
-    original = seal.seal
+    original = integrity.seal
 
     def damage(data):
         original(data)
         data[4:8] = b"XXXX"  # in place of TFL3
 
-    monkeypatch.setattr(seal, "seal", damage)
+    monkeypatch.setattr(integrity, "seal", damage)
     write(match="LiteRT cannot open the exported file")
 
 
 def test_a_signature_that_is_missing_is_noticed(write, monkeypatch):
-    original = flatbuffer._Packer._signature
+    original = tflite_writer._Packer._signature
 
     def other_name(self, index, subgraph):
         if subgraph.signature == "prefill_4":
@@ -250,7 +250,7 @@ def test_a_signature_that_is_missing_is_noticed(write, monkeypatch):
             return offset
         return original(self, index, subgraph)
 
-    monkeypatch.setattr(flatbuffer._Packer, "_signature", other_name)
+    monkeypatch.setattr(tflite_writer._Packer, "_signature", other_name)
     write(match="prefill_5")
 
 

@@ -6,7 +6,7 @@ from hypothesis.extra import numpy as nps
 
 from gpt_tf.errors import InputError
 from gpt_tf.export.constants import MODES
-from gpt_tf.export.flatbuffer import Type
+from gpt_tf.export.tflite_writer import Type
 from gpt_tf.export.weights import constants_of, store
 from gpt_tf.quantization.weights import quantize_array
 

@@ -16,14 +16,14 @@ import tensorflow as tf
 import tf_keras as keras
 
 import gpt_tf
-from gpt_tf import files
+from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError
 from gpt_tf.models.keras_file import open_model, read_config
 from gpt_tf.models.precision import precision
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.quantization.qat import set_activation_ranges
-from gpt_tf.runs import load_model, save_model
 from gpt_tf.text.tokenizer import CharacterTokenizer
+from gpt_tf.training.run_folder import load_model, save_model
 
 SAVED = Path(__file__).parents[2] / "saved_models"
 
@@ -138,7 +138,7 @@ def forge(honest, tmp_path):
         shutil.copytree(honest, folder, dirs_exist_ok=True)
         (folder / "model.keras").write_bytes(data)
         names = ["model.keras", "tokenizer.json"]
-        files.write_manifest(folder, "model", names, config={})
+        artifacts.write_manifest(folder, "model", names, config={})
         return folder
 
     return put

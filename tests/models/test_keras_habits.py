@@ -13,7 +13,7 @@ import gpt_tf
 from gpt_tf.errors import InputError
 from gpt_tf.models import xla
 from gpt_tf.models.next_token import NextTokenLoss
-from gpt_tf.parallel import strategy as strategies
+from gpt_tf.parallel import data as strategies
 
 
 def sgd():

@@ -14,7 +14,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 import gpt_tf
-from gpt_tf.parallel import strategy as strategies
+from gpt_tf.parallel import data as strategies
 
 SIZES = {"vocab_size": 31, "embedding_dim": 12, "num_layers": 1, "num_heads": 2}
 ROWS, LENGTH, BATCH = 12, 8, 8  # the last batch has 4 rows

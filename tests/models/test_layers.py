@@ -4,7 +4,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError
-from gpt_tf.models import operations
+from gpt_tf.models import ops
 from gpt_tf.models.layers import (
     Dropout,
     LanguageModelHead,
@@ -37,7 +37,7 @@ def call_in_pieces(block, x, pieces, compiled):
         return block([x, keys, values, position, mask])
 
     def inside(*arguments):
-        with operations.inside_xla():
+        with ops.inside_xla():
             return once(*arguments)
 
     call = tf.function(inside, jit_compile=True) if compiled else once

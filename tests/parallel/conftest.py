@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from gpt_tf.training import PRESETS, train
+from gpt_tf.training.config import PRESETS
+from gpt_tf.training.loop import train
 
 
 @pytest.fixture

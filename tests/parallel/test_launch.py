@@ -11,8 +11,8 @@ import time
 import pytest
 
 from gpt_tf.errors import InputError, WorkerFailedError
+from gpt_tf.parallel import data as strategies
 from gpt_tf.parallel import launch as module
-from gpt_tf.parallel import strategy as strategies
 from gpt_tf.parallel.launch import launch, supervise
 
 # What a fake worker begins with: its index, the number of the start, a folder.
@@ -349,7 +349,7 @@ def test_a_thread_may_launch_too(fake):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/net")
 def test_tensorflow_listens_on_every_interface_whatever_address_it_is_given(run):
     code = """
-from gpt_tf.parallel.strategy import make_strategy
+from gpt_tf.parallel.data import make_strategy
 make_strategy("multi_worker")
 own = []
 for name in os.listdir("/proc/self/fd"):

@@ -17,9 +17,9 @@ import tensorflow as tf
 
 from gpt_tf import cli
 from gpt_tf.errors import InputError, PeerLostError
+from gpt_tf.parallel import data as strategies
 from gpt_tf.parallel import launch as launcher
-from gpt_tf.parallel import strategy as strategies
-from gpt_tf.runs import load_model
+from gpt_tf.training.run_folder import load_model
 
 
 @pytest.fixture

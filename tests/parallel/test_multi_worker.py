@@ -11,10 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from gpt_tf import training
 from gpt_tf.errors import InputError
-from gpt_tf.parallel import strategy as strategies
-from gpt_tf.training import PRESETS, TrainingConfig
+from gpt_tf.parallel import data as strategies
+from gpt_tf.training import loop
+from gpt_tf.training.config import PRESETS, TrainingConfig
 
 WORKER = """
 import json, os, sys
@@ -121,13 +121,13 @@ def config(corpus_folder):
 
 
 def assert_equals_one_device(out, answers, config, other):
-    alone = training.train(
+    alone = loop.train(
         dataclasses.replace(config, strategy="one_device"),
         other,
         verbose=False,
         on_notice=lambda line: None,
     )
-    model, _ = training.load_model(out)
+    model, _ = loop.load_model(out)
     for a, b in zip(model.get_weights(), alone.model.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
     chief, worker = answers
@@ -199,7 +199,7 @@ def test_a_worker_without_the_shared_folder_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(strategies, "is_chief", lambda strategy: False)
     config = TrainingConfig(strategy="one_device")
     with pytest.raises(InputError, match="folder that all workers share"):
-        training.train(config, tmp_path / "run")
+        loop.train(config, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ import gpt_tf
 from gpt_tf.errors import InputError
 from gpt_tf.parallel import pipeline as pipelines
 from gpt_tf.parallel.pipeline import Pipeline
-from gpt_tf.training import load_model
+from gpt_tf.training.loop import load_model
 
 SCHEDULES = pipelines.SCHEDULES
 

@@ -7,11 +7,11 @@ import tf_keras as keras
 
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.export.tflite import export_tflite
-from gpt_tf.models import decoding
+from gpt_tf.models import cached_forward
 from gpt_tf.models.language_model import NextTokenLoss
 from gpt_tf.models.layers import TransformerBlock
 from gpt_tf.models.precision import precision
-from gpt_tf.parallel import strategy as strategies
+from gpt_tf.parallel import data as strategies
 from gpt_tf.quantization.calibration import NARROWEST, calibrate
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.quantization.qat import (
@@ -427,16 +427,19 @@ def test_cached_decoding_equals_the_full_forward_pass(make_model, windows_of):
     x, _ = windows_of(2, 8)
     aware = quantize_gpt_model(make_model(), x, QuantizationConfig.full())
     expected = aware(x).numpy()
-    starts, caches = tf.zeros([2], tf.int32), decoding.empty_cache(aware, 2, 8)
-    logits, caches = decoding.forward_cached(aware, x[:, :5], 0, starts, caches)
+    starts, caches = tf.zeros([2], tf.int32), cached_forward.empty_cache(aware, 2, 8)
+    logits, caches = cached_forward.forward_cached(aware, x[:, :5], 0, starts, caches)
     pieces = [logits]
     for position in range(5, 8):
-        logits, caches = decoding.forward_cached(
+        logits, caches = cached_forward.forward_cached(
             aware, x[:, position : position + 1], position, starts, caches
         )
         pieces.append(logits)
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, atol=1e-5)
-    assert len(decoding.generate(aware, [1, 2], max_new_tokens=3, temperature=0)) == 3
+    assert (
+        len(cached_forward.generate(aware, [1, 2], max_new_tokens=3, temperature=0))
+        == 3
+    )
 
 
 # What is refused

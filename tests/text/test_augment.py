@@ -14,7 +14,7 @@ import gpt_tf
 from gpt_tf.errors import InputError
 from gpt_tf.text.augment import AugmentationConfig, BPEDropout
 from gpt_tf.text.dataset import Windows
-from gpt_tf.text.randomness import draw, uniform
+from gpt_tf.text.rng import draw, uniform
 from gpt_tf.text.tokenizer import END_OF_TEXT, BPETokenizer, CharacterTokenizer
 
 TEXT = (

@@ -1,0 +1,245 @@
+"""What the user can afford: budgets, and the scenarios that bring their own.
+
+A scenario is a set of budgets and what is best among the files that keep them. The
+numbers and where they come from:
+
+| scenario | perplexity | 95 % of tokens | first token | size | memory | best is |
+|---|---|---|---|---|---|---|
+| `phone` | 5 % | 50 ms | 1000 ms | 100 MB | 300 MB | the quickest |
+| `board` | 10 % | 150 ms | - | 32 MB | 256 MB | the smallest |
+| `server` | 1 % | - | 500 ms | - | - | throughput, and accuracy |
+| `custom` | - | - | - | - | - | what has no budget, or accuracy |
+
+*phone*: one reads 238 words a minute (Brysbaert, 2019), a token in about 170 ms; 50 ms
+leaves two thirds of the time to the app. After one second one's thought is interrupted
+(Nielsen, 1993). 100 MB do not hinder a download, and with 300 MB the system still keeps
+the app in the background. *board*: 150 ms a token just keep up with a reader; half of
+512 MB is left to the system. *server*: nearly no loss, since there is room for the
+better file; half of the second belongs to the network. *custom*: see `Scenario`.
+What is best may be said outright instead: see `PREFERENCES`.
+"""
+
+import dataclasses
+import math
+import numbers
+
+from gpt_tf.settings import arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a budget is about.
+
+    Args:
+        what: Its name in a sentence.
+        measure: The name of the quantity, as `gpt_tf.advisor.ranking` reads it.
+        unit: Unit of the number.
+        is_least: Whether it is the least that is wanted and not the most.
+    """
+
+    what: str
+    measure: str
+    unit: str
+    is_least: bool = False
+
+
+KINDS = {
+    "max_perplexity_increase": Kind("perplexity increase", "accuracy", "%"),
+    "max_latency_ms": Kind("p95 latency", "latency", "ms"),
+    "max_size_mb": Kind("size", "size", "MB"),
+    "max_memory_mb": Kind("peak memory", "memory", "MB"),
+    "max_first_token_ms": Kind("time to first token", "first_token", "ms"),
+    "min_tokens_per_s": Kind("throughput", "throughput", "tokens/s", True),
+}
+
+# What a file may be chosen by: a quantity, or perplexity, latency and size together.
+PREFERENCES = (*(kind.measure for kind in KINDS.values()), "balance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budgets:
+    """What may be spent. None is no limit.
+
+    Every field also takes the text of a command line.
+
+    Args:
+        max_perplexity_increase: Above the reference's, as a fraction: 0.03, or `"3%"`.
+        max_latency_ms: 95th percentile of the time between two tokens.
+        max_size_mb: The file, in units of 10^6 bytes.
+        max_memory_mb: Most memory of a process that runs it, in units of 10^6 bytes.
+        max_first_token_ms: Median time from the prompt to the first token.
+        min_tokens_per_s: Of one request; of a server's best number of requests.
+
+    Raises:
+        InputError: One is no number, not finite, not above 0, or an increase of
+            100 % or more.
+
+    Example:
+        >>> Budgets("3%", max_latency_ms="15").max_perplexity_increase
+        0.03
+    """
+
+    max_perplexity_increase: float | None = None
+    max_latency_ms: float | None = None
+    max_size_mb: float | None = None
+    max_memory_mb: float | None = None
+    max_first_token_ms: float | None = None
+    min_tokens_per_s: float | None = None
+
+    def __post_init__(self):
+        for name in KINDS:
+            value = getattr(self, name)
+            if value is not None:
+                parse = _fraction if "increase" in name else _number
+                object.__setattr__(self, name, parse(name, value))
+
+    @classmethod
+    def of(cls, value) -> "Budgets":
+        """Return budgets from some, from a dict of them, or from None.
+
+        Raises:
+            InputError: A name in the dict is unknown, or a value cannot be used.
+        """
+        if value is None or isinstance(value, cls):
+            return value or cls()
+        if not isinstance(value, dict) or not value.keys() <= KINDS.keys():
+            expected = f"a Budgets or a dict of its fields, {', '.join(KINDS)}"
+            arguments.refuse("budgets", value, expected)
+        return cls(**value)
+
+    def given(self) -> dict:
+        """Return those that are not None, by name."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value is not None}
+
+    def over(self, others: "Budgets") -> "Budgets":
+        """Return others, where these say nothing."""
+        return Budgets(**{**others.given(), **self.given()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """Where a file is to run.
+
+    Args:
+        text: What it is, in a few words.
+        budgets: Those that hold unless others are given.
+        objective: What is best among the files that keep them: `"latency"`, `"size"`,
+            `"server"`, which is throughput, of which 1 % more perplexity costs 10 %,
+            or `"custom"`: the first of accuracy, latency and size that has no budget,
+            and accuracy if all three have one.
+    """
+
+    text: str
+    budgets: Budgets
+    objective: str
+
+
+def scenario_of(name: str) -> Scenario:
+    """Return the scenario of that name.
+
+    Raises:
+        InputError: There is none.
+    """
+    return SCENARIOS[arguments.one_of("scenario", name, SCENARIOS)]
+
+
+def objective_of(scenario: str, prefer: str | None = None) -> str:
+    """Return what is best among the files that keep the budgets.
+
+    Args:
+        scenario: A key of `SCENARIOS`.
+        prefer: One of `PREFERENCES`, which comes before the scenario's own objective,
+            or None.
+
+    Raises:
+        InputError: There is no such scenario, or nothing of that name to prefer.
+    """
+    own = scenario_of(scenario).objective
+    if prefer is None:
+        return own
+    return arguments.one_of("prefer", prefer, PREFERENCES)
+
+
+def option(name: str) -> str:
+    """Return how the command line calls a budget."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(name: str, value: float, digits: int = 3) -> str:
+    """Return a budget's value with its unit, to so many significant digits.
+
+    Example:
+        >>> shown("max_perplexity_increase", 0.0312)
+        '3.12 %'
+    """
+    kind = KINDS[name]
+    number = value * 100 if kind.unit == "%" else value
+    return f"{significant(number, digits)} {kind.unit}"
+
+
+def significant(number: float, digits: int = 3) -> str:
+    """Return a number to so many significant digits, never in powers of ten."""
+    if not number:
+        return "0"
+    places = digits - 1 - math.floor(math.log10(abs(number)))
+    text = f"{number:,.{max(places, 0)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _number(name, value):
+    expected = f"a number above 0, in {KINDS[name].unit}"
+    number = _float(name, value, expected)
+    if not (math.isfinite(number) and number > 0):
+        arguments.refuse(name, value, expected, "Leave it out for no limit.")
+    return number
+
+
+def _fraction(name, value):
+    expected = "a part of 1 above 0, 0.03 for example, or 3%"
+    text = value.strip() if isinstance(value, str) else None
+    percent = text is not None and text.endswith("%")
+    number = _float(name, text[:-1] if percent else value, expected)
+    if not math.isfinite(number) or number <= 0:
+        arguments.refuse(
+            name, value, expected, "Every mode but float32 loses a little; try 0.1%."
+        )
+    fraction = number / 100 if percent else number
+    if percent and fraction >= 1:
+        arguments.refuse(name, value, "less than 100%", "Leave it out for no limit.")
+    if fraction >= 1:
+        n, whole = significant(number, 6), significant(100 * number, 6)
+        mend = f"Did you mean {n}%?" if number < 100 else "Leave it out for no limit."
+        arguments.refuse(name, value, expected, f"{n} is {whole} %. {mend}")
+    return fraction
+
+
+def _float(name, value, expected):
+    good = isinstance(value, str | numbers.Real) and not isinstance(value, bool)
+    try:
+        return float(value if good else "")
+    except (ValueError, OverflowError):
+        arguments.refuse(
+            name, value, expected, "Write it with a decimal point and no unit."
+        )
+
+
+# At the end, since its budgets are checked by what stands above.
+SCENARIOS = {
+    "phone": Scenario(
+        "an app on a phone, which has little memory to spare",
+        Budgets(0.05, 50, 100, 300, max_first_token_ms=1000),
+        "latency",
+    ),
+    "board": Scenario(
+        "a single-board computer with 512 MB",
+        Budgets(0.10, 150, 32, 256),
+        "size",
+    ),
+    "server": Scenario(
+        "a machine that answers several requests at once",
+        Budgets(0.01, max_first_token_ms=500),
+        "server",
+    ),
+    "custom": Scenario("the budgets that are given decide", Budgets(), "custom"),
+}

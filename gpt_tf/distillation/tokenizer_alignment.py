@@ -1,0 +1,733 @@
+"""Teacher and student with different tokenizers, over the same text.
+
+A tokenizer derived from the teacher's cuts each teacher token into pieces, and the
+teacher's probabilities are carried over piece by piece. Of any other pair only the
+places are found at which both have a token end.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt_tf import artifacts
+from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.settings import arguments
+from gpt_tf.text.tokenizer import BPETokenizer, Tokenizer, tokenizer_from_json
+
+# Probabilities that are sorted at once: it bounds the memory.
+_SORT_VALUES = 1 << 21
+
+
+def derive_tokenizer(tokenizer: BPETokenizer, vocab_size: int) -> BPETokenizer:
+    """Keep the first merges of a tokenizer, for a student of a smaller vocabulary.
+
+    `student.encode(text)` is then the pieces (`pieces_of`) of
+    `teacher.encode(text)`, one after the other, for every text:
+
+    1. Byte-pair encoding joins, again and again, the leftmost pair of lowest rank.
+       As long as a pair of the student's merges is left, that pair is one of
+       those, and both do the same. When none is left, the student is done, and the
+       teacher goes on joining what there is. So each teacher token is a run of the
+       student's.
+    2. No join crosses the border of a token of the result. The pair of lowest rank
+       in all the text is, if it lies within a token, the lowest within it; so the
+       joins within a token are those of its bytes alone, and so are its pieces.
+
+    Args:
+        tokenizer: The teacher's.
+        vocab_size: `V` of the student: at least the tokens that no merge makes (256
+            bytes, the end of text and other added ones), at most the teacher's.
+
+    Returns:
+        A tokenizer of exactly `vocab_size` tokens in the teacher's order, numbered
+        without gaps: an end of text that comes first stays the first.
+
+    Raises:
+        InputTypeError: The tokenizer is not a `BPETokenizer`.
+        InputError: The size is out of range, or the tokenizer's merges cannot be
+            cut: they are overruled by whole words, or use tokens that later merges
+            make.
+
+    Example:
+        >>> teacher = BPETokenizer.train(["low lower lowest " * 9], vocab_size=262)
+        >>> derive_tokenizer(teacher, 258).encode("low")
+        [257, 87]
+
+    Reference: Sennrich, Haddow and Birch (2016), arXiv:1508.07909, algorithm 1.
+    """
+    content = _content_of(tokenizer)
+    vocabulary = tokenizer.backend.get_vocab()
+    kept, count = _first_tokens(content["model"]["merges"], vocabulary, vocab_size)
+    new_ids = {token: i for i, token in enumerate(sorted(kept, key=vocabulary.get))}
+    content["model"]["vocab"] = new_ids
+    content["model"]["merges"] = content["model"]["merges"][:count]
+    for token in content["added_tokens"]:
+        token["id"] = new_ids[token["content"]]
+    # Others name ids of special tokens, which `encode` never adds.
+    if (content["post_processor"] or {}).get("type") != "ByteLevel":
+        content["post_processor"] = None
+    return tokenizer_from_json(artifacts.to_json(content), "the derived tokenizer")
+
+
+def is_derived(teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> bool:
+    """Return whether the student's merges are the first ones of the teacher's.
+
+    Whatever else decides about tokens (how text is split into words, added tokens)
+    has to be the same too. The ids may differ.
+    """
+    try:
+        teacher = _content_of(teacher_tokenizer)
+        student = _content_of(student_tokenizer)
+    except InputError:
+        return False
+    merges = student["model"]["merges"]
+    is_prefix = teacher["model"]["merges"][: len(merges)] == merges
+    return is_prefix and _rules(teacher) == _rules(student)
+
+
+def pieces_of(
+    teacher_tokenizer: BPETokenizer, student_tokenizer: BPETokenizer
+) -> list[tuple[int, ...]]:
+    """Return each teacher token as student tokens.
+
+    Args:
+        teacher_tokenizer: Of `V_t` ids.
+        student_tokenizer: Derived from it.
+
+    Returns:
+        `V_t` tuples of student ids: one id for an added token such as the end of
+        text, none for an id without a token.
+
+    Raises:
+        InputError: The student's tokenizer is not derived from the teacher's.
+
+    Example:
+        >>> pieces_of(teacher, derive_tokenizer(teacher, 258))[258]  # "low"
+        (257, 87)
+    """
+    if not is_derived(teacher_tokenizer, student_tokenizer):
+        raise InputError(
+            "A student tokenizer derived from the teacher's was expected. Received: "
+            f"one of {student_tokenizer.vocab_size} tokens whose merges are not the "
+            f"first of the teacher's {teacher_tokenizer.vocab_size} tokens. Use "
+            "`derive_tokenizer(teacher_tokenizer, vocab_size)`, or "
+            "`UniversalLogit()`, which takes any two tokenizers."
+        )
+    student = student_tokenizer.backend
+    pieces = [()] * teacher_tokenizer.vocab_size
+    added = teacher_tokenizer.backend.get_added_tokens_decoder()
+    for token, index in teacher_tokenizer.backend.get_vocab().items():
+        if index in added:
+            pieces[index] = (student.token_to_id(token),)
+        elif teacher_tokenizer.decode_bytes([index]):
+            # Below the splitting into words, which needs whole characters.
+            pieces[index] = tuple(piece.id for piece in student.model.tokenize(token))
+    return pieces
+
+
+def shared_tokens(
+    teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer
+) -> np.ndarray:
+    """Find the teacher token of the same bytes for each student token.
+
+    Args:
+        teacher_tokenizer: Any tokenizer.
+        student_tokenizer: Any other.
+
+    Returns:
+        Teacher ids `(V_s,)` int64, the lowest if there are several, -1 where there
+        is none. End of text corresponds to end of text.
+
+    Example:
+        >>> shared_tokens(teacher, derive_tokenizer(teacher, 258))[257]
+        257
+    """
+    id_of = {}
+    for index, data in enumerate(_token_bytes(teacher_tokenizer)):
+        id_of.setdefault(data, index)
+    # Without bytes are gaps of a vocabulary, and the end of text.
+    id_of.pop(b"", None)
+    result = [id_of.get(data, -1) for data in _token_bytes(student_tokenizer)]
+    end = student_tokenizer.end_of_text_id
+    if end is not None:
+        teacher_end = teacher_tokenizer.end_of_text_id
+        result[end] = -1 if teacher_end is None else teacher_end
+    return np.array(result, np.int64)
+
+
+def end_offsets(tokenizer: Tokenizer, ids) -> np.ndarray:
+    """Return the place in the text at which each token ends.
+
+    Args:
+        tokenizer: The one that made the ids.
+        ids: Token ids `(N,)`.
+
+    Returns:
+        Offsets `(N,)` int64 in bytes. The end of text counts as one byte, so that
+        two streams of the same documents keep in step.
+
+    Raises:
+        InputError: The ids are not `(N,)` integers, or no token has one of them.
+
+    Example:
+        >>> end_offsets(tokenizer, tokenizer.encode("low lowest"))
+        array([ 3,  8, 10])
+    """
+    ids = _checked_ids(tokenizer, ids)
+    sizes = np.array([len(data) for data in _token_bytes(tokenizer)], np.int64)
+    if tokenizer.end_of_text_id is not None:
+        sizes[tokenizer.end_of_text_id] = 1
+    return np.cumsum(sizes[ids], dtype=np.int64)
+
+
+class Alignment(NamedTuple):
+    """Where the teacher is when the student predicts its next token.
+
+    Student position `j` predicts student token `j + 1`, which starts at a byte that
+    lies in some teacher token `i + 1`, which teacher position `i` predicts.
+
+    Attributes:
+        teacher_index: `i` for each `j`, `(N_s,)` int64. -1 where there is none: in
+            the first teacher token, and at the last student position.
+        at_boundary: `(N_s,)` bool: both tokens start at the same byte.
+        inside: `(N_s,)` int64: student tokens that start before it in the same
+            teacher token. In a derived pair, they are the pieces already seen of it.
+    """
+
+    teacher_index: np.ndarray
+    at_boundary: np.ndarray
+    inside: np.ndarray
+
+
+def align(
+    teacher_ids,
+    student_ids,
+    teacher_tokenizer: Tokenizer,
+    student_tokenizer: Tokenizer,
+) -> Alignment:
+    """Find for each student position the teacher's position over the same text.
+
+    Args:
+        teacher_ids: The text in teacher tokens `(N_t,)`, ends of text included.
+        student_ids: The same text in student tokens `(N_s,)`.
+        teacher_tokenizer: The one that made `teacher_ids`.
+        student_tokenizer: The one that made `student_ids`.
+
+    Returns:
+        The `Alignment`.
+
+    Raises:
+        InputError: The two are not the same text, or an argument holds no ids.
+
+    Example:
+        >>> align(teacher.encode("low lower"), student.encode("low lower"),
+        ...       teacher, student).teacher_index
+        array([-1,  0,  0,  0,  0,  1, -1])
+    """
+    teacher_ids = _checked_ids(teacher_tokenizer, teacher_ids)
+    student_ids = _checked_ids(student_tokenizer, student_ids)
+    _check_same_text(
+        _text_of(teacher_tokenizer, teacher_ids),
+        _text_of(student_tokenizer, student_ids),
+    )
+    # Where tokens start; of both, the last number is where the text ends.
+    teacher_starts = _with_zero(end_offsets(teacher_tokenizer, teacher_ids))
+    student_starts = _with_zero(end_offsets(student_tokenizer, student_ids))
+    places = student_starts[1:]
+    covering = np.searchsorted(teacher_starts, places, side="right") - 1
+    known = (covering > 0) & (places < teacher_starts[-1])
+    token_starts = teacher_starts[covering]
+    first = np.searchsorted(student_starts, token_starts)
+    return Alignment(
+        np.where(known, covering - 1, -1),
+        known & (token_starts == places),
+        np.where(known, np.arange(1, len(places) + 1) - first, 0),
+    )
+
+
+def aligned_windows(
+    teacher_ids,
+    student_ids,
+    alignment: Alignment,
+    start: int,
+    length: int,
+    teacher_length: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the teacher has to see for one window of the student.
+
+    The teacher's window begins at the first teacher token that starts in the
+    student's window: a teacher that saw more than its student would teach what
+    cannot be known. So the first positions of the student may have no teacher.
+
+    Args:
+        teacher_ids: The text in teacher tokens `(N_t,)`.
+        student_ids: The same text in student tokens `(N_s,)`.
+        alignment: Theirs, from `align`.
+        start: First student position of the window, at least 0.
+        length: `T`, student positions of the window, at least 1.
+        teacher_length: `T_t`, teacher tokens to see, at least 1.
+
+    Returns:
+        teacher_tokens: `(T_t,)` int32, at the end of the text filled up with 0.
+        teacher_positions: `(T,)` int64: the position among them that predicts what
+            student position `start + t` does, -1 if there is none, or the teacher's
+            window is too short. To have only those at which both predict a token
+            that starts, keep `alignment.at_boundary[start : start + length]`.
+
+    Raises:
+        InputError: The window is not within the text, a number is out of range, or the
+            alignment is that of another number of tokens.
+
+    Example:
+        >>> tokens, positions = aligned_windows(t_ids, s_ids, alignment, 0, 64, 64)
+        >>> logits = teacher(tokens[None])[0]                     # (T_t, V_t)
+        >>> targets = tf.gather(logits, np.maximum(positions, 0)) # (T, V_t)
+    """
+    _check_aligned(student_ids, alignment)
+    count = len(student_ids)
+    if start < 0 or min(length, teacher_length) < 1 or start + length > count:
+        raise InputError(
+            f"A window within the text of {count} student tokens was expected, of at "
+            f"least one position. Received: start={start}, length={length}, "
+            f"teacher_length={teacher_length}. Choose them in that range."
+        )
+    begin = 0
+    if start:
+        # The teacher token that covers the window's first byte, or the next one.
+        before = start - 1
+        begin = int(alignment.teacher_index[before]) + 1
+        begin += not alignment.at_boundary[before]
+    found = np.asarray(teacher_ids[begin : begin + teacher_length])
+    tokens = np.zeros(teacher_length, np.int32)
+    tokens[: len(found)] = found
+    index = alignment.teacher_index[start : start + length] - begin
+    return tokens, np.where((index >= 0) & (index < teacher_length), index, -1)
+
+
+class VocabularyMap:
+    """The teacher's probabilities as probabilities of a derived student's tokens.
+
+    Where a teacher token starts, the student's next token is `s` with the sum of the
+    probabilities of all teacher tokens whose pieces begin with `s`. Within a teacher
+    token, of which some pieces are seen, the tokens that begin with those pieces
+    remain; those that go on with `s` share what those that go on have together.
+
+    Student contexts do not tell where the teacher's tokens end, so one context meets
+    targets of both kinds, and the cross entropy, linear in the target, has its
+    minimum at their mean. Each target is the teacher's probability given whether a
+    token ended here, so that their mean over the teacher's text is, by the law of
+    total probability, its probability given the context alone: forward KL is
+    unbiased.
+
+    That holds because a token which would have ended where the text goes on is left
+    out: how often tokens end is told by how often boundaries come. With
+    `count_ended` such tokens have their share in `rest`, as the chain rule over
+    pieces needs it; a student trained with that share would count it twice, and
+    believe too much in short tokens.
+
+    Pieces already seen are given as a node: node 0 is the boundary, where none are;
+    -1 says that nothing is known. `nodes_for` finds them.
+
+    Args:
+        teacher_tokenizer: Of `V_t` ids.
+        student_tokenizer: Derived from it, of `V_s` ids.
+
+    Attributes:
+        teacher_vocab_size: `V_t`.
+        student_vocab_size: `V_s`.
+        num_nodes: Number of different runs of pieces that a teacher token goes on
+            from, the empty one included.
+
+    Raises:
+        InputError: The student's tokenizer is not derived from the teacher's.
+
+    Example:
+        >>> vocabulary_map = VocabularyMap(teacher, student)
+        >>> alignment = align(teacher_ids, student_ids, teacher, student)
+        >>> nodes = vocabulary_map.nodes_for(student_ids, alignment)  # (N_s,)
+        >>> rows = probabilities[alignment.teacher_index]             # (N_s, V_t)
+        >>> ids, values, rest = vocabulary_map.top_k(rows, nodes, 32)
+    """
+
+    def __init__(
+        self, teacher_tokenizer: BPETokenizer, student_tokenizer: BPETokenizer
+    ):
+        pieces = pieces_of(teacher_tokenizer, student_tokenizer)
+        self.teacher_vocab_size = teacher_tokenizer.vocab_size
+        self.student_vocab_size = student_tokenizer.vocab_size
+        # In this order, tokens that begin with the same pieces are neighbours, and
+        # one that ends after them comes before those that go on.
+        order = sorted(range(len(pieces)), key=pieces.__getitem__)
+        self._order = np.array(order)
+        self._nodes = _nodes_of([pieces[token] for token in order])
+        edges = [
+            (parent, token, child)
+            for parent, node in enumerate(self._nodes)
+            for token, child in zip(node.tokens, node.children, strict=True)
+            if child >= 0
+        ]
+        self._edges = np.array(edges, np.int64).reshape(-1, 3)
+        self._edge_keys = self._keys_of(self._edges[:, 0], self._edges[:, 1])
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return len(self._nodes)
+
+    def node_of(self, prefix: Sequence[int]) -> int:
+        """Return the node of pieces already seen, -1 if no teacher token goes on."""
+        node = np.zeros(1, np.int64)
+        for token in prefix:
+            node = self._children_of(node, np.array([token]))
+        return int(node[0])
+
+    def nodes_for(self, student_ids, alignment: Alignment) -> np.ndarray:
+        """Return for each student position what is seen of its teacher token.
+
+        Args:
+            student_ids: The text in student tokens `(N_s,)`.
+            alignment: Its alignment with the teacher's tokens.
+
+        Returns:
+            Nodes `(N_s,)` int64: -1 where the teacher predicts nothing, or its
+            tokens in this text are not cut as `pieces_of` says.
+
+        Raises:
+            InputError: The alignment is that of another number of tokens.
+        """
+        student_ids = np.asarray(student_ids)
+        _check_aligned(student_ids, alignment)
+        nodes = np.where(alignment.at_boundary, 0, -1)
+        for depth in range(1, int(alignment.inside.max(initial=0)) + 1):
+            rows = np.flatnonzero(alignment.inside == depth)
+            nodes[rows] = self._children_of(nodes[rows - 1], student_ids[rows])
+        return nodes
+
+    def to_student(
+        self, teacher_probabilities, nodes, *, count_ended: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probabilities of all student tokens.
+
+        Args:
+            teacher_probabilities: `(N, V_t)`, 0 or more. They are divided by their
+                sum.
+            nodes: What is seen of the teacher's token, `(N,)` integers.
+            count_ended: Whether teacher tokens that end exactly here keep their
+                share, as `rest`. If not, they are left out.
+
+        Returns:
+            known: `(N, V_s)` float64.
+            rest: `(N,)` float64, what is missing to 1: the share of tokens that
+                ended; 1 where nothing is known, since the node is -1 or all tokens
+                that go on have probability 0.
+
+        Raises:
+            InputError: Shape or values are not as above.
+
+        Example:
+            >>> known, rest = vocabulary_map.to_student(probabilities, nodes)
+            >>> np.allclose(known.sum(axis=-1) + rest, 1.0)
+            True
+        """
+        rows = _Rows(self, teacher_probabilities, nodes)
+        known = np.zeros((rows.count, self.student_vocab_size))
+        rest = np.ones(rows.count)
+        for node, chosen in rows.groups():
+            values, ended = rows.shares(node, chosen, count_ended)
+            known[np.ix_(chosen, node.tokens)] = values
+            rest[chosen] = ended
+        return known, rest
+
+    def top_k(
+        self, teacher_probabilities, nodes, k: int, *, count_ended: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the `k` most probable student tokens.
+
+        Args:
+            teacher_probabilities: As in `to_student`.
+            nodes: As in `to_student`.
+            k: Tokens to keep, 1 to `V_s`.
+            count_ended: As in `to_student`.
+
+        Returns:
+            ids: `(N, k)` int64, falling in probability, each at most once in a row;
+                tokens of probability 0 where no more can follow.
+            probabilities: `(N, k)` float64.
+            rest: `(N,)` float64, what is missing to 1: the other tokens, and what
+                `to_student` calls rest.
+
+        Raises:
+            InputError: `k` is out of range, or as in `to_student`.
+
+        Example:
+            >>> ids, values, rest = vocabulary_map.top_k(probabilities, nodes, 32)
+            >>> np.allclose(values.sum(axis=-1) + rest, 1.0)
+            True
+        """
+        if not 1 <= k <= self.student_vocab_size:
+            raise InputError(
+                f"`k` expects 1 to {self.student_vocab_size}, the student's "
+                f"vocabulary. Received: {k}. Choose a number in that range."
+            )
+        rows = _Rows(self, teacher_probabilities, nodes)
+        ids = np.tile(np.arange(k), (rows.count, 1))
+        probabilities = np.zeros((rows.count, k))
+        rest = np.ones(rows.count)
+        for node, chosen in rows.groups():
+            values, ended = rows.shares(node, chosen, count_ended)
+            largest, others = _largest(values, k)
+            count = largest.shape[1]
+            ids[chosen, :count] = node.tokens[largest]
+            ids[chosen, count:] = _absent_from(node.tokens, k - count)
+            probabilities[chosen, :count] = np.take_along_axis(values, largest, axis=1)
+            rest[chosen] = ended + others
+        return ids, probabilities, rest
+
+    def _children_of(self, nodes, tokens):
+        """Return the nodes that nodes become by one more piece; -1 if there is none."""
+        keys = self._keys_of(nodes, tokens)
+        places = np.searchsorted(self._edge_keys, keys)
+        children = np.full(len(keys), -1, np.int64)
+        # The key of another node's token would be taken for that of no token.
+        is_token = (tokens >= 0) & (tokens < self.student_vocab_size)
+        inside = np.flatnonzero(is_token & (places < len(self._edge_keys)))
+        found = inside[self._edge_keys[places[inside]] == keys[inside]]
+        children[found] = self._edges[places[found], 2]
+        return children
+
+    def _keys_of(self, nodes, tokens):
+        return nodes.astype(np.int64) * self.student_vocab_size + tokens
+
+
+class _Node(NamedTuple):
+    """Sorted teacher tokens that begin with the same pieces.
+
+    Attributes:
+        start: The first of them that goes on, after those that end here.
+        stop: After the last.
+        ended: How many end here.
+        tokens: Student tokens by which they go on, rising, `(S,)`.
+        starts: Where the teacher tokens of each begin, `(S,)`, `start` being 0.
+        children: Their nodes, -1 where all teacher tokens end.
+    """
+
+    start: int
+    stop: int
+    ended: int
+    tokens: np.ndarray
+    starts: np.ndarray
+    children: list[int]
+
+
+def _nodes_of(pieces: list[tuple[int, ...]]) -> list[_Node]:
+    """Make the nodes over sorted pieces; parents before children, 0 is the root."""
+    spans = [(0, len(pieces), 0)]
+    nodes = []
+    for first, stop, depth in spans:  # which grows meanwhile
+        start = first
+        while start < stop and len(pieces[start]) == depth:
+            start += 1
+        nexts = [run[depth] for run in pieces[start:stop]]
+        starts = [i for i, s in enumerate(nexts) if not i or s != nexts[i - 1]]
+        children = []
+        for begin, end in zip(starts, [*starts[1:], len(nexts)], strict=True):
+            # The shortest come first.
+            goes_on = len(pieces[start + end - 1]) > depth + 1
+            children.append(len(spans) if goes_on else -1)
+            if goes_on:
+                spans.append((start + begin, start + end, depth + 1))
+        tokens = np.array([nexts[i] for i in starts], np.int64)
+        starts = np.array(starts, np.int64)
+        nodes.append(_Node(start, stop, start - first, tokens, starts, children))
+    return nodes
+
+
+class _Rows:
+    """Rows of teacher probabilities, to be summed up at their nodes."""
+
+    def __init__(self, owner: VocabularyMap, probabilities, nodes):
+        self._order = owner._order
+        self._all = owner._nodes
+        self._probabilities = np.asarray(probabilities)
+        self._chosen = np.asarray(nodes)
+        self.count = len(self._chosen)
+        self._check(owner.teacher_vocab_size)
+
+    def _check(self, width):
+        shape, values = (self.count, width), self._probabilities
+        if values.shape != shape or self._chosen.ndim != 1:
+            raise InputError(
+                f"Probabilities of all {width} teacher tokens and one node for each "
+                f"row were expected. Received: shapes {values.shape} and "
+                f"{self._chosen.shape}. Cut a padded vocabulary to the tokenizer's."
+            )
+        # Comparisons with NaN are false.
+        if values.size and not (values.min() >= 0 and values.max() < np.inf):
+            raise InputError(
+                "`teacher_probabilities` expects numbers of 0 or more. Received: "
+                f"{values.min()} to {values.max()}. Take the softmax of logits."
+            )
+        if self.count and not -1 <= self._chosen.min() <= self._chosen.max() < len(
+            self._all
+        ):
+            raise InputError(
+                f"Nodes run from -1 to {len(self._all) - 1}. Received: "
+                f"{self._chosen.min()} to {self._chosen.max()}. Take those of "
+                "`nodes_for`, of this map."
+            )
+
+    def groups(self) -> Iterator[tuple[_Node, np.ndarray]]:
+        """Yield nodes and the rows at each, in parts that fit the memory."""
+        by_node = np.argsort(self._chosen, kind="stable")
+        nodes, firsts = np.unique(self._chosen[by_node], return_index=True)
+        for index, rows in zip(nodes, np.split(by_node, firsts[1:]), strict=False):
+            if index < 0:
+                continue
+            node = self._all[index]
+            size = max(1, _SORT_VALUES // (node.stop - node.start + node.ended))
+            for start in range(0, len(rows), size):
+                yield node, rows[start : start + size]
+
+    def shares(self, node: _Node, rows, count_ended):
+        """Return what goes on with each of the node's tokens, and what does not."""
+        values = np.zeros((len(rows), len(node.tokens)))
+        if len(node.tokens):
+            goes_on = self._sorted(rows, node.start, node.stop)
+            values = np.add.reduceat(goes_on, node.starts, axis=0).T  # (n, S)
+        ended = np.zeros(len(rows))
+        if count_ended and node.ended:
+            ended = self._sorted(rows, node.start - node.ended, node.start).sum(axis=0)
+        total = values.sum(axis=1) + ended
+        is_known = total > 0
+        total[~is_known] = 1.0
+        return values / total[:, None], np.where(is_known, ended / total, 1.0)
+
+    def _sorted(self, rows, start, stop):
+        """Return probabilities of sorted teacher tokens `(stop - start, n)`."""
+        columns = self._order[start:stop]
+        return self._probabilities[rows].T[columns].astype(np.float64)
+
+
+def _largest(values, k):
+    """Return the columns of the `k` largest, falling, and the sum of the others."""
+    k = min(k, values.shape[1])
+    columns = np.argpartition(-values, k - 1, axis=1) if k else np.zeros((1, 0), int)
+    others = np.take_along_axis(values, columns[:, k:], axis=1).sum(axis=1)
+    largest = np.sort(columns[:, :k], axis=1)  # equal ones stay in order
+    falling = np.argsort(
+        -np.take_along_axis(values, largest, axis=1), axis=1, kind="stable"
+    )
+    return np.take_along_axis(largest, falling, axis=1), others
+
+
+def _absent_from(tokens, count) -> np.ndarray:
+    """Return the lowest ids that are not among some tokens."""
+    return np.setdiff1d(np.arange(len(tokens) + count), tokens)[:count]
+
+
+def _content_of(tokenizer: Tokenizer) -> dict:
+    """Return a `tokenizer.json` whose merges are pairs that alone decide."""
+    if not isinstance(tokenizer, BPETokenizer):
+        raise InputTypeError(
+            "A `BPETokenizer` was expected, whose first merges can be kept. "
+            f"Received: {type(tokenizer).__name__}. Train the teacher with bpe."
+        )
+    content = artifacts.parse_json(tokenizer.to_json())
+    model = content["model"]
+    if model.get("ignore_merges"):
+        raise InputError(
+            "A tokenizer whose merges alone decide was expected. Received: one with "
+            "ignore_merges=True. Set it to false."
+        )
+    model["merges"] = [
+        list(m) if not isinstance(m, str) else m.split(" ") for m in model["merges"]
+    ]
+    return content
+
+
+def _rules(content: dict) -> dict:
+    """Return what decides about tokens besides vocabulary and merges."""
+    added = [{**token, "id": None} for token in content["added_tokens"]]
+    return {
+        "model": {**content["model"], "vocab": None, "merges": None},
+        "added_tokens": sorted(added, key=lambda token: token["content"]),
+        "normalizer": content["normalizer"],
+        "pre_tokenizer": content["pre_tokenizer"],
+    }
+
+
+def _first_tokens(merges, vocabulary, vocab_size) -> tuple[set[str], int]:
+    """Return the first `vocab_size` tokens, and the number of merges they take."""
+    kept = set(vocabulary) - {left + right for left, right in merges}
+    arguments.integer(
+        "vocab_size",
+        vocab_size,
+        len(kept),
+        len(vocabulary),
+        repair="It begins with the tokens that no merge makes, and ends with all of "
+        "the teacher's.",
+    )
+    for count, (left, right) in enumerate(merges):
+        if not {left, right} <= kept:
+            raise InputError(
+                "Merges of tokens that earlier merges make were expected. Received: "
+                f"{left!r} + {right!r} too early, as merge {count}. This tokenizer "
+                "cannot be cut; train one with `BPETokenizer.train`."
+            )
+        # Two merges may make the same token.
+        if left + right not in kept and len(kept) == vocab_size:
+            return kept, count
+        kept.add(left + right)
+    return kept, len(merges)
+
+
+def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    return [tokenizer.decode_bytes([index]) for index in range(tokenizer.vocab_size)]
+
+
+def _checked_ids(tokenizer: Tokenizer, ids) -> np.ndarray:
+    ids = np.asarray(ids)
+    if not ids.size:
+        ids = ids.astype(np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InputError(
+            f"Token ids of shape (N,) were expected. Received: {ids.dtype} of shape "
+            f"{ids.shape}. Give the ids of one stream of tokens."
+        )
+    if ids.size:
+        tokenizer.check_ids([int(ids.min()), int(ids.max())])
+    return ids
+
+
+def _with_zero(offsets) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), offsets])
+
+
+def _text_of(tokenizer: Tokenizer, ids) -> list[bytes]:
+    """Return the bytes of each document in a stream."""
+    ends = np.flatnonzero(ids == tokenizer.end_of_text_id)
+    return [tokenizer.decode_bytes(part) for part in np.split(ids, ends)]
+
+
+def _check_same_text(teacher: list[bytes], student: list[bytes]) -> None:
+    if teacher == student:
+        return
+    sizes = [f"{sum(map(len, d))} bytes in {len(d)} parts" for d in (teacher, student)]
+    pairs = zip(teacher, student, strict=False)
+    where = next((i for i, (t, s) in enumerate(pairs) if t != s), None)
+    where = "one goes on longer" if where is None else f"part {where} differs"
+    raise InputError(
+        "Teacher and student tokens of the same text were expected, both or neither "
+        f"with ends of text. Received: {sizes[0]} and {sizes[1]}; {where}. Encode the "
+        "same documents with both tokenizers."
+    )
+
+
+def _check_aligned(student_ids, alignment: Alignment) -> None:
+    if len(student_ids) != len(alignment.teacher_index):
+        raise InputError(
+            f"The alignment of {len(student_ids)} student tokens was expected. "
+            f"Received: that of {len(alignment.teacher_index)}. Take what `align` "
+            "returned for these tokens."
+        )

@@ -1,0 +1,439 @@
+"""Running a file's signatures over a cache that is as large as the text needs.
+
+LiteRT computes with every row of the cache, filled or not, so speed follows its
+capacity. Here the capacity in use starts small and grows in steps; a growth copies
+the rows once. Between growths nothing is copied: the same buffers are bound as cache
+input and output of every signature. A loaded model may have several sessions, texts
+with a cache each.
+"""
+
+import contextlib
+import ctypes
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
+from ai_edge_litert.environment import Environment
+from ai_edge_litert.hardware_accelerator import HardwareAccelerator
+from ai_edge_litert.tensor_buffer import TensorBuffer
+
+from gpt_tf.errors import DamagedFileError
+from gpt_tf.export import signatures
+from gpt_tf.native_logs import end_quietly, quiet
+
+# Rows by which the capacity in use grows. GPT-2 small on 2 cores: a row that is not
+# needed costs 0.01 ms a token, a growth 2 ms at 64 rows, 10 at 256 and 30 at 1024.
+GROWTH = 64
+
+# XNNPACK packs weights for its kernels; under this name the signatures share one
+# packed copy, in memory.
+_SHARED_WEIGHTS = ":memory"
+
+# The part of a decode step that one more position adds in a prefill.
+_COST_PER_POSITION = 1 / 12
+
+
+class Executor:
+    """One loaded model for any number of sessions.
+
+    The sessions share weights and signatures; each has a cache of its own. Whoever
+    runs them in turn pays for it where their capacities differ: LiteRT then lays its
+    memory out anew, 0.5 ms for GPT-2 small, where a token takes 8 to 16.
+
+    Args:
+        model: Name or bytes of a `.tflite` that was verified.
+        facts: What its seal says.
+        num_threads: Threads that compute.
+        name: How messages call the file.
+
+    Attributes:
+        limit: Largest number of positions of a session.
+        lengths: Lengths of the prefill signatures, ascending.
+    """
+
+    def __init__(self, model: str | bytes, facts: dict, num_threads: int, name: str):
+        config = facts["config"]
+        self.limit = min(facts["capacity"], config["context_length"])
+        self.largest = facts["capacity"]
+        self.dtype = np.dtype(facts["cache_dtype"])
+        self.cache_names = signatures.caches(config["num_layers"])
+        # LiteRT goes on reading it.
+        self._data = model
+        with quiet(), _refused(name):
+            self.model = _load(model, num_threads)
+            self._signatures = self._find_signatures(name)
+            self.decode = self._signatures[signatures.DECODE]
+            shape = self.decode.shape_of(self.cache_names[0])
+            _, self.heads, _, self.head_dim = shape
+            self.prefills = self._by_length("prefill", signatures.prefill)
+            self.scores = self._by_length("score", signatures.score)
+            self.lengths = tuple(self.prefills)
+            self._free = []
+            # The first run sets up what later ones use.
+            session = self.session()
+            session.run(self.decode, self.decode.tokens[:1])
+            session.close()
+        end_quietly()
+
+    def session(self) -> "Session":
+        """Begin a session with an empty cache."""
+        return Session(self)
+
+    def room(self, capacity: int) -> "_Room":
+        """Return a cache of this capacity, one that was given back if there is one."""
+        for index, room in enumerate(self._free):
+            if room.capacity == capacity:
+                return self._free.pop(index)
+        return self._new_room(capacity)
+
+    def give_back(self, room: "_Room") -> None:
+        """Take a cache back."""
+        if self._free is None:  # closed
+            return
+        # Small ones are kept for other texts, half as many rows as are possible.
+        kept = sorted([*self._free, room], key=lambda room: room.capacity)
+        while sum(room.capacity for room in kept) > self.largest // 2:
+            kept.pop()
+        self._free = kept
+
+    def close(self) -> None:
+        """Give model and buffers back; its sessions are of no use afterwards."""
+        self._free = self.model = self._data = None
+        self._signatures = self.prefills = self.scores = self.decode = None
+
+    def _find_signatures(self, name):
+        found = {}
+        for key, names in self.model.get_signature_list().items():
+            found[key] = _Signature(self.model, key, names, self.largest)
+        wanted = {*self.cache_names, signatures.TOKENS, signatures.MASK}
+        if signatures.DECODE not in found or not wanted <= set(
+            found[signatures.DECODE].inputs
+        ):
+            raise DamagedFileError(
+                f"Expected the signature {signatures.DECODE} with "
+                f"{len(self.cache_names)} caches in {name}. Received: "
+                f"{', '.join(sorted(found))}. Export the model again."
+            )
+        return found
+
+    def _by_length(self, kind, name_of):
+        lengths = signatures.lengths_of(self._signatures, kind)
+        return {length: self._signatures[name_of(length)] for length in lengths}
+
+    def _new_room(self, capacity):
+        self.decode.resize(capacity)
+        # What is hidden is multiplied by 0, so it must be finite.
+        blank = np.zeros(self.heads * capacity * self.head_dim, self.dtype)
+        caches = {}
+        for name in self.cache_names:
+            caches[name] = self.decode.input_buffer(name)
+            caches[name].write(blank)
+        return _Room(capacity, caches, {})
+
+
+class Session:
+    """One text in a cache of its own.
+
+    Args:
+        executor: The model that runs it.
+
+    Attributes:
+        position: Number of positions in the cache.
+        limit: Largest number of positions.
+    """
+
+    def __init__(self, executor: Executor):
+        self.position = 0
+        self.limit = executor.limit
+        self._executor = executor
+        self._room = executor.room(min(GROWTH, executor.largest))
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the cache in use."""
+        return self._room.capacity
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        self.position = 0
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Append tokens to the cache; they must have room in it."""
+        for signature, chunk in self._chunks(ids, self._executor.prefills):
+            self.run(signature, chunk)
+
+    def decode(self, token: int) -> np.ndarray:
+        """Append a token and return the logits of the next one, `(V,)` float32."""
+        self._reserve(1)
+        return self.run(self._executor.decode, [token])[0]
+
+    def score(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Append tokens; yield the logits behind each, in pieces `(n, V)` float32."""
+        for signature, chunk in self._chunks(ids, self._executor.scores):
+            yield self.run(signature, chunk)
+
+    def plan(self, count: int, most: int | None = None) -> list[int]:
+        """Make room for tokens and return the lengths of the calls for them.
+
+        Args:
+            count: Number of tokens that are to be prefilled.
+            most: Largest length that may be chosen, at least 1; None: any.
+        """
+        lengths = [n for n in self._executor.lengths if most is None or n <= most]
+        chosen = plan(count, self.limit - self.position, lengths)
+        self._reserve(_rows_for(count, chosen, self.limit - self.position))
+        return chosen
+
+    def _reserve(self, rows: int) -> None:
+        """Grow the cache, or shrink an empty one, to so many more rows."""
+        rows += self.position
+        capacity = min(-(-rows // GROWTH) * GROWTH, self._executor.largest)
+        if capacity > self.capacity or (not self.position and capacity < self.capacity):
+            self._enter(capacity)
+
+    def step(self, ids: Sequence[int], length: int) -> None:
+        """Append tokens with one of the calls that `plan` chose.
+
+        Args:
+            ids: Token ids `(n,)`, `n` from 1 to `length`.
+            length: The call's length.
+        """
+        executor = self._executor
+        self.run(executor.prefills.get(length, executor.decode), ids)
+
+    def run(self, signature: "_Signature", chunk) -> np.ndarray | None:
+        """Run a chunk, filled up to the signature's length; return what comes out."""
+        call = self._call(signature)
+        position, count = self.position, len(chunk)
+        signature.tokens[:count] = chunk
+        signature.tokens[count:] = 0
+        signature.positions[:] = np.arange(position, position + signature.length)
+        call.show(position)
+        signature.token_buffer.write(signature.tokens)
+        signature.position_buffer.write(signature.positions)
+        call.mask_buffer.write(call.mask)
+        self._executor.model.run_by_index(signature.index, call.inputs, call.outputs)
+        self.position += count
+        return signature.read(count)
+
+    def close(self) -> None:
+        """Give the cache back, for other sessions."""
+        room, self._room = self._room, None  # never given back twice
+        if room is not None:
+            self._executor.give_back(room)
+
+    def _chunks(self, ids, by_length):
+        """Cut tokens into pieces, each with the signature that runs it."""
+        room = self.limit - self.position
+        lengths = plan(len(ids), room, by_length)
+        self._reserve(_rows_for(len(ids), lengths, room))
+        begin = 0
+        for length in lengths:
+            chunk = ids[begin : begin + length]
+            yield by_length.get(length, self._executor.decode), chunk
+            begin += len(chunk)
+
+    def _enter(self, capacity):
+        old, new = self._room, self._executor.room(capacity)
+        if self.position:
+            self._copy_rows(old, new)
+        self._room = new
+        self._executor.give_back(old)
+
+    def _copy_rows(self, old, new):
+        executor = self._executor
+        shape = (executor.heads, old.capacity, executor.head_dim)
+        rows = np.zeros((shape[0], new.capacity, shape[2]), executor.dtype)
+        for name in executor.cache_names:
+            kept = old.caches[name].read(math.prod(shape), executor.dtype)
+            rows[:, : self.position] = kept.reshape(shape)[:, : self.position]
+            new.caches[name].write(rows)
+
+    def _call(self, signature):
+        room = self._room
+        signature.resize(room.capacity)
+        if signature.name not in room.calls:
+            room.calls[signature.name] = _Call(signature, room)
+        return room.calls[signature.name]
+
+
+def _rows_for(count: int, lengths: Sequence[int], room: int) -> int:
+    """Return how many rows calls need for so many tokens.
+
+    The next token has its row too, so that it does not make the cache grow.
+
+    Args:
+        count: Number of tokens.
+        lengths: Lengths of the calls, as `plan` chose them.
+        room: Positions that are free.
+    """
+    return max(min(count + 1, room), sum(lengths))
+
+
+def plan(count: int, room: int, lengths: Sequence[int]) -> list[int]:
+    """Choose lengths of calls that process tokens at the least cost.
+
+    A call computes all of its length; a last one may be longer than what is left.
+
+    Args:
+        count: Number of tokens.
+        room: Positions that are free, at least `count`.
+        lengths: Lengths that are possible; 1 always is.
+
+    Returns:
+        The lengths, in order.
+
+    Example:
+        >>> plan(75, 100, (1, 8, 64))
+        [64, 8, 1, 1, 1]
+    """
+    return list(_plan(count, room - count, tuple(sorted({1, *lengths}))))
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(count, spare, lengths):
+    largest = lengths[-1]
+    whole = max(0, count // largest - 1)
+    # The cheapest way for each number of tokens that may be left, from none on.
+    best = [(0.0, ())]
+    for left in range(1, count - whole * largest + 1):
+        best.append(
+            min(
+                (1 + length * _COST_PER_POSITION + cost, (length, *rest))
+                for length in lengths
+                if length - left <= spare
+                for cost, rest in [best[max(0, left - length)]]
+            )
+        )
+    return (largest,) * whole + best[-1][1]
+
+
+class _Room(NamedTuple):
+    """Buffers for one capacity."""
+
+    capacity: int
+    caches: dict[str, TensorBuffer]
+    calls: dict[str, "_Call"]
+
+
+class _Signature:
+    """One signature: the buffers that do not depend on the capacity."""
+
+    def __init__(self, model, name, names, capacity):
+        self.name = name
+        self.inputs, self.outputs = names["inputs"], names["outputs"]
+        self.index = model.get_signature_index(name)
+        shapes = model.get_input_tensor_details(name)
+        self.length = int(shapes[signatures.TOKENS]["shape"][1])
+        self.tokens = np.zeros(self.length, np.int32)
+        self.positions = np.zeros(self.length, np.int32)
+        self._model = model
+        self._capacity = capacity
+        self._shapes = [list(shapes[name]["shape"]) for name in self.inputs]
+        self.token_buffer = self.input_buffer(signatures.TOKENS)
+        self.position_buffer = self.input_buffer(signatures.POSITIONS)
+        self.logits_buffer = None
+        if signatures.LOGITS in self.outputs:
+            shape = model.get_output_tensor_details(name)[signatures.LOGITS]["shape"]
+            self._logits_shape = self.length, int(shape[-1])
+            self.logits_buffer = model.create_output_buffer_by_name(
+                name, signatures.LOGITS
+            )
+
+    def shape_of(self, name):
+        return self._shapes[self.inputs.index(name)]
+
+    def input_buffer(self, name):
+        return self._model.create_input_buffer_by_name(self.name, name)
+
+    def read(self, count):
+        """Return the first rows of the logits, or None where none come out."""
+        if self.logits_buffer is None:
+            return None
+        values = self.logits_buffer.read(math.prod(self._logits_shape), np.float32)
+        return values.reshape(self._logits_shape)[:count]
+
+    def resize(self, capacity):
+        """Let mask and caches have this many rows."""
+        if capacity == self._capacity:
+            return
+        self._capacity = None  # an interruption leaves some in the old size
+        for index, (name, shape) in enumerate(
+            zip(self.inputs, self._shapes, strict=True)
+        ):
+            if name == signatures.MASK:
+                shape[3] = capacity
+            elif name.startswith("kv_cache"):
+                shape[2] = capacity
+            else:
+                continue
+            self._model.resize_input_tensor(index, shape, self.index, strict=False)
+        self._capacity = capacity
+
+
+class _Call:
+    """A signature with buffers of one capacity, ready to run."""
+
+    def __init__(self, signature, room):
+        self.mask_buffer = signature.input_buffer(signatures.MASK)
+        self.mask = np.zeros((signature.length, room.capacity), np.float32)
+        self._position = None
+        buffers = {
+            signatures.TOKENS: signature.token_buffer,
+            signatures.POSITIONS: signature.position_buffer,
+            signatures.MASK: self.mask_buffer,
+            signatures.LOGITS: signature.logits_buffer,
+            **room.caches,
+        }
+        self.inputs = [buffers[name] for name in signature.inputs]
+        self.outputs = [buffers[name] for name in signature.outputs]
+
+    def show(self, position):
+        """Let the tokens from a position on see the rows up to their own."""
+        before, self._position = self._position, None  # not known if interrupted
+        if len(self.mask) == 1 and position - 1 == before:
+            self.mask[0, position] = 0
+        else:
+            length, capacity = self.mask.shape
+            positions = np.arange(position, position + length)
+            self.mask[:] = signatures.mask(positions, capacity)[0, 0]
+        self._position = position
+
+
+def _load(model, num_threads):
+    options = Options(
+        HardwareAccelerator.CPU,
+        cpu_options=CpuOptions(
+            num_threads=num_threads, xnnpack_weight_cache_path=_SHARED_WEIGHTS
+        ),
+    )
+    load = (
+        CompiledModel.from_file if isinstance(model, str) else CompiledModel.from_buffer
+    )
+    return load(model, environment=_environment(), options=options)
+
+
+@contextlib.contextmanager
+def _refused(name):
+    try:
+        yield
+    except RuntimeError as error:
+        raise DamagedFileError(
+            f"LiteRT cannot open {name}: {error}. Export it again, or install the "
+            "version of ai-edge-litert that it was exported with."
+        ) from None
+
+
+@functools.cache
+def _environment():
+    """Return LiteRT's environment, one for all models.
+
+    A path that leads nowhere keeps it from loading compilers for other processors.
+    """
+    environment = Environment.create(compiler_plugin_path="none")
+    # Never taken apart: it would log that, when Python ends.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
+    return environment

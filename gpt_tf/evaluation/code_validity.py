@@ -1,0 +1,284 @@
+"""Whether what a model writes is Python: the share of completions that parse.
+
+A prompt is the beginning of a function of a held-out file, dedented: its signature
+and docstring, or its signature and the first line of its body. It ends before the
+line's end, because a model that reads the line break as a token of its own hardly
+ever indents what follows. A prompt counts only if it parses alone, so that whatever
+fails is the model's own, and if its function goes on in a way that is accepted.
+
+The model writes up to so many tokens. What is written ends with its last complete
+line, and before the first line that stands at the margin: there the function's block
+ends. It is accepted if prompt and written lines together parse, and if among the
+lines after the prompt's own is one of code: a model that writes nothing, a blank line
+or a comment has not completed the function, and is refused and counted.
+
+The function's own text goes through the same, cut after as many of the model's
+tokens. Where these end within a statement it is refused as well: its share is what
+is to be reached, and is below 1.
+"""
+
+import ast
+import codecs
+import math
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt_tf.errors import InputError
+from gpt_tf.evaluation.models import check_open
+from gpt_tf.evaluation.text import HeldOutText
+from gpt_tf.generation.sequence import GenerationNotice
+from gpt_tf.settings import arguments
+
+COUNT = 64
+MAX_NEW_TOKENS = 64
+TEMPERATURE = 0.8
+
+_LONGEST_PROMPT = 400
+_FUNCTIONS_PER_DOCUMENT = 3
+_Z = 1.959964  # of 95 %
+
+
+class Prompt(NamedTuple):
+    """The beginning of a function, and how it goes on.
+
+    Attributes:
+        text: The beginning, without a line break at its end.
+        rest: The function's own text after it.
+    """
+
+    text: str
+    rest: str
+
+
+def measure_parsing(
+    subject,
+    documents,
+    *,
+    count: int = COUNT,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = TEMPERATURE,
+    seed: int = 0,
+    name: str = "the model",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Measure the share of completions of Python functions that `ast.parse` accepts.
+
+    Args:
+        subject: An `EdgeGPT` or `KerasGPT` with its tokenizer.
+        documents: Held-out Python files, as for `measure_accuracy`; or the prompts
+            that `find_prompts` found in them.
+        count: Number of prompts, of which there may be fewer.
+        max_new_tokens: Tokens that the model writes at most, at least 1.
+        temperature: Of its choices.
+        seed: Decides prompts and choices.
+        name: How messages call the subject.
+        on_progress: Called with completions done and all of them.
+
+    Returns:
+        `share`, an INTERVAL of `gpt_tf.evaluation.report` after Wilson;
+        `of_true_text`, the share of the functions' own text; and `count`.
+
+    Raises:
+        InputError: There are no functions, or an argument is out of its range.
+
+    Example:
+        >>> measure_parsing(gpt, held_out_text("python-stdlib"))["share"]["value"]
+
+    Reference: Wilson, "Probable Inference, the Law of Succession, and Statistical
+    Inference", Journal of the American Statistical Association 22 (1927).
+    """
+    arguments.integer("max_new_tokens", max_new_tokens, 1)
+    arguments.number("temperature", temperature, least=0)
+    arguments.integer("seed", seed)
+    check_open(subject)
+    if subject.tokenizer is None:
+        raise InputError(f"Completing text with {name} expects its tokenizer.")
+    prompts = documents
+    if not (isinstance(documents, list) and all(type(p) is Prompt for p in documents)):
+        prompts = find_prompts(documents, count, seed)
+    if not prompts:
+        raise InputError(
+            "Parsing completions expects Python functions of several statements. "
+            "Received: text without any. Name a corpus of .py files."
+        )
+    tokenizer, accepted, true = subject.tokenizer, 0, 0
+    for index, prompt in enumerate(prompts):
+        own_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+        text, is_whole = _write(
+            subject, prompt.text, max_new_tokens, temperature, own_seed
+        )
+        accepted += is_accepted(prompt.text, text, is_whole)
+        ids = tokenizer.encode(prompt.rest)
+        is_whole = len(ids) <= max_new_tokens
+        text = tokenizer.decode(ids[:max_new_tokens])
+        true += is_accepted(prompt.text, text, is_whole)
+        if on_progress is not None:
+            on_progress(index + 1, len(prompts))
+    return {
+        "share": wilson_interval(accepted, len(prompts)),
+        "of_true_text": true / len(prompts),
+        "count": len(prompts),
+    }
+
+
+def find_prompts(documents, count: int = COUNT, seed: int = 0) -> list[Prompt]:
+    """Find beginnings of functions, at most three of a file.
+
+    Args:
+        documents: As for `measure_parsing`; what is no Python is passed over.
+        count: Number of prompts, at least 1.
+        seed: Decides which.
+
+    Returns:
+        The prompts, fewer where there are no more.
+
+    Raises:
+        InputError: `count` is too small, or there is no text.
+    """
+    check_count(count)
+    arguments.integer("seed", seed)
+    documents = HeldOutText.of(documents).documents
+    generator = np.random.default_rng([seed, 1])
+    prompts = []
+    for place in generator.permutation(len(documents)):
+        found = list(_prompts_of(documents[place].text))
+        order = generator.permutation(len(found))[:_FUNCTIONS_PER_DOCUMENT]
+        prompts += [found[index] for index in sorted(order)]
+        if len(prompts) >= count:
+            break
+    return prompts[:count]
+
+
+def check_count(count: int) -> None:
+    """Refuse a number of completions that says nothing.
+
+    Raises:
+        InputError: It is less than 1.
+    """
+    repair = "Leave parsing out, with parse=False or --no-parse, to have none."
+    arguments.integer("count", count, 1, repair=repair)
+
+
+def is_accepted(prompt: str, written: str, is_whole: bool = False) -> bool:
+    """Tell whether a completion goes on with a function so that it parses.
+
+    Args:
+        prompt: The function's beginning, at the margin.
+        written: What follows.
+        is_whole: Whether it ended by itself, so that its last line is complete.
+
+    Example:
+        >>> is_accepted("def f(x):\\n    y = x", "\\n    return y\\n\\nf(1)")
+        True
+        >>> is_accepted("def f(x):\\n    y = x", "\\n    return (\\n")
+        False
+        >>> is_accepted("def f(x):\\n    y = x", "\\n\\ndef g():")
+        False
+    """
+    lines = written.split("\n")
+    if not is_whole:
+        lines.pop()
+    block = lines[:1]
+    for line in lines[1:]:
+        if _is_at_margin(line):
+            break
+        block.append(line)
+    code = [line for line in block[1:] if line.strip() and line.strip()[0] != "#"]
+    return bool(code) and _parse(prompt + "\n".join(block) + "\n") is not None
+
+
+def wilson_interval(successes: int, count: int) -> dict[str, float]:
+    """Return a share with its 95 % interval after Wilson.
+
+    Args:
+        successes: From 0 to `count`.
+        count: At least 1.
+
+    Returns:
+        `value`, `low` and `high`.
+
+    Example:
+        >>> round(wilson_interval(0, 10)["high"], 3)
+        0.278
+    """
+    share, spread = successes / count, _Z**2 / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return {
+        "value": share,
+        "low": min(share, max(0.0, middle - half)),
+        "high": max(share, min(1.0, middle + half)),
+    }
+
+
+def _write(subject, prompt, max_new_tokens, temperature, seed):
+    """Return what the model writes until the block ends, and if it ended itself."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    tokenizer, text, count = subject.tokenizer, "", 0
+    with warnings.catch_warnings():
+        # Where the context is small, the prompt's end has to do.
+        warnings.simplefilter("ignore", GenerationNotice)
+        tokens = subject.generate(
+            tokenizer.encode(prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stream=True,
+        )
+    for token in tokens:
+        count += 1
+        text += decoder.decode(tokenizer.decode_bytes([token]))
+        if any(map(_is_at_margin, text.split("\n")[1:])):
+            tokens.close()
+            return text, False
+    return text + decoder.decode(b"", final=True), count < max_new_tokens
+
+
+def _is_at_margin(line):
+    return bool(line) and not line[0].isspace()
+
+
+def _prompts_of(text):
+    """Yield prompts of the functions in a file's text."""
+    tree = _parse(text)
+    # Python counts lines by these alone; `splitlines` knows more.
+    if tree is None or "\r" in text:
+        return
+    lines = text.split("\n")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            prompt = _prompt_of(lines, node)
+            if prompt is not None:
+                yield prompt
+
+
+def _prompt_of(lines, node):
+    indent, first = node.col_offset, node.body[0]
+    own = lines[node.lineno - 1 : node.end_lineno]
+    if any(line[:indent].strip() for line in own):
+        return None  # a string that reaches to the margin
+    own = [line[indent:] for line in own]
+    is_docstring = (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    )
+    end = first.end_lineno if is_docstring else first.lineno
+    length = end - node.lineno + 1
+    prompt = Prompt("\n".join(own[:length]), "\n" + "\n".join(own[length:]))
+    if len(prompt.text) > _LONGEST_PROMPT or _parse(prompt.text) is None:
+        return None
+    return prompt if is_accepted(prompt.text, prompt.rest, is_whole=True) else None
+
+
+def _parse(text):
+    """Return the syntax tree, or None; what Python warns of is not of interest."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None

@@ -1,0 +1,236 @@
+"""The machine that measures: what it is, how fast it reads memory, what energy it says.
+
+A GPT that writes one text reads every weight for every token, so its speed follows the
+rate at which memory is read. That is measured here with NumPy alone, in seconds, so
+that a device without anything else can do it. It is a yardstick and no bound: a loop in
+C was seen to read twice as fast.
+
+Energy comes from RAPL, the processors' own counters, where Linux shows them and lets
+this user read them; elsewhere nothing is said.
+"""
+
+import os
+import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from gpt_tf.models.sizes import memory_bytes
+from gpt_tf.settings import arguments
+
+POWERCAP = "/sys/class/powercap"
+
+# Together the threads read more than a cache holds, if memory is not scarce.
+_LARGEST_ARRAY_BYTES = 256 << 20
+_SHARE_OF_MEMORY = 8
+_FEWEST_PASSES = 3
+_MOST_SECONDS = 3600
+
+_VECTORS = ("avx512f", "avx2", "avx", "sve2", "sve", "asimd", "neon")
+
+
+def describe_machine(*, seconds: float = 2.0) -> dict:
+    """Say what this machine is, and measure how fast it reads memory.
+
+    Args:
+        seconds: What measuring may take in total; 0 leaves the measuring out.
+
+    Returns:
+        `cpu` (its name and widest vectors), `cores` that this process may use,
+        `physical_cores` of them, `memory_bytes` or None, `os`, `python`, and
+        `read_bytes_per_s` by number of threads, `{"1": ..., "2": ...}`, or None.
+
+    Example:
+        >>> describe_machine()["read_bytes_per_s"]["1"]
+    """
+    rates = None
+    if arguments.number("seconds", seconds, least=0, most=_MOST_SECONDS):
+        counts = thread_counts()
+        share = seconds / len(counts)
+        rates = {str(n): measure_read_rate(n, seconds=share) for n in counts}
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(usable_cores()),
+        "physical_cores": _physical_cores(),
+        "memory_bytes": memory_bytes(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "read_bytes_per_s": rates,
+    }
+
+
+def thread_counts() -> list[int]:
+    """Return numbers of threads worth measuring: powers of two, and all cores."""
+    cores = len(usable_cores())
+    return sorted({*(2**n for n in range(cores.bit_length())), cores})
+
+
+def measure_read_rate(threads: int = 1, *, seconds: float = 1.0) -> float:
+    """Measure how many bytes per second threads together read from memory.
+
+    Each reads its part of one large array; the best of several passes counts, since
+    others on the machine can only take from it.
+
+    Args:
+        threads: How many, at least 1.
+        seconds: About how long to measure; at least three passes are made.
+
+    Returns:
+        Bytes per second.
+
+    Raises:
+        InputError: `threads` is less than 1.
+    """
+    threads = arguments.integer("threads", threads, 1, arguments.MOST_THREADS)
+    seconds = arguments.number("seconds", seconds, least=0, most=_MOST_SECONDS)
+    deadline = time.perf_counter() + seconds
+    memory = memory_bytes() or _SHARE_OF_MEMORY * _LARGEST_ARRAY_BYTES
+    size = min(_LARGEST_ARRAY_BYTES, memory // _SHARE_OF_MEMORY)
+    # Of NumPy's reductions, which leave Python's lock, `or` is the one that waits
+    # for memory most: a sum of float64 was half as fast.
+    parts = np.array_split(np.ones(size // 8, np.uint64), threads)
+    best, passes = float("inf"), 0
+    with ThreadPoolExecutor(threads) as pool:
+        while passes < _FEWEST_PASSES or time.perf_counter() < deadline:
+            began = time.perf_counter()
+            list(pool.map(np.bitwise_or.reduce, parts))
+            best = min(best, time.perf_counter() - began)
+            passes += 1
+    return sum(part.nbytes for part in parts) / best
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the most memory that this process has had resident, or None.
+
+    On Linux it is what the process itself has had: `ru_maxrss` also knows that of the
+    one that started it.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(
+            int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")
+        )
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak << 10
+
+
+class EnergyMeter:
+    """Joules that the processors used, by RAPL's counters.
+
+    It counts whole processors, and their memory where that has a counter: everything
+    that runs on the machine meanwhile, idle power included.
+
+    Args:
+        folder: Where the counters lie, `intel-rapl:0` and so on (AMD's, too).
+
+    Example:
+        >>> meter = EnergyMeter()
+        >>> before = meter.read()
+        >>> joules = meter.joules_since(before)  # None: the machine does not tell
+
+    Reference: Linux, Documentation/power/powercap/powercap.rst.
+    """
+
+    def __init__(self, folder: str | os.PathLike = POWERCAP):
+        self._zones = _zones(Path(folder))
+
+    def read(self) -> dict | None:
+        """Return the counters as they stand, or None where they cannot be read."""
+        found = {}
+        for zone in self._zones:
+            try:
+                found[zone] = int((zone / "energy_uj").read_text())
+            except (OSError, ValueError):
+                return None
+        return found or None
+
+    def joules_since(self, before: dict | None) -> float | None:
+        """Return what was used since a reading, at most one wrap of a counter ago.
+
+        Args:
+            before: What `read` returned.
+
+        Returns:
+            Joules, or None where the machine does not tell.
+        """
+        after = self.read()
+        if before is None or after is None or before.keys() != after.keys():
+            return None
+        total = 0
+        for zone, now in after.items():
+            used = now - before[zone]
+            if used < 0:  # the counter began again
+                try:
+                    used += int((zone / "max_energy_range_uj").read_text())
+                except (OSError, ValueError):
+                    return None
+            total += used
+        return total / 1e6
+
+
+def _zones(folder):
+    """Return the zones whose sum is the machine's: processors, and their memory.
+
+    `psys` contains the processors, and a processor its cores; memory is apart.
+    """
+    zones = []
+    for zone in sorted(folder.glob("intel-rapl:*")):
+        is_part = zone.name.count(":") > 1
+        if _name_of(zone).startswith("dram" if is_part else "package"):
+            zones.append(zone)
+    return zones
+
+
+def _name_of(zone):
+    try:
+        return (zone / "name").read_text().strip()
+    except OSError:
+        return ""
+
+
+def usable_cores() -> list[int]:
+    """Return the numbers of the cores that this process may use."""
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return list(range(os.cpu_count() or 1))
+
+
+def _physical_cores():
+    cores = usable_cores()
+    place = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try:
+        return len({Path(place.format(core)).read_text() for core in cores})
+    except OSError:
+        pass
+    try:
+        import psutil
+
+        return psutil.cpu_count(logical=False) or len(cores)
+    except ImportError:
+        return len(cores)
+
+
+def _cpu_name(cpuinfo="/proc/cpuinfo"):
+    """Return the processor's name, and its widest vectors."""
+    try:
+        lines = Path(cpuinfo).read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    facts = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip().lower(), value.strip())
+    # On ARM the flags are called features, and the name is often missing.
+    name = facts.get("model name") or facts.get("hardware") or platform.processor()
+    flags = facts.get("flags", facts.get("features", "")).split()
+    vectors = next((vector for vector in _VECTORS if vector in flags), "")
+    return f"{name or platform.machine()} {vectors}".strip()

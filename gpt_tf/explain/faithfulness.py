@@ -1,0 +1,348 @@
+"""Whether explanations are worth anything, and whether compression changes them.
+
+An explanation that is right names tokens without which the model would not have said
+what it said. So the highest tokens of each prompt are taken away, all at once, and the
+target's probability must fall further than when as many random ones are. All methods
+are judged by the same removal, a neutral token in the place; `lime`, `shap` and
+`gradient` were told of that one too, `attention` of none.
+
+Reference: Samek et al., "Evaluating the Visualization of What a Deep Neural Network
+has Learned", arXiv:1509.06321, section III; DeYoung et al., "ERASER", arXiv:1911.03429,
+section 4.2 (comprehensiveness).
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gpt_tf.errors import InputError
+from gpt_tf.explain import FEWEST_PROMPTS
+from gpt_tf.explain.attribution import (
+    SAMPLING_METHODS,
+    MaskedPrompt,
+    check_method,
+    explain,
+    neutral_token,
+    prompt_ids,
+)
+from gpt_tf.settings import arguments
+
+_RANDOM_DRAWS = 16
+_RESAMPLES = 2000
+
+
+def prompts_of(
+    tokens: Sequence[int], count: int = 60, num_tokens: int = 32
+) -> list[list[int]]:
+    """Cut prompts out of held-out text, evenly spaced.
+
+    Args:
+        tokens: Ids of the text.
+        count: Number of prompts.
+        num_tokens: Length of each.
+
+    Returns:
+        `count` lists of `num_tokens` ids, which do not overlap.
+
+    Raises:
+        InputError: The text is too short for so many.
+    """
+    count = arguments.integer("count", count, 1)
+    num_tokens = arguments.integer("num_tokens", num_tokens, 1)
+    tokens = np.asarray(tokens)
+    if len(tokens) < count * num_tokens:
+        raise InputError(
+            f"{count} prompts of {num_tokens} tokens expect a text of "
+            f"{count * num_tokens:,}. Received: {len(tokens):,}. Give more text, or "
+            "ask for shorter prompts."
+        )
+    starts = np.linspace(0, len(tokens) - num_tokens, count).astype(np.int64)
+    return [tokens[start : start + num_tokens].tolist() for start in starts]
+
+
+def deletion_test(
+    subject,
+    prompts: Sequence,
+    methods: Sequence[str],
+    *,
+    fraction: float = 0.2,
+    curve: Sequence[float] = (),
+    keep_last: bool = False,
+    seed: int = 0,
+    num_samples: int | None = None,
+    neutral: int | str | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Compare taking away the highest tokens with taking away random ones.
+
+    The target of a prompt is the likeliest next token.
+
+    Args:
+        subject: What `gpt_tf.evaluation.models.open_subject` returns.
+        prompts: At least 50 texts, or lists of ids, of 2 or more tokens.
+        methods: Some of `gpt_tf.explain.attribution.METHODS`.
+        fraction: Share of each prompt's tokens that is taken away, above 0 and below
+            1; at least one is, and one stays.
+        curve: Further shares to take away, for a picture.
+        keep_last: Judge the methods a second time, with the last token always kept:
+            the harder test, for without that one hardly any prediction stands, and
+            any method that names it passes.
+        seed: The same seed gives the same numbers.
+        num_samples: For `lime` and `shap`, as of `explain`.
+        neutral: As of `explain`.
+        on_step: Called with the prompts that are done, and all.
+
+    Returns:
+        `prompts` and `prompt_tokens`, their number and mean length; `fraction`;
+        `methods`, a dict of name to `drop` and `random_drop` of the target's
+        probability, their `difference`, each an INTERVAL over the prompts as
+        `gpt_tf.evaluation.report` states it, and `holds`: whether all of the
+        difference's interval is above 0; `nearest_drop`, when the prompt's last tokens
+        are taken, which needs no explanation; with `curve` a list of `fraction`,
+        `nearest_drop` and `methods` for its shares; with `keep_last` such a dict,
+        `last_kept`; `compression`, empty, for what `compare_explanations` returns by
+        method.
+
+    Raises:
+        InputError: There are too few prompts, or something cannot be used.
+
+    Example:
+        >>> deletion_test(gpt, prompts_of(tokens), ["lime", "shap"])["methods"]
+    """
+    _check_methods(subject, methods)
+    rows = _rows_of(subject, prompts, FEWEST_PROMPTS)
+    fractions = [arguments.number("fraction", fraction, above=0, below=1)]
+    fractions += [
+        arguments.number("curve", share, above=0, below=1)
+        for share in arguments.items("curve", curve)
+    ]
+    keep_last = arguments.switch("keep_last", keep_last)
+    seed = arguments.integer("seed", seed, most=2**32 - 1)
+    neutral = neutral_token(subject, neutral)
+    ways = [(share, False) for share in fractions] + [(fraction, True)] * keep_last
+    fallen = []
+    for index, ids in enumerate(rows):
+        scorer = MaskedPrompt(subject, ids, neutral)
+        target = int(np.argmax(scorer.log_probabilities()))
+        random = np.random.default_rng((seed, index))
+        orders = [random.permutation(len(ids)) for _ in range(_RANDOM_DRAWS)]
+        orders.append(np.arange(len(ids))[::-1])
+        for method in methods:
+            explanation = explain(
+                subject,
+                ids,
+                target=target,
+                method=method,
+                num_samples=num_samples if method in SAMPLING_METHODS else None,
+                seed=seed,
+                neutral=neutral,
+            )
+            orders.append(explanation.order())
+        fallen.append(_drops(scorer, target, orders, ways))
+        if on_step is not None:
+            on_step(index + 1, len(rows))
+    fallen = np.array(fallen)  # (prompts, ways, orders)
+    random_drops = fallen[:, :, :_RANDOM_DRAWS].mean(axis=-1)
+    nearest_drops = fallen[:, :, _RANDOM_DRAWS]
+    drops = np.moveaxis(fallen[:, :, _RANDOM_DRAWS + 1 :], -1, 0)
+    judged = [
+        {
+            method: _judged(drop[:, place], random_drops[:, place], seed)
+            for method, drop in zip(methods, drops, strict=True)
+        }
+        for place in range(len(ways))
+    ]
+    facts = [
+        {
+            "fraction": float(share),
+            "nearest_drop": interval(nearest_drops[:, place], seed),
+            "methods": judged[place],
+        }
+        for place, (share, _) in enumerate(ways)
+    ]
+    return {
+        "prompts": len(rows),
+        "prompt_tokens": float(np.mean([len(ids) for ids in rows])),
+        **facts[0],
+        **({"curve": facts[1 : len(fractions)]} if curve else {}),
+        **({"last_kept": facts[-1]} if keep_last else {}),
+        "compression": {},
+    }
+
+
+def compare_explanations(
+    subject_a,
+    subject_b,
+    prompts: Sequence,
+    method: str,
+    *,
+    seed: int = 0,
+    num_samples: int | None = None,
+    neutral: int | str | None = None,
+    names: tuple[str, str] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Compare how two models rank the tokens of prompts.
+
+    Both explain the token that is likeliest for the first. The second model's samples
+    are drawn with another seed, as the ceiling's are: with the same ones, the noise of
+    sampling would be alike in both models and count as agreement.
+
+    Args:
+        subject_a: The model that says the targets, float32 for example.
+        subject_b: The other one, of the same vocabulary.
+        prompts: Texts, or lists of ids, of 2 or more tokens.
+        method: One of `gpt_tf.explain.attribution.METHODS`.
+        seed: The same seed gives the same numbers.
+        num_samples: As of `explain`.
+        neutral: As of `explain`.
+        names: What `a` and `b` are to be called; default: their modes.
+        on_step: Called with the prompts that are done, and all.
+
+    Returns:
+        `a` and `b`, names; `prompts`, those whose tokens are ranked by both, which a
+        model that no token moves does not; `rank_correlation`, an INTERVAL of
+        Spearman's, per prompt, of both models; `ceiling`, the same of the first model
+        with itself under another seed, 1 for a method without samples.
+
+    Raises:
+        InputError: Something cannot be used, or no prompt is ranked.
+
+    Example:
+        >>> compare_explanations(float32, int8, prompts_of(tokens), "shap")
+
+    Reference: Spearman, "The Proof and Measurement of Association between Two
+    Things", 1904.
+    """
+    seed = arguments.integer("seed", seed, most=2**32 - 2)
+    for subject in (subject_a, subject_b):
+        _check_methods(subject, [method])
+    sizes = [subject.config["vocab_size"] for subject in (subject_a, subject_b)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            "Comparing explanations expects two models of one vocabulary. Received: "
+            f"{sizes[0]:,} and {sizes[1]:,} tokens."
+        )
+    rows = _rows_of(subject_a, prompts, 1)
+    neutral = neutral_token(subject_a, neutral)
+    found = []
+    for index, ids in enumerate(rows):
+        options = {"method": method, "num_samples": num_samples, "neutral": neutral}
+        first = explain(subject_a, ids, seed=seed, **options)
+        options |= {"target": first.target_id, "seed": seed + 1}
+        others = [
+            explain(subject, ids, **options) for subject in (subject_b, subject_a)
+        ]
+        found.append([rank_correlation(first.scores, o.scores) for o in others])
+        if on_step is not None:
+            on_step(index + 1, len(rows))
+    found = np.array(found)
+    found = found[np.isfinite(found).all(axis=1)]
+    if not len(found):
+        raise InputError(
+            "Comparing ranks expects prompts whose tokens move the model. Received: "
+            f"{len(rows)} in which none does. Use a trained model."
+        )
+    names = names or (subject_a.mode, subject_b.mode)
+    return {
+        "a": names[0],
+        "b": names[1],
+        "prompts": len(found),
+        "rank_correlation": interval(found[:, 0], seed),
+        "ceiling": interval(found[:, 1], seed),
+    }
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Spearman's rank correlation of two rows of numbers.
+
+    Equal numbers have the mean of their ranks. Where one row is constant there is no
+    order to compare, and the result is NaN.
+
+    Example:
+        >>> rank_correlation([1, 2, 3], [10, 20, 15])
+        0.5
+    """
+    a, b = (_ranks(row) - (len(row) - 1) / 2 for row in (a, b))
+    size = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / size) if size else float("nan")
+
+
+def interval(values: np.ndarray, seed: int = 0) -> dict:
+    """Return the mean and the bounds of a 95 % bootstrap over the values.
+
+    Args:
+        values: One number per prompt.
+        seed: The same seed gives the same bounds.
+
+    Returns:
+        `value`, `low` and `high`.
+
+    Reference: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979; the
+    percentile interval.
+    """
+    values = np.asarray(values, np.float64)
+    random = np.random.default_rng(seed)
+    drawn = random.integers(0, len(values), (_RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5))
+    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def _drops(scorer, target, orders, ways):
+    """Return how far the probability falls, `(ways, orders)`.
+
+    A way is the share of tokens that is taken away, in the order given, and whether
+    the last one stays in any case.
+    """
+    length = len(scorer.ids)
+    kept = np.ones((len(ways), len(orders), length), bool)
+    for way, (fraction, keep_last) in enumerate(ways):
+        count = min(max(1, round(fraction * length)), length - 1)
+        for index, order in enumerate(orders):
+            order = np.asarray(order)
+            if keep_last:
+                order = order[order != length - 1]
+            kept[way, index, order[:count]] = False
+    masks = kept.reshape(-1, length)
+    whole = np.ones((1, length), bool)
+    probabilities = np.exp(scorer.values(np.concatenate([whole, masks]), target))
+    return (probabilities[0] - probabilities[1:]).reshape(kept.shape[:2])
+
+
+def _judged(drop, random_drop, seed):
+    difference = interval(drop - random_drop, seed)
+    return {
+        "drop": interval(drop, seed),
+        "random_drop": interval(random_drop, seed),
+        "difference": difference,
+        "holds": difference["low"] > 0,
+    }
+
+
+def _ranks(row):
+    _, places, counts = np.unique(row, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts + 1) / 2)[places]
+
+
+def _rows_of(subject, prompts, fewest):
+    rows = [prompt_ids(subject, prompt) for prompt in prompts]
+    if len(rows) < fewest:
+        raise InputError(
+            f"The test expects at least {fewest} prompts, for a mean that says "
+            f"something. Received: {len(rows)}."
+        )
+    for row in rows:
+        if len(row) < 2:
+            raise InputError(
+                "The test expects prompts of at least 2 tokens: one is taken away and "
+                f"one stays. Received: {row}."
+            )
+    return rows
+
+
+def _check_methods(subject, methods):
+    if not isinstance(methods, list | tuple) or not methods:
+        arguments.refuse("methods", methods, 'a list, ["lime"] for example')
+    for method in methods:
+        check_method(subject, method)

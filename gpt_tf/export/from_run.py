@@ -1,0 +1,128 @@
+"""Export what `gpt-tf train` or `gpt-tf quantize` left in a folder."""
+
+import itertools
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from gpt_tf.errors import InputError
+from gpt_tf.export import litertlm, tflite
+from gpt_tf.models.gpt import GPTModel
+from gpt_tf.settings import arguments
+from gpt_tf.text.corpus import Corpus, open_corpus
+from gpt_tf.text.dataset import TokenFile
+from gpt_tf.training.loop import load_model
+
+_REPRESENTATIVE_WINDOWS = 64
+_LONGEST_WINDOW = 256
+_VERIFIED_TOKENS = 128
+
+
+def export_trained(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    mode: str = "dynamic_int8",
+    *,
+    corpus=None,
+    on_notice: Callable[[str], None] | None = None,
+    **options,
+) -> dict:
+    """Export a trained model with typical text to calibrate and verify on.
+
+    Args:
+        source: A run's folder, whose own text is then used, a model's folder, or a
+            `.keras` file.
+        out: `.litertlm` for one file with the tokenizer, `.tflite` for the model
+            alone with `tokenizer.json` beside it.
+        mode: As for `export_tflite`.
+        corpus: A `Corpus`, or as for `open_corpus`; text to use where `source` is no
+            run.
+        on_notice: Called with a line per stage.
+        **options: As for `export_tflite`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: The model, the text or an argument cannot be used.
+        VerificationError: The file does not compute what the model does.
+
+    Example:
+        >>> export_trained("runs/quickstart", "gpt.litertlm", "dynamic_int8")
+    """
+    say = on_notice or (lambda line: None)
+    source, out = arguments.path("source", source), arguments.path("out", out)
+    if out.suffix not in (".tflite", ".litertlm"):
+        raise InputError(
+            "`out` expects a name that ends in .litertlm or .tflite. "
+            f"Received: {out.name!r}."
+        )
+    model, tokenizer = load_model(source)
+    if tokenizer is None and out.suffix == ".litertlm":
+        raise InputError(
+            f"A .litertlm holds the tokenizer; there is none beside the model in "
+            f"{source}. Put tokenizer.json there, or export to .tflite."
+        )
+    text = _text_of(source, tokenizer, corpus, say)
+    if text is not None:
+        options.setdefault("verify_on", text["validation"][:_VERIFIED_TOKENS])
+        # A quantisation-aware model brings its own ranges.
+        if isinstance(model, GPTModel):
+            windows = windows_of(text["train"], model.context_length)
+            options.setdefault("representative", windows)
+    if out.suffix == ".tflite":
+        return tflite.export_tflite(
+            model, out, mode, tokenizer=tokenizer, on_notice=say, **options
+        )
+    return litertlm.export_litertlm(
+        model, tokenizer, out, mode, on_notice=say, **options
+    )
+
+
+def windows_of(tokens: np.ndarray, context_length: int) -> np.ndarray:
+    """Return windows `(N, T)` spread evenly over a text, to calibrate on.
+
+    Args:
+        tokens: Ids `(count,)`.
+        context_length: `T` is this, or 256 if that is less.
+
+    Raises:
+        InputError: There are no tokens.
+    """
+    if not len(tokens):
+        raise InputError(
+            "Calibrating expects text. Received: none. Name a corpus with more."
+        )
+    length = min(context_length, _LONGEST_WINDOW, len(tokens))
+    count = min(_REPRESENTATIVE_WINDOWS, max(1, len(tokens) // length))
+    starts = np.linspace(0, len(tokens) - length, count).astype(np.int64)
+    return np.asarray(tokens)[starts[:, None] + np.arange(length)].astype(np.int32)
+
+
+def _text_of(source, tokenizer, corpus, say):
+    """Return tokens of both splits, of the run's own text or of a corpus, or None."""
+    if corpus is not None:
+        if tokenizer is None:
+            raise InputError(
+                f"`corpus` expects a tokenizer to read it with; none lies in {source}."
+            )
+        is_open = isinstance(corpus, Corpus)
+        opened = corpus if is_open else open_corpus(corpus, on_notice=say)
+        needed = _REPRESENTATIVE_WINDOWS * _LONGEST_WINDOW
+        return {
+            split: _encoded(opened.documents(split), tokenizer, needed)
+            for split in ("train", "validation")
+        }
+    if not (source / "data" / "train.tokens").is_file():
+        return None
+    return {
+        split: TokenFile.open(source / "data" / f"{split}.tokens").tokens
+        for split in ("train", "validation")
+    }
+
+
+def _encoded(documents, tokenizer, count):
+    """Return at least `count` tokens, where there are as many."""
+    ids = (token for doc in documents for token in tokenizer.encode(doc.text))
+    return np.fromiter(itertools.islice(ids, count), np.int32)

@@ -1,0 +1,399 @@
+"""Generation: prefill a cache with the prompt, then decode token by token.
+
+The cached graph calls the very layers of the training graph, wrapped by TF-MOT or
+not. Prompts of unequal length are left-padded, so that all rows write the same
+cache row; the padding is masked. Lengths are rounded up, so that XLA
+compiles few shapes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from gpt_tf.errors import InputError
+from gpt_tf.generation import sequence
+from gpt_tf.generation.sampler import Sampler
+from gpt_tf.generation.sequence import GenerationNotice as GenerationNotice
+from gpt_tf.models import layers, ops, placement, xla
+from gpt_tf.settings import arguments
+from gpt_tf.text.tokenizer import Tokenizer
+
+_SMALLEST_BUCKET = 16
+
+
+class Parts(NamedTuple):
+    """The layers of a GPT in the order of the data, wrapped or not."""
+
+    embedding: tf.Module
+    blocks: tuple
+    norm: tf.Module
+    head: tf.Module
+
+    def embed(self, inputs, training=False):
+        """Return vectors `(B, T, C)`, and the token table or None for `score`."""
+        outputs = self.embedding(inputs, training=training)
+        return outputs if isinstance(outputs, (list, tuple)) else (outputs, None)
+
+    def score(self, x, table, training=False):
+        """Return logits `(B, T, V)` of what the last block gives."""
+        x = self._call(self.norm, x, training)
+        return self._call(self.head, x if table is None else [x, table], training)
+
+    @staticmethod
+    def _call(layer, x, training):
+        # Only TF-MOT's wrappers of these layers ask whether they are trained.
+        return layer(x, training=training) if hasattr(layer, "layer") else layer(x)
+
+
+def parts_of(model) -> Parts:
+    """Find a GPT's layers by their kind, through TF-MOT's wrappers.
+
+    Raises:
+        InputError: The model is not made of gpt_tf's layers.
+    """
+    if not hasattr(model, "layers"):
+        arguments.instance("model", model, tf.keras.Model, "a GPT of gpt_tf's layers")
+    found = {}
+    for layer in model.layers:
+        kind = type(getattr(layer, "layer", layer))
+        found.setdefault(kind, []).append(layer)
+    try:
+        return Parts(
+            found[layers.TokenAndPositionEmbedding][0],
+            tuple(found[layers.TransformerBlock]),
+            found[layers.LayerNormalization][0],
+            found[layers.LanguageModelHead][0],
+        )
+    except KeyError as error:
+        raise InputError(
+            f"Decoding expects a GPT of gpt_tf's layers; {error.args[0].__name__} is "
+            f"missing in {type(model).__name__} {model.name!r}."
+        ) from None
+
+
+def looks_untrained(model) -> bool:
+    """Whether the biases of a GPT are all 0, as before the first step."""
+    blocks = (getattr(block, "layer", block) for block in parts_of(model).blocks)
+    return not any(np.any(block.down_bias.numpy()) for block in blocks)
+
+
+def empty_cache(model, batch_size: int, capacity: int) -> list[tf.Tensor]:
+    """Return keys and values of every block, `2 * L` tensors `(B, H, S, D)` of 0."""
+    parts = parts_of(model)
+    caches = []
+    for block in parts.blocks:
+        block = getattr(block, "layer", block)
+        shape = [batch_size, block.num_heads, capacity, block.head_dim]
+        caches += [tf.zeros(shape, block.compute_dtype) for _ in range(2)]
+    return caches
+
+
+def forward_cached(model, tokens, position, starts, caches):
+    """Run tokens that follow what is in the cache.
+
+    Args:
+        model: A GPT.
+        tokens: `(B, T)` int32.
+        position: `()` int32, cache row of the first of them.
+        starts: `(B,)` int32, cache row at which each row's text begins.
+        caches: `2 * L` tensors `(B, H, S, D)`.
+
+    Returns:
+        Logits `(B, T, V)` and the caches with `T` more rows.
+    """
+    parts = parts_of(model)
+    mask, positions = cached_mask(position, starts, tokens.shape[1], caches[0].shape[2])
+    # Padding behind a text may stand behind the last position.
+    positions = tf.minimum(positions, _config(model, "context_length") - 1)
+    x, table = parts.embed([tokens, positions])
+    x, caches = blocks_cached(parts.blocks, x, caches, position, mask)
+    return parts.score(x, table), caches
+
+
+def cached_mask(position, starts, length, capacity):
+    """Say what tokens behind a cache see, and where in their texts they stand.
+
+    Args:
+        position: `()` int32, cache row of the first of them.
+        starts: `(B,)` int32, cache row at which each row's text begins.
+        length: `T`, number of tokens of each row.
+        capacity: `S`, rows of the cache.
+
+    Returns:
+        The mask `(B, 1, T, S)` bool, True where a position may be seen, and the
+        positions `(B, T)` int32.
+    """
+    rows = position + tf.range(length)  # (T,)
+    places = tf.maximum(rows[tf.newaxis] - starts[:, tf.newaxis], 0)  # (B, T)
+    columns = tf.range(capacity)[tf.newaxis, tf.newaxis, tf.newaxis]
+    mask = tf.logical_and(
+        columns <= rows[tf.newaxis, tf.newaxis, :, tf.newaxis],
+        columns >= starts[:, tf.newaxis, tf.newaxis, tf.newaxis],
+    )
+    return mask, places
+
+
+def blocks_cached(blocks, x, caches, position, mask):
+    """Run blocks one after the other, each with its cache.
+
+    Args:
+        blocks: Some of a GPT's blocks.
+        x: `(B, T, C)`.
+        caches: Two tensors `(B, H, S, D)` for each of them.
+        position: `()` int32, cache row of the first token.
+        mask: As of `cached_mask`.
+
+    Returns:
+        `(B, T, C)` and the caches with `T` more rows.
+    """
+    updated = []
+    for index, block in enumerate(blocks):
+        x, keys, values = block(
+            [x, caches[2 * index], caches[2 * index + 1], position, mask],
+            training=False,
+        )
+        updated += [keys, values]
+    return x, updated
+
+
+def prefill(model, tokens, starts, caches):
+    """Fill an empty cache with prompts.
+
+    Args:
+        model: A GPT.
+        tokens: `(B, T)` int32, left-padded.
+        starts: `(B,)` int32, column at which each prompt begins.
+        caches: `2 * L` tensors `(B, H, S, D)`, `S` at least `T`.
+
+    Returns:
+        Logits of the last position `(B, V)`, and the caches.
+    """
+    logits, caches = _run(model, tokens, 0, starts, caches)
+    return logits[:, -1], caches
+
+
+def decode(model, tokens, position, starts, caches):
+    """Run one token per row.
+
+    Args:
+        model: A GPT.
+        tokens: `(B,)` int32.
+        position: Cache row of these tokens.
+        starts: `(B,)` int32, cache row at which each row's text begins.
+        caches: `2 * L` tensors `(B, H, S, D)`.
+
+    Returns:
+        Logits `(B, V)`, and the caches with one more row.
+    """
+    logits, caches = _run(model, tokens[:, tf.newaxis], position, starts, caches)
+    return logits[:, 0], caches
+
+
+def append(model, tokens, position, caches):
+    """Run tokens that follow what is in the cache, compiled, and score all of them.
+
+    Args:
+        model: A GPT.
+        tokens: `(B, T)` int32, texts that began in the cache's row 0.
+        position: Cache row of the first of them.
+        caches: `2 * L` tensors `(B, H, S, D)`, with room for `T` more rows.
+
+    Returns:
+        Logits `(B, T, V)`, and the caches with `T` more rows.
+    """
+    starts = tf.zeros([tokens.shape[0]], tf.int32)
+    return _run(model, tokens, position, starts, caches)
+
+
+def _compiled(model, caches, num_tokens):
+    """Return the cached forward pass for these shapes, compiled by XLA, and its device.
+
+    It is kept with its model. A trace per shape is meant, so the traces are kept
+    here and not in a `tf.function`, which warns of many.
+    """
+    functions = model.__dict__.setdefault("_decoding_functions", {})
+    batch_size, _, capacity, _ = caches[0].shape
+    key = (batch_size, num_tokens, capacity)
+    if key not in functions:
+        plan = getattr(model, "plan", placement.OnePlace())
+
+        def run(tokens, position, starts, caches):
+            if plan.is_divided:  # each of its stages is compiled by itself
+                return plan.forward_cached(model, tokens, position, starts, caches)
+            return forward_cached(model, tokens, position, starts, caches)
+
+        uses_xla = False if plan.is_divided else None
+        compiled = xla.compiled(run, uses_xla).get_concrete_function(
+            tf.TensorSpec([batch_size, num_tokens], tf.int32),
+            tf.TensorSpec([], tf.int32),
+            tf.TensorSpec([batch_size], tf.int32),
+            [tf.TensorSpec(cache.shape, cache.dtype) for cache in caches],
+        )
+        functions[key] = compiled, placement.device_of(model)
+    return functions[key]
+
+
+def _run(model, tokens, position, starts, caches):
+    tokens = tf.cast(tokens, tf.int32)
+    compiled, device = _compiled(model, caches, tokens.shape[1])
+    with tf.device(device):
+        return compiled(
+            tokens, tf.constant(position, tf.int32), tf.cast(starts, tf.int32), caches
+        )
+
+
+def generate(
+    model,
+    prompt,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    stream: bool = False,
+):
+    """Continue prompts.
+
+    Args:
+        model: A GPTModel, or one that TF-MOT made of it.
+        prompt: A text, a list of texts, token ids, or a list of token ids. In a text
+            special tokens are recognised, as `"<|endoftext|>"`; bytes are literal. Ids
+            may stand in an array or tensor. Each text is continued as if it were
+            alone: where it fills the context, its newest half is kept.
+        tokenizer: Needed for texts, and for `stop`. Ids to which it has no token, as
+            in a padded vocabulary, are never chosen.
+        max_new_tokens: Largest number of tokens to add, at least 0.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Choose among this many tokens.
+        top_p: Choose among the likeliest tokens of this probability together.
+        repetition_penalty: Above 1 makes tokens that occurred less likely.
+        seed: The same seed gives the same text.
+        stop: Texts that end the generation; they are cut off. The end-of-text
+            token always ends it.
+        stream: Return an iterator over pieces instead; for one prompt only.
+
+    Returns:
+        What was added: a text for a text, a list of texts for a list of texts,
+        a list of ids for ids, and so on. Of ids, those that were drawn, up to the
+        last that lies wholly before a stop text. With `stream`, an iterator over
+        texts, or over ids where the prompt was ids.
+
+    Raises:
+        InputError: A prompt or an option cannot be used.
+
+    Example:
+        >>> generate(model, "def", tokenizer=tokenizer, max_new_tokens=20, seed=1)
+    """
+    context, vocab_size = (
+        _config(model, name) for name in ("context_length", "vocab_size")
+    )
+    suppressed = sequence.ids_without_token(tokenizer, vocab_size)
+    sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed, suppressed)
+
+    def steps_of(rows, end, done):
+        texts = sequence.continuations(rows, max_new_tokens, sampler, end, context)
+        return _steps(model, texts, done)
+
+    return sequence.answer(
+        prompt,
+        steps_of,
+        vocab_size=vocab_size,
+        context_length=context,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        stream=stream,
+    )
+
+
+def stream(model, prompt, **options) -> Iterator[str]:
+    """Continue one prompt piece by piece: `generate` with `stream=True`."""
+    return generate(model, prompt, stream=True, **options)
+
+
+def _config(model, name):
+    embedding = parts_of(model).embedding
+    return getattr(getattr(embedding, "layer", embedding), name)
+
+
+def _steps(model, texts, done):
+    """Yield a dict of row to new token per step, until every row has ended.
+
+    Each row sees its own window, whatever the others do: one that slides while they
+    go on is prefilled alone, and its keys and values are put in its place.
+    """
+    context = _config(model, "context_length")
+    while alive := [
+        row for row, text in enumerate(texts) if not (text.finished or row in done)
+    ]:
+        sliding = [row for row in alive if texts[row].begins]
+        if sliding == alive:
+            windows = [
+                text.pending if row in alive else text.pending[-1:]
+                for row, text in enumerate(texts)
+            ]
+            position = min(_bucket(max(map(len, windows))), context)
+            capacity = position + min(_bucket(texts[alive[0]].left), context)
+            tokens, starts = _left_padded(windows, position)
+            caches = empty_cache(model, len(texts), capacity)
+            logits, caches = prefill(model, tokens, starts, caches)
+        else:
+            for row in sliding:
+                *ids, _ = texts[row].pending
+                starts[row] = position - len(ids)
+                caches = _refill(model, caches, ids, row, starts[row])
+            for row in set(range(len(texts))).difference(alive):
+                starts[row] = position  # it sees no more than the token of this step
+            if position == capacity:
+                unused = min(starts)
+                caches = [tf.roll(cache, -unused, axis=2) for cache in caches]
+                starts, position = starts - unused, position - unused
+            tokens = np.array([text.pending[-1] for text in texts], np.int32)
+            logits, caches = decode(model, tokens, position, starts, caches)
+            position += 1
+        values = logits.numpy()
+        tokens = {row: texts[row].push(values[row]) for row in alive}
+        if step := {row: token for row, token in tokens.items() if token is not None}:
+            yield step
+
+
+def _left_padded(windows, width):
+    """Return windows as `(B, width)` int32, and the column where each begins."""
+    tokens = np.zeros((len(windows), width), np.int32)
+    starts = np.array([width - len(window) for window in windows], np.int32)
+    for row, window in enumerate(windows):
+        tokens[row, starts[row] :] = window
+    return tokens, starts
+
+
+def _refill(model, caches, ids, row, begin):
+    """Put the keys and values of ids into one row of the caches, from `begin` on."""
+    if not ids:
+        return caches
+    own = empty_cache(model, 1, len(ids))
+    _, own = prefill(model, np.array([ids], np.int32), np.zeros(1, np.int32), own)
+    return [
+        tf.concat(
+            [
+                cache[:row],
+                ops.write_rows(cache[row : row + 1], rows, begin),
+                cache[row + 1 :],
+            ],
+            axis=0,
+        )
+        for cache, rows in zip(caches, own, strict=True)
+    ]
+
+
+def _bucket(length):
+    """Round up, so that few lengths are compiled."""
+    size = _SMALLEST_BUCKET
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size

@@ -1,0 +1,292 @@
+"""The settings of a training run, and the presets.
+
+They are read without TensorFlow, so that the command line can state them at once.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from gpt_tf.distillation.config import DistillationConfig
+from gpt_tf.errors import InputError
+from gpt_tf.models.sizes import MOST_LAYERS
+from gpt_tf.parallel.config import Schedule, Strategy, parse_mesh
+from gpt_tf.quantization.config import QuantizationConfig
+from gpt_tf.settings.arguments import MOST_TOKENS
+from gpt_tf.settings.configuration import (
+    Configuration,
+    Count,
+    CountOrZero,
+    PathText,
+    Positive,
+    Rate,
+    Seed,
+    configuration,
+)
+from gpt_tf.text.config import AugmentationConfig
+from gpt_tf.text.corpus import check_separator
+
+_MOST_POSITIONS = 2**20
+_WIDEST = 2**20
+
+
+@configuration
+class TrainingConfig(Configuration):
+    """Everything that decides the course of a training run.
+
+    Raises:
+        InputError: A value is of another type, or out of its range, or does not go
+            with another.
+
+    Example:
+        >>> TrainingConfig(num_layers=2).get_config()["num_layers"]
+        2
+    """
+
+    title: ClassVar[str] = "A training config"
+
+    corpus: PathText | tuple[PathText, ...] = Field(
+        "python-stdlib",
+        description="python-stdlib, shakespeare, or files and folders of text.",
+    )
+    tokenizer: PathText = Field(
+        "bpe", description="bpe, character, or the path of a tokenizer to use."
+    )
+    vocab_size: int = Field(
+        4096, ge=1, le=MOST_TOKENS, description="Tokens that bpe learns, at least 257."
+    )
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of the text to hold out."
+    )
+    validation: PathText | None = Field(
+        None,
+        description="File or folder to hold out. Else what the names of the files say, "
+        "or a share of the text.",
+    )
+    separator: str | None = Field(
+        None,
+        description="Text that ends a document within a file: '<|endoftext|>' for "
+        "example.",
+    )
+    init_from: PathText | None = Field(
+        None,
+        description="Trained run or model to go on from; sizes and tokenizer are then "
+        "that model's.",
+    )
+    embedding_dim: int = Field(256, ge=1, le=_WIDEST, description="Width.")
+    num_layers: int = Field(4, ge=1, le=MOST_LAYERS, description="Blocks.")
+    num_heads: Count = Field(4, description="Attention heads.")
+    context_length: int = Field(
+        128,
+        ge=1,
+        le=_MOST_POSITIONS,
+        description="Tokens per window, and positions of the model.",
+    )
+    feedforward_dim: Count | None = Field(
+        None, description="Feed-forward width; 4 x the width if not given."
+    )
+    dropout: Rate = Field(0.0, description="Dropout rate.")
+    tie_embeddings: bool = Field(True, description="Score with the token table.")
+    batch_size: int = Field(
+        16, ge=1, le=2**20, description="Windows per step over all replicas."
+    )
+    gradient_accumulation_steps: Count = Field(
+        1, description="Parts in which a batch is computed."
+    )
+    steps: Count = Field(1000, description="Optimiser steps.")
+    learning_rate: Positive = Field(1e-3, description="Learning rate at its peak.")
+    final_learning_rate: float | None = Field(
+        None, ge=0, description="Learning rate at the end; a tenth of the peak."
+    )
+    warmup_steps: CountOrZero = Field(
+        100, description="Steps over which the learning rate rises."
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decay of matrices per unit of learning rate."
+    )
+    beta_2: Rate = Field(0.99, description="Decay of Adam's second moment.")
+    global_clipnorm: Positive = Field(1.0, description="Largest norm of the gradient.")
+    seed: Seed = Field(1337, description="Of weights, data order and dropout.")
+    validate_every: Count = Field(200, description="Steps between validations.")
+    validation_batches: Count | None = Field(
+        50, description="Batches per validation; None takes all."
+    )
+    patience: CountOrZero = Field(
+        0,
+        description="Validations without improvement after which training stops and "
+        "the best weights are kept; 0 trains to the end.",
+    )
+    checkpoint_every: CountOrZero = Field(
+        200, description="Steps between checkpoints; 0 writes one at the end."
+    )
+    keep_checkpoints: Count = Field(3, description="Newest checkpoints that stay.")
+    sample_every: CountOrZero = Field(
+        0, description="Steps between samples of text; 0 writes none."
+    )
+    sample_prompt: str = Field("\n", description="What the samples begin with.")
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = Field(
+        "float32", description="Type of the computation."
+    )
+    jit_compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="Compile with XLA."
+    )
+    strategy: Strategy = Field("auto", description="How a batch is divided.")
+    pipeline_stages: Count = Field(
+        1, description="Devices among which the blocks are divided; 1 for none."
+    )
+    micro_batches: Count = Field(
+        4, description="Parts of a batch that flow through the pipeline."
+    )
+    pipeline_schedule: Schedule = Field(
+        "1f1b", description="Order of the pipeline's tasks."
+    )
+    mesh: str | None = Field(
+        None,
+        description="Devices to divide batch x weights (x positions) among: 2x2, "
+        "1x2x2, or batch=2,sequence=2.",
+    )
+    quantization: dict | None = Field(
+        None,
+        description="Fields of a `QuantizationConfig`: the model of `init_from` "
+        "becomes quantisation-aware before it is trained.",
+    )
+    distillation: dict | None = Field(
+        None,
+        description="Fields of a `DistillationConfig`: the model of `init_from`, or "
+        "one cut from the teacher, learns from the teacher.",
+    )
+    augmentation: dict | None = Field(
+        None,
+        description="Fields of an `AugmentationConfig`: the training text is read "
+        "otherwise in each epoch. None only shifts its windows.",
+    )
+
+    def __post_init__(self):
+        width = self.embedding_dim
+        self._check(
+            "num_heads", self.num_heads <= width, f"at most `embedding_dim`, {width}"
+        )
+        check_separator(self.separator)
+        for name, kind in (
+            ("distillation", DistillationConfig),
+            ("quantization", QuantizationConfig),
+            ("augmentation", AugmentationConfig),
+        ):
+            if getattr(self, name) is not None:
+                fields = kind.of(getattr(self, name)).get_config()
+                object.__setattr__(self, name, fields)
+        self._check_division()
+        parts = self.gradient_accumulation_steps
+        self._check(
+            "batch_size", self.batch_size % parts == 0, f"a multiple of {parts}"
+        )
+        if self.distillation is not None:
+            named = self.distillation["teacher"]
+            self._check("distillation", named, "that names a teacher")
+        if self.quantization is not None:
+            source = self.init_from or self.distillation
+            self._check("init_from", source, "that names a trained model")
+            whole = self.precision == "float32"
+            self._check("precision", whole, "of float32 beside `quantization`")
+        if self.augmentation is not None and self.distillation is not None:
+            self._check_augmentation()
+
+    def _check_augmentation(self):
+        """Refuse what a teacher cannot follow."""
+        if self.distillation["knowledge"] is not None:
+            raise InputError(
+                "Stored knowledge is of the text as it stood. Received: `augmentation` "
+                "beside it. Let the teacher run along, or leave out one of the two."
+            )
+        if self.augmentation["written_tokens"]:
+            raise InputError(
+                "In distillation it is the student's teacher that writes. Received: "
+                "`written_tokens` in `augmentation`. Give it in `distillation`."
+            )
+
+    def _check_division(self):
+        """Refuse what does not go with layers, weights or positions in parts."""
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+        name = "mesh" if self.mesh is not None else "pipeline_stages"
+        if self.mesh is None and self.pipeline_stages == 1:
+            return
+        self._check(
+            "strategy",
+            self.strategy in ("auto", "one_device"),
+            f"of auto beside `{name}`, which places the model itself",
+        )
+        self._check(
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps == 1,
+            f"of 1 beside `{name}`",
+        )
+        if self.mesh is not None:
+            self._check(
+                "pipeline_stages", self.pipeline_stages == 1, "of 1 beside `mesh`"
+            )
+            whole = self.precision == "float32"
+            self._check("precision", whole, "of float32 beside `mesh`")
+        others = self.quantization or self.distillation
+        self._check(name, not others, "left out in quantisation and in distillation")
+
+
+PRESETS = {
+    "quickstart": TrainingConfig(
+        vocab_size=1024,
+        embedding_dim=128,
+        num_layers=4,
+        num_heads=4,
+        context_length=128,
+        batch_size=16,
+        steps=600,
+        learning_rate=4e-3,
+        warmup_steps=60,
+        validate_every=100,
+        validation_batches=30,
+        checkpoint_every=100,
+    ),
+    "tiny": TrainingConfig(
+        vocab_size=512,
+        embedding_dim=32,
+        num_layers=2,
+        num_heads=2,
+        context_length=32,
+        batch_size=8,
+        steps=20,
+        warmup_steps=2,
+        validate_every=10,
+        validation_batches=4,
+        checkpoint_every=10,
+    ),
+    "shakespeare-char": TrainingConfig(
+        corpus="shakespeare",
+        tokenizer="character",
+        embedding_dim=128,
+        num_layers=4,
+        num_heads=4,
+        context_length=64,
+        batch_size=12,
+        steps=2000,
+        learning_rate=4e-3,
+        final_learning_rate=0.0,
+        warmup_steps=100,
+        validate_every=250,
+        validation_batches=None,
+        checkpoint_every=500,
+        sample_prompt="\n",
+    ),
+    "small": TrainingConfig(
+        vocab_size=10000,
+        embedding_dim=512,
+        num_layers=6,
+        num_heads=8,
+        context_length=256,
+        batch_size=16,
+        steps=5000,
+        learning_rate=6e-4,
+        warmup_steps=200,
+        validate_every=250,
+        checkpoint_every=250,
+    ),
+}

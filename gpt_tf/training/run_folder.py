@@ -1,0 +1,165 @@
+"""A run's folder: what decides its course, and the model that comes out of it.
+
+run.json            configuration, corpus, versions
+tokenizer.json      Hugging Face format
+data/               token files of the two splits
+initial/            the model that training starts from, if it is not a new one
+knowledge/          what a teacher of another vocabulary says of the text
+checkpoints/        step-00000200/, ... each written whole or not at all
+model/              the finished model with its tokenizer and manifest
+history.json        what was measured, step by step
+loss.png            the same as a picture
+logs/               for TensorBoard
+
+`.lock` names the process that writes there; what is not whole yet, or was left by a
+process that was killed, is called `.NAME.gpt-tf.partial`.
+"""
+
+from pathlib import Path
+
+from gpt_tf import artifacts
+from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.models import keras_file
+from gpt_tf.models.gpt import GPTModel
+from gpt_tf.parallel.mesh_gpt import MeshGPT
+from gpt_tf.text import tokenizer as tokenizers
+from gpt_tf.text.dataset import Windows
+from gpt_tf.training.config import TrainingConfig
+
+# Fields that say which text is learnt from, and which is held out.
+TEXT = ("corpus", "validation_fraction", "validation", "separator")
+
+# Fields that say where a step is computed and not what: a run that goes on may have
+# others than it began with.
+PLACEMENT = (
+    "strategy",
+    "pipeline_stages",
+    "micro_batches",
+    "pipeline_schedule",
+    "mesh",
+    "jit_compile",
+)
+
+OWN_ENTRIES = (
+    "run.json",
+    "tokenizer.json",
+    "data",
+    "initial",
+    "knowledge",
+    "checkpoints",
+    "model",
+    "history.json",
+    "loss.png",
+    "logs",
+)
+
+
+# All that run.json had before it had a hash of its own.
+_UNSEALED = {"kind", "config", "corpus", "made_from", "versions"}
+
+
+def read_run(out):
+    if not (out / "run.json").is_file():
+        raise InputError(
+            f"Expected an interrupted run in {out}; there is no run.json. "
+            "Start a run without --resume first."
+        )
+    run = artifacts.read_json(out / "run.json", {"config": dict})
+    if run.keys() - _UNSEALED:
+        artifacts.check_seal(run, out / "run.json")
+    try:
+        return TrainingConfig(**run["config"])
+    except InputError as error:
+        raise DamagedFileError(
+            f"{out / 'run.json'} is no configuration of this version: {error}."
+        ) from None
+
+
+def windows_of(token_file, config, shuffle, tokenizer=None):
+    """Return a run's windows; those to train on are augmented, given a tokenizer."""
+    is_augmented = shuffle and tokenizer is not None
+    return Windows(
+        token_file,
+        config.context_length,
+        config.batch_size,
+        seed=config.seed,
+        shuffle=shuffle,
+        augmentation=config.augmentation if is_augmented else None,
+        tokenizer=tokenizer if is_augmented else None,
+    )
+
+
+def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None"]:
+    """Load a trained model and its tokenizer, without running what a file holds.
+
+    Args:
+        path: A run's folder, a model's folder, or a `.keras` file.
+
+    Returns:
+        The model, a `GPTModel` or `QuantizationAwareGPT`, and its tokenizer or None
+        where none lies beside it.
+
+    Raises:
+        InputError: There is no model.
+        DamagedFileError: A file is not what its manifest says, or no model that
+            gpt_tf saved.
+    """
+    file = model_file(path)
+    folder = file.parent
+    if not file.is_file():
+        raise InputError(
+            f"Expected a trained model at {path}; there is none. Point to a folder "
+            "that `gpt-tf train` finished, or to a .keras file."
+        )
+    if (folder / artifacts.MANIFEST_NAME).is_file():
+        artifacts.check_manifest(folder, "model")
+    classes = {"GPTModel": GPTModel, "QuantizationAwareGPT": _quantization_aware}
+    model = keras_file.open_model(file, classes)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    return model, tokenizers.load_tokenizer(folder) if has_tokenizer else None
+
+
+def _quantization_aware(**config):
+    from gpt_tf.quantization.qat import QuantizationAwareGPT  # and with it TF-MOT
+
+    return QuantizationAwareGPT(**config)
+
+
+def model_file(path):
+    path = Path(path)
+    if path.suffix == ".keras" or path.is_file():
+        return path
+    return (path / "model" if (path / "model").is_dir() else path) / "model.keras"
+
+
+def save_model(model, tokenizer, folder: str | Path, **facts) -> None:
+    """Write model, tokenizer and manifest to a folder, whole or not at all.
+
+    Args:
+        model: A `GPTModel` or `QuantizationAwareGPT`.
+        tokenizer: Its tokenizer.
+        folder: Where to write; a folder that stands there is replaced.
+        **facts: More to record in the manifest, as JSON values.
+    """
+    folder = Path(folder)
+    with artifacts.atomic_folder(folder, replace=True) as temporary:
+        model.save(temporary / "model.keras")
+        tokenizer.save(temporary)
+        artifacts.write_manifest(
+            temporary,
+            "model",
+            ["model.keras", "tokenizer.json"],
+            config=model.get_config(),
+            parameters=model.count_params(),
+            tokenizer_fingerprint=tokenizer.fingerprint(),
+            **facts,
+        )
+
+
+def copy_of(model):
+    """Return a model with the same weights, in one place unless a scope is open."""
+    if isinstance(model, MeshGPT):
+        return model.to_model()
+    copy = type(model).from_config(model.get_config())
+    copy.set_weights(model.get_weights())
+    return copy

@@ -1,0 +1,171 @@
+"""`gpt-tf explain`."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from gpt_tf.generation.sequence import GenerationNotice
+from gpt_tf.text.tokenizer import CharacterTokenizer
+
+LETTERS = "abcdefghijklmnop <>&\n"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A small file with its tokenizer beside it."""
+    import tf_keras as keras
+
+    import gpt_tf
+    from gpt_tf.export.tflite import export_tflite
+
+    keras.utils.set_random_seed(3)
+    tokenizer = CharacterTokenizer.train([LETTERS])
+    model = gpt_tf.GPTModel(tokenizer.vocab_size, 12, 1, 3, context_length=16)
+    folder = tmp_path_factory.mktemp("file")
+    path = folder / "gpt.tflite"
+    export_tflite(
+        model,
+        path,
+        "float32",
+        tokenizer=tokenizer,
+        prefill_lengths=(1, 4),
+        allow_untrained=True,
+    )
+    return path
+
+
+@pytest.fixture
+def explain(command):
+    """Run `gpt-tf explain`; return status, output and errors."""
+
+    def run(*options):
+        result = command("explain", *options)
+        return result.status, result.out, result.err
+
+    return run
+
+
+def test_it_shows_prompt_target_and_the_strongest_tokens(explain, file):
+    status, output, errors = explain(
+        *(file, "--prompt", "abc <b>", "--target", "p", "--samples", 20)
+    )
+    assert (status, errors) == (0, "")
+    assert output.startswith("abc <b>\n-> 'p'  probability ")
+    assert "lime: nats" in output
+    rows = [line for line in output.splitlines() if line.startswith("\u2502")]
+    assert len(rows) == 7
+
+
+def test_it_writes_page_picture_and_numbers(explain, file, tmp_path):
+    options = (file, "--prompt", "abc", "--samples", 20, "--seed", 4)
+    status, output, _ = explain(*options, "--out", tmp_path / "why")
+    assert status == 0
+    names = sorted(path.name for path in (tmp_path / "why").iterdir())
+    assert names == ["explanation.html", "explanation.json", "explanation.png"]
+    assert output.count("wrote ") == 3
+    facts = json.loads((tmp_path / "why" / "explanation.json").read_text("utf-8"))
+    assert (facts["seed"], facts["num_samples"], len(facts["scores"])) == (4, 20, 3)
+    assert explain(*options, "--out", tmp_path / "a.html")[0] == 0
+    page = (tmp_path / "a.html").read_text("utf-8")
+    assert page == (tmp_path / "why" / "explanation.html").read_text("utf-8")
+    assert explain(*options, "--out", tmp_path / "a.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_target_may_be_named_by_its_id(explain, file):
+    options = (file, "--prompt", "abc", "--samples", 20)
+    by_text = explain(*options, "--target", "d")
+    target = CharacterTokenizer.train([LETTERS]).encode("d")[0]
+    assert explain(*options, "--target-id", target) == by_text
+    assert "-> 'd'" in by_text[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", ""], "--prompt expects a value"),
+        (["--prompt", "abc", "--target", "de"], "It begins with 'd'"),
+        (["--prompt", "abc", "--target", "z"], "lacks 'z'"),
+        (["--prompt", "abc", "--target-id", "22"], "from 0 to 21. Received: 22"),
+        (["--prompt", "a", "--target", "b", "--target-id", "1"], "Leave out one"),
+        (["--prompt", "abc", "--method", "magic"], "Received: 'magic'"),
+        (["--prompt", "abc", "--method", "attention"], "Name the Keras model"),
+        (["--prompt", "abc", "--method", "gradient"], "Name the Keras model"),
+        (["--prompt", "abc", "--samples", "7"], "at least 8"),
+        (["--prompt", "abc", "--out", "why.pdf"], "ends in .html or .png, or a folder"),
+        (["--prompt", "abc", "--out", f"{__file__}/why.png"], "Not a directory"),
+        (["--prompt", "abc", "--out", f"{__file__}/why"], "Not a directory"),
+    ],
+)
+def test_what_it_cannot_use_is_one_line_and_status_2(explain, file, options, message):
+    status, output, errors = explain(file, *options)
+    assert (status, output) == (2, "")
+    assert message in errors and errors.count("\n") == 1
+
+
+def test_a_file_that_is_no_model_is_refused(explain, tmp_path):
+    path = tmp_path / "gpt.tflite"
+    path.write_text("no model")
+    for name in (path, tmp_path / "nothing.litertlm", tmp_path):
+        status, output, errors = explain(name, "--prompt", "abc")
+        assert (status, output) == (2, "") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["lime", "shap"])
+def test_a_missing_package_is_named_with_its_extra(explain, file, monkeypatch, package):
+    for name in (package, "lime.lime_text"):
+        monkeypatch.setitem(sys.modules, name, None)
+    status, _, errors = explain(file, "--prompt", "abc", "--method", package)
+    assert status == 2 and errors.count("\n") == 1
+    assert f"package {package}" in errors and "pip install 'gpt-tf[explain]'" in errors
+
+
+def test_of_a_long_prompt_the_end_is_explained_and_that_is_said(explain, file):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", GenerationNotice)
+        status, output, errors = explain(
+            *(file, "--prompt", "abcdefghijklmnopabc", "--samples", 40)
+        )
+    assert status == 0 and output.startswith("defghijklmnopabc\n")
+    assert errors.startswith("gpt-tf: The prompt of 19 tokens is longer than")
+    assert errors.count("\n") == 1
+
+
+CODE = """
+import json, sys
+from gpt_tf import cli
+from gpt_tf.generation.sequence import GenerationNotice
+try:
+    cli.main()
+finally:
+    heavy = {"tensorflow", "tf_keras", "torch"} & set(sys.modules)
+    print("\\0", json.dumps(sorted(heavy)))
+"""
+
+
+@pytest.mark.parametrize(
+    "method", ["lime", pytest.param("shap", marks=pytest.mark.slow)]
+)
+def test_a_file_is_explained_without_tensorflow_and_without_remarks(file, method):
+    options = [file, "--prompt", "abc", "--samples", 20, "--method", method]
+    result = subprocess.run(
+        [sys.executable, "-c", CODE, "explain", *map(str, options)],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": ":".join(sys.path), "PYTHONUTF8": "1"},
+    )
+    output, _, imported = result.stdout.rpartition("\0")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(imported) == [] and "Strongest tokens" in output
+
+
+@pytest.mark.parametrize("method", ["attention", "gradient"])
+def test_a_run_is_looked_into(explain, trained, method):
+    status, output, errors = explain(
+        *(trained.out, "--prompt", "the quick ", "--method", method)
+    )
+    assert (status, errors) == (0, "")
+    assert f"{method}: " in output and "Strongest tokens" in output

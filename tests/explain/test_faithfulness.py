@@ -1,0 +1,293 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from gpt_tf.errors import InputError
+from gpt_tf.explain import faithfulness
+from gpt_tf.explain.attribution import explain
+from gpt_tf.explain.faithfulness import (
+    compare_explanations,
+    deletion_test,
+    interval,
+    prompts_of,
+    rank_correlation,
+)
+from gpt_tf.text.tokenizer import CharacterTokenizer
+
+LETTERS = "abcdefghijklmnop <>&\n"
+LENGTH = 10
+
+
+class Counted:
+    """A model that likes "p" the more, the more of certain letters are there.
+
+    A space counts nothing; where they stand makes no difference.
+    """
+
+    mode = "made"
+    context_length = 16
+
+    def __init__(self, seed=1, sign=1):
+        self.tokenizer = CharacterTokenizer.train([LETTERS])
+        self.config = {"vocab_size": self.tokenizer.vocab_size}
+        self.target = self.tokenizer.encode("p")[0]
+        self.weights = sign * np.random.default_rng(seed).normal(
+            0.3, 1.0, self.tokenizer.vocab_size
+        )
+        self.weights[self.tokenizer.encode(" ")[0]] = 0
+
+    def reset(self):
+        pass
+
+    def logits(self, ids):
+        logits = np.zeros((len(ids), self.config["vocab_size"]))
+        logits[:, self.target] = self.weights[ids].sum()
+        return logits
+
+
+PROMPTS = (
+    np.random.default_rng(3)
+    .permuted(np.tile(np.arange(15), (60, 1)), axis=1)[:, :LENGTH]
+    .tolist()
+)
+SAMPLES = 2 * LENGTH + 2
+
+
+@pytest.fixture(scope="module")
+def result():
+    return deletion_test(
+        Counted(),
+        PROMPTS,
+        ["lime", "shap"],
+        num_samples=SAMPLES,
+        curve=(0.1, 0.5),
+        keep_last=True,
+    )
+
+
+@pytest.mark.parametrize("method", ["lime", "shap"])
+def test_it_holds_for_explanations_of_a_model_whose_answer_is_known(result, method):
+    facts = result["methods"][method]
+    assert facts["holds"] is True
+    assert facts["difference"]["low"] > 0
+    assert facts["drop"]["value"] > facts["random_drop"]["value"] + 0.1
+    assert result["prompts"] == 60 and result["prompt_tokens"] == LENGTH
+    assert result["compression"] == {}
+
+
+def explained_by(monkeypatch, scores_of):
+    """Let `deletion_test` get other scores than the method's."""
+
+    def replaced(subject, ids, **options):
+        found = explain(subject, ids, **options)
+        return dataclasses.replace(found, scores=scores_of(np.array(ids)))
+
+    monkeypatch.setattr(faithfulness, "explain", replaced)
+
+
+def judged(**options):
+    return deletion_test(Counted(), PROMPTS, ["shap"], num_samples=SAMPLES, **options)
+
+
+def test_it_does_not_hold_for_random_scores(monkeypatch):
+    generator = np.random.default_rng(4)
+    explained_by(monkeypatch, lambda ids: generator.random(len(ids)))
+    facts = judged()["methods"]["shap"]
+    assert facts["holds"] is False
+    assert facts["difference"]["low"] < 0 < facts["difference"]["high"]
+
+
+def test_it_does_not_hold_for_scores_turned_round(monkeypatch):
+    weights = Counted().weights
+    explained_by(monkeypatch, lambda ids: -weights[ids])
+    facts = judged()["methods"]["shap"]
+    assert facts["holds"] is False and facts["difference"]["high"] < 0
+
+
+def test_the_true_weights_drop_as_far_as_can_be(monkeypatch, result):
+    weights = Counted().weights
+    explained_by(monkeypatch, lambda ids: weights[ids])
+    true = judged()["methods"]["shap"]["drop"]["value"]
+    # Shapley values of an odd or even model differ, but not in what they name.
+    assert true >= result["methods"]["lime"]["drop"]["value"] - 1e-9
+    assert true == pytest.approx(result["methods"]["shap"]["drop"]["value"], abs=0.02)
+
+
+def test_drops_are_those_of_the_probability(monkeypatch):
+    weights = Counted().weights
+    explained_by(monkeypatch, lambda ids: weights[ids])
+
+    def probability(ids):
+        logits = Counted().logits(ids)[-1]
+        logits -= logits.max()
+        return np.exp(logits) / np.exp(logits).sum()
+
+    drops = []
+    for ids in PROMPTS:
+        whole = probability(ids)
+        left = np.array(ids)
+        left[np.argsort(-weights[ids], kind="stable")[:3]] = Counted().tokenizer.encode(
+            " "
+        )[0]
+        drops.append(whole.max() - probability(left)[whole.argmax()])
+    facts = judged(fraction=0.3)["methods"]["shap"]
+    assert facts["drop"]["value"] == pytest.approx(np.mean(drops), abs=1e-9)
+
+
+def test_the_curve_has_further_shares_and_the_harder_test_keeps_the_last(result):
+    shares = [part["fraction"] for part in result["curve"]]
+    assert shares == [0.1, 0.5] and result["fraction"] == 0.2
+    drops = [
+        part["methods"]["shap"]["drop"]["value"]
+        for part in (result["curve"][0], result, result["curve"][1])
+    ]
+    assert drops == sorted(drops) and drops[0] < drops[2]
+    kept = result["last_kept"]
+    assert kept["fraction"] == 0.2 and kept["methods"]["shap"]["holds"]
+    assert kept["nearest_drop"] != result["nearest_drop"]
+
+
+def test_the_last_token_stays_where_it_is_to_be_kept(monkeypatch):
+    class Last(Counted):
+        """All that counts is the last token."""
+
+        def logits(self, ids):
+            logits = np.zeros((len(ids), self.config["vocab_size"]))
+            logits[:, self.target] = 3.0 * ([ids[-1]] != self.tokenizer.encode(" "))
+            return logits
+
+    found = deletion_test(
+        Last(), PROMPTS, ["shap"], num_samples=SAMPLES, keep_last=True
+    )
+    assert found["methods"]["shap"]["holds"]
+    assert found["nearest_drop"]["value"] > 0.3
+    assert found["last_kept"]["methods"]["shap"]["drop"]["value"] == 0
+    assert not found["last_kept"]["methods"]["shap"]["holds"]
+
+
+def test_the_seed_decides_the_numbers():
+    prompts = PROMPTS[:50]
+
+    def run(seed):
+        return deletion_test(
+            Counted(), prompts, ["lime"], num_samples=SAMPLES, seed=seed
+        )
+
+    assert run(1) == run(1)
+    assert run(1)["methods"] != run(2)["methods"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "methods", "options", "message"),
+    [
+        (PROMPTS[:49], ["lime"], {}, "at least 50 prompts.*Received: 49"),
+        ([[3]] * 50, ["lime"], {}, "at least 2 tokens"),
+        ([""] * 50, ["lime"], {}, "prompt is empty"),
+        (PROMPTS, "lime", {}, "expects a list.*'lime'"),
+        ([[3]] * 9, "lime", {}, "expects a list.*'lime'"),
+        (PROMPTS, [], {}, "expects a list"),
+        (PROMPTS, ["magic"], {}, "'magic'"),
+        (PROMPTS, ["attention"], {}, "Name the Keras model"),
+        (PROMPTS, ["lime"], {"fraction": 0.0}, "above 0 and below 1. Received: 0.0"),
+        (PROMPTS, ["lime"], {"curve": [1.0]}, "above 0 and below 1. Received: 1.0"),
+        (PROMPTS, ["lime"], {"num_samples": 3}, "at least 22"),
+    ],
+)
+def test_what_cannot_be_tested_is_refused(prompts, methods, options, message):
+    with pytest.raises(InputError, match=message):
+        deletion_test(Counted(), prompts, methods, **options)
+
+
+# Two models
+
+
+def compared(a, b, **options):
+    options = {"num_samples": SAMPLES, **options}
+    return compare_explanations(a, b, PROMPTS[:12], "lime", **options)
+
+
+def test_a_model_agrees_with_itself_as_far_as_the_seed_allows():
+    found = compared(Counted(), Counted())
+    assert found["rank_correlation"] == found["ceiling"]
+    assert 0.5 < found["ceiling"]["value"] < 1
+    assert found["prompts"] == 12
+
+
+def test_a_model_turned_round_disagrees():
+    found = compared(Counted(), Counted(sign=-1), names=("float32", "int8"))
+    assert found["rank_correlation"]["value"] < -0.5 < 0.5 < found["ceiling"]["value"]
+    assert (found["a"], found["b"]) == ("float32", "int8")
+
+
+def test_targets_are_those_of_the_first_model():
+    targets = []
+
+    class Told(Counted):
+        def logits(self, ids):
+            logits = super().logits(ids)
+            logits[:, 3] = logits[:, self.target].clip(0) + 1.0
+            return logits
+
+    def noted(subject, ids, **options):
+        found = explain(subject, ids, **options)
+        targets.append((type(subject), found.target_id))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faithfulness, "explain", noted)
+        compared(Told(), Counted())
+    assert {target for _, target in targets} == {3}
+    assert {kind for kind, _ in targets} == {Told, Counted}
+
+
+def test_models_that_cannot_be_compared_are_refused():
+    other = Counted()
+    other.config = {"vocab_size": 9}
+    with pytest.raises(InputError, match="22 and 9 tokens"):
+        compared(Counted(), other)
+    silent = Counted()
+    silent.weights = silent.weights * 0
+    with pytest.raises(InputError, match="12 in which none does"):
+        compared(silent, silent)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_rank_correlation_is_spearmans(ties):
+    generator = np.random.default_rng(2)
+    for _ in range(20):
+        a, b = (
+            generator.normal(size=(2, 9))
+            if not ties
+            else generator.integers(0, 4, (2, 9))
+        )
+        expected = scipy.stats.spearmanr(a, b).statistic
+        assert rank_correlation(a, b) == pytest.approx(expected)
+    assert rank_correlation([1, 2, 3], [10, 20, 15]) == pytest.approx(0.5)
+    assert np.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says():
+    generator = np.random.default_rng(6)
+    covered = 0
+    for seed in range(300):
+        bounds = interval(generator.normal(1.0, 2.0, 50), seed)
+        assert bounds["low"] < bounds["value"] < bounds["high"]
+        covered += bounds["low"] <= 1.0 <= bounds["high"]
+    assert 0.90 < covered / 300 < 0.985
+    assert interval(np.full(50, 3.0)) == {"value": 3.0, "low": 3.0, "high": 3.0}
+
+
+def test_prompts_are_cut_evenly_and_do_not_overlap():
+    tokens = np.arange(1000)
+    prompts = prompts_of(tokens, 60, 16)
+    assert [len(prompt) for prompt in prompts] == [16] * 60
+    assert prompts[0][0] == 0 and prompts[-1][-1] == 999
+    flat = [token for prompt in prompts for token in prompt]
+    assert len(set(flat)) == len(flat)
+    with pytest.raises(InputError, match=r"text of 1,020. Received: 1,000"):
+        prompts_of(tokens, 60, 17)

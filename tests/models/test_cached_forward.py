@@ -1,0 +1,274 @@
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from gpt_tf.errors import InputError
+from gpt_tf.generation.sampler import Sampler
+from gpt_tf.models import cached_forward, xla
+from gpt_tf.models.layers import Dropout
+from gpt_tf.text.tokenizer import CharacterTokenizer
+
+
+@pytest.fixture(autouse=True)
+def with_xla(monkeypatch):
+    """Decode as users do."""
+    monkeypatch.setattr(xla, "ON_BY_DEFAULT", True)
+
+
+@pytest.fixture
+def model(make_model):
+    model = make_model()
+    generator = np.random.default_rng(8)
+    for weight in model.weights:
+        weight.assign_add(generator.normal(0, 0.3, weight.shape))
+    return model
+
+
+@pytest.fixture
+def letters():
+    return CharacterTokenizer.train(["abcdefghijklmnopqrstuvwxyz .\né"])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("length", [1, 4, 9])
+def test_cached_decode_equals_full_forward(model, windows_of, length, compiled):
+    tokens, _ = windows_of(2, 14)
+    full = model(tokens).numpy()
+    starts = np.zeros(2, np.int32)
+    caches = cached_forward.empty_cache(model, 2, 16)
+    if compiled:
+        logits, caches = cached_forward.prefill(
+            model, tokens[:, :length], starts, caches
+        )
+    else:
+        logits, caches = cached_forward.forward_cached(
+            model, tf.constant(tokens[:, :length]), 0, tf.constant(starts), caches
+        )
+        np.testing.assert_allclose(logits, full[:, :length], atol=1e-5)
+        logits = logits[:, -1]
+    np.testing.assert_allclose(logits, full[:, length - 1], atol=1e-5)
+    for position in range(length, 14):
+        if compiled:
+            logits, caches = cached_forward.decode(
+                model, tokens[:, position], position, starts, caches
+            )
+        else:
+            logits, caches = cached_forward.forward_cached(
+                model,
+                tf.constant(tokens[:, position : position + 1]),
+                position,
+                tf.constant(starts),
+                caches,
+            )
+            logits = logits[:, 0]
+        np.testing.assert_allclose(logits, full[:, position], atol=1e-5)
+
+
+def test_a_spoilt_cache_breaks_the_equality(model, windows_of):
+    tokens, _ = windows_of(1, 9)
+    starts = np.zeros(1, np.int32)
+    caches = cached_forward.empty_cache(model, 1, 16)
+    _, caches = cached_forward.prefill(model, tokens[:, :8], starts, caches)
+    caches[1] = caches[1] + 0.05
+    logits, _ = cached_forward.decode(model, tokens[:, 8], 8, starts, caches)
+    assert np.abs(logits.numpy() - model(tokens).numpy()[:, 8]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("policy", "tolerance"),
+    [
+        pytest.param("mixed_bfloat16", 0.15, marks=pytest.mark.slow),
+        ("mixed_float16", 0.02),
+    ],
+)
+def test_a_model_of_16_bits_generates(make_model, policy, tolerance):
+    import tf_keras as keras
+
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        model = make_model()
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    for weight in model.weights:
+        weight.assign_add(np.random.default_rng(8).normal(0, 0.3, weight.shape))
+    rows = [[3], [1, 4, 1, 5, 9, 2, 6]]
+    options = {"max_new_tokens": 20, "temperature": 0}
+    # What is padded on the left would spoil the row where it is not hidden.
+    for row, new in zip(
+        rows, cached_forward.generate(model, rows, **options), strict=True
+    ):
+        assert new == list(cached_forward.stream(model, row, **options))
+        for count in range(min(20, 16 - len(row))):
+            logits = model(np.array([row + new[:count]])).numpy()[0, -1]
+            assert logits.max() - logits[new[count]] <= tolerance
+
+
+@pytest.mark.parametrize("built", ["device", "strategy", "mirrored"])
+def test_a_model_generates_on_the_device_where_it_was_built(make_model, built):
+    wanted = cached_forward.generate(make_model(), [1, 2, 3], temperature=0)
+    scopes = {
+        "device": tf.device("CPU:1"),
+        "strategy": tf.distribute.OneDeviceStrategy("CPU:1").scope(),
+        "mirrored": tf.distribute.MirroredStrategy(["CPU:2", "CPU:1"]).scope(),
+    }
+    with scopes[built]:
+        model = make_model()
+    assert "CPU:0" not in model.weights[0].device
+    assert cached_forward.generate(model, [1, 2, 3], temperature=0) == wanted
+    assert list(cached_forward.stream(model, [1, 2, 3], temperature=0)) == wanted
+    with tf.device("CPU:3"):
+        assert cached_forward.generate(model, [1, 2, 3], temperature=0) == wanted
+
+
+def greedy(model, prompt, count):
+    """Generate without a cache: the slow and obvious way."""
+    ids = list(prompt)
+    for _ in range(count):
+        logits = model(np.array([ids], "int32")).numpy()
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_generation_equals_the_uncached_loop(model):
+    prompt = [3, 1, 4, 1, 5]
+    ids = cached_forward.generate(model, prompt, max_new_tokens=11, temperature=0)
+    assert ids == greedy(model, prompt, 11)
+
+
+def test_prompts_of_unequal_length_do_not_influence_each_other(model):
+    prompts = [[3], [1, 4, 1, 5, 9, 2, 6], [5, 3, 5]]
+    together = cached_forward.generate(model, prompts, max_new_tokens=6, temperature=0)
+    alone = [greedy(model, prompt, 6) for prompt in prompts]
+    assert together == alone
+
+
+def test_the_same_seed_gives_the_same_text(model, letters):
+    def run(seed):
+        return cached_forward.generate(
+            model, "abc", tokenizer=letters, max_new_tokens=10, seed=seed
+        )
+
+    assert run(1) == run(1)
+    assert len({run(seed) for seed in range(4)}) > 1
+
+
+def test_streamed_pieces_join_to_the_generated_text(model, letters):
+    options = {"tokenizer": letters, "max_new_tokens": 20, "seed": 3}
+    pieces = list(cached_forward.stream(model, "abc", **options))
+    assert len(pieces) > 1
+    assert "".join(pieces) == cached_forward.generate(model, "abc", **options)
+
+
+def test_stop_texts_end_the_generation_and_are_cut_off(model, letters):
+    options = {"tokenizer": letters, "max_new_tokens": 30, "seed": 5}
+    whole = cached_forward.generate(model, "abc", **options)
+    stop = whole[6:8]
+    cut = cached_forward.generate(model, "abc", stop=[stop], **options)
+    assert cut == whole[: whole.index(stop)]
+    assert "".join(cached_forward.stream(model, "abc", stop=[stop], **options)) == cut
+
+
+def test_the_end_of_text_token_ends_the_generation(model, letters):
+    assert letters.end_of_text_id == 30
+    head = model.get_layer("embedding").token_table
+    head.assign(tf.tensor_scatter_nd_update(head, [[30]], [np.zeros(12, "float32")]))
+    model.get_layer("final_norm").beta.assign(np.full(12, 9.0))
+    values = head.numpy() * 0
+    values[30] = 1.0
+    head.assign(values)
+    assert cached_forward.generate(model, "abc", tokenizer=letters, temperature=0) == ""
+
+
+def test_generation_goes_on_beyond_the_context(model):
+    ids = cached_forward.generate(model, [1, 2, 3], max_new_tokens=40, temperature=0)
+    assert len(ids) == 40
+    # Up to the context nothing is dropped; then the last half of it is kept.
+    assert ids[:14] == greedy(model, [1, 2, 3], 14)
+    assert ids[14:17] == greedy(model, ([1, 2, 3] + ids[:14])[-8:], 3)
+
+
+def test_a_long_prompt_is_cut_on_the_left_with_a_notice(model):
+    prompt = [i % 31 for i in range(40)]
+    with pytest.warns(cached_forward.GenerationNotice, match="cut off"):
+        ids = cached_forward.generate(model, prompt, max_new_tokens=1, temperature=0)
+    assert ids == greedy(model, prompt[-16:], 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("abc", {}, "tokenizer"),
+        ([], {}, "empty"),
+        ([99], {}, "0 to 30"),
+        ([1], {"temperature": -1}, "temperature"),
+        ([1], {"top_p": 0}, "top_p"),
+        ([1], {"top_k": 0}, "top_k"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens"),
+        ([[1], [2]], {"stream": True}, "one prompt"),
+        (3.5, {}, "text or token ids"),
+    ],
+)
+def test_bad_requests_are_refused(model, prompt, options, message):
+    with pytest.raises(InputError, match=message):
+        cached_forward.generate(model, prompt, **options)
+
+
+def test_nothing_is_added_when_nothing_is_asked_for(model):
+    assert cached_forward.generate(model, [1, 2], max_new_tokens=0) == []
+
+
+def test_top_k_one_is_greedy_and_top_p_keeps_the_likeliest():
+    logits = np.array([0.0, 3.0, 1.0, 2.9])
+    generator = np.random.default_rng(0)
+    assert {Sampler(top_k=1).choose(logits, [], generator) for _ in range(20)} == {1}
+    chosen = {Sampler(top_p=0.6).choose(logits, [], generator) for _ in range(99)}
+    assert chosen == {1, 3}
+    chosen = [Sampler().choose(logits, [], generator) for _ in range(4000)]
+    expected = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(np.bincount(chosen) / 4000, expected, atol=0.03)
+
+
+def test_the_repetition_penalty_turns_to_other_tokens():
+    logits = np.array([2.0, 1.9, -1.0])
+    sampler = Sampler(temperature=0, repetition_penalty=1.5)
+    assert sampler.choose(logits, [], np.random.default_rng(0)) == 0
+    assert sampler.choose(logits, [0], np.random.default_rng(0)) == 1
+
+
+def test_dropout_masks_follow_from_seed_and_counter():
+    x = tf.ones([4, 50])
+    first, second = Dropout(0.5, seed=1), Dropout(0.5, seed=2)
+    one, other = first(x, training=True), second(x, training=True)
+    assert np.any(one != other)
+    assert np.any(one != first(x, training=True))
+    first.calls.assign(0)
+    np.testing.assert_array_equal(one, first(x, training=True))
+    assert set(np.unique(one)) == {0.0, 2.0}
+    with pytest.raises(InputError, match="below 1"):
+        Dropout(1.0)
+
+
+def test_a_model_of_other_layers_is_refused():
+    import tf_keras as keras
+
+    with pytest.raises(InputError, match="TokenAndPositionEmbedding"):
+        cached_forward.generate(keras.Sequential([keras.layers.Dense(2)]), [1])
+
+
+def test_generation_issues_no_warning(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cached_forward.generate(model, [1, 2, 3], max_new_tokens=3, seed=1)
+
+
+def test_many_shapes_are_compiled_without_a_remark_on_retracing(model, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        tf.get_logger(), "warning", lambda line, *rest: said.append(line % rest)
+    )
+    for length in (1, 5, 12):
+        for rows in (1, 2, 3):
+            cached_forward.generate(model, [[1] * length] * rows, max_new_tokens=1)
+    assert not said

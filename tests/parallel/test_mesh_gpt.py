@@ -1,0 +1,322 @@
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras as keras
+from tensorflow.experimental import dtensor
+
+import gpt_tf
+from gpt_tf.errors import InputError
+from gpt_tf.parallel.mesh import gather, layout, make_mesh, parse_mesh, place
+from gpt_tf.parallel.mesh_gpt import MeshGPT
+from gpt_tf.training.loop import load_model
+
+SHAPES = [
+    (1, 2, 1),
+    (2, 1, 1),
+    (2, 2, 1),
+    pytest.param((1, 1, 2), marks=pytest.mark.slow),
+    pytest.param((1, 2, 2), marks=pytest.mark.slow),
+]
+SIZES = {"vocab_size": 30, "num_heads": 2}  # the axis `model` divides both
+
+
+def train_on(model, windows, **options):
+    x, y = windows
+    weights = np.ones(x.shape, "float32")
+    weights[::3, 4:] = 0  # devices get parts of unequal weight
+    return model.fit(
+        x,
+        y,
+        sample_weight=weights,
+        batch_size=8,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        **options,
+    ).history
+
+
+def assert_same(one, other, atol=2e-6):
+    for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Windows, a model before training, the model after it and its history."""
+    ids = np.random.default_rng(0).integers(0, 30, (20, 9)).astype("int32")
+    windows = ids[:, :-1], ids[:, 1:]  # the last batch is not full
+    found = []
+    for tie_embeddings in (True, False):
+        keras.utils.set_random_seed(3)
+        config = gpt_tf.GPTModel(
+            **SIZES,
+            embedding_dim=12,
+            num_layers=2,
+            context_length=16,
+            tie_embeddings=tie_embeddings,
+        ).get_config()
+        begin = gpt_tf.GPTModel.from_config(config)
+        model = gpt_tf.GPTModel.from_config(config)
+        model.set_weights(begin.get_weights())
+        model.compile(jit_compile=False)
+        history = train_on(model, windows, validation_data=windows)
+        found.append((begin, model, history))
+    return windows, found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_mesh_trains_as_one_device_does(reference, shape):
+    windows, (tied, untied) = reference
+    begin, whole, expected = untied if shape == (2, 2, 1) else tied
+    divided = MeshGPT(begin, make_mesh(*shape))
+    assert_same(begin, divided, atol=0)
+    found = train_on(divided, windows, validation_data=windows)
+    for name, values in expected.items():
+        np.testing.assert_allclose(values, found[name], rtol=1e-4, err_msg=name)
+    assert_same(whole, divided)
+    logits = divided.predict(windows[0], batch_size=8)
+    np.testing.assert_allclose(logits, whole.predict(windows[0], verbose=0), atol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_same(begin, divided, atol=1e-3)
+
+
+def test_the_comparison_notices_one_layer_that_is_off(reference, monkeypatch):
+    windows, ((begin, whole, _), _) = reference
+    normalised = MeshGPT._normalised
+
+    def off(self, x, weights, prefix):
+        return normalised(self, x, weights, prefix) * (1 + 1e-3 * ("final" in prefix))
+
+    monkeypatch.setattr(MeshGPT, "_normalised", off)
+    divided = MeshGPT(begin, make_mesh(1, 2, 1))
+    train_on(divided, windows)
+    with pytest.raises(AssertionError):
+        assert_same(whole, divided)
+
+
+def test_each_device_holds_its_part(make_model):
+    model = make_model(**SIZES)
+    divided = MeshGPT(model, make_mesh(batch=2, model=2))
+    divided.compile()
+    parts = {v.name: dtensor.unpack(v.read_value())[0].shape for v in divided.weights}
+    assert parts["embedding/token_table:0"] == (15, 12)
+    assert parts["block_0/qkv_kernel:0"] == (12, 3, 1, 6)
+    assert parts["block_0/output_kernel:0"] == (1, 6, 12)
+    assert parts["block_1/up_kernel:0"] == (12, 24)
+    assert parts["block_1/down_kernel:0"] == (24, 12)
+    assert parts["final_norm/gamma:0"] == (12,)
+    for variable, moment in zip(
+        divided.trainable_weights, divided.optimizer._momentums, strict=True
+    ):
+        assert moment.layout == variable.layout
+
+
+def test_a_vocabulary_that_the_mesh_does_not_divide_stays_whole(make_model, windows_of):
+    model = make_model(num_heads=2)  # 31 tokens
+    divided = MeshGPT(model, make_mesh(model=2))
+    x, _ = windows_of(2, 8)
+    found = gather(divided(x))
+    np.testing.assert_allclose(found, model.predict(x, verbose=0), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_dropout_is_seeded_and_leaves_evaluation_alone(make_model, windows_of):
+    x, y = windows_of(8, 8, vocab_size=30)
+    losses, logits = [], []
+    for rate in (0.0, 0.5, 0.5):
+        divided = MeshGPT(
+            make_model(**SIZES, num_layers=1, dropout=rate), make_mesh(1, 2, 2)
+        )
+        logits.append(gather(divided(x)))
+        losses.append(divided.fit(x, y, batch_size=8, verbose=0).history["loss"])
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert losses[1] == losses[2]
+    assert abs(losses[0][0] - losses[1][0]) > 1e-3
+
+
+def test_what_a_mesh_saved_loads_on_another_and_on_one_device(reference, tmp_path):
+    _, ((_, whole, _), _) = reference
+    MeshGPT(whole, make_mesh(1, 2, 1)).save(tmp_path / "gpt.keras")
+    loaded = keras.models.load_model(tmp_path / "gpt.keras")
+    assert_same(whole, loaded, atol=0)
+    assert_same(whole, MeshGPT(loaded, make_mesh(2, 1, 2)), atol=0)
+
+
+def test_datasets_of_every_kind_give_the_same(reference):
+    windows, ((begin, _, _), _) = reference
+    arrays = [array[:16] for array in windows]
+    dataset = tf.data.Dataset.from_tensor_slices(tuple(arrays))
+    mesh = make_mesh(2, 1, 2)
+    axes = layout(mesh, "batch", "sequence")
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.DATA
+    )
+    divided = dtensor.DTensorDataset(
+        dataset.with_options(options),
+        mesh=mesh,
+        layouts=(axes, axes),
+        global_batch_size=8,
+        batch_dim="batch",
+    )
+    losses = []
+    for x, y, more in (
+        (*arrays, {"batch_size": 8, "shuffle": False}),
+        (dataset.batch(8, drop_remainder=True), None, {}),
+        (dataset.batch(8, drop_remainder=True).repeat(), None, {"steps_per_epoch": 2}),
+        (divided, None, {"steps_per_epoch": 2}),
+    ):
+        model = MeshGPT(begin, mesh)
+        losses.append(model.fit(x, y, verbose=0, **more).history["loss"])
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_shuffled_windows_come_to_all_devices_in_one_order(make_model):
+    # Each row is a text of one token, learnt only if inputs and labels stay together.
+    x = np.repeat(np.arange(16, dtype="int32")[:, None], 8, axis=1)
+    dataset = tf.data.Dataset.from_tensor_slices((x, x)).shuffle(16).batch(8, True)
+    mesh = make_mesh(1, 1, 2)
+    model = MeshGPT(make_model(**SIZES), mesh)
+    seen = []
+    model._prepare("fit", {"x": dataset})
+    model._run = lambda batch, training: seen.append(list(map(gather, batch))) or {}
+    model.fit(dataset, epochs=3, verbose=0)
+    assert len(seen) == 6
+    for tokens, labels, weights in seen:
+        assert (tokens == tokens[:, :1]).all()
+        assert (tokens == labels).all()
+        assert (weights == 1).all()
+    assert len({tuple(tokens[:, 0]) for tokens, *_ in seen}) > 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((1, 2, 1), (None, "model")),
+        ((2, 1, 2), ("batch", "sequence")),
+        ((2, 2, 1), (None, None)),
+    ],
+)
+def test_what_is_placed_is_gathered(shape, axes):
+    values = np.arange(32, dtype="float32").reshape(4, 8)
+    placed = place(values, layout(make_mesh(*shape), *axes))
+    np.testing.assert_array_equal(gather(placed), values)
+
+
+# In a run
+
+
+def test_a_run_on_a_mesh_goes_on_on_another_mesh_and_on_one_device(
+    config, run, tmp_path, interrupt_after
+):
+    whole = run(config, tmp_path / "whole", strategy="one_device")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", mesh="1x2", callbacks=[interrupt_after(13)])
+    for name, changes in (
+        ("another", {"mesh": "batch=2,sequence=2"}),
+        ("plain", {"mesh": None, "strategy": "one_device"}),
+        ("same", {}),
+    ):
+        out = shutil.copytree(tmp_path / "run", tmp_path / name)
+        resumed = run(None, out, resume=True, **changes)
+        assert_same(whole.model, resumed.model, atol=5e-6)
+        assert whole.validation_loss == pytest.approx(resumed.validation_loss, rel=1e-5)
+    model, _ = load_model(out)
+    assert_same(resumed.model, model, atol=0)
+
+
+def test_a_run_that_goes_on_keeps_what_it_learns(
+    config, run, tmp_path, interrupt_after
+):
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", callbacks=[interrupt_after(12)])
+    with pytest.raises(InputError, match="Received: `learning_rate`"):
+        run(None, tmp_path / "run", resume=True, learning_rate=1.0, mesh="1x2")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("2x1", (2, 1, 1)),
+        ("1X2x4", (1, 2, 4)),
+        ("sequence=2", (1, 1, 2)),
+        ("batch=2, model=3", (2, 3, 1)),
+    ],
+)
+def test_a_mesh_is_read(text, sizes):
+    assert tuple(parse_mesh(text).values()) == sizes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "two", "2x", "0x2", "-1x2", "1x1x1x1", "rows=2", "batch=1,batch=2"]
+)
+def test_what_means_no_mesh_is_refused(text):
+    with pytest.raises(InputError, match="such as 2x2"):
+        parse_mesh(text)
+
+
+def test_devices_that_do_not_exist_are_refused():
+    with pytest.raises(InputError, match=r"expect 8 devices. Received: 4 logical"):
+        make_mesh(2, 2, 2)
+    with pytest.raises(InputError, match="Received: 'TPU:0'"):
+        make_mesh(1, 2, devices=["TPU:0", "TPU:1"])
+    with pytest.raises(InputError, match="`batch` expects"):
+        make_mesh(batch=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 3}, "`num_heads` among 2 devices"),
+        ({"num_heads": 2, "feedforward_dim": 7}, "`feedforward_dim` among 2"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_a_model_is_refused(make_model, changes, message):
+    with pytest.raises(InputError, match=message):
+        MeshGPT(make_model(**changes), make_mesh(model=2))
+
+
+def test_what_a_mesh_cannot_compute_is_refused(make_model, windows_of):
+    x, y = windows_of(8, 7, vocab_size=30)
+    model = MeshGPT(make_model(**SIZES), make_mesh(2, 1, 2))
+    for call, message in (
+        (lambda: model.fit(x, y, batch_size=8), "positions of a window among 2"),
+        (lambda: model.fit(x[:, :6], y[:, :6], batch_size=3), "windows of a batch"),
+        (lambda: model.predict(np.zeros((2, 18), int)), "at most 16 positions"),
+        (lambda: model(np.zeros((2, 18), int)), "at most 16 positions"),
+        (lambda: model(x), "positions of a window among 2"),
+        (lambda: model.fit(x), "labels"),
+        (lambda: model.compile(metrics=["accuracy"]), "other metrics"),
+        (lambda: model.compile(loss="mse"), "NextTokenLoss"),
+        (lambda: model.compile(gradient_accumulation_steps=2), "whole batches"),
+        (lambda: model.set_weights([np.zeros(3)]), "1 arrays"),
+        (lambda: model.fit(tf.data.Dataset.range(3)), "dataset of batches"),
+        (lambda: MeshGPT("gpt", model.mesh), "expects a GPTModel"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": "1x3"}, "`num_heads` among 3"),
+        ({"mesh": "3x1"}, "windows of a batch among 3"),
+        ({"mesh": "sequence=3"}, "positions of a window among 3"),
+        ({"mesh": "1x2", "precision": "mixed_bfloat16"}, "float32 beside `mesh`"),
+        ({"mesh": "2 by 2"}, "such as 2x2"),
+    ],
+)
+def test_a_run_that_a_mesh_does_not_divide_writes_nothing(
+    config, run, tmp_path, changes, message
+):
+    with pytest.raises(InputError, match=message):
+        run(config, tmp_path / "run", **changes)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,291 @@
+"""One command line, started again after every failure, comes to its end."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import tf_keras as keras
+
+from gpt_tf import artifacts, cli
+from gpt_tf.errors import InputError
+from gpt_tf.training import loop
+from gpt_tf.training.config import PRESETS
+from gpt_tf.training.run_folder import read_run
+
+
+@pytest.fixture(scope="module")
+def config(corpus_folder):
+    return dataclasses.replace(
+        PRESETS["tiny"],
+        corpus=str(corpus_folder),
+        vocab_size=270,
+        context_length=16,
+        num_layers=1,
+        steps=6,
+        validate_every=3,
+        checkpoint_every=2,
+        jit_compile="off",
+        strategy="one_device",
+    )
+
+
+class Counter(keras.callbacks.Callback):
+    steps = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps += 1
+
+
+@pytest.fixture
+def start():
+    """Give the command; return the result, the steps trained and the notices."""
+
+    def run(config, out, function=loop.train, callbacks=(), **options):
+        counter, notices = Counter(), []
+        result = function(
+            config,
+            out,
+            resume_or_start=True,
+            callbacks=[counter, *callbacks],
+            verbose=False,
+            on_notice=notices.append,
+            **options,
+        )
+        return result, counter.steps, notices
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return loop.train(config, out, verbose=False, on_notice=lambda line: None)
+
+
+@pytest.fixture
+def copy_of_finished(finished, tmp_path):
+    return shutil.copytree(finished.out, tmp_path / "run")
+
+
+def cut(out, *, keep):
+    """Leave of a finished run what one has that was killed."""
+    shutil.rmtree(out / "model")
+    for folder in (out / "checkpoints").iterdir():
+        if folder.name not in keep:
+            shutil.rmtree(folder)
+
+
+def assert_same_weights(result, finished):
+    pairs = zip(result.model.get_weights(), finished.model.get_weights(), strict=True)
+    for a, b in pairs:
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_starts_where_no_run_stands(start, config, finished, tmp_path):
+    result, steps, _ = start(config, tmp_path / "run")
+    assert steps == 6
+    assert_same_weights(result, finished)
+    other, _, _ = start(dataclasses.replace(config, seed=2), tmp_path / "other")
+    with pytest.raises(AssertionError):
+        assert_same_weights(other, finished)
+
+
+def test_it_goes_on_from_the_newest_checkpoint(
+    start, config, finished, copy_of_finished
+):
+    cut(copy_of_finished, keep=["step-00000002", "step-00000004"])
+    result, steps, notices = start(config, copy_of_finished)
+    assert steps == 2
+    assert "going on from step 4" in notices
+    assert_same_weights(result, finished)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(
+    start, config, finished, copy_of_finished
+):
+    cut(copy_of_finished, keep=[])
+    before = (copy_of_finished / "run.json").stat().st_ino
+    result, steps, notices = start(config, copy_of_finished)
+    assert steps == 6
+    assert any("starting from step 0" in line for line in notices)
+    assert (copy_of_finished / "run.json").stat().st_ino == before
+    assert_same_weights(result, finished)
+
+
+def test_a_run_killed_while_it_was_prepared_is_prepared_anew(
+    start, config, finished, copy_of_finished
+):
+    cut(copy_of_finished, keep=[])
+    (copy_of_finished / "run.json").unlink()
+    (copy_of_finished / "data" / "train.tokens").write_bytes(b"half")
+    result, steps, _ = start(config, copy_of_finished)
+    assert steps == 6
+    assert_same_weights(result, finished)
+
+
+def test_what_is_no_run_stays(start, config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="something else"):
+        start(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_finished_run_is_returned_without_training(
+    start, config, finished, copy_of_finished
+):
+    times = {
+        path: path.stat().st_mtime_ns
+        for path in copy_of_finished.rglob("*")
+        if path.is_file()
+    }
+    result, steps, notices = start(config, copy_of_finished)
+    assert steps == 0
+    assert notices == [f"the run in {copy_of_finished} is finished"]
+    assert_same_weights(result, finished)
+    assert result.validation_loss == finished.validation_loss
+    assert result.history == finished.history
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_what_a_killed_process_left_in_a_finished_run_is_cleared_away(
+    start, config, finished, copy_of_finished
+):
+    before = sorted(copy_of_finished.rglob("*"))
+    (copy_of_finished / artifacts.LOCK_NAME).touch()
+    (artifacts.partial_path(copy_of_finished / "model") / "new").mkdir(parents=True)
+    result, steps, _ = start(config, copy_of_finished)
+    assert steps == 0
+    assert_same_weights(result, finished)
+    assert sorted(copy_of_finished.rglob("*")) == before
+
+
+def test_a_damaged_model_is_made_again_from_the_last_checkpoint(
+    start, config, finished, copy_of_finished
+):
+    (copy_of_finished / "model" / "model.keras").write_bytes(b"half")
+    result, steps, notices = start(config, copy_of_finished)
+    assert steps == 0
+    assert "going on from step 6" in notices
+    assert_same_weights(result, finished)
+    artifacts.check_manifest(copy_of_finished / "model", "model")
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "logs/train", "history.json"])
+@pytest.mark.parametrize("how", ["resume", "resume_or_start", "overwrite"])
+def test_a_run_is_not_written_through_links(
+    config, copy_of_finished, tmp_path, place, how
+):
+    """They may have come from an archive, and lead to any file of the user's."""
+    if how == "resume_or_start":
+        shutil.rmtree(copy_of_finished / "model")
+    disk = tmp_path / "disk"
+    shutil.move(copy_of_finished / place, disk)
+    (copy_of_finished / place).symlink_to(disk)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(InputError, match="symbolic link"):
+        loop.train(None if how == "resume" else config, copy_of_finished, **{how: True})
+    assert before.keys() == set(tmp_path.rglob("*"))
+    for path, time in before.items():
+        assert path.is_dir() or path.lstat().st_mtime_ns == time
+
+
+def test_a_run_on_another_disk_is_a_link_as_a_whole(
+    start, config, finished, copy_of_finished, tmp_path
+):
+    cut(copy_of_finished, keep=["step-00000004"])
+    (tmp_path / "link").symlink_to(copy_of_finished)
+    result, steps, _ = start(config, tmp_path / "link")
+    assert steps == 2
+    assert_same_weights(result, finished)
+    assert (copy_of_finished / "model").is_dir()
+
+
+def test_a_run_whose_configuration_is_removed_meanwhile_is_finished(
+    start, config, finished, tmp_path
+):
+    class Removal(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            (tmp_path / "run" / "run.json").unlink(missing_ok=True)
+
+    result, _, _ = start(config, tmp_path / "run", callbacks=[Removal()])
+    assert_same_weights(result, finished)
+    again, steps, notices = start(config, tmp_path / "run")
+    assert steps == 0 and "is finished" in notices[0]
+    assert_same_weights(again, finished)
+
+
+def test_a_finished_run_does_not_wait_for_workers_that_are_gone(
+    start, config, copy_of_finished, monkeypatch
+):
+    monkeypatch.setattr(
+        loop.strategies, "make_strategy", lambda *_: pytest.fail("joined")
+    )
+    start(config, copy_of_finished)
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_another_configuration_is_refused_and_shown(
+    start, config, copy_of_finished, is_finished
+):
+    if not is_finished:
+        cut(copy_of_finished, keep=["step-00000004"])
+    changed = dataclasses.replace(config, steps=8, seed=3)
+    with pytest.raises(InputError) as caught:
+        start(changed, copy_of_finished)
+    assert "seed=1337 instead of 3, steps=6 instead of 8" in str(caught.value)
+    assert read_run(copy_of_finished) == config
+
+
+@pytest.mark.parametrize("other", ["resume", "overwrite"])
+def test_what_contradicts_it_is_refused(start, config, tmp_path, other):
+    with pytest.raises(InputError, match=f"--{other}"):
+        loop.train(config, tmp_path, resume_or_start=True, **{other: True})
+
+
+def test_training_that_stopped_early_does_not_go_on(
+    start, config, copy_of_finished, tmp_path
+):
+    early = dataclasses.replace(
+        config, steps=30, patience=1, learning_rate=1e-9, checkpoint_every=3
+    )
+    result, steps, _ = start(early, tmp_path / "early")
+    assert steps < 30
+    shutil.rmtree(tmp_path / "early" / "model")
+    again, more, _ = start(early, tmp_path / "early")
+    assert more == 0
+    assert_same_weights(again, result)
+
+
+def test_a_run_that_starts_from_a_model_is_recognised(
+    start, config, finished, tmp_path
+):
+    wanted = {"steps": 4, "checkpoint_every": 2}
+    _, steps, _ = start(
+        finished.out, tmp_path / "qat", function=loop.quantize, **wanted
+    )
+    assert steps == 4
+    cut(tmp_path / "qat", keep=["step-00000002"])
+    _, steps, _ = start(
+        finished.out, tmp_path / "qat", function=loop.quantize, **wanted
+    )
+    assert steps == 2
+    with pytest.raises(InputError, match="steps=4 instead of 5"):
+        start(finished.out, tmp_path / "qat", function=loop.quantize, steps=5)
+
+
+@pytest.mark.parametrize("verb", ["train", "quantize", "distil"])
+def test_the_command_line_hands_it_on(monkeypatch, verb):
+    caught = {}
+
+    def stop(*arguments, **options):
+        caught.update(options)
+        raise InputError("enough")
+
+    monkeypatch.setattr(loop, verb, stop)
+    words = ["gpt-tf", verb, "--resume-or-start", "--join-timeout", "7"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert (caught["resume_or_start"], caught["join_timeout"]) == (True, 7.0)

@@ -1,0 +1,406 @@
+"""One command makes the files, measures and chooses; a second does what is left."""
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+
+import pytest
+
+from gpt_tf import artifacts
+from gpt_tf.errors import InputError
+from gpt_tf.evaluation.hardware import describe_machine
+from gpt_tf.evaluation.report import read_report
+from gpt_tf.training import loop
+from gpt_tf.training.config import PRESETS
+from gpt_tf.workflow import optimization
+from gpt_tf.workflow.config import OptimizationConfig
+from gpt_tf.workflow.optimization import optimize
+
+NAMES = (
+    *("teacher-float32", "teacher-dynamic_int8", "teacher-int8"),
+    *("student-1-dynamic_int8", "student-1-int8"),
+)
+
+
+@pytest.fixture(scope="module")
+def options(corpus_folder):
+    return {
+        "corpus": str(corpus_folder),
+        "preset": "tiny",
+        "steps": 12,
+        "student_steps": 6,
+        "students": (1,),
+        "modes": ("dynamic_int8", "int8"),
+        "evaluated_tokens": 600,
+        "prompt_tokens": 4,
+        "new_tokens": 4,
+        "repetitions": 1,
+        "explained_prompts": 0,
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Training that does not compile, and a machine that is looked at briefly."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny = dataclasses.replace(
+            PRESETS["tiny"],
+            vocab_size=300,
+            jit_compile="off",
+            strategy="one_device",
+        )
+        patch.setitem(PRESETS, "tiny", tiny)
+        machine = describe_machine(seconds=0.1)
+        patch.setattr(optimization, "describe_machine", lambda: machine)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(options, tmp_path_factory):
+    """The folder of a finished optimisation."""
+    out = tmp_path_factory.mktemp("optimized") / "with a space"
+    optimize(options, out, on_notice=lambda line: None)
+    return out
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of it, to be changed."""
+    shutil.copytree(finished, tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What is trained, exported and measured from now on, by name."""
+    found = []
+
+    def watch(module, name):
+        real = getattr(module, name)
+
+        def note(*arguments, **named):
+            found.append(name)
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(module, name, note)
+
+    for name in ("train", "distil", "quantize"):
+        watch(loop, name)
+    for name in ("export_trained", "measure_accuracies", "compare_latencies"):
+        watch(optimization, name)
+    return found
+
+
+def silent(line):
+    """Take a notice."""
+
+
+def test_it_leaves_the_report_the_pictures_and_the_chosen_file(finished):
+    report = read_report(finished)
+    assert [entry["name"] for entry in report["entries"]] == list(NAMES)
+    for entry in report["entries"]:
+        path = finished / entry["path"]
+        assert entry["sha256"] == artifacts.sha256_of(path)
+        assert entry["size_bytes"] == path.stat().st_size
+        assert entry["accuracy"]["perplexity"]["value"] > 1
+        assert entry["latency"]["inter_token_latency_ms"]["count"] >= 1
+        assert entry["estimate"]["size_bytes"] > 0
+    chosen = report["recommendation"]["choice"]
+    path = next(e["path"] for e in report["entries"] if e["name"] == chosen)
+    copy = finished / "gpt.litertlm"
+    assert copy.read_bytes() == (finished / path).read_bytes()
+    assert artifacts.check_file_manifest(copy) is not None
+    sample = report["recommendation"]["sample"]
+    assert sample["prompt"] and isinstance(sample["text"], str)
+    page = (finished / "report.html").read_text("utf-8")
+    assert all(name in page for name in NAMES)
+    assert list(finished.glob("*.png"))
+    assert [stage["reused"] for stage in report["stages"]] == [False] * 10
+
+
+def test_a_student_is_smaller_and_an_integer_file_too(finished):
+    sizes = {e["name"]: e["size_bytes"] for e in read_report(finished)["entries"]}
+    assert sizes["student-1-int8"] < sizes["teacher-int8"] < sizes["teacher-float32"]
+
+
+def test_the_reference_is_compared_with_itself(finished):
+    report = read_report(finished)
+    first = report["entries"][0]["accuracy"]
+    assert report["reference"] == "teacher-float32"
+    assert first["perplexity_increase"]["value"] == 0
+    assert first["top1_agreement"]["value"] == 1
+    assert report["entries"][-1]["accuracy"]["divergence_nats"]["value"] > 0
+
+
+def test_the_commands_of_the_report_can_be_copied(finished):
+    stages = {one["name"]: one["command"] for one in read_report(finished)["stages"]}
+    runs, teacher = finished / "runs", str(finished / "runs" / "teacher")
+    for name, words in {
+        "teacher": ["--out", teacher],
+        "student-1": ["--teacher", teacher, "--out", str(runs / "student-1")],
+        "student-1-int8": ["--model", str(runs / "student-1")],
+        "file-teacher-int8": [str(finished / "files" / "teacher-int8.litertlm")],
+    }.items():
+        assert set(words) <= set(shlex.split(stages[name]))
+
+
+def test_a_model_is_the_same_from_every_folder(monkeypatch, tmp_path):
+    config = OptimizationConfig(model=tmp_path / "model")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert OptimizationConfig(model="../model") == config
+
+
+def test_a_second_start_does_nothing_again(options, out, made):
+    before = read_report(out)
+    said = []
+    after = optimize(options, out, on_notice=said.append)
+    assert made == []
+    assert [stage["reused"] for stage in after["stages"]] == [True] * 10
+    assert sum("done before" in line for line in said) == 10
+    assert after["entries"] == before["entries"] or _but_estimates(
+        after["entries"]
+    ) == _but_estimates(before["entries"])
+
+
+def _but_estimates(entries):
+    # They depend on how fast memory was read a moment ago.
+    return [entry | {"estimate": None} for entry in entries]
+
+
+def test_other_budgets_choose_anew_and_make_nothing(options, out, made):
+    report = optimize(options, out, budgets={"max_size_mb": "0.05"}, on_notice=silent)
+    assert made == []
+    recommendation = report["recommendation"]
+    assert recommendation["choice"] is None
+    assert recommendation["nearest_miss"]
+    assert not (out / "gpt.litertlm").exists()
+    assert not (out / "gpt.litertlm.json").exists()
+    assert read_report(out)["budgets"]["max_size_mb"] == 0.05
+    optimize(options, out, budgets={"max_size_mb": 5}, on_notice=silent)
+    assert (out / "gpt.litertlm").is_file()
+
+
+def test_what_is_preferred_chooses_anew_and_makes_nothing(options, out, made):
+    limits = {"max_perplexity_increase": 0.99, "max_latency_ms": 900, "max_size_mb": 5}
+    wanted = {"budgets": limits, "on_notice": silent}
+    for prefer, number in (
+        ("size", lambda entry: entry["size_bytes"]),
+        ("accuracy", lambda entry: entry["accuracy"]["perplexity"]["value"]),
+    ):
+        report = optimize(options, out, prefer=prefer, **wanted)
+        assert made == []
+        ranking = report["recommendation"]["ranking"]
+        numbers = {
+            entry["name"]: number(entry)
+            for entry in report["entries"]
+            if entry["name"] in ranking
+        }
+        assert len(numbers) > 1
+        assert numbers[ranking[0]] == min(numbers.values())
+
+
+def test_other_options_are_refused_with_the_difference(options, out, made):
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(InputError, match="student_steps=6 instead of 7") as refused:
+        optimize({**options, "student_steps": 7}, out, on_notice=silent)
+    assert "--update" in str(refused.value) and "corpus" not in str(refused.value)
+    assert made == []
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_an_update_does_what_the_change_concerns(options, out, made):
+    changed = {**options, "modes": (*options["modes"], "float16")}
+    report = optimize(changed, out, update=True, on_notice=silent)
+    assert made == [
+        *["export_trained"] * 2,
+        *("measure_accuracies", "compare_latencies"),
+    ]
+    assert len(report["entries"]) == len(NAMES) + 2
+
+
+def test_a_lost_file_is_made_again(options, out, made):
+    (out / "files" / "student-1-dynamic_int8.litertlm").unlink()
+    optimize(options, out, on_notice=silent)
+    assert made[0] == "export_trained"
+    assert "distil" not in made
+
+
+def test_a_mode_that_cannot_be_had_is_told_and_not_hidden(options, out, monkeypatch):
+    real = optimization.export_trained
+
+    def export(source, path, mode, **more):
+        if mode == "int4":
+            raise InputError("no such thing")
+        return real(source, path, mode, **more)
+
+    monkeypatch.setattr(optimization, "export_trained", export)
+    changed = {**options, "modes": ("dynamic_int8", "int4")}
+    report = optimize(changed, out, update=True, on_notice=silent)
+    assert [e["name"] for e in report["entries"]] == [
+        *("teacher-float32", "teacher-dynamic_int8", "student-1-dynamic_int8"),
+    ]
+    told = [note for note in report["notes"] if "no such thing" in note]
+    assert len(told) == 2 and "teacher-int4" in told[0]
+    assert "no such thing" in (out / "report.html").read_text("utf-8")
+
+
+def test_a_request_that_the_context_has_no_room_for_is_shortened_and_that_is_told(
+    options, out, monkeypatch
+):
+    before = artifacts.read_json(out / "measurements/latency.json")
+    asked = []
+
+    def compare(paths, **how):
+        asked.append((how["prompt_tokens"], how["new_tokens"]))
+        return list(before.values())
+
+    monkeypatch.setattr(optimization, "compare_latencies", compare)
+    wanted = {**options, "prompt_tokens": 32, "new_tokens": 32}  # of 32 in all
+    report = optimize(wanted, out, update=True, on_notice=silent)
+    assert asked == [(16, 16)]
+    assert any("has no room for" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize("what", ["run", "keras"])
+def test_a_trained_model_is_taken_as_the_teacher(
+    options, trained, corpus_folder, tmp_path, made, what
+):
+    options = {
+        **options,
+        **{"steps": None, "students": (), "modes": ("float16",), "corpus": None},
+        "model": trained.out,
+    }
+    if what == "keras":
+        # Neither the run nor the text: that has to be named.
+        shutil.copytree(trained.out / "model", tmp_path / "alone")
+        options["model"] = tmp_path / "alone" / "model.keras"
+        with pytest.raises(InputError, match="expects a corpus"):
+            optimize(options, tmp_path / "out", on_notice=silent)
+        options["corpus"] = str(corpus_folder)
+    report = optimize(options, tmp_path / "out", on_notice=silent)
+    assert made == [
+        *["export_trained"] * 2,
+        *("measure_accuracies", "compare_latencies"),
+    ]
+    perplexity = report["entries"][0]["accuracy"]["perplexity"]["value"]
+    assert perplexity < 0.8 * trained.tokenizer.vocab_size
+    assert report["entries"][0]["parameters"] == trained.model.count_params()
+
+
+def test_a_model_without_its_run_has_students_and_follows_its_text(
+    options, trained, corpus_folder, tmp_path, made, monkeypatch
+):
+    """Its context of 32 is shorter than that of a course which nobody chose."""
+    shutil.copytree(trained.out / "model", tmp_path / "alone")
+    shutil.copytree(corpus_folder, tmp_path / "texts")
+    wanted = {**options, "steps": None, "modes": ("int8",)}
+    wanted |= {"model": tmp_path / "alone", "corpus": str(tmp_path / "texts")}
+    courses = []
+
+    def stop(*arguments, **named):
+        courses.append(named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "distil", stop)
+    with pytest.raises(KeyboardInterrupt):
+        optimize(wanted, tmp_path / "out", on_notice=silent)
+    assert courses[0]["context_length"] == trained.model.context_length < 128
+    # Once the files are made.
+    monkeypatch.setattr(optimization, "held_out_text", stop)
+    wanted["students"] = ()
+
+    def exported():
+        made.clear()
+        with pytest.raises(KeyboardInterrupt):
+            optimize(wanted, tmp_path / "out", update=True, on_notice=silent)
+        return made.count("export_trained")
+
+    assert exported() == 2
+    assert exported() == 0
+    # The integers' ranges were measured on the text as it was.
+    path = tmp_path / "texts" / "text0.txt"
+    path.write_text(path.read_text("utf-8") + "and again\n", "utf-8")
+    assert exported() == 2
+
+
+def test_an_interrupted_training_goes_on(options, tmp_path, interrupt_after, made):
+    out = tmp_path / "out"
+    real = loop.train
+
+    def stop(*arguments, **named):
+        return real(*arguments, callbacks=[interrupt_after(11)], **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            optimize(options, out, on_notice=silent)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        # What follows the teacher is another test's.
+        patch.setattr(loop, "distil", _enough)
+        with pytest.raises(_Enough):
+            optimize(options, out, on_notice=said.append)
+    assert any("step 10" in line for line in said), said
+
+
+class _Enough(Exception):
+    pass
+
+
+def _enough(*arguments, **named):
+    raise _Enough
+
+
+def test_a_folder_in_use_is_refused(options, out):
+    with (
+        artifacts.locked(out),
+        pytest.raises(InputError, match=f"in use by another process, {os.getpid()}"),
+    ):
+        optimize(options, out, on_notice=silent)
+
+
+def test_a_folder_of_something_else_is_refused(options, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"thesis\.txt"):
+        optimize(options, tmp_path, on_notice=silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "huge"}, "`preset`"),
+        ({"modes": ("int3",)}, "`modes`"),
+        ({"modes": ("int8", "int8")}, "`modes`"),
+        ({"students": (1, 1)}, "`students`"),
+        ({"students": (0,)}, "`students`"),
+        ({"students": (3,)}, "at most the teacher's 2 blocks"),
+        ({"steps": 0}, "`steps`"),
+        ({"model": "nowhere"}, "`steps` are those"),
+        ({"model": "nowhere", "steps": None}, "no"),
+        ({"prompt_tokens": 1}, "`prompt_tokens`"),
+        ({"explained_prompts": 49}, "`explained_prompts`"),
+        ({"depth": 3}, "dict of its fields"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(options, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        optimize({**options, **changes}, tmp_path / "out", on_notice=silent)
+    assert not list(tmp_path.rglob("*.litertlm"))
+
+
+def test_budgets_that_nothing_can_keep_are_refused_before_any_training(
+    options, tmp_path, made
+):
+    with pytest.raises(InputError, match="max_size_mb"):
+        optimize(options, tmp_path, budgets={"max_size_mb": 0.001}, on_notice=silent)
+    assert made == []
+
+
+def test_a_configuration_survives_json():
+    config = OptimizationConfig(students=(2, 1), corpus=("a", "b"))
+    again = OptimizationConfig.of(json.loads(json.dumps(config.get_config())))
+    assert again == config
