@@ -177,8 +177,16 @@ class TokenTraining:
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
+        self._build_optimizer()
+
+    def _build_optimizer(self):
+        """Make the optimiser's variables before a step is traced.
+
+        TensorFlow traces a function that makes variables twice.
+        """
         if isinstance(self.optimizer, keras.optimizers.Optimizer) and self.built:
-            self.optimizer.build(self.trainable_variables)
+            with self.distribute_strategy.scope(), self.on_the_weights_device():
+                self.optimizer.build(self.trainable_variables)
 
     @property
     def uses_xla(self):
@@ -219,6 +227,8 @@ class TokenTraining:
         self.check_data(method, given.get("x"), given.get("y"))
         if not self._is_compiled:
             self.compile()
+        if method in ("fit", "train_on_batch"):
+            self._build_optimizer()
         if method == "fit":
             callbacks = self.prepare_fit(given.get("x"), given.get("batch_size") or 32)
             if callbacks:
