@@ -1,11 +1,11 @@
-"""What a graph has to know of a model's weights: their names, forms and grids."""
+"""What a graph has to know of a model's weights: their names, shapes, scales."""
 
 import dataclasses
 
 import numpy as np
 
 from gpt_tf.errors import InputError
-from gpt_tf.export.tflite_writer import Grid, Type
+from gpt_tf.export.tflite_writer import QuantParams, Type
 from gpt_tf.quantization.modes import MODES, SMALLEST_SCALE, Mode
 
 INT4_BLOCK = 32
@@ -19,18 +19,18 @@ class Matrix:
         values: Its numbers; int4 ones packed, two to a byte.
         kind: A `TensorType`.
         shape: (outputs, inputs), or (rows, width) of a table.
-        grid: Its `Grid`, or None.
+        quant: Its `QuantParams`, or None.
     """
 
     values: np.ndarray
     kind: int
     shape: tuple
-    grid: Grid | None
+    quant: QuantParams | None
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the numbers and of their scales."""
-        scales = 0 if self.grid is None else self.grid.scales.nbytes
+        scales = 0 if self.quant is None else self.quant.scales.nbytes
         return self.values.nbytes + scales
 
 
@@ -46,8 +46,8 @@ class Constants:
         vectors: float32 `(n,)` by name; `"head/mask"`, where token ids are ruled out,
             is added to the logits.
         ranges: (minimum, maximum) of activations by name.
-        grids: Grids of activations that were asked for, so that one activation has
-            one grid in all graphs.
+        quant_params: Parameters of activations that were asked for, so that one
+            activation has the same in all graphs.
     """
 
     mode: Mode
@@ -55,7 +55,7 @@ class Constants:
     matrices: dict
     vectors: dict
     ranges: dict
-    grids: dict = dataclasses.field(default_factory=dict)
+    quant_params: dict = dataclasses.field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -63,20 +63,20 @@ class Constants:
         vectors = sum(vector.nbytes for vector in self.vectors.values())
         return vectors + sum(matrix.size_bytes for matrix in self.matrices.values())
 
-    def activation_grid(self, name: str) -> Grid:
-        """Return the grid of an activation, int8 or int16 as the mode has it.
+    def activation_params(self, name: str) -> QuantParams:
+        """Return how an activation is quantised, int8 or int16 as the mode has it.
 
-        The residual of `everything` is int16. The grid of int8 holds 0 exactly and
-        is that of TensorFlow's fake quantisation; that of int16 is symmetric.
+        The residual of `everything` is int16. int8 represents 0 exactly, as
+        TensorFlow's fake quantisation does; int16 is symmetric.
 
         Raises:
             InputError: The activation's range is not known or not finite.
         """
-        if name not in self.grids:
-            self.grids[name] = self._new_grid(name)
-        return self.grids[name]
+        if name not in self.quant_params:
+            self.quant_params[name] = self._new_params(name)
+        return self.quant_params[name]
 
-    def _new_grid(self, name):
+    def _new_params(self, name):
         if name not in self.ranges:
             raise InputError(
                 f"This mode expects a range for the activation {name}. Received: "
@@ -91,33 +91,33 @@ class Constants:
             )
         low, high = min(low, 0.0), max(high, 0.0)
         if self.integer_of(name) == Type.INT16:
-            return symmetric_grid(max(-low, high) / 32767)
+            return symmetric(max(-low, high) / 32767)
         scale = _never_zero((high - low) / 255)
-        return affine_grid(scale, int(np.clip(np.rint(-low / scale), 0, 255)) - 128)
+        return per_tensor(scale, int(np.clip(np.rint(-low / scale), 0, 255)) - 128)
 
     def integer_of(self, name: str) -> int:
         """Return the integer type of an activation."""
         wide = self.mode.activations == "int16" or "residual" in name
         return Type.INT16 if wide or "embedding" in name else Type.INT8
 
-    def integer_bias(self, bias, input_grid: Grid, matrix_grid: Grid):
-        """Return a bias as int32, and the grid that sums of products have."""
+    def integer_bias(self, bias, input_params: QuantParams, matrix_params: QuantParams):
+        """Return a bias as int32, and the parameters that sums of products have."""
         # In double precision: a bias of int32 may have more digits than float32.
-        scales = np.float64(input_grid.scale) * matrix_grid.scales.astype(np.float64)
+        scales = input_params.scale * matrix_params.scales.astype(np.float64)
         limit = 2**31 - 1
         integers = np.clip(np.rint(bias / scales), -limit, limit).astype(np.int32)
         zeros = np.zeros(len(scales), np.int64)
-        return integers, Grid(scales.astype(np.float32), zeros)
+        return integers, QuantParams(scales.astype(np.float32), zeros)
 
 
-def affine_grid(scale: float, zero_point: int) -> Grid:
-    """Return a grid with one scale and one zero point."""
-    return Grid(np.array([scale], np.float32), np.array([zero_point], np.int64))
+def per_tensor(scale: float, zero_point: int) -> QuantParams:
+    """Return parameters with one scale and one zero point for the whole tensor."""
+    return QuantParams(np.array([scale], np.float32), np.array([zero_point], np.int64))
 
 
-def symmetric_grid(scale: float) -> Grid:
-    """Return a grid with one scale, around 0."""
-    return affine_grid(_never_zero(scale), 0)
+def symmetric(scale: float) -> QuantParams:
+    """Return parameters with one scale and zero point 0."""
+    return per_tensor(_never_zero(scale), 0)
 
 
 def _never_zero(scale):
@@ -125,13 +125,13 @@ def _never_zero(scale):
 
 
 class _Outline(Constants):
-    """Constants without values: every activation has some grid of its own."""
+    """Constants without values: every activation has parameters of its own."""
 
-    def _new_grid(self, name):
-        return affine_grid(1.0, 0)
+    def _new_params(self, name):
+        return per_tensor(1.0, 0)
 
-    def integer_bias(self, bias, input_grid, matrix_grid):
-        return _all(0, np.int32, *bias.shape), dataclasses.replace(matrix_grid)
+    def integer_bias(self, bias, input_params, matrix_params):
+        return _all(0, np.int32, *bias.shape), dataclasses.replace(matrix_params)
 
 
 def outline(mode: str, sizes: dict, per_channel: bool, masked: bool) -> Constants:
@@ -191,12 +191,12 @@ def _empty(shape, form, per_channel):
     rows, columns = shape
     if form == "int8":
         count = rows if per_channel else 1
-        grid = Grid(_all(1, np.float32, count), _all(0, np.int64, count))
-        return Matrix(_all(0, np.int8, *shape), Type.INT8, shape, grid)
+        quant = QuantParams(_all(1, np.float32, count), _all(0, np.int64, count))
+        return Matrix(_all(0, np.int8, *shape), Type.INT8, shape, quant)
     if form == "int4":
         scales = _all(1, np.float16, rows, columns // INT4_BLOCK)
-        grid = Grid(scales, _all(0, np.int64, 1), 0, INT4_BLOCK)
-        return Matrix(_all(0, np.uint8, rows * columns // 2), Type.INT4, shape, grid)
+        quant = QuantParams(scales, _all(0, np.int64, 1), 0, INT4_BLOCK)
+        return Matrix(_all(0, np.uint8, rows * columns // 2), Type.INT4, shape, quant)
     kind = Type.FLOAT16 if form == "float16" else Type.FLOAT32
     return Matrix(_all(0, np.dtype(form), *shape), kind, shape, None)
 

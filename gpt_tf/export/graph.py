@@ -1,9 +1,9 @@
 """One signature's graph, operation by operation, for every mode.
 
-The graph is written once, in real numbers. Where the mode fixes an activation's grid
-beforehand, `_Graph.at` puts the tensor on it; an operation whose inputs all are on a
-grid, and whose output has one, is then an integer operation, and any other one gets
-its inputs back as real numbers. So a mode is nothing but the set of grids.
+The graph is written once, in real numbers. Where the mode has static parameters for an
+activation, `_Graph.at` quantises the tensor; an operation whose inputs and output are
+all quantised is then an integer operation, and any other one gets its inputs
+dequantised. So a mode is the set of activations that it quantises.
 
 Everything follows the caches' capacity, the mask and nothing else, so a runtime may
 resize them.
@@ -13,7 +13,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from gpt_tf.export import signatures
-from gpt_tf.export.constants import Constants, Matrix, affine_grid
+from gpt_tf.export.constants import Constants, Matrix, per_tensor
 from gpt_tf.export.tflite_writer import Model, Op, Tensor, Type
 
 # The operations on real numbers that are left in the mode `int8_full`: the embedding's
@@ -31,9 +31,9 @@ FLOAT_ISLANDS = (
     "SUB",
 )
 
-_PROBABILITIES = affine_grid(1 / 256, -128)
+_PROBABILITIES = per_tensor(1 / 256, -128)
 
-# Which activations a mode with fixed grids puts on them. The other modes, none.
+# Which activations a mode with static ranges quantises. The other modes, none.
 _PRODUCTS = {
     "attention_norm_activation",
     "qkv_activation",
@@ -189,11 +189,11 @@ class _Graph:
         ]
 
     def _piece(self, block, name, normal):
-        kind, grid = self._fixed(f"{block}/qkv_activation")
-        if name == "query" and grid is not None:
+        kind, quant = self._fixed(f"{block}/qkv_activation")
+        if name == "query" and quant is not None:
             # Divided by the root of the head width, as its kernel is.
-            grid = affine_grid(grid.scale / self.head_dim**0.5, grid.zero_point)
-        return self._product(f"{block}/{name}", normal, kind, grid)
+            quant = per_tensor(quant.scale / self.head_dim**0.5, quant.zero_point)
+        return self._product(f"{block}/{name}", normal, kind, quant)
 
     def _attend(self, block, query, keys, values):
         """`(1, H, T, D)` and caches `(1, H, S, D)` -> context `(1, T, H * D)`."""
@@ -216,22 +216,22 @@ class _Graph:
         if name not in self.constants.matrices:
             name = "embedding/token_table"
         matrix = self.constants.matrices[name]
-        kind, grid = self._fixed("head/logits_activation")
-        logits = self._real(self._dense(normal, matrix, None, kind, grid))
+        kind, quant = self._fixed("head/logits_activation")
+        logits = self._real(self._dense(normal, matrix, None, kind, quant))
         if "head/mask" not in self.constants.vectors:
             return logits
-        # Added to real numbers: no grid has to reach that far.
+        # Added to real numbers: no range has to reach that far.
         mask = self.graph.constant(self.constants.vectors["head/mask"])
         return self._add(logits, mask)
 
-    # Grids
+    # Quantisation
 
     def at(self, name, tensor):
-        """Put a tensor on the grid that the mode has fixed for it, if it has."""
-        kind, grid = self._fixed(name)
-        if grid is None or tensor.grid is grid:
+        """Quantise a tensor as the mode has it, if it has."""
+        kind, quant = self._fixed(name)
+        if quant is None or tensor.quant is quant:
             return tensor
-        return self._quantize(tensor, kind, grid)
+        return self._quantize(tensor, kind, quant)
 
     def _fixed(self, name):
         activation = name.rpartition("/")[2]
@@ -241,17 +241,17 @@ class _Graph:
             return Type.INT8, _PROBABILITIES
         return (
             self.constants.integer_of(name),
-            self.constants.activation_grid(name),
+            self.constants.activation_params(name),
         )
 
-    def _quantize(self, tensor, kind, grid):
+    def _quantize(self, tensor, kind, quant):
         version = 1 if kind == Type.INT8 else 2
         return self.graph.op(
             Op.QUANTIZE,
             [tensor],
             tensor.shape,
             kind,
-            grid,
+            quant,
             schema.QuantizeOptionsT(),
             version,
         )
@@ -267,20 +267,20 @@ class _Graph:
 
     # Operations
 
-    def _product(self, name, x, kind=Type.FLOAT32, grid=None):
+    def _product(self, name, x, kind=Type.FLOAT32, quant=None):
         matrix = self.constants.matrices[f"{name}_kernel"]
         bias = self.constants.vectors[f"{name}_bias"]
-        return self._dense(x, matrix, bias, kind, grid)
+        return self._dense(x, matrix, bias, kind, quant)
 
-    def _dense(self, x, matrix, bias, kind, grid):
-        """Multiply by a matrix: in integers where both sides are on a grid."""
-        if x.grid is not None and grid is not None:
-            return self._integer_dense(x, matrix, bias, kind, grid)
+    def _dense(self, x, matrix, bias, kind, quant):
+        """Multiply by a matrix: in integers where both sides are quantised."""
+        if x.quant is not None and quant is not None:
+            return self._integer_dense(x, matrix, bias, kind, quant)
         options = _dense_options()
         options.asymmetricQuantizeInputs = matrix.kind in (Type.INT8, Type.INT4)
         version = 5
         if matrix.kind == Type.INT8:
-            version = 12 if len(matrix.grid.scales) > 1 else 9
+            version = 12 if len(matrix.quant.scales) > 1 else 9
         elif matrix.kind == Type.INT4:
             version = 13  # older runtimes would take the blocks for something else
         inputs = [
@@ -292,25 +292,25 @@ class _Graph:
         y = self.graph.op(
             Op.FULLY_CONNECTED, inputs, shape, options=options, version=version
         )
-        return y if grid is None else self._quantize(y, kind, grid)
+        return y if quant is None else self._quantize(y, kind, quant)
 
-    def _integer_dense(self, x, matrix, bias, kind, grid):
+    def _integer_dense(self, x, matrix, bias, kind, quant):
         options = _dense_options()
         options.quantizedBiasType = Type.INT32
         version = 5 if kind == Type.INT8 else 11
         if bias is not None:
             bias = self.graph.constant(
-                *self.constants.integer_bias(bias, x.grid, matrix.grid)
+                *self.constants.integer_bias(bias, x.quant, matrix.quant)
             )
         shape = (*x.shape[:-1], matrix.shape[0])
         inputs = [x, self._matrix(matrix), bias]
         return self.graph.op(
-            Op.FULLY_CONNECTED, inputs, shape, kind, grid, options, version
+            Op.FULLY_CONNECTED, inputs, shape, kind, quant, options, version
         )
 
     def _matrix(self, matrix: Matrix) -> Tensor:
         tensor = self.graph.constant(
-            matrix.values, matrix.grid, matrix.kind, matrix.shape
+            matrix.values, matrix.quant, matrix.kind, matrix.shape
         )
         return self._real(tensor) if matrix.kind == Type.FLOAT16 else tensor
 
@@ -322,7 +322,7 @@ class _Graph:
             options = schema.GatherOptionsT()
             rows = self.graph.op(Op.GATHER, [table, indices], shape, options=options)
             return self._real(rows)
-        per_row = matrix.grid is not None and len(matrix.grid.scales) > 1
+        per_row = matrix.quant is not None and len(matrix.quant.scales) > 1
         return self.graph.op(
             Op.EMBEDDING_LOOKUP,
             [indices, self._matrix(matrix)],
@@ -355,37 +355,37 @@ class _Graph:
         return self._binary(Op.MUL, schema.MulOptionsT(), a, b)
 
     def _add(self, a, b, activation=None):
-        """Add; where the sum's grid is fixed, in integers."""
-        kind, grid = self._fixed(activation or "")
-        if grid is None:
+        """Add; where the sum is quantised, in integers."""
+        kind, quant = self._fixed(activation or "")
+        if quant is None:
             return self._binary(
                 Op.ADD, schema.AddOptionsT(), self._real(a), self._real(b)
             )
-        a, b = (self._as(tensor, kind, grid) for tensor in (a, b))
+        a, b = (self._as(tensor, kind, quant) for tensor in (a, b))
         options = schema.AddOptionsT()
         # The sum of int16 with scales that are no powers of two.
         options.potScaleInt16 = False
         version = 2 if kind == Type.INT8 else 3
-        return self.graph.op(Op.ADD, [a, b], a.shape, kind, grid, options, version)
+        return self.graph.op(Op.ADD, [a, b], a.shape, kind, quant, options, version)
 
-    def _as(self, tensor, kind, grid):
-        """Return a tensor as integers of a type; on `grid` if it was on none."""
+    def _as(self, tensor, kind, quant):
+        """Return a tensor as integers of a type, by `quant` if it was real."""
         if tensor.type == kind:
             return tensor
-        if tensor.grid is not None:
+        if tensor.quant is not None:
             # From 8 to 16 bits: the same scale, finer by as many bits, is exact.
-            grid = affine_grid(tensor.grid.scale / 128, 0)
-        return self._quantize(tensor, kind, grid)
+            quant = per_tensor(tensor.quant.scale / 128, 0)
+        return self._quantize(tensor, kind, quant)
 
     def _binary(self, operator, options, a, b):
         return self.graph.op(operator, [a, b], a.shape, options=options)
 
     def _gelu(self, x, activation):
-        kind, grid = self._fixed(activation)
+        kind, quant = self._fixed(activation)
         options = schema.GeluOptionsT()
         options.approximate = True
-        if grid is not None and self.constants.mode.everything:
-            return self.graph.op(Op.GELU, [x], x.shape, kind, grid, options, version=2)
+        if quant is not None and self.constants.mode.everything:
+            return self.graph.op(Op.GELU, [x], x.shape, kind, quant, options, version=2)
         x = self._real(x)
         return self.at(
             activation, self.graph.op(Op.GELU, [x], x.shape, options=options)
@@ -394,10 +394,10 @@ class _Graph:
     def _matmul(self, a, b, shape, activation, adjoint=False):
         options = schema.BatchMatMulOptionsT()
         options.adjY = adjoint
-        kind, grid = self._fixed(activation)
-        if a.grid is not None and b.grid is not None and grid is not None:
+        kind, quant = self._fixed(activation)
+        if a.quant is not None and b.quant is not None and quant is not None:
             return self.graph.op(
-                Op.BATCH_MATMUL, [a, b], shape, kind, grid, options, version=2
+                Op.BATCH_MATMUL, [a, b], shape, kind, quant, options, version=2
             )
         a, b = self._real(a), self._real(b)
         return self.graph.op(Op.BATCH_MATMUL, [a, b], shape, options=options)
@@ -424,14 +424,14 @@ class _Graph:
         options = schema.TransposeOptionsT()
         version = {Type.INT8: 2, Type.INT16: 5}.get(x.type, 1)
         return self.graph.op(
-            Op.TRANSPOSE, [x, order], shape, x.type, x.grid, options, version
+            Op.TRANSPOSE, [x, order], shape, x.type, x.quant, options, version
         )
 
     def _reshape(self, x, shape):
         options = schema.ReshapeOptionsT()
         options.newShape = list(shape)
         return self.graph.op(
-            Op.RESHAPE, [x, self._integers(shape)], shape, x.type, x.grid, options
+            Op.RESHAPE, [x, self._integers(shape)], shape, x.type, x.quant, options
         )
 
     def _first_row(self):
@@ -446,21 +446,21 @@ class _Graph:
         return self.graph.op(Op.CONCATENATION, pieces, (4,), options=options)
 
     def _write_rows(self, cache, rows):
-        if cache.grid is None:
+        if cache.quant is None:
             rows = self._real(rows)
         return self.graph.op(
             Op.DYNAMIC_UPDATE_SLICE,
             [cache, rows, self.start],
             cache.shape,
             cache.type,
-            cache.grid,
+            cache.quant,
         )
 
     def _cache_kind(self, index):
         if not self.constants.mode.everything:
             return Type.FLOAT32, None
         name = f"block_{index}/qkv_activation"
-        return self.constants.integer_of(name), self.constants.activation_grid(name)
+        return self.constants.integer_of(name), self.constants.activation_params(name)
 
     def _integers(self, values):
         return self.graph.constant(np.array(values, np.int32))

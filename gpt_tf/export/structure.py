@@ -34,7 +34,7 @@ _MODEL = {0: U32, 1: _tables, 2: _tables, 3: _text, 4: _tables, 6: _tables, 7: _
 _CODE = {0: I8, 2: I32, 3: I32}
 _SUBGRAPH = {0: _tables, 1: _integers, 2: _integers, 3: _tables, 4: _text}
 _TENSOR = {0: _integers, 1: I8, 2: U32, 3: _text, 4: _follow, 8: BOOL}
-_GRID = {2: Flatbuffer.floats, 3: Flatbuffer.longs, 4: U8, 5: _follow, 6: I32}
+_QUANTIZATION = {2: Flatbuffer.floats, 3: Flatbuffer.longs, 4: U8, 5: _follow, 6: I32}
 _BLOCKWISE = {0: I32, 1: I32, 2: I32}
 _OPERATION = {0: U32, 1: _integers, 2: _integers, 3: U8, 4: _follow}
 _BUFFER = {0: Flatbuffer.span}
@@ -152,8 +152,8 @@ class _Comparison:
     def __init__(self, data, facts):
         self.data, self.facts = data, facts
         self.file = Flatbuffer(data, strict=True)
-        self.grids = {}  # where the file has the grid that an expected one stands for
-        self.largest = {}  # the largest scale of an expected grid
+        self.quant_params = {}  # where the file has the expected parameters
+        self.largest = {}  # their largest scale
         self.known = set()  # tensors that were found equal
 
     def compare(self):
@@ -227,12 +227,12 @@ class _Comparison:
 
     def _check_scales(self, operator, inputs, output):
         """See that sums and products of integers fit what they are scaled to."""
-        if output.grid is None or operator not in _SCALED:
+        if output.quant is None or operator not in _SCALED:
             return
-        factors = [self.largest[id(tensor.grid)] for tensor in inputs[:2]]
+        factors = [self.largest[id(tensor.quant)] for tensor in inputs[:2]]
         largest = max(factors) if operator == Op.ADD else math.prod(factors)
-        if largest > _LARGEST_RATIO * self.largest[id(output.grid)]:
-            received = self.largest[id(output.grid)]
+        if largest > _LARGEST_RATIO * self.largest[id(output.quant)]:
+            received = self.largest[id(output.quant)]
             raise BrokenError(f"the scales {factors} of inputs to one of {received}")
 
     def _compare_options(self, expected, operation):
@@ -289,7 +289,7 @@ class _Comparison:
 
     def _compare_tensor(self, expected, position):
         tensor, buffer, name, scales = expected
-        key = position, tensor.shape, tensor.type, buffer, name, id(tensor.grid)
+        key = position, tensor.shape, tensor.type, buffer, name, id(tensor.quant)
         if scales is None and key in self.known:
             return
         self.known.add(key)
@@ -304,9 +304,9 @@ class _Comparison:
             self._compare_buffer(tensor, self.expected_buffers[buffer], found.get(2, 0))
         else:
             _same("a buffer", 0, found.get(2, 0))
-        _same("a grid", tensor.grid is not None, 4 in found)
-        if tensor.grid is not None:
-            self._compare_grid(tensor, buffer > 0, scales, found[4])
+        _same("quantisation", tensor.quant is not None, 4 in found)
+        if tensor.quant is not None:
+            self._compare_quantisation(tensor, buffer > 0, scales, found[4])
 
     def _content(self, place):
         """Return where the bytes of a buffer lie."""
@@ -318,27 +318,28 @@ class _Comparison:
         begin, end = self._content(place)
         _same("a buffer's size", array.nbytes, end - begin)
         _same("a buffer's alignment", 0, begin % _ALIGNMENT)
-        if tensor.type == Type.INT32 and tensor.grid is None:
+        if tensor.type == Type.INT32 and tensor.quant is None:
             # Indices and shapes; all else is only computed with.
             _same("a constant", array.tobytes(), self.data[begin:end])
 
-    def _compare_grid(self, tensor, is_constant, scales, position):
-        expected = tensor.grid
-        found = self.file.table(position, _GRID)
+    def _compare_quantisation(self, tensor, is_constant, scales, position):
+        expected = tensor.quant
+        found = self.file.table(position, _QUANTIZATION)
         _same("an axis", expected.axis, found.get(6, 0))
         if expected.block_size is not None:
             kind = schema.QuantizationDetails.BlockwiseQuantization
-            _same("a grid", ({4, 5}, kind), (found.keys() - {6}, found.get(4)))
+            _same("quantisation", ({4, 5}, kind), (found.keys() - {6}, found.get(4)))
             blocks = self.file.table(found[5], _BLOCKWISE)
             _same("a block", expected.block_size, blocks.get(2, 0))
             _same("zero points", -1, blocks.get(1, 0))
             self._match_tensor(scales, blocks.get(0, 0))
             self._check_block_scales(self.tensors[blocks.get(0, 0)])
             return
-        _same("a grid", {2, 3}, found.keys() - {6})
+        _same("quantisation", {2, 3}, found.keys() - {6})
         factors, zero_points = found[2], found[3]
-        first = self.file.table(self.grids.setdefault(id(expected), position), _GRID)
-        # Operations rely on it where both sides have the same grid.
+        first_position = self.quant_params.setdefault(id(expected), position)
+        first = self.file.table(first_position, _QUANTIZATION)
+        # Operations rely on it where both sides have the same parameters.
         if first is not found:
             _same("scales", first[2].tobytes(), factors.tobytes())
             _same("zero points", first[3].tobytes(), zero_points.tobytes())

@@ -1,10 +1,10 @@
 """Write a TFLite model as the flatbuffer that it is.
 
 A converter would have to be talked into what a GPT's file needs: one copy of the
-weights for all signatures, the token table shared by embedding and head, a grid per
+weights for all signatures, the token table shared by embedding and head, scales per
 row, no operation beyond the built-in ones. Here a subgraph is put together operation
 by operation, and what is written is what was meant. Constants with the same bytes
-share one buffer, and grids are stored once, over all subgraphs.
+share one buffer, and quantisation parameters are stored once, over all subgraphs.
 
 Reference: TensorFlow Lite's `schema.fbs`, version 3.
 """
@@ -37,7 +37,7 @@ _TYPES = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Grid:
+class QuantParams:
     """How integers stand for real numbers: `scale * (integer - zero_point)`.
 
     Args:
@@ -55,12 +55,12 @@ class Grid:
 
     @property
     def scale(self) -> float:
-        """The one scale of a grid that has only one."""
+        """The scale of the whole tensor, if there is only one."""
         return float(self.scales[0])
 
     @property
     def zero_point(self) -> int:
-        """The one zero point of a grid that has only one."""
+        """The zero point of the whole tensor, if there is only one."""
         return int(self.zero_points[0])
 
 
@@ -72,13 +72,13 @@ class Tensor:
         index: Its place in the subgraph.
         shape: Tuple of integers.
         type: A `TensorType`.
-        grid: Its `Grid`, or None for real numbers.
+        quant: Its `QuantParams`, or None for real numbers.
     """
 
     index: int
     shape: tuple
     type: int
-    grid: Grid | None
+    quant: QuantParams | None
 
 
 class Model:
@@ -161,22 +161,22 @@ class Subgraph:
         self.outputs = {}
         self._constants = {}
 
-    def input(self, name, shape, kind=Type.FLOAT32, grid=None) -> Tensor:
+    def input(self, name, shape, kind=Type.FLOAT32, quant=None) -> Tensor:
         """Add an input of the signature."""
-        self.inputs[name] = self._tensor(shape, kind, grid, name=name)
+        self.inputs[name] = self._tensor(shape, kind, quant, name=name)
         return self.inputs[name]
 
     def output(self, name, tensor: Tensor) -> None:
         """Make a tensor an output of the signature."""
         self.outputs[name] = tensor
 
-    def constant(self, array, grid=None, kind=None, shape=None) -> Tensor:
+    def constant(self, array, quant=None, kind=None, shape=None) -> Tensor:
         """Return the constant tensor of these values.
 
         Args:
             array: Values; int4 ones come packed two to a byte, with `kind` and
                 `shape`.
-            grid: Their `Grid`, or None.
+            quant: Their `QuantParams`, or None.
             kind: Their `TensorType`; that of the array unless given.
             shape: Their shape; that of the array unless given.
         """
@@ -184,13 +184,13 @@ class Subgraph:
         kind = _TYPES[array.dtype] if kind is None else kind
         shape = array.shape if shape is None else tuple(shape)
         buffer = self.model.buffer(array)
-        key = (buffer, kind, shape, id(grid))
+        key = (buffer, kind, shape, id(quant))
         if key not in self._constants:
-            self._constants[key] = self._tensor(shape, kind, grid, buffer)
+            self._constants[key] = self._tensor(shape, kind, quant, buffer)
         return self._constants[key]
 
     def op(
-        self, operator, inputs, shape, kind=None, grid=None, options=None, version=1
+        self, operator, inputs, shape, kind=None, quant=None, options=None, version=1
     ):
         """Add an operation with one output and return that.
 
@@ -199,18 +199,18 @@ class Subgraph:
             inputs: Tensors, or None for one that is left out.
             shape: The output's shape.
             kind: Its type; that of the first input unless given.
-            grid: Its `Grid`, or None.
+            quant: Its `QuantParams`, or None.
             options: The operator's options, an object of the schema, or None.
             version: Version of the operator.
         """
-        return self.ops(operator, inputs, [shape], kind, grid, options, version)[0]
+        return self.ops(operator, inputs, [shape], kind, quant, options, version)[0]
 
     def ops(
-        self, operator, inputs, shapes, kind=None, grid=None, options=None, version=1
+        self, operator, inputs, shapes, kind=None, quant=None, options=None, version=1
     ):
         """Add an operation with several outputs and return them."""
         kind = inputs[0].type if kind is None else kind
-        outputs = [self._tensor(shape, kind, grid) for shape in shapes]
+        outputs = [self._tensor(shape, kind, quant) for shape in shapes]
         code = self.model.code(operator, version)
         self.operations.append((code, inputs, outputs, options))
         return outputs
@@ -221,11 +221,11 @@ class Subgraph:
         for code, _, outputs, _ in self.operations:
             yield _NAMES[codes[code][0]], outputs
 
-    def _tensor(self, shape, kind, grid, buffer=0, name=None):
+    def _tensor(self, shape, kind, quant, buffer=0, name=None):
         scales = None
-        if grid is not None and grid.block_size is not None:
-            scales = self.constant(grid.scales).index
-        tensor = Tensor(len(self.tensors), tuple(map(int, shape)), kind, grid)
+        if quant is not None and quant.block_size is not None:
+            scales = self.constant(quant.scales).index
+        tensor = Tensor(len(self.tensors), tuple(map(int, shape)), kind, quant)
         self.tensors.append((tensor, buffer, name, scales))
         return tensor
 
@@ -233,7 +233,7 @@ class Subgraph:
 class _Packer:
     """Turns a `Model` into bytes.
 
-    What is equal is written once and pointed to: grids, tensors, options and whole
+    What is equal is written once and pointed to: scales, tensors, options and whole
     operations. Signatures differ in few of them, so each costs little.
     """
 
@@ -319,13 +319,13 @@ class _Packer:
         return schema.SubGraphEnd(self.builder)
 
     def _tensor(self, tensor, buffer, name, scales_index):
-        key = (tensor.shape, tensor.type, id(tensor.grid), buffer, name, scales_index)
+        key = (tensor.shape, tensor.type, id(tensor.quant), buffer, name, scales_index)
         if key not in self.tensors:
             self.tensors[key] = self._new_tensor(tensor, buffer, name, scales_index)
         return self.tensors[key]
 
     def _new_tensor(self, tensor, buffer, name, scales_index):
-        grid = self._grid(tensor.grid, scales_index)
+        quant = self._quantization(tensor.quant, scales_index)
         shape = self._vector(np.array(tensor.shape, np.int32))
         name = self._string(name or "")
         schema.TensorStart(self.builder)
@@ -333,40 +333,40 @@ class _Packer:
         schema.TensorAddType(self.builder, tensor.type)
         schema.TensorAddBuffer(self.builder, buffer)
         schema.TensorAddName(self.builder, name)
-        if grid is not None:
-            schema.TensorAddQuantization(self.builder, grid)
+        if quant is not None:
+            schema.TensorAddQuantization(self.builder, quant)
         schema.TensorAddHasRank(self.builder, True)
         return schema.TensorEnd(self.builder)
 
-    def _grid(self, grid, scales_index):
-        if grid is None:
+    def _quantization(self, quant, scales_index):
+        if quant is None:
             return None
-        key = (id(grid), scales_index)
+        key = (id(quant), scales_index)
         if key not in self.shared:
             if scales_index is None:
-                self.shared[key] = self._affine(grid)
+                self.shared[key] = self._affine(quant)
             else:
-                self.shared[key] = self._blockwise(grid, scales_index)
+                self.shared[key] = self._blockwise(quant, scales_index)
         return self.shared[key]
 
-    def _affine(self, grid):
-        scales = self._vector(grid.scales.astype(np.float32))
-        zero_points = self._vector(grid.zero_points.astype(np.int64))
+    def _affine(self, quant):
+        scales = self._vector(quant.scales.astype(np.float32))
+        zero_points = self._vector(quant.zero_points.astype(np.int64))
         schema.QuantizationParametersStart(self.builder)
         schema.QuantizationParametersAddScale(self.builder, scales)
         schema.QuantizationParametersAddZeroPoint(self.builder, zero_points)
-        schema.QuantizationParametersAddQuantizedDimension(self.builder, grid.axis)
+        schema.QuantizationParametersAddQuantizedDimension(self.builder, quant.axis)
         return schema.QuantizationParametersEnd(self.builder)
 
-    def _blockwise(self, grid, scales_index):
+    def _blockwise(self, quant, scales_index):
         details = schema.BlockwiseQuantizationT()
         details.scales = scales_index
         details.zeroPoints = -1
-        details.blockSize = grid.block_size
+        details.blockSize = quant.block_size
         parameters = schema.QuantizationParametersT()
         parameters.detailsType = schema.QuantizationDetails.BlockwiseQuantization
         parameters.details = details
-        parameters.quantizedDimension = grid.axis
+        parameters.quantizedDimension = quant.axis
         return parameters.Pack(self.builder)
 
     def _operation(self, code, inputs, outputs, options):

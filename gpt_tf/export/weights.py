@@ -5,7 +5,7 @@ import numpy as np
 from gpt_tf.errors import InputError
 from gpt_tf.export import signatures
 from gpt_tf.export.constants import INT4_BLOCK, Constants, Matrix
-from gpt_tf.export.tflite_writer import Grid, Type
+from gpt_tf.export.tflite_writer import QuantParams, Type
 from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.quantization.weights import quantize_array
@@ -38,8 +38,8 @@ def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
         axis = 0 if per_channel else None
         integers, scales = quantize_array(values, 8, axis=axis, name=name)
         scales = scales.reshape(-1)
-        grid = Grid(scales, np.zeros(len(scales), np.int64))
-        return Matrix(integers, Type.INT8, values.shape, grid)
+        quant = QuantParams(scales, np.zeros(len(scales), np.int64))
+        return Matrix(integers, Type.INT8, values.shape, quant)
     if values.shape[1] % INT4_BLOCK:
         raise InputError(
             f"The mode int4 stores blocks of {INT4_BLOCK} inputs. Received: {name} "
@@ -70,11 +70,11 @@ def _refuse_large(values, form, name):
 
 def _rows_times(matrix, rows, factors):
     """Return rows of an int8 matrix, multiplied through their scales."""
-    scales = matrix.grid.scales
+    scales = matrix.quant.scales
     scales = scales[rows] * factors if len(scales) > 1 else scales * factors[:1]
     values = matrix.values[rows]
-    grid = Grid(scales, np.zeros(len(scales), np.int64))
-    return Matrix(values, matrix.kind, values.shape, grid)
+    quant = QuantParams(scales, np.zeros(len(scales), np.int64))
+    return Matrix(values, matrix.kind, values.shape, quant)
 
 
 def _int4(values):
@@ -101,8 +101,8 @@ def _int4(values):
     scales[scales == 0] = 1  # of a block of zeros, as LiteRT wants it
     halves = (integers.view(np.uint8) & 15).reshape(-1, 2)
     packed = halves[:, 0] | (halves[:, 1] << 4)  # the first in the low half
-    grid = Grid(scales, np.zeros(1, np.int64), 0, INT4_BLOCK)
-    return Matrix(packed, Type.INT4, values.shape, grid)
+    quant = QuantParams(scales, np.zeros(1, np.int64), 0, INT4_BLOCK)
+    return Matrix(packed, Type.INT4, values.shape, quant)
 
 
 def constants_of(
@@ -146,7 +146,7 @@ def constants_of(
         kernel, bias = block.qkv_kernel.numpy().T, block.qkv_bias.numpy()
         pieces = {"qkv": slice(None)}
         if form.activations is not None or not per_channel:
-            # Grids of their own, so that the queries' may be the finer one.
+            # Parameters of their own, so that the queries' scale may be the finer one.
             pieces = {
                 name: slice(index * inner, (index + 1) * inner)
                 for index, name in enumerate(("query", "key", "value"))

@@ -16,8 +16,8 @@ def fake_quantize(x, minimum, maximum, dtype="int8"):
     """Round an activation to integers of a range.
 
     int8: 256 steps from `minimum` to `maximum`, moved so that 0 is one of them.
-    int16: symmetric, `scale = max(|minimum|, |maximum|) / 32767`. Both are the grids
-    of TFLite.
+    int16: symmetric, `scale = max(|minimum|, |maximum|) / 32767`. Both are
+    TFLite's.
 
     Args:
         x: Any shape and float type.

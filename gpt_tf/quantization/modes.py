@@ -18,7 +18,7 @@ class Mode:
         tables: The same for the token and the position table (a row is a channel)
             and with it the head.
         activations: `None` for real numbers (with int8 and int4 kernels each row is
-            quantised as it comes), `"int8"` or `"int16"` for grids fixed beforehand.
+            quantised as it comes), `"int8"` or `"int16"` for ranges fixed beforehand.
         everything: Whether residuals, GELU, attention's products and the caches are
             integers too.
     """

@@ -46,7 +46,7 @@ class QuantizationAwareGPT(LanguageModel):
     Made by `quantize_aware`. A range moves with the extremes of every training
     batch, whatever calls the model with `training=True`: its own `fit`, or a custom
     `train_step` in which it is the student. It computes in float32 under any global
-    policy: the grids of integers are finer than 16-bit floats.
+    policy: integers have finer steps than 16-bit floats.
 
     Args:
         gpt: Configuration of the `GPTModel`, as from its `get_config`.

@@ -81,11 +81,11 @@ def written(mode, layers=1, width=32, heads=2, capacity=24, lengths=(1, 4)):
         return generator.uniform(0.01, 0.1, array.shape).astype(array.dtype)
 
     for name, matrix in outline.matrices.items():
-        grid = matrix.grid
-        if grid is not None:
-            grid = constants.dataclasses.replace(grid, scales=filled(grid.scales))
+        quant = matrix.quant
+        if quant is not None:
+            quant = constants.dataclasses.replace(quant, scales=filled(quant.scales))
         outline.matrices[name] = constants.Matrix(
-            filled(matrix.values), matrix.kind, matrix.shape, grid
+            filled(matrix.values), matrix.kind, matrix.shape, quant
         )
     vectors = {name: filled(vector) for name, vector in outline.vectors.items()}
     parts = constants.Constants(
@@ -322,16 +322,16 @@ def alter_a_constant(data, generator):
     return pack(content), f"a constant of {len(values)} bytes has {pattern!r}"
 
 
-def alter_grids(data, generator):
+def alter_scales(data, generator):
     """Change scales and zero points, alike wherever they are alike."""
     content = unpack(data)
     share = generator.choice([0.02, 0.2, 1])
     factors = FLOATS if generator.random() < 0.2 else FACTORS
     changed = {}
-    for grid in objects_of(content, {})[schema.QuantizationParametersT]:
-        if grid.scale is None:
+    for quant in objects_of(content, {})[schema.QuantizationParametersT]:
+        if quant.scale is None:
             continue
-        key = bytes(np.asarray(grid.scale)), bytes(np.asarray(grid.zeroPoint))
+        key = bytes(np.asarray(quant.scale)), bytes(np.asarray(quant.zeroPoint))
         if key not in changed:
             changed[key] = generator.random() < share and (
                 generator.choice(factors),
@@ -341,12 +341,12 @@ def alter_grids(data, generator):
         if not changed[key]:
             continue
         factor, times, zero_point = changed[key]
-        scales = np.array(grid.scale, np.float32)
+        scales = np.array(quant.scale, np.float32)
         with np.errstate(all="ignore"):
-            grid.scale = scales * np.float32(factor) if times else scales * 0 + factor
+            quant.scale = scales * np.float32(factor) if times else scales * 0 + factor
         if zero_point is not None and len(scales) == 1:
-            grid.zeroPoint = np.full(1, zero_point, np.int64)
-    return pack(content), f"grids are {[c for c in changed.values() if c][:3]}"
+            quant.zeroPoint = np.full(1, zero_point, np.int64)
+    return pack(content), f"scales are {[c for c in changed.values() if c][:3]}"
 
 
 def alter_a_fact(data, generator):
@@ -373,7 +373,7 @@ def alter_a_fact(data, generator):
 WAYS = (
     *(overwrite, alter_an_object) * 3,
     alter_a_constant,
-    alter_grids,
+    alter_scales,
     alter_a_fact,
 )
 

@@ -22,24 +22,24 @@ def with_ranges(mode="int8", **ranges):
 
 
 @given(FINITE, FINITE, st.lists(FINITE, min_size=1, max_size=20))
-def test_the_grid_is_that_of_tensorflows_fake_quantisation(low, high, values):
+def test_quantisation_is_that_of_tensorflows_fake_quantisation(low, high, values):
     low, high = min(low, high, 0.0), max(low, high, 0.0)
     if high - low < 1e-3:
         return
-    grid = with_ranges(up_activation=(low, high)).activation_grid(
+    quant = with_ranges(up_activation=(low, high)).activation_params(
         "block_0/up_activation"
     )
-    assert -128 <= grid.zero_point <= 127
+    assert -128 <= quant.zero_point <= 127
     values = np.array(values, np.float32)
-    integers = np.rint(values / grid.scale) + grid.zero_point
-    found = (np.clip(integers, -128, 127) - grid.zero_point) * grid.scale
+    integers = np.rint(values / quant.scale) + quant.zero_point
+    found = (np.clip(integers, -128, 127) - quant.zero_point) * quant.scale
     expected = tf.quantization.fake_quant_with_min_max_vars(values, low, high).numpy()
     # A value between two steps may be rounded to either, and where 0 lies between
-    # two integers the grid may be shifted to either: one step, not more.
-    steps = np.abs(found - expected) / grid.scale
+    # two integers zero may be shifted to either: one step, not more.
+    steps = np.abs(found - expected) / quant.scale
     assert steps.max() < 1.01
-    middle = abs(abs(-low / grid.scale) % 1 - 0.5) < 1e-3
-    halves = np.abs(np.abs(values / grid.scale) % 1 - 0.5) < 1e-3
+    middle = abs(abs(-low / quant.scale) % 1 - 0.5) < 1e-3
+    halves = np.abs(np.abs(values / quant.scale) % 1 - 0.5) < 1e-3
     edges = (values < low) | (values > high)
     assert middle or (steps[~halves & ~edges] < 1e-2).all()
 
@@ -48,31 +48,31 @@ def test_the_grid_is_that_of_tensorflows_fake_quantisation(low, high, values):
 def test_zero_is_exact_and_the_range_is_covered(low, high):
     low, high = min(low, high), max(low, high)
     constants = with_ranges(up_activation=(low, high))
-    grid = constants.activation_grid("block_0/up_activation")
-    assert grid.scale > 0
-    lowest = (-128 - grid.zero_point) * grid.scale
-    highest = (127 - grid.zero_point) * grid.scale
-    assert lowest <= min(low, 0.0) + 0.51 * grid.scale
-    assert highest >= max(high, 0.0) - 0.51 * grid.scale
+    quant = constants.activation_params("block_0/up_activation")
+    assert quant.scale > 0
+    lowest = (-128 - quant.zero_point) * quant.scale
+    highest = (127 - quant.zero_point) * quant.scale
+    assert lowest <= min(low, 0.0) + 0.51 * quant.scale
+    assert highest >= max(high, 0.0) - 0.51 * quant.scale
 
 
 @given(FINITE, FINITE)
-def test_the_grid_of_int16_is_symmetric(low, high):
+def test_the_quantisation_of_int16_is_symmetric(low, high):
     low, high = min(low, high), max(low, high)
     constants = with_ranges("int16x8", up_activation=(low, high))
-    grid = constants.activation_grid("block_0/up_activation")
-    assert grid.zero_point == 0
-    assert grid.scale > 0
-    assert grid.scale * 32767 >= max(-low, high, 0.0) * (1 - 1e-6)
+    quant = constants.activation_params("block_0/up_activation")
+    assert quant.zero_point == 0
+    assert quant.scale > 0
+    assert quant.scale * 32767 >= max(-low, high, 0.0) * (1 - 1e-6)
     if max(-low, high) > 1e-30:
-        assert grid.scale * 32767 == pytest.approx(max(-low, high), rel=1e-5)
+        assert quant.scale * 32767 == pytest.approx(max(-low, high), rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int16x8"])
 @pytest.mark.parametrize("high", [0.0, 1e-45, 1e-40])
-def test_an_activation_that_is_always_zero_has_a_grid(mode, high):
+def test_an_activation_that_is_always_zero_is_quantised(mode, high):
     constants = with_ranges(mode, up_activation=(0.0, high))
-    assert constants.activation_grid("block_0/up_activation").scale == 1.0
+    assert constants.activation_params("block_0/up_activation").scale == 1.0
 
 
 def test_residuals_and_embedding_have_sixteen_bits():
@@ -87,15 +87,17 @@ def test_residuals_and_embedding_have_sixteen_bits():
     assert with_ranges("int16x8").integer_of("block_0/up_activation") == Type.INT16
 
 
-def test_a_grid_is_one_object_however_often_it_is_asked_for():
+def test_a_quantisation_is_one_object_however_often_it_is_asked_for():
     constants = with_ranges(up_activation=(-1.0, 1.0))
     name = "block_0/up_activation"
-    assert constants.activation_grid(name) is constants.activation_grid(name)
+    assert constants.activation_params(name) is constants.activation_params(name)
 
 
 def test_a_missing_range_is_named():
     with pytest.raises(InputError, match=r"block_0/down_activation.*calibrate"):
-        with_ranges(up_activation=(0.0, 1.0)).activation_grid("block_0/down_activation")
+        with_ranges(up_activation=(0.0, 1.0)).activation_params(
+            "block_0/down_activation"
+        )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_a_missing_range_is_named():
 )
 def test_a_range_that_is_none_is_refused(limits):
     with pytest.raises(InputError, match=r"block_0/up_activation.*Calibrate again"):
-        with_ranges(up_activation=limits).activation_grid("block_0/up_activation")
+        with_ranges(up_activation=limits).activation_params("block_0/up_activation")
 
 
 def test_the_block_of_int4_is_the_one_that_litert_has():
@@ -127,9 +129,9 @@ def test_an_outline_has_the_names_and_shapes_of_the_weights(
             other = expected.matrices[name]
             assert (matrix.kind, matrix.shape) == (other.kind, other.shape)
             assert matrix.values.nbytes == other.values.nbytes
-            assert (matrix.grid is None) == (other.grid is None)
-            if matrix.grid is not None:
-                assert matrix.grid.scales.shape == other.grid.scales.shape
+            assert (matrix.quant is None) == (other.quant is None)
+            if matrix.quant is not None:
+                assert matrix.quant.scales.shape == other.quant.scales.shape
         assert {name: vector.shape for name, vector in found.vectors.items()} == {
             name: vector.shape for name, vector in expected.vectors.items()
         }
@@ -147,11 +149,11 @@ def test_an_outline_of_any_size_takes_no_memory():
         "tie_embeddings": True,
     }
     found = outline("int8", sizes, True, True)
-    grid = found.activation_grid("block_0/up_activation")
+    quant = found.activation_params("block_0/up_activation")
     bias, _ = found.integer_bias(
         found.vectors["block_0/up_bias"],
-        grid,
-        found.matrices["block_0/up_kernel"].grid,
+        quant,
+        found.matrices["block_0/up_kernel"].quant,
     )
     assert bias.nbytes == 4 * 10**9
     assert bias.strides == (0,)

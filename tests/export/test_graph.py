@@ -238,20 +238,20 @@ def test_every_quantised_weight_has_a_scale_per_output_channel(content, mode):
             continue
         weights = inputs[1]
         assert TYPES[weights.type] in ("INT8", "INT4")
-        grid = weights.quantization
-        assert grid.quantizedDimension == 0
+        quant = weights.quantization
+        assert quant.quantizedDimension == 0
         if TYPES[weights.type] == "INT4":
-            assert grid.details.blockSize == 32
+            assert quant.details.blockSize == 32
         else:
-            assert len(grid.scale) == len(grid.zeroPoint) == weights.shape[0]
-            assert not grid.zeroPoint.any()
+            assert len(quant.scale) == len(quant.zeroPoint) == weights.shape[0]
+            assert not quant.zeroPoint.any()
         if operator == "FULLY_CONNECTED":
             assert weights.shape[0] == outputs[0].shape[-1]
         checked += 1
     assert checked > 40
 
 
-def test_biases_are_on_the_grid_of_the_product(content):
+def test_biases_are_on_the_quantisation_of_the_product(content):
     for mode in ("int8", "int8_full", "int16x8"):
         checked = 0
         for _, operator, _, inputs, _, _ in operations_of(content(mode)):
@@ -324,7 +324,7 @@ def test_caches_are_int8_in_int8_full_only(content, mode):
                 assert TYPES[tensor.type] == expected
 
 
-def test_a_cache_has_one_grid_going_in_and_coming_out(content):
+def test_a_cache_has_one_quantisation_going_in_and_coming_out(content):
     for graph, definition in zip(
         content("int8_full").subgraphs, content("int8_full").signatureDefs, strict=True
     ):

@@ -79,33 +79,33 @@ def constant_of(content, kind, shape):
 def operation_of(content, operator, integer=False):
     subgraph = content.subgraphs[0]
     for operation in subgraph.operators:
-        grid = subgraph.tensors[operation.outputs[0]].quantization
+        quant = subgraph.tensors[operation.outputs[0]].quantization
         code = content.operatorCodes[operation.opcodeIndex].builtinCode
-        if code == operator and (grid is not None or not integer):
+        if code == operator and (quant is not None or not integer):
             return operation
     raise AssertionError(f"no operator {operator}")
 
 
-def first_grid(content, integer=Type.INT8):
+def first_params(content, integer=Type.INT8):
     for tensor in content.subgraphs[0].tensors:
         if not tensor.buffer and tensor.type == integer:
             return tensor.quantization
-    raise AssertionError("no grid")
+    raise AssertionError("not quantised")
 
 
 def more_scales(content):
-    grid = first_grid(content)
-    grid.scale = np.repeat(grid.scale, 2)
-    grid.zeroPoint = np.repeat(grid.zeroPoint, 2)
+    quant = first_params(content)
+    quant.scale = np.repeat(quant.scale, 2)
+    quant.zeroPoint = np.repeat(quant.zeroPoint, 2)
 
 
 def rescale(content, operator, scale):
     """Change the scale of an operation's output wherever a tensor has it."""
     (place,) = operation_of(content, operator, integer=True).outputs
     before = bytes(content.subgraphs[0].tensors[place].quantization.scale)
-    for grid in forged.objects_of(content, {})[schema.QuantizationParametersT]:
-        if grid.scale is not None and bytes(grid.scale) == before:
-            grid.scale = np.array([scale], np.float32)
+    for quant in forged.objects_of(content, {})[schema.QuantizationParametersT]:
+        if quant.scale is not None and bytes(quant.scale) == before:
+            quant.scale = np.array([scale], np.float32)
 
 
 def other_facts(content, **facts):
@@ -165,9 +165,9 @@ ALTERATIONS = {
         c.signatureDefs[0].inputs[0], tensorIndex=10**6
     ),
     "QuantizationParametersT.quantizedDimension": lambda c: put(
-        first_grid(c), quantizedDimension=7
+        first_params(c), quantizedDimension=7
     ),
-    "QuantizationParametersT.min": lambda c: put(first_grid(c), min=[0.0]),
+    "QuantizationParametersT.min": lambda c: put(first_params(c), min=[0.0]),
     "ModelT.version": lambda c: put(c, version=4),
     "MetadataT.name": lambda c: put(c.metadata[0], name="min_runtime_version"),
     "fact num_heads": lambda c: other_facts(c, config={"num_heads": 4, "head_dim": 8}),
@@ -189,14 +189,14 @@ def test_what_steers_the_runtime_cannot_be_altered(written, name):
 
 WITHIN_LIMITS = {
     "more scales than channels": more_scales,
-    "a scale of 0": lambda c: put(first_grid(c), scale=[0.0]),
-    "a scale that is NaN": lambda c: put(first_grid(c), scale=[float("nan")]),
-    "two scales for one grid": lambda c: put(first_grid(c), scale=[0.123]),
+    "a scale of 0": lambda c: put(first_params(c), scale=[0.0]),
+    "a scale that is NaN": lambda c: put(first_params(c), scale=[float("nan")]),
+    "two scales for one tensor": lambda c: put(first_params(c), scale=[0.123]),
     "a product that is scaled up": lambda c: rescale(c, Op.FULLY_CONNECTED, 1e-6),
     "a sum that is scaled up": lambda c: rescale(c, Op.ADD, 1e-6),
     "a product of activations": lambda c: rescale(c, Op.BATCH_MATMUL, 1e-9),
-    "a scale below normal numbers": lambda c: put(first_grid(c), scale=[1e-42]),
-    "a zero point beyond int8": lambda c: put(first_grid(c), zeroPoint=[128]),
+    "a scale below normal numbers": lambda c: put(first_params(c), scale=[1e-42]),
+    "a zero point beyond int8": lambda c: put(first_params(c), zeroPoint=[128]),
     "a buffer too short": lambda c: put(
         constant_of(c, Type.FLOAT32, [32]), data=[0] * 124
     ),

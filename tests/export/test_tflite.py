@@ -316,7 +316,7 @@ def quantised_matrices(model):
 
 @pytest.mark.parametrize("mode", ["dynamic_int8", "int8", "int8_full", "int16x8"])
 def test_the_integers_of_the_file_are_those_of_quantize_array(exported, mode):
-    """Difference 0: so a grid that was trained against is the one that runs."""
+    """Difference 0: so the scales that were trained against are those that run."""
     data = exported(mode).path.read_bytes()
     for name, values in quantised_matrices(exported(mode).model):
         integers = quantize_array(values, 8, axis=0)[0]
@@ -328,8 +328,8 @@ def test_the_integers_of_the_file_are_those_of_quantize_array(exported, mode):
 
 
 @pytest.mark.parametrize("mode", ["dynamic_int8", "int8"])
-def test_a_baked_grid_is_recovered(build_model, export, text_ids, mode):
-    """Weights that lie on a grid already stay as they are, bit by bit."""
+def test_a_baked_quantisation_is_recovered(build_model, export, text_ids, mode):
+    """Weights that are quantised already stay as they are, bit by bit."""
     model = build_model()
     for layer in model.layers:
         for weight in layer.weights:

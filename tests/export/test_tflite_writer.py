@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as nps
 
 from gpt_tf.errors import InputError
 from gpt_tf.export import graph, signatures, tflite_writer
-from gpt_tf.export.tflite_writer import Grid, Model, Op, Type
+from gpt_tf.export.tflite_writer import Model, Op, QuantParams, Type
 from gpt_tf.export.weights import constants_of
 from tests.export.runner import OPERATORS, content_of
 
@@ -23,9 +23,11 @@ DTYPES = {
 }
 
 
-def grid_of(*scales, zero_point=0, axis=0):
+def params_of(*scales, zero_point=0, axis=0):
     count = len(scales)
-    return Grid(np.array(scales, "float32"), np.full(count, zero_point, "int64"), axis)
+    return QuantParams(
+        np.array(scales, "float32"), np.full(count, zero_point, "int64"), axis
+    )
 
 
 def add(subgraph, a, b):
@@ -62,7 +64,7 @@ def test_signatures_inputs_and_outputs_are_read_back():
     model = Model()
     subgraph = model.subgraph("decode")
     tokens = subgraph.input("tokens", (1, 3), Type.INT32)
-    cache = subgraph.input("cache", (1, 2, 5, 4), Type.INT8, grid_of(0.5))
+    cache = subgraph.input("cache", (1, 2, 5, 4), Type.INT8, params_of(0.5))
     subgraph.output("cache", cache)
     subgraph.output("ids", tokens)
     adder(model, "other", np.zeros(2, np.float32))
@@ -123,13 +125,13 @@ def test_what_is_not_contiguous_is_stored_in_the_order_of_its_indices():
     assert stored.reshape(tensor.shape).tolist() == array.T.tolist()
 
 
-def test_grids_are_read_back():
+def test_scales_are_read_back():
     model = Model()
     subgraph = model.subgraph("main")
     values = np.arange(6, dtype=np.int8).reshape(2, 3)
-    subgraph.constant(values, grid_of(0.5, 0.25, zero_point=3))
-    subgraph.constant(values, grid_of(0.5, 0.25, 0.125, axis=1))
-    subgraph.input("x", (4,), Type.INT16, grid_of(0.1, zero_point=-7))
+    subgraph.constant(values, params_of(0.5, 0.25, zero_point=3))
+    subgraph.constant(values, params_of(0.5, 0.25, 0.125, axis=1))
+    subgraph.input("x", (4,), Type.INT16, params_of(0.1, zero_point=-7))
     subgraph.input("plain", (4,))
     rows, columns, one, plain = content_of(model.to_bytes()).subgraphs[0].tensors
     assert rows.quantization.scale.tolist() == [0.5, 0.25]
@@ -147,8 +149,8 @@ def test_blocks_of_int4_are_read_back_with_their_scales():
     subgraph = model.subgraph("main")
     scales = np.array([[0.5, 1.0], [2.0, 4.0]], np.float16)
     packed = np.arange(64, dtype=np.uint8)
-    grid = Grid(scales, np.zeros(1, np.int64), 0, block_size=32)
-    subgraph.constant(packed, grid, Type.INT4, (2, 64))
+    quant = QuantParams(scales, np.zeros(1, np.int64), 0, block_size=32)
+    subgraph.constant(packed, quant, Type.INT4, (2, 64))
     content = content_of(model.to_bytes())
     (weights,) = (t for t in content.subgraphs[0].tensors if t.type == Type.INT4)
     assert weights.shape.tolist() == [2, 64]
@@ -268,35 +270,37 @@ def test_equal_constants_share_one_buffer_over_all_signatures():
     assert content.buffers[0].data is None
 
 
-def test_equal_bytes_of_another_type_or_grid_are_another_tensor():
+def test_equal_bytes_of_another_type_or_quantisation_are_another_tensor():
     model = Model()
     subgraph = model.subgraph("main")
     zeros = np.zeros(4, np.float32)
-    grid = grid_of(0.5)
+    quant = params_of(0.5)
     integers = np.zeros(16, np.int8)
     tensors = [
         subgraph.constant(zeros),
         subgraph.constant(zeros.view(np.int32)),
         subgraph.constant(integers),
-        subgraph.constant(integers, grid),
-        subgraph.constant(integers, grid_of(0.25)),
+        subgraph.constant(integers, quant),
+        subgraph.constant(integers, params_of(0.25)),
     ]
     assert len({tensor.index for tensor in tensors}) == 5
-    assert subgraph.constant(integers, grid) is tensors[3]
+    assert subgraph.constant(integers, quant) is tensors[3]
     content = content_of(model.to_bytes())
     assert len({tensor.buffer for tensor in content.subgraphs[0].tensors}) == 1
 
 
-def test_a_grid_is_stored_once():
+def test_a_quantisation_is_stored_once():
     model = Model()
-    grid = Grid(np.linspace(1, 2, 500, dtype=np.float32), np.zeros(500, np.int64))
+    quant = QuantParams(
+        np.linspace(1, 2, 500, dtype=np.float32), np.zeros(500, np.int64)
+    )
     weights = np.zeros((500, 4), np.int8)
     for name in ("one", "two"):
         subgraph = model.subgraph(name)
-        subgraph.constant(weights, grid)
-        subgraph.input("x", (500, 1), Type.INT8, grid)
+        subgraph.constant(weights, quant)
+        subgraph.input("x", (500, 1), Type.INT8, quant)
     data = bytes(model.to_bytes())
-    assert data.count(grid.scales.tobytes()) == 1
+    assert data.count(quant.scales.tobytes()) == 1
     places = set()
     for index in range(2):
         subgraph = raw(data).Subgraphs(index)

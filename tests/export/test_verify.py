@@ -157,10 +157,10 @@ def test_a_fault_in_any_one_signature_is_noticed(write, monkeypatch, mode, name)
         minus = self.graph.constant(np.full((1,), -3, np.float32))
         rows = self._multiply(rows, minus)
         cache = next(iter(self.caches.values()))
-        if not cache.grid:
+        if not cache.quant:
             return rows
-        grid = cache.grid
-        return self._quantize(rows, Type.INT8, grid)
+        quant = cache.quant
+        return self._quantize(rows, Type.INT8, quant)
 
     break_method(monkeypatch, "_write_rows", rows)
     monkeypatch.setitem(verify.LARGEST_DIVERGENCE, mode, MEASURED[mode])
@@ -204,9 +204,9 @@ def test_logits_that_are_no_numbers_are_noticed(write, monkeypatch):
 
 
 def test_a_float_operation_in_int8_full_is_noticed(write, monkeypatch):
-    def in_floats(original, self, name, x, kind=None, grid=None):
+    def in_floats(original, self, name, x, kind=None, quant=None):
         y = original(self, name, self._real(x))
-        return y if grid is None else self._quantize(y, kind, grid)
+        return y if quant is None else self._quantize(y, kind, quant)
 
     break_method(monkeypatch, "_product", in_floats)
     write("int8_full", match="expects integer operations. Received: FULLY_CONNECTED")

@@ -24,10 +24,10 @@ def unpacked(matrix):
 
 def real_numbers(matrix):
     if matrix.kind == Type.INT8:
-        return matrix.values * matrix.grid.scales[:, None]
+        return matrix.values * matrix.quant.scales[:, None]
     if matrix.kind == Type.INT4:
-        scales = matrix.grid.scales.astype(np.float32)
-        return unpacked(matrix) * np.repeat(scales, matrix.grid.block_size, axis=1)
+        scales = matrix.quant.scales.astype(np.float32)
+        return unpacked(matrix) * np.repeat(scales, matrix.quant.block_size, axis=1)
     return matrix.values.astype(np.float32)
 
 
@@ -38,7 +38,7 @@ def real_numbers(matrix):
 def test_float32_is_stored_as_it_is(values):
     matrix = store(values, "float32", "w")
     assert matrix.kind == Type.FLOAT32
-    assert matrix.grid is None
+    assert matrix.quant is None
     np.testing.assert_array_equal(matrix.values, values)
 
 
@@ -51,15 +51,15 @@ def test_float16_is_rounded_to_the_nearest(values):
 
 
 @given(MATRICES)
-def test_int8_is_the_grid_of_quantize_array_exactly(values):
+def test_int8_is_that_of_quantize_array_exactly(values):
     matrix = store(values, "int8", "w")
     integers, scales = quantize_array(values, 8, axis=0)
     assert matrix.kind == Type.INT8
     np.testing.assert_array_equal(matrix.values, integers)
-    np.testing.assert_array_equal(matrix.grid.scales, scales[:, 0])
-    assert matrix.grid.scales.dtype == np.float32
-    assert not matrix.grid.zero_points.any()
-    assert matrix.grid.axis == 0
+    np.testing.assert_array_equal(matrix.quant.scales, scales[:, 0])
+    assert matrix.quant.scales.dtype == np.float32
+    assert not matrix.quant.zero_points.any()
+    assert matrix.quant.axis == 0
 
 
 @example(np.full((3, 64), 2**-23, np.float32))  # its scale rounds to 0
@@ -70,9 +70,9 @@ def test_int4_is_at_least_as_near_as_with_the_whole_range(values):
     assert matrix.shape == (3, 64)
     assert matrix.values.dtype == np.uint8
     assert matrix.values.size == 3 * 32
-    assert matrix.grid.block_size == 32
-    assert matrix.grid.scales.shape == (3, 2)
-    assert matrix.grid.scales.dtype == np.float16
+    assert matrix.quant.block_size == 32
+    assert matrix.quant.scales.shape == (3, 2)
+    assert matrix.quant.scales.dtype == np.float16
     assert np.abs(unpacked(matrix)).max() <= 7
     largest = np.repeat(np.abs(values.reshape(3, 2, 32)).max(axis=2), 32, axis=1)
     plain = np.clip(np.rint(values * 7 / np.where(largest == 0, 1, largest)), -7, 7)
@@ -91,7 +91,7 @@ def test_int4_errs_by_at_most_half_a_step_where_nothing_is_cut_off():
     values = np.random.default_rng(2).uniform(-1, 1, (8, 320)).astype(np.float32)
     values[:, ::5] = np.sign(values[:, ::5])  # so that cutting off does not pay
     matrix = store(values, "int4", "w")
-    steps = np.repeat(matrix.grid.scales.astype(np.float32), 32, axis=1)
+    steps = np.repeat(matrix.quant.scales.astype(np.float32), 32, axis=1)
     kept = np.abs(values) <= 7 * steps
     assert kept.mean() > 0.7
     errors = np.abs(real_numbers(matrix) - values)
@@ -114,7 +114,7 @@ def test_a_block_of_zeros_stays_zero():
             real_numbers(store(values, form, "w")), values, rtol=1e-3
         )
     # LiteRT refuses a scale of 0.
-    assert (store(values, "int4", "w").grid.scales > 0).all()
+    assert (store(values, "int4", "w").quant.scales > 0).all()
 
 
 @pytest.mark.parametrize("form", ["float32", "float16", "int8", "int4"])
@@ -216,19 +216,19 @@ def test_the_integers_are_those_of_the_models_own_kernel(model, mode, per_channe
         pieces = ("qkv",)
     found = [constants.matrices[f"block_0/{piece}_kernel"] for piece in pieces]
     np.testing.assert_array_equal(np.concatenate([m.values for m in found]), integers)
-    kept = [np.broadcast_to(m.grid.scales, len(m.values)) for m in found]
+    kept = [np.broadcast_to(m.quant.scales, len(m.values)) for m in found]
     np.testing.assert_allclose(np.concatenate(kept), scales * factors, rtol=1e-6)
 
 
 def test_one_scale_per_matrix_where_channels_are_not_told_apart(model):
     constants = constants_of(model, "dynamic_int8", per_channel=False)
     for matrix in constants.matrices.values():
-        assert len(matrix.grid.scales) == 1
+        assert len(matrix.quant.scales) == 1
     table = model.get_layer("embedding").token_table.numpy()
     integers, scales = quantize_array(table)
     found = constants.matrices["embedding/token_table"]
     np.testing.assert_array_equal(found.values, integers)
-    assert found.grid.scales.tolist() == scales.reshape(-1).tolist()
+    assert found.quant.scales.tolist() == scales.reshape(-1).tolist()
 
 
 def test_modes_store_what_they_say(model):
