@@ -67,7 +67,7 @@ clean: ## Remove the virtual environment and caches
 # pip's lines are kept in a log, which is shown where an install fails.
 define install
 	@echo "installing $(1) into $(VENV) (a minute or two)"
-	@PIP_USER=0 $(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(2)]' \
+	@PIP_USER=0 $(BIN)/python -m pip install --disable-pip-version-check --no-compile --editable '.[$(2)]' \
 		>$(VENV)/install.log 2>&1 || { cat $(VENV)/install.log >&2; exit 1; }
 	@touch $@
 endef
