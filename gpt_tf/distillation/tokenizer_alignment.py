@@ -246,65 +246,6 @@ def align(
     )
 
 
-def aligned_windows(
-    teacher_ids,
-    student_ids,
-    alignment: Alignment,
-    start: int,
-    length: int,
-    teacher_length: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the teacher has to see for one window of the student.
-
-    The teacher's window begins at the first teacher token that starts in the
-    student's window: a teacher that saw more than its student would teach what
-    cannot be known. So the first positions of the student may have no teacher.
-
-    Args:
-        teacher_ids: The text in teacher tokens `(N_t,)`.
-        student_ids: The same text in student tokens `(N_s,)`.
-        alignment: Theirs, from `align`.
-        start: First student position of the window, at least 0.
-        length: `T`, student positions of the window, at least 1.
-        teacher_length: `T_t`, teacher tokens to see, at least 1.
-
-    Returns:
-        teacher_tokens: `(T_t,)` int32, at the end of the text filled up with 0.
-        teacher_positions: `(T,)` int64: the position among them that predicts what
-            student position `start + t` does, -1 if there is none, or the teacher's
-            window is too short. To have only those at which both predict a token
-            that starts, keep `alignment.at_boundary[start : start + length]`.
-
-    Raises:
-        InputError: The window is not within the text, a number is out of range, or the
-            alignment is that of another number of tokens.
-
-    Example:
-        >>> tokens, positions = aligned_windows(t_ids, s_ids, alignment, 0, 64, 64)
-        >>> logits = teacher(tokens[None])[0]                     # (T_t, V_t)
-        >>> targets = tf.gather(logits, np.maximum(positions, 0)) # (T, V_t)
-    """
-    _check_aligned(student_ids, alignment)
-    count = len(student_ids)
-    if start < 0 or min(length, teacher_length) < 1 or start + length > count:
-        raise InputError(
-            f"A window within the text of {count} student tokens was expected, of at "
-            f"least one position. Received: start={start}, length={length}, "
-            f"teacher_length={teacher_length}. Choose them in that range."
-        )
-    begin = 0
-    if start:
-        # The teacher token that covers the window's first byte, or the next one.
-        before = start - 1
-        begin = int(alignment.teacher_index[before]) + 1
-        begin += not alignment.at_boundary[before]
-    found = np.asarray(teacher_ids[begin : begin + teacher_length])
-    tokens = np.zeros(teacher_length, np.int32)
-    tokens[: len(found)] = found
-    index = alignment.teacher_index[start : start + length] - begin
-    return tokens, np.where((index >= 0) & (index < teacher_length), index, -1)
-
-
 class VocabularyMap:
     """The teacher's probabilities as probabilities of a derived student's tokens.
 

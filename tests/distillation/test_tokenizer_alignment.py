@@ -13,7 +13,6 @@ from gpt_tf.distillation import tokenizer_alignment
 from gpt_tf.distillation.tokenizer_alignment import (
     VocabularyMap,
     align,
-    aligned_windows,
     derive_tokenizer,
     end_offsets,
     is_derived,
@@ -444,51 +443,6 @@ def test_foreign_ids_are_not_aligned():
 # Windows
 
 
-@any_pairs
-@given(documents, st.data())
-def test_the_teacher_sees_its_tokens_of_the_window(teacher, student, texts, data):
-    teacher_ids, student_ids = stream_of(teacher, texts), stream_of(student, texts)
-    alignment = align(teacher_ids, student_ids, teacher, student)
-    start = data.draw(st.integers(0, len(student_ids) - 1))
-    length = data.draw(st.integers(1, len(student_ids) - start))
-    size = data.draw(st.integers(1, 12))
-    tokens, positions = aligned_windows(
-        teacher_ids, student_ids, alignment, start, length, size
-    )
-    window_start = spans_of(student, student_ids)[start][0]
-    teacher_starts = [first for first, _ in spans_of(teacher, teacher_ids)]
-    begin = sum(first < window_start for first in teacher_starts)
-    expected = [*teacher_ids[begin : begin + size], *[0] * size][:size]
-    assert tokens.tolist() == expected and tokens.dtype == np.int32
-    for position, index in zip(
-        positions, alignment.teacher_index[start : start + length], strict=True
-    ):
-        is_seen = index >= 0 and begin <= index < begin + size
-        assert position == (index - begin if is_seen else -1)
-
-
-def test_a_window_by_hand():
-    teacher = with_merges("a b", "ab a", "b b")
-    student = derive_tokenizer(teacher, 258)
-    teacher_ids = stream_of(teacher, ["bbaba", "bb"])  # bb aba END bb END
-    student_ids = stream_of(student, ["bbaba", "bb"])  # b b ab a END b b END
-    alignment = align(teacher_ids, student_ids, teacher, student)
-    tokens, positions = aligned_windows(teacher_ids, student_ids, alignment, 1, 7, 3)
-    assert tokens.tolist() == teacher_ids[1:4]
-    assert positions.tolist() == [-1, -1, 0, 1, 1, 2, -1]
-    tokens, positions = aligned_windows(teacher_ids, student_ids, alignment, 4, 3, 5)
-    assert tokens.tolist() == [*teacher_ids[2:5], 0, 0]
-    assert positions.tolist() == [0, 0, 1]
-
-
-@pytest.mark.parametrize("window", [(-1, 2, 2), (0, 0, 2), (0, 2, 0), (3, 4, 2)])
-def test_a_window_outside_of_the_text_is_refused(window):
-    ids = stream_of(TEACHER, ["low"] * 3)
-    alignment = align(ids, ids, TEACHER, TEACHER)
-    with pytest.raises(InputError, match=f"text of 6 .*start={window[0]}"):
-        aligned_windows(ids, ids, alignment, *window)
-
-
 # Probabilities
 
 
@@ -760,8 +714,6 @@ def test_the_alignment_of_another_text_is_refused():
     alignment = align(ids, ids, STUDENT, STUDENT)
     with pytest.raises(InputError, match="alignment of 1 student tokens"):
         MAP.nodes_for(ids[:1], alignment)
-    with pytest.raises(InputError, match="alignment of 1 student tokens"):
-        aligned_windows(ids, ids[:1], alignment, 0, 1, 1)
 
 
 def test_a_text_that_is_cut_otherwise_has_no_node_there():
