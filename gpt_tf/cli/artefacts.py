@@ -71,7 +71,7 @@ def generate(
         str | None, typer.Option(help="What to continue; without it, a dialogue.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest.")] = 0.8,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Among so many tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Among tokens of this probability.")

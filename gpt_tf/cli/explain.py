@@ -19,7 +19,7 @@ def explain(
     prompt: Annotated[str, typer.Option(help="What the model read.")],
     target: Annotated[
         str | None,
-        typer.Option(help="The next token to explain; default: the likeliest."),
+        typer.Option(help="The next token to explain; default: the most likely."),
     ] = None,
     target_id: Annotated[int | None, typer.Option(help="The same by its id.")] = None,
     method: Annotated[

@@ -315,7 +315,7 @@ def extract(
 ) -> KnowledgeStore:
     """Store what a teacher says of every token of a text.
 
-    Whoever is interrupted calls it again with the same arguments: it goes on where
+    After an interruption, call it again with the same arguments: it goes on where
     it stopped, to the same bytes. `path` appears when all is there.
 
     Args:

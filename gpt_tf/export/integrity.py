@@ -2,7 +2,7 @@
 
 A `.tflite` carries its own hash in a metadata entry, a `.litertlm` in its header. It
 is found by search and not by parsing, so that damage is noticed before anything is
-read. Whoever alters a file on purpose can compute the hash anew: what a graph may
+read. Who alters a file on purpose can compute the hash anew: what a graph may
 hold is checked by `gpt_tf.export.structure`. Neither TensorFlow nor LiteRT is needed
 here.
 """

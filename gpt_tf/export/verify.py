@@ -55,7 +55,7 @@ def verify(path, model: Model, constants: Constants, mode: str, reference, ids) 
 
     Returns:
         What was measured: signatures run, operators, size, largest difference of a
-        logit, mean divergence in nats, share of equal likeliest tokens.
+        logit, mean divergence in nats, top-1 agreement.
 
     Raises:
         VerificationError: A check failed.

@@ -276,7 +276,7 @@ def quantize_aware(model, config=None):
 
 
 def quantize_gpt_model(gpt_model, inputs, config=None):
-    """Quantise a GPT: rounded weights, and ranges measured on data.
+    """Quantise a GPT: fake-quantised weights, and ranges measured on data.
 
     What comes back computes with the numbers that integers stand for, so `evaluate`
     tells what quantisation costs, `fit` wins some of it back, and it can be exported.
@@ -355,7 +355,7 @@ def to_float(model):
         model: A `QuantizationAwareGPT`; it is not changed.
 
     Returns:
-        A `GPTModel` with a copy of the trained weights, not rounded, that computes in
+        A `GPTModel` with a copy of the trained weights, not quantised, that computes in
         float32 as `model` does.
     """
     _check_aware(model, "to_float")
@@ -372,7 +372,7 @@ def to_float(model):
 def _float_variables(wrapper):
     """Return the variables of a wrapped layer, in the order of its weights.
 
-    The layer's own attributes are rounded tensors once TF-MOT has called it.
+    The layer's own attributes are quantised tensors once TF-MOT has called it.
     """
     # The wrapper took the layer's trainable weights first, in their order.
     layer = wrapper.layer

@@ -139,13 +139,13 @@ def _finite(values, name):
             f"Quantisation expects at least one value in {name}. "
             f"Received: the shape {values.shape}."
         )
-    spoilt = values.size - np.count_nonzero(np.isfinite(values))
-    if spoilt:
+    broken = values.size - np.count_nonzero(np.isfinite(values))
+    if broken:
         raise InputError(
-            f"Quantisation expects finite weights. Received: {spoilt} of "
+            f"Quantisation expects finite weights. Received: {broken} of "
             f"{values.size} values of {name} are NaN or infinite. The model's weights "
-            "are spoilt, as by a training that diverged: go back to an earlier "
-            "checkpoint, or train with a lower learning rate."
+            "contain NaN or Inf, as after a training that diverged: go back to an "
+            "earlier checkpoint, or train with a lower learning rate."
         )
     return values
 

@@ -726,14 +726,14 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, model):
 
 
 @pytest.mark.parametrize("name", ["gamma", "beta"])
-def test_a_spoilt_vector_is_named(tmp_path, build_model, name):
+def test_a_broken_vector_is_named(tmp_path, build_model, name):
     model = build_model()
     weight = getattr(model.get_layer("final_norm"), name)
     weight.assign(np.where(np.arange(32) == 5, np.nan, weight.numpy()))
     refused(tmp_path, f"NaN or infinity in final_norm/{name}", model, "float32")
 
 
-def test_a_spoilt_matrix_is_named(tmp_path, build_model):
+def test_a_broken_matrix_is_named(tmp_path, build_model):
     model = build_model()
     weight = model.get_layer("block_1").output_kernel
     weight.assign(np.full(weight.shape, np.inf))

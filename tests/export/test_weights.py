@@ -248,7 +248,7 @@ def test_modes_store_what_they_say(model):
     assert set(kinds["int4"].values()) == {Type.INT4}
 
 
-def test_a_spoilt_weight_is_named(build_model):
+def test_a_broken_weight_is_named(build_model):
     model = build_model()
     kernel = model.get_layer("block_1").up_kernel
     kernel.assign(np.full(kernel.shape, np.nan))
