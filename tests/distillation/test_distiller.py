@@ -80,8 +80,14 @@ def test_the_student_comes_nearer_to_the_teacher(pair, windows_of):
     assert after["teacher_agreement"] > before["teacher_agreement"]
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize(("alpha", "temperature"), [(0.1, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize(
+    ("alpha", "temperature", "jit_compile"),
+    [
+        (0.1, 1.0, False),
+        (0.5, 2.0, True),
+        pytest.param(0.1, 1.0, True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_loss_is_what_the_formula_says(
     pair, windows_of, alpha, temperature, jit_compile
 ):
@@ -196,11 +202,13 @@ def test_it_trains_in_mixed_precision(make_model, windows_of):
 @pytest.mark.parametrize(
     "loss",
     [
-        "reverse_kl",
-        "jensen_shannon",
-        "total_variation",
-        "skewed_kl",
-        "skewed_reverse_kl",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                *("reverse_kl", "jensen_shannon", "total_variation"),
+                *("skewed_kl", "skewed_reverse_kl"),
+            )
+        ),
         "universal_logit",
         [("forward_kl", 1.0), ("hidden_states", 0.5), ("attention_transfer", 0.5)],
         keras.losses.KLDivergence(),

@@ -261,7 +261,9 @@ def test_equal_logits_are_right_once_and_not_everywhere():
     assert float(accuracy.result()) == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_accumulated_micro_batches_equal_one_batch(make_model, windows_of, jit_compile):
     x, y = windows_of(8, 8)
     sample_weight = np.ones((8, 8), "float32")
@@ -276,9 +278,13 @@ def test_accumulated_micro_batches_equal_one_batch(make_model, windows_of, jit_c
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize(
-    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
+    ("policy", "jit_compile"),
+    [
+        ("mixed_float16", False),
+        pytest.param("mixed_float16", True, marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", True, marks=pytest.mark.slow),
+    ],
 )
 def test_mixed_precision_trains(make_model, windows_of, policy, jit_compile):
     keras.mixed_precision.set_global_policy(policy)

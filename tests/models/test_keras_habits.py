@@ -136,14 +136,17 @@ def test_a_batch_trains_and_is_measured_without_compile(make_model, windows_of):
 @pytest.mark.parametrize(
     "given",
     [
-        lambda x, y: ([x], y),
-        lambda x, y: ((x,), (y,)),
-        lambda x, y: ({"tokens": x}, y),
-        lambda x, y: (x, {"head": y}),
-        lambda x, y: (x, y[..., None]),
-        lambda x, y: (x.tolist(), y.tolist()),
-        lambda x, y: (tf.constant(x, tf.int64), tf.constant(y, tf.int64)),
+        lambda x, y: ({"tokens": x}, y[..., None]),
+        lambda x, y: (x.tolist(), {"head": y}),
         lambda x, y: (tf.data.Dataset.from_tensors(({"tokens": x}, y)), None),
+        *(
+            pytest.param(structure, marks=pytest.mark.slow)
+            for structure in (
+                lambda x, y: ([x], y),
+                lambda x, y: ((x,), (y,)),
+                lambda x, y: (tf.constant(x, tf.int64), tf.constant(y, tf.int64)),
+            )
+        ),
     ],
 )
 def test_data_come_in_every_structure(make_model, windows_of, given):
@@ -198,9 +201,14 @@ def test_class_weights_are_refused(make_model, windows_of):
         make_model().fit(*windows_of(4, 8), class_weight={0: 2.0}, verbose=0)
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
 @pytest.mark.parametrize(
-    ("role", "bad"), [("inputs", 31), ("inputs", -1), ("labels", 31), ("labels", -99)]
+    ("role", "bad", "jit_compile"),
+    [
+        ("inputs", -1, True),
+        ("labels", 31, False),
+        pytest.param("inputs", 31, False, marks=pytest.mark.slow),
+        pytest.param("labels", -99, True, marks=pytest.mark.slow),
+    ],
 )
 def test_ids_that_there_are_none_of_are_named(
     make_model, windows_of, role, bad, jit_compile
