@@ -426,6 +426,9 @@ def _panels(panels, key=()):
         draw_rows(axes, rows)
     if key:
         figure.legend(handles=key, loc="outside lower left", handlelength=3)
+    # Laid out once, and not for each file that it is saved to.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     return figure
 
 

@@ -20,18 +20,6 @@ from gpt_tf.evaluation.report import write_report
 from gpt_tf.formatting import NOT_MEASURED
 from gpt_tf.reporting import plots
 
-_MODES = {
-    "float32": "float32 weights",
-    "float16": "float16 weights, computed in float32",
-    "dynamic_int8": "int8 weights, activations quantised as it runs",
-    "int8": "int8 weights and activations",
-    "int8_full": "int8 weights, activations and cache",
-    "int16x8": "int8 weights, int16 activations",
-    "int4": "int4 weights",
-    "keras": "Keras model in float32",
-    "keras_qat": "quantisation-aware Keras model",
-}
-
 
 def publish(report: dict, folder: str | os.PathLike) -> list[Path]:
     """Write a report for programs and for people into a folder.
@@ -221,7 +209,6 @@ def _context(report, figures, folder):
         },
         "frontier": [point["name"] for point in frontier_of(points)],
         "rule": RULE,
-        "conditions_of_all": _conditions(report),
         "sample": recommendation.get("sample"),
         "corpus": _corpus(report["corpus"]),
         "machine": _machine(report["machine"]),
@@ -249,7 +236,9 @@ def _answer(report, folder):
     if chosen is None:
         miss = _sentence(recommendation.get("nearest_miss"))
         answer["warnings"] = [miss] if miss else []
-        of = f"None of {formatting.count(len(entries), 'file')} is within all budgets."
+        of = (
+            f"Of {formatting.count(len(entries), 'file')} no one is within all budgets."
+        )
         return answer | {"title": "Nothing fits the budgets", "what": of}
     before = by_name.get(report["reference"])
     before = None if before is chosen else before
@@ -258,25 +247,13 @@ def _answer(report, folder):
     model = shlex.quote(path)
     return answer | {
         "title": chosen["name"],
-        "what": _what_it_is(chosen),
+        "entry": chosen,
         "names": [f"before: {before['name']}", "after"] if before else ["measured"],
         "compared": _compared(before, chosen),
         "command": f"gpt-tf generate --model {model} --prompt {shlex.quote(prompt)}",
         # Paths of what lies elsewhere are as they were given.
         "is_below": not os.path.isabs(path) and (folder / path).exists(),
     }
-
-
-def _what_it_is(entry):
-    parts = [_MODES.get(entry["mode"], entry["mode"])]
-    if entry["parameters"]:
-        parts.append(formatting.count(entry["parameters"], "parameter"))
-    if entry["context_length"]:
-        tokens = formatting.count(entry["context_length"], "token")
-        parts.append(f"context of {tokens}")
-    if entry["made_from"]:
-        parts.append(str(entry["made_from"]).rstrip("."))
-    return ", ".join(str(part) for part in parts if part)
 
 
 def _compared(before, after):
@@ -347,25 +324,6 @@ def _bests(entries):
             best = min(numbers, key=lambda name: sign * numbers[name])
             rows.append([label, best, write(numbers[best])])
     return rows
-
-
-def _conditions(report):
-    """Return how latency was measured, where that is the same for all files."""
-    found = []
-    for part, one in (
-        ("prompt_tokens", "prompt token"),
-        ("new_tokens", "new token"),
-        ("threads", "thread"),
-        ("repetitions", "repetition"),
-    ):
-        values = {
-            entry["latency"].get(part)
-            for entry in report["entries"]
-            if entry["latency"]
-        }
-        if len(values) == 1 and None not in values:
-            found.append(formatting.count(values.pop(), one))
-    return ", ".join(found)
 
 
 def _corpus(corpus):
