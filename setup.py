@@ -28,6 +28,8 @@ TRAIN = [
     "h5py>=3.11,<4",
     "safetensors>=0.5,<1",
     "matplotlib>=3.8,<4",
+    "adjustText>=1.3,<2",
+    "Jinja2>=3.1,<4",
     "tensorboard>=2.21,<2.22",
     # What is trained is exported too, and run before it gets its name.
     *EDGE,
@@ -35,7 +37,7 @@ TRAIN = [
     # TF-MOT imports distutils without asking for it; from 3.12 it is setuptools'.
     'setuptools>=69; python_version >= "3.12"',
 ]
-EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1"]
+EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1", "Jinja2>=3.1,<4"]
 DOCS = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.6,<10",
@@ -70,6 +72,7 @@ setup(
     license_files=["LICENSE"],
     cmdclass={"build_py": BuildWithModel},
     packages=find_packages(include=["gpt_tf", "gpt_tf.*"]),
+    package_data={"gpt_tf.reporting": ["report.css", "templates/*.j2"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "numpy>=1.26,<3",

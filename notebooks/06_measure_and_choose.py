@@ -59,6 +59,8 @@ import statistics
 import unittest
 import xml
 
+from gpt_tf.reporting.latency_tables import print_latency
+from gpt_tf.reporting.pictures import draw_accuracy, draw_latency, draw_pareto
 from IPython.display import Image
 
 import gpt_tf
@@ -69,8 +71,6 @@ from gpt_tf.evaluation.hardware import describe_machine
 from gpt_tf.evaluation.latency import compare_latencies
 from gpt_tf.evaluation.regression import compare_with_baseline, read_baseline
 from gpt_tf.evaluation.report import entry_of, new_report
-from gpt_tf.reporting.latency_tables import print_latency
-from gpt_tf.reporting.pictures import draw_accuracy, draw_latency, draw_pareto
 from gpt_tf.workflow.optimization import optimize
 
 # %% tags=["parameters"]

@@ -22,7 +22,7 @@ from gpt_tf.text.dataset import TokenFile
 from gpt_tf.training.loop import HISTORY
 from gpt_tf.training.run_folder import read_run
 from gpt_tf.workflow.steps import Stages
-from tests.reporting.test_page import full_report
+from tests.reporting.samples import full_report
 
 FORGED = (None, "x", "", -1, 0, 1.5, True, [], {}, [1], {"a": 1}, 10**30)
 _GONE = object()

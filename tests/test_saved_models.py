@@ -139,7 +139,7 @@ def test_the_first_sentence_needs_no_model_and_no_tensorflow():
     assert result.stdout.startswith("def") and len(result.stdout) > 20
 
 
-def test_a_wheel_brings_the_shipped_model(tmp_path):
+def test_a_wheel_brings_the_shipped_model_and_the_reports_templates(tmp_path):
     root = FOLDER.parent
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(root / name, tmp_path)
@@ -156,6 +156,11 @@ def test_a_wheel_brings_the_shipped_model(tmp_path):
     built = tmp_path / "built" / "gpt_tf" / "saved_models" / bundled_model.NAME
     assert built.read_bytes() == (FOLDER / bundled_model.NAME).read_bytes()
     assert built.with_name(bundled_model.NAME + ".json").is_file()
+    reporting = root / "gpt_tf" / "reporting"
+    shown = [path for path in reporting.rglob("*") if path.suffix in (".j2", ".css")]
+    assert len(shown) > 3
+    for path in shown:
+        assert (tmp_path / "built" / path.relative_to(root)).is_file()
 
 
 def test_a_missing_shipped_model_is_one_line(monkeypatch, tmp_path):

@@ -60,11 +60,7 @@ def benchmark(
     from gpt_tf.evaluation.latency import REPETITIONS, REQUESTS, ROUNDS, measure_files
     from gpt_tf.evaluation.regression import compare_with_baseline, read_baseline
     from gpt_tf.evaluation.report import place_of_report, write_report
-    from gpt_tf.reporting.latency_tables import (
-        TurnProgress,
-        print_baseline,
-        print_latency,
-    )
+    from gpt_tf.reporting import tables
 
     tokens = 16 if quick else 64
     sizes = {
@@ -77,7 +73,7 @@ def benchmark(
     if out is not None:
         out = place_of_report(out)
     stored = None if baseline is None else read_baseline(baseline, **sizes)
-    with TurnProgress() as progress:
+    with tables.MeasurementProgress() as progress:
         made = measure_files(
             file,
             **sizes,
@@ -90,15 +86,15 @@ def benchmark(
             engine=engine,
             out=out,
             command=shlex.join(["gpt-tf", *sys.argv[1:]]),
-            on_progress=progress.update,
+            on_progress=progress.turn,
         )
-    print_latency(made)
+    tables.print_latency(made)
     if out is not None:
         write_report(out, made)
         notice(f"report: {out}")
     if stored is not None:
         compared = compare_with_baseline(made, stored)
-        print_baseline(compared)
+        tables.print_baseline(compared)
         if compared["regressed"]:
             raise typer.Exit(1)
 

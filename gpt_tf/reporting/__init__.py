@@ -1,6 +1,7 @@
-"""What people see of the results: one page, pictures, tables.
+"""What people see of the results: one page, plots, tables.
 
-It shows and computes nothing. `page` is the report of `optimize`, `pictures` its plots,
-`explanations` the page of one explanation, `latency_tables` the terminal's tables.
-Imports `advisor`, `explain` and `evaluation`'s schema. Start with `page`.
+It shows and computes nothing. `render` makes the report of `optimize` from `templates/`
+and `report.css`; `plots` draws, `tables` writes to the terminal, `explanations` shows
+one explanation in all three ways. A new column of the report is a line in its template.
+Imports `advisor`, `explain` and `evaluation`'s schema. Start with `render`.
 """

@@ -6,10 +6,8 @@ The last token is often ten times as strong as any other; so that these are seen
 the depth of a colour follows the square root of the score. Bars are to scale.
 """
 
-import html
 import math
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from rich.text import Text
 from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.explain.attribution import Explanation
+from gpt_tf.reporting import plots
 from gpt_tf.settings import arguments
 
 _UP, _DOWN = (217, 95, 2), (49, 130, 206)
@@ -97,24 +96,23 @@ def write_explanation_html(explanation: Explanation, path: str | os.PathLike) ->
 
 def explanation_html(explanation: Explanation) -> str:
     """Return that page."""
-    strengths = _strengths(explanation)
-    tokens = "".join(
-        f'<span class="{_side(depth)}" style="--a:{abs(depth):.2f}" '
-        f'title="{position}: {_written(explanation, position)}">'
-        f"{html.escape(_visible(token))}</span>"
-        for position, (token, depth) in enumerate(
-            zip(explanation.texts, _depths(explanation), strict=True)
-        )
-    )
-    rows = "".join(
-        f"<tr><td>{position}</td>"
-        f"<td><code>{html.escape(_quoted(explanation.texts[position]))}</code></td>"
-        f"<td>{_written(explanation, position)}</td>"
-        f'<td><i class="{"up" if strengths[position] > 0 else "down"}" '
-        f'style="width:{abs(strengths[position]):.1%}"></i></td></tr>\n'
-        for position in _strongest(explanation)
-    )
-    target = html.escape(_quoted(explanation.target_text))
+    # The terminal does without Jinja.
+    from gpt_tf.reporting.render import render
+
+    strengths, depths = _strengths(explanation), _depths(explanation)
+    tokens = [
+        {
+            "position": position,
+            "visible": _visible(text),
+            "quoted": _quoted(text),
+            "score": _written(explanation, position),
+            "depth": f"{abs(depths[position]):.2f}",
+            "side": _side(depths[position]),
+            "sign": "up" if strengths[position] > 0 else "down",
+            "width": f"{abs(strengths[position]):.1%}",
+        }
+        for position, text in enumerate(explanation.texts)
+    ]
     facts = {
         "probability": f"{explanation.probability:.1%}",
         "log-probability": f"{explanation.log_probability:.3f} nats",
@@ -126,23 +124,15 @@ def explanation_html(explanation: Explanation) -> str:
         facts[steps] = f"{explanation.num_samples:,}"
         if explanation.method != "gradient":
             facts["seed"] = str(explanation.seed)
-    listed = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
-        for name, value in facts.items()
-    )
-    down, up = '<span class="down" style="--a:1">pushes it down</span> ', "pushes it up"
-    if not _signed(explanation):
-        down, up = "", "looked at"
-    return _PAGE.format(
-        title=f"Why {target}?",
-        style=_STYLE,
+    return render(
+        "explanation.html.j2",
+        target=_quoted(explanation.target_text),
         tokens=tokens,
-        target=target,
-        facts=listed,
-        down=down,
-        up=up,
-        method=f"{explanation.method}: {html.escape(_SAID_OF[explanation.method])}",
-        rows=rows,
+        strongest=[tokens[position] for position in _strongest(explanation)],
+        is_signed=_signed(explanation),
+        method=explanation.method,
+        unit=_SAID_OF[explanation.method],
+        facts=facts,
     )
 
 
@@ -156,15 +146,17 @@ def draw_explanation(
         path: PNG to write.
         top: Number of bars.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     top = arguments.integer("top", top, 1)
+    with plots.house_style():
+        figure = _figure_of(explanation, top)
+    plots.save(figure, path)
+
+
+def _figure_of(explanation, top):
     lines = _laid_out(explanation.texts)
     shown = _strongest(explanation)[:top][::-1]
     heights = (0.2 * len(lines) + 0.2, 0.27 * len(shown) + 0.7)
-    figure = Figure(figsize=(8, sum(heights) + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.new_figure(sum(heights) + 0.9, width=8)
     above, below = figure.subplots(2, height_ratios=heights)
     _draw_tokens(above, lines, _depths(explanation))
     figure.suptitle(
@@ -172,27 +164,17 @@ def draw_explanation(
         f"probability {explanation.probability:.1%}",
         x=0.01,
         ha="left",
-        parse_math=False,
     )
     scores = explanation.scores[shown]
     colours = [_hex(_UP if score >= 0 else _DOWN) for score in scores]
     below.barh(range(len(shown)), scores, color=colours, height=0.7)
-    below.axvline(0, color="#555555", linewidth=0.8)
-    below.set_yticks(
-        range(len(shown)),
-        [f"{_quoted(explanation.texts[p])}  {p}" for p in shown],
-        family="monospace",
-        fontsize=8,
-        parse_math=False,
-    )
+    below.axvline(0, color=plots.GREY, linewidth=0.8)
+    labels = [f"{_quoted(explanation.texts[p])}  {p}" for p in shown]
+    below.set_yticks(range(len(shown)), labels, family="monospace", fontsize=8)
     below.set_xlabel(_SAID_OF[explanation.method], fontsize=8)
     below.tick_params(axis="x", labelsize=8)
-    for side in ("top", "right", "left"):
-        below.spines[side].set_visible(False)
-    with warnings.catch_warnings(), artifacts.atomic_file(path) as file:
-        # The font has no sign for every character; it draws a box then.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(file, format="png", dpi=120)
+    below.spines["left"].set_visible(False)
+    return figure
 
 
 # Columns of a line of coloured tokens, and how wide one is in the axes.
@@ -293,7 +275,6 @@ def _draw_tokens(axes, lines, depths):
                     fontsize=8,
                     ha="center",
                     va="center",
-                    parse_math=False,
                 )
 
 
@@ -365,82 +346,3 @@ def _mixed(depth, paper):
 
 def _hex(colour):
     return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #ffffff; --card: #f5f7f9; --ink: #1f2933; --soft: #52606d;
-  --line: #d9e0e6;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14181d; --card: #1e242b; --ink: #e6eaee; --soft: #a8b3bd;
-    --line: #343d47;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; max-width: 52rem; padding: 1.25rem; line-height: 1.5;
-  background: var(--paper); color: var(--ink);
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-}
-h1 { font-size: 1.5rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-pre {
-  background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  padding: .75rem 1rem; margin: 0; line-height: 1.7; font-size: .9rem;
-  white-space: pre-wrap; overflow-wrap: anywhere;
-}
-.up, .down { border-radius: .15rem; }
-span.up { background: rgba(217, 95, 2, calc(.1 + .5 * var(--a))); }
-span.down { background: rgba(49, 130, 206, calc(.1 + .5 * var(--a))); }
-p { color: var(--soft); font-size: .9rem; margin: .75rem 0; }
-p span { color: var(--ink); padding: .1rem .4rem; }
-dl { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; }
-dt { color: var(--soft); font-size: .85rem; }
-dd { margin: 0; font-weight: 600; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td {
-  border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: right;
-}
-th { color: var(--soft); font-weight: 500; }
-th:nth-child(2), td:nth-child(2) { text-align: left; }
-td code { white-space: pre-wrap; overflow-wrap: break-word; }
-td:last-child { width: 35%; text-align: left; }
-@media (max-width: 30rem) {
-  th, td { padding: .25rem; }
-  td:last-child { width: 20%; }
-}
-td i { display: block; height: .8rem; min-width: 1px; background: var(--line); }
-td i.up { background: rgb(217, 95, 2); }
-td i.down { background: rgb(49, 130, 206); }
-"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>Why <code>{target}</code>?</h1>
-<pre>{tokens}</pre>
-<p>{down}<span class="up" style="--a:1">{up}</span> {method}</p>
-<dl>{facts}</dl>
-<h2>Tokens by strength</h2>
-<table>
-<thead><tr>
-<th scope="col">position</th><th scope="col">token</th><th scope="col">score</th>
-<td></td>
-</tr></thead>
-<tbody>
-{rows}</tbody>
-</table>
-</body>
-</html>
-"""

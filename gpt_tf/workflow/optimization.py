@@ -37,7 +37,8 @@ from gpt_tf.evaluation.text import DEFAULT_CORPUS, held_out_text
 from gpt_tf.explain.faithfulness import compare_explanations, deletion_test, prompts_of
 from gpt_tf.export.from_run import export_trained
 from gpt_tf.progress import StepProgress
-from gpt_tf.reporting import page
+from gpt_tf.reporting import plots
+from gpt_tf.reporting.render import publish
 from gpt_tf.settings import arguments
 from gpt_tf.settings.configuration import differences
 from gpt_tf.training import loop
@@ -56,7 +57,7 @@ CHOSEN_NAME = "gpt.litertlm"
 _OWN_ENTRIES = (
     *(CONFIG_NAME, "runs", "files", "measurements", STAGES_FOLDER, CHOSEN_NAME),
     *(f"{CHOSEN_NAME}.json", "report.html", "report.json"),
-    *(f"{name}.png" for name in page.PICTURES),
+    *(f"{name}.png" for name in plots.PLOTS),
 )
 REFERENCE = "teacher-float32"
 _PYTHON_PROMPT = "    def __init__(self"
@@ -362,7 +363,7 @@ class _Optimization:
         report["explanations"] = self._explain(report["recommendation"], text)
         report["stages"] = [done._asdict() for done in self.stages.done]
         report["notes"] = self.notes
-        page.publish(report, self.out)
+        publish(report, self.out)
         return report
 
     def _train_teacher(self):

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from gpt_tf.advisor import estimate as estimates
 from gpt_tf.advisor.estimate import count_parameters
+from gpt_tf.advisor.frontier import frontier_of, pareto_points
 from gpt_tf.advisor.ranking import (
     SCENARIOS,
     Budgets,
@@ -23,7 +24,6 @@ from gpt_tf.advisor.ranking import (
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation.report import new_entry, new_report
 from gpt_tf.export.signatures import MODES
-from gpt_tf.reporting.pictures import frontier_of, pareto_points
 
 CONFIG = {
     "vocab_size": 1024,

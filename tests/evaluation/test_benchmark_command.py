@@ -14,7 +14,7 @@ from gpt_tf import cli
 from gpt_tf.evaluation import latency
 from gpt_tf.evaluation.latency import spread
 from gpt_tf.evaluation.report import new_entry, new_report, read_report, write_report
-from gpt_tf.reporting import latency_tables
+from gpt_tf.reporting import tables
 
 SAVED = Path(__file__).parents[2] / "saved_models"
 FILE = SAVED / "python-small.litertlm"
@@ -228,13 +228,13 @@ def test_files_stand_side_by_side_and_names_are_no_markup():
     report = made_report("a[b]", "other")
     report["entries"][1] = copy.deepcopy(report["entries"][1])
     report["entries"][1]["latency"]["throughput"] = []
-    text = printed(latency_tables.print_latency, report)
+    text = printed(tables.print_latency, report)
     (names,) = [line.split() for line in text.splitlines() if "a[b]" in line]
     assert names == ["a[b]", "other"]
     (rates,) = [line.split() for line in text.splitlines() if "4 requests" in line]
-    assert rates[-2:] == ["70", "-"]
-    assert "1 (0.99-1.01)" in text and "share of bandwidth" in text and "50%" in text
-    assert "5.0 GB/s to 1 thread, 9.0 GB/s to 2 threads" in text
+    assert rates[-2:] == ["70", "\N{EN DASH}"]
+    assert "1 (0.99-1.01)" in text and "share of bandwidth" in text and "50 %" in text
+    assert "5 GB/s to 1 thread, 9 GB/s to 2 threads" in text
     assert "a note [about] it" in text
     # What no file has is left out.
     assert "cold start" not in text and "joules" not in text
@@ -242,7 +242,7 @@ def test_files_stand_side_by_side_and_names_are_no_markup():
 
 def test_more_files_than_have_room_go_below(width=80):
     names = [f"file{index}" for index in range(5)]
-    text = printed(latency_tables.print_latency, made_report(*names), width)
+    text = printed(tables.print_latency, made_report(*names), width)
     heads = [line.split() for line in text.splitlines() if "file" in line]
     assert heads == [names[:2], names[2:4], names[4:]]
     assert all(len(line) <= width for line in text.splitlines())

@@ -1,0 +1,255 @@
+"""Tables in a terminal: accuracy, latency, and what changed since a baseline."""
+
+import collections
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from gpt_tf.formatting import NOT_MEASURED, count, interval, number, percent, quantity
+
+_LABEL_WIDTH = 26
+_CELL_WIDTH = 25
+_MARKS = {
+    "worse": Text("worse", "bold red"),
+    "better": Text("better", "green"),
+    "none": Text("="),
+}
+_LABELS = {
+    "time_to_first_token_ms": "first token, ms",
+    "inter_token_latency_ms": "between tokens, ms",
+    "response_time_ms": "response, ms",
+    "load_ms": "loading, ms",
+    "cold_start_ms": "cold start, ms",
+    "tokens_per_s": "tokens/s",
+    "peak_memory_bytes": "peak memory, bytes",
+    "size_bytes": "size, bytes",
+    "energy_j_per_token": "joules a token",
+}
+# Heading in two lines, part of an entry's accuracy, scale, and whether it is a change.
+_ACCURACY = (
+    ("perplexity", "perplexity", 1, False),
+    ("increase\n%", "perplexity_increase", 100, True),
+    ("bits a\nbyte", "bits_per_byte", 1, False),
+    ("right\n%", "token_accuracy", 100, False),
+    ("KL\nnats", "divergence_nats", 1, False),
+    ("agreed\n%", "top1_agreement", 100, False),
+)
+
+
+class MeasurementProgress:
+    """Bars of a measurement on standard error, gone once it is done.
+
+    Nothing is shown where that is no terminal.
+
+    Example:
+        >>> with MeasurementProgress() as progress:
+        ...     evaluate_files(paths, on_progress=progress.count)
+    """
+
+    def __init__(self):
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks = {}
+
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._progress.stop()
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Say how far one of several counts is; each has its own bar."""
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._tasks[what], completed=done)
+
+    def turn(self, done: int, total: int, what: str) -> None:
+        """Say how many turns are done, and what comes; all turns share a bar."""
+        if "turn" not in self._tasks:
+            self._tasks["turn"] = self._progress.add_task(what, total=total)
+        task = self._tasks["turn"]
+        self._progress.update(task, completed=done, total=total, description=what)
+
+
+def print_accuracy(report: dict, console: Console | None = None) -> None:
+    """Print how well files predict text, below each value its 95 % interval.
+
+    Args:
+        report: As `gpt_tf.evaluation.accuracy.evaluate_files` returns it.
+        console: Where to write; standard output unless given.
+    """
+    entries = report["entries"]
+    # Columns in which nothing stands only take space.
+    columns = [
+        column
+        for column in _ACCURACY
+        if any(entry["accuracy"][column[1]] for entry in entries)
+    ]
+    has_parsed = any(entry["accuracy"]["parsed"] for entry in entries)
+    table = _table(
+        "Accuracy; below each value the ends of its 95 % interval",
+        show_lines=True,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("file", overflow="fold")
+    for title, *_ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    if has_parsed:
+        table.add_column("parsed\n%", justify="right", no_wrap=True)
+    for entry in entries:
+        accuracy = entry["accuracy"]
+        cells = [_lines(accuracy[part], *form) for _, part, *form in columns]
+        if has_parsed:
+            cells.append(_lines((accuracy["parsed"] or {}).get("share"), 100, False))
+        size = quantity(entry["size_bytes"] / 1e6, "MB")
+        # A name may hold brackets; none of it is rich's markup.
+        table.add_row(Text(f"{entry['name']}\n{entry['mode']}\n{size}"), *cells)
+    (console or Console()).print(table)
+
+
+def _lines(found, scale, signed):
+    return "\n".join(interval(found, scale, signed)) if found else NOT_MEASURED
+
+
+def print_latency(report: dict, console: Console | None = None) -> None:
+    """Print the latencies of a report, files side by side.
+
+    Args:
+        report: As `gpt_tf.evaluation.latency.measure_files` returns it.
+        console: Where to write; standard output unless given.
+    """
+    console = console or Console()
+    entries = [entry for entry in report["entries"] if entry["latency"]]
+    most = max(1, (console.width - _LABEL_WIDTH) // _CELL_WIDTH)
+    for start in range(0, len(entries), most):
+        shown = entries[start : start + most]
+        first = shown[0]["latency"]
+        table = _table(
+            f"{first['prompt_tokens']} prompt tokens, {first['new_tokens']} new; times "
+            "in ms: median (quartiles)"
+        )
+        table.add_column("", no_wrap=True)
+        for entry in shown:
+            # A name may hold brackets; none of it is rich's markup.
+            table.add_column(Text(entry["name"]), justify="right", overflow="fold")
+        columns = [_latency_cells(entry) for entry in shown]
+        for label in dict.fromkeys(label for cells in columns for label in cells):
+            cells = [column.get(label, NOT_MEASURED) for column in columns]
+            if any(cell != NOT_MEASURED for cell in cells):
+                table.add_row(label, *cells)
+        console.print(table)
+    for line in (_machine_line(report["machine"]), *report["notes"]):
+        if line:
+            console.print(Text(line))
+
+
+def _latency_cells(entry):
+    """Return the cells of a file by their labels."""
+    latency = entry["latency"]
+    gaps = latency["inter_token_latency_ms"]
+    cells = {
+        "size, MB": number(entry["size_bytes"] / 1e6),
+        "engine": latency["engine"],
+        "threads": str(latency["threads"]),
+        "first token": _spread(latency["time_to_first_token_ms"]),
+        "between tokens": _spread(gaps),
+        **{f"  {part}": number(gaps[part]) for part in ("p95", "p99", "worst")},
+        "response": _spread(latency["response_time_ms"]),
+        "tokens/s": number(latency["tokens_per_s"]),
+        "loading": _spread(latency["load_ms"]),
+        "cold start": _spread(latency["cold_start_ms"]),
+        "peak memory, MB": number(_scaled(latency["peak_memory_bytes"], 1e-6)),
+        "share of bandwidth": percent(latency["bandwidth_share"]),
+        "joules a token": number(latency["energy_j_per_token"]),
+    }
+    for row in latency["throughput"]:
+        label = f"tokens/s, {count(row['requests'], 'request')}"
+        cells[label] = number(row["tokens_per_s"])
+    for row in latency["by_context"]:
+        prompt = f"prompt {row['context']}"
+        cells[f"first token, {prompt}"] = _spread(row["time_to_first_token_ms"])
+        cells[f"between, {prompt}"] = _spread(row["inter_token_latency_ms"])
+    for row in latency["by_threads"]:
+        label = f"between, {count(row['threads'], 'thread')}"
+        cells[label] = _spread(row["inter_token_latency_ms"])
+    return cells
+
+
+def print_baseline(comparison: dict, console: Console | None = None) -> None:
+    """Print what changed since a baseline, with a mark where it is beyond noise.
+
+    Args:
+        comparison: As `gpt_tf.evaluation.regression.compare_with_baseline` returns it.
+        console: Where to write; standard output unless given.
+    """
+    console = console or Console()
+    rows = comparison["rows"]
+    for name in dict.fromkeys(row["entry"] for row in rows):
+        table = _table(Text(f"{name} beside the baseline; = is within noise"))
+        table.add_column("", no_wrap=True)
+        for title in ("before", "now", "ratio", ""):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in rows:
+            if row["entry"] == name:
+                ratio = NOT_MEASURED if row["ratio"] is None else f"{row['ratio']:.3f}"
+                values = (number(row["before"]), number(row["after"]), ratio)
+                mark = _MARKS.get(row["change"], "")
+                table.add_row(_label(row["metric"]), *values, mark)
+        console.print(table)
+    for line in comparison["notes"]:
+        console.print(Text(line))
+    changes = collections.Counter(row["change"] for row in rows)
+    console.print(f"{changes['worse']} worse beyond noise, {changes['better']} better")
+
+
+def _label(metric):
+    name, separator, rest = metric.partition(" ")
+    comma = "," if name.endswith(",") else ""
+    return _LABELS.get(name.rstrip(","), name.rstrip(",")) + comma + separator + rest
+
+
+def _table(title, **options):
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, **options)
+
+
+def _machine_line(machine):
+    if not machine:
+        return ""
+    rates = machine.get("read_bytes_per_s") or {}
+    read = ", ".join(
+        f"{quantity(rate / 1e9, 'GB/s')} to {count(int(threads), 'thread')}"
+        for threads, rate in rates.items()
+    )
+    memory = f"; memory gives {read}" if read else ""
+    return f"{machine['cpu']}, {machine['cores']} cores{memory}"
+
+
+def _spread(spread):
+    if spread is None:
+        return NOT_MEASURED
+    median, *quartiles = (number(spread[part]) for part in ("median", "q1", "q3"))
+    return f"{median} ({'-'.join(quartiles)})"
+
+
+def _scaled(value, scale):
+    return None if value is None else value * scale

@@ -1,0 +1,72 @@
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_tf.advisor.frontier import frontier_of, outside_of, pareto_points
+from tests.reporting.samples import report_of
+
+
+def test_a_point_stands_at_its_median_and_increase_and_its_whisker_at_p95():
+    report = report_of(4)
+    points, is_increase = pareto_points(report)
+    assert is_increase
+    for point, entry in zip(points, report["entries"], strict=True):
+        spread = entry["latency"]["inter_token_latency_ms"]
+        increase = entry["accuracy"]["perplexity_increase"]
+        assert (point["x"], point["p95"]) == (spread["median"], spread["p95"])
+        assert point["y"] == (1 + increase["value"] if increase else 1)
+
+
+def test_without_a_reference_perplexity_itself_is_the_accuracy():
+    report = report_of(3, reference=None)
+    points, is_increase = pareto_points(report)
+    assert not is_increase
+    assert points[0]["y"] == report["entries"][0]["accuracy"]["perplexity"]["value"]
+
+
+def test_the_frontier_is_what_none_dominates():
+    def frontier(places, outside=()):
+        points = [{"x": x, "y": y, "is_outside": (x, y) in outside} for x, y in places]
+        return [(point["x"], point["y"]) for point in frontier_of(points)]
+
+    places = [(1, 5), (2, 5), (2, 3), (3, 4), (4, 1), (4, 2)]
+    assert frontier(places) == [(1, 5), (2, 3), (4, 1)]
+    # What breaks a budget dominates nothing, unless nothing keeps them.
+    assert frontier(places, [(2, 3), (4, 1)]) == [(1, 5), (3, 4), (4, 2)]
+    assert frontier(places, places) == frontier(places)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(*[st.integers(0, 4)] * 2), max_size=9))
+def test_a_point_is_on_the_frontier_unless_one_dominates_it(places):
+    points = [
+        {"x": x, "y": y, "name": name, "is_outside": False}
+        for name, (x, y) in enumerate(places)
+    ]
+    expected = [
+        point
+        for point in points
+        if not any(
+            other[0] <= point["x"]
+            and other[1] <= point["y"]
+            and other != (point["x"], point["y"])
+            for other in places
+        )
+    ]
+    assert frontier_of(points) == sorted(expected, key=lambda point: point["x"])
+
+
+def test_budgets_rule_files_out_where_nothing_is_recommended():
+    report = report_of(2)
+    first, second = (entry["name"] for entry in report["entries"])
+    assert outside_of(report) == set()
+    slow = max(
+        report["entries"],
+        key=lambda entry: entry["latency"]["inter_token_latency_ms"]["p95"],
+    )
+    limit = slow["latency"]["inter_token_latency_ms"]["p95"]
+    report["budgets"]["max_latency_ms"] = limit * 1.0001
+    assert outside_of(report) == set()
+    report["budgets"]["max_latency_ms"] = limit * 0.9999
+    assert outside_of(report) == {slow["name"]}
+    report["recommendation"] = {"ruled_out": [{"name": first}], "budgets": {}}
+    assert outside_of(report) == {first} != {second}

@@ -1,0 +1,155 @@
+"""The plots: what is drawn where, labels that do not overlap, whole files."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from gpt_tf import artifacts
+from gpt_tf.evaluation.report import new_report
+from gpt_tf.reporting import plots
+from tests.reporting.samples import (
+    LONG_NAME,
+    accuracy_of,
+    entry_of,
+    latency_of,
+    report_of,
+)
+
+
+def labels_of(figure):
+    """The labels of the Pareto plot, and their boxes."""
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in texts]
+    return texts, boxes
+
+
+def words_of(figure):
+    legends = [text.get_text() for key in figure.legends for text in key.get_texts()]
+    return legends + [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_what_was_measured_decides_what_is_drawn(tmp_path):
+    def drawn(**parts):
+        report = new_report([entry_of("one", **parts)])
+        path = tmp_path / "folder" / "plot.png"
+        return {name for name in plots.PLOTS if plots.draw(name, report, path)}
+
+    assert drawn() == {"sizes"}
+    assert (tmp_path / "folder" / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert drawn(latency=latency_of(2.0, False)) == {"sizes", "latency"}
+    assert drawn(accuracy=accuracy_of(5.0)) == {"sizes", "accuracy"}
+    both = drawn(accuracy=accuracy_of(5.0), latency=latency_of(2.0, False))
+    assert both == set(plots.PLOTS)
+    assert not any(
+        plots.draw(name, new_report([]), tmp_path / "none.png") for name in plots.PLOTS
+    )
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [(1, LONG_NAME), (6, LONG_NAME), (9, "int8-{}"), (10, "{}-student"), (20, "{}")],
+)
+def test_labels_neither_overlap_nor_leave_the_plot(count, name):
+    figure = plots.figure_of("pareto", report_of(count, 1, name))
+    _, boxes = labels_of(figure)
+    assert len(boxes) == count
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    frame = figure.axes[0].get_window_extent()
+    for box in boxes:
+        assert frame.x0 - 1 <= box.x0 < box.x1 <= frame.x1 + 1
+        assert frame.y0 - 1 <= box.y0 < box.y1 <= frame.y1 + 1
+
+
+def test_many_files_or_long_names_are_numbered_and_named_below():
+    report = report_of(11, name="int8-{}")
+    for entries in (report["entries"], report_of(2)["entries"]):
+        figure = plots.figure_of("pareto", new_report(entries))
+        texts = [text.get_text() for text in labels_of(figure)[0]]
+        assert texts == [str(number + 1) for number in range(len(entries))]
+        for number, entry in enumerate(entries, 1):
+            assert f"{number}  {entry['name']}" in words_of(figure)
+
+
+def test_the_recommended_file_and_budgets_are_marked():
+    report = report_of(3, name="file-{}")
+    report["budgets"].update(max_latency_ms=4.0, max_perplexity_increase=0.05)
+    report["recommendation"] = {
+        "choice": "file-1",
+        "budgets": report["budgets"],
+        "ruled_out": [{"name": "file-2"}],
+    }
+    figure = plots.figure_of("pareto", report)
+    bold = [t.get_text() for t in labels_of(figure)[0] if t.get_fontweight() == "bold"]
+    assert bold == ["file-1"]
+    words = " ".join(words_of(figure))
+    assert "budget 4 ms" in words and "budget +5 %" in words and "recommended" in words
+    # A far budget does not press the points into a corner.
+    near = figure.axes[0].get_xlim()[1]
+    report["budgets"]["max_latency_ms"] = 500.0
+    figure = plots.figure_of("pareto", report)
+    assert figure.axes[0].get_xlim()[1] <= near
+    assert any("budget 500 ms" in word for word in words_of(figure))
+
+
+def test_the_area_of_a_point_is_proportional_to_the_files_size():
+    entries = [
+        entry_of(f"of-{size}", size, accuracy_of(5.0 + size), latency_of(2.0))
+        for size in (2, 8)
+    ]
+    figure = plots.figure_of("pareto", new_report(entries))
+    areas = [float(disc.get_sizes()[0]) for disc in figure.axes[0].collections]
+    assert max(areas) == pytest.approx(4 * min(areas))
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    names = ["$x^2$ {", "_hidden", "模型-int8", "a\nb\tc", "<b>"]
+    report = new_report(
+        [
+            entry_of(name, 1 + place, accuracy_of(5.0 + place), latency_of(2.0 + place))
+            for place, name in enumerate(names)
+        ]
+    )
+    for name in plots.PLOTS:
+        assert plots.draw(name, report, tmp_path / "plot.png")
+    figure = plots.figure_of("pareto", report)
+    texts = [text.get_text() for text in labels_of(figure)[0]]
+    assert texts == [*names[:3], "a b c", names[4]]
+    words = " ".join(words_of(plots.figure_of("latency", report)))
+    assert "_hidden" in words and "$x^2$ {" in words
+    svg = plots.svg_of(figure, "pareto", 'a "title" <b>')
+    assert "&lt;b&gt;" in svg and "<b>" not in svg and "xmlns" not in svg
+
+
+def test_neither_a_users_style_nor_the_plots_randomness_gets_through(tmp_path):
+    import matplotlib
+
+    report, paths = report_of(2, name="{}"), [tmp_path / "one", tmp_path / "other"]
+    np.random.seed(3)
+    state = np.random.get_state()[1].copy()
+    plots.draw("pareto", report, paths[0])
+    assert np.array_equal(np.random.get_state()[1], state)
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
+        plots.draw("pareto", report, paths[1])
+        assert matplotlib.rcParams["font.size"] == 30
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    report["entries"][1]["latency"]["inter_token_latency_ms"]["median"] *= 0.9
+    plots.draw("pareto", report, paths[1])
+    assert paths[0].read_bytes() != paths[1].read_bytes()
+
+
+def test_an_interrupted_plot_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "sizes.png"
+    path.write_bytes(b"old")
+
+    def fail(handle):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(artifacts.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plots.draw("sizes", report_of(1), path)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["sizes.png"]
