@@ -16,7 +16,6 @@ from gpt_tf.evaluation.accuracy import (
     block_bootstrap,
     evaluate_files,
     measure_accuracies,
-    measure_accuracy,
 )
 from gpt_tf.evaluation.models import KerasGPT
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
@@ -58,6 +57,15 @@ class Bigrams:
         self.asked += [self.position + index for index in range(len(ids))]
         self.prefill(ids)
         return self.table[ids]
+
+
+def measure_accuracy(model, text, reference=None, name="the model", **options):
+    """What is measured of one model, beside a reference."""
+    models, compared = {name: model}, None
+    if reference is not None:
+        compared = "the reference"
+        models[compared] = reference
+    return measure_accuracies(models, compared, text, **options)[name]
 
 
 def bigram_nats(table, texts, tokenizer=CHARACTERS):
