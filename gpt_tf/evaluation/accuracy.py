@@ -188,7 +188,7 @@ def block_bootstrap(
     Reference: Efron and Tibshirani, "An Introduction to the Bootstrap", section 13.3.
     """
     samples = arguments.integer("samples", samples, 1)
-    seed = arguments.integer("seed", seed)
+    seed = arguments.integer("seed", seed, most=2**32 - 1)
     totals = np.asarray(totals, np.float64)
     count = len(totals)
     if not count:
