@@ -30,6 +30,7 @@ TRAIN = [
     "matplotlib>=3.8,<4",
     "adjustText>=1.3,<2",
     "Jinja2>=3.1,<4",
+    "scipy>=1.11,<2",  # compares a benchmark with its baseline
     "tensorboard>=2.21,<2.22",
     # What is trained is exported too, and run before it gets its name.
     *EDGE,
@@ -79,6 +80,7 @@ setup(
         "tokenizers>=0.21,<1",
         "typer>=0.15,<1",
         "rich>=13.9,<16",
+        "psutil>=6",  # wheels for devices, too, and nothing beside it
         # Newer versions of typer bring it too.
         "pydantic>=2.10,<3",
     ],
@@ -91,7 +93,6 @@ setup(
         "docs": DOCS,
         "bench": [
             "torch>=2.4",
-            "psutil>=6",
             "onnx>=1.17,<2",
             "onnx-ir>=0.1,<2",
             "onnxruntime>=1.22,<2",
@@ -103,7 +104,6 @@ setup(
             "pytest>=8.3,<10",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.115,<7",
-            "psutil>=6",
             "ruff>=0.9,<1",
             "import-linter>=2.1,<3",
             "pre-commit>=4,<5",

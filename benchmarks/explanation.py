@@ -70,10 +70,10 @@ def export(source, out, mode):
 
 def measure(paths, prompts, samples):
     """Test every subject; return results by its name, and the comparisons."""
-    from gpt_tf.evaluation.models import open_subject
+    from gpt_tf.evaluation.models import open_model
     from gpt_tf.explain.faithfulness import compare_explanations, deletion_test
 
-    subjects = {name: open_subject(path) for name, path in paths.items()}
+    subjects = {name: open_model(path) for name, path in paths.items()}
     tests = {}
     for name, subject in subjects.items():
         began = time.perf_counter()

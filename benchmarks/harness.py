@@ -1,20 +1,18 @@
-"""What the benchmarks share: taking turns, numbers, tables and pictures.
+"""What the benchmarks share: contenders, tables and pictures.
 
-Contenders run in processes of their own, so that no library's threads or settings
-touch another's, and they run one after the other, A B A B, so that a noisy machine
-is noisy for all of them. Ratios hold; absolute times are this machine's.
+Processes, turns and percentiles are those of `gpt_tf.evaluation.harness`, as of
+`gpt-tf benchmark`. Ratios hold; absolute times are this machine's.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +20,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from gpt_tf.errors import InputError, WorkerFailedError
+from gpt_tf.evaluation import harness as timing
+from gpt_tf.evaluation.harness import Worker, spread
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -32,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
-class NotHere(Exception):
+class NotHere(InputError):
     """A contender's package is not installed, or it cannot do what is asked."""
 
 
@@ -81,18 +83,17 @@ class Measured:
     def as_dict(self):
         if self.failure:
             return {"name": self.name, "failure": self.failure}
+        found = spread([self.seconds])
         return {
             "name": self.name,
-            "median_ms": self.median_ms,
-            "p95_ms": self.percentile_ms(95),
-            "p99_ms": self.percentile_ms(99),
+            **{f"{name}_ms": found[name] * 1e3 for name in ("median", "p95", "p99")},
             "first_seconds": self.first_seconds,
             "repetitions": len(self.seconds),
         }
 
 
 def take_turns(contenders, rounds, repetitions, warm_up=2):
-    """Let every contender work in turn.
+    """Let every contender work in turn, each in one process for all rounds.
 
     Args:
         contenders: The contenders.
@@ -103,71 +104,37 @@ def take_turns(contenders, rounds, repetitions, warm_up=2):
     Returns:
         A `Measured` per contender.
     """
-    context = multiprocessing.get_context("spawn")
-    results, running = [], []
-    for contender in contenders:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, contender), daemon=True)
-        process.start()
-        measured = Measured(contender.name)
-        results.append(measured)
-        kind, value = _answer(ours, process)
-        if kind == "failed":
-            measured.failure = value
-            console.print(f"  {contender.name}: {value}")
-            continue
-        measured.first_seconds = value
-        ask(ours, process, warm_up)
-        running.append((measured, ours, process))
-        console.print(f"  {contender.name}: ready after {value:.1f} s")
-    for turn in range(rounds):
-        for measured, pipe, process in running:
-            measured.seconds += ask(pipe, process, repetitions)
-        console.print(
-            f"  round {turn + 1} of {rounds}: "
-            + ", ".join(f"{m.name} {m.median_ms:.1f} ms" for m, _, _ in running)
-        )
-    for _, pipe, _ in running:
-        pipe.send(0)
-    for _, _, process in running:
-        process.join(5)
-        process.terminate()  # a library's own farewell may take long
+    results, turns = [], []
+    with contextlib.ExitStack() as stack:
+        for contender in contenders:
+            measured = Measured(contender.name)
+            results.append(measured)
+            try:
+                work = Worker(
+                    _first_done, (contender,), name=measured.name, quiet=False
+                )
+            except (InputError, ModuleNotFoundError, WorkerFailedError) as error:
+                measured.failure = str(error)
+                console.print(f"  {contender.name}: {error}")
+                continue
+            stack.enter_context(work)
+            measured.first_seconds = work.prepare_s
+            work.ask(warm_up)
+            turns.append(functools.partial(_turn, measured, work, repetitions))
+            console.print(f"  {contender.name}: ready after {work.prepare_s:.1f} s")
+        timing.take_turns(turns, rounds)
     return results
 
 
-def ask(pipe, process, repetitions):
-    pipe.send(repetitions)
-    kind, value = _answer(pipe, process)
-    if kind == "failed":
-        raise RuntimeError(value)
-    return value
+def _first_done(contender):
+    repeat = contender.make(*contender.arguments)
+    repeat(1)
+    return repeat
 
 
-def _answer(pipe, process):
-    while not pipe.poll(1):
-        if not process.is_alive() and not pipe.poll(0):
-            return "failed", f"its process ended with status {process.exitcode}"
-    return pipe.recv()
-
-
-def _work(pipe, contender):
-    began = time.perf_counter()
-    try:
-        repeat = contender.make(*contender.arguments)
-        repeat(1)
-    except NotHere as error:
-        pipe.send(("failed", str(error)))
-        return
-    except Exception:
-        pipe.send(("failed", traceback.format_exc(limit=-3)))
-        return
-    pipe.send(("ready", time.perf_counter() - began))
-    while count := pipe.recv():
-        try:
-            pipe.send(("done", repeat(count)))
-        except Exception:
-            pipe.send(("failed", traceback.format_exc(limit=-3)))
-            return
+def _turn(measured, work, repetitions):
+    measured.seconds += work.ask(repetitions)
+    console.print(f"  {measured.name} {measured.median_ms:.1f} ms")
 
 
 # Floors

@@ -23,7 +23,7 @@
 # performance is assessed, chapter 6.2 what it costs in accuracy, chapter 6.3 which
 # strategy suits a case.
 #
-#     a model -> estimates -> optimize -> report -> recommend -> the file to ship
+#     a model -> bounds -> optimize -> report -> recommend -> the file to ship
 #
 # Run the cells from top to bottom; on two processor cores that takes four minutes.
 # Tutorial 1 explains the words for training, tutorials 3 to 5 how files are made.
@@ -64,7 +64,7 @@ from gpt_tf.reporting.pictures import draw_accuracy, draw_latency, draw_pareto
 from IPython.display import Image
 
 import gpt_tf
-from gpt_tf.advisor.estimate import estimate, estimate_error, refuse_impossible
+from gpt_tf.advisor.estimate import estimate, refuse_impossible
 from gpt_tf.advisor.ranking import Budgets, print_recommendation, recommend
 from gpt_tf.evaluation.accuracy import held_out_text, measure_accuracies
 from gpt_tf.evaluation.hardware import describe_machine
@@ -126,24 +126,21 @@ print(f"validation perplexity {trained.validation_perplexity:.2f}")
 # %% [markdown]
 # ## Before anything is measured
 #
-# A file's size follows from the model's, nearly exactly. Its speed can be guessed:
-# a token costs one reading of all weights, and how fast this machine reads memory is
-# measured in two seconds. What a mode costs in accuracy cannot be guessed. An estimate
-# states the range in which it expects the measurement:
+# A file's size follows from the model's, nearly exactly. Its speed has a bound: a token
+# costs one reading of all weights, and how fast this machine reads memory is measured
+# in two seconds. A model that fits the processor's caches, as this one does, is not
+# bound by memory. What a mode costs in accuracy cannot be told before it is measured.
 
 # %%
 machine = describe_machine()
 for threads, rate in machine["read_bytes_per_s"].items():
     print(f"{threads} thread(s) read {rate / 1e9:.1f} GB from memory in a second")
 
-print(f"\n{'mode':14} {'MB':>6} {'ms a token':>12}   between")
+print(f"\n{'mode':14} {'MB':>6} {'MB read a token':>16} {'ms at least':>12}")
 for mode in ("float32", *modes):
-    guess = estimate(trained.model.get_config(), mode, machine)
-    low, high = guess["latency_ms_range"]
-    size = guess["size_bytes"] / 1e6
-    print(
-        f"{mode:14} {size:6.2f} {guess['latency_ms']:12.3f}   {low:.3f} and {high:.3f}"
-    )
+    found = estimate(trained.model.get_config(), mode, machine)
+    size, read = (found[name] / 1e6 for name in ("size_bytes", "bytes_per_token"))
+    print(f"{mode:14} {size:6.2f} {read:16.2f} {found['least_latency_ms']:12.3f}")
 
 # %% [markdown]
 # What no file of this model can keep is refused at once, and not after the training:
@@ -217,22 +214,6 @@ print_recommendation(report["recommendation"])
 sample = report["recommendation"]["sample"]
 print("What it writes:\n")
 print(sample["prompt"] + sample["text"])
-
-# %% [markdown]
-# ## Was the estimate right?
-#
-# The report remembers what was expected of every file. `within` says whether the
-# measurement lay in the range that was stated; the constants are those of another
-# processor, and others on this one take their share.
-
-# %%
-print(f"{'file':24} {'':16} {'estimated':>12} {'measured':>12} {'ratio':>6}  within")
-for entry in report["entries"]:
-    for name, error in estimate_error(entry).items():
-        if name in ("size_bytes", "latency_ms"):
-            values = f"{error['estimated']:12,.6g} {error['measured']:12,.6g}"
-            told = f"{error['ratio']:6.2f}  {error['within']}"
-            print(f"{entry['name']:24} {name:16} {values} {told}")
 
 # %% [markdown]
 # ## How fast? (6.1)
@@ -391,9 +372,10 @@ print(f"\n{choice}" if choice else "\nnothing fits")
 #
 # A stored report is a *baseline*. After a change of the code, of a library, of the
 # machine, the same files are measured again. A difference counts as one if it is beyond
-# noise: for a time, if the quartiles lie apart, by more than they are wide. Extremes as
-# the p99 are shown and not judged. Let us measure the same file once more. (What is
-# still called worse or better then, is the machine: it was busy with something else.)
+# noise: for a time, if the processes of both differ by a Mann-Whitney U test, and by at
+# least 5 %. Extremes as the p99 are shown and not judged. Let us measure the same file
+# once more. (What is still called worse or better then, is the machine: it was busy
+# with something else.)
 
 # %%
 settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}

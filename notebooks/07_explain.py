@@ -56,7 +56,7 @@ from IPython.display import Image
 
 import gpt_tf
 from gpt_tf.evaluation.accuracy import held_out_text
-from gpt_tf.evaluation.models import open_subject
+from gpt_tf.evaluation.models import open_model
 from gpt_tf.explain.attribution import METHODS, MaskedPrompt, explain
 from gpt_tf.explain.faithfulness import (
     compare_explanations,
@@ -99,7 +99,7 @@ else:
     gpt_tf.train(preset, model_path, verbose=False, overwrite=True)
     gpt_tf.export_trained(model_path, file_path, "dynamic_int8")
 
-gpt, file = open_subject(model_path), open_subject(file_path)
+gpt, file = open_model(model_path), open_model(file_path)
 for subject in (gpt, file):
     print(f"{type(subject).__name__:8} {subject.mode}")
 

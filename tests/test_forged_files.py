@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from gpt_tf import artifacts
-from gpt_tf.advisor.forecast import read_sizes
+from gpt_tf.advisor.estimate import read_sizes
 from gpt_tf.advisor.ranking import print_recommendation, recommend
 from gpt_tf.distillation.teacher_cache import KnowledgeStore, extract
 from gpt_tf.errors import DamagedFileError, InputError

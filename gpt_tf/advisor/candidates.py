@@ -1,10 +1,10 @@
-"""The entries of a report as an advisor sees them: their numbers, what they break."""
+"""The entries of a report as the advisor sees them: their numbers, what they break."""
 
 import dataclasses
 import math
 
 from gpt_tf.advisor.constraints import KINDS
-from gpt_tf.errors import DamagedFileError
+from gpt_tf.evaluation.report import check_report
 
 # The order in which equals are told apart. All but throughput should be small.
 MEASURES = ("accuracy", "latency", "size", "memory", "first_token", "throughput")
@@ -13,19 +13,18 @@ BUDGET_OF = {kind.measure: name for name, kind in KINDS.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A quantity of an entry: number, 95 % interval if known, and where it is from."""
+    """A measured quantity of an entry, with its 95 % interval if there is one."""
 
     number: float
     low: float | None = None
     high: float | None = None
-    is_estimate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """An entry with its quantities by the names of `MEASURES`; None is not known.
+    """An entry with its quantities by the names of `MEASURES`; None was not measured.
 
-    Latency is the median, as the pictures have it; the budget is about `p95`.
+    Latency is the median, as the pictures show it; the budget is about `p95`.
     """
 
     name: str
@@ -65,11 +64,6 @@ class Candidate:
         values = {name: moved(name, value) for name, value in self.values.items()}
         return dataclasses.replace(self, values=values, p95=moved("p95", self.p95))
 
-    def is_estimate(self, measure: str) -> bool:
-        """Whether a quantity is known by an estimate only."""
-        value = self.values[measure]
-        return value is not None and value.is_estimate
-
     def share(self, name: str, limit: float) -> float:
         """Return what of a budget is used; above 1 it is broken."""
         number = self.of(name).number
@@ -90,7 +84,7 @@ class Candidate:
         return sorted(names, key=lambda name: -self.share(name, given[name]))
 
     def missing(self, given: dict) -> list[str]:
-        """Return the budgets about quantities that are not known."""
+        """Return the budgets about quantities that were not measured."""
         return [name for name in given if self.of(name) is None]
 
     def keeps(self, given: dict) -> bool:
@@ -109,107 +103,53 @@ def candidates_of(report: dict, concurrent: bool) -> list[Candidate]:
     Raises:
         DamagedFileError: A number is none, not finite, or not above 0 where it has to.
     """
-    reference = _reference_perplexity(report)
+    check_report(report)
+    reference = None
+    for entry in report["entries"]:
+        if entry["name"] == report.get("reference"):
+            reference = _perplexity(entry)
     found = []
     for entry in report["entries"]:
-        values = _values(entry, reference, concurrent)
-        p95 = values.pop("p95")
-        p99 = _spread(entry, "inter_token_latency_ms").get("p99")
-        p99 = _number(entry, p99, "p99")
+        latency = entry.get("latency") or {}
+        step = latency.get("inter_token_latency_ms") or {}
+        first = latency.get("time_to_first_token_ms") or {}
+        speed = latency.get("tokens_per_s")
+        if concurrent:
+            rates = [row["tokens_per_s"] for row in latency.get("throughput") or []]
+            speed = max(rates, default=speed)
+        measured = {
+            "latency": step.get("median"),
+            "size": _megabytes(entry.get("size_bytes")),
+            "memory": _megabytes(latency.get("peak_memory_bytes")),
+            "first_token": first.get("median"),
+            "throughput": speed,
+        }
+        values = {name: _value(number) for name, number in measured.items()}
+        values["accuracy"] = _increase(entry, reference)
+        p95, p99 = _value(step.get("p95")), step.get("p99")
         found.append(Candidate(entry["name"], entry["kind"], values, p95, p99))
     return found
 
 
-def _values(entry, reference, concurrent):
-    latency = _part(entry, entry.get("latency"), "latency")
-    guess = _part(entry, entry.get("estimate"), "estimate")
-    step, first = (
-        _spread(entry, name)
-        for name in ("inter_token_latency_ms", "time_to_first_token_ms")
-    )
-    speed = latency.get("tokens_per_s")
-    if concurrent:
-        rows = latency.get("throughput") or []
-        if not isinstance(rows, list):
-            _damaged(entry, "throughput", rows)
-        speeds = [_part(entry, row, "throughput").get("tokens_per_s") for row in rows]
-        speeds = [_number(entry, one, "tokens_per_s") for one in speeds]
-        speed = max((one for one in speeds if one is not None), default=speed)
-    memory, guessed = latency.get("peak_memory_bytes"), guess.get("memory_bytes")
-    found = {
-        "latency": (step.get("median"), guess.get("latency_ms"), 1),
-        "p95": (step.get("p95"), guess.get("latency_ms"), 1),
-        "size": (entry.get("size_bytes"), guess.get("size_bytes"), 1e-6),
-        "memory": (memory, guessed, 1e-6),
-        "first_token": (first.get("median"), guess.get("first_token_ms"), 1),
-        "throughput": (speed, guess.get("tokens_per_s"), 1),
-    }
-    values = {"accuracy": _accuracy(entry, reference)}
-    for measure, (measured, guessed, factor) in found.items():
-        number = _number(entry, measured, measure, above_0=True)
-        guessed = _number(entry, guessed, f"estimated {measure}", above_0=True)
-        if number is None and guessed is None:
-            values[measure] = None
-        elif number is None:
-            values[measure] = Value(guessed * factor, is_estimate=True)
-        else:
-            values[measure] = Value(number * factor)
-    return values
-
-
-def _accuracy(entry, reference):
+def _increase(entry, reference):
     """Return the increase of perplexity, or None where it cannot be told."""
-    accuracy = _part(entry, entry.get("accuracy"), "accuracy")
-    interval = accuracy.get("perplexity_increase")
-    if interval is None:
-        perplexity = _part(entry, accuracy.get("perplexity"), "perplexity")
-        value = _number(entry, perplexity.get("value"), "perplexity", above_0=True)
-        if value is None or reference is None:
-            return None
-        return Value(value / reference - 1)
-    interval = _part(entry, interval, "perplexity_increase")
-    numbers = [
-        _number(entry, interval.get(name), f"perplexity_increase.{name}")
-        for name in ("value", "low", "high")
-    ]
-    if numbers[0] is None or numbers[0] <= -1:
-        _damaged(entry, "perplexity_increase", interval)
-    return Value(*numbers)
-
-
-def _reference_perplexity(report):
-    for entry in report["entries"]:
-        if entry["name"] == report.get("reference"):
-            accuracy = _part(entry, entry.get("accuracy"), "accuracy")
-            perplexity = _part(entry, accuracy.get("perplexity"), "perplexity")
-            return _number(entry, perplexity.get("value"), "perplexity", above_0=True)
-    return None
-
-
-def _spread(entry, name):
-    latency = _part(entry, entry.get("latency"), "latency")
-    return _part(entry, latency.get(name), name)
-
-
-def _part(entry, part, name):
-    if part is None:
-        return {}
-    if not isinstance(part, dict):
-        _damaged(entry, name, part)
-    return part
-
-
-def _number(entry, value, name, above_0=False):
-    if value is None:
+    interval = (entry.get("accuracy") or {}).get("perplexity_increase")
+    if interval is not None:
+        return Value(interval["value"], interval["low"], interval["high"])
+    perplexity = _perplexity(entry)
+    if perplexity is None or reference is None:
         return None
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or (above_0 and value <= 0):
-        _damaged(entry, name, value)
-    return value
+    return Value(perplexity / reference - 1)
 
 
-def _damaged(entry, name, value):
-    raise DamagedFileError(
-        f"Expected a number for {name} of {entry.get('name')!r} in the report. "
-        f"Received: {value!r}. The report was altered; measure again."
-    )
+def _perplexity(entry):
+    interval = (entry.get("accuracy") or {}).get("perplexity")
+    return interval and interval["value"]
+
+
+def _value(number):
+    return None if number is None else Value(number)
+
+
+def _megabytes(number):
+    return None if number is None else number * 1e-6

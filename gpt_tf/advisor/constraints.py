@@ -1,22 +1,17 @@
-"""What the user can afford: budgets, and the scenarios that bring their own.
+"""What a file may cost: budgets, and the scenarios that bring their own.
 
-A scenario is a set of budgets and what is best among the files that keep them. The
-numbers and where they come from:
+A scenario is a set of budgets and what is best among the files that keep them; the
+numbers stand in `SCENARIOS`. Where they come from:
 
-| scenario | perplexity | 95 % of tokens | first token | size | memory | best is |
-|---|---|---|---|---|---|---|
-| `phone` | 5 % | 50 ms | 1000 ms | 100 MB | 300 MB | the quickest |
-| `board` | 10 % | 150 ms | - | 32 MB | 256 MB | the smallest |
-| `server` | 1 % | - | 500 ms | - | - | throughput, and accuracy |
-| `custom` | - | - | - | - | - | what has no budget, or accuracy |
-
-*phone*: one reads 238 words a minute (Brysbaert, 2019), a token in about 170 ms; 50 ms
-leaves two thirds of the time to the app. After one second one's thought is interrupted
-(Nielsen, 1993). 100 MB do not hinder a download, and with 300 MB the system still keeps
-the app in the background. *board*: 150 ms a token just keep up with a reader; half of
-512 MB is left to the system. *server*: nearly no loss, since there is room for the
-better file; half of the second belongs to the network. *custom*: see `Scenario`.
-What is best may be said outright instead: see `PREFERENCES`.
+- *phone*: one reads 238 words a minute (Brysbaert, 2019), a token in about 170 ms; 50
+  ms leave two thirds of the time to the app. After one second one's thought is
+  interrupted (Nielsen, 1993). 100 MB do not hinder a download, and with 300 MB the
+  system still keeps the app in the background.
+- *board*: 150 ms a token just keep up with a reader; half of 512 MB is left to the
+  system.
+- *server*: nearly no loss, since there is room for the better file; half of the second
+  belongs to the network.
+- *custom*: no budgets of its own; see `Scenario`.
 """
 
 import dataclasses
@@ -190,27 +185,24 @@ def significant(number: float, digits: int = 3) -> str:
 def _number(name, value):
     expected = f"a number above 0, in {KINDS[name].unit}"
     number = _float(name, value, expected)
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:
         arguments.refuse(name, value, expected, "Leave it out for no limit.")
     return number
 
 
 def _fraction(name, value):
     expected = "a part of 1 above 0, 0.03 for example, or 3%"
-    text = value.strip() if isinstance(value, str) else None
-    percent = text is not None and text.endswith("%")
+    text = value.strip() if isinstance(value, str) else ""
+    percent = text.endswith("%")
     number = _float(name, text[:-1] if percent else value, expected)
-    if not math.isfinite(number) or number <= 0:
-        arguments.refuse(
-            name, value, expected, "Every mode but float32 loses a little; try 0.1%."
-        )
     fraction = number / 100 if percent else number
-    if percent and fraction >= 1:
-        arguments.refuse(name, value, "less than 100%", "Leave it out for no limit.")
-    if fraction >= 1:
-        n, whole = significant(number, 6), significant(100 * number, 6)
-        mend = f"Did you mean {n}%?" if number < 100 else "Leave it out for no limit."
-        arguments.refuse(name, value, expected, f"{n} is {whole} %. {mend}")
+    if not 0 < fraction < 1:
+        repair = "Leave it out for no limit."
+        if fraction <= 0:
+            repair = "Every mode but float32 loses a little; try 0.1%."
+        elif not percent and fraction < 100:
+            repair = f"Did you mean {significant(fraction, 6)}%?"
+        arguments.refuse(name, value, expected, repair)
     return fraction
 
 
@@ -219,9 +211,8 @@ def _float(name, value, expected):
     try:
         return float(value if good else "")
     except (ValueError, OverflowError):
-        arguments.refuse(
-            name, value, expected, "Write it with a decimal point and no unit."
-        )
+        repair = "Write it with a decimal point and no unit."
+        arguments.refuse(name, value, expected, repair)
 
 
 # At the end, since its budgets are checked by what stands above.

@@ -1,8 +1,8 @@
 """Which file to ship: the best at what matters among those that keep the budgets.
 
-`RULE` says how. The choice is made among what was measured, by one order: so the order
-of the entries does not matter, the runner-up is what would be chosen without the
-choice, and what another file beats in everything is never chosen.
+`RULE` states the order, in which measured files alone are ranked. So the order of the
+entries does not matter, the runner-up is what would be chosen without the choice, and a
+dominated file is never chosen.
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ from gpt_tf.advisor.constraints import (
     shown,
     significant,
 )
-from gpt_tf.advisor.estimate import estimate, estimate_error, refuse_impossible
 from gpt_tf.settings import arguments
 
 __all__ = [
@@ -29,11 +28,8 @@ __all__ = [
     "SCENARIOS",
     "Budgets",
     "Scenario",
-    "estimate",
-    "estimate_error",
     "print_recommendation",
     "recommend",
-    "refuse_impossible",
 ]
 
 # 1 % more perplexity weighs as much as this many % of speed or of size.
@@ -55,7 +51,7 @@ _BETTER = {
     "accuracy": ("less accurate", "more accurate"),
     "latency": ("slower", "quicker"),
     "size": ("larger", "smaller"),
-    "memory": ("hungrier for memory", "easier on memory"),
+    "memory": ("higher in peak memory", "lower in peak memory"),
     "first_token": ("later with the first token", "earlier with the first token"),
     "throughput": ("lower in throughput", "higher in throughput"),
 }
@@ -76,12 +72,10 @@ def recommend(
     """Choose the file to ship among those of a report.
 
     Keras models are references and never chosen. What has a budget and was not measured
-    rules a file out, unless the entry has an estimate: that stands in, of the 95th
-    percentile the typical latency, and the sentences call it an estimate. An increase
-    of perplexity counts by its value; where its interval reaches across the budget,
-    that is said. Latencies are compared by their medians, as they are drawn. What is
-    chosen for accuracy or latency is on the frontier of both; else, where it is not,
-    that is said.
+    rules a file out. An increase of perplexity counts by its value; where its interval
+    reaches across the budget, a sentence says so. Latencies are compared by their
+    medians, as they are drawn. What is chosen for accuracy or latency is on the Pareto
+    frontier of both; where another choice is not, a sentence says so.
 
     Args:
         report: As `gpt_tf.evaluation.report.read_report` returns it.
@@ -105,14 +99,12 @@ def recommend(
         - `ranking`: the names of all that keep the budgets, best first;
         - `ruled_out`: of the others `name`, `constraint` (the budget that is broken
           most, `"not measured"` or `"not shippable"`) and `sentence`;
-        - `dominated`: of those that keep the budgets, but are in nothing better than
-          another: `name`, `by` and `sentence`;
+        - `dominated`: of those that keep the budgets, but are dominated by another:
+          `name`, `by` and `sentence`;
         - `nearest_miss`: where there is no choice: `name`, `excess` (0.1: a tenth over
           the budget), `changes` (budgets that would admit it, by name; None where
           only none at all would), `options` (the same for the command line) and
-          `sentence`; else None;
-        - `basis`: `"measured"`, or `"partly estimated"` where the choice rests on an
-          estimate, of what has a budget or of what is to be best.
+          `sentence`; else None.
 
     Raises:
         InputError: A budget cannot be used, or the scenario or what to prefer is
@@ -131,12 +123,16 @@ def recommend(
         budgets = report.get("budgets")
     limits = Budgets.of(budgets).over(scenario_of(scenario).budgets)
     given = limits.given()
-    objective = _resolved(wanted, given)
+    objective = wanted
+    if wanted == "custom":
+        # The first that has no budget is made best, or accuracy.
+        free = (m for m in ("accuracy", "latency", "size") if BUDGET_OF[m] not in given)
+        objective = next(free, "accuracy")
     candidates = candidates_of(report, concurrent=scenario == "server")
     shippable = [one for one in candidates if one.kind in _SHIPPABLE]
     fitting = _ranked(shippable, objective, given)
     ties = _ties(shippable, objective, given)
-    result = {
+    return {
         "scenario": scenario,
         "prefer": prefer,
         "budgets": dataclasses.asdict(limits),
@@ -153,14 +149,7 @@ def recommend(
         ],
         "dominated": _dominated(fitting),
         "nearest_miss": None if fitting else _nearest_miss(shippable, given),
-        "basis": "measured",
     }
-    if fitting:
-        rests_on = [fitting[0].of(name) for name in given]
-        rests_on += [fitting[0].values[name] for name in _weighed(objective)]
-        if any(value is not None and value.is_estimate for value in rests_on):
-            result["basis"] = "partly estimated"
-    return result
 
 
 def print_recommendation(result: dict, console=None) -> None:
@@ -285,50 +274,33 @@ def _cost(candidate, objective):
     return score
 
 
-def _resolved(objective, given):
-    """Resolve `"custom"`: the first that has no budget is made best, or accuracy."""
-    if objective != "custom":
-        return objective
-    free = (m for m in ("accuracy", "latency", "size") if BUDGET_OF[m] not in given)
-    return next(free, "accuracy")
-
-
 def _weighed(objective):
     """Return the measures that an objective looks at."""
     return _BALANCED.get(objective, (objective,))
 
 
 def _dominated(fitting):
-    """Say of every candidate that is beaten in everything by which one it is."""
+    """Return of every dominated candidate which other one dominates it."""
     found = []
     for index, one in enumerate(fitting):
-        # Whoever beats it comes before it; the best of them is named.
+        # What dominates it is ranked before it; the best of them is named.
         by = next((other for other in fitting[:index] if _dominates(other, one)), None)
         if by is not None:
             better = [name for name in MEASURES if by.cost(name) < one.cost(name)]
             # What nobody would notice is told only where there is nothing else.
             noticed = [name for name in better if _is_noticed(by, one, name)]
             parts = [_comparison(by, one, name) for name in noticed or better]
-            found.append(
-                {
-                    "name": one.name,
-                    "by": by.name,
-                    "sentence": f"It is in nothing better than {by.name}, which is "
-                    f"{', '.join(parts)}.",
-                }
-            )
+            sentence = f"It is dominated by {by.name}, which is {', '.join(parts)}."
+            found.append({"name": one.name, "by": by.name, "sentence": sentence})
     return found
 
 
 def _dominates(one, other):
-    """Whether one beats another in what was measured of both; estimates beat nobody."""
+    """Whether one is nowhere worse and somewhere better, of the same measures."""
     known = [
         {name for name, value in each.values.items() if value} for each in (one, other)
     ]
-    estimated = any(map(one.is_estimate, MEASURES)) or any(
-        map(other.is_estimate, MEASURES)
-    )
-    return not estimated and known[0] == known[1] and _beats(one.costs(), other.costs())
+    return known[0] == known[1] and _beats(one.costs(), other.costs())
 
 
 # Sentences
@@ -337,12 +309,9 @@ def _dominates(one, other):
 def _why(fitting, ties, objective, given):
     if not fitting:
         return ["No file keeps the budgets."]
-    best, count = fitting[0], len(fitting)
-    among = (
-        f"of the {count} files that keep" if count > 1 else "the only file that keeps"
-    )
-    sentences = [f"{best.name} is {among} the budgets."]
-    if count > 1:
+    best = fitting[0]
+    sentences = [f"{best.name} is the only file that keeps the budgets."]
+    if len(fitting) > 1:
         sentences = [_objective_sentence(fitting, objective, given)]
     if ties:
         sentences.append(
@@ -362,85 +331,67 @@ def _why(fitting, ties, objective, given):
             f"One token in a hundred takes longer than {significant(limit)} ms: the "
             f"99th percentile is {significant(best.p99_ms)} ms."
         )
-    unknown = [
-        _what(measure)
-        for measure in ("accuracy", "latency")
-        if best.values[measure] is None
-    ]
+    unknown = [m for m in ("accuracy", "latency") if best.values[m] is None]
     if unknown:
         sentences.append(
-            f"Its {' and '.join(unknown)} {'was' if len(unknown) == 1 else 'were'} not "
-            "measured: the choice does not take that into account."
+            f"The choice is made without its {_listed(map(_what, unknown))}: not "
+            "measured."
         )
     return sentences
 
 
 def _objective_sentence(fitting, objective, given):
-    best, count = fitting[0], len(fitting)
-    among = f"of the {count} files that keep the budgets"
-    if not given:
-        among = f"of the {count} files"
+    """Say at what the first of several candidates is the best."""
+    best = fitting[0]
+    among = f"of the {len(fitting)} files{' that keep the budgets' if given else ''}"
     weighed = _weighed(objective)
     unknown = sum(any(one.values[m] is None for m in weighed) for one in fitting)
-    if unknown == count:
-        *others, last = map(_what, weighed)
-        what = f"The {last} of none {among} was measured"
-        if others:
-            what = f"None {among} was measured in all of {', '.join(others)} and {last}"
-        return f"{what}: accuracy, then latency and size chose {best.name}."
-    those = "It" if len(weighed) == 1 else "All of it"
-    but = f" {those} was not measured of {unknown} of them." if unknown else ""
-    if objective in _BALANCED:
-        parts = weighed[1:]
-        facts = ", ".join(
-            f"{_what(name)} {_shown(best, name)}" for name in (*parts, "accuracy")
+    if unknown == len(fitting):
+        return (
+            f"{best.name} is chosen {among} by accuracy, then latency and size, since "
+            f"{_listed(map(_what, weighed))} was measured of none."
         )
+    but = f" Of {unknown} of them not all was measured." if unknown else ""
+    facts = ", ".join(f"{_what(name)} {_shown(best, name)}" for name in weighed)
+    if objective in _BALANCED:
         return (
             f"{best.name} has the best balance {among}, where 1 % of perplexity weighs "
-            f"as much as {_PERPLEXITY_WEIGHT} % of {' or '.join(parts)}: {facts}.{but}"
+            f"as much as {_PERPLEXITY_WEIGHT} % of {' or '.join(weighed[1:])}: {facts}."
+            + but
         )
     best_of = {"size": "smallest", "throughput": "highest"}.get(objective, "lowest")
-    what, facts = f"{best_of} {_what(objective)} {among}", _shown(best, objective)
+    sentence = f"the {best_of} {_what(objective)} {among}: {_shown(best, objective)}"
     first = min(fitting, key=lambda one: (one.cost(objective), one.name))
     if first.cost(objective) == best.cost(objective):
-        return f"{best.name} has the {what}: {facts}.{but}"
-    parts = [
+        return f"{best.name} has {sentence}.{but}"
+    better = [
         _comparison(best, first, name)
         for name in ("accuracy", "latency", "size")
         if _is_noticed(best, first, name) and best.cost(name) < first.cost(name)
     ]
     return (
-        f"{best.name} ties for the {what}: {facts}, beside "
-        f"{_shown(first, objective)} of {first.name}. It is "
-        f"{' and '.join(parts) or 'smaller'}.{but}"
+        f"{best.name} ties for {sentence}, {_shown(first, objective)} of {first.name}; "
+        f"it is {' and '.join(better) or 'smaller'}.{but}"
     )
 
 
 def _budget_sentence(candidate, name, limit):
     """Say how a candidate stands to a budget that it keeps or breaks."""
-    kind = KINDS[name]
-    value = candidate.of(name)
+    kind, value = KINDS[name], candidate.of(name)
     broken = candidate.breaks(name, limit)
-    word = "below" if broken == kind.is_least else "above"
-    if not broken:
-        word = "not below" if kind.is_least else "within"
+    if kind.is_least:
+        word = "below" if broken else "not below"
+    else:
+        word = "above" if broken else "within"
     number, budget = _told_apart(name, value.number, limit)
     sentence = f"Its {kind.what}, {number}, is {word} {budget}"
-    if value.is_estimate:
-        sentence += "; that is an estimate, not a measurement"
-    if value.low is not None and value.high is not None:
+    if value.low is not None and value.low <= limit < value.high:
         low, high = (shown(name, bound) for bound in (value.low, value.high))
-        if value.low <= limit < value.high and not broken:
-            sentence += f", but its 95 % interval, {low} to {high}, reaches beyond that"
-        elif value.low < limit and broken:
-            sentence += (
-                f", though its 95 % interval, {low} to {high}, begins below that"
-            )
+        sentence += f"; its 95 % interval, {low} to {high}, has values on both sides"
     return sentence + "."
 
 
 def _ruled_out(candidate, given):
-    name = candidate.name
     missing, broken = candidate.missing(given), candidate.broken(given)
     if candidate.kind not in _SHIPPABLE:
         constraint = "not shippable"
@@ -457,7 +408,7 @@ def _ruled_out(candidate, given):
             for each in missing
         ]
         sentence = f"What has a budget was not measured: {', '.join(parts)}."
-    return {"name": name, "constraint": constraint, "sentence": sentence}
+    return {"name": candidate.name, "constraint": constraint, "sentence": sentence}
 
 
 def _runner_up_cost(fitting):
@@ -466,23 +417,19 @@ def _runner_up_cost(fitting):
     if len(fitting) == 1:
         return "No other file keeps the budgets."
     best, second = fitting[:2]
-    costs, wins = [], []
-    for measure in MEASURES:
-        if best.values[measure] is None or second.values[measure] is None:
-            continue
-        difference = second.cost(measure) - best.cost(measure)
-        if difference and _is_noticed(second, best, measure):
-            part = _comparison(second, best, measure)
-            (costs if difference > 0 else wins).append(part)
-    if not costs and not wins:
+    noticed = [
+        measure
+        for measure in MEASURES
+        if best.values[measure] and second.values[measure]
+        if _is_noticed(second, best, measure)
+    ]
+    if not noticed:
         return (
             f"The runner-up {second.name} is as good in everything that was measured."
         )
-    parts = [", ".join(costs)] if costs else []
-    if wins:
-        parts.append(("but " if costs else "") + ", ".join(wins))
-    else:
-        parts.append("and in nothing better")
+    # What it costs first, then what it wins.
+    noticed.sort(key=lambda measure: second.cost(measure) < best.cost(measure))
+    parts = [_comparison(second, best, measure) for measure in noticed]
     return f"The runner-up {second.name} would be {', '.join(parts)}."
 
 
@@ -495,57 +442,53 @@ def _is_noticed(one, other, measure):
 def _comparison(one, other, measure):
     """Return in what one differs from another, "smaller (3 MB instead of 8 MB)"."""
     word = _BETTER[measure][one.cost(measure) < other.cost(measure)]
-    name = BUDGET_OF[measure]
-    values = [each.values[measure] for each in (one, other)]
-    texts = _told_apart(name, *(value.number for value in values))
-    texts = [
-        f"an estimated {text}" if value.is_estimate else text
-        for text, value in zip(texts, values, strict=True)
-    ]
+    numbers = (each.values[measure].number for each in (one, other))
+    texts = _told_apart(BUDGET_OF[measure], *numbers)
     return f"{word} ({texts[0]} instead of {texts[1]})"
 
 
 def _nearest_miss(shippable, given):
     """Return the entry that breaks its budgets least, and what would admit it."""
+
+    def excess(one):
+        parts = [one.share(name, given[name]) - 1 for name in one.broken(given)]
+        return max(parts), sum(parts)
+
     known = [one for one in shippable if not one.missing(given)]
     if not known:
         return None
-    nearest = min(known, key=lambda one: (_excess(one, given), one.name))
+    nearest = min(known, key=lambda one: (excess(one), one.name))
     changes = {
         name: _admitting(name, nearest.of(name).number)
         for name in nearest.broken(given)
     }
     # A budget of 100 % of perplexity or more is none.
     refused = [n for n, value in changes.items() if KINDS[n].unit == "%" and value >= 1]
-    typed = {name: value for name, value in changes.items() if name not in refused}
+    changes |= dict.fromkeys(refused)
     options = " ".join(
-        f"{option(name)} {_typed(name, value)}" for name, value in typed.items()
+        f"{option(name)} {_typed(name, value)}"
+        for name, value in changes.items()
+        if value is not None
     )
-    ways = [f"with {options}"] if typed else []
+    ways = [f"with {options}"] if options else []
     ways += [f"without a budget of {KINDS[name].what}" for name in refused]
-    verbs = {"lower" if KINDS[name].is_least else "raise" for name in typed}
-    mend = f"{' and '.join(sorted(verbs))} that" if typed else "leave it out"
-    excess = _excess(nearest, given)[0]
+    beyond = significant(100 * excess(nearest)[0], 2)
+    sentences = [
+        f"The nearest miss is {nearest.name}, {beyond} % beyond a budget.",
+        *(_budget_sentence(nearest, name, given[name]) for name in changes),
+        f"It would fit {' and '.join(ways)}. Relax the budget, or make a smaller or "
+        "better model.",
+    ]
     return {
         "name": nearest.name,
-        "excess": excess,
+        "excess": excess(nearest)[0],
         "changes": {
-            name: None if name in refused else float(value)
+            name: None if value is None else float(value)
             for name, value in changes.items()
         },
         "options": options,
-        "sentence": f"The nearest miss is {nearest.name}, "
-        f"{significant(100 * excess, 2)} % beyond a budget. "
-        + " ".join(_budget_sentence(nearest, name, given[name]) for name in changes)
-        + f" It would fit {' and '.join(ways)}: {mend}, or make a smaller or better "
-        "model.",
+        "sentence": " ".join(sentences),
     }
-
-
-def _excess(candidate, given):
-    """Return by how much budgets are broken: the most broken one's part, then all."""
-    parts = [candidate.share(name, given[name]) - 1 for name in candidate.broken(given)]
-    return max(parts), sum(parts)
 
 
 def _admitting(name, number):
@@ -575,8 +518,7 @@ def _shown(candidate, measure):
     value = candidate.values[measure]
     if value is None:
         return "not measured"
-    text = shown(BUDGET_OF[measure], value.number)
-    return f"{text}, estimated" if value.is_estimate else text
+    return shown(BUDGET_OF[measure], value.number)
 
 
 def _told_apart(name, one, other):

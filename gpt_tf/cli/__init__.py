@@ -150,6 +150,7 @@ _EXTRAS = dict.fromkeys(
     (
         *("tensorflow", "tf_keras", "tensorflow_model_optimization", "keras_nlp"),
         *("safetensors", "matplotlib", "flatbuffers", "litert_lm_builder", "h5py"),
+        "scipy",
     ),
     "train",
 ) | {"ai_edge_litert": "edge", "lime": "explain", "shap": "explain"}

@@ -78,7 +78,8 @@ def benchmark(
             file,
             **sizes,
             repetitions=repetitions,
-            rounds=2 if quick else ROUNDS,
+            # A comparison takes the medians of as many processes.
+            rounds=2 if quick and stored is None else ROUNDS,
             threads=threads,
             contexts=_numbers("--contexts", contexts, others),
             thread_counts=_numbers("--by-threads", by_threads, others),

@@ -41,7 +41,7 @@ def explain(
     ] = None,
 ):
     """Say which tokens of a prompt made a model say the next one."""
-    from gpt_tf.evaluation.models import is_keras, open_subject
+    from gpt_tf.evaluation.models import is_keras, open_model
     from gpt_tf.explain.attribution import check_method
     from gpt_tf.explain.attribution import explain as explained
     from gpt_tf.reporting.explanations import (
@@ -59,7 +59,7 @@ def explain(
         check_place(out)
     if is_keras(file):
         import_tensorflow()
-    with open_subject(file) as subject:
+    with open_model(file) as subject:
         check_method(subject, method)
         with Console(stderr=True).status(f"{method}: scoring prompts"):
             explanation = explained(

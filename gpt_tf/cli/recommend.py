@@ -92,11 +92,11 @@ def recommend(
         min_tokens_per_s,
     )
     if estimate is not None:
-        from gpt_tf.advisor.forecast import forecast, print_forecast
+        from gpt_tf.advisor.estimate import estimate_modes, print_estimates
         from gpt_tf.evaluation.hardware import describe_machine
 
-        result = forecast(estimate, describe_machine(), budgets, scenario)
-        show, fits = print_forecast, any(m["fits"] != "no" for m in result["modes"])
+        result = estimate_modes(estimate, describe_machine(), budgets, scenario)
+        show, fits = print_estimates, any(m["fits"] != "no" for m in result["modes"])
     else:
         from gpt_tf.advisor import ranking
         from gpt_tf.evaluation.report import join_reports, read_report

@@ -13,8 +13,8 @@ for every file, whatever its tokenizer and its context:
 Intervals are those of a block bootstrap: whole blocks are drawn anew, because tokens
 that follow each other are not independent. Where a file is compared with the
 reference, the same blocks are drawn for both, so that what is hard for both cancels.
-They tell the chance of having met this text of the corpus and not another, and
-nothing of the chance in training.
+They are the sampling error of the evaluation text, and say nothing of the chance in
+training.
 
 Reference: Kuensch, "The Jackknife and the Bootstrap for General Stationary
 Observations", Annals of Statistics 17 (1989); Koehn, "Statistical Significance Tests
@@ -32,8 +32,9 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import code_validity, report
-from gpt_tf.evaluation.models import check_open, describe, open_subject, unique_names
+from gpt_tf.evaluation.models import check_open, describe, open_model, unique_names
 from gpt_tf.evaluation.text import DEFAULT_CORPUS, HeldOutText, held_out_text, is_run
+from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.settings import arguments
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
     "evaluate_files",
     "held_out_text",
     "measure_accuracies",
-    "measure_accuracy",
 ]
 
 MAX_TOKENS = 20_000
@@ -67,73 +67,8 @@ _SUMS = 5
 _REFERENCE_NATS, _REFERENCE_TOKENS, _BYTES = range(_SUMS, _SUMS + 3)
 
 
-def measure_accuracy(
-    subject,
-    text,
-    *,
-    reference=None,
-    name: str = "the model",
-    max_tokens: int | None = MAX_TOKENS,
-    block_bytes: int | None = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_notice: Callable[[str], None] | None = None,
-) -> dict:
-    """Measure how well a file or model predicts text.
-
-    Args:
-        subject: An `EdgeGPT` or `KerasGPT` with its tokenizer.
-        text: A `HeldOutText`, a text, or a list of texts, documents of their own.
-        reference: Another of them, to compare with.
-        name: How messages call the subject.
-        max_tokens: Tokens of the reference, or else of the subject, that are judged
-            at most, in whole blocks, but at least one block; None judges all.
-        block_bytes: Bytes of a block, at least 1; default: up to 1024, fewer where the
-            budget would allow but few blocks.
-        samples: Times that the bootstrap draws.
-        seed: Decides which blocks are judged, and the draws.
-        on_progress: Called with blocks done and all of them.
-        on_notice: Takes a line about what could not be compared.
-
-    Returns:
-        `accuracy` as `gpt_tf.evaluation.report` describes it; its `parsed` is None.
-        `perplexity_increase` is per token of the reference: with other tokens than
-        the reference's the nats over the same bytes are compared. Divergence and
-        agreement are None where the tokens are not the same.
-
-    Raises:
-        InputError: There are not two tokens, an argument is out of its range, a
-            tokenizer is missing, or logits are not finite.
-
-    Example:
-        >>> with EdgeGPT("gpt.litertlm") as gpt:
-        ...     found = measure_accuracy(gpt, held_out_text("python-stdlib"))
-        >>> found["perplexity"]["value"]
-
-    Reference: article 6.2.
-    """
-    measured = {name: subject}
-    compared = None
-    if reference is not None:
-        compared = "the reference" if name != "the reference" else "its reference"
-        measured[compared] = reference
-    found = measure_accuracies(
-        measured,
-        compared,
-        text,
-        max_tokens=max_tokens,
-        block_bytes=block_bytes,
-        samples=samples,
-        seed=seed,
-        on_progress=on_progress,
-        on_notice=on_notice,
-    )
-    return found[name]
-
-
 def measure_accuracies(
-    subjects: dict,
+    models: dict,
     reference: str | None,
     text,
     *,
@@ -144,64 +79,79 @@ def measure_accuracies(
     on_progress: Callable[[int, int], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> dict[str, dict]:
-    """Measure several on the same blocks; the reference runs once.
+    """Measure how well models predict the same blocks of a text.
 
     Args:
-        subjects: The subjects by name.
+        models: `EdgeGPT` and `KerasGPT` with their tokenizers, by name.
         reference: Name of the one to compare with, or None; itself is compared too.
-        text: As for `measure_accuracy`, and all that follows; the tokens that are
-            counted are the reference's, or the first subject's.
+        text: A `HeldOutText`, a text, or a list of texts, documents of their own.
+        max_tokens: Tokens of the reference, or else of the first model, that are judged
+            at most, in whole blocks, but at least one block; None judges all.
+        block_bytes: Bytes of a block, at least 1; default: up to 1024, fewer where the
+            budget would allow but few blocks.
+        samples: Draws of the bootstrap.
+        seed: Decides which blocks are judged, and the draws.
+        on_progress: Called with blocks done and all of them.
+        on_notice: Takes a line about what could not be compared.
 
     Returns:
-        What `measure_accuracy` returns, by name.
+        `Accuracy` of `gpt_tf.evaluation.report` by name, its `parsed` None.
+        `perplexity_increase` is per token of the reference: with other tokens than
+        the reference's the nats over the same bytes are compared. Divergence and
+        agreement are None where the tokens are not the same.
 
     Raises:
-        InputError: As for `measure_accuracy`; the message names the subject.
+        InputError: There are not two tokens, an argument is out of its range, a
+            tokenizer is missing, or logits are not finite. The message names the model.
+
+    Example:
+        >>> with EdgeGPT("gpt.litertlm") as gpt:
+        ...     text = held_out_text("python-stdlib")
+        ...     found = measure_accuracies({"gpt": gpt}, None, text)
+        >>> found["gpt"]["perplexity"]["value"]
+
+    Reference: article 6.2.
     """
-    _check(subjects, reference, max_tokens, block_bytes, samples, seed)
+    _check(models, reference, max_tokens, block_bytes, samples, seed)
     text = HeldOutText.of(text)
-    first = reference if reference is not None else next(iter(subjects))
-    order = [first, *(name for name in subjects if name != first)]
-    readings = _readings({name: subjects[name] for name in order}, text)
+    first = reference if reference is not None else next(iter(models))
+    order = [first, *(name for name in models if name != first)]
+    readings = _readings({name: models[name] for name in order}, text)
     size = block_bytes or _block_bytes(text.size_bytes, max_tokens)
     blocks = _chosen(_blocks(readings, size), readings[first], max_tokens, seed)
-    comparable = [
-        name
-        for name in order
-        if reference is not None
-        and _has_tokens_of(subjects[name], subjects[reference], name, on_notice)
-    ]
-    sums = {name: np.zeros((len(blocks), _SUMS)) for name in order}
-    done = 0
-    for index, block in enumerate(blocks):
-        wanted = None
-        for name in order:
-            ids, begin, end = readings[name].tokens_of(block)
-            logits = _logits(subjects[name], name, ids, begin, end)
-            if name == reference:
-                wanted = logits
-            sums[name][index] = _judge(
-                logits, ids[begin:end], wanted if name in comparable else None
-            )
-            done += 1
-            if on_progress is not None:
-                on_progress(done, len(blocks) * len(order))
-    sizes = [block.stop - block.start for block in blocks]
     if len(blocks) == 1 and on_notice is not None:
         on_notice(
             "the text is one block, so that the intervals are points: they say "
             "nothing. Give more text, or smaller blocks"
         )
+    comparable = [
+        name
+        for name in order
+        if reference is not None
+        and _has_tokens_of(models[name], models[reference], name, on_notice)
+    ]
+    sums = {name: np.zeros((len(blocks), _SUMS)) for name in order}
+    done = 0
+    for index, block in enumerate(blocks):
+        of_reference = None
+        for name in order:
+            ids, begin, end = readings[name].tokens_of(block)
+            logits = _logits(models[name], name, ids, begin, end)
+            if name == reference:
+                of_reference = logits
+            sums[name][index] = _judge(
+                logits, ids[begin:end], of_reference if name in comparable else None
+            )
+            done += 1
+            if on_progress is not None:
+                on_progress(done, len(blocks) * len(order))
+    sizes = [block.stop - block.start for block in blocks]
+    reference_sums = None if reference is None else sums[reference]
     return {
         name: _summary(
-            sums[name],
-            sums[reference] if reference is not None else None,
-            name in comparable,
-            sizes,
-            samples,
-            seed,
+            sums[name], reference_sums, name in comparable, sizes, samples, seed
         )
-        for name in subjects
+        for name in models
     }
 
 
@@ -238,11 +188,23 @@ def block_bootstrap(
     Reference: Efron and Tibshirani, "An Introduction to the Bootstrap", section 13.3.
     """
     samples = arguments.integer("samples", samples, 1)
-    seed = arguments.integer("seed", seed)
+    seed = arguments.integer("seed", seed, most=2**32 - 1)
     totals = np.asarray(totals, np.float64)
-    if not len(totals):
+    count = len(totals)
+    if not count:
         raise InputError("A bootstrap expects at least one block. Received: none.")
-    return _interval(totals.sum(axis=0), _drawn(totals, samples, seed), statistic)
+    generator = np.random.default_rng(seed)
+    found, at_once = [], max(1, _DRAWN_AT_ONCE // count)
+    for first in range(0, samples, at_once):
+        draws = min(at_once, samples - first)
+        blocks = generator.integers(count, size=(draws, count))
+        places = (blocks + count * np.arange(draws)[:, None]).ravel()
+        times = np.bincount(places, minlength=draws * count).reshape(draws, count)
+        found.append(statistic(times @ totals))
+    tail = 50 * (1 - LEVEL)
+    low, high = np.percentile(np.concatenate(found), [tail, 100 - tail])
+    value = statistic(totals.sum(axis=0))
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def evaluate_files(
@@ -263,7 +225,7 @@ def evaluate_files(
     """Measure the accuracy of files and models and put it into a report.
 
     Args:
-        paths: What `gpt_tf.evaluation.models.open_subject` opens, at least one.
+        paths: What `gpt_tf.evaluation.models.open_model` opens, at least one.
         corpus: As for `held_out_text`; default: the text that the first run among
             the reference and `paths` held out, or else python-stdlib.
         whole, separator: As for `held_out_text`.
@@ -280,7 +242,7 @@ def evaluate_files(
         A report with an entry per file, the reference first.
 
     Raises:
-        InputError: As for `open_subject`, `held_out_text` and `measure_accuracy`.
+        InputError: As for `open_model`, `held_out_text` and `measure_accuracy`.
 
     Example:
         >>> made = evaluate_files(["int8.litertlm"], reference="runs/quickstart")
@@ -311,7 +273,7 @@ def evaluate_files(
     with contextlib.ExitStack() as stack:
         opened = {}
         for name, path in names.items():
-            opened[name] = stack.enter_context(open_subject(path))
+            opened[name] = stack.enter_context(open_model(path))
             _require_tokenizer(opened[name], name)
         text = held_out_text(corpus, whole=whole, separator=separator, on_notice=note)
         found = measure_accuracies(
@@ -328,7 +290,7 @@ def evaluate_files(
             if not prompts:
                 note(f"{text.name} has no Python functions: nothing was parsed")
             for name in opened if prompts else ():
-                found[name]["parsed"] = code_validity.measure_parsing(
+                found[name]["parsed"] = code_validity.measure_code_validity(
                     opened[name],
                     prompts,
                     seed=seed,
@@ -390,14 +352,14 @@ class _Reading(NamedTuple):
         return end - begin
 
 
-def _readings(subjects, text):
+def _readings(models, text):
     """Encode the documents once per tokenizer."""
     readings, by_tokenizer = {}, {}
-    for name, subject in subjects.items():
-        _require_tokenizer(subject, name)
-        fingerprint = subject.tokenizer.fingerprint()
+    for name, model in models.items():
+        _require_tokenizer(model, name)
+        fingerprint = model.tokenizer.fingerprint()
         if fingerprint not in by_tokenizer:
-            by_tokenizer[fingerprint] = _read(subject.tokenizer, text, name)
+            by_tokenizer[fingerprint] = _read(model.tokenizer, text, name)
         readings[name] = by_tokenizer[fingerprint]
     return readings
 
@@ -416,7 +378,13 @@ def _read(tokenizer, text, name):
     sizes = np.array(
         [len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)]
     )
-    before = _before(tokenizer)
+    # The first token of a document needs something before it too.
+    before = [tokenizer.end_of_text_id]
+    if before == [None]:
+        try:
+            before = tokenizer.encode("\n")
+        except InputError:  # a character tokenizer of text without lines
+            before = [0]
     ends = [np.cumsum(sizes[ids]) for ids in encoded]
     for document, end in zip(text.documents, ends, strict=True):
         size = len(document.text.encode("utf-8", "replace"))
@@ -428,16 +396,6 @@ def _read(tokenizer, text, name):
             )
     ids = [np.array([*before, *ids], np.int64) for ids in encoded]
     return _Reading(ids, ends, len(before))
-
-
-def _before(tokenizer):
-    """Return what stands before a document: the first token needs something too."""
-    if tokenizer.end_of_text_id is not None:
-        return [tokenizer.end_of_text_id]
-    try:
-        return tokenizer.encode("\n")
-    except InputError:  # a character tokenizer of text without lines
-        return [0]
 
 
 def _block_bytes(text_bytes, max_tokens):
@@ -507,67 +465,55 @@ def _spread(count):
 # What a model says of them
 
 
-def _logits(subject, name, ids, begin, end):
+def _logits(model, name, ids, begin, end):
     """Return the logits `(end - begin, V)` by which those tokens are judged."""
-    context = subject.context_length
+    context = model.context_length
     overlap = context // 2
     # The token at `known` is the first that is not read yet; the next is judged by it.
     known, pieces = begin - 1, []
     while known < end - 1:
         first = max(0, known - overlap)
         last = min(first + context, end - 1)
-        subject.reset()
-        subject.prefill(ids[first:known].tolist())
-        pieces.append(subject.logits(ids[known:last].tolist()))
+        model.reset()
+        model.prefill(ids[first:known].tolist())
+        pieces.append(model.logits(ids[known:last].tolist()))
         known = last
-    subject.reset()
+    model.reset()
     logits = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     if not np.isfinite(logits).all():
         wrong = logits[~np.isfinite(logits)]
         raise InputError(
             f"Judging {name} expects finite logits. Received: {wrong[0]}, and "
-            f"{len(wrong):,} such in a block. Its weights are spoilt: export or train "
-            "it again."
+            f"{len(wrong):,} such in a block. Its weights may contain NaN or "
+            "Inf: export or train it again."
         )
     return logits
 
 
-def _judge(logits, targets, wanted):
+def _judge(logits, targets, of_reference):
     """Add up what a block has: nats, tokens, correct, divergence, agreed."""
     sums = np.zeros(_SUMS)
     sums[_TOKENS] = len(targets)
     at_once = max(1, _FLOATS // logits.shape[1])
     for first in range(0, len(targets), at_once):
         rows = slice(first, first + at_once)
-        found, _ = _log_softmax(logits[rows])
+        found = log_softmax(logits[rows])  # (n, V)
         best = found.argmax(axis=-1)
         sums[_NATS] -= found[np.arange(len(found)), targets[rows]].sum()
         sums[_CORRECT] += (best == targets[rows]).sum()
-        if wanted is not None:
-            expected, shares = _log_softmax(wanted[rows])
+        if of_reference is not None:
+            expected = log_softmax(of_reference[rows])
             sums[_AGREED] += (best == expected.argmax(axis=-1)).sum()
-            expected -= found
-            divergences = np.einsum("nv,nv->n", shares, expected)
+            divergences = np.einsum("nv,nv->n", np.exp(expected), expected - found)
             # Rounding may leave less than nothing.
             sums[_DIVERGENCE] += np.maximum(divergences, 0).sum()
     return sums
 
 
-def _log_softmax(logits):
-    """Return log-probabilities and probabilities `(n, V)` float64."""
-    logs = logits.astype(np.float64)
-    logs -= logs.max(axis=-1, keepdims=True)
-    shares = np.exp(logs)
-    total = shares.sum(axis=-1, keepdims=True)
-    logs -= np.log(total)
-    shares /= total
-    return logs, shares
-
-
-def _has_tokens_of(subject, reference, name, on_notice):
+def _has_tokens_of(model, reference, name, on_notice):
     """Tell whether distributions over tokens can be compared; say so if not."""
-    ours, theirs = subject.tokenizer.fingerprint(), reference.tokenizer.fingerprint()
-    sizes = [other.config["vocab_size"] for other in (subject, reference)]
+    ours, theirs = model.tokenizer.fingerprint(), reference.tokenizer.fingerprint()
+    sizes = [other.config["vocab_size"] for other in (model, reference)]
     if ours == theirs and sizes[0] == sizes[1]:
         return True
     if on_notice is not None:
@@ -590,8 +536,7 @@ def _summary(sums, reference, is_comparable, sizes, samples, seed):
     sizes = np.array(sizes, np.float64)[:, None]
     others = np.zeros((len(sums), 2)) if reference is None else reference
     totals = np.hstack([sums, others[:, [_NATS, _TOKENS]], sizes])
-    drawn = _drawn(totals, samples, seed)
-    interval = functools.partial(_interval, totals.sum(axis=0), drawn)
+    interval = functools.partial(block_bootstrap, totals, samples=samples, seed=seed)
 
     def per_token(quantity):
         return interval(lambda s: s[..., quantity] / s[..., _TOKENS])
@@ -617,41 +562,22 @@ def _summary(sums, reference, is_comparable, sizes, samples, seed):
     }
 
 
-def _drawn(totals, samples, seed):
-    """Return sums over blocks that are drawn with replacement, `(samples, ...)`."""
-    generator, count = np.random.default_rng(seed), len(totals)
-    sums, at_once = [], max(1, _DRAWN_AT_ONCE // count)
-    for first in range(0, samples, at_once):
-        draws = min(at_once, samples - first)
-        blocks = generator.integers(count, size=(draws, count))
-        places = (blocks + count * np.arange(draws)[:, None]).ravel()
-        times = np.bincount(places, minlength=draws * count).reshape(draws, count)
-        sums.append(times @ totals)
-    return np.concatenate(sums)
-
-
-def _interval(sums, drawn, statistic):
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(statistic(drawn), [tail, 100 - tail])
-    return {"value": float(statistic(sums)), "low": float(low), "high": float(high)}
-
-
-def _check(subjects, reference, max_tokens, block_bytes, samples, seed):
-    if not subjects:
+def _check(models, reference, max_tokens, block_bytes, samples, seed):
+    if not models:
         raise InputError(
             "Measuring expects at least one file or model. Received: none."
         )
     if reference is not None:
-        arguments.one_of("reference", reference, subjects)
+        arguments.one_of("reference", reference, models)
     arguments.integer("max_tokens", max_tokens, 2, or_none=True)
     arguments.integer("block_bytes", block_bytes, 1, or_none=True)
     arguments.integer("samples", samples, 1)
     arguments.integer("seed", seed)
 
 
-def _require_tokenizer(subject, name):
-    check_open(subject)
-    if subject.tokenizer is None:
+def _require_tokenizer(model, name):
+    check_open(model)
+    if model.tokenizer is None:
         raise InputError(
             f"Judging {name} expects its tokenizer, to read text with. Received: none. "
             "Put tokenizer.json beside it, or name the .litertlm or the run's folder."

@@ -1,20 +1,16 @@
-"""Whether what a model writes is Python: the share of completions that parse.
+"""Syntactic validity of generated code: the share of completions that parse as Python.
 
-A prompt is the beginning of a function of a held-out file, dedented: its signature
-and docstring, or its signature and the first line of its body. It ends before the
-line's end, because a model that reads the line break as a token of its own hardly
-ever indents what follows. A prompt counts only if it parses alone, so that whatever
-fails is the model's own, and if its function goes on in a way that is accepted.
+A prompt is the beginning of a function of a held-out file, dedented: its signature and
+docstring, or its signature and the first line of its body, without the line break at
+its end. Only prompts that parse alone count, of functions whose own text is accepted.
 
-The model writes up to so many tokens. What is written ends with its last complete
-line, and before the first line that stands at the margin: there the function's block
-ends. It is accepted if prompt and written lines together parse, and if among the
-lines after the prompt's own is one of code: a model that writes nothing, a blank line
-or a comment has not completed the function, and is refused and counted.
+A completion ends with its last complete line, and before the first line at the margin,
+where the function's block ends. It is accepted if prompt and completion together parse,
+and if it has a line of code after the prompt's own: blank lines and comments do not
+complete a function.
 
-The function's own text goes through the same, cut after as many of the model's
-tokens. Where these end within a statement it is refused as well: its share is what
-is to be reached, and is below 1.
+The function's own text, cut after as many tokens, is judged alike. Where the cut lies
+within a statement it is refused as well: its share is what can be reached.
 """
 
 import ast
@@ -53,8 +49,8 @@ class Prompt(NamedTuple):
     rest: str
 
 
-def measure_parsing(
-    subject,
+def measure_code_validity(
+    model,
     documents,
     *,
     count: int = COUNT,
@@ -67,14 +63,14 @@ def measure_parsing(
     """Measure the share of completions of Python functions that `ast.parse` accepts.
 
     Args:
-        subject: An `EdgeGPT` or `KerasGPT` with its tokenizer.
+        model: An `EdgeGPT` or `KerasGPT` with its tokenizer.
         documents: Held-out Python files, as for `measure_accuracy`; or the prompts
             that `find_prompts` found in them.
         count: Number of prompts, of which there may be fewer.
-        max_new_tokens: Tokens that the model writes at most, at least 1.
+        max_new_tokens: Tokens that the model generates at most, at least 1.
         temperature: Of its choices.
         seed: Decides prompts and choices.
-        name: How messages call the subject.
+        name: How messages call the model.
         on_progress: Called with completions done and all of them.
 
     Returns:
@@ -85,7 +81,7 @@ def measure_parsing(
         InputError: There are no functions, or an argument is out of its range.
 
     Example:
-        >>> measure_parsing(gpt, held_out_text("python-stdlib"))["share"]["value"]
+        >>> measure_code_validity(gpt, held_out_text("python-stdlib"))["share"]["value"]
 
     Reference: Wilson, "Probable Inference, the Law of Succession, and Statistical
     Inference", Journal of the American Statistical Association 22 (1927).
@@ -93,8 +89,8 @@ def measure_parsing(
     arguments.integer("max_new_tokens", max_new_tokens, 1)
     arguments.number("temperature", temperature, least=0)
     arguments.integer("seed", seed)
-    check_open(subject)
-    if subject.tokenizer is None:
+    check_open(model)
+    if model.tokenizer is None:
         raise InputError(f"Completing text with {name} expects its tokenizer.")
     prompts = documents
     if not (isinstance(documents, list) and all(type(p) is Prompt for p in documents)):
@@ -104,11 +100,11 @@ def measure_parsing(
             "Parsing completions expects Python functions of several statements. "
             "Received: text without any. Name a corpus of .py files."
         )
-    tokenizer, accepted, true = subject.tokenizer, 0, 0
+    tokenizer, accepted, true = model.tokenizer, 0, 0
     for index, prompt in enumerate(prompts):
         own_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-        text, is_whole = _write(
-            subject, prompt.text, max_new_tokens, temperature, own_seed
+        text, is_whole = _complete(
+            model, prompt.text, max_new_tokens, temperature, own_seed
         )
         accepted += is_accepted(prompt.text, text, is_whole)
         ids = tokenizer.encode(prompt.rest)
@@ -128,7 +124,7 @@ def find_prompts(documents, count: int = COUNT, seed: int = 0) -> list[Prompt]:
     """Find beginnings of functions, at most three of a file.
 
     Args:
-        documents: As for `measure_parsing`; what is no Python is passed over.
+        documents: As for `measure_code_validity`; what is no Python is passed over.
         count: Number of prompts, at least 1.
         seed: Decides which.
 
@@ -162,12 +158,12 @@ def check_count(count: int) -> None:
     arguments.integer("count", count, 1, repair=repair)
 
 
-def is_accepted(prompt: str, written: str, is_whole: bool = False) -> bool:
-    """Tell whether a completion goes on with a function so that it parses.
+def is_accepted(prompt: str, completion: str, is_whole: bool = False) -> bool:
+    """Tell whether a completion continues a function so that it parses.
 
     Args:
         prompt: The function's beginning, at the margin.
-        written: What follows.
+        completion: What follows.
         is_whole: Whether it ended by itself, so that its last line is complete.
 
     Example:
@@ -178,7 +174,7 @@ def is_accepted(prompt: str, written: str, is_whole: bool = False) -> bool:
         >>> is_accepted("def f(x):\\n    y = x", "\\n\\ndef g():")
         False
     """
-    lines = written.split("\n")
+    lines = completion.split("\n")
     if not is_whole:
         lines.pop()
     block = lines[:1]
@@ -214,14 +210,14 @@ def wilson_interval(successes: int, count: int) -> dict[str, float]:
     }
 
 
-def _write(subject, prompt, max_new_tokens, temperature, seed):
-    """Return what the model writes until the block ends, and if it ended itself."""
+def _complete(model, prompt, max_new_tokens, temperature, seed):
+    """Return the completion until the block ends, and whether it ended by itself."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    tokenizer, text, count = subject.tokenizer, "", 0
+    tokenizer, text, count = model.tokenizer, "", 0
     with warnings.catch_warnings():
         # Where the context is small, the prompt's end has to do.
         warnings.simplefilter("ignore", GenerationNotice)
-        tokens = subject.generate(
+        tokens = model.generate(
             tokenizer.encode(prompt),
             max_new_tokens=max_new_tokens,
             temperature=temperature,

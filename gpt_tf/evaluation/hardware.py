@@ -1,12 +1,11 @@
-"""The machine that measures: what it is, how fast it reads memory, what energy it says.
+"""The machine that measures: its processor, the rate of its memory, and its energy.
 
-A GPT that writes one text reads every weight for every token, so its speed follows the
-rate at which memory is read. That is measured here with NumPy alone, in seconds, so
-that a device without anything else can do it. It is a yardstick and no bound: a loop in
-C was seen to read twice as fast.
+A GPT that generates one text reads every weight for every token, so its speed follows
+the rate at which memory is read. That is measured here with NumPy alone, in seconds, so
+that a device can do it. It is a yardstick: a loop in C was seen to read twice as fast.
 
 Energy comes from RAPL, the processors' own counters, where Linux shows them and lets
-this user read them; elsewhere nothing is said.
+this user read them; elsewhere it is unknown.
 """
 
 import os
@@ -16,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 
-from gpt_tf.models.sizes import memory_bytes
 from gpt_tf.settings import arguments
 
 POWERCAP = "/sys/class/powercap"
@@ -39,22 +38,24 @@ def describe_machine(*, seconds: float = 2.0) -> dict:
 
     Returns:
         `cpu` (its name and widest vectors), `cores` that this process may use,
-        `physical_cores` of them, `memory_bytes` or None, `os`, `python`, and
+        `physical_cores` of them, `memory_bytes`, `os`, `python`, and
         `read_bytes_per_s` by number of threads, `{"1": ..., "2": ...}`, or None.
 
     Example:
         >>> describe_machine()["read_bytes_per_s"]["1"]
     """
-    rates = None
+    cores, rates = usable_cores(), None
     if arguments.number("seconds", seconds, least=0, most=_MOST_SECONDS):
         counts = thread_counts()
         share = seconds / len(counts)
         rates = {str(n): measure_read_rate(n, seconds=share) for n in counts}
     return {
         "cpu": _cpu_name(),
-        "cores": len(usable_cores()),
-        "physical_cores": _physical_cores(),
-        "memory_bytes": memory_bytes(),
+        "cores": len(cores),
+        "physical_cores": min(
+            psutil.cpu_count(logical=False) or len(cores), len(cores)
+        ),
+        "memory_bytes": psutil.virtual_memory().total,
         "os": platform.platform(),
         "python": platform.python_version(),
         "read_bytes_per_s": rates,
@@ -86,7 +87,7 @@ def measure_read_rate(threads: int = 1, *, seconds: float = 1.0) -> float:
     threads = arguments.integer("threads", threads, 1, arguments.MOST_THREADS)
     seconds = arguments.number("seconds", seconds, least=0, most=_MOST_SECONDS)
     deadline = time.perf_counter() + seconds
-    memory = memory_bytes() or _SHARE_OF_MEMORY * _LARGEST_ARRAY_BYTES
+    memory = psutil.virtual_memory().total
     size = min(_LARGEST_ARRAY_BYTES, memory // _SHARE_OF_MEMORY)
     # Of NumPy's reductions, which leave Python's lock, `or` is the one that waits
     # for memory most: a sum of float64 was half as fast.
@@ -183,17 +184,14 @@ def _zones(folder):
     """
     zones = []
     for zone in sorted(folder.glob("intel-rapl:*")):
+        try:
+            name = (zone / "name").read_text()
+        except OSError:
+            continue
         is_part = zone.name.count(":") > 1
-        if _name_of(zone).startswith("dram" if is_part else "package"):
+        if name.startswith("dram" if is_part else "package"):
             zones.append(zone)
     return zones
-
-
-def _name_of(zone):
-    try:
-        return (zone / "name").read_text().strip()
-    except OSError:
-        return ""
 
 
 def usable_cores() -> list[int]:
@@ -202,21 +200,6 @@ def usable_cores() -> list[int]:
         return sorted(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return list(range(os.cpu_count() or 1))
-
-
-def _physical_cores():
-    cores = usable_cores()
-    place = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    try:
-        return len({Path(place.format(core)).read_text() for core in cores})
-    except OSError:
-        pass
-    try:
-        import psutil
-
-        return psutil.cpu_count(logical=False) or len(cores)
-    except ImportError:
-        return len(cores)
 
 
 def _cpu_name(cpuinfo="/proc/cpuinfo"):

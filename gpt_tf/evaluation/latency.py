@@ -4,152 +4,46 @@ What is measured of a request of P prompt tokens and N new ones, greedy, with th
 random ids every time, so that no tokenizer is needed:
 
 - time to first token: all but the last prompt token prefilled, the last one decoded,
-  and the likeliest next token chosen;
+  and the top-1 next token chosen;
 - inter-token latency: each further token, decoded and chosen;
 - response time: the whole request.
 
-`compare_latencies` gives every file a new process in every round, one after the other,
-A B A B: threads, settings and memory of one do not touch another, a noisy machine is
-noisy for all, and what a process keeps for as long as it lives is not taken for the
-file's. The first token of a process ends its cold start; that request and another one
-are not counted.
+Every file gets a new process in every round, so that what a process keeps for as long
+as it lives is not taken for the file's. The first token of a process ends its cold
+start; that request and another one are not counted.
 
 Bandwidth: a token reads every weight once. What it reads is taken to be the file's
 size, and four bytes a parameter of a Keras model; the cache of keys and values is not
 counted. A file that fits the processor's own caches may exceed what memory gives.
 
-Energy is that of whole requests, of the whole machine, over the tokens they wrote.
+Energy is that of whole requests, of the whole machine, over the tokens they generated.
 
 Reference: article 6.1, the assessment of real-time performance.
 """
 
-import contextlib
+import functools
 import importlib.util
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import artifacts, errors
-from gpt_tf.errors import InputError, WorkerFailedError
+from gpt_tf.errors import InputError
 from gpt_tf.evaluation import hardware, report
-from gpt_tf.evaluation.worker import CONTEXT_TOKENS, WARM_UP, SubjectRunner, measure
-from gpt_tf.models.sizes import count_parameters
+from gpt_tf.evaluation.harness import Worker, spread, take_turns
+from gpt_tf.evaluation.worker import (
+    CONTEXT_TOKENS,
+    WARM_UP,
+    describe_models,
+    open_runner,
+)
 from gpt_tf.settings import arguments
 
 ENGINES = ("gpt_tf", "litert-lm")
 REQUESTS = (1, 2, 4, 8)
 ROUNDS = 5
 REPETITIONS = 20
-
-_FAILED = 70  # EX_SOFTWARE of sysexits.h
-
-
-def spread(values: Sequence[float]) -> dict:
-    """Return how measurements are spread, as a report states it.
-
-    Args:
-        values: At least one number.
-
-    Returns:
-        `median`, `p95`, `p99`, `worst` (the largest), `q1`, `q3` and `count`.
-        Between two measurements percentiles are interpolated.
-    """
-    percents = {"median": 50, "p95": 95, "p99": 99, "q1": 25, "q3": 75}
-    found = np.percentile(values, list(percents.values()))
-    return {
-        **dict(zip(percents, map(float, found), strict=True)),
-        "worst": float(max(values)),
-        "count": len(values),
-    }
-
-
-def measure_latency(
-    path_or_subject,
-    *,
-    prompt_tokens: int = 64,
-    new_tokens: int = 64,
-    repetitions: int = REPETITIONS,
-    threads: int | None = None,
-    contexts: Sequence[int] = (),
-    thread_counts: Sequence[int] = (),
-    requests: Sequence[int] = REQUESTS,
-    engine: str = "gpt_tf",
-    rounds: int = ROUNDS,
-    on_progress: Callable[[int, int, str], None] | None = None,
-    read_bytes_per_s=None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict:
-    """Measure one file, or a model that is open already.
-
-    Args:
-        path_or_subject: As for `compare_latencies`; or what `open_subject` returns,
-            which is measured in this process: then there is no loading, no cold start
-            and no other number of threads.
-        prompt_tokens, new_tokens, repetitions, threads, contexts, thread_counts,
-        requests, engine, rounds, on_progress, read_bytes_per_s: As for
-            `compare_latencies`; of an open model there is one round.
-        clock: Seconds, of an open model.
-
-    Returns:
-        Latency as `gpt_tf.evaluation.report` describes it.
-
-    Raises:
-        InputError, WorkerFailedError: As for `compare_latencies`.
-
-    Example:
-        >>> measure_latency("gpt.litertlm")["inter_token_latency_ms"]["p95"]
-    """
-    job = _checked_job(
-        prompt_tokens, new_tokens, repetitions, threads, contexts, requests, engine, 1
-    )
-    if isinstance(path_or_subject, str | os.PathLike):
-        (found,) = compare_latencies(
-            [path_or_subject],
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            repetitions=repetitions,
-            threads=threads,
-            contexts=contexts,
-            thread_counts=thread_counts,
-            requests=requests,
-            engines=[engine],
-            rounds=rounds,
-            on_progress=on_progress,
-            read_bytes_per_s=read_bytes_per_s,
-        )
-        return found
-    from gpt_tf.evaluation.models import check_open
-
-    subject = path_or_subject
-    check_open(subject)
-    own = subject.num_threads or len(hardware.usable_cores())
-    if engine != "gpt_tf" or thread_counts or threads not in (None, own):
-        raise InputError(
-            "Another engine or number of threads expects a file, which can be opened "
-            f"anew. Received: an open {type(subject).__name__}. Give its path."
-        )
-    _check_room(job, subject.context_length, f"the open {type(subject).__name__}")
-    job["threads"] = own
-
-    runner = SubjectRunner(subject, clock)
-    runner(prompt_tokens, 1)
-    if on_progress:
-        on_progress(0, 1, "measuring")
-    raw = measure(runner, job)
-    if on_progress:
-        on_progress(1, 1, "measured")
-    size = rate = None
-    if not runner.is_edge:
-        size = 4 * count_parameters(subject.config)
-        rate = _rates([own], read_bytes_per_s)[own]
-    return _merged(job, [raw], [], {}, size, rate)
 
 
 def compare_latencies(
@@ -173,12 +67,12 @@ def compare_latencies(
     Args:
         paths: `.tflite`, `.litertlm`, a run's or model's folder, or a `.keras` file.
         prompt_tokens: Length of the prompt, at least 1.
-        new_tokens: Tokens that are written, at least 2.
+        new_tokens: Tokens that are generated, at least 2.
         repetitions: Requests that are counted, of each file: at least so many, as
             many in each round.
         threads: Threads that compute; default: of a file the physical cores, at most
             4, of a Keras model all cores.
-        contexts: Lengths of other prompts to measure; 16 tokens are written after
+        contexts: Lengths of other prompts to measure; 16 tokens are generated after
             each.
         thread_counts: Other numbers of threads to measure.
         requests: Numbers of requests at once, of `EdgeScheduler`: not of a Keras
@@ -210,45 +104,61 @@ def compare_latencies(
             f"`engines` expects one for each of {len(paths)} paths. Received: "
             f"{len(engines)}."
         )
-    jobs = [
-        _checked_job(
-            *(prompt_tokens, new_tokens, repetitions, threads, contexts, requests),
-            *(engine, rounds),
-        )
-        for engine in engines
-    ]
+    asked = _checked_job(
+        prompt_tokens, new_tokens, repetitions, threads, contexts, requests, rounds
+    )
     thread_counts = arguments.integers("thread_counts", thread_counts, 1)
     for path, engine in zip(paths, engines, strict=True):
         _check_engine(path, engine)
     described = described or describe_files(paths)
-    for job, path, facts in zip(jobs, paths, described, strict=True):
-        _check_room(job, facts["context_length"], path)
-        job["path"] = path
-        job["vocab_size"] = facts["config"]["vocab_size"]
-        job["threads"] = job["threads"] or facts["threads"]
-    rates = _rates({job["threads"] for job in jobs}, read_bytes_per_s)
+    jobs = []
+    for path, engine, facts in zip(paths, engines, described, strict=True):
+        _check_room(asked, facts["context_length"], path)
+        threads = asked["threads"] or facts["threads"]
+        own = {"path": path, "engine": engine, "threads": threads}
+        jobs.append(asked | own | {"vocab_size": facts["config"]["vocab_size"]})
     others = [
         job | {"threads": count, "contexts": [], "requests": []}
         for job in jobs
         for count in thread_counts
         if count != job["threads"]
     ]
-    turns = [jobs + others] * min(rounds, repetitions)
-    found = _take_turns(turns, on_progress or (lambda done, total, what: None))
+    rates = {
+        count: _read_rate(count, read_bytes_per_s)
+        for count in {job["threads"] for job in jobs}
+    }
+    rounds, done = min(rounds, repetitions), 0
+    turns = len(jobs + others) * rounds
+
+    def tell(what):
+        if on_progress is not None:
+            on_progress(done, turns, what)
+
+    def turn(job):
+        nonlocal done
+        what = f"round {done // len(jobs + others) + 1} of {rounds}: "
+        what += f"{Path(job['path']).name}, {job['threads']} threads"
+        tell(what + (f", {job['engine']}" if job["engine"] != "gpt_tf" else ""))
+        with Worker(open_runner, (job,), name=job["path"]) as worker:
+            measured = worker.ask() | {"cold_ms": worker.start_s * 1e3}
+        done += 1
+        return measured
+
+    found = take_turns([functools.partial(turn, job) for job in jobs + others], rounds)
+    tell("measured")
     results = []
-    for index, (job, facts) in enumerate(zip(jobs, described, strict=True)):
-        raws, colds = found[index]
+    for job, facts, measured in zip(jobs, described, found, strict=False):
         by_threads = {
-            other["threads"]: found[len(jobs) + place][0]
-            for place, other in enumerate(others)
+            other["threads"]: theirs
+            for other, theirs in zip(others, found[len(jobs) :], strict=True)
             if (other["path"], other["engine"]) == (job["path"], job["engine"])
         }
         if thread_counts:
-            by_threads[job["threads"]] = raws
+            by_threads[job["threads"]] = measured
         is_keras = facts["kind"] == "keras"
-        size = 4 * facts["parameters"] if is_keras else facts["size_bytes"]
-        rate = rates[job["threads"]]
-        results.append(_merged(job, raws, colds, by_threads, size, rate))
+        read_bytes = 4 * facts["parameters"] if is_keras else facts["size_bytes"]
+        read_s = read_bytes / rates[job["threads"]]
+        results.append(_summary(job, measured, by_threads, read_s))
     return results
 
 
@@ -266,8 +176,8 @@ def describe_files(paths: Sequence[str | os.PathLike]) -> list[dict]:
         InputError, WorkerFailedError: As for `compare_latencies`.
     """
     paths = [str(path) for path in arguments.paths("paths", paths)]
-    found, _ = _in_process({"describe": paths}, ", ".join(paths))
-    return found
+    with Worker(describe_models, (paths,), name=", ".join(paths)) as worker:
+        return worker.ask()
 
 
 def measure_files(
@@ -307,20 +217,21 @@ def measure_files(
     if not paths:
         raise InputError("Measuring expects at least one file. Received: none.")
     names = dict(zip(paths, models.unique_names(paths), strict=True))
+    pairs = [
+        (path, one) for path in paths for one in ENGINES if engine in (one, "both")
+    ]
+    if engine == "both":
+        pairs = [(p, one) for p, one in pairs if one == "gpt_tf" or _is_litertlm(p)]
     # Before minutes are spent.
+    sizes = options.get("prompt_tokens", 64), options.get("new_tokens", 64)
+    requests = options.get("requests", REQUESTS)
+    asked_contexts = () if contexts is None else contexts
     job = _checked_job(
-        *(options.get("prompt_tokens", 64), options.get("new_tokens", 64)),
-        *(repetitions, options.get("threads"), () if contexts is None else contexts),
-        *(options.get("requests", REQUESTS), "gpt_tf", rounds),
+        *(*sizes, repetitions, options.get("threads"), asked_contexts, requests),
+        rounds,
     )
     if thread_counts is not None:
         arguments.integers("thread_counts", thread_counts, 1)
-    engines_of = {path: [engine] for path in paths}
-    if engine == "both":
-        for path in paths:
-            theirs = ["litert-lm"] if _is_litertlm(path) else []
-            engines_of[path] = ["gpt_tf", *theirs]
-    pairs = [(path, one) for path in paths for one in engines_of[path]]
     for pair in pairs:
         _check_engine(*pair)
     facts_of = dict(zip(paths, describe_files(paths), strict=True))
@@ -372,27 +283,20 @@ def measure_files(
 
 
 def _checked_job(
-    prompt_tokens, new_tokens, repetitions, threads, contexts, requests, engine, rounds
+    prompt_tokens, new_tokens, repetitions, threads, contexts, requests, rounds
 ):
     """Return what a process is asked to do, after its numbers were checked."""
     rounds = arguments.integer("rounds", rounds, 1)
-    prompt_tokens = arguments.integer("prompt_tokens", prompt_tokens, 1)
-    new_tokens = arguments.integer("new_tokens", new_tokens, 2)
     repetitions = arguments.integer("repetitions", repetitions, 1)
     most = arguments.MOST_THREADS
-    threads = arguments.integer("threads", threads, 1, most, or_none=True)
-    contexts = arguments.integers("contexts", contexts, 1)
-    requests = arguments.integers("requests", requests, 1)
-    arguments.one_of("engine", engine, ENGINES)
     return {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
+        "prompt_tokens": arguments.integer("prompt_tokens", prompt_tokens, 1),
+        "new_tokens": arguments.integer("new_tokens", new_tokens, 2),
         # As many in each round.
-        "repetitions": -(-repetitions // min(rounds, repetitions)),
-        "threads": threads,
-        "contexts": contexts,
-        "requests": requests,
-        "engine": engine,
+        "count": -(-repetitions // min(rounds, repetitions)),
+        "threads": arguments.integer("threads", threads, 1, most, or_none=True),
+        "contexts": arguments.integers("contexts", contexts, 1),
+        "requests": arguments.integers("requests", requests, 1),
     }
 
 
@@ -409,12 +313,12 @@ def _check_room(job, context_length, name):
             raise InputError(
                 f"`contexts` expects at most {context_length - CONTEXT_TOKENS} for "
                 f"{name}: its context has {context_length} tokens, and "
-                f"{CONTEXT_TOKENS} are written. Received: {length}."
+                f"{CONTEXT_TOKENS} are generated. Received: {length}."
             )
 
 
 def _check_engine(path, engine):
-    if engine != "litert-lm":
+    if arguments.one_of("engine", engine, ENGINES) != "litert-lm":
         return
     if not _is_litertlm(path):
         raise InputError(
@@ -432,153 +336,76 @@ def _is_litertlm(path):
     return Path(path).suffix == ".litertlm"
 
 
-def _rates(counts, known):
-    """Return what memory gives to numbers of threads, measured where not known."""
+def _read_rate(threads, known):
+    """Return what memory gives to so many threads, measured where it is not known."""
     if isinstance(known, int | float):
-        return dict.fromkeys(counts, known)
-    known = known or {}
+        return known
+    rate = (known or {}).get(str(threads))
+    return rate or hardware.measure_read_rate(threads, seconds=0.7)
+
+
+def _summary(job, measured, by_threads, read_s):
+    """Return a file's latency from what its processes measured.
+
+    Args:
+        job: What they were asked for.
+        measured: What each of them returned.
+        by_threads: The same, of every number of threads.
+        read_s: Seconds that reading the weights takes at the rate of memory.
+    """
+
+    def of(name, processes=measured):
+        return spread([one[name] for one in processes])
+
+    gaps = of("gaps_ms")
+    repetitions = sum(len(one["first_ms"]) for one in measured)
+    joules = [one["joules"] for one in measured]
+    peaks = [one["peak_memory_bytes"] for one in measured]
+    contexts = [
+        (length, [one["contexts"][index] for one in measured])
+        for index, length in enumerate(job["contexts"])
+    ]
+    rates = list(zip(*(one["throughput"] for one in measured), strict=True))
     return {
-        count: known.get(str(count)) or hardware.measure_read_rate(count, seconds=0.7)
-        for count in counts
-    }
-
-
-# Taking turns
-
-
-def _take_turns(turns, on_progress):
-    """Run every job of every round; return of each its results and cold starts."""
-    total, done = sum(map(len, turns)), 0
-    found = [([], []) for _ in turns[0]]
-    for number, jobs in enumerate(turns, 1):
-        for job, (raws, colds) in zip(jobs, found, strict=True):
-            name = Path(job["path"]).name
-            what = f"round {number} of {len(turns)}: {name}, {job['threads']} threads"
-            on_progress(done, total, what + _by(job["engine"]))
-            raw, cold_s = _in_process(job, job["path"])
-            raws.append(raw)
-            colds.append(cold_s * 1e3)
-            done += 1
-    on_progress(done, total, "measured")
-    return found
-
-
-def _by(engine):
-    return "" if engine == "gpt_tf" else f", {engine}"
-
-
-def _in_process(job, name):
-    """Do a job in a new process; return its result and seconds to its first token."""
-    root = str(Path(__file__).resolve().parents[2])
-    code = (
-        f"import sys; sys.path[:] = [{root!r}, *filter(None, sys.path)]; "
-        "from gpt_tf.evaluation.worker import work; work(sys.argv[1])"
-    )
-    kind, value, cold_s = None, None, None
-    with tempfile.TemporaryFile() as remarks:
-        began = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, artifacts.to_json(job)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=remarks,
-            text=True,
-            env={"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ},
-        )
-        try:
-            for line in process.stdout:
-                kind, value = artifacts.parse_json(line)
-                if kind == "first":
-                    cold_s = time.perf_counter() - began
-        finally:
-            if kind in (None, "first"):
-                # Either it has ended, or we are interrupted.
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.2)
-            process.kill()
-            process.wait()
-            process.stdout.close()
-        if kind == "done":
-            return value, cold_s
-        if kind == "refused":
-            raise getattr(errors, value[0], InputError)(value[1])
-        if kind == "missing":
-            raise ModuleNotFoundError(value[0], name=value[1])
-        remarks.seek(0)
-        lines = remarks.read().decode("utf-8", "replace").split("\n")
-    what = f"The process that measured {name} "
-    if kind == "failed":
-        raise WorkerFailedError(f"{what}failed: {value}", _FAILED)
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    last = f"its last line was: {last}" if last else "it wrote nothing"
-    status = process.returncode
-    if status < 0:
-        with contextlib.suppress(ValueError):
-            what += f"was killed by {signal.Signals(-status).name}; "
-        raise WorkerFailedError(what + last, 128 - status)
-    raise WorkerFailedError(f"{what}ended with status {status}; {last}", _FAILED)
-
-
-# Putting together
-
-
-def _merged(job, raws, colds, by_threads, size_bytes, rate):
-    """Return a file's latency from what its processes measured."""
-    gaps = spread(_all(raws, "gaps_ms"))
-    joules = [raw["joules"] for raw in raws]
-    repetitions = sum(len(raw["first_ms"]) for raw in raws)
-    loads = [raw["load_ms"] for raw in raws if raw.get("load_ms") is not None]
-    peaks = [raw["peak_memory_bytes"] for raw in raws]
-    share = None
-    if size_bytes and rate:
-        share = size_bytes / (rate * gaps["median"] / 1e3)
-    energy = None
-    if None not in joules:
-        energy = sum(joules) / (repetitions * job["new_tokens"])
-    return {
-        "engine": raws[0]["engine"],
+        "engine": measured[0]["engine"],
         "threads": job["threads"],
         "prompt_tokens": job["prompt_tokens"],
         "new_tokens": job["new_tokens"],
         "repetitions": repetitions,
-        "time_to_first_token_ms": spread(_all(raws, "first_ms")),
+        "time_to_first_token_ms": of("first_ms"),
         "inter_token_latency_ms": gaps,
-        "response_time_ms": spread(_all(raws, "response_ms")),
-        "tokens_per_s": float(np.median(_all(raws, "rates"))),
-        "load_ms": spread(loads) if loads else None,
-        "cold_start_ms": spread(colds) if colds else None,
+        "response_time_ms": of("response_ms"),
+        "tokens_per_s": float(np.median([r for one in measured for r in one["rates"]])),
+        "load_ms": spread([[one["load_ms"]] for one in measured]),
+        "cold_start_ms": spread([[one["cold_ms"]] for one in measured]),
         "peak_memory_bytes": None if None in peaks else int(np.median(peaks)),
-        "bandwidth_share": share,
-        "energy_j_per_token": energy,
+        "bandwidth_share": read_s / (gaps["median"] / 1e3),
+        "energy_j_per_token": None
+        if None in joules
+        else sum(joules) / (repetitions * job["new_tokens"]),
         "by_context": [
             {
                 "context": length,
-                "time_to_first_token_ms": spread(_all(parts, "first_ms")),
-                "inter_token_latency_ms": spread(_all(parts, "gaps_ms")),
+                "time_to_first_token_ms": of("first_ms", processes),
+                "inter_token_latency_ms": of("gaps_ms", processes),
             }
-            for index, length in enumerate(job["contexts"])
-            for parts in [[raw["contexts"][index] for raw in raws]]
+            for length, processes in contexts
         ],
         "by_threads": [
             {
                 "threads": count,
-                "inter_token_latency_ms": spread(_all(by_threads[count], "gaps_ms")),
+                "inter_token_latency_ms": of("gaps_ms", by_threads[count]),
             }
             for count in sorted(by_threads)
         ],
         "throughput": [
-            _rates_of(count, [raw["throughput"][index] for raw in raws])
-            for index, count in enumerate(job["requests"])
-            if raws[0]["throughput"]
+            _throughput(count, rounds)
+            for count, rounds in zip(job["requests"], rates, strict=False)
         ],
     }
 
 
-def _rates_of(requests, rates):
-    q1, median, q3 = map(float, np.percentile(rates, (25, 50, 75)))
-    facts = {"requests": requests, "tokens_per_s": median}
-    return facts | {"q1": q1, "q3": q3, "count": len(rates)}
-
-
-def _all(raws, name):
-    return [value for raw in raws for value in raw[name]]
+def _throughput(requests, rounds):
+    found = spread([[rate] for rate in rounds])
+    parts = {name: found[name] for name in ("q1", "q3", "count", "rounds")}
+    return {"requests": requests, "tokens_per_s": found["median"], **parts}

@@ -1,7 +1,7 @@
 """What is measured: a file for a device or a Keras model, behind the same methods.
 
 `EdgeGPT` is the model of a file; `KerasGPT` gives a Keras model the same methods, so
-that whoever measures or explains need not know which one it has.
+that measuring and explaining treat both alike.
 """
 
 import os
@@ -22,7 +22,7 @@ _SMALLEST_CHUNK = 8
 _LARGEST_CHUNK = 64
 
 
-def open_subject(path: str | os.PathLike, *, num_threads: int | None = None):
+def open_model(path: str | os.PathLike, *, num_threads: int | None = None):
     """Open whatever can be measured.
 
     Args:
@@ -38,7 +38,7 @@ def open_subject(path: str | os.PathLike, *, num_threads: int | None = None):
         DamagedFileError: It is no model, or its bytes were altered.
 
     Example:
-        >>> with open_subject("gpt.litertlm") as gpt:
+        >>> with open_model("gpt.litertlm") as gpt:
         ...     logits = gpt.logits(gpt.tokenizer.encode("def main():"))
     """
     path = arguments.path("path", path)
@@ -50,11 +50,11 @@ def open_subject(path: str | os.PathLike, *, num_threads: int | None = None):
     return EdgeGPT(path, num_threads=num_threads)
 
 
-def check_open(subject) -> None:
+def check_open(model) -> None:
     """Refuse what is not open yet: a path, or a Keras model by itself.
 
     Args:
-        subject: What `open_subject` returns, or what has its methods.
+        model: What `open_model` returns, or what has its methods.
 
     Raises:
         InputError: It has neither sizes nor a tokenizer.
@@ -62,14 +62,14 @@ def check_open(subject) -> None:
     Example:
         >>> check_open(KerasGPT(model, tokenizer))
     """
-    if hasattr(subject, "config") or hasattr(subject, "tokenizer"):
+    if hasattr(model, "config") or hasattr(model, "tokenizer"):
         return
-    repair = "`KerasGPT(model, tokenizer)`, or `open_subject(path)`"
-    if isinstance(subject, str | os.PathLike):
-        repair = f"`open_subject({str(subject)!r})`"
+    repair = "`KerasGPT(model, tokenizer)`, or `open_model(path)`"
+    if isinstance(model, str | os.PathLike):
+        repair = f"`open_model({str(model)!r})`"
     raise InputError(
         "What is measured or explained is expected to be open. Received: "
-        f"{type(subject).__name__}. Pass {repair}, of gpt_tf.evaluation.models."
+        f"{type(model).__name__}. Pass {repair}, of gpt_tf.evaluation.models."
     )
 
 
@@ -86,7 +86,7 @@ def unique_names(paths) -> list[str]:
     """Name each of several paths by as much of its end as tells it from the others.
 
     Args:
-        paths: Paths of subjects.
+        paths: Paths of models.
 
     Returns:
         A name per path: `gpt.litertlm`, or `a/gpt.litertlm` beside `b/gpt.litertlm`.
@@ -109,19 +109,19 @@ def unique_names(paths) -> list[str]:
     return names
 
 
-def describe(path: str | os.PathLike, subject) -> dict:
-    """Say what a subject is, as an entry of a report begins.
+def describe(path: str | os.PathLike, model) -> dict:
+    """Say what a model is, as an entry of a report begins.
 
     Args:
         path: Where it was opened.
-        subject: What `open_subject` returned.
+        model: What `open_model` returned.
 
     Returns:
         `name`, `path`, `kind`, `mode`, `parameters`, `size_bytes`, `sha256`,
         `context_length` and `config`: see `gpt_tf.evaluation.report`.
     """
     path = Path(path)
-    if isinstance(subject, EdgeGPT):
+    if isinstance(model, EdgeGPT):
         file, kind = path, path.suffix.lstrip(".") or "tflite"
     else:
         from gpt_tf.training.run_folder import model_file
@@ -131,12 +131,12 @@ def describe(path: str | os.PathLike, subject) -> dict:
         "name": path.name,
         "path": str(path),
         "kind": kind,
-        "mode": subject.mode,
-        "parameters": count_parameters(subject.config),
+        "mode": model.mode,
+        "parameters": count_parameters(model.config),
         "size_bytes": file.stat().st_size,
         "sha256": artifacts.sha256_of(file),
-        "context_length": subject.context_length,
-        "config": dict(subject.config),
+        "context_length": model.context_length,
+        "config": dict(model.config),
     }
 
 

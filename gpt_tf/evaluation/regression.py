@@ -1,43 +1,40 @@
-"""A report beside a stored one: what changed, and whether that is more than noise.
+"""Comparison of a report with a stored one: what changed, and whether beyond noise.
 
-Entries are matched by name. Beyond noise is
+Entries are matched by name. A change is
 
-- a time or a throughput, of which both reports state median and quartiles: if the
-  quartile ranges do not overlap, the gap between them is wider than the wider of the
-  two, and the larger median is at least 5 % above the other. Of fewer than ten
-  measurements, or from fewer than ten processes, the gap has to be twice as wide, and
-  of fewer than five measurements nothing is concluded;
-- energy, which has no spread: if it differs by at least 15 %, and by more than the
-  quartile ranges of both reports' inter-token latencies together;
-- memory: if it differs by at least 10 %; the file's size: by at least 1 %;
-- accuracy: if its 95 % intervals do not overlap, which small changes on the same text
-  do not achieve; what is relative to a reference, if that has the same name in both.
+- of a time or a throughput: the medians of the processes of both reports differ by a
+  two-sided Mann-Whitney U test at a level of 1 %, and the medians of all by at least
+  5 %. Processes are what is independent, not the tokens of one. Of fewer than five
+  processes in a report (`--quick` has two) nothing is concluded;
+- of energy, which has no spread: at least 15 %, and more than the interquartile ranges
+  of both reports' inter-token latencies together;
+- of memory: at least 10 %; of the file's size: at least 1 %;
+- of accuracy: its 95 % intervals do not overlap. What is relative to a reference is
+  compared where that has the same name in both.
 
-Made of equal distributions, a time is taken for a change, worse or better, in fewer
-than 1 of 100 cases: of five measurements or of twenty, or of five processes that differ
-by 20 %. A third more is found in 7 of 10 cases or more if the measurements, or the
-processes, differ by 5 %. Two processes, as `--quick` has them, say little about how
-processes differ: then it is 1 of 25 cases where they do by 20 %. Percentiles beyond
-the quartiles are shown and not judged: a busy minute moves them.
+Percentiles in the tail are shown and not judged: a busy minute moves them.
+
+Reference: Mann and Whitney, "On a Test of Whether one of Two Random Variables is
+Stochastically Larger than the Other", Annals of Mathematical Statistics 18 (1947).
 """
 
-import functools
 import math
 import os
 
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation.report import read_report
 
+LEVEL = 0.01
 LEAST_TIME = 0.05
 LEAST_ENERGY = 0.15
 LEAST_MEMORY = 0.10
 LEAST_SIZE = 0.01
+# So few can differ at the level of 1 %: two in 252 orders of five and five.
+FEWEST_ROUNDS = 5
 
-_FEWEST = 5
-_FEW = 10
-
+_GAPS = "inter_token_latency_ms"
 _TIMES = (
-    *("time_to_first_token_ms", "inter_token_latency_ms", "response_time_ms"),
+    *("time_to_first_token_ms", _GAPS, "response_time_ms"),
     *("load_ms", "cold_start_ms"),
 )
 _RELATIVE = ("perplexity_increase", "divergence_nats", "top1_agreement")
@@ -119,27 +116,42 @@ def compare_with_baseline(report: dict, baseline: dict) -> dict:
         )
     notes = [f"{name}: not in the baseline" for name in ours if name not in stored]
     notes += [f"{name}: only in the baseline" for name in stored if name not in ours]
-    notes += _machine_notes(report["machine"], baseline["machine"])
+    machines = report["machine"], baseline["machine"]
+    for part in ("cpu", "cores") if all(machines) else ():
+        ours_has, theirs_had = (machine[part] for machine in machines)
+        if ours_has != theirs_had:
+            notes.append(
+                f"the baseline's machine had {part} {theirs_had}, this one has "
+                f"{ours_has}"
+            )
     same_text = report["corpus"] == baseline["corpus"]
-    references = [one["reference"] for one in (baseline, report)]
+    references = [one["reference"] or "none" for one in (baseline, report)]
     left_out = _RELATIVE if references[0] != references[1] else ()
     rows = []
     for name in names:
         before, after = stored[name], ours[name]
-        found = [_scalar("size_bytes", before, after, LEAST_SIZE)]
+        found = [_scalar_row("size_bytes", before, after, LEAST_SIZE)]
         if before["latency"] and after["latency"]:
             settings = {part: after["latency"][part] for part in _SETTINGS}
             _check_settings(name, before["latency"], settings)
             found += _latency_rows(before["latency"], after["latency"])
+            if any(map(_is_too_short, (before["latency"], after["latency"]))):
+                notes.append(
+                    f"{name}: times are not judged, since a report has fewer than "
+                    f"{FEWEST_ROUNDS} rounds; measure both without --quick"
+                )
         if before["accuracy"] and after["accuracy"]:
             if same_text:
                 parts = before["accuracy"], after["accuracy"]
                 found += _accuracy_rows(*parts, left_out)
                 if left_out:
-                    notes.append(f"{name}: {_other_reference(*references)}")
+                    notes.append(
+                        f"the baseline's reference is {references[0]}, this one's "
+                        f"{references[1]}: {name} is not compared with it"
+                    )
             else:
                 notes.append(f"{name}: accuracy is that of another text")
-        rows += [{"entry": name} | row for row in found]
+        rows += [{"entry": name} | row for row in found if row is not None]
     return {
         "rows": rows,
         "notes": notes,
@@ -157,44 +169,34 @@ def _check_settings(name, latency, settings):
             )
 
 
-def _machine_notes(ours, theirs):
-    if not ours or not theirs:
-        return []
-    return [
-        f"the baseline's machine had {part} {theirs[part]}, this one has {ours[part]}"
-        for part in ("cpu", "cores")
-        if ours[part] != theirs[part]
-    ]
-
-
-def _other_reference(theirs, ours):
-    theirs, ours = (name or "none" for name in (theirs, ours))
-    return f"the baseline's reference is {theirs}, this one's {ours}: not compared"
+def _is_too_short(latency):
+    return len(latency[_GAPS].get("rounds") or ()) < FEWEST_ROUNDS
 
 
 def _latency_rows(before, after):
-    processes = min(map(_processes, (before, after)))
-    compared = functools.partial(_spread, processes=processes)
-    rows = [compared(part, before[part], after[part]) for part in _TIMES]
-    gaps = "inter_token_latency_ms"
+    rows = [_spread_row(part, before[part], after[part]) for part in _TIMES]
     for part in ("p95", "p99"):
-        rows.append(_row(f"{gaps} {part}", before[gaps][part], after[gaps][part], None))
+        rows.append(
+            _row(f"{_GAPS} {part}", before[_GAPS][part], after[_GAPS][part], None)
+        )
     for old, new in _pairs("by_context", "context", before, after):
-        for part in ("time_to_first_token_ms", gaps):
+        for part in ("time_to_first_token_ms", _GAPS):
             name = f"{part}, prompt {new['context']}"
-            rows.append(compared(name, old[part], new[part]))
+            rows.append(_spread_row(name, old[part], new[part]))
     for old, new in _pairs("by_threads", "threads", before, after):
-        name = f"{gaps}, threads {new['threads']}"
-        rows.append(compared(name, old[gaps], new[gaps]))
+        name = f"{_GAPS}, threads {new['threads']}"
+        rows.append(_spread_row(name, old[_GAPS], new[_GAPS]))
     for old, new in _pairs("throughput", "requests", before, after):
         name = f"tokens_per_s, requests {new['requests']}"
-        old, new = ({**one, "median": one["tokens_per_s"]} for one in (old, new))
-        rows.append(compared(name, old, new, more_is_better=True))
-    rows.append(_scalar("peak_memory_bytes", before, after, LEAST_MEMORY))
-    noise = math.hypot(_relative_range(before[gaps]), _relative_range(after[gaps]))
-    least = max(LEAST_ENERGY, noise)
-    rows.append(_scalar("energy_j_per_token", before, after, least))
-    return [row for row in rows if row is not None]
+        old, new = (one | {"median": one["tokens_per_s"]} for one in (old, new))
+        rows.append(_spread_row(name, old, new, more_is_better=True))
+    rows.append(_scalar_row("peak_memory_bytes", before, after, LEAST_MEMORY))
+    ranges = [
+        (one["q3"] - one["q1"]) / one["median"] for one in (before[_GAPS], after[_GAPS])
+    ]
+    least = max(LEAST_ENERGY, math.hypot(*ranges))
+    rows.append(_scalar_row("energy_j_per_token", before, after, least))
+    return rows
 
 
 def _pairs(part, key, before, after):
@@ -205,30 +207,26 @@ def _pairs(part, key, before, after):
             yield stored[one[key]], one
 
 
-def _processes(latency):
-    """Return from how many processes measurements are: each has one cold start."""
-    return latency["cold_start_ms"]["count"] if latency["cold_start_ms"] else 1
+def _spread_row(name, before, after, more_is_better=False):
+    """Compare two spreads by their rounds. None where one is missing."""
+    # Here, since it takes a second, and a device needs it for baselines alone.
+    from scipy.stats import mannwhitneyu
 
-
-def _spread(name, before, after, processes, more_is_better=False):
-    """Compare two spreads. None where one is missing."""
     if before is None or after is None:
         return None
-    fewest = min(before["count"], after["count"])
     change = None
-    if fewest >= _FEWEST:
-        low, high = sorted((before, after), key=lambda spread: spread["median"])
-        gap = high["q1"] - low["q3"]
-        fence = max(one["q3"] - one["q1"] for one in (low, high))
-        fence *= 1 if min(fewest, processes) >= _FEW else 2
+    rounds = [one.get("rounds") or () for one in (before, after)]
+    if min(map(len, rounds)) >= FEWEST_ROUNDS:
+        low, high = sorted((before["median"], after["median"]))
+        far = high >= (1 + LEAST_TIME) * low
         change = "none"
-        far = high["median"] >= (1 + LEAST_TIME) * low["median"]
-        if gap > 0 and gap > fence and far:
-            change = "better" if (after is high) == more_is_better else "worse"
+        if far and mannwhitneyu(*rounds).pvalue <= LEVEL:
+            grew = after["median"] > before["median"]
+            change = "better" if grew == more_is_better else "worse"
     return _row(name, before["median"], after["median"], change)
 
 
-def _scalar(part, before, after, least):
+def _scalar_row(part, before, after, least):
     """Compare two numbers; less is better. None where one is missing."""
     before, after = before[part], after[part]
     if before is None or after is None:
@@ -242,17 +240,18 @@ def _scalar(part, before, after, least):
 
 
 def _accuracy_rows(before, after, left_out):
-    rows = []
-    for part, more_is_better in _ACCURACIES.items():
-        if part not in left_out:
-            rows.append(_interval(part, before[part], after[part], more_is_better))
+    rows = [
+        _interval_row(part, before[part], after[part], more_is_better)
+        for part, more_is_better in _ACCURACIES.items()
+        if part not in left_out
+    ]
     if before["parsed"] and after["parsed"]:
         shares = before["parsed"]["share"], after["parsed"]["share"]
-        rows.append(_interval("parsed share", *shares, True))
-    return [row for row in rows if row is not None]
+        rows.append(_interval_row("parsed share", *shares, True))
+    return rows
 
 
-def _interval(name, before, after, more_is_better):
+def _interval_row(name, before, after, more_is_better):
     if before is None or after is None:
         return None
     change = "none"
@@ -264,21 +263,6 @@ def _interval(name, before, after, more_is_better):
 
 
 def _row(metric, before, after, change):
-    ratio = _ratio(before, after)
-    return {
-        "metric": metric,
-        "before": before,
-        "after": after,
-        "ratio": ratio if math.isfinite(ratio) else None,
-        "change": change,
-    }
-
-
-def _ratio(before, after):
-    if before:
-        return after / before
-    return math.inf if after else 1.0
-
-
-def _relative_range(spread):
-    return (spread["q3"] - spread["q1"]) / spread["median"]
+    ratio = after / before if before else None
+    parts = {"before": before, "after": after, "ratio": ratio, "change": change}
+    return {"metric": metric} | parts

@@ -1,150 +1,177 @@
 """report.json: what was measured of which files, for people, programs and later runs.
 
-A report is a dict of plain JSON values:
-
-    kind            "gpt-tf report"
-    format          REPORT_FORMAT; another is refused
-    made_at         when, ISO 8601 in UTC
-    command         the command line that made it, or None
-    versions        of Python and packages, as in every manifest
-    machine         as `gpt_tf.evaluation.hardware.describe_machine` says, or None
-    corpus          what accuracy was measured on: name, split, tokens, bytes, or None
-    budgets         max_perplexity_increase (0.03 is 3 %), max_latency_ms,
-                    max_size_mb; each a number or None
-    reference       name of the entry that others are compared with, or None
-    entries         a list of entries, below
-    recommendation  as `gpt_tf.advisor.ranking.recommend` returns it, or None
-    explanations    as `gpt_tf.explain.faithfulness` measures them, or None
-    stages          of `gpt-tf optimize`: what was done, in seconds, or []
-    notes           sentences that a reader should know
-
-An entry is one file or model:
-
-    name            unique in the report; a label in tables and pictures
-    path            relative to the report where it lies below it
-    kind            "tflite", "litertlm" or "keras"
-    mode            "dynamic_int8" and so on; "keras" or "keras_qat"
-    parameters      number
-    size_bytes      of the file
-    sha256          of the file
-    context_length  positions
-    config          the GPT's sizes
-    made_from       a sentence, or None
-    accuracy        below, or None
-    latency         below, or None
-    estimate        as `gpt_tf.advisor.ranking.estimate` returns it, or None
-
-Accuracy (`gpt_tf.evaluation.accuracy`). An INTERVAL is {"value", "low", "high"}, its
-bounds those of a 95 % block bootstrap:
-
-    tokens, bytes, blocks   what was judged, in how many blocks
-    perplexity              INTERVAL
-    bits_per_byte           INTERVAL
-    token_accuracy          INTERVAL, 0 to 1
-    perplexity_increase     INTERVAL, 0.03 is 3 % above the reference's, or None
-    divergence_nats         INTERVAL, KL from the reference, or None
-    top1_agreement          INTERVAL, with the reference, 0 to 1, or None
-    parsed                  {"share": INTERVAL, "of_true_text": share, "count"}, or None
-
-Latency (`gpt_tf.evaluation.latency`). A SPREAD is {"median", "p95", "p99", "worst",
-"q1", "q3", "count"}:
-
-    engine                  "gpt_tf", "litert-lm" or "keras"
-    threads, prompt_tokens, new_tokens, repetitions
-    time_to_first_token_ms  SPREAD
-    inter_token_latency_ms  SPREAD
-    response_time_ms        SPREAD, of prompt_tokens and new_tokens
-    tokens_per_s            of one request while it writes
-    load_ms                 SPREAD, opening the file in a process that runs
-    cold_start_ms           SPREAD, from a new process to its first token
-    peak_memory_bytes       resident, of a process that runs it
-    bandwidth_share         bytes read per token over what memory could give meanwhile
-    energy_j_per_token      or None where the machine does not tell
-    by_context              [{"context", "time_to_first_token_ms": SPREAD,
-                              "inter_token_latency_ms": SPREAD}]
-    by_threads              [{"threads", "inter_token_latency_ms": SPREAD}]
-    throughput              [{"requests", "tokens_per_s" (the median), "q1", "q3",
-                              "count"}]
-
-The latency that a budget is about is the 95th percentile of `inter_token_latency_ms`;
-files are compared, and drawn, by its median.
+A report is a dict of plain JSON values, of the shape of `Report` below; what was not
+measured is None, and may be missing. Times that a budget is about are the 95th
+percentiles of `inter_token_latency_ms`; files are compared, and drawn, by its median.
 """
 
 import datetime
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
 
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.settings import arguments
 
 REPORT_KIND = "gpt-tf report"
 REPORT_FORMAT = 1
 BUDGETS = ("max_perplexity_increase", "max_latency_ms", "max_size_mb")
 
-# Shapes, as `files.read_json` takes them; what was not measured may be missing.
-_NUMBER = (float, None)
-_INTERVAL = ({"value": float, "low": float, "high": float}, None)
-_SPREAD = {f"{part}?": float for part in "median p95 p99 worst q1 q3 count".split()}
-_ACCURACY = {
-    **dict.fromkeys(("tokens?", "bytes?", "blocks?"), int),
-    **dict.fromkeys(("perplexity?", "bits_per_byte?", "token_accuracy?"), _INTERVAL),
-    **dict.fromkeys(("perplexity_increase?", "divergence_nats?"), _INTERVAL),
-    "top1_agreement?": _INTERVAL,
-    "parsed?": ({"share": _INTERVAL, "of_true_text": float, "count": int}, None),
-}
-_LATENCY = {
-    "engine?": str,
-    **dict.fromkeys(("threads?", "prompt_tokens?", "new_tokens?"), (int, None)),
-    "repetitions?": (int, None),
-    "time_to_first_token_ms?": (_SPREAD, None),
-    "inter_token_latency_ms?": (_SPREAD, None),
-    **dict.fromkeys(
-        ("response_time_ms?", "load_ms?", "cold_start_ms?"), (_SPREAD, None)
-    ),
-    **dict.fromkeys(("tokens_per_s?", "peak_memory_bytes?"), _NUMBER),
-    **dict.fromkeys(("bandwidth_share?", "energy_j_per_token?"), _NUMBER),
-    "by_context?": (
-        [
-            {
-                "context": int,
-                "time_to_first_token_ms?": _SPREAD,
-                "inter_token_latency_ms?": _SPREAD,
-            }
-        ],
-        None,
-    ),
-    "by_threads?": ([{"threads": int, "inter_token_latency_ms?": _SPREAD}], None),
-    "throughput?": (
-        [{"requests": int, "tokens_per_s": float, "q1?": float, "q3?": float}],
-        None,
-    ),
-}
-_ENTRY = {
-    "name": str,
-    **dict.fromkeys(("path", "kind", "mode"), (str, None)),
-    **dict.fromkeys(("parameters", "size_bytes", "context_length"), (int, None)),
-    "sha256": (str, None),
-    "config": (dict, None),
-    "made_from": (str, None),
-    "accuracy": (_ACCURACY, None),
-    "latency": (_LATENCY, None),
-    "estimate": (dict, None),
-}
-_REPORT = {
-    "made_at": (str, None),
-    "command": (str, None),
-    "versions": (dict, None),
-    "machine": (dict, None),
-    "corpus": (dict, None),
-    "budgets": {str: _NUMBER},
-    "reference": (str, None),
-    "entries": [_ENTRY],
-    "recommendation": (dict, None),
-    "explanations": (dict, None),
-    "stages": [dict],
-    "notes": [str],
-}
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Part(pydantic.BaseModel):
+    """A dict of a report, which may hold more than is known here."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Interval(Part):
+    """A value with the bounds of a 95 % block bootstrap."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PositiveInterval(Interval):
+    """Of a quantity that is above 0."""
+
+    value: Positive
+
+
+class IncreaseInterval(Interval):
+    """Of an increase: 0.03 is 3 % more."""
+
+    value: Annotated[float, Field(gt=-1)]
+
+
+class Spread(Part):
+    """How measurements are spread, in milliseconds."""
+
+    median: Positive | None = None
+    p95: Positive | None = None
+    p99: Positive | None = None
+    worst: Positive | None = None
+    q1: Positive | None = None
+    q3: Positive | None = None
+    count: Count | None = None
+    # The median of each process, by which two reports are compared.
+    rounds: list[Positive] | None = None
+
+
+class CodeValidity(Part):
+    """Syntactic validity: the share of completions that are Python."""
+
+    share: Interval
+    of_true_text: Share  # what the functions' own text reaches
+    count: Count
+
+
+class Accuracy(Part):
+    """As `gpt_tf.evaluation.accuracy` measures it, over so many blocks of text."""
+
+    tokens: Count | None = None
+    bytes: Count | None = None
+    blocks: Count | None = None
+    perplexity: PositiveInterval | None = None
+    bits_per_byte: Interval | None = None
+    token_accuracy: Interval | None = None
+    perplexity_increase: IncreaseInterval | None = None  # over the reference's
+    divergence_nats: Interval | None = None  # KL from the reference
+    top1_agreement: Interval | None = None  # with the reference
+    parsed: CodeValidity | None = None
+
+
+class AtContext(Part):
+    """Latency after a prompt of another length."""
+
+    context: Count
+    time_to_first_token_ms: Spread | None = None
+    inter_token_latency_ms: Spread | None = None
+
+
+class AtThreads(Part):
+    """Latency with another number of threads."""
+
+    threads: Count
+    inter_token_latency_ms: Spread | None = None
+
+
+class Throughput(Part):
+    """Tokens per second of concurrent requests together: median and quartiles."""
+
+    requests: Count
+    tokens_per_s: Positive
+    q1: Positive | None = None
+    q3: Positive | None = None
+    count: Count | None = None
+    rounds: list[Positive] | None = None
+
+
+class Latency(Part):
+    """As `gpt_tf.evaluation.latency` measures it."""
+
+    engine: str | None = None  # "gpt_tf", "litert-lm" or "keras"
+    threads: Count | None = None
+    prompt_tokens: Count | None = None
+    new_tokens: Count | None = None
+    repetitions: Count | None = None
+    time_to_first_token_ms: Spread | None = None
+    inter_token_latency_ms: Spread | None = None
+    response_time_ms: Spread | None = None  # of prompt_tokens and new_tokens
+    tokens_per_s: Positive | None = None  # of one request while it decodes
+    load_ms: Spread | None = None  # opening the file in a process that runs
+    cold_start_ms: Spread | None = None  # from a new process to its first token
+    peak_memory_bytes: Positive | None = None  # resident, of a process that runs it
+    bandwidth_share: float | None = None  # bytes read a token over what memory gives
+    energy_j_per_token: float | None = None
+    by_context: list[AtContext] | None = None
+    by_threads: list[AtThreads] | None = None
+    throughput: list[Throughput] | None = None
+
+
+class Entry(Part):
+    """One file or model."""
+
+    name: str  # unique in the report; a label in tables and plots
+    path: str | None  # relative to the report where it lies below it
+    kind: str | None  # "tflite", "litertlm" or "keras"
+    mode: str | None  # "dynamic_int8" and so on; "keras" or "keras_qat"
+    parameters: Count | None
+    size_bytes: Annotated[int, Field(gt=0)] | None  # of the file
+    sha256: str | None  # of the file
+    context_length: Count | None
+    config: dict | None  # the GPT's sizes
+    made_from: str | None  # a sentence
+    accuracy: Accuracy | None
+    latency: Latency | None
+
+
+class Report(Part):
+    """All of report.json."""
+
+    kind: Literal["gpt-tf report"]
+    format: int  # another than `REPORT_FORMAT` is refused
+    made_at: str | None  # ISO 8601 in UTC
+    command: str | None  # the command line that made it
+    versions: dict | None  # of Python and packages
+    machine: dict | None  # as `gpt_tf.evaluation.hardware.describe_machine` returns it
+    corpus: dict | None  # what accuracy was measured on: name, split, tokens, bytes
+    budgets: dict[str, float | None]  # names of `gpt_tf.advisor.constraints.Budgets`
+    reference: str | None  # name of the entry that others are compared with
+    entries: list[Entry]
+    recommendation: dict | None  # as `gpt_tf.advisor.ranking.recommend` returns it
+    explanations: dict | None  # as `gpt_tf.explain.faithfulness` measures them
+    stages: list[dict[str, Any]]  # steps of `gpt-tf optimize` and their seconds
+    notes: list[str]  # sentences that a reader should know
 
 
 def new_report(entries, **parts) -> dict:
@@ -177,13 +204,12 @@ def new_report(entries, **parts) -> dict:
     }
     _refuse_unknown(parts, report, "A report")
     report.update(parts)
-    names = [entry["name"] for entry in report["entries"]]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(
-                f"The entries of a report expect a name each. Received: {name!r} "
-                "twice. Give one of the files another name."
-            )
+    name = _repeated_name(report)
+    if name is not None:
+        raise InputError(
+            f"The entries of a report expect a name each. Received: {name!r} twice. "
+            "Give one of the files another name."
+        )
     return report
 
 
@@ -192,12 +218,12 @@ def new_entry(described: dict, **parts) -> dict:
 
     Args:
         described: That dict.
-        **parts: `made_from`, `accuracy`, `latency`, `estimate`, or another name.
+        **parts: `made_from`, `accuracy`, `latency`, or another name.
 
     Returns:
         The entry; what is not given is None.
     """
-    entry = dict.fromkeys(_ENTRY) | described
+    entry = dict.fromkeys(Entry.model_fields) | described
     _refuse_unknown(parts, entry, "An entry")
     return entry | parts
 
@@ -293,15 +319,42 @@ def read_report(path: str | os.PathLike) -> dict:
             f"{report.get('format')!r}, of gpt_tf {version}. Measure again with this "
             f"version, {artifacts.versions().get('gpt-tf', 'unknown')}."
         )
-    artifacts.check_shape(report, _REPORT, path)
-    names = [entry["name"] for entry in report["entries"]]
-    for name in names:
-        if names.count(name) > 1:
-            raise DamagedFileError(
-                f"Every entry of the report in {path} expects a name of its own. "
-                f"Received: {name!r}. The report was altered; measure again."
-            )
+    check_report(report, path)
     return report
+
+
+def check_report(report: dict, path: str | os.PathLike = "the report") -> None:
+    """Refuse a report of another shape than `Report`.
+
+    Args:
+        report: The dict.
+        path: Where it is from.
+
+    Raises:
+        DamagedFileError: A part is missing or of another type, a number is out of its
+            range, or two entries have the same name.
+    """
+    try:
+        Report.model_validate(report)
+    except pydantic.ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        place = ".".join(map(str, found["loc"]))
+        raise DamagedFileError(
+            f"Expected the measurements of a report in {path}. Received: "
+            f"{arguments.shown(found['input'])} at {place}; {found['msg']}. The report "
+            "was altered; measure again."
+        ) from None
+    name = _repeated_name(report)
+    if name is not None:
+        raise DamagedFileError(
+            f"Every entry of the report in {path} expects a name of its own. Received: "
+            f"{name!r}. The report was altered; measure again."
+        )
+
+
+def _repeated_name(report):
+    names = [entry["name"] for entry in report["entries"]]
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def join_reports(reports: Sequence[dict]) -> dict:
@@ -329,21 +382,20 @@ def join_reports(reports: Sequence[dict]) -> dict:
     if not reports:
         raise InputError("Joining expects at least one report. Received: none.")
     accuracy, speed = (_last_with(part, reports) for part in ("accuracy", "latency"))
-    estimates = speed or _last_with("estimate", reports)
     entries = [
-        entry
-        | {
-            "accuracy": _of_same_file(entry, "accuracy", accuracy),
-            "estimate": _of_same_file(entry, "estimate", estimates),
-        }
+        entry | {"accuracy": _accuracy_of_same_file(entry, accuracy)}
         for entry in _every_file(reports, accuracy, speed)
     ]
     about_machine = speed or reports[-1]
+    budgets = dict.fromkeys(BUDGETS)
+    for report in reports:
+        given = report["budgets"].items()
+        budgets.update({name: value for name, value in given if value is not None})
     return new_report(
         entries,
         machine=about_machine["machine"],
         corpus=accuracy and accuracy["corpus"],
-        budgets=_budgets_of(reports),
+        budgets=budgets,
         reference=accuracy and _reference_in(entries, accuracy),
         notes=list(dict.fromkeys(note for one in reports for note in one["notes"])),
     )
@@ -378,11 +430,10 @@ def _every_file(reports, accuracy, speed):
     return found
 
 
-def _of_same_file(entry, part, report):
-    """Return a part of a file's entry in another report, or None."""
+def _accuracy_of_same_file(entry, report):
     for other in report["entries"] if report else ():
         if other["sha256"] == entry["sha256"]:
-            return other[part]
+            return other["accuracy"]
     return None
 
 
@@ -393,14 +444,6 @@ def _reference_in(entries, report):
             same = (e["name"] for e in entries if e["sha256"] == one["sha256"])
             return next(same, None)
     return None
-
-
-def _budgets_of(reports):
-    budgets = dict.fromkeys(BUDGETS)
-    for report in reports:
-        given = report["budgets"].items()
-        budgets.update({name: value for name, value in given if value is not None})
-    return budgets
 
 
 def _refuse_unknown(parts, known, what):

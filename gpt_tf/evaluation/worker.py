@@ -1,22 +1,17 @@
-"""Requests to a model and how long they take: what a measuring process does.
+"""Requests to a model and how long they take: what a measuring process does."""
 
-`gpt_tf.evaluation.latency` starts such processes and puts together what they say.
-"""
-
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import hardware
 
 # Requests of a process that are not counted, its first one included.
 WARM_UP = 2
-# New tokens behind a prompt that is there for its length.
+# New tokens after a prompt that is there for its length.
 CONTEXT_TOKENS = 16
 _SEED = 20_240_601
 
@@ -35,108 +30,55 @@ class Timed(NamedTuple):
     response_s: float
 
 
-def time_request(
-    subject,
-    prompt: Sequence[int],
-    new_tokens: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Timed:
-    """Continue a prompt greedily and time every token.
-
-    Args:
-        subject: Whatever has `reset`, `prefill` and `decode`: an `EdgeGPT`, a
-            `KerasGPT`.
-        prompt: Token ids, at least one.
-        new_tokens: How many to add, at least 1.
-        clock: Seconds.
-
-    Returns:
-        The times.
-    """
-    subject.reset()
-    times = [clock()]
-    subject.prefill(prompt[:-1])
-    token = prompt[-1]
-    for _ in range(new_tokens):
-        token = int(np.argmax(subject.decode(token)))
-        times.append(clock())
-    first, *gaps = np.diff(times).tolist()
-    return Timed(first, gaps, times[-1] - times[0])
-
-
-def work(text):
-    """Do a job; say on standard output, in JSON lines, what came of it."""
-    # Native code may write to standard output too.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as lines:
-        os.dup2(2, 1)
-
-        def tell(kind, value=None):
-            print(artifacts.to_json([kind, value]), file=lines, flush=True)
-
-        job = artifacts.parse_json(text)
-        try:
-            if "describe" in job:
-                tell("done", [_described(path) for path in job["describe"]])
-            else:
-                tell("done", _measured(job, tell))
-        except ModuleNotFoundError as error:
-            tell("missing", [str(error), error.name])
-        except InputError as error:
-            tell("refused", [type(error).__name__, str(error)])
-        except Exception as error:
-            tell("failed", f"{type(error).__name__}: {error}")
-
-
-def _described(path):
+def describe_models(paths: Sequence[str]):
+    """Prepare to describe files: each as `models.describe` does, and its threads."""
     from gpt_tf.evaluation import models
 
-    with models.open_subject(path) as subject:
-        threads = subject.num_threads or _keras_threads()
-        return {**models.describe(path, subject), "threads": threads}
+    def describe():
+        found = []
+        for path in paths:
+            with models.open_model(path) as model:
+                threads = model.num_threads or len(hardware.usable_cores())
+                found.append({**models.describe(path, model), "threads": threads})
+        return found
+
+    return describe
 
 
-def _measured(job, tell):
+def open_runner(job: dict):
+    """Open what a job is about and answer a first request; return its measuring."""
     if job["engine"] == "litert-lm":
-        opened = LiteRTLMRunner(job)
+        runner = LiteRTLMRunner(job)
     else:
-        opened = _opened(job["path"], job["threads"])
-    with opened as runner:
-        runner(job["prompt_tokens"], 1)
-        tell("first")
-        return measure(runner, job) | {"load_ms": runner.load_ms}
+        from gpt_tf.evaluation import models
+
+        if models.is_keras(job["path"]):
+            import tensorflow as tf
+
+            import gpt_tf.training.loop  # noqa: F401  imported before the clock starts
+
+            tf.config.threading.set_intra_op_parallelism_threads(job["threads"])
+            tf.config.threading.set_inter_op_parallelism_threads(1)
+        began = time.perf_counter()
+        model = models.open_model(job["path"], num_threads=job["threads"])
+        load_ms = (time.perf_counter() - began) * 1e3
+        runner = ModelRunner(model, load_ms=load_ms)
+    runner.request(job["prompt_tokens"], 1)
+    return lambda: measure(runner, job)
 
 
-def _opened(path, threads):
-    from gpt_tf.evaluation import models
-
-    if models.is_keras(path):
-        import tensorflow as tf
-
-        import gpt_tf.training.loop  # noqa: F401  imported before the clock starts
-
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-    began = time.perf_counter()
-    subject = models.open_subject(path, num_threads=threads)
-    load_ms = (time.perf_counter() - began) * 1e3
-    return SubjectRunner(subject, load_ms=load_ms)
-
-
-def _keras_threads():
-    return len(hardware.usable_cores())
-
-
-def measure(runner, job):
-    """Measure all that a process is asked for; its first request has been."""
+def measure(runner, job: dict) -> dict:
+    """Measure all that a job asks for; the first request of the process has been."""
     prompt_tokens, new_tokens = job["prompt_tokens"], job["new_tokens"]
     for _ in range(WARM_UP - 1):
-        runner(prompt_tokens, new_tokens)
+        runner.request(prompt_tokens, new_tokens)
     meter = hardware.EnergyMeter()
     before = meter.read()
-    timed = [runner(prompt_tokens, new_tokens) for _ in range(job["repetitions"])]
+    timed = [runner.request(prompt_tokens, new_tokens) for _ in range(job["count"])]
     joules = meter.joules_since(before)
     found = {
         "engine": runner.engine,
+        "load_ms": runner.load_ms,
         **_milliseconds(timed),
         "response_ms": [one.response_s * 1e3 for one in timed],
         "rates": [len(one.gaps_s) / sum(one.gaps_s) for one in timed],
@@ -146,8 +88,8 @@ def measure(runner, job):
         "contexts": [],
     }
     for length in job["contexts"]:
-        runner(length, CONTEXT_TOKENS)
-        timed = [runner(length, CONTEXT_TOKENS) for _ in range(job["repetitions"])]
+        runner.request(length, CONTEXT_TOKENS)
+        timed = [runner.request(length, CONTEXT_TOKENS) for _ in range(job["count"])]
         found["contexts"].append(_milliseconds(timed))
     found["throughput"] = runner.throughput(job["requests"], prompt_tokens, new_tokens)
     return found
@@ -160,52 +102,60 @@ def _milliseconds(timed):
     }
 
 
-class SubjectRunner:
-    """Requests to an `EdgeGPT`, a `KerasGPT` or what has their methods."""
+class ModelRunner:
+    """Requests to an `EdgeGPT` or a `KerasGPT`."""
 
-    def __init__(self, subject, clock=time.perf_counter, load_ms=None):
-        self.subject, self.clock, self.load_ms = subject, clock, load_ms
-        self.is_edge = hasattr(subject, "new_session")
+    def __init__(
+        self,
+        model,
+        clock: Callable[[], float] = time.perf_counter,
+        load_ms: float | None = None,
+    ):
+        self.model, self.clock, self.load_ms = model, clock, load_ms
+        self.is_edge = hasattr(model, "new_session")
         self.engine = "gpt_tf" if self.is_edge else "keras"
 
-    def __call__(self, prompt_tokens, new_tokens):
-        (prompt,) = self.prompts(1, prompt_tokens)
-        return time_request(self.subject, prompt, new_tokens, self.clock)
-
-    def prompts(self, count, length):
-        generator = np.random.default_rng(_SEED)
-        vocab_size = self.subject.config["vocab_size"]
-        return generator.integers(0, vocab_size, (count, length)).tolist()
+    def request(self, prompt_tokens: int, new_tokens: int) -> Timed:
+        """Continue a prompt of random ids greedily and time every token."""
+        (prompt,) = self._prompts(1, prompt_tokens)
+        self.model.reset()
+        times = [self.clock()]
+        self.model.prefill(prompt[:-1])
+        token = prompt[-1]
+        for _ in range(new_tokens):
+            token = int(np.argmax(self.model.decode(token)))
+            times.append(self.clock())
+        first, *gaps = np.diff(times).tolist()
+        return Timed(first, gaps, times[-1] - times[0])
 
     def throughput(self, requests, prompt_tokens, new_tokens):
-        """Return tokens per second of so many requests at once, or nothing."""
+        """Return tokens per second of so many concurrent requests, if it takes them."""
         if not (self.is_edge and requests):
             return []
         from gpt_tf.edge import EdgeScheduler
 
         rates = []
-        with EdgeScheduler(self.subject, max_active=max(requests)) as scheduler:
+        with EdgeScheduler(self.model, max_active=max(requests)) as scheduler:
 
-            def write(count, new_tokens):
+            def generate(count, new_tokens):
                 asked = [
                     scheduler.submit(prompt, max_new_tokens=new_tokens, temperature=0)
-                    for prompt in self.prompts(count, prompt_tokens)
+                    for prompt in self._prompts(count, prompt_tokens)
                 ]
                 scheduler.run()
                 return sum(len(request.tokens) for request in asked)
 
             for count in requests:
-                write(count, 2)  # their caches are laid out
+                generate(count, 2)  # their caches are laid out
                 began = self.clock()
-                tokens = write(count, new_tokens)
+                tokens = generate(count, new_tokens)
                 rates.append(tokens / (self.clock() - began))
         return rates
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.subject.close()
+    def _prompts(self, count, length):
+        generator = np.random.default_rng(_SEED)
+        vocab_size = self.model.config["vocab_size"]
+        return generator.integers(0, vocab_size, (count, length)).tolist()
 
 
 class LiteRTLMRunner:
@@ -236,7 +186,8 @@ class LiteRTLMRunner:
         self._vocab_size = job["vocab_size"]
         self._prompts = {}
 
-    def __call__(self, prompt_tokens, new_tokens):
+    def request(self, prompt_tokens: int, new_tokens: int) -> Timed:
+        """Continue a prompt greedily, as the engine itself times it."""
         # A prompt may make the model end its text early; another one then serves.
         for seed in range(_SEED, _SEED + 20):
             key = prompt_tokens, seed
@@ -249,8 +200,8 @@ class LiteRTLMRunner:
             self._prompts[key] = None
         raise InputError(
             f"LiteRT-LM's engine expects a prompt of {prompt_tokens} tokens after "
-            f"which the model writes {new_tokens}. Received: none of 20 was. Ask for "
-            "fewer."
+            f"which the model generates {new_tokens}. Received: none of 20 was. Ask "
+            "for fewer."
         )
 
     def _prompt(self, count, seed):
@@ -269,7 +220,7 @@ class LiteRTLMRunner:
         return None
 
     def _time(self, prompt, new_tokens):
-        """Return the times, or None where the model wrote fewer tokens."""
+        """Return the times, or None where the model generated fewer tokens."""
         session = self._engine.create_session(
             apply_prompt_template=False,
             sampler_config=self._library.SamplerConfig(
@@ -291,11 +242,5 @@ class LiteRTLMRunner:
         return Timed(told.time_to_first_token_in_second, [gap_s], response_s)
 
     def throughput(self, requests, prompt_tokens, new_tokens):
-        """Return nothing: it takes one request after the other."""
+        """Return nothing: it takes no concurrent requests."""
         return []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self._engine.close()

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt made a model say the next one.
+"""Which tokens of a prompt a model's next-token prediction depends on.
 
 What is explained is the log-probability of one next token, the target. A token is
 taken away by putting a neutral one in its place, so that all others keep their
@@ -112,7 +112,7 @@ class Explanation:
 
 
 def explain(
-    subject,
+    gpt,
     prompt,
     *,
     target=None,
@@ -121,14 +121,14 @@ def explain(
     seed: int = 0,
     neutral: int | str | None = None,
 ) -> Explanation:
-    """Find out which tokens of a prompt made a model say the next one.
+    """Attribute a model's next-token prediction to the tokens of a prompt.
 
     Args:
-        subject: What `gpt_tf.evaluation.models.open_subject` returns.
+        gpt: What `gpt_tf.evaluation.models.open_model` returns.
         prompt: A text or token ids. Of a prompt longer than the context the end is
             used, with a `GenerationNotice`.
         target: The next token to explain: its text, or its id. Default: the
-            likeliest.
+            top-1 token.
         method: `"lime"`, `"shap"`, or of a Keras model `"attention"` or `"gradient"`.
         num_samples: Of `lime` and `shap`, how many masked prompts are scored, at
             least twice the number of tokens and 2 more; default: 8 a token, at least
@@ -145,22 +145,22 @@ def explain(
             to be looked into.
 
     Example:
-        >>> with open_subject("gpt.litertlm") as gpt:
+        >>> with open_model("gpt.litertlm") as gpt:
         ...     explanation = explain(gpt, "import os\\nos.", method="shap")
         >>> explanation.texts[explanation.order()[0]]
 
     Reference: see the module.
     """
-    check_method(subject, method)
+    check_method(gpt, method)
     seed = arguments.integer("seed", seed, most=2**32 - 1)
-    ids = prompt_ids(subject, prompt)
+    ids = prompt_ids(gpt, prompt)
     num_samples = _samples(method, num_samples, len(ids))
-    neutral = None if method == "attention" else neutral_token(subject, neutral)
-    scorer = MaskedPrompt(subject, ids, neutral)
+    neutral = None if method == "attention" else neutral_token(gpt, neutral)
+    scorer = MaskedPrompt(gpt, ids, neutral)
     logs = scorer.log_probabilities()
-    target = target_token(subject, target, logs)
+    target = int(np.argmax(logs)) if target is None else _token("target", target, gpt)
     scores, base = _METHODS[method](scorer, target, num_samples, seed)
-    texts = token_texts(subject, [*ids, target])
+    texts = token_texts(gpt, [*ids, target])
     return Explanation(
         method=method,
         ids=tuple(ids),
@@ -181,14 +181,14 @@ class MaskedPrompt:
     """A prompt of which tokens can be taken away.
 
     Args:
-        subject: The model.
+        gpt: The model.
         ids: The prompt's `T` token ids.
         neutral: Id of the token that is put in the place of one taken away; None if
             none will be.
     """
 
-    def __init__(self, subject, ids: Sequence[int], neutral: int | None):
-        self.subject = subject
+    def __init__(self, gpt, ids: Sequence[int], neutral: int | None):
+        self.gpt = gpt
         self.ids = np.asarray(ids, np.int64)
         self.neutral = neutral
 
@@ -217,37 +217,37 @@ class MaskedPrompt:
         return np.array(values)[places.reshape(-1)]
 
     def _logits(self, rows):
-        """Yield the logits `(V,)` behind the last token of each row."""
-        if hasattr(self.subject, "model"):
-            return _logits_of_keras(self.subject.model, rows)
-        if isinstance(self.subject, EdgeGPT):
-            return _logits_of_file(self.subject, rows)
-        return _logits_of_any(self.subject, rows)
+        """Yield the last position's logits `(V,)` of each row."""
+        if hasattr(self.gpt, "model"):
+            return _logits_of_keras(self.gpt.model, rows)
+        if isinstance(self.gpt, EdgeGPT):
+            return _logits_of_file(self.gpt, rows)
+        return _logits_of_any(self.gpt, rows)
 
 
-def check_method(subject, method: str) -> None:
+def check_method(gpt, method: str) -> None:
     """Refuse a method that is unknown, or that a file does not allow.
 
     Raises:
-        InputError: It is one of these, or the subject is not open.
+        InputError: It is one of these, or the gpt is not open.
     """
-    check_open(subject)
+    check_open(gpt)
     arguments.one_of("method", method, METHODS)
-    if method in KERAS_METHODS and not hasattr(subject, "model"):
+    if method in KERAS_METHODS and not hasattr(gpt, "model"):
         raise InputError(
             f"The method {method} looks into a Keras model; of a file there are scores "
-            f"only. Received: {type(subject).__name__}. Name the Keras model that the "
+            f"only. Received: {type(gpt).__name__}. Name the Keras model that the "
             'file was made of, or choose "lime" or "shap".'
         )
 
 
-def prompt_ids(subject, prompt) -> list[int]:
+def prompt_ids(gpt, prompt) -> list[int]:
     """Return a prompt's ids: of one longer than the context, those of its end.
 
     Raises:
         InputError: It is empty, several, or has unknown ids.
     """
-    rows, _, is_list = sequence.rows_of(prompt, subject.tokenizer)
+    rows, _, is_list = sequence.rows_of(prompt, gpt.tokenizer)
     if is_list:
         raise InputError(
             f"Explaining expects one prompt. Received: a list of {len(rows)}. Explain "
@@ -259,36 +259,20 @@ def prompt_ids(subject, prompt) -> list[int]:
             "The prompt is empty: there is no token to explain by. Give it at least "
             "one."
         )
-    sequence.check_rows([ids], subject.config["vocab_size"])
-    if len(ids) > subject.context_length:
+    sequence.check_rows([ids], gpt.config["vocab_size"])
+    if len(ids) > gpt.context_length:
         warnings.warn(
             f"The prompt of {len(ids)} tokens is longer than the context of "
-            f"{subject.context_length}; its beginning was cut off.",
+            f"{gpt.context_length}; its beginning was cut off.",
             sequence.GenerationNotice,
             stacklevel=3,
         )
-    return ids[-subject.context_length :]
+    return ids[-gpt.context_length :]
 
 
-def target_token(subject, target, log_probabilities) -> int:
-    """Return the id of the token to explain.
-
-    Args:
-        subject: The model.
-        target: A text of one token, an id, or None for the likeliest.
-        log_probabilities: `(V,)`, of what may follow the prompt.
-
-    Raises:
-        InputError: It is not one token of the vocabulary.
-    """
-    if target is None:
-        return int(np.argmax(log_probabilities))
-    return _token("target", target, subject)
-
-
-def token_texts(subject, ids: Sequence[int]) -> tuple[str, ...]:
+def token_texts(gpt, ids: Sequence[int]) -> tuple[str, ...]:
     """Return what tokens stand for; what is no text by itself as `\\xe4`."""
-    tokenizer = subject.tokenizer
+    tokenizer = gpt.tokenizer
     if tokenizer is None:
         return tuple(f"<{token}>" for token in ids)
     return tuple(
@@ -299,7 +283,7 @@ def token_texts(subject, ids: Sequence[int]) -> tuple[str, ...]:
     )
 
 
-def neutral_token(subject, neutral=None) -> int:
+def neutral_token(gpt, neutral=None) -> int:
     """Return the id of the token that stands for one that is taken away.
 
     Taking a token out of the text instead would shift all that follow, and positions
@@ -310,16 +294,16 @@ def neutral_token(subject, neutral=None) -> int:
     that one makes the model forget what was before it.
 
     Args:
-        subject: The model.
+        gpt: The model.
         neutral: A text of one token, an id, or None for the default.
 
     Raises:
         InputError: It is no token, or there is no default.
     """
     if neutral is not None:
-        return _token("neutral", neutral, subject)
+        return _token("neutral", neutral, gpt)
     with contextlib.suppress(InputError):
-        return _token("neutral", " ", subject)
+        return _token("neutral", " ", gpt)
     raise InputError(
         "Taking tokens away expects a space in the vocabulary, to put in their place; "
         "there is none. Name another token in `neutral`."
@@ -378,7 +362,7 @@ def _shap(scorer, target, num_samples, seed):
 
 
 def _attention(scorer, target, num_samples, seed):
-    return mean_attention(scorer.subject.model, scorer.ids)[-1], None
+    return mean_attention(scorer.gpt.model, scorer.ids)[-1], None
 
 
 def mean_attention(model, ids) -> np.ndarray:
@@ -409,7 +393,7 @@ def _gradient(scorer, target, num_samples, seed):
 
     from gpt_tf.models.cached_forward import parts_of
 
-    parts = parts_of(scorer.subject.model)
+    parts = parts_of(scorer.gpt.model)
     ids = scorer.ids.astype(np.int32)[np.newaxis]
     end, table = parts.embed(ids)  # (1, T, C)
     start, _ = parts.embed(np.full_like(ids, scorer.neutral))
@@ -472,11 +456,11 @@ def _logits_of_file(gpt, rows):
         session.close()
 
 
-def _logits_of_any(subject, rows):
+def _logits_of_any(gpt, rows):
     for row in rows:
-        subject.reset()
-        yield subject.logits(row.tolist())[-1]
-    subject.reset()
+        gpt.reset()
+        yield gpt.logits(row.tolist())[-1]
+    gpt.reset()
 
 
 def _samples(method, num_samples, num_tokens):
@@ -502,11 +486,13 @@ def _samples(method, num_samples, num_tokens):
     )
 
 
-def _token(name, token, subject):
+def _token(name, token, gpt):
     """Return the id of a token given as text or id."""
-    if not isinstance(token, (str, bytes)):
-        return _check_id(name, token, subject)
-    tokenizer = subject.tokenizer
+    if not isinstance(token, str | bytes):
+        most = gpt.config["vocab_size"] - 1
+        repair = "It is the text or the id of a token of the vocabulary."
+        return arguments.integer(name, token, 0, most, repair=repair)
+    tokenizer = gpt.tokenizer
     if tokenizer is None:
         raise InputError(
             f"`{name}` of text expects a tokenizer; the model has none. Pass an id."
@@ -515,21 +501,15 @@ def _token(name, token, subject):
         return tokenizer.end_of_text_id
     (ids,), _, _ = sequence.rows_of(token, tokenizer)
     if len(ids) == 1:
-        return _check_id(name, ids[0], subject)
+        return _token(name, ids[0], gpt)
     repair = "Name a token, a space for example."
     if ids:
-        begins = token_texts(subject, ids[:1])[0]
+        begins = token_texts(gpt, ids[:1])[0]
         repair = f"It begins with {begins!r}, id {ids[0]}: name that, or another."
     raise InputError(
         f"`{name}` expects one token. Received: {arguments.shown(token)}, of "
         f"{len(ids)} tokens. {repair}"
     )
-
-
-def _check_id(name, token, subject):
-    vocab_size = subject.config["vocab_size"]
-    repair = "It is the text or the id of a token of the vocabulary."
-    return arguments.integer(name, token, 0, vocab_size - 1, repair=repair)
 
 
 @contextlib.contextmanager

@@ -1,21 +1,23 @@
-"""Whether explanations are worth anything, and whether compression changes them.
+"""Faithfulness of explanations, and whether compression changes them.
 
-An explanation that is right names tokens without which the model would not have said
-what it said. So the highest tokens of each prompt are taken away, all at once, and the
-target's probability must fall further than when as many random ones are. All methods
-are judged by the same removal, a neutral token in the place; `lime`, `shap` and
-`gradient` were told of that one too, `attention` of none.
+A faithful explanation names the tokens that the prediction depends on. The deletion
+test takes the highest tokens of each prompt away, all at once, and the target's
+probability must fall further than when as many random ones are. All methods are judged
+by the same removal, a neutral token in the place; `lime`, `shap` and `gradient` use it
+too, `attention` uses none.
 
 Reference: Samek et al., "Evaluating the Visualization of What a Deep Neural Network
 has Learned", arXiv:1509.06321, section III; DeYoung et al., "ERASER", arXiv:1911.03429,
 section 4.2 (comprehensiveness).
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from gpt_tf.errors import InputError
+from gpt_tf.evaluation.accuracy import block_bootstrap
 from gpt_tf.explain import FEWEST_PROMPTS
 from gpt_tf.explain.attribution import (
     SAMPLING_METHODS,
@@ -28,7 +30,6 @@ from gpt_tf.explain.attribution import (
 from gpt_tf.settings import arguments
 
 _RANDOM_DRAWS = 16
-_RESAMPLES = 2000
 
 
 def prompts_of(
@@ -61,7 +62,7 @@ def prompts_of(
 
 
 def deletion_test(
-    subject,
+    gpt,
     prompts: Sequence,
     methods: Sequence[str],
     *,
@@ -75,10 +76,10 @@ def deletion_test(
 ) -> dict:
     """Compare taking away the highest tokens with taking away random ones.
 
-    The target of a prompt is the likeliest next token.
+    The target of a prompt is the top-1 next token.
 
     Args:
-        subject: What `gpt_tf.evaluation.models.open_subject` returns.
+        gpt: What `gpt_tf.evaluation.models.open_model` returns.
         prompts: At least 50 texts, or lists of ids, of 2 or more tokens.
         methods: Some of `gpt_tf.explain.attribution.METHODS`.
         fraction: Share of each prompt's tokens that is taken away, above 0 and below
@@ -109,8 +110,8 @@ def deletion_test(
     Example:
         >>> deletion_test(gpt, prompts_of(tokens), ["lime", "shap"])["methods"]
     """
-    _check_methods(subject, methods)
-    rows = _rows_of(subject, prompts, FEWEST_PROMPTS)
+    _check_methods(gpt, methods)
+    rows = _rows_of(gpt, prompts, FEWEST_PROMPTS)
     fractions = [arguments.number("fraction", fraction, above=0, below=1)]
     fractions += [
         arguments.number("curve", share, above=0, below=1)
@@ -118,18 +119,18 @@ def deletion_test(
     ]
     keep_last = arguments.switch("keep_last", keep_last)
     seed = arguments.integer("seed", seed, most=2**32 - 1)
-    neutral = neutral_token(subject, neutral)
+    neutral = neutral_token(gpt, neutral)
     ways = [(share, False) for share in fractions] + [(fraction, True)] * keep_last
     fallen = []
     for index, ids in enumerate(rows):
-        scorer = MaskedPrompt(subject, ids, neutral)
+        scorer = MaskedPrompt(gpt, ids, neutral)
         target = int(np.argmax(scorer.log_probabilities()))
         random = np.random.default_rng((seed, index))
         orders = [random.permutation(len(ids)) for _ in range(_RANDOM_DRAWS)]
         orders.append(np.arange(len(ids))[::-1])
         for method in methods:
             explanation = explain(
-                subject,
+                gpt,
                 ids,
                 target=target,
                 method=method,
@@ -155,7 +156,7 @@ def deletion_test(
     facts = [
         {
             "fraction": float(share),
-            "nearest_drop": interval(nearest_drops[:, place], seed),
+            "nearest_drop": _mean(nearest_drops[:, place], seed),
             "methods": judged[place],
         }
         for place, (share, _) in enumerate(ways)
@@ -171,8 +172,8 @@ def deletion_test(
 
 
 def compare_explanations(
-    subject_a,
-    subject_b,
+    gpt_a,
+    gpt_b,
     prompts: Sequence,
     method: str,
     *,
@@ -184,13 +185,13 @@ def compare_explanations(
 ) -> dict:
     """Compare how two models rank the tokens of prompts.
 
-    Both explain the token that is likeliest for the first. The second model's samples
-    are drawn with another seed, as the ceiling's are: with the same ones, the noise of
-    sampling would be alike in both models and count as agreement.
+    Both explain the top-1 token of the first. The second model's samples are drawn with
+    another seed, as the ceiling's are: with the same ones, the noise of sampling would
+    be alike in both models and count as agreement.
 
     Args:
-        subject_a: The model that says the targets, float32 for example.
-        subject_b: The other one, of the same vocabulary.
+        gpt_a: The model whose top-1 tokens are the targets, float32 for example.
+        gpt_b: The other one, of the same vocabulary.
         prompts: Texts, or lists of ids, of 2 or more tokens.
         method: One of `gpt_tf.explain.attribution.METHODS`.
         seed: The same seed gives the same numbers.
@@ -215,24 +216,22 @@ def compare_explanations(
     Things", 1904.
     """
     seed = arguments.integer("seed", seed, most=2**32 - 2)
-    for subject in (subject_a, subject_b):
-        _check_methods(subject, [method])
-    sizes = [subject.config["vocab_size"] for subject in (subject_a, subject_b)]
+    for gpt in (gpt_a, gpt_b):
+        _check_methods(gpt, [method])
+    sizes = [gpt.config["vocab_size"] for gpt in (gpt_a, gpt_b)]
     if sizes[0] != sizes[1]:
         raise InputError(
             "Comparing explanations expects two models of one vocabulary. Received: "
             f"{sizes[0]:,} and {sizes[1]:,} tokens."
         )
-    rows = _rows_of(subject_a, prompts, 1)
-    neutral = neutral_token(subject_a, neutral)
+    rows = _rows_of(gpt_a, prompts, 1)
+    neutral = neutral_token(gpt_a, neutral)
     found = []
     for index, ids in enumerate(rows):
         options = {"method": method, "num_samples": num_samples, "neutral": neutral}
-        first = explain(subject_a, ids, seed=seed, **options)
+        first = explain(gpt_a, ids, seed=seed, **options)
         options |= {"target": first.target_id, "seed": seed + 1}
-        others = [
-            explain(subject, ids, **options) for subject in (subject_b, subject_a)
-        ]
+        others = [explain(gpt, ids, **options) for gpt in (gpt_b, gpt_a)]
         found.append([rank_correlation(first.scores, o.scores) for o in others])
         if on_step is not None:
             on_step(index + 1, len(rows))
@@ -243,49 +242,36 @@ def compare_explanations(
             "Comparing ranks expects prompts whose tokens move the model. Received: "
             f"{len(rows)} in which none does. Use a trained model."
         )
-    names = names or (subject_a.mode, subject_b.mode)
+    names = names or (gpt_a.mode, gpt_b.mode)
     return {
         "a": names[0],
         "b": names[1],
         "prompts": len(found),
-        "rank_correlation": interval(found[:, 0], seed),
-        "ceiling": interval(found[:, 1], seed),
+        "rank_correlation": _mean(found[:, 0], seed),
+        "ceiling": _mean(found[:, 1], seed),
     }
 
 
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Spearman's rank correlation of two rows of numbers.
+def _mean(values, seed):
+    """Return the mean of one number a prompt, with its 95 % bootstrap interval."""
+    values = np.asarray(values, np.float64)[:, np.newaxis]
+    count = len(values)
+    return block_bootstrap(values, lambda sums: sums[..., 0] / count, seed=seed)
 
-    Equal numbers have the mean of their ranks. Where one row is constant there is no
-    order to compare, and the result is NaN.
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Spearman's rank correlation, NaN where all of a row are equal.
 
     Example:
         >>> rank_correlation([1, 2, 3], [10, 20, 15])
         0.5
     """
-    a, b = (_ranks(row) - (len(row) - 1) / 2 for row in (a, b))
-    size = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / size) if size else float("nan")
+    # Here, since it takes a second.
+    from scipy.stats import spearmanr
 
-
-def interval(values: np.ndarray, seed: int = 0) -> dict:
-    """Return the mean and the bounds of a 95 % bootstrap over the values.
-
-    Args:
-        values: One number per prompt.
-        seed: The same seed gives the same bounds.
-
-    Returns:
-        `value`, `low` and `high`.
-
-    Reference: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979; the
-    percentile interval.
-    """
-    values = np.asarray(values, np.float64)
-    random = np.random.default_rng(seed)
-    drawn = random.integers(0, len(values), (_RESAMPLES, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5))
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(spearmanr(a, b).statistic)
 
 
 def _drops(scorer, target, orders, ways):
@@ -310,23 +296,17 @@ def _drops(scorer, target, orders, ways):
 
 
 def _judged(drop, random_drop, seed):
-    difference = interval(drop - random_drop, seed)
+    difference = _mean(drop - random_drop, seed)
     return {
-        "drop": interval(drop, seed),
-        "random_drop": interval(random_drop, seed),
+        "drop": _mean(drop, seed),
+        "random_drop": _mean(random_drop, seed),
         "difference": difference,
         "holds": difference["low"] > 0,
     }
 
 
-def _ranks(row):
-    _, places, counts = np.unique(row, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts + 1) / 2)[places]
-
-
-def _rows_of(subject, prompts, fewest):
-    rows = [prompt_ids(subject, prompt) for prompt in prompts]
+def _rows_of(gpt, prompts, fewest):
+    rows = [prompt_ids(gpt, prompt) for prompt in prompts]
     if len(rows) < fewest:
         raise InputError(
             f"The test expects at least {fewest} prompts, for a mean that says "
@@ -341,8 +321,8 @@ def _rows_of(subject, prompts, fewest):
     return rows
 
 
-def _check_methods(subject, methods):
+def _check_methods(gpt, methods):
     if not isinstance(methods, list | tuple) or not methods:
         arguments.refuse("methods", methods, 'a list, ["lime"] for example')
     for method in methods:
-        check_method(subject, method)
+        check_method(gpt, method)

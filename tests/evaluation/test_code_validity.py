@@ -12,7 +12,7 @@ from gpt_tf.evaluation.code_validity import (
     Prompt,
     find_prompts,
     is_accepted,
-    measure_parsing,
+    measure_code_validity,
     wilson_interval,
 )
 from gpt_tf.evaluation.text import held_out_text
@@ -153,7 +153,7 @@ def prompts(count):
 def test_who_writes_the_true_text_reaches_its_share():
     rest = {prompt.text: prompt.rest for prompt in prompts(4)}
     for tokens, share in ((100, 1.0), (12, 1.0), (11, 0.0)):
-        found = measure_parsing(
+        found = measure_code_validity(
             Writer(rest.__getitem__), prompts(4), max_new_tokens=tokens
         )
         assert found["share"]["value"] == found["of_true_text"] == share
@@ -164,14 +164,14 @@ def test_the_share_is_of_all_that_were_asked():
     def answer(prompt):
         return "\n    return x\n" if prompt.endswith(("1", "2")) else "\n\n\n"
 
-    found = measure_parsing(Writer(answer), prompts(8))
+    found = measure_code_validity(Writer(answer), prompts(8))
     assert found["share"] == wilson_interval(2, 8)
-    assert measure_parsing(Writer(""), prompts(8))["share"]["value"] == 0
+    assert measure_code_validity(Writer(""), prompts(8))["share"]["value"] == 0
 
 
 def test_a_model_stops_writing_where_the_block_ends():
     writer = Writer("\n    return x\n\nprint(1)\n" * 3)
-    found = measure_parsing(writer, prompts(1), max_new_tokens=60)
+    found = measure_code_validity(writer, prompts(1), max_new_tokens=60)
     assert found["share"]["value"] == 1
     assert writer.written == len("\n    return x\n\np")
 
@@ -180,7 +180,7 @@ def test_choices_differ_by_prompt_and_are_the_same_by_seed():
     asked = []
     for seed in (0, 0, 1):
         writer = Writer("\n    return x\n")
-        measure_parsing(writer, prompts(5), seed=seed, temperature=0.5)
+        measure_code_validity(writer, prompts(5), seed=seed, temperature=0.5)
         asked.append(writer.asked)
     assert asked[0] == asked[1] != asked[2]
     seeds = {seed for *_, seed in asked[0]} | {seed for *_, seed in asked[2]}
@@ -190,7 +190,7 @@ def test_choices_differ_by_prompt_and_are_the_same_by_seed():
 
 def test_progress_is_told():
     calls = []
-    measure_parsing(
+    measure_code_validity(
         Writer(""), prompts(3), on_progress=lambda *done: calls.append(done)
     )
     assert calls == [(1, 3), (2, 3), (3, 3)]
@@ -212,9 +212,9 @@ def test_what_cannot_be_measured_is_said():
         ({"max_new_tokens": 0}, "`max_new_tokens` expects"),
     ):
         with pytest.raises(InputError, match=message):
-            measure_parsing(Writer(""), FILE, **options)
+            measure_code_validity(Writer(""), FILE, **options)
     for text in ("to be or not to be", "x = 1\n", "def f():\r\n    a = 1\r\n    b = 2"):
         with pytest.raises(InputError, match="Python functions"):
-            measure_parsing(Writer(""), text)
+            measure_code_validity(Writer(""), text)
     with pytest.raises(InputError, match="its tokenizer"):
-        measure_parsing(types.SimpleNamespace(tokenizer=None), FILE)
+        measure_code_validity(types.SimpleNamespace(tokenizer=None), FILE)

@@ -1,8 +1,6 @@
 import importlib.util
 import json
-import math
 import shutil
-import stat
 import subprocess
 from pathlib import Path
 
@@ -10,20 +8,16 @@ import numpy as np
 import pytest
 
 from gpt_tf.edge import EdgeGPT
-from gpt_tf.errors import DamagedFileError, InputError, WorkerFailedError
+from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation import latency
-from gpt_tf.evaluation.latency import (
-    compare_latencies,
-    measure_files,
-    measure_latency,
-    spread,
-)
+from gpt_tf.evaluation.harness import spread
+from gpt_tf.evaluation.latency import compare_latencies, measure_files
 from gpt_tf.evaluation.report import read_report, write_report
-from gpt_tf.evaluation.worker import CONTEXT_TOKENS, WARM_UP, time_request
+from gpt_tf.evaluation.worker import CONTEXT_TOKENS, WARM_UP, ModelRunner, measure
 
 SAVED = Path(__file__).parents[2] / "saved_models"
 FILE = SAVED / "python-small.litertlm"
-SPREAD = {"median", "p95", "p99", "worst", "q1", "q3", "count"}
+SPREAD = {"median", "p95", "p99", "worst", "q1", "q3", "count", "rounds"}
 # As `gpt_tf.evaluation.report` describes it.
 SPREADS = {
     *("time_to_first_token_ms", "inter_token_latency_ms", "response_time_ms"),
@@ -87,62 +81,42 @@ class Clockwork:
         return logits
 
 
-# Numbers
+# What a process measures
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 20, 101, 1000])
-def test_a_spread_states_numpys_percentiles(count):
-    values = np.random.default_rng(count).exponential(size=count)
-    found = spread(values.tolist())
-    assert set(found) == SPREAD
-    assert found["count"] == count and found["worst"] == values.max()
-    for name, percent in (("q1", 25), ("median", 50), ("q3", 75), ("p95", 95)):
-        assert found[name] == np.percentile(values, percent)
-    assert found["p99"] == np.percentile(values, 99)
+def measured(gpt, **job):
+    """What a process measures of a model by the model's own clock."""
+    runner = ModelRunner(gpt, gpt.clock)
+    runner.request(5, 1)
+    small = {"prompt_tokens": 5, "new_tokens": 4, "count": 3}
+    return measure(runner, {**small, "contexts": [], "requests": [], **job})
 
 
 def test_a_request_is_a_prefill_and_then_token_after_token():
     """The first token has the prefill in it; emptying the cache is not counted."""
     gpt = Clockwork(decode_s=(3.0, 5.0, 7.0))
-    timed = time_request(gpt, [10, 11, 12], 3, gpt.clock)
-    assert gpt.calls == [
-        "reset",
-        ("prefill", [10, 11]),
-        *(("decode", 12), ("decode", 13), ("decode", 14)),
-    ]
+    timed = ModelRunner(gpt, gpt.clock).request(3, 3)
+    empty, prefill, *decodes = gpt.calls
+    assert empty == "reset" and len(prefill[1]) == 2
+    (_, first), *others = decodes
+    assert others == [("decode", (first + 1) % 50), ("decode", (first + 2) % 50)]
     assert timed == (2 * 0.25 + 3.0, [5.0, 7.0], 2 * 0.25 + 15.0)
 
 
 def test_what_is_measured_is_what_the_clock_says():
-    gpt = Clockwork(decode_s=(3.0, 5.0, 7.0, 5.0))
-    found = measure_latency(gpt, clock=gpt.clock, repetitions=3, **SMALL)
-    assert set(found) == PARTS
-    assert found["time_to_first_token_ms"]["median"] == 4000.0
-    gaps = found["inter_token_latency_ms"]
-    assert (gaps["median"], gaps["worst"], gaps["count"]) == (5000.0, 7000.0, 9)
-    assert found["response_time_ms"]["median"] == 21_000.0
-    assert found["tokens_per_s"] == pytest.approx(3 / 17)
-    for part in ("time_to_first_token_ms", "response_time_ms"):
-        assert found[part]["count"] == found["repetitions"] == 3
-    # Of a model that is open nothing is loaded.
-    assert found["load_ms"] is found["cold_start_ms"] is None
-    assert found["throughput"] == found["by_threads"] == []
-    # A token and a position row, one block, the norms; four bytes each.
-    table, block = (50 + 100) * 4, 4 * 5 * 4 + (5 * 8 + 9 * 4) + 16
-    read = 4 * (table + block + 8)
-    assert found["bandwidth_share"] == pytest.approx(read / (1e9 * 5.0))
+    found = measured(Clockwork(decode_s=(3.0, 5.0, 7.0, 5.0)))
+    assert found["first_ms"] == [4000.0] * 3
+    assert found["gaps_ms"] == [5000.0, 7000.0, 5000.0] * 3
+    assert found["response_ms"] == [21_000.0] * 3
+    assert found["rates"] == [pytest.approx(3 / 17)] * 3
+    assert found["throughput"] == [] and found["engine"] == "keras"
 
 
 def test_the_warm_up_is_not_counted_but_what_follows_is():
     def worst(slow):
-        gpt = Clockwork(slow_s=100.0, slow=slow)
-        found = measure_latency(
-            gpt, clock=gpt.clock, repetitions=4, contexts=[30], **SMALL
-        )
-        (context,) = found["by_context"]
-        return [
-            part["time_to_first_token_ms"]["worst"] / 1e3 for part in (found, context)
-        ]
+        found = measured(Clockwork(slow_s=100.0, slow=slow), contexts=[30])
+        (context,) = found["contexts"]
+        return [max(part["first_ms"]) / 1e3 for part in (found, context)]
 
     # Of another length of prompt one request is not counted.
     assert worst(0) == worst(1) == [4 * 0.25 + 2, 29 * 0.25 + 2]
@@ -151,27 +125,26 @@ def test_the_warm_up_is_not_counted_but_what_follows_is():
 
 
 def test_contexts_are_prompts_of_their_length():
-    gpt = Clockwork()
-    found = measure_latency(
-        gpt, clock=gpt.clock, repetitions=2, contexts=[20, 84, 20], **SMALL
-    )
-    assert [row["context"] for row in found["by_context"]] == [20, 84]
-    for row, length in zip(found["by_context"], (20, 84), strict=True):
-        first = row["time_to_first_token_ms"]
-        assert first["median"] == (length - 1) * 250 + 2000 and first["count"] == 2
-        assert row["inter_token_latency_ms"]["count"] == 2 * (CONTEXT_TOKENS - 1)
-    with pytest.raises(InputError, match="`contexts` expects at most 84"):
-        measure_latency(gpt, clock=gpt.clock, contexts=[85], **SMALL)
+    found = measured(Clockwork(), contexts=[20, 84])
+    for row, length in zip(found["contexts"], (20, 84), strict=True):
+        assert row["first_ms"] == [(length - 1) * 250 + 2000] * 3
+        assert len(row["gaps_ms"]) == 3 * (CONTEXT_TOKENS - 1)
 
 
 def test_every_request_has_the_same_ids_of_the_vocabulary():
     gpt = Clockwork()
-    measure_latency(gpt, clock=gpt.clock, repetitions=3, **SMALL)
+    measured(gpt)
     prompts = [call[1] for call in gpt.calls if call[0] == "prefill"]
     assert len(prompts) == 3 + WARM_UP
     assert all(prompt == prompts[0] for prompt in prompts)
     assert len(prompts[0]) == 4 and 0 <= min(prompts[0]) <= max(prompts[0]) < 50
     assert len(set(prompts[0])) > 1
+
+
+def test_an_open_file_answers_concurrent_requests():
+    with EdgeGPT(FILE, num_threads=1) as gpt:
+        rates = ModelRunner(gpt).throughput([1, 3], 5, 4)
+    assert len(rates) == 2 and min(rates) > 0
 
 
 # Taking turns
@@ -182,20 +155,37 @@ def recorded(monkeypatch):
     """Answer for the processes; return the jobs that they were given."""
     jobs = []
 
-    def answer(job, name):
-        if "describe" in job:
-            config = {"vocab_size": 50}
-            facts = {"kind": "tflite", "context_length": 100, "config": config}
-            sizes = {"a.tflite": 1000, "b.litertlm": 3000, "k": 9}
-            return [
-                facts
-                | {"size_bytes": sizes[path], "parameters": 500, "threads": 2}
-                | ({"kind": "keras"} if path == "k" else {})
-                for path in job["describe"]
-            ], None
-        jobs.append(job)
-        number = len(jobs)
-        count, rows = job["repetitions"], len(job["requests"])
+    class Recorded:
+        def __init__(self, make, arguments, *, name):
+            (self.given,) = arguments
+            if isinstance(self.given, dict):
+                jobs.append(self.given)
+            self.start_s = len(jobs) / 10
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def ask(self):
+            if isinstance(self.given, list):
+                return list(map(described, self.given))
+            return answer(self.given, len(jobs))
+
+    def described(path):
+        sizes = {"a.tflite": 1000, "b.litertlm": 3000, "k": 9}
+        return {
+            "kind": "keras" if path == "k" else "tflite",
+            "context_length": 100,
+            "config": {"vocab_size": 50},
+            "size_bytes": sizes[path],
+            "parameters": 500,
+            "threads": 2,
+        }
+
+    def answer(job, number):
+        count = job["count"]
         return {
             "engine": job["engine"],
             "first_ms": [float(number)] * count,
@@ -209,10 +199,10 @@ def recorded(monkeypatch):
                 {"first_ms": [length + number], "gaps_ms": [number]}
                 for length in job["contexts"]
             ],
-            "throughput": [float(10 * number)] * rows,
-        }, number / 10
+            "throughput": [float(10 * number)] * len(job["requests"]),
+        }
 
-    monkeypatch.setattr(latency, "_in_process", answer)
+    monkeypatch.setattr(latency, "Worker", Recorded)
     return jobs
 
 
@@ -239,21 +229,22 @@ def test_files_take_turns_and_keep_what_is_theirs(recorded):
     assert [job["requests"] for job in recorded] == [[1, 4], [1, 4], [], []] * 2
     assert [job["contexts"] for job in recorded] == [[16], [16], [], []] * 2
     # Processes 1 and 5 are the first file's, 2 and 6 the second's.
-    assert first["inter_token_latency_ms"] == spread([1.0] * 9 + [5.0] * 9)
-    assert second["inter_token_latency_ms"] == spread([2.0] * 9 + [6.0] * 9)
-    assert second["cold_start_ms"] == spread([200.0, 600.0])
-    assert second["load_ms"] == spread([20.0, 60.0])
+    assert first["inter_token_latency_ms"] == spread([[1.0] * 9, [5.0] * 9])
+    assert second["inter_token_latency_ms"] == spread([[2.0] * 9, [6.0] * 9])
+    assert second["cold_start_ms"] == spread([[200.0], [600.0]])
+    assert second["load_ms"] == spread([[20.0], [60.0]])
     assert second["peak_memory_bytes"] == 400
     assert second["repetitions"] == 6
     assert second["energy_j_per_token"] == 4.0 / (6 * 4)
     assert second["bandwidth_share"] == pytest.approx(3000 / (1e9 * 4e-3))
     (context,) = second["by_context"]
-    assert context["time_to_first_token_ms"] == spread([18.0, 22.0])
+    assert context["time_to_first_token_ms"] == spread([[18.0], [22.0]])
     one, two = second["by_threads"]
     assert (one["threads"], two["threads"]) == (1, 2)
-    assert one["inter_token_latency_ms"] == spread([4.0] * 9 + [8.0] * 9)
+    assert one["inter_token_latency_ms"] == spread([[4.0] * 9, [8.0] * 9])
     assert two["inter_token_latency_ms"] == second["inter_token_latency_ms"]
     rates = {"tokens_per_s": 40.0, "q1": 30.0, "q3": 50.0, "count": 2}
+    rates["rounds"] = [20.0, 60.0]
     assert second["throughput"] == [{"requests": n} | rates for n in (1, 4)]
     assert set(first) == PARTS
 
@@ -268,7 +259,7 @@ def test_repetitions_are_shared_among_the_rounds(recorded):
         (found,) = compare_latencies(
             ["a.tflite"], **SMALL, repetitions=repetitions, rounds=rounds
         )
-        assert [job["repetitions"] for job in recorded] == shares
+        assert [job["count"] for job in recorded] == shares
         assert found["repetitions"] == sum(shares) >= repetitions
 
 
@@ -314,8 +305,8 @@ def check_structure(found, rounds, repetitions):
 
 
 def test_a_file_is_measured_in_processes_of_its_own():
-    found = measure_latency(
-        FILE,
+    (found,) = compare_latencies(
+        [FILE],
         **SMALL,
         repetitions=4,
         rounds=2,
@@ -383,21 +374,6 @@ def test_a_keras_model_is_measured_beside_its_file():
     assert keras["peak_memory_bytes"] > file["peak_memory_bytes"]
 
 
-def test_an_open_model_is_measured_where_it_is():
-    with EdgeGPT(FILE, num_threads=1) as gpt:
-        found = measure_latency(gpt, **SMALL, repetitions=2, requests=[1, 3])
-        assert set(found) == PARTS and found["engine"] == "gpt_tf"
-        assert [row["requests"] for row in found["throughput"]] == [1, 3]
-        assert found["bandwidth_share"] is None  # its file's size is not known
-        for options in (
-            {"threads": 2},
-            {"thread_counts": [1, 2]},
-            {"engine": "litert-lm"},
-        ):
-            with pytest.raises(InputError, match=r"expects a file.*open EdgeGPT"):
-                measure_latency(gpt, **SMALL, **options)
-
-
 # What cannot be measured
 
 
@@ -415,21 +391,11 @@ def no_process(monkeypatch):
     ("options", "message"),
     [
         ({"threads": 0}, "`threads` expects .* Received: 0"),
-        ({"prompt_tokens": 0}, "`prompt_tokens` expects .* Received: 0"),
         ({"new_tokens": 1}, "`new_tokens` expects .* Received: 1"),
-        ({"repetitions": 0}, "`repetitions` expects .* Received: 0"),
-        ({"rounds": 0}, "`rounds` expects .* Received: 0"),
-        ({"contexts": [8, 0]}, "`contexts` expects .* Received: 0"),
-        ({"requests": [-1]}, "`requests` expects .* Received: -1"),
         ({"thread_counts": [0]}, "`thread_counts` expects .* Received: 0"),
         ({"engines": ["onnx"]}, "one of gpt_tf, litert-lm. Received: 'onnx'"),
         ({"engines": []}, "`engines` expects one for each of 1 paths. Received: 0"),
-        ({"engines": ["gpt_tf"] * 2}, "`engines` expects one for each of 1 paths"),
         ({"engines": ["litert-lm"]}, "expects a .litertlm. Received: gpt.tflite"),
-        ({"prompt_tokens": "8"}, "`prompt_tokens` expects an integer.*'8'"),
-        ({"new_tokens": 8.0}, "`new_tokens` expects an integer.*Received: 8.0"),
-        ({"requests": 4}, "`requests` expects a list of integers.*4. Put it in brack"),
-        ({"contexts": "16"}, "`contexts` expects a list of integers.*'16'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(no_process, options, message):
@@ -476,7 +442,7 @@ def test_numbers_of_numpy_reach_another_process(recorded):
 def test_an_engine_that_is_not_installed_is_named(no_process, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install litert-lm"):
-        measure_latency(FILE, engine="litert-lm")
+        compare_latencies([FILE], engines=["litert-lm"])
 
 
 def test_a_request_longer_than_the_context_is_refused(recorded):
@@ -485,58 +451,19 @@ def test_a_request_longer_than_the_context_is_refused(recorded):
     compare_latencies(
         ["b.litertlm"], prompt_tokens=90, new_tokens=10, read_bytes_per_s=1e9
     )
-    gpt = Clockwork()
-    with pytest.raises(InputError, match=r"100 tokens of the open Clockwork"):
-        measure_latency(gpt, prompt_tokens=99, new_tokens=2, clock=gpt.clock)
+    with pytest.raises(InputError, match="`contexts` expects at most 84"):
+        compare_latencies(["b.litertlm"], **SMALL, contexts=[85])
 
 
 def test_a_file_that_is_no_model_comes_back_as_its_process_says(tmp_path):
     with pytest.raises(InputError, match=r"Received: nothing"):
-        measure_latency(tmp_path / "nothing.tflite")
+        compare_latencies([tmp_path / "nothing.tflite"])
     broken = tmp_path / "broken.litertlm"
     shutil.copy(FILE, broken)
     with broken.open("r+b") as file:
         file.truncate(FILE.stat().st_size - 1)
     with pytest.raises(DamagedFileError) as caught:
-        measure_latency(broken)
+        compare_latencies([broken])
     with pytest.raises(DamagedFileError) as expected:
         EdgeGPT(broken)
     assert str(caught.value) == str(expected.value)
-
-
-@pytest.mark.parametrize(
-    ("does", "status", "message"),
-    [
-        ("kill -9 $$", 137, "was killed by SIGKILL; its last line was: low memory"),
-        ("exit 3", 70, "ended with status 3; its last line was: low memory"),
-        (
-            """echo '["first", null]'; echo '["failed", "ValueError: no"]'""",
-            70,
-            "failed: ValueError: no",
-        ),
-    ],
-)
-def test_a_process_that_breaks_down_says_how(
-    tmp_path, monkeypatch, does, status, message
-):
-    shell = tmp_path / "python"
-    shell.write_text(f"#!/bin/sh\necho low memory >&2\necho >&2\n{does}\n")
-    shell.chmod(shell.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(latency.sys, "executable", str(shell))
-    with pytest.raises(WorkerFailedError, match=f"measured gpt.tflite {message}") as e:
-        compare_latencies(["gpt.tflite"])
-    assert e.value.status == status
-
-
-def test_a_package_that_is_missing_keeps_its_name(tmp_path, monkeypatch):
-    shell = tmp_path / "python"
-    shell.write_text('#!/bin/sh\necho \'["missing", ["No module", "x.y"]]\'\n')
-    shell.chmod(shell.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(latency.sys, "executable", str(shell))
-    with pytest.raises(ModuleNotFoundError) as caught:
-        compare_latencies(["gpt.tflite"])
-    assert caught.value.name == "x.y"
-
-
-def test_numbers_of_a_spread_are_finite():
-    assert all(math.isfinite(value) for value in spread([0.5]).values())

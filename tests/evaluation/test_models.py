@@ -8,10 +8,9 @@ import pytest
 from gpt_tf.advisor.estimate import count_parameters
 from gpt_tf.edge import EdgeGPT
 from gpt_tf.errors import InputError
-from gpt_tf.evaluation.accuracy import measure_accuracy
-from gpt_tf.evaluation.code_validity import measure_parsing
-from gpt_tf.evaluation.latency import measure_latency
-from gpt_tf.evaluation.models import KerasGPT, describe, open_subject, unique_names
+from gpt_tf.evaluation.accuracy import measure_accuracies
+from gpt_tf.evaluation.code_validity import measure_code_validity
+from gpt_tf.evaluation.models import KerasGPT, describe, open_model, unique_names
 from gpt_tf.explain.attribution import explain
 from gpt_tf.explain.faithfulness import deletion_test
 from gpt_tf.export.tflite import export_tflite
@@ -84,7 +83,7 @@ def test_a_file_and_its_model_are_described_alike():
     paths = [SAVED / "python-small", SAVED / "python-small.litertlm"]
     facts = []
     for path in paths:
-        with open_subject(path) as subject:
+        with open_model(path) as subject:
             facts.append(describe(path, subject))
     model, file = facts
     assert model["parameters"] == file["parameters"] == 940_800
@@ -108,7 +107,7 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "text.litertlm").write_text("no model")
     for name in ("folder", "text.litertlm", "missing.litertlm"):
         with pytest.raises(InputError, match=name):
-            open_subject(tmp_path / name)
+            open_model(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -116,17 +115,12 @@ def test_what_is_no_model_is_refused(tmp_path):
     [
         lambda subject: explain(subject, "def"),
         lambda subject: deletion_test(subject, ["def f"] * 50, ["lime"]),
-        lambda subject: measure_accuracy(subject, "def main():"),
-        lambda subject: measure_parsing(subject, "def main():"),
+        lambda subject: measure_accuracies({"a": subject}, None, "def main():"),
+        lambda subject: measure_code_validity(subject, "def main():"),
     ],
 )
 def test_what_is_not_open_is_refused_with_what_opens_it(make_model, measure):
-    with pytest.raises(InputError, match=r"str. Pass `open_subject\('a.litertlm'\)`"):
+    with pytest.raises(InputError, match=r"str. Pass `open_model\('a.litertlm'\)`"):
         measure("a.litertlm")
     with pytest.raises(InputError, match=r"GPTModel. Pass `KerasGPT\(model, tok"):
         measure(make_model())
-
-
-def test_a_model_whose_speed_is_measured_has_to_be_open_or_a_path(make_model):
-    with pytest.raises(InputError, match=r"GPTModel. Pass `KerasGPT\(model, tok"):
-        measure_latency(make_model())

@@ -1,7 +1,7 @@
 import pytest
 
 from gpt_tf.advisor.ranking import recommend
-from gpt_tf.errors import InputError
+from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation.report import (
     entry_of,
     join_reports,
@@ -12,7 +12,7 @@ from gpt_tf.evaluation.report import (
 )
 
 
-def entry(file, name=None, increase=None, p95=None, estimate=None):
+def entry(file, name=None, increase=None, p95=None):
     """An entry of a file, which its letter tells from others."""
     described = {
         "name": name or f"{file}.litertlm",
@@ -27,9 +27,10 @@ def entry(file, name=None, increase=None, p95=None, estimate=None):
         accuracy = {"perplexity_increase": value}
     if p95 is not None:
         latency = {"inter_token_latency_ms": {"median": p95, "p95": p95, "p99": p95}}
-    return new_entry(described, accuracy=accuracy, latency=latency, estimate=estimate)
+    return new_entry(described, accuracy=accuracy, latency=latency)
 
 
+INCREASE = {"value": 0.1, "low": 0.1, "high": 0.1}
 CORPUS = {"name": "python-stdlib", "split": "validation", "tokens": 9, "bytes": 30}
 # As `evaluate` writes it on a computer, and `benchmark` on a device.
 ACCURACY = new_report(
@@ -67,8 +68,8 @@ def test_accuracy_and_speed_of_the_same_bytes_come_together(reports, tmp_path):
 def test_speed_of_the_last_report_replaces_that_of_the_first():
     whole = new_report(
         [
-            entry("a", increase=0.0, p95=0.1, estimate={"latency_ms": 0.2}),
-            entry("b", increase=0.0, p95=0.1, estimate={"latency_ms": 0.2}),
+            entry("a", increase=0.0, p95=0.1),
+            entry("b", increase=0.0, p95=0.1),
         ],
         machine={"cpu": "a computer's"},
     )
@@ -77,8 +78,6 @@ def test_speed_of_the_last_report_replaces_that_of_the_first():
     assert timed["latency"]["inter_token_latency_ms"]["p95"] == 7
     other = entry_of(joined, "b.litertlm")
     assert other["accuracy"] and other["latency"] is None
-    # An estimate is the other machine's, too.
-    assert timed["estimate"] is None and other["estimate"] is None
     assert joined["machine"] is None
     result = recommend(joined, {"max_latency_ms": 9})
     assert result["choice"] == "a.litertlm"
@@ -94,11 +93,56 @@ def test_a_file_that_two_engines_ran_has_one_accuracy_and_two_speeds():
     assert entry_of(joined, "small")["latency"] is None
 
 
-def test_where_nothing_was_timed_estimates_stay():
-    guess = {"latency_ms": 2.0}
-    joined = join_reports([ACCURACY, new_report([entry("b", estimate=guess)])])
-    assert entry_of(joined, "small")["estimate"] == guess
-    assert entry_of(joined, "exact")["estimate"] is None
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("perplexity_increase", {"accuracy": {"perplexity_increase": {"low": 0.1}}}),
+        ("value", {"accuracy": {"perplexity_increase": INCREASE | {"value": -1.5}}}),
+        ("value", {"accuracy": {"perplexity": INCREASE | {"value": 0}}}),
+        ("p95", {"latency": {"inter_token_latency_ms": {"p95": -3.0}}}),
+        ("p95", {"latency": {"inter_token_latency_ms": {"p95": True}}}),
+        ("rounds", {"latency": {"load_ms": {"rounds": 3}}}),
+        ("throughput", {"latency": {"throughput": 7}}),
+        ("latency", {"latency": [1, 2]}),
+        ("size_bytes", {"size_bytes": 0}),
+        ("name", {"name": 3}),
+    ],
+)
+def test_a_part_of_another_type_or_range_is_damage_that_is_named(
+    tmp_path, part, changes
+):
+    write_report(tmp_path / "report.json", new_report([entry("a") | changes]))
+    with pytest.raises(DamagedFileError, match=rf"entries\.0\..*{part}"):
+        read_report(tmp_path)
+
+
+def test_entries_of_one_name_are_damage(tmp_path):
+    report = ACCURACY | {"entries": [ACCURACY["entries"][0]] * 2}
+    write_report(tmp_path / "report.json", report)
+    with pytest.raises(DamagedFileError, match="'exact'"):
+        read_report(tmp_path)
+
+
+def test_an_older_report_with_estimates_still_opens(tmp_path):
+    older = entry("a") | {"estimate": {"latency_ms": 0.2, "basis": "estimated"}}
+    write_report(tmp_path / "report.json", new_report([older]))
+    assert read_report(tmp_path)["entries"] == [older]
+
+
+@pytest.mark.parametrize("versions", [{"gpt-tf": "0.1"}, "none"])
+def test_a_report_of_another_format_is_refused(tmp_path, versions):
+    report = ACCURACY | {"format": 99, "versions": versions}
+    write_report(tmp_path / "report.json", report)
+    with pytest.raises(InputError, match=r"format 99, of gpt_tf (0\.1|unknown)"):
+        read_report(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "nothing"])
+def test_what_is_no_report_is_damage(tmp_path, text):
+    if text != "nothing":
+        (tmp_path / "report.json").write_text(text)
+    with pytest.raises(DamagedFileError):
+        read_report(tmp_path)
 
 
 def test_different_files_of_one_name_are_refused():

@@ -2,7 +2,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from gpt_tf.errors import InputError
 from gpt_tf.explain import faithfulness
@@ -10,7 +9,6 @@ from gpt_tf.explain.attribution import explain
 from gpt_tf.explain.faithfulness import (
     compare_explanations,
     deletion_test,
-    interval,
     prompts_of,
     rank_correlation,
 )
@@ -184,11 +182,8 @@ def test_the_seed_decides_the_numbers():
     [
         (PROMPTS[:49], ["lime"], {}, "at least 50 prompts.*Received: 49"),
         ([[3]] * 50, ["lime"], {}, "at least 2 tokens"),
-        ([""] * 50, ["lime"], {}, "prompt is empty"),
         (PROMPTS, "lime", {}, "expects a list.*'lime'"),
-        ([[3]] * 9, "lime", {}, "expects a list.*'lime'"),
         (PROMPTS, [], {}, "expects a list"),
-        (PROMPTS, ["magic"], {}, "'magic'"),
         (PROMPTS, ["attention"], {}, "Name the Keras model"),
         (PROMPTS, ["lime"], {"fraction": 0.0}, "above 0 and below 1. Received: 0.0"),
         (PROMPTS, ["lime"], {"curve": [1.0]}, "above 0 and below 1. Received: 1.0"),
@@ -256,30 +251,9 @@ def test_models_that_cannot_be_compared_are_refused():
 # Numbers
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_rank_correlation_is_spearmans(ties):
-    generator = np.random.default_rng(2)
-    for _ in range(20):
-        a, b = (
-            generator.normal(size=(2, 9))
-            if not ties
-            else generator.integers(0, 4, (2, 9))
-        )
-        expected = scipy.stats.spearmanr(a, b).statistic
-        assert rank_correlation(a, b) == pytest.approx(expected)
+def test_rank_correlation_is_spearmans_and_of_constant_scores_none():
     assert rank_correlation([1, 2, 3], [10, 20, 15]) == pytest.approx(0.5)
     assert np.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
-
-
-def test_an_interval_covers_the_mean_as_often_as_it_says():
-    generator = np.random.default_rng(6)
-    covered = 0
-    for seed in range(300):
-        bounds = interval(generator.normal(1.0, 2.0, 50), seed)
-        assert bounds["low"] < bounds["value"] < bounds["high"]
-        covered += bounds["low"] <= 1.0 <= bounds["high"]
-    assert 0.90 < covered / 300 < 0.985
-    assert interval(np.full(50, 3.0)) == {"value": 3.0, "low": 3.0, "high": 3.0}
 
 
 def test_prompts_are_cut_evenly_and_do_not_overlap():

@@ -650,12 +650,12 @@ TARGETS = {
             "completions": count,
             "seed": whole(),
         },
-        (accuracy, "open_subject"),
+        (accuracy, "open_model"),
     ),
     "block_bootstrap": Target(
         lambda **o: accuracy.block_bootstrap([[1]], lambda s: s[..., 0], **o),
-        {"samples": count, "seed": whole()},
-        (accuracy, "_drawn"),
+        {"samples": count, "seed": seed32},
+        (accuracy.np.random, "default_rng"),
     ),
     "measure_files": Target(
         lambda **o: latency.measure_files(**{"paths": ["a.tflite"], **o}),
@@ -708,7 +708,7 @@ TARGETS = {
     "measure_read_rate": Target(
         hardware.measure_read_rate,
         {"threads": whole(1, 1024), "seconds": real(0, 3600)},
-        (hardware, "memory_bytes"),
+        (hardware.psutil, "virtual_memory"),
     ),
     "extract_knowledge": Target(
         lambda **o: loop.extract_knowledge(**{"teacher": "a", "path": "b", **o}),
