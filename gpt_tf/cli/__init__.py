@@ -152,7 +152,7 @@ _EXTRAS = dict.fromkeys(
         *("safetensors", "matplotlib", "flatbuffers", "litert_lm_builder", "h5py"),
     ),
     "train",
-) | {"ai_edge_litert": "edge", "lime": "explain", "shap": "explain"}
+) | {"ai_edge_litert": "edge", "lime": "explain", "shap": "explain", "ray": "cluster"}
 
 
 def _exit_at_once(status):
