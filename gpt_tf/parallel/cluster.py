@@ -16,6 +16,7 @@ import re
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from gpt_tf.errors import InputError, WorkerFailedError
@@ -164,12 +165,20 @@ def _fit(job, workers, size, max_restarts, folder):
             callbacks=[NoRestartOfWrongInput()],
         ),
     )
-    # Ray answers Ctrl-C in its own way where it trains in the main thread.
-    pool = concurrent.futures.ThreadPoolExecutor(1)
+    # Ray answers Ctrl-C in its own way where it trains in the main thread; a daemon
+    # does not keep this process from ending.
+    fitting = concurrent.futures.Future()
+
+    def fit():
+        try:
+            fitting.set_result(trainer.fit())
+        except BaseException as error:
+            fitting.set_exception(error)
+
     job["log"].touch()
     try:
         with job["log"].open(encoding="utf-8") as log:
-            fitting = pool.submit(trainer.fit)
+            threading.Thread(target=fit, daemon=True).start()
             while not concurrent.futures.wait([fitting], 0.2).done:
                 _pass_on(log)
             _pass_on(log)
@@ -183,8 +192,6 @@ def _fit(job, workers, size, max_restarts, folder):
             f"Workers failed more than {max_restarts} times. The last one said: {last}",
             1,
         ) from error
-    finally:
-        pool.shutdown(wait=False)
 
 
 def _work(job):

@@ -74,8 +74,9 @@ def words(corpus_folder):
     def make(out, steps=4, corpus=corpus_folder, workers=2):
         return shlex.split(
             f"train --preset tiny --corpus {corpus} --vocab-size 270 "
-            f"--workers {workers} --context-length 16 --num-layers 1 --jit-compile off --steps {steps} "
-            f"--validate-every {max(1, steps // 4)} --checkpoint-every 10 --out {out}"
+            f"--workers {workers} --context-length 16 --num-layers 1 --jit-compile off "
+            f"--steps {steps} --validate-every {max(1, steps // 4)} "
+            f"--checkpoint-every 10 --out {out}"
         )
 
     return make
