@@ -39,6 +39,9 @@ TRAIN = [
     'setuptools>=69; python_version >= "3.12"',
 ]
 EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1", "Jinja2>=3.1,<4"]
+# Several workers, started again when one is lost.
+CLUSTER = ["ray[train]>=2.60,<3"]
+EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1"]
 DOCS = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.6,<10",
@@ -88,6 +91,7 @@ setup(
         "train": TRAIN,
         "edge": EDGE,
         "edge-test": EDGE_TEST,
+        "cluster": CLUSTER,
         "explain": EXPLAIN,
         "notebooks": NOTEBOOKS,
         "docs": DOCS,
@@ -107,11 +111,12 @@ setup(
             "ruff>=0.9,<1",
             "import-linter>=2.1,<3",
             "pre-commit>=4,<5",
+            *CLUSTER,
             *EDGE_TEST,
             *EXPLAIN,
             *NOTEBOOKS,
         ],
-        "all": [*TRAIN, *EDGE, *EXPLAIN, *NOTEBOOKS],
+        "all": [*TRAIN, *CLUSTER, *EDGE, *EXPLAIN, *NOTEBOOKS],
     },
     entry_points={"console_scripts": ["gpt-tf = gpt_tf.cli:main"]},
     classifiers=[

@@ -39,6 +39,9 @@ files. Contenders run in processes of their own and take turns, a warm-up is dis
 ratios carry over to other machines, times do not.
 """
 
+# Results that do not come from a program of their own name in `benchmarks/`.
+STUDIES = {"scaling_model": ROOT / "studies" / "scaling" / "run.py"}
+
 # What the committed results were made with, where it is more than the bare command.
 OPTIONS = {"quantization": "--wide", "distillation": "--few"}
 
@@ -108,11 +111,11 @@ def command_of(name, folder=ROOT / "benchmarks"):
     Returns:
         A line and a command; None for both where there is no such program.
     """
-    path = Path(folder) / f"{name}.py"
+    path = STUDIES.get(name, Path(folder) / f"{name}.py")
     if not path.exists():
         return None, None
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-    found = re.search(r"^ *(python benchmarks/\S+\.py)", text, re.M)
+    found = re.search(r"^ *(python \w+/\S+\.py)", text, re.M)
     command = found[1] if found else f"python benchmarks/{name}.py"
     return text.partition("\n\n")[0], f"{command} {OPTIONS.get(name, '')}".strip()
 
@@ -302,15 +305,6 @@ def _scaling_model(content):
             ("largest", "largest", ".1%"),
         ),
     ]
-    if content.get("this_machine"):
-        errors = content["this_machine"]["left_out_error_by_reading"]
-        parts += [
-            "Against this machine's rows of `parallel.json`, each left out of its fit:",
-            _table(
-                ["the cores read as", "mean error"],
-                [[name, f"{error:.1%}"] for name, error in errors.items()],
-            ),
-        ]
     return _joined(*parts)
 
 

@@ -9,10 +9,12 @@ Workers are processes on this machine.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -193,9 +195,12 @@ def _state_bytes(model):
 
 
 def _with_workers(way, shape, facts):
-    from gpt_tf.parallel.launch import free_ports
-
-    addresses = [f"localhost:{port}" for port in free_ports(way.workers)]
+    with contextlib.ExitStack() as stack:
+        sockets = [
+            stack.enter_context(socket.create_server(("localhost", 0)))
+            for _ in range(way.workers)
+        ]
+        addresses = [f"localhost:{one.getsockname()[1]}" for one in sockets]
 
     def environment(index):
         task = {"type": "worker", "index": index}

@@ -10,7 +10,7 @@
 
 # A GPT trained by one worker per node: sbatch slurm.sh
 #
-# When a worker is lost the others end within seconds, and all start again and go on
+# When a worker is lost the others end within half a minute; all start again and go on
 # from the newest checkpoint; when a node is lost Slurm requeues the job, which does
 # the same. OUT and CORPUS lie on a file system that all nodes share.
 

@@ -32,7 +32,7 @@ class PeerLostError(RuntimeError):
 
 
 class WorkerFailedError(RuntimeError):
-    """A worker that was launched failed in a way that a new start does not mend.
+    """A process that works for this one failed, and is not started again.
 
     Args:
         message: Which worker failed, and how.

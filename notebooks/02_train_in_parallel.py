@@ -646,9 +646,9 @@ plt.show()
 #     gpt-tf train --mesh batch=2,sequence=2 --out runs/sequence
 #
 # More machines, or more processes on this one, are a strategy too. Each process is told
-# who the others are; `launch` does that for those on one machine:
+# who the others are; `--workers` lets Ray do that, here on this machine:
 #
-#     gpt-tf launch --trust-network --workers 2 train --out runs/workers
+#     gpt-tf train --workers 2 --out runs/workers
 #
 # ## Which way, when
 #

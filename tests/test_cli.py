@@ -563,7 +563,6 @@ def test_every_field_of_the_configuration_is_an_option_and_arrives(
 
     def take(config, out, *, resume, overwrite, on_notice, **changes):
         assert not changes.pop("resume_or_start")
-        assert changes.pop("join_timeout") is None
         given.append(dataclasses.replace(config or TrainingConfig(), **changes))
         return trained
 
@@ -604,7 +603,9 @@ def test_train_has_no_option_that_is_nothing():
         "resume",
         "overwrite",
         "resume_or_start",
-        "join_timeout",
+        "workers",
+        "ray_address",
+        "max_restarts",
         "virtual_devices",
         *AUGMENTATION,
     }
@@ -633,7 +634,7 @@ def test_every_option_of_quantize_arrives(command, trained, monkeypatch, tmp_pat
     assert result.status == 0, result.err
     full = QuantizationConfig.full()
     expected = {"source": trained.out, "out": tmp_path, "quantization": full}
-    expected |= {"resume": False, "resume_or_start": False, "join_timeout": None}
+    expected |= {"resume": False, "resume_or_start": False}
     assert given == {**changes, **expected, "overwrite": True}
     given.clear()
     assert command("quantize", *folders).status == 0
@@ -677,7 +678,7 @@ def test_every_option_of_distil_arrives(command, trained, monkeypatch, tmp_path)
     }
     assert config == {**named, **wanted}
     expected = {"teacher": trained.out, "out": tmp_path, "resume": False}
-    expected |= {"resume_or_start": False, "join_timeout": None}
+    expected |= {"resume_or_start": False}
     quantization = QuantizationConfig().get_config()
     assert given == {
         **changes,

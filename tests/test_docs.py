@@ -235,8 +235,6 @@ def test_commands_and_options_on_a_page_exist(page):
         "train --out",
         "train runs/a",
         "export --out gpt.tflite",
-        "launch --workers 2 train --no-such-option",
-        "launch --workers 2 trian",
     ],
 )
 def test_a_command_that_does_not_exist_is_found(line):

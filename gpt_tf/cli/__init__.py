@@ -153,7 +153,7 @@ _EXTRAS = dict.fromkeys(
         "scipy",
     ),
     "train",
-) | {"ai_edge_litert": "edge", "lime": "explain", "shap": "explain"}
+) | {"ai_edge_litert": "edge", "lime": "explain", "shap": "explain", "ray": "cluster"}
 
 
 def _exit_at_once(status):

@@ -12,7 +12,7 @@ from gpt_tf.native_logs import held_back
 
 # The order in which `--help` names the commands: the way of the data.
 _STAGES = (
-    *("optimize", "train", "launch", "distil", "quantize", "export", "generate"),
+    *("optimize", "train", "distil", "quantize", "export", "generate"),
     *("evaluate", "benchmark", "recommend", "explain"),
 )
 
@@ -81,9 +81,27 @@ ResumeOrStart = Annotated[
     bool,
     typer.Option("--resume-or-start", help="Go on with the run in --out, or start it."),
 ]
-JoinTimeout = Annotated[
-    float | None,
-    typer.Option(help="Seconds that workers wait for each other; 600."),
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Train with so many workers, started by Ray and started again if one is "
+        "lost.",
+        rich_help_panel="Workers",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="host:port of the Ray cluster of the workers; this machine unless given.",
+        rich_help_panel="Workers",
+    ),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        help="Starts after a worker was lost, from the newest checkpoint.",
+        rich_help_panel="Workers",
+    ),
 ]
 VirtualDevices = Annotated[
     int | None, typer.Option(help="Split the CPU into so many logical devices.")

@@ -1,17 +1,18 @@
-"""The commands that train: train, quantize, distil, launch."""
+"""The commands that train: train, quantize, distil."""
 
-import functools
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gpt_tf.cli.common import (
-    JoinTimeout,
+    MaxRestarts,
     Overwrite,
+    RayAddress,
     Resume,
     ResumeOrStart,
     VirtualDevices,
+    Workers,
     app,
     import_tensorflow,
     notice,
@@ -44,7 +45,9 @@ def train(
     resume: Resume = False,
     resume_or_start: ResumeOrStart = False,
     overwrite: Overwrite = False,
-    join_timeout: JoinTimeout = None,
+    workers: Workers = None,
+    ray_address: RayAddress = None,
+    max_restarts: MaxRestarts = 3,
     virtual_devices: VirtualDevices = None,
     *,
     course: dict,
@@ -58,11 +61,13 @@ def train(
     _train(
         "train",
         PRESETS.get(preset),
-        out,
+        out=out,
         resume=resume,
         resume_or_start=resume_or_start,
         overwrite=overwrite,
-        join_timeout=join_timeout,
+        workers=workers,
+        ray_address=ray_address,
+        max_restarts=max_restarts,
         virtual_devices=virtual_devices,
         **course,
         **({"augmentation": augmentation} if augmentation else {}),
@@ -101,7 +106,9 @@ def quantize(
     resume: Resume = False,
     resume_or_start: ResumeOrStart = False,
     overwrite: Overwrite = False,
-    join_timeout: JoinTimeout = None,
+    workers: Workers = None,
+    ray_address: RayAddress = None,
+    max_restarts: MaxRestarts = 3,
     virtual_devices: VirtualDevices = None,
     *,
     course: dict,
@@ -115,12 +122,14 @@ def quantize(
     _train(
         "quantize",
         model,
-        out,
-        QuantizationConfig.full() if full else None,
+        out=out,
+        quantization=QuantizationConfig.full() if full else None,
         resume=resume,
         resume_or_start=resume_or_start,
         overwrite=overwrite,
-        join_timeout=join_timeout,
+        workers=workers,
+        ray_address=ray_address,
+        max_restarts=max_restarts,
         virtual_devices=virtual_devices,
         **course,
     )
@@ -182,7 +191,9 @@ def distil(
     resume: Resume = False,
     resume_or_start: ResumeOrStart = False,
     overwrite: Overwrite = False,
-    join_timeout: JoinTimeout = None,
+    workers: Workers = None,
+    ray_address: RayAddress = None,
+    max_restarts: MaxRestarts = 3,
     virtual_devices: VirtualDevices = None,
     *,
     student: dict,
@@ -198,12 +209,14 @@ def distil(
         _train(
             "distil",
             teacher,
-            out,
-            None if resume else student,
+            out=out,
+            distillation=None if resume else student,
             resume=resume,
             resume_or_start=resume_or_start,
             overwrite=overwrite,
-            join_timeout=join_timeout,
+            workers=workers,
+            ray_address=ray_address,
+            max_restarts=max_restarts,
             virtual_devices=virtual_devices,
             **course,
         )
@@ -231,7 +244,29 @@ def distil(
     print_knowledge(store)
 
 
-def _train(verb, *arguments, virtual_devices, **options):
+def _train(verb, *arguments, workers, ray_address, max_restarts, **options):
+    """Call the verb of `gpt_tf.training.loop` here, or in the workers of a cluster."""
+    if workers is None:
+        if ray_address is not None:
+            raise InputError(
+                "--ray-address expects --workers, the number of workers to start there."
+            )
+        _train_here(verb, *arguments, **options)
+        return
+    from gpt_tf.parallel import cluster
+
+    cluster.run(
+        _train_here,
+        verb,
+        *arguments,
+        workers=workers,
+        address=ray_address,
+        max_restarts=max_restarts,
+        **options,
+    )
+
+
+def _train_here(verb, *arguments, virtual_devices, on_notice=notice, **options):
     """Call the verb of `gpt_tf.training.loop`, and print what came out."""
     import_tensorflow()
     from gpt_tf.parallel.data import split_cpu
@@ -240,45 +275,6 @@ def _train(verb, *arguments, virtual_devices, **options):
 
     if virtual_devices is not None:
         split_cpu(virtual_devices)
-    print_result(getattr(loop, verb)(*arguments, on_notice=notice, **options))
-
-
-@app.command(
-    # What follows the command's name is the command's own.
-    context_settings={"allow_extra_args": True, "allow_interspersed_args": False}
-)
-def launch(
-    context: typer.Context,
-    workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 2,
-    trust_network: Annotated[
-        bool,
-        typer.Option(
-            "--trust-network",
-            help="Needed: all who can reach this machine may be trusted.",
-        ),
-    ] = False,
-    max_restarts: Annotated[
-        int, typer.Option(help="New starts in a row without a new checkpoint.")
-    ] = 3,
-    port: Annotated[
-        int | None, typer.Option(help="First port of the workers; free ones if not.")
-    ] = None,
-    join_timeout: JoinTimeout = None,
-):
-    """Train with several workers on this machine: launch --workers 2 train --out ...
-
-    TensorFlow lets them listen on every interface of the machine, not on the loopback
-    only, and they obey whoever connects. Behind a firewall, or in a network of your
-    own, say --trust-network.
-    """
-    from gpt_tf.parallel.launch import launch as launch_workers
-
-    launch_workers(
-        context.args,
-        workers,
-        trust_network=trust_network,
-        max_restarts=max_restarts,
-        port=port,
-        join_timeout=join_timeout,
-        on_line=functools.partial(print, flush=True),
-    )
+    result = getattr(loop, verb)(*arguments, on_notice=on_notice, **options)
+    if options.get("verbose", True):
+        print_result(result)

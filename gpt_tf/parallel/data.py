@@ -1,13 +1,10 @@
 """Data parallelism: every device computes a part of each batch (article 3.1)."""
 
-import _thread
-import atexit
 import contextlib
 import itertools
 import os
 import re
-import sys
-import threading
+import socket
 import time
 from typing import get_args
 
@@ -18,13 +15,13 @@ from tensorflow.python.eager import context
 from gpt_tf import artifacts
 from gpt_tf.errors import InputError, PeerLostError
 from gpt_tf.parallel.config import Strategy
-from gpt_tf.parallel.peers import Peers
-from gpt_tf.parallel.peers import join_timeout as seconds_to_join
 from gpt_tf.settings import arguments
 
 STRATEGIES = get_args(Strategy)
 # More logical devices than this only take time to make.
 MOST_DEVICES = 256
+# How long workers wait for each other, and how often they look for each other then.
+JOIN_S, LOOK_S = 600, 5
 
 
 def split_cpu(num_devices):
@@ -110,7 +107,7 @@ def _wanted_cpus():
     return tf.config.get_logical_device_configuration(cpu) or [None]
 
 
-def make_strategy(name="auto", join_timeout=None, on_notice=None):
+def make_strategy(name="auto"):
     """Make a `tf.distribute.Strategy` by name.
 
     Args:
@@ -119,9 +116,6 @@ def make_strategy(name="auto", join_timeout=None, on_notice=None):
             environment variable `TF_CONFIG` lists; `"tpu"`; or `"auto"`: a TPU or
             several GPUs, logical CPUs or workers where there are any, else one
             device.
-        join_timeout: Seconds that the workers of `multi_worker` wait for each other;
-            None takes the environment variable `GPT_TF_JOIN_TIMEOUT`, or ten minutes.
-        on_notice: Takes one line on who is missing, if that takes long.
 
     Returns:
         The strategy; build models under its `scope()`.
@@ -139,8 +133,7 @@ def make_strategy(name="auto", join_timeout=None, on_notice=None):
     if name == "auto":
         name = _best_strategy()
     if name == "multi_worker":
-        seconds = seconds_to_join(join_timeout)
-        return _multi_worker_strategy(read_tf_config(), seconds, on_notice)
+        return _multi_worker_strategy(read_tf_config())
     if name == "mirrored":
         _use_fresh_collective_keys()
         return tf.distribute.MirroredStrategy(_local_devices())
@@ -267,34 +260,34 @@ def of_chief(strategy, number):
 
 @contextlib.contextmanager
 def watched(strategy):
-    """End a block within seconds when another worker is lost, instead of waiting.
+    """Say that another worker was lost where TensorFlow says what it could not do.
 
     Args:
-        strategy: The strategy of this process, made by `make_strategy`. Alone, a
-            process has nobody to lose. Once the block has ended, no more is computed
-            together.
+        strategy: The strategy of this process, made by `make_strategy`. Once the block
+            has ended, no more is computed together.
 
     Raises:
-        PeerLostError: Another worker ended before it was done, or was silent for a
-            minute.
+        PeerLostError: Another worker ended before it was done, or does not answer.
     """
-    peers = _peers_of(strategy)
-    if peers is None:
-        yield
-        return
     try:
         yield
-    except (tf.errors.OpError, KeyboardInterrupt) as error:
-        # TensorFlow may have noticed first.
-        lost = peers.lost_event.wait(0 if isinstance(error, KeyboardInterrupt) else 3)
-        peers.abandon()
-        if not lost:
+    except (
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.DeadlineExceededError,
+        tf.errors.FailedPreconditionError,
+        tf.errors.UnavailableError,
+    ) as error:
+        if not is_multi_worker(strategy):
             raise
-        raise PeerLostError(_lost(peers.lost)) from error
-    except BaseException:
-        peers.abandon()
-        raise
-    peers.leave()
+        raise PeerLostError(
+            "This worker expects all others until the run is done, but one ended or "
+            f"does not answer ({error.message.splitlines()[0]}). Start all workers "
+            "again with --resume-or-start; they go on from the newest checkpoint."
+        ) from error
+    if is_multi_worker(strategy) and strategy.extended._num_workers > 1:
+        strategy.extended._check_health_thread_should_stop.set()
+        time.sleep(1)  # the last answer to another worker may be on its way
 
 
 def distribute(strategy, make):
@@ -350,7 +343,7 @@ def _local_devices():
     return [d.name for d in gpus or tf.config.list_logical_devices("CPU")]
 
 
-def _multi_worker_strategy(config, join_timeout, on_notice):
+def _multi_worker_strategy(config):
     kind = config["task"]["type"]
     if kind not in ("chief", "worker"):
         raise InputError(
@@ -365,17 +358,24 @@ def _multi_worker_strategy(config, join_timeout, on_notice):
             "TensorFlow in this process. Received: TensorFlow that already runs. "
             "Make the strategy first, once in a process."
         )
-    peers = None
-    if len(config["cluster"].get("worker", ())) + ("chief" in config["cluster"]) > 1:
-        peers = Peers(**config)
-        peers.join(join_timeout, on_notice)
     # TensorFlow's coordination service has no limit for joining that its leader keeps
-    # to, and takes SIGTERM away; its older health check answers after minutes.
+    # to, and takes SIGTERM away. Its older health check is begun below, once no
+    # stranger can connect.
     eager.configure_coordination_service(service_type="")
-    extended = collective_all_reduce_strategy.CollectiveAllReduceExtended
-    extended._enable_check_health = False
+    collective_all_reduce_strategy.CollectiveAllReduceExtended._enable_check_health = (
+        False
+    )
     try:
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        addresses = itertools.chain(*config["cluster"].values())
+        hosts = {address.rpartition(":")[0] for address in addresses}
+        if hosts <= {"127.0.0.1", "localhost", "[::1]"}:
+            own = config["cluster"][kind][config["task"]["index"]]
+            _listen_on_loopback(int(own.rpartition(":")[2]))
+        if strategy.extended._num_workers > 1:
+            strategy.extended._check_health_initial_timeout = JOIN_S
+            strategy.extended._check_health_interval = LOOK_S
+            strategy.extended._start_check_health_thread()
     except (ValueError, RuntimeError, tf.errors.OpError) as error:
         raise InputError(
             "The strategy multi_worker expects a cluster that TensorFlow can join, "
@@ -383,45 +383,28 @@ def _multi_worker_strategy(config, join_timeout, on_notice):
             f"Received: {str(error).splitlines()[0]}. Check TF_CONFIG and that every "
             "worker runs."
         ) from None
-    if peers is not None:
-        strategy._gpt_tf_peers = peers
-        peers.watch(lambda name: _end_without(name, peers))
-        atexit.register(_say_goodbye, peers)
     return strategy
 
 
-def _peers_of(strategy):
-    return getattr(strategy, "_gpt_tf_peers", None)
+def _listen_on_loopback(port):
+    """Keep other machines out of a port of this process that listens everywhere.
 
-
-def _lost(name):
-    return (
-        f"This worker expects all others until the run is done, but {name} ended or "
-        "fell silent. Start all workers again with --resume-or-start; they go on from "
-        "the newest checkpoint."
-    )
-
-
-def _end_without(name, peers):
-    """Take the main thread out of whatever it waits for; runs in the watcher's."""
-    # One that failed together with the lost worker is about to say so itself.
-    time.sleep(1.0)
-    context.context().abort_collective_ops(tf.errors.UNAVAILABLE, f"{name} is lost")
-    if peers.ended(10.0):
+    TensorFlow listens on every interface, whatever address it is given. Linux lets a
+    socket be bound to one interface afterwards.
+    """
+    if not hasattr(socket, "SO_BINDTODEVICE"):  # not Linux
         return
-    _thread.interrupt_main()  # it does not compute, and can clean up
-    if peers.ended(10.0) or not threading.main_thread().is_alive():
-        return
-    print(f"gpt-tf: {_lost(name)}", file=sys.stderr, flush=True)
-    os._exit(PeerLostError.EXIT_STATUS)
-
-
-def _say_goodbye(peers):
-    """At the end of a program that used the strategy without `watched`."""
-    if hasattr(sys, "last_value"):
-        peers.abandon()
-    else:
-        peers.leave()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            copy = os.dup(int(name))
+            stack.callback(os.close, copy)
+            listening = socket.socket(fileno=copy)
+            stack.callback(listening.detach)
+            if (
+                listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                and listening.getsockname()[1] == port
+            ):
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
 
 
 def _tpu_strategy():

@@ -37,7 +37,6 @@ from gpt_tf.parallel import data as strategies
 from gpt_tf.parallel.config import parse_mesh
 from gpt_tf.parallel.mesh import check_divides, check_fits, make_mesh
 from gpt_tf.parallel.mesh_gpt import MeshGPT
-from gpt_tf.parallel.peers import join_timeout as seconds_to_join
 from gpt_tf.parallel.pipeline import Pipeline
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.settings import arguments
@@ -134,7 +133,6 @@ def train(
     resume: bool = False,
     resume_or_start: bool = False,
     overwrite: bool = False,
-    join_timeout: float | None = None,
     callbacks=(),
     verbose: bool = True,
     on_notice: Callable[[str], None] | None = None,
@@ -156,7 +154,6 @@ def train(
             command that is started again after every failure comes to its end.
         overwrite: Replace a run that stands in `out`. Files that gpt_tf did not
             write stay.
-        join_timeout: As for `gpt_tf.parallel.data.make_strategy`.
         callbacks: More tf_keras callbacks.
         verbose: Whether progress is shown.
         on_notice: Takes one-line notices; they are printed unless given.
@@ -182,7 +179,6 @@ def train(
     resume_or_start = arguments.switch("resume_or_start", resume_or_start)
     overwrite = arguments.switch("overwrite", overwrite)
     verbose = arguments.switch("verbose", verbose)
-    seconds_to_join(join_timeout)
     for callback in callbacks:
         refuse_keras_3(callback, "callbacks")
     if resume_or_start and (resume or overwrite):
@@ -213,7 +209,7 @@ def train(
     division = _division_of(config)
     strategy = tf.distribute.get_strategy()
     if division is None:
-        strategy = strategies.make_strategy(config.strategy, join_timeout, notice)
+        strategy = strategies.make_strategy(config.strategy)
     with (
         strategies.watched(strategy),
         precision(config.precision),
@@ -283,7 +279,6 @@ def quantize(
     resume: bool = False,
     resume_or_start: bool = False,
     overwrite: bool = False,
-    join_timeout: float | None = None,
     callbacks=(),
     verbose: bool = True,
     on_notice: Callable[[str], None] | None = None,
@@ -304,7 +299,6 @@ def quantize(
         resume: As for `train`.
         resume_or_start: As for `train`.
         overwrite: As for `train`.
-        join_timeout: As for `train`.
         callbacks: As for `train`.
         verbose: As for `train`.
         on_notice: As for `train`.
@@ -327,7 +321,6 @@ def quantize(
     options = {
         "overwrite": overwrite,
         "resume_or_start": resume_or_start,
-        "join_timeout": join_timeout,
         "callbacks": callbacks,
         "verbose": verbose,
         "on_notice": on_notice,
@@ -397,7 +390,6 @@ def distil(
     resume: bool = False,
     resume_or_start: bool = False,
     overwrite: bool = False,
-    join_timeout: float | None = None,
     callbacks=(),
     verbose: bool = True,
     on_notice: Callable[[str], None] | None = None,
@@ -417,7 +409,6 @@ def distil(
         resume: As for `train`.
         resume_or_start: As for `train`.
         overwrite: As for `train`.
-        join_timeout: As for `train`.
         callbacks: As for `train`.
         verbose: As for `train`.
         on_notice: As for `train`.
@@ -440,7 +431,6 @@ def distil(
     options = {
         "overwrite": overwrite,
         "resume_or_start": resume_or_start,
-        "join_timeout": join_timeout,
         "callbacks": callbacks,
         "verbose": verbose,
         "on_notice": on_notice,

@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from gpt_tf.errors import InputError
+from gpt_tf import cli
+from gpt_tf.errors import InputError, PeerLostError
 from gpt_tf.parallel import data as strategies
 from gpt_tf.training import loop
 from gpt_tf.training.config import PRESETS, TrainingConfig
@@ -36,7 +38,8 @@ sys.addaudithook(watch)
 
 import tf_keras as keras
 from gpt_tf import training
-from gpt_tf.errors import InputError
+from gpt_tf import cli
+from gpt_tf.errors import InputError, PeerLostError
 
 class Interruption(keras.callbacks.Callback):
     left = options["stop"]
@@ -210,3 +213,58 @@ def test_a_strategy_that_comes_too_late_is_refused(monkeypatch):
     strategies.make_strategy("one_device")
     with pytest.raises(InputError, match="before anything else uses TensorFlow"):
         strategies.make_strategy("multi_worker")
+
+
+def test_one_address_for_two_tasks_is_refused(monkeypatch):
+    cluster = {"cluster": {"chief": ["a:1"], "worker": ["b:1", "a:1"]}}
+    task = {"task": {"type": "worker", "index": 0}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({**cluster, **task}))
+    with pytest.raises(InputError, match="a:1 more than once"):
+        strategies.read_tf_config()
+
+
+@pytest.mark.slow
+def test_when_a_worker_is_killed_the_other_ends_and_asks_for_a_new_start(
+    config, tmp_path
+):
+    words = ["train", "--resume-or-start", "--strategy=multi_worker", "--preset=tiny"]
+    words += [f"--corpus={config.corpus}", "--vocab-size=270", "--steps=100000"]
+    words += ["--checkpoint-every=2", f"--out={tmp_path / 'run'}"]
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    processes = []
+    for index in range(2):
+        task = {"type": "worker", "index": index}
+        cluster = json.dumps({"cluster": {"worker": workers}, "task": task})
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "gpt_tf.cli", *words],
+                env={**os.environ, "TF_CONFIG": cluster},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        while not list(tmp_path.glob("run/checkpoints/step-*")):
+            assert processes[0].poll() is None
+            time.sleep(0.1)
+        processes[1].kill()
+        _, errors = processes[0].communicate(timeout=120)
+        assert processes[0].returncode == PeerLostError.EXIT_STATUS, errors
+        assert errors.count("gpt-tf: ") == 1, errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_lost_worker_is_one_line_and_asks_for_another_try(monkeypatch, capsys):
+    def lose():
+        raise PeerLostError("worker 1 is gone")
+
+    monkeypatch.setattr(cli, "app", lambda **_: lose())
+    monkeypatch.setattr(cli, "_exit_at_once", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == os.EX_TEMPFAIL
+    assert capsys.readouterr().err == "gpt-tf: worker 1 is gone\n"

@@ -39,7 +39,7 @@ from gpt_tf.models import cached_forward, gpt
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.layers import Dropout
 from gpt_tf.models.optimizer import AdamW
-from gpt_tf.parallel import data, launch, pipeline
+from gpt_tf.parallel import cluster, data, pipeline
 from gpt_tf.parallel.config import parse_mesh
 from gpt_tf.parallel.mesh import make_mesh
 from gpt_tf.quantization import calibration
@@ -331,7 +331,6 @@ measured = {
     "paths": many(path),
 }
 run_flags = {"resume": switch, "resume_or_start": switch, "overwrite": switch}
-seconds = either(real(above=0, below=2**33))
 
 TARGETS = {
     "TrainingConfig": Target(TrainingConfig, TRAINING),
@@ -481,18 +480,13 @@ TARGETS = {
     "make_mesh": Target(make_mesh, dict.fromkeys(["batch", "model"], whole(1, 4))),
     "parse_mesh": Target(parse_mesh, {"text": choice("3")}),
     "split_cpu": Target(data.split_cpu, {"num_devices": whole(4, 4)}),
-    "make_strategy": Target(
-        data.make_strategy, {"name": lambda v: False, "join_timeout": anything}
-    ),
-    "launch": Target(
-        lambda **o: launch.launch(["train"], **o),
-        {
-            "workers": whole(1, 256),
-            "max_restarts": whole(),
-            "port": either(whole(1, 65535)),
-            "join_timeout": seconds,
-        },
-        (launch, "_check"),
+    "make_strategy": Target(data.make_strategy, {"name": lambda v: False}),
+    "run": Target(
+        lambda **o: cluster.run(
+            loop.train, **{"out": "a", "workers": 1, "address": "a:1", **o}
+        ),
+        {"out": path, "workers": whole(1, 4096), "max_restarts": whole()},
+        (cluster, "_check_address"),
     ),
     "Windows": Target(
         windows,
@@ -620,7 +614,6 @@ TARGETS = {
             "config": either(fields(TrainingConfig)),
             "out": path,
             **run_flags,
-            "join_timeout": seconds,
             "verbose": switch,
             **{name: TRAINING[name] for name in ("steps", "learning_rate", "corpus")},
         },
