@@ -242,7 +242,7 @@ class Study:
             **way.changes,
         }
         course["final_learning_rate"] = course["learning_rate"] / 10
-        options = {"overwrite": True, "on_notice": lambda line: None, "verbose": False}
+        options = {"overwrite": True, "verbose": False}
         if way.source is not None:
             source = self.folder / f"{_slug(way.source)}-{seed}"
             course["init_from"] = str(source if way.end else source / "initial")

@@ -29,7 +29,7 @@ import pytest
 
 from gpt_tf import artifacts
 from gpt_tf.distillation.unfinished import unfinished
-from gpt_tf.workflow.steps import Stages
+from gpt_tf.workflow.steps import Step, Steps
 
 COUNT = int(os.environ.get("GPT_TF_KILLS", 500))
 _KILLED = {-signal.SIGKILL, -signal.SIGALRM}
@@ -324,7 +324,7 @@ def _state_of_store(folder):
         return power
 
 
-def _do_stages(folder, word):
+def _do_steps(folder, word):
     def first():
         path = folder / "made" / "first"
         before = path.read_text() if path.exists() else ""
@@ -338,14 +338,14 @@ def _do_stages(folder, word):
         artifacts.write_json(folder / "second", (folder / "made" / "first").read_text())
 
     with artifacts.locked(folder, ("made", "second", "stages")):
-        stages = Stages(folder, {"first": 1.0, "second": 1.0}, print)
+        steps = Steps(folder, 2)
         inputs = {"word": word}
         remove = {"begin": lambda: artifacts.remove(folder / "made")}
-        stages.run("first", inputs, ["made/first"], first, **remove)
-        stages.run("second", inputs, ["second"], second)
+        steps.run(Step("first", "", lambda: inputs, ["made/first"], first, **remove))
+        steps.run(Step("second", "", lambda: inputs, ["second"], second))
 
 
-def _state_of_stages(folder):
+def _state_of_steps(folder):
     path = folder / "second"
     return artifacts.read_json(path) if path.exists() else None
 
@@ -389,12 +389,12 @@ PRIMITIVES = [
         _state_of_store,
         _fill,
     ),
-    Case("stages", lambda folder: _do_stages(folder, "new"), _state_of_stages),
+    Case("stages", lambda folder: _do_steps(folder, "new"), _state_of_steps),
     Case(
         "other stages",
-        lambda folder: _do_stages(folder, "new"),
-        _state_of_stages,
-        lambda folder: _do_stages(folder, "old"),
+        lambda folder: _do_steps(folder, "new"),
+        _state_of_steps,
+        lambda folder: _do_steps(folder, "old"),
     ),
     Case(
         "removal",

@@ -14,7 +14,6 @@ from gpt_tf.cli.common import (
     VirtualDevices,
     app,
     import_tensorflow,
-    notice,
 )
 from gpt_tf.cli.options import options_of
 from gpt_tf.distillation.config import DistillationConfig
@@ -224,7 +223,6 @@ def distil(
             top_k=top_k,
             passes=passes,
             overwrite=overwrite,
-            on_notice=progress.notice,
             on_progress=progress.update,
             **{name: course[name] for name in of_the_text if name in course},
         )
@@ -240,7 +238,7 @@ def _train(verb, *arguments, virtual_devices, **options):
 
     if virtual_devices is not None:
         split_cpu(virtual_devices)
-    print_result(getattr(loop, verb)(*arguments, on_notice=notice, **options))
+    print_result(getattr(loop, verb)(*arguments, **options))
 
 
 @app.command(
