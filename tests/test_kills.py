@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 
 from gpt_tf import artifacts
-from gpt_tf.distillation.unfinished import unfinished
+from gpt_tf.distillation.teacher_cache import unfinished
 from gpt_tf.workflow.steps import Step, Steps
 
 COUNT = int(os.environ.get("GPT_TF_KILLS", 500))
@@ -302,12 +302,10 @@ def _fill(folder, power=2):
     path = folder / "store"
     artifacts.settle(path)
     with contextlib.suppress(Exception):
-        if artifacts.check_manifest(path, "numbers")["power"] == power:
+        if artifacts.check_manifest(path, "knowledge")["power"] == power:
             return
     options = {"overwrite": True}
-    with unfinished(
-        path, "numbers", {"power": power}, {"values": 8}, print, **options
-    ) as store:
+    with unfinished(path, {"power": power}, {"values": 8}, **options) as store:
         for step in range(store.steps, 6):
             store.write(values=np.array([step**power]))
             if step % 2:
@@ -318,7 +316,7 @@ def _state_of_store(folder):
     with _settled(folder, "store") as seen:
         if not (seen / "store").exists():
             return None
-        power = artifacts.check_manifest(seen / "store", "numbers")["power"]
+        power = artifacts.check_manifest(seen / "store", "knowledge")["power"]
         values = np.fromfile(seen / "store" / "values", np.int64)
         np.testing.assert_array_equal(values, np.arange(6) ** power)
         return power

@@ -15,7 +15,7 @@ from gpt_tf import artifacts
 from gpt_tf.distillation import losses
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.distillation.distiller import DistillationWarning, shape_of
-from gpt_tf.distillation.sequences import written_documents
+from gpt_tf.distillation.generated_text import written_documents
 from gpt_tf.distillation.student import make_student
 from gpt_tf.distillation.teacher_cache import KnowledgeStore, extract
 from gpt_tf.distillation.tokenizer_alignment import (
