@@ -1,6 +1,5 @@
 """What a person sees of work in progress: a bar, tables of results, a curve."""
 
-import functools
 from pathlib import Path
 
 from rich.console import Console
@@ -16,16 +15,20 @@ from rich.text import Text
 
 from gpt_tf import artifacts
 
+# Consoles on which a bar is being drawn.
+_drawing: list[Console] = []
 
-@functools.cache
-def common_console() -> Console:
-    """Return the console of bars and notices: a line printed there stays above a bar.
 
-    Its bars need no ipywidgets, and in a notebook no terminal codes.
+def current_console() -> Console:
+    """Return the console whose bar is being drawn, where lines stay above it.
+
+    Without one, a new console, which needs no ipywidgets, and in a notebook no
+    terminal codes.
     """
-    return Console(
-        force_jupyter=False, force_terminal=False if Console().is_jupyter else None
-    )
+    if _drawing:
+        return _drawing[-1]
+    is_notebook = Console().is_jupyter
+    return Console(force_jupyter=False, force_terminal=False if is_notebook else None)
 
 
 class StepProgress:
@@ -33,7 +36,7 @@ class StepProgress:
 
     Args:
         unit: What the steps are called.
-        console: Where to write; the common console unless given.
+        console: Where to write; standard output unless given.
 
     Example:
         >>> with StepProgress("windows") as progress:
@@ -41,7 +44,7 @@ class StepProgress:
     """
 
     def __init__(self, unit, console=None):
-        self.console = console or common_console()
+        self.console = console or current_console()
         self.unit = unit
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -72,11 +75,14 @@ class StepProgress:
         if self.task is None:
             self.task = self.progress.add_task(self.unit, total=total, note="")
             self.progress.start()
+            _drawing.append(self.console)
         self.progress.update(self.task, completed=done, total=total, **shown)
 
     def close(self):
         """Stop redrawing the bar."""
-        self.progress.stop()
+        if self.progress.live.is_started:
+            self.progress.stop()
+            _drawing.remove(self.console)
 
 
 def print_result(result, console=None):

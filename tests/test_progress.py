@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from gpt_tf.cli.common import notice
 from gpt_tf.progress import (
     StepProgress,
     draw_history,
@@ -29,6 +30,15 @@ def test_steps_are_shown_once_their_number_is_known(console):
         progress.update(3, 10)
     assert "windows" in text_of(console)
     assert "3/10" in text_of(console)
+
+
+def test_a_notice_goes_to_the_console_whose_bar_is_drawn(console, capsys):
+    with StepProgress("windows", console) as progress:
+        progress.update(3, 10)
+        notice("[5] tokens")
+    assert "[5] tokens" in text_of(console)
+    notice("[6] tokens")
+    assert "[6]" not in text_of(console) and "[6] tokens" in capsys.readouterr().out
 
 
 def test_a_store_of_knowledge_is_a_table(console, tmp_path):

@@ -10,7 +10,7 @@ from rich.text import Text
 
 import gpt_tf
 from gpt_tf.native_logs import held_back
-from gpt_tf.progress import common_console
+from gpt_tf.progress import current_console
 
 # The order in which `--help` names the commands: the way of the data.
 _ORDER = (
@@ -95,7 +95,7 @@ VirtualDevices = Annotated[
 def notice(line):
     """Print a line on standard output, above a bar that is being drawn."""
     # It may quote any text; none of it is rich's markup.
-    common_console().print(Text(line))
+    current_console().print(Text(line))
 
 
 class _NoticeHandler(logging.Handler):

@@ -160,7 +160,7 @@ class TrainingProgress(keras.callbacks.Callback):
 
     Args:
         run: The run in progress; its step, configuration and history are read.
-        console: Where to write; that of all progress unless given.
+        console: Where to write; standard output unless given.
     """
 
     def __init__(self, run, console=None):
