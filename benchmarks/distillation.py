@@ -472,7 +472,7 @@ def int8_files(study, whole, others, seeds, num_windows=250):
     def nats_of(way, mode, seed):
         run = study.run_of(way, seed)
         path = study.folder / f"{run.name}-{mode}.litertlm"
-        export_trained(run, path, mode, on_notice=lambda line: None)
+        export_trained(run, path, mode)
         with EdgeGPT(path) as gpt:
             found = file_log_probs(gpt, windows)
         return -float(np.take_along_axis(found, windows[:, 1:, None], -1).mean())
@@ -631,7 +631,7 @@ def decode_speeds(study):
     engines, bytes_of = {}, {}
     for name, run in runs.items():
         path = study.folder / f"{name}.litertlm"
-        manifest = export_trained(run, path, "int8", on_notice=lambda line: None)
+        manifest = export_trained(run, path, "int8")
         engines[name] = EdgeGPT(path)
         bytes_of[name] = manifest["size_bytes"]
     for turn in range(6):

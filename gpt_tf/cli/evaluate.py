@@ -85,7 +85,6 @@ def evaluate(
             seed=seed,
             folder=None if out is None else out.parent,
             on_progress=bars.update,
-            on_notice=notice,
         )
     made["command"] = shlex.join(["gpt-tf", *sys.argv[1:]])
     _print_accuracy(made)

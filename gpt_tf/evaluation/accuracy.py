@@ -23,6 +23,7 @@ for Machine Translation Evaluation", EMNLP 2004 (paired).
 
 import contextlib
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ from gpt_tf.evaluation import code_validity, report
 from gpt_tf.evaluation.models import check_open, describe, open_subject, unique_names
 from gpt_tf.evaluation.text import DEFAULT_CORPUS, HeldOutText, held_out_text, is_run
 from gpt_tf.settings import arguments
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "HeldOutText",
@@ -78,7 +81,7 @@ def measure_accuracy(
     samples: int = SAMPLES,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
-    on_notice: Callable[[str], None] | None = None,
+    notes: list[str] | None = None,
 ) -> dict:
     """Measure how well a file or model predicts text.
 
@@ -94,7 +97,8 @@ def measure_accuracy(
         samples: Times that the bootstrap draws.
         seed: Decides which blocks are judged, and the draws.
         on_progress: Called with blocks done and all of them.
-        on_notice: Takes a line about what could not be compared.
+        notes: What could not be compared is appended here, for a report; it is
+            logged too.
 
     Returns:
         `accuracy` as `gpt_tf.evaluation.report` describes it; its `parsed` is None.
@@ -127,7 +131,7 @@ def measure_accuracy(
         samples=samples,
         seed=seed,
         on_progress=on_progress,
-        on_notice=on_notice,
+        notes=notes,
     )
     return found[name]
 
@@ -142,7 +146,7 @@ def measure_accuracies(
     samples: int = SAMPLES,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
-    on_notice: Callable[[str], None] | None = None,
+    notes: list[str] | None = None,
 ) -> dict[str, dict]:
     """Measure several on the same blocks; the reference runs once.
 
@@ -159,6 +163,7 @@ def measure_accuracies(
         InputError: As for `measure_accuracy`; the message names the subject.
     """
     _check(subjects, reference, max_tokens, block_bytes, samples, seed)
+    notes = [] if notes is None else notes
     text = HeldOutText.of(text)
     first = reference if reference is not None else next(iter(subjects))
     order = [first, *(name for name in subjects if name != first)]
@@ -169,7 +174,7 @@ def measure_accuracies(
         name
         for name in order
         if reference is not None
-        and _has_tokens_of(subjects[name], subjects[reference], name, on_notice)
+        and _has_tokens_of(subjects[name], subjects[reference], name, notes)
     ]
     sums = {name: np.zeros((len(blocks), _SUMS)) for name in order}
     done = 0
@@ -187,11 +192,12 @@ def measure_accuracies(
             if on_progress is not None:
                 on_progress(done, len(blocks) * len(order))
     sizes = [block.stop - block.start for block in blocks]
-    if len(blocks) == 1 and on_notice is not None:
-        on_notice(
+    if len(blocks) == 1:
+        notes.append(
             "the text is one block, so that the intervals are points: they say "
             "nothing. Give more text, or smaller blocks"
         )
+        logger.info(notes[-1])
     return {
         name: _summary(
             sums[name],
@@ -258,7 +264,6 @@ def evaluate_files(
     seed: int = 0,
     folder: str | os.PathLike | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
-    on_notice: Callable[[str], None] | None = None,
 ) -> dict:
     """Measure the accuracy of files and models and put it into a report.
 
@@ -274,7 +279,6 @@ def evaluate_files(
         seed: Decides what is judged, the draws, and the completions.
         folder: Where the report will lie, so that paths can be relative to it.
         on_progress: Called with what is counted, how many are done, and all.
-        on_notice: Takes one-line notices; they are in the report's notes too.
 
     Returns:
         A report with an entry per file, the reference first.
@@ -290,8 +294,7 @@ def evaluate_files(
 
     def note(line):
         notes.append(line)
-        if on_notice is not None:
-            on_notice(line)
+        logger.info(line)
 
     def counted(what):
         return functools.partial(on_progress, what) if on_progress else None
@@ -313,7 +316,7 @@ def evaluate_files(
         for name, path in names.items():
             opened[name] = stack.enter_context(open_subject(path))
             _require_tokenizer(opened[name], name)
-        text = held_out_text(corpus, whole=whole, separator=separator, on_notice=note)
+        text = held_out_text(corpus, whole=whole, separator=separator, notes=notes)
         found = measure_accuracies(
             opened,
             compared,
@@ -321,7 +324,7 @@ def evaluate_files(
             max_tokens=max_tokens,
             seed=seed,
             on_progress=counted("blocks"),
-            on_notice=note,
+            notes=notes,
         )
         if text.is_python if parse is None else parse:
             prompts = code_validity.find_prompts(text, completions, seed)
@@ -564,22 +567,22 @@ def _log_softmax(logits):
     return logs, shares
 
 
-def _has_tokens_of(subject, reference, name, on_notice):
+def _has_tokens_of(subject, reference, name, notes):
     """Tell whether distributions over tokens can be compared; say so if not."""
     ours, theirs = subject.tokenizer.fingerprint(), reference.tokenizer.fingerprint()
     sizes = [other.config["vocab_size"] for other in (subject, reference)]
     if ours == theirs and sizes[0] == sizes[1]:
         return True
-    if on_notice is not None:
-        what = (
-            "another tokenizer than the reference"
-            if ours != theirs
-            else f"{sizes[0]} tokens where the reference has {sizes[1]}"
-        )
-        on_notice(
-            f"{name} has {what}: its increase of perplexity is over the same bytes, "
-            "per token of the reference; divergence and agreement are left out"
-        )
+    what = (
+        "another tokenizer than the reference"
+        if ours != theirs
+        else f"{sizes[0]} tokens where the reference has {sizes[1]}"
+    )
+    notes.append(
+        f"{name} has {what}: its increase of perplexity is over the same bytes, "
+        "per token of the reference; divergence and agreement are left out"
+    )
+    logger.info(notes[-1])
     return False
 
 

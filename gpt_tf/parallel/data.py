@@ -4,6 +4,7 @@ import _thread
 import atexit
 import contextlib
 import itertools
+import logging
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ from gpt_tf.parallel.config import Strategy
 from gpt_tf.parallel.peers import Peers
 from gpt_tf.parallel.peers import join_timeout as seconds_to_join
 from gpt_tf.settings import arguments
+
+logger = logging.getLogger(__name__)
 
 STRATEGIES = get_args(Strategy)
 # More logical devices than this only take time to make.
@@ -110,7 +113,7 @@ def _wanted_cpus():
     return tf.config.get_logical_device_configuration(cpu) or [None]
 
 
-def make_strategy(name="auto", join_timeout=None, on_notice=None):
+def make_strategy(name="auto", join_timeout=None):
     """Make a `tf.distribute.Strategy` by name.
 
     Args:
@@ -121,7 +124,6 @@ def make_strategy(name="auto", join_timeout=None, on_notice=None):
             device.
         join_timeout: Seconds that the workers of `multi_worker` wait for each other;
             None takes the environment variable `GPT_TF_JOIN_TIMEOUT`, or ten minutes.
-        on_notice: Takes one line on who is missing, if that takes long.
 
     Returns:
         The strategy; build models under its `scope()`.
@@ -140,7 +142,7 @@ def make_strategy(name="auto", join_timeout=None, on_notice=None):
         name = _best_strategy()
     if name == "multi_worker":
         seconds = seconds_to_join(join_timeout)
-        return _multi_worker_strategy(read_tf_config(), seconds, on_notice)
+        return _multi_worker_strategy(read_tf_config(), seconds)
     if name == "mirrored":
         _use_fresh_collective_keys()
         return tf.distribute.MirroredStrategy(_local_devices())
@@ -350,7 +352,7 @@ def _local_devices():
     return [d.name for d in gpus or tf.config.list_logical_devices("CPU")]
 
 
-def _multi_worker_strategy(config, join_timeout, on_notice):
+def _multi_worker_strategy(config, join_timeout):
     kind = config["task"]["type"]
     if kind not in ("chief", "worker"):
         raise InputError(
@@ -368,7 +370,7 @@ def _multi_worker_strategy(config, join_timeout, on_notice):
     peers = None
     if len(config["cluster"].get("worker", ())) + ("chief" in config["cluster"]) > 1:
         peers = Peers(**config)
-        peers.join(join_timeout, on_notice)
+        peers.join(join_timeout, logger.info)
     # TensorFlow's coordination service has no limit for joining that its leader keeps
     # to, and takes SIGTERM away; its older health check answers after minutes.
     eager.configure_coordination_service(service_type="")

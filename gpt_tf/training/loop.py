@@ -127,7 +127,7 @@ def train(
     division = _division_of(config)
     strategy = tf.distribute.get_strategy()
     if division is None:
-        strategy = strategies.make_strategy(config.strategy, join_timeout, logger.info)
+        strategy = strategies.make_strategy(config.strategy, join_timeout)
     with (
         strategies.watched(strategy),
         precision(config.precision),

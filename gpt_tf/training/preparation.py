@@ -136,7 +136,6 @@ def open_text(config):
         validation_fraction=config.validation_fraction,
         validation=config.validation,
         separator=config.separator,
-        on_notice=logger.warning,
     )
 
 

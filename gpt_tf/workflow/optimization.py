@@ -323,7 +323,6 @@ def _held_out_text(plan):
         validation_fraction=plan.training.validation_fraction,
         validation=plan.training.validation,
         separator=plan.training.separator,
-        on_notice=logger.info,
     )
 
 
@@ -345,7 +344,7 @@ def measure_accuracy(plan: Plan, text) -> Step:
                 max_tokens=config.evaluated_tokens,
                 seed=config.seed,
                 on_progress=progress.update,
-                on_notice=lambda line: _note(plan, line),
+                notes=plan.notes,
             )
             is_python = _is_python(plan, text)
             functions = find_prompts(text, seed=config.seed) if is_python else []
