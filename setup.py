@@ -41,7 +41,6 @@ TRAIN = [
 EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1", "Jinja2>=3.1,<4"]
 # Several workers, started again when one is lost.
 CLUSTER = ["ray[train]>=2.60,<3"]
-EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1"]
 DOCS = [
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.6,<10",

@@ -242,7 +242,7 @@ class Study:
             **way.changes,
         }
         course["final_learning_rate"] = course["learning_rate"] / 10
-        options = {"overwrite": True, "on_notice": lambda line: None, "verbose": False}
+        options = {"overwrite": True, "verbose": False}
         if way.source is not None:
             source = self.folder / f"{_slug(way.source)}-{seed}"
             course["init_from"] = str(source if way.end else source / "initial")
@@ -472,7 +472,7 @@ def int8_files(study, whole, others, seeds, num_windows=250):
     def nats_of(way, mode, seed):
         run = study.run_of(way, seed)
         path = study.folder / f"{run.name}-{mode}.litertlm"
-        export_trained(run, path, mode, on_notice=lambda line: None)
+        export_trained(run, path, mode)
         with EdgeGPT(path) as gpt:
             found = file_log_probs(gpt, windows)
         return -float(np.take_along_axis(found, windows[:, 1:, None], -1).mean())
@@ -631,7 +631,7 @@ def decode_speeds(study):
     engines, bytes_of = {}, {}
     for name, run in runs.items():
         path = study.folder / f"{name}.litertlm"
-        manifest = export_trained(run, path, "int8", on_notice=lambda line: None)
+        manifest = export_trained(run, path, "int8")
         engines[name] = EdgeGPT(path)
         bytes_of[name] = manifest["size_bytes"]
     for turn in range(6):

@@ -226,7 +226,6 @@ class Study:
             strategy="one_device",
             overwrite=True,
             verbose=False,
-            on_notice=lambda line: None,
             callbacks=[callback.of_keras()],
             **{**self.course, **way.changes},
         )

@@ -51,7 +51,6 @@ def run(name, seed, text, changes):
             strategy="one_device",
             checkpoint_every=0,
             verbose=False,
-            on_notice=lambda line: None,
             **config,
         )
     seconds = time.perf_counter() - began

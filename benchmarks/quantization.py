@@ -107,7 +107,7 @@ def further(source, kind, folder, course):
         "longer": None,
     }[kind]
     console.print(f"training further: {kind}")
-    options = {"overwrite": True, "on_notice": lambda line: None, **course}
+    options = {"overwrite": True, **course}
     if quantization is not None:
         loop.quantize(source, out, quantization, **options)
         return out
@@ -142,13 +142,14 @@ def study(name, source, folder, course, num_tokens):
     from gpt_tf import artifacts
     from gpt_tf.edge import EdgeGPT
     from gpt_tf.export.from_run import export_trained
+    from gpt_tf.text.dataset import TokenFile
     from gpt_tf.training import loop, run_folder
 
     folder.mkdir(parents=True, exist_ok=True)
     model, _ = loop.load_model(source)
     context = model.context_length
     qat = further(source, "qat", folder, course)
-    tokens = loop.TokenFile.open(qat / "data" / "validation.tokens").tokens
+    tokens = TokenFile.open(qat / "data" / "validation.tokens").tokens
     count = -(-num_tokens // context)
     windows = cut_windows(tokens, context, count)
     console.print(f"{name}: {count * context:,} held-out tokens in {count} windows")

@@ -40,7 +40,7 @@ _PUBLIC = {
     "export_trained": "gpt_tf.export.from_run",
     "extract_knowledge": "gpt_tf.training.loop",
     "generate": "gpt_tf.models.cached_forward",
-    "load_model": "gpt_tf.training.loop",
+    "load_model": "gpt_tf.training.run_folder",
     "load_tokenizer": "gpt_tf.text.tokenizer",
     "make_mesh": "gpt_tf.parallel.mesh",
     "make_strategy": "gpt_tf.parallel.data",

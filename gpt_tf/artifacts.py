@@ -556,7 +556,18 @@ def read_json(path: str | os.PathLike, shape: Any = object) -> Any:
         DamagedFileError: The file is missing, is not JSON, as with NaN in it, or holds
             something else.
     """
-    return check_shape(_read_json(path), shape, path)
+    try:
+        value = parse_json(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedFileError(
+            f"Expected a JSON file at {path}; none is there."
+        ) from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise DamagedFileError(
+            f"Expected JSON in {path}, but it cannot be read: {error}. "
+            "The file is damaged or was not written by gpt_tf."
+        ) from None
+    return check_shape(value, shape, path)
 
 
 def check_shape(value: Any, shape: Any, path: str | os.PathLike) -> Any:
@@ -611,20 +622,6 @@ def _pairs(value, shape):
 
 
 _MISSING = type("Missing", (), {})()
-
-
-def _read_json(path):
-    try:
-        return parse_json(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedFileError(
-            f"Expected a JSON file at {path}; none is there."
-        ) from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise DamagedFileError(
-            f"Expected JSON in {path}, but it cannot be read: {error}. "
-            "The file is damaged or was not written by gpt_tf."
-        ) from None
 
 
 def write_sealed_json(path: str | os.PathLike, facts: dict) -> dict[str, Any]:
@@ -695,13 +692,7 @@ def write_manifest(
     manifest = {
         "kind": kind,
         "versions": versions(),
-        "files": {
-            name: {
-                "size_bytes": (folder / name).stat().st_size,
-                "sha256": sha256_of(folder / name),
-            }
-            for name in files
-        },
+        "files": {name: _bytes_of(folder / name) for name in files},
         **facts,
     }
     return write_sealed_json(folder / MANIFEST_NAME, manifest)
@@ -767,8 +758,7 @@ def write_file_manifest(
     manifest = {
         "kind": kind,
         "versions": versions(),
-        "size_bytes": Path(path).stat().st_size,
-        "sha256": sha256_of(path),
+        **_bytes_of(path),
         **facts,
     }
     manifest["manifest_sha256"] = _sha256_of_content(manifest, "manifest_sha256")
@@ -803,6 +793,10 @@ def check_file_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
     check_seal(manifest, beside, "manifest_sha256")
     _compare(path, manifest)
     return manifest
+
+
+def _bytes_of(file):
+    return {"size_bytes": os.stat(file).st_size, "sha256": sha256_of(file)}
 
 
 def _compare(file, facts, verify=True):

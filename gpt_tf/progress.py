@@ -1,10 +1,7 @@
-"""What a person sees while training: progress in the terminal, curves in a file."""
+"""What a person sees of work in progress: a bar, tables of results, a curve."""
 
-import math
-import time
 from pathlib import Path
 
-import tf_keras as keras
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,78 +15,20 @@ from rich.text import Text
 
 from gpt_tf import artifacts
 
+# Consoles on which a bar is being drawn.
+_drawing: list[Console] = []
 
-class TrainingProgress(keras.callbacks.Callback):
-    """A progress bar with loss, tokens per second and time left, a line a validation.
 
-    Args:
-        run: The run in progress; its step, configuration and history are read.
-        console: Where to write; standard output unless given.
+def current_console() -> Console:
+    """Return the console whose bar is being drawn, where lines stay above it.
+
+    Without one, a new console, which needs no ipywidgets, and in a notebook no
+    terminal codes.
     """
-
-    def __init__(self, run, console=None):
-        super().__init__()
-        self.run = run
-        self.console = console or _plain_in_notebooks()
-        self.progress = None
-        self.began = None
-
-    def on_train_begin(self, logs=None):
-        if self.progress is not None:
-            return
-        model, config = self.run.trained, self.run.config
-        self.console.print(
-            f"training {model.count_params():,} parameters on "
-            f"{config.steps * self.run.tokens_per_step:,} tokens; "
-            "the first step compiles"
-        )
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            refresh_per_second=4,
-        )
-        self.task = self.progress.add_task(
-            "loss   -  ", total=config.steps, completed=self.run.step, speed=""
-        )
-        self.progress.start()
-
-    def on_train_batch_end(self, batch, logs=None):
-        now, step = time.perf_counter(), self.run.step
-        if self.began is None:
-            self.began = (now, step)
-        else:
-            tokens = (step - self.began[1]) * self.run.tokens_per_step
-            speed = tokens / max(now - self.began[0], 1e-9)
-            self.progress.update(self.task, speed=f"{speed:,.0f} tokens/s")
-        self.progress.update(
-            self.task, completed=step, description=f"loss {logs['loss']:6.3f}"
-        )
-        if step >= self.run.config.steps or self.model.stop_training:
-            self.close()
-
-    def on_epoch_end(self, epoch, logs=None):
-        if logs and "val_loss" in logs:
-            validation = logs[f"val_{self.run.own_loss}"]
-            line = (
-                f"step {self.run.step:>6}  loss {logs['loss']:.3f}  "
-                f"validation {validation:.3f}  "
-                f"perplexity {math.exp(min(validation, 700.0)):.2f}  "
-                f"accuracy {logs['val_token_accuracy']:.1%}"
-            )
-            if self.run.distillation is not None and self.run.knowledge is None:
-                line += f"  agreement {logs['val_teacher_agreement']:.1%}"
-            self.console.print(line)
-        self.began = None
-
-    def close(self):
-        """Stop redrawing the bar."""
-        if self.progress is not None:
-            self.progress.stop()
+    if _drawing:
+        return _drawing[-1]
+    is_notebook = Console().is_jupyter
+    return Console(force_jupyter=False, force_terminal=False if is_notebook else None)
 
 
 class StepProgress:
@@ -105,14 +44,17 @@ class StepProgress:
     """
 
     def __init__(self, unit, console=None):
-        self.console = console or _plain_in_notebooks()
+        self.console = console or current_console()
+        self.unit = unit
         self.progress = Progress(
-            TextColumn(unit),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
+            refresh_per_second=4,
         )
         self.task = None
 
@@ -120,32 +62,34 @@ class StepProgress:
         return self
 
     def __exit__(self, *error):
-        self.progress.stop()
+        self.close()
 
-    def notice(self, line):
-        """Print a line above the bar."""
-        self.console.print(Text(line))
+    def update(self, done, total, **shown):
+        """Say how far the work is.
 
-    def update(self, done, total):
-        """Say how far the work is."""
+        Args:
+            done: Number of steps that are done.
+            total: Number of all.
+            **shown: `description` in place of the unit; `note`, a text after the count.
+        """
         if self.task is None:
-            self.task = self.progress.add_task("", total=total)
+            self.task = self.progress.add_task(self.unit, total=total, note="")
             self.progress.start()
-        self.progress.update(self.task, completed=done, total=total)
+            _drawing.append(self.console)
+        self.progress.update(self.task, completed=done, total=total, **shown)
 
-
-def _plain_in_notebooks():
-    """A console whose bar needs no ipywidgets, nor terminal codes in a notebook."""
-    return Console(
-        force_jupyter=False, force_terminal=False if Console().is_jupyter else None
-    )
+    def close(self):
+        """Stop redrawing the bar."""
+        if self.progress.live.is_started:
+            self.progress.stop()
+            _drawing.remove(self.console)
 
 
 def print_result(result, console=None):
     """Print a table of what a training run reached.
 
     Args:
-        result: A `gpt_tf.training.loop.TrainingResult`.
+        result: A `gpt_tf.training.run.TrainingResult`.
         console: Where to write; standard output unless given.
     """
     table = Table(title="Trained", show_header=False)

@@ -89,7 +89,6 @@ folder = Path("runs/notebook-04")  # everything that this notebook writes goes h
 quiet = {
     "overwrite": True,
     "verbose": False,
-    "on_notice": lambda line: None,
     "jit_compile": jit_compile,
 }
 
@@ -264,7 +263,7 @@ plt.show()
 
 # %%
 store = gpt_tf.extract_knowledge(
-    folder / "teacher", folder / "knowledge", overwrite=True, on_notice=print
+    folder / "teacher", folder / "knowledge", overwrite=True
 )
 stored = gpt_tf.distil(
     folder / "teacher",

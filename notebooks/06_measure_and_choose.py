@@ -118,7 +118,6 @@ trained = gpt_tf.train(
     jit_compile=jit_compile,
     overwrite=True,
     verbose=False,
-    on_notice=lambda line: None,
 )
 print(f"{trained.model.count_params():,} parameters")
 print(f"validation perplexity {trained.validation_perplexity:.2f}")

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import io
+import logging
 import os
 import random
 import sys
@@ -138,8 +139,21 @@ def trained(corpus_folder, tmp_path_factory):
         vocab_size=300,
         strategy="one_device",
         verbose=False,
-        on_notice=lambda line: None,
     )
+
+
+@pytest.fixture
+def notices():
+    """The lines that the package logs from now on."""
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("gpt_tf")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -90,7 +91,6 @@ def interrupted(corpus_folder, tmp_path_factory, interrupt_after):
             strategy="one_device",
             callbacks=[interrupt_after(5)],
             verbose=False,
-            on_notice=lambda line: None,
         )
     return out
 
@@ -561,7 +561,7 @@ def test_every_field_of_the_configuration_is_an_option_and_arrives(
 ):
     given = []
 
-    def take(config, out, *, resume, overwrite, on_notice, **changes):
+    def take(config, out, *, resume, overwrite, **changes):
         assert not changes.pop("resume_or_start")
         given.append(dataclasses.replace(config or TrainingConfig(), **changes))
         return trained
@@ -616,7 +616,7 @@ def test_train_has_no_option_that_is_nothing():
 def test_every_option_of_quantize_arrives(command, trained, monkeypatch, tmp_path):
     given = {}
 
-    def take(source, out, quantization, *, on_notice, **options):
+    def take(source, out, quantization, **options):
         given.update(options, source=source, out=out, quantization=quantization)
         return trained
 
@@ -645,7 +645,7 @@ def test_every_option_of_quantize_arrives(command, trained, monkeypatch, tmp_pat
 def test_every_option_of_distil_arrives(command, trained, monkeypatch, tmp_path):
     given = {}
 
-    def take(teacher, out, distillation, *, on_notice, **options):
+    def take(teacher, out, distillation, **options):
         given.update(options, teacher=teacher, out=out, distillation=distillation)
         return trained
 
@@ -823,8 +823,8 @@ def test_text_streams_to_the_output_as_it_comes(generate, monkeypatch):
 
 
 def test_notices_are_printed_as_they_are(train, trained, place, monkeypatch):
-    def take(config, out, *, on_notice, **options):
-        on_notice("step 3: '[/b] [red] :smile:'")
+    def take(config, out, **options):
+        logging.getLogger("gpt_tf.training").info("step 3: '[/b] [red] :smile:'")
         return trained
 
     monkeypatch.setattr(loop, "train", take)

@@ -19,9 +19,9 @@ from gpt_tf.evaluation.regression import read_baseline
 from gpt_tf.evaluation.report import join_reports, read_report
 from gpt_tf.progress import draw_history
 from gpt_tf.text.dataset import TokenFile
-from gpt_tf.training.loop import HISTORY
+from gpt_tf.training.checkpoint import HISTORY
 from gpt_tf.training.run_folder import read_run
-from gpt_tf.workflow.steps import Stages
+from gpt_tf.workflow.steps import Step, Steps
 from tests.reporting.samples import full_report
 
 FORGED = (None, "x", "", -1, 0, 1.5, True, [], {}, [1], {"a": 1}, 10**30)
@@ -141,19 +141,17 @@ def test_forged_stores_of_knowledge_are_one_line(trained, tmp_path):
 def test_forged_records_of_stages_are_done_again(put, tmp_path):
     (tmp_path / "stages").mkdir()
 
-    def stages():
-        return Stages(tmp_path, {"count": 1.0}, lambda line: None)
-
     def count():
         (tmp_path / "count").write_text("1")
 
-    stages().run("count", {"text": "a"}, ["count"], count)
+    step = Step("count", "", lambda: {"text": "a"}, ["count"], count)
+    Steps(tmp_path, 1).run(step)
     record = artifacts.read_json(tmp_path / "stages" / "count.json")
 
     def use(forged):
         put("stages/count.json", forged)
-        again = stages()
-        again.run("count", {"text": "a"}, ["count"], count)
+        again = Steps(tmp_path, 1)
+        again.run(step)
         assert isinstance(again.done[0].seconds, int | float)
 
     found, _ = wrong(record, use)

@@ -28,8 +28,8 @@ import numpy as np
 import pytest
 
 from gpt_tf import artifacts
-from gpt_tf.distillation.unfinished import unfinished
-from gpt_tf.workflow.steps import Stages
+from gpt_tf.distillation.teacher_cache import unfinished
+from gpt_tf.workflow.steps import Step, Steps
 
 COUNT = int(os.environ.get("GPT_TF_KILLS", 500))
 _KILLED = {-signal.SIGKILL, -signal.SIGALRM}
@@ -302,12 +302,10 @@ def _fill(folder, power=2):
     path = folder / "store"
     artifacts.settle(path)
     with contextlib.suppress(Exception):
-        if artifacts.check_manifest(path, "numbers")["power"] == power:
+        if artifacts.check_manifest(path, "knowledge")["power"] == power:
             return
     options = {"overwrite": True}
-    with unfinished(
-        path, "numbers", {"power": power}, {"values": 8}, print, **options
-    ) as store:
+    with unfinished(path, {"power": power}, {"values": 8}, **options) as store:
         for step in range(store.steps, 6):
             store.write(values=np.array([step**power]))
             if step % 2:
@@ -318,13 +316,13 @@ def _state_of_store(folder):
     with _settled(folder, "store") as seen:
         if not (seen / "store").exists():
             return None
-        power = artifacts.check_manifest(seen / "store", "numbers")["power"]
+        power = artifacts.check_manifest(seen / "store", "knowledge")["power"]
         values = np.fromfile(seen / "store" / "values", np.int64)
         np.testing.assert_array_equal(values, np.arange(6) ** power)
         return power
 
 
-def _do_stages(folder, word):
+def _do_steps(folder, word):
     def first():
         path = folder / "made" / "first"
         before = path.read_text() if path.exists() else ""
@@ -338,14 +336,14 @@ def _do_stages(folder, word):
         artifacts.write_json(folder / "second", (folder / "made" / "first").read_text())
 
     with artifacts.locked(folder, ("made", "second", "stages")):
-        stages = Stages(folder, {"first": 1.0, "second": 1.0}, print)
+        steps = Steps(folder, 2)
         inputs = {"word": word}
         remove = {"begin": lambda: artifacts.remove(folder / "made")}
-        stages.run("first", inputs, ["made/first"], first, **remove)
-        stages.run("second", inputs, ["second"], second)
+        steps.run(Step("first", "", lambda: inputs, ["made/first"], first, **remove))
+        steps.run(Step("second", "", lambda: inputs, ["second"], second))
 
 
-def _state_of_stages(folder):
+def _state_of_steps(folder):
     path = folder / "second"
     return artifacts.read_json(path) if path.exists() else None
 
@@ -389,12 +387,12 @@ PRIMITIVES = [
         _state_of_store,
         _fill,
     ),
-    Case("stages", lambda folder: _do_stages(folder, "new"), _state_of_stages),
+    Case("stages", lambda folder: _do_steps(folder, "new"), _state_of_steps),
     Case(
         "other stages",
-        lambda folder: _do_stages(folder, "new"),
-        _state_of_stages,
-        lambda folder: _do_stages(folder, "old"),
+        lambda folder: _do_steps(folder, "new"),
+        _state_of_steps,
+        lambda folder: _do_steps(folder, "old"),
     ),
     Case(
         "removal",

@@ -27,7 +27,7 @@ from gpt_tf.cli import (  # noqa: F401  they register themselves
     recommend,
     training,
 )
-from gpt_tf.cli.common import app
+from gpt_tf.cli.common import app, show_notices
 from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
 
 __all__ = ["app", "main"]
@@ -41,6 +41,7 @@ def main():
         with contextlib.suppress(AttributeError):  # a stream that is not the system's
             stream.reconfigure(errors="replace")  # models write what some cannot show
     try:
+        show_notices()
         _check_words(sys.argv)
         app(prog_name="gpt-tf")
     except InputError as error:

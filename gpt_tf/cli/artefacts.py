@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gpt_tf.bundled_model import shipped_model
-from gpt_tf.cli.common import app, import_tensorflow, notice
+from gpt_tf.cli.common import app, import_tensorflow
 from gpt_tf.errors import InputError
 
 
@@ -52,7 +52,6 @@ def export(
         mode,
         corpus=corpus or None,
         allow_untrained=allow_untrained,
-        on_notice=notice,
         **{name: value for name, value in options.items() if value is not None},
     )
     print_export(manifest, out)

@@ -1,17 +1,19 @@
 """What the commands share: the program itself, options, notices, TensorFlow."""
 
+import logging
 import os
 from typing import Annotated
 
 import typer
 import typer.core
-from rich.console import Console
+from rich.text import Text
 
 import gpt_tf
 from gpt_tf.native_logs import held_back
+from gpt_tf.progress import current_console
 
 # The order in which `--help` names the commands: the way of the data.
-_STAGES = (
+_ORDER = (
     *("optimize", "train", "distil", "quantize", "export", "generate"),
     *("evaluate", "benchmark", "recommend", "explain"),
 )
@@ -22,7 +24,7 @@ class _Commands(typer.core.TyperGroup):
 
     def list_commands(self, context):
         names = super().list_commands(context)
-        return sorted(names, key=lambda name: [*_STAGES, name].index(name))
+        return sorted(names, key=lambda name: [*_ORDER, name].index(name))
 
     def invoke(self, context):
         try:
@@ -109,8 +111,24 @@ VirtualDevices = Annotated[
 
 
 def notice(line):
+    """Print a line on standard output, above a bar that is being drawn."""
     # It may quote any text; none of it is rich's markup.
-    Console(markup=False, emoji=False, highlight=False).print(line)
+    current_console().print(Text(line))
+
+
+class _NoticeHandler(logging.Handler):
+    """Prints what the package logs."""
+
+    def emit(self, record):
+        notice(self.format(record))
+
+
+def show_notices():
+    """Print on standard output what the package logs; again changes nothing."""
+    logger = logging.getLogger("gpt_tf")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(one, _NoticeHandler) for one in logger.handlers):
+        logger.addHandler(_NoticeHandler())
 
 
 def import_tensorflow():

@@ -75,7 +75,6 @@ def evaluate(
             seed=seed,
             folder=None if out is None else out.parent,
             on_progress=progress.count,
-            on_notice=notice,
         )
     made["command"] = shlex.join(["gpt-tf", *sys.argv[1:]])
     tables.print_accuracy(made)

@@ -76,7 +76,6 @@ def optimize(
         update=update,
         overwrite=overwrite,
         command=shlex.join(["gpt-tf", *sys.argv[1:]]),
-        on_notice=notice,
     )
     print_recommendation(report["recommendation"])
     notice(f"report: {out / 'report.html'}")

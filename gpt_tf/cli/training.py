@@ -15,7 +15,7 @@ from gpt_tf.cli.common import (
     Workers,
     app,
     import_tensorflow,
-    notice,
+    show_notices,
 )
 from gpt_tf.cli.options import options_of
 from gpt_tf.distillation.config import DistillationConfig
@@ -237,7 +237,6 @@ def distil(
             top_k=top_k,
             passes=passes,
             overwrite=overwrite,
-            on_notice=progress.notice,
             on_progress=progress.update,
             **{name: course[name] for name in of_the_text if name in course},
         )
@@ -266,8 +265,9 @@ def _train(verb, *arguments, workers, ray_address, max_restarts, **options):
     )
 
 
-def _train_here(verb, *arguments, virtual_devices, on_notice=notice, **options):
+def _train_here(verb, *arguments, virtual_devices, **options):
     """Call the verb of `gpt_tf.training.loop`, and print what came out."""
+    show_notices()  # in a worker too, where only this is called
     import_tensorflow()
     from gpt_tf.parallel.data import split_cpu
     from gpt_tf.progress import print_result
@@ -275,6 +275,6 @@ def _train_here(verb, *arguments, virtual_devices, on_notice=notice, **options):
 
     if virtual_devices is not None:
         split_cpu(virtual_devices)
-    result = getattr(loop, verb)(*arguments, on_notice=on_notice, **options)
+    result = getattr(loop, verb)(*arguments, **options)
     if options.get("verbose", True):
         print_result(result)

@@ -1,21 +1,23 @@
 """`Distiller`: a Keras model in which a teacher's knowledge trains a student."""
 
+import contextlib
 import types
 
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf.distillation import losses, on_policy
-from gpt_tf.distillation.observe import outputs_of
+from gpt_tf.distillation import generated_text, losses
 from gpt_tf.distillation.top_k import logits_from_sorted, logits_from_top_k
 from gpt_tf.errors import InputError
 from gpt_tf.models import ops
+from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.checks import check_takes_logits, refuse_keras_3
 from gpt_tf.models.language_model import (
     TokenTraining,
     beside,
     check_language_model,
 )
+from gpt_tf.models.layers import observed
 from gpt_tf.models.next_token import (
     IGNORED,
     NextTokenLoss,
@@ -324,7 +326,7 @@ class Distiller(TokenTraining, keras.Model):
         """Continue the beginnings of windows `(B, T)` to `(B, T + 1)`."""
         length = tokens.shape[1]
         beginnings = tokens[:, : self._prompt_length(length)]
-        return on_policy.write(self.student, beginnings, length + 1, seed)
+        return generated_text.continued(self.student, beginnings, length + 1, seed)
 
     def _prompt_length(self, length):
         return self.on_policy_prompt_length or max(1, length // 4)
@@ -501,3 +503,45 @@ def _check_pair(teacher, student):
             f"{type(student.distribute_strategy).__name__}. Build or load both under "
             "`strategy.scope()`."
         )
+
+
+def outputs_of(model, tokens, wants=("logits",), training=False):
+    """Run a GPT and return what losses want to compare.
+
+    Args:
+        model: A `GPTModel`, or a `QuantizationAwareGPT`.
+        tokens: `(B, T)` int32.
+        wants: Any of `"logits"`, `"hidden_states"` and `"attentions"`.
+        training: Whether dropout is on.
+
+    Returns:
+        `Outputs`: logits `(B, T, V)`; if wanted, hidden states, `L + 1` of
+        `(B, T, C)`, and attention, `L` of `(B, H, T, T)`.
+
+    Raises:
+        InputError: The model's attention cannot be seen.
+    """
+    if set(wants) <= {"logits"}:
+        return losses.Outputs(model(tokens, training=training))
+    parts = parts_of(model)
+    attentions, watching = [], contextlib.nullcontext()
+    if "attentions" in wants:
+        watching = observed(
+            parts.blocks,
+            lambda layer, name, x: attentions.append(x),
+            ("probabilities_activation",),
+        )
+    with watching:
+        x, table = parts.embed(tokens, training)
+        hidden = [x]
+        for block in parts.blocks:
+            x = block(x, training=training)
+            hidden.append(x)
+        logits = parts.score(x, table, training)
+    if "attentions" in wants and len(attentions) != len(parts.blocks):
+        raise InputError(
+            "Attention transfer expects blocks that show their attention. Received: "
+            f"{type(model).__name__} {model.name!r}. Distil a float student first, or "
+            "compare hidden states."
+        )
+    return losses.Outputs(logits, tuple(hidden), tuple(attentions))

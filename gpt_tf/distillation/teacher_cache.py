@@ -1,4 +1,4 @@
-"""A teacher's knowledge of a text, extracted once and kept in a folder.
+"""What a teacher predicts of a text, computed once and kept in a folder.
 
     extract(teacher, ...) -> KnowledgeStore -> windows(...) -> Distiller.fit
 
@@ -14,8 +14,10 @@ where only the sorted probabilities are kept. A pass is the whole text, cut into
 teacher's windows anew, so that its positions see another context.
 """
 
+import contextlib
 import hashlib
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,16 +26,17 @@ import numpy as np
 import tensorflow as tf
 
 from gpt_tf import artifacts
-from gpt_tf.distillation import records
-from gpt_tf.distillation.records import log_probabilities_of
+from gpt_tf.distillation import top_k as records
 from gpt_tf.distillation.tokenizer_alignment import VocabularyMap, align, is_derived
-from gpt_tf.distillation.unfinished import check_place, unfinished
+from gpt_tf.distillation.top_k import log_probabilities_of
 from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
 from gpt_tf.models import placement, xla
 from gpt_tf.models.language_model import check_language_model
 from gpt_tf.settings import arguments
 from gpt_tf.text.dataset import TokenFile, Windows
 from gpt_tf.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 KIND = "knowledge"
 _IDS, _CODES = "ids.bin", "codes.bin"
@@ -310,7 +313,6 @@ def extract(
     seed: int = 0,
     student: tuple[Tokenizer, TokenFile] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    on_notice: Callable[[str], None] | None = None,
     overwrite: bool = False,
 ) -> KnowledgeStore:
     """Store what a teacher says of every token of a text.
@@ -332,7 +334,6 @@ def extract(
         student: Tokenizer of the student and the text in its tokens, if they are not
             the teacher's. The store is then about the student's tokens.
         on_progress: Called with the number of windows done and that of all.
-        on_notice: Takes one-line notices.
         overwrite: Whether a store that stands at `path` gives way.
 
     Returns:
@@ -348,7 +349,7 @@ def extract(
         >>> extract(teacher, tokens, "knowledge", tokenizer=tokenizer).bytes_per_token
         97
     """
-    path, notice = arguments.path("path", path), on_notice or (lambda line: None)
+    path = arguments.path("path", path)
     _check_teacher(teacher, tokenizer, context_length)
     passes = arguments.integer("passes", passes, 1)
     top_k = arguments.integer("top_k", top_k, 1)
@@ -356,7 +357,7 @@ def extract(
     seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
     overwrite = arguments.switch("overwrite", overwrite)
     artifacts.settle(path)
-    check_place(path, KIND, overwrite)
+    _check_place(path, overwrite)
     own = student or (tokenizer, token_file)
     for pair in ((tokenizer, token_file), own):
         _check_written_with(*pair)
@@ -378,8 +379,8 @@ def extract(
     sizes = _record_bytes(facts)
     facts["bytes_per_token"] = sum(sizes.values())
     megabytes = facts["bytes_per_token"] * passes * (facts["count"] - 1) / 1e6
-    notice(f"{facts['bytes_per_token']} bytes a token, {megabytes:,.1f} MB in all")
-    with unfinished(path, KIND, facts, sizes, notice, overwrite=overwrite) as store:
+    logger.info(f"{facts['bytes_per_token']} bytes a token, {megabytes:,.1f} MB in all")
+    with unfinished(path, facts, sizes, overwrite=overwrite) as store:
         _fill(store, facts, teacher, token_file.tokens, mapping, on_progress)
     return KnowledgeStore.open(path, verify=False)
 
@@ -484,6 +485,128 @@ def _record_bytes(facts) -> dict[str, int]:
     if facts["mapping"] != "sorted":
         sizes[_IDS] = facts["top_k"] * _id_type(facts).itemsize
     return sizes
+
+
+@contextlib.contextmanager
+def unfinished(
+    path: Path, facts: dict, record_bytes: dict[str, int], *, overwrite: bool = False
+) -> Iterator["Unfinished"]:
+    """Fill a store that takes its place, with a manifest, when the block ends well.
+
+    What an interrupted block left is gone on with by the next one of the same facts.
+
+    Args:
+        path: Final place.
+        facts: What is being made, and from what, as JSON values, for the manifest too.
+            A store that was begun with other facts is begun anew.
+        record_bytes: Bytes of one record, by the name of the file.
+        overwrite: Whether a folder that stands at `path` gives way.
+
+    Yields:
+        The store in the making.
+
+    Raises:
+        InputError: As for `artifacts.atomic_folder`.
+
+    Example:
+        >>> with unfinished(Path("squares"), {"power": 2}, {"values": 8}) as store:
+        ...     for step in range(store.steps, 100):
+        ...         store.write(values=np.array([step**2]))
+        ...         store.save(step + 1)
+    """
+    with artifacts.atomic_folder(path, replace=overwrite, keep=True) as folder:
+        for other in set(os.listdir(folder)) - {*record_bytes}:
+            os.unlink(folder / other)
+        with contextlib.ExitStack() as stack:
+            opened = {
+                name: stack.enter_context(open(folder / name, "ab"))
+                for name in record_bytes
+            }
+            # Beside the folder, since it is not to stay.
+            progress = folder.parent.parent / "progress.json"
+            yield Unfinished(path, opened, progress, facts, record_bytes)
+        artifacts.write_manifest(folder, KIND, list(record_bytes), **facts)
+
+
+class Unfinished:
+    """Files that grow record by record, in a folder that is not whole yet.
+
+    Now and then `save` forces them to disk and only then counts what they hold. What
+    stands after that when the work was interrupted is cut off, and done again.
+
+    Attributes:
+        steps: Number of steps that were saved.
+    """
+
+    def __init__(self, path, opened, progress, facts, record_bytes):
+        self._open = opened
+        self._progress = progress
+        self._facts = artifacts.parse_json(artifacts.to_json(facts))
+        self._record_bytes = record_bytes
+        self.steps, self._saved = self._begun(path)
+        for name, file in opened.items():
+            file.truncate(self._saved * record_bytes[name])
+            file.seek(0, os.SEEK_END)
+
+    def write(self, **arrays: np.ndarray) -> None:
+        """Append records: for each file an array whose bytes are to be written."""
+        for name, array in arrays.items():
+            self._open[name].write(np.ascontiguousarray(array).tobytes())
+
+    def save(self, steps: int) -> None:
+        """Force to disk what was written, and count it.
+
+        Args:
+            steps: Number of steps that are done.
+        """
+        for name, file in self._open.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self._saved = file.tell() // self._record_bytes[name]
+        self.steps = steps
+        artifacts.write_json(
+            self._progress,
+            {"facts": self._facts, "steps": steps, "records": self._saved},
+        )
+
+    def _begun(self, path):
+        """Return the steps and records that an interrupted work left."""
+        try:
+            progress = artifacts.read_json(self._progress)
+            facts, steps = progress["facts"], progress["steps"]
+            count = progress["records"]
+        except (DamagedFileError, KeyError, TypeError):
+            return 0, 0
+        if facts != self._facts:
+            logger.info(f"{path} was begun from other things: it starts anew")
+            return 0, 0
+        for name, file in self._open.items():
+            if file.seek(0, os.SEEK_END) < count * self._record_bytes[name]:
+                logger.info(f"what there is of {path} lacks bytes: it starts anew")
+                return 0, 0
+        if steps:
+            logger.info(f"going on with {path} after {count:,} records")
+        return steps, count
+
+
+def _check_place(path, overwrite):
+    """Refuse to write where something stands that must stay."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise InputError(
+            f"A new folder of {KIND} was to be written at {path}, but something stands "
+            "there. Choose another name, or pass `overwrite` to replace it."
+        )
+    is_ours = path.is_dir() and not any(path.iterdir())
+    with contextlib.suppress(DamagedFileError):
+        manifest = artifacts.read_json(path / artifacts.MANIFEST_NAME)
+        is_ours |= isinstance(manifest, dict) and manifest.get("kind") == KIND
+    if not is_ours:
+        raise InputError(
+            f"Only {KIND} can be overwritten at {path}. Received: something that "
+            "gpt_tf did not write there. Remove it, or choose another name."
+        )
 
 
 def _check_sound(manifest, path):

@@ -23,6 +23,7 @@ for Machine Translation Evaluation", EMNLP 2004 (paired).
 
 import contextlib
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ from gpt_tf.evaluation.models import check_open, describe, open_model, unique_na
 from gpt_tf.evaluation.text import DEFAULT_CORPUS, HeldOutText, held_out_text, is_run
 from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.settings import arguments
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "HeldOutText",
@@ -77,7 +80,7 @@ def measure_accuracies(
     samples: int = SAMPLES,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
-    on_notice: Callable[[str], None] | None = None,
+    notes: list[str] | None = None,
 ) -> dict[str, dict]:
     """Measure how well models predict the same blocks of a text.
 
@@ -92,7 +95,8 @@ def measure_accuracies(
         samples: Draws of the bootstrap.
         seed: Decides which blocks are judged, and the draws.
         on_progress: Called with blocks done and all of them.
-        on_notice: Takes a line about what could not be compared.
+        notes: What could not be compared is appended here, for a report; it is
+            logged too.
 
     Returns:
         `Accuracy` of `gpt_tf.evaluation.report` by name, its `parsed` None.
@@ -113,22 +117,24 @@ def measure_accuracies(
     Reference: article 6.2.
     """
     _check(models, reference, max_tokens, block_bytes, samples, seed)
+    notes = [] if notes is None else notes
     text = HeldOutText.of(text)
     first = reference if reference is not None else next(iter(models))
     order = [first, *(name for name in models if name != first)]
     readings = _readings({name: models[name] for name in order}, text)
     size = block_bytes or _block_bytes(text.size_bytes, max_tokens)
     blocks = _chosen(_blocks(readings, size), readings[first], max_tokens, seed)
-    if len(blocks) == 1 and on_notice is not None:
-        on_notice(
+    if len(blocks) == 1:
+        notes.append(
             "the text is one block, so that the intervals are points: they say "
             "nothing. Give more text, or smaller blocks"
         )
+        logger.info(notes[-1])
     comparable = [
         name
         for name in order
         if reference is not None
-        and _has_tokens_of(models[name], models[reference], name, on_notice)
+        and _has_tokens_of(models[name], models[reference], name, notes)
     ]
     sums = {name: np.zeros((len(blocks), _SUMS)) for name in order}
     done = 0
@@ -220,7 +226,6 @@ def evaluate_files(
     seed: int = 0,
     folder: str | os.PathLike | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
-    on_notice: Callable[[str], None] | None = None,
 ) -> dict:
     """Measure the accuracy of files and models and put it into a report.
 
@@ -236,7 +241,6 @@ def evaluate_files(
         seed: Decides what is judged, the draws, and the completions.
         folder: Where the report will lie, so that paths can be relative to it.
         on_progress: Called with what is counted, how many are done, and all.
-        on_notice: Takes one-line notices; they are in the report's notes too.
 
     Returns:
         A report with an entry per file, the reference first.
@@ -252,8 +256,7 @@ def evaluate_files(
 
     def note(line):
         notes.append(line)
-        if on_notice is not None:
-            on_notice(line)
+        logger.info(line)
 
     def counted(what):
         return functools.partial(on_progress, what) if on_progress else None
@@ -275,7 +278,7 @@ def evaluate_files(
         for name, path in names.items():
             opened[name] = stack.enter_context(open_model(path))
             _require_tokenizer(opened[name], name)
-        text = held_out_text(corpus, whole=whole, separator=separator, on_notice=note)
+        text = held_out_text(corpus, whole=whole, separator=separator, notes=notes)
         found = measure_accuracies(
             opened,
             compared,
@@ -283,7 +286,7 @@ def evaluate_files(
             max_tokens=max_tokens,
             seed=seed,
             on_progress=counted("blocks"),
-            on_notice=note,
+            notes=notes,
         )
         if text.is_python if parse is None else parse:
             prompts = code_validity.find_prompts(text, completions, seed)
@@ -510,22 +513,22 @@ def _judge(logits, targets, of_reference):
     return sums
 
 
-def _has_tokens_of(model, reference, name, on_notice):
+def _has_tokens_of(model, reference, name, notes):
     """Tell whether distributions over tokens can be compared; say so if not."""
     ours, theirs = model.tokenizer.fingerprint(), reference.tokenizer.fingerprint()
     sizes = [other.config["vocab_size"] for other in (model, reference)]
     if ours == theirs and sizes[0] == sizes[1]:
         return True
-    if on_notice is not None:
-        what = (
-            "another tokenizer than the reference"
-            if ours != theirs
-            else f"{sizes[0]} tokens where the reference has {sizes[1]}"
-        )
-        on_notice(
-            f"{name} has {what}: its increase of perplexity is over the same bytes, "
-            "per token of the reference; divergence and agreement are left out"
-        )
+    what = (
+        "another tokenizer than the reference"
+        if ours != theirs
+        else f"{sizes[0]} tokens where the reference has {sizes[1]}"
+    )
+    notes.append(
+        f"{name} has {what}: its increase of perplexity is over the same bytes, "
+        "per token of the reference; divergence and agreement are left out"
+    )
+    logger.info(notes[-1])
     return False
 
 

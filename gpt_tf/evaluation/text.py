@@ -3,8 +3,9 @@
 import codecs
 import dataclasses
 import itertools
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Document, open_corpus
 from gpt_tf.text.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CORPUS = "python-stdlib"
 
@@ -90,7 +93,7 @@ def held_out_text(
     validation: str | os.PathLike | None = None,
     separator: str | None = None,
     most_bytes: int = MOST_BYTES,
-    on_notice: Callable[[str], None] | None = None,
+    notes: list[str] | None = None,
 ) -> HeldOutText:
     """Read text that was held out of training.
 
@@ -102,7 +105,8 @@ def held_out_text(
         validation_fraction, validation, separator: As for `open_corpus`, and as
             training had them.
         most_bytes: Of more text than this, documents are left out evenly.
-        on_notice: Takes one-line notices about the text.
+        notes: What is worth knowing about the text is appended here, for a report;
+            it is logged too.
 
     Returns:
         The text.
@@ -116,12 +120,13 @@ def held_out_text(
         >>> text.is_python
         True
     """
-    say = on_notice or (lambda line: None)
+    notes = [] if notes is None else notes
     most_bytes = arguments.integer("most_bytes", most_bytes, 1, 2**63 - 1)
     whole = arguments.switch("whole", whole)
     folder = Path(source) if isinstance(source, str | os.PathLike) else None
     if folder is not None and is_run(folder):
         name, split, documents = *_run_name(folder), _run_documents(folder)
+        corpus = None
     else:
         if folder is not None and _is_model(folder):
             raise InputError(
@@ -135,11 +140,12 @@ def held_out_text(
             validation=validation,
             separator=separator,
             whole=whole,
-            on_notice=say,
         )
         name, split = corpus.name, "all" if whole else "validation"
         documents = corpus.documents("validation")
-    kept = _thinned(documents, most_bytes, name, say)
+    kept = _thinned(documents, most_bytes, name, notes)
+    if corpus is not None:
+        notes += corpus.notices
     return HeldOutText(name, split, _with_text(kept, name))
 
 
@@ -186,7 +192,7 @@ def _run_documents(folder) -> Iterator[Document]:
         begin = stop + 1
 
 
-def _thinned(documents, most_bytes, name, say):
+def _thinned(documents, most_bytes, name, notes):
     """Keep every document, or every second, or every fourth, so that they fit."""
     kept, stride, kept_bytes, all_bytes = [], 1, 0, 0
     for index, piece in enumerate(_pieces(documents)):
@@ -200,10 +206,11 @@ def _thinned(documents, most_bytes, name, say):
             kept, stride = kept[::2], stride * 2
             kept_bytes = sum(map(_size_of, kept))
     if kept_bytes < all_bytes:
-        say(
+        notes.append(
             f"{name} has {all_bytes / 1e6:,.1f} MB to judge by; one in {stride} of its "
             f"documents is read, {kept_bytes / 1e6:,.1f} MB"
         )
+        logger.info(notes[-1])
     return kept
 
 

@@ -380,7 +380,7 @@ def mean_attention(model, ids) -> np.ndarray:
 
     Reference: Abnar and Zuidema, arXiv:2005.00928, section 3: raw attention.
     """
-    from gpt_tf.distillation.observe import outputs_of
+    from gpt_tf.distillation.distiller import outputs_of
 
     tokens = np.asarray(ids, np.int32)[np.newaxis]
     layers = outputs_of(model, tokens, ("attentions",)).attentions

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from collections.abc import Callable
 
 import numpy as np
 
@@ -25,7 +24,6 @@ def export_trained(
     mode: str = "dynamic_int8",
     *,
     corpus=None,
-    on_notice: Callable[[str], None] | None = None,
     **options,
 ) -> dict:
     """Export a trained model with typical text to calibrate and verify on.
@@ -38,7 +36,6 @@ def export_trained(
         mode: As for `export_tflite`.
         corpus: A `Corpus`, or as for `open_corpus`; text to use where `source` is no
             run.
-        on_notice: Called with a line per stage.
         **options: As for `export_tflite`.
 
     Returns:
@@ -51,7 +48,6 @@ def export_trained(
     Example:
         >>> export_trained("runs/quickstart", "gpt.litertlm", "dynamic_int8")
     """
-    say = on_notice or (lambda line: None)
     source, out = arguments.path("source", source), arguments.path("out", out)
     if out.suffix not in (".tflite", ".litertlm"):
         raise InputError(
@@ -64,7 +60,7 @@ def export_trained(
             f"A .litertlm holds the tokenizer; there is none beside the model in "
             f"{source}. Put tokenizer.json there, or export to .tflite."
         )
-    text = _text_of(source, tokenizer, corpus, say)
+    text = _text_of(source, tokenizer, corpus)
     if text is not None:
         options.setdefault("verify_on", text["validation"][:_VERIFIED_TOKENS])
         # A quantisation-aware model brings its own ranges.
@@ -72,12 +68,8 @@ def export_trained(
             windows = windows_of(text["train"], model.context_length)
             options.setdefault("representative", windows)
     if out.suffix == ".tflite":
-        return tflite.export_tflite(
-            model, out, mode, tokenizer=tokenizer, on_notice=say, **options
-        )
-    return litertlm.export_litertlm(
-        model, tokenizer, out, mode, on_notice=say, **options
-    )
+        return tflite.export_tflite(model, out, mode, tokenizer=tokenizer, **options)
+    return litertlm.export_litertlm(model, tokenizer, out, mode, **options)
 
 
 def windows_of(tokens: np.ndarray, context_length: int) -> np.ndarray:
@@ -100,7 +92,7 @@ def windows_of(tokens: np.ndarray, context_length: int) -> np.ndarray:
     return np.asarray(tokens)[starts[:, None] + np.arange(length)].astype(np.int32)
 
 
-def _text_of(source, tokenizer, corpus, say):
+def _text_of(source, tokenizer, corpus):
     """Return tokens of both splits, of the run's own text or of a corpus, or None."""
     if corpus is not None:
         if tokenizer is None:
@@ -108,7 +100,7 @@ def _text_of(source, tokenizer, corpus, say):
                 f"`corpus` expects a tokenizer to read it with; none lies in {source}."
             )
         is_open = isinstance(corpus, Corpus)
-        opened = corpus if is_open else open_corpus(corpus, on_notice=say)
+        opened = corpus if is_open else open_corpus(corpus)
         needed = _REPRESENTATIVE_WINDOWS * _LONGEST_WINDOW
         return {
             split: _encoded(opened.documents(split), tokenizer, needed)

@@ -1,7 +1,8 @@
 """Export a GPT to a `.tflite`: write it, run it, and only then give it its name."""
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from gpt_tf.models.gpt import GPTModel
 from gpt_tf.native_logs import quiet
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings import arguments
+
+logger = logging.getLogger(__name__)
 
 SCORE_LENGTH = 64
 
@@ -40,7 +43,6 @@ def export_tflite(
     per_channel: bool | None = None,
     verify_on=None,
     allow_untrained: bool = False,
-    on_notice: Callable[[str], None] | None = None,
 ) -> dict:
     """Write a GPT as one `.tflite` with prefill, decode and a key-value cache.
 
@@ -80,7 +82,6 @@ def export_tflite(
         verify_on: Token ids `(N,)` of a text on which the file is run and compared
             with Keras. Default: the first row of `representative`, else random ids.
         allow_untrained: Whether a model whose biases are all 0 still may be written.
-        on_notice: Called with a line per stage.
 
     Returns:
         The manifest: mode, configuration, size and SHA-256, and under
@@ -99,7 +100,6 @@ def export_tflite(
 
     Reference: article 3.2; TensorFlow Lite's 8-bit quantisation specification.
     """
-    say = on_notice or (lambda line: None)
     path = arguments.path("path", path)
     if isinstance(mode, str) and mode in _NO_MODE:
         raise InputError(
@@ -115,12 +115,12 @@ def export_tflite(
     allow_untrained = arguments.switch("allow_untrained", allow_untrained)
     if per_channel is not None:
         per_channel = arguments.switch("per_channel", per_channel)
-    plain, ranges = _source_of(model, mode, ranges, representative, say)
+    plain, ranges = _source_of(model, mode, ranges, representative)
     if not allow_untrained:
         _refuse_untrained(plain)
     capacity = _capacity(plain, context_length)
     lengths = _lengths(prefill_lengths, capacity)
-    say(f"storing {plain.count_params():,} parameters as {mode}")
+    logger.info(f"storing {plain.count_params():,} parameters as {mode}")
     if per_channel is None:
         per_channel = plain is model or model.quantization.per_channel
     suppressed = ids_without_token(tokenizer, plain.vocab_size)
@@ -154,7 +154,7 @@ def export_tflite(
         with open(place, "wb") as file:
             file.write(data)
         del data
-        say("running every signature and comparing with Keras")
+        logger.info("running every signature and comparing with Keras")
         with quiet():
             measured = verify.verify(place, written, constants, mode, model, ids)
         for name in beside[1:]:
@@ -179,7 +179,7 @@ def refuse_other_models(model) -> None:
         )
 
 
-def _source_of(model, mode, ranges, representative, say):
+def _source_of(model, mode, ranges, representative):
     """Return the float model and the ranges to use."""
     refuse_other_models(model)
     if not isinstance(model, GPTModel):
@@ -198,7 +198,7 @@ def _source_of(model, mode, ranges, representative, say):
             )
         from gpt_tf.quantization import calibration
 
-        say("calibrating: measuring the ranges of all activations")
+        logger.info("calibrating: measuring the ranges of all activations")
         activations = MODES[mode].activations
         ranges = calibration.calibrate(model, representative, dtype=activations)
     return model, ranges

@@ -208,7 +208,7 @@ def _work(job):
         options["resume_or_start"] = True
     is_chief = ray.train.get_context().get_world_rank() == 0
     if not is_chief:
-        options |= {"verbose": False, "on_notice": lambda line: None}
+        options["verbose"] = False
     with (
         open(job["log"] if is_chief else os.devnull, "a", 1, encoding="utf-8") as log,
         contextlib.redirect_stdout(log),

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import socket
@@ -16,6 +17,8 @@ from gpt_tf import artifacts
 from gpt_tf.errors import InputError, PeerLostError
 from gpt_tf.parallel.config import Strategy
 from gpt_tf.settings import arguments
+
+logger = logging.getLogger(__name__)
 
 STRATEGIES = get_args(Strategy)
 # More logical devices than this only take time to make.

@@ -13,7 +13,7 @@ written_tokens      more text, written by a teacher
 All but the last are made for each window when it is needed, a function of seed, epoch
 and window alone: a run that was interrupted sees what an uninterrupted one does, and
 workers agree. None of it happens in validation. Text of a teacher is written once,
-before training, by `gpt_tf.distillation.sequences`.
+before training, by `gpt_tf.distillation.generated_text`.
 
 Reference: article 6.4.
 """

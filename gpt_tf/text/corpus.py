@@ -8,11 +8,11 @@ corpus may be larger than memory.
 import codecs
 import dataclasses
 import hashlib
+import logging
 import os
 import re
 import sys
 import sysconfig
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from typing import NamedTuple
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.settings import arguments
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation")
 PIECE_BYTES = 4 << 20
@@ -56,10 +58,6 @@ _PROGRAM_SUFFIXES = {
 _UNDECODABLE = re.compile("[\udc80-\udcff]")
 
 
-class CorpusWarning(UserWarning):
-    """Something in a corpus was left out or replaced."""
-
-
 class Document(NamedTuple):
     """A piece of text.
 
@@ -88,6 +86,15 @@ class _Part(NamedTuple):
     use: str | None = None
 
 
+class _Notices(list):
+    """Lines about a text, each logged and kept once."""
+
+    def add(self, line):
+        if line not in self:
+            self.append(line)
+            logger.warning(line)
+
+
 @dataclasses.dataclass
 class Corpus:
     """Documents in two splits.
@@ -96,7 +103,7 @@ class Corpus:
         name: What it is called in manifests and messages.
         parts: For each split, the files or parts of files it holds.
         facts: More about it for manifests.
-        on_notice: Takes one-line notices about the text, each once.
+        notices: What is worth knowing about the text, each line once.
         separator: Text between the documents of one file, or None.
 
     Example:
@@ -108,9 +115,8 @@ class Corpus:
     name: str
     parts: dict[str, list[_Part]]
     facts: dict
-    on_notice: Callable[[str], None]
+    notices: _Notices
     separator: str | None = None
-    _noticed: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
 
     def documents(self, split: str) -> Iterator[Document]:
         """Yield the documents of a split in a fixed order, one file at a time.
@@ -152,19 +158,14 @@ class Corpus:
     def _documents(self, split):
         ended = 0
         for part in self.parts[split]:
-            for document in _read(part, self._notice_once, self.separator):
+            for document in _read(part, self.notices.add, self.separator):
                 ended += document.ends
                 yield document
         if self.separator and split == "train" and ended <= len(self.parts[split]):
-            self._notice_once(
+            self.notices.add(
                 f"the separator {self.separator!r} divides none of the files that "
                 f"{self.name} has for training"
             )
-
-    def _notice_once(self, line):
-        if line not in self._noticed:
-            self._noticed.add(line)
-            self.on_notice(line)
 
 
 def open_corpus(
@@ -174,7 +175,6 @@ def open_corpus(
     validation: str | os.PathLike | None = None,
     separator: str | None = None,
     whole: bool = False,
-    on_notice: Callable[[str], None] | None = None,
 ) -> Corpus:
     """Open a corpus by name or by path, and divide it.
 
@@ -190,7 +190,8 @@ def open_corpus(
        go, and the end of a large file where whole ones do not come near enough. It is
        cut after a separator or a line where one is near.
 
-    A notice says what names decided, and where the share is another than asked for.
+    What names decided, what was skipped or replaced, and where the share is another
+    than asked for, is logged and kept in the corpus's `notices`.
 
     Args:
         source: `"python-stdlib"`, the sources of the running interpreter's standard
@@ -202,8 +203,6 @@ def open_corpus(
         separator: Text that ends a document within a file, such as
             `"<|endoftext|>"`. It belongs to no document. None: a file is a document.
         whole: Whether all of `source` is held out, and none of it for training.
-        on_notice: Takes notices about how the text was divided and what was skipped or
-            replaced; a `CorpusWarning` is issued unless given.
 
     Returns:
         A `Corpus` with text in both splits, or with `whole` in `"validation"` only.
@@ -223,13 +222,14 @@ def open_corpus(
     validation = arguments.path("validation", validation, or_none=True)
     check_separator(separator)
     whole = arguments.switch("whole", whole)
-    notice = on_notice or (lambda line: warnings.warn(line, CorpusWarning, 3))
+    notices = _Notices()
+    notice = notices.add
     facts = {} if separator is None else {"separator": separator}
     if isinstance(source, (str, os.PathLike)):
         source = [source]
     sources = [str(item) for item in arguments.paths("corpus", source)]
     if sources == ["python-stdlib"]:
-        name, found = "python-stdlib", _without_copies(_stdlib_files(), _be_silent)
+        name, found = "python-stdlib", _without_copies(_stdlib_files())
         facts["python"] = sys.version.split()[0]
     elif sources == ["shakespeare"]:
         name, found = "shakespeare", [_Part("shakespeare.txt", download_shakespeare())]
@@ -255,7 +255,7 @@ def open_corpus(
                 f"{share:.1%} of {name} is held out, where {validation_fraction:.1%} "
                 "was asked for. To choose the text yourself, name it as `validation`"
             )
-    corpus = Corpus(name, parts, facts, notice, separator)
+    corpus = Corpus(name, parts, facts, notices, separator)
     _require_text(corpus, SPLITS[whole:])
     return corpus
 
@@ -319,7 +319,7 @@ def _stdlib_files() -> list[_Part]:
         for path in _walk(
             root,
             lambda name: name in left_out or name.startswith("config-"),
-            _be_silent,
+            lambda line: None,
         )
         if path.suffix == ".py" and _content(path) == "text"
     ]
@@ -423,7 +423,7 @@ def _content(path: Path) -> str:
     return "text" if text.strip() or len(head) == HEAD_BYTES else "blank"
 
 
-def _without_copies(found: list[_Part], notice) -> list[_Part]:
+def _without_copies(found: list[_Part], notice=None) -> list[_Part]:
     """Keep the first of files with the same bytes, or splits could share text."""
     by_size = {}
     for part in found:
@@ -436,7 +436,7 @@ def _without_copies(found: list[_Part], notice) -> list[_Part]:
             if digest in seen:
                 copies.append(part)
             seen.add(digest)
-    if copies:
+    if copies and notice:
         notice(
             f"{len(copies)} files were skipped as copies of others, "
             f"{copies[0].path} first"
@@ -686,14 +686,9 @@ def _unreadable(path: Path, error: OSError) -> InputError:
     )
 
 
-def _be_silent(line: str) -> None:
-    pass
-
-
 def _require_text(corpus: Corpus, splits) -> None:
-    quiet = dataclasses.replace(corpus, on_notice=_be_silent)
     for split in splits:
-        if not any(document.text.strip() for document in quiet.documents(split)):
+        if not any(document.text.strip() for document in corpus.documents(split)):
             raise InputError(
                 f"The corpus {corpus.name} expects text for training and validation; "
                 f"its {split} part holds nothing but white space. Give it more text."

@@ -1,6 +1,8 @@
 """Training runs: settings, preparation, loop, checkpoints and exact resume.
 
-`config` holds the settings and presets, `preparation` turns text into tokens and makes
-the model to start from, `loop` trains, saves and resumes, `run_folder` says what a
-run's folder holds. Imports the three methods, `models` and `text`. Start with `loop`.
+`loop` holds the verbs (train, quantize, distil, extract_knowledge), `config` the
+settings and presets, `preparation` turns text into tokens and makes the model to start
+from, `run` fits it and writes the results, `checkpoint` saves and restores, `callbacks`
+act between the steps, `schedule` is the learning rate, `run_folder` lists what a run's
+folder holds. Imports the three methods, `models` and `text`. Start with `loop`.
 """

@@ -32,7 +32,7 @@ _WIDEST = 2**20
 
 @configuration
 class TrainingConfig(Configuration):
-    """Everything that decides the course of a training run.
+    """Everything that decides what a training run does.
 
     Raises:
         InputError: A value is of another type, or out of its range, or does not go

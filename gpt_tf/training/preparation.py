@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from gpt_tf import artifacts
 from gpt_tf.distillation import losses
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.distillation.distiller import DistillationWarning, shape_of
-from gpt_tf.distillation.sequences import written_documents
+from gpt_tf.distillation.generated_text import written_documents
 from gpt_tf.distillation.student import make_student
 from gpt_tf.distillation.teacher_cache import KnowledgeStore, extract
 from gpt_tf.distillation.tokenizer_alignment import (
@@ -39,6 +40,8 @@ from gpt_tf.training.run_folder import (
     windows_of,
 )
 
+logger = logging.getLogger(__name__)
+
 # What a run that starts from a model takes from it, whatever its configuration says.
 SHAPE = (
     "vocab_size",
@@ -51,17 +54,17 @@ SHAPE = (
 )
 
 
-def prepare(config, out, overwrite, notice):
+def prepare(config, out, overwrite):
     """Write tokens and configuration, whole or not at all, in place of an old run."""
     _refuse_foreign_folder(out, overwrite)
     start = _load_start(config)
     if start.model is None and start.teacher is None:
         _check_memory(config)
     source = _source_with_this_text(config, start.tokenizer)
-    text = open_text(config, notice) if source is None else None
+    text = open_text(config) if source is None else None
     with artifacts.replaced(out / "run.json", *OWN_ENTRIES[1:]) as staging:
         _check_losses(config, start)
-        tokenizer = start.tokenizer or _prepare_tokenizer(config, text, notice)
+        tokenizer = start.tokenizer or _prepare_tokenizer(config, text)
         AugmentationConfig.of(config.augmentation).check_fits(tokenizer)
         if config.separator is not None and tokenizer.end_of_text_id is None:
             raise InputError(
@@ -79,11 +82,11 @@ def prepare(config, out, overwrite, notice):
             )
         tokenizer.save(staging)
         if source is None:
-            _encode(text, tokenizer, staging / "data", notice)
-            _add_written_text(config, start, text, tokenizer, staging, notice)
+            _encode(text, tokenizer, staging / "data")
+            _add_written_text(config, start, text, tokenizer, staging)
             corpus = text.describe()
         else:
-            notice(f"taking the tokens of the run {source.name}")
+            logger.info(f"taking the tokens of the run {source.name}")
             shutil.copytree(source / "data", staging / "data")
             run = artifacts.read_json(source / "run.json", {"corpus": dict})
             corpus = run["corpus"]
@@ -92,15 +95,15 @@ def prepare(config, out, overwrite, notice):
             for split in corpora.SPLITS
         }
         token_file = token_files["train"]
-        read = _read_by_teacher(config, start, text, token_file, staging, notice)
-        start = _cut_student(start, config, read, notice)
+        read = _read_by_teacher(config, start, text, token_file, staging)
+        start = _cut_student(start, config, read)
         config = _with_shape_of(start.model, config)
         windows_of(token_files["validation"], config, shuffle=False)  # long enough?
         windows = windows_of(token_file, config, shuffle=True)
         _check_pair(config, start)
-        _prepare_knowledge(config, start, read, token_file, staging, notice)
+        _prepare_knowledge(config, start, read, token_file, staging)
         if start.model is not None:
-            initial = _quantized(start.model, config, windows, notice)
+            initial = _quantized(start.model, config, windows)
             save_model(
                 initial, tokenizer, staging / "initial", made_from=start.made_from
             )
@@ -126,19 +129,18 @@ def _check_memory(config):
     check_memory(sizes, TRAINED_WEIGHT_BYTES, accelerators=gpus)
 
 
-def open_text(config, notice):
+def open_text(config):
     """Open the text of a run's configuration, divided as the configuration says."""
     return corpora.open_corpus(
         list(config.corpus) if isinstance(config.corpus, tuple) else config.corpus,
         validation_fraction=config.validation_fraction,
         validation=config.validation,
         separator=config.separator,
-        on_notice=notice,
     )
 
 
-def _encode(text, tokenizer, folder, notice):
-    notice(f"encoding {text.name} with a vocabulary of {tokenizer.vocab_size}")
+def _encode(text, tokenizer, folder):
+    logger.info("encoding %s with a vocabulary of %d", text.name, tokenizer.vocab_size)
     for split in ("train", "validation"):
         token_file = write_token_file(
             folder / f"{split}.tokens",
@@ -146,7 +148,7 @@ def _encode(text, tokenizer, folder, notice):
             tokenizer,
             facts={"corpus": text.name, "split": split},
         )
-        notice(f"{split}: {token_file.count:,} tokens")
+        logger.info(f"{split}: {token_file.count:,} tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +230,7 @@ def _warn_of_untrained(teacher):
         )
 
 
-def _cut_student(start, config, read, notice):
+def _cut_student(start, config, read):
     """Make the student, where a teacher is given and no student yet.
 
     What of the teacher matters is measured on `read`, text in its own tokens.
@@ -258,7 +260,7 @@ def _cut_student(start, config, read, notice):
         dropout=config.dropout,
         seed=config.seed,
     )
-    notice(
+    logger.info(
         f"a student of {student.count_params():,} parameters, "
         f"{student.count_params() / teacher.count_params():.0%} of the teacher's"
     )
@@ -322,7 +324,7 @@ def _written_tokens(config):
     return augmentation.written_tokens or distillation.written_tokens
 
 
-def _add_written_text(config, start, text, tokenizer, staging, notice):
+def _add_written_text(config, start, text, tokenizer, staging):
     """Write the training tokens anew, with text of the teacher after the real one."""
     count = _written_tokens(config)
     if not count:
@@ -333,7 +335,7 @@ def _add_written_text(config, start, text, tokenizer, staging, notice):
     if reads.fingerprint() != tokenizer.fingerprint():
         path = staging.parent / reads.fingerprint() / "train.tokens"
         real = write_token_file(path, text.documents("train"), reads)
-    notice(f"the teacher writes {count:,} tokens")
+    logger.info(f"the teacher writes {count:,} tokens")
     written = list(
         written_documents(
             teacher,
@@ -347,7 +349,7 @@ def _add_written_text(config, start, text, tokenizer, staging, notice):
     facts = {"corpus": text.name, "split": "train", "written_documents": len(written)}
     documents = itertools.chain(text.documents("train"), written)
     both = write_token_file(folder / "train.tokens", documents, tokenizer, facts=facts)
-    notice(f"train: {both.count:,} tokens, those of the teacher among them")
+    logger.info(f"train: {both.count:,} tokens, those of the teacher among them")
 
 
 def _check_losses(config, start):
@@ -391,7 +393,7 @@ def _check_pair(config, start):
     )
 
 
-def _prepare_knowledge(config, start, read, token_file, staging, notice):
+def _prepare_knowledge(config, start, read, token_file, staging):
     """Check the stored knowledge that was named, or extract what has to be stored.
 
     A teacher of another vocabulary cannot run along: what it says of the text is
@@ -408,7 +410,7 @@ def _prepare_knowledge(config, start, read, token_file, staging, notice):
             context_length=config.context_length,
         )
     elif start.reads_other_tokens:
-        notice("storing what the teacher says of the text, in the student's tokens")
+        logger.info("storing what the teacher predicts, in the student's tokens")
         extract(
             start.teacher,
             read,
@@ -416,11 +418,10 @@ def _prepare_knowledge(config, start, read, token_file, staging, notice):
             tokenizer=start.teacher_tokenizer,
             context_length=min(config.context_length, start.teacher.context_length),
             student=(start.tokenizer, token_file),
-            on_notice=notice,
         )
 
 
-def _read_by_teacher(config, start, text, token_file, staging, notice):
+def _read_by_teacher(config, start, text, token_file, staging):
     """Return the training text in the teacher's tokens, or None where nobody asks."""
     if start.teacher is None or not start.reads_other_tokens:
         return token_file
@@ -428,21 +429,21 @@ def _read_by_teacher(config, start, text, token_file, staging, notice):
     if start.model is not None and wanted.knowledge is not None:
         return None
     # Beside what is to stay.
-    where = (config, text, staging.parent, notice)
+    where = (config, text, staging.parent)
     return _in_tokens_of(start.teacher_tokenizer, *where)
 
 
-def _in_tokens_of(tokenizer, config, text, folder, notice):
+def _in_tokens_of(tokenizer, config, text, folder):
     """Return the training text in a tokenizer's tokens, of the run that has them."""
     source = _source_with_this_text(config, tokenizer)
     if source is not None:
         return TokenFile.open(source / "data" / "train.tokens")
-    text = text or open_text(config, notice)
+    text = text or open_text(config)
     path = folder / tokenizer.fingerprint() / "train.tokens"
     return write_token_file(path, text.documents("train"), tokenizer)
 
 
-def _quantized(model, config, windows, notice):
+def _quantized(model, config, windows):
     """Return the model that training starts from, its ranges known."""
     if config.quantization is None:
         return model
@@ -452,7 +453,7 @@ def _quantized(model, config, windows, notice):
     model = quantize_aware(model, config.quantization)
     batches = min(model.quantization.calibration_batches, windows.steps_per_epoch)
     if batches:
-        notice(f"calibrating ranges on {batches} batches")
+        logger.info(f"calibrating ranges on {batches} batches")
         model.calibrate(windows, num_batches=batches)
     return model
 
@@ -473,7 +474,7 @@ def _refuse_foreign_folder(out, overwrite):
         )
 
 
-def _prepare_tokenizer(config, text, notice):
+def _prepare_tokenizer(config, text):
     texts = (document.text for document in text.documents("train"))
     if config.tokenizer == "character":
         # Every character must be known, those of the held-out text included.
@@ -485,10 +486,11 @@ def _prepare_tokenizer(config, text, notice):
         has_ends = config.separator is not None
         return tokenizers.CharacterTokenizer.train(texts, end_of_text=has_ends)
     if config.tokenizer == "bpe":
-        notice(f"training a tokenizer of {config.vocab_size} tokens on {text.name}")
+        size = config.vocab_size
+        logger.info("training a tokenizer of %d tokens on %s", size, text.name)
         trained = tokenizers.BPETokenizer.train(texts, config.vocab_size)
         if trained.vocab_size < config.vocab_size:
-            notice(
+            logger.info(
                 f"{text.name} supports a vocabulary of {trained.vocab_size} tokens; it "
                 "is the run's"
             )
@@ -496,13 +498,12 @@ def _prepare_tokenizer(config, text, notice):
     return tokenizers.load_tokenizer(config.tokenizer)
 
 
-def store_knowledge(config, path, *, on_notice, **options):
+def store_knowledge(config, path, **options):
     """Store what the teacher of a configuration says of its text.
 
     Args:
         config: A `TrainingConfig` with `distillation`.
         path: Folder of the store.
-        on_notice: Takes one-line notices.
         **options: As for `gpt_tf.distillation.teacher_cache.extract`.
 
     Returns:
@@ -511,7 +512,7 @@ def store_knowledge(config, path, *, on_notice, **options):
     path = Path(path)
     start = _load_start(config)
     with artifacts.workspace(path.with_name(f"{path.name}.tokens")) as folder:
-        where = (config, None, folder, on_notice)
+        where = (config, None, folder)
         read = _in_tokens_of(start.teacher_tokenizer, *where)
         if start.reads_other_tokens:
             own = _in_tokens_of(start.tokenizer, *where)
@@ -523,6 +524,5 @@ def store_knowledge(config, path, *, on_notice, **options):
             tokenizer=start.teacher_tokenizer,
             context_length=min(config.context_length, start.teacher.context_length),
             seed=config.seed,
-            on_notice=on_notice,
             **options,
         )

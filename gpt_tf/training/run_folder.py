@@ -1,4 +1,4 @@
-"""A run's folder: what decides its course, and the model that comes out of it.
+"""A run's folder: what decides its training, and the model that comes out of it.
 
 run.json            configuration, corpus, versions
 tokenizer.json      Hugging Face format

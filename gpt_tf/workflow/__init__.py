@@ -1,6 +1,6 @@
 """The whole way as one command: `optimize`.
 
-The only room that composes the three methods. `steps` keeps what is done while its
-inputs stay, `optimization` lists the steps, `config` holds the settings. Imports every
-room but `cli`. Start with `optimization`.
+The only room that composes the three methods. `config` holds the settings, `plan` what
+is to be made, `optimization` a function for each step, and `steps` keeps what is done
+while its inputs stay. Imports every room but `cli`. Start with `optimization`.
 """

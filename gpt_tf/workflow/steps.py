@@ -1,12 +1,14 @@
-"""Work in stages that is done once: what was made is kept while its inputs stay.
+"""Steps of work that are done once: what was made is kept while its inputs stay.
 
-Each stage has a name and inputs, values that decide what comes out, with hashes of
-the files among them. When a stage is done, `stages/NAME.json` says so, beside hashes of
-what it made. Whoever runs the same stages again, after a kill or a week later, does
-those whose inputs changed or whose outputs are gone, and no others.
+A step has a name, inputs that decide what comes out, with hashes of the files among
+them, and outputs. When it is done, `stages/NAME.json` says so, beside hashes of what
+it made. Running the same steps again, after a kill or a week later, does those whose
+inputs changed or whose outputs are gone, and no others.
 """
 
+import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +17,39 @@ from typing import NamedTuple
 from gpt_tf import __version__, artifacts
 from gpt_tf.errors import DamagedFileError
 
-FOLDER = "stages"
+logger = logging.getLogger(__name__)
+
+FOLDER = "stages"  # as folders of before have it
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of work in a folder.
+
+    Attributes:
+        name: Its name.
+        title: What to call it in the line that is logged.
+        inputs: Returns JSON values that decide what comes out; called when its turn
+            has come, so that it can hash what earlier steps made.
+        outputs: Files that it leaves, relative to the folder.
+        work: Does it. What it finds was left by a call with these very inputs, or by
+            one before `begin`.
+        begin: Called first where it was not begun with these inputs, to remove what
+            it must not go on with.
+        command: The command line that does the same alone, or None.
+    """
+
+    name: str
+    title: str
+    inputs: Callable[[], dict]
+    outputs: Sequence[str]
+    work: Callable[[], None]
+    begin: Callable[[], None] = lambda: None
+    command: str | None = None
 
 
 class Done(NamedTuple):
-    """A stage that is behind us.
+    """A step that is done.
 
     Attributes:
         name: Its name.
@@ -34,92 +64,58 @@ class Done(NamedTuple):
     reused: bool
 
 
-class Stages:
-    """A sequence of stages in a folder.
+class Steps:
+    """Runs steps in a folder, and knows which are done.
 
     Args:
-        folder: Where the stages' outputs and their `stages/` lie.
-        plan: Name of every stage to come, in order, with the seconds that it may take;
-            they need only be right in proportion.
-        say: Takes a line per stage.
+        folder: Where the steps' outputs and their `stages/` lie.
+        total: How many steps there are to be, for the lines that are logged.
 
     Attributes:
-        done: The stages so far.
+        done: The steps so far.
 
     Example:
-        >>> stages = Stages("out", {"count": 1.0}, print)
-        >>> stages.run("count", {"text": text}, ["count.json"], count)
+        >>> steps = Steps("out", 1)
+        >>> inputs = {"text": text}
+        >>> steps.run(Step("count", "words", lambda: inputs, ["count.json"], count))
     """
 
-    def __init__(
-        self, folder: Path, plan: dict[str, float], say: Callable[[str], None]
-    ):
+    def __init__(self, folder: Path, total: int):
         self.folder = Path(folder)
-        self.plan = dict(plan)
-        self.say = say
+        self.total = total
         self.done: list[Done] = []
-        self._worked, self._expected = 0.0, 0.0
 
-    def run(
-        self,
-        name: str,
-        inputs: dict,
-        outputs: Sequence[str],
-        work: Callable[[], None],
-        *,
-        begin: Callable[[], None] = lambda: None,
-        title: str | None = None,
-        command: str | None = None,
-    ) -> bool:
-        """Do a stage, unless it was done with these inputs.
-
-        Args:
-            name: One of the plan's.
-            inputs: JSON values that decide what comes out.
-            outputs: Files that it leaves, relative to the folder.
-            work: Does it. What it finds was left by a call with these very inputs, or
-                by one before `begin`.
-            begin: Called first where it was not begun with these inputs, to remove what
-                it must not go on with.
-            title: What to call it in the line that is said; its name if not given.
-            command: The command line that does the same alone.
-
-        Returns:
-            Whether it was done now, and not before.
-        """
-        record_path = self.folder / FOLDER / f"{name}.json"
+    def run(self, step: Step) -> None:
+        """Do a step, unless it was done with these inputs."""
+        record_path = self.folder / FOLDER / f"{step.name}.json"
+        inputs = step.inputs()
         key = _key(inputs)
         record = _read_record(record_path)
-        number = f"[{len(self.done) + 1}/{len(self.plan)}] {title or name}"
+        line = f"[{len(self.done) + 1}/{self.total}] {step.title}"
         same = record.get("key") == key
         if same and self._is_whole(record):
-            self.say(f"{number}: done before")
-            self.done.append(Done(name, command, record["seconds"], True))
-            return False
-        self.say(f"{number}{self._time_left(name)}")
+            logger.info("%s: done before", line)
+            self.done.append(Done(step.name, step.command, record["seconds"], True))
+            return
+        logger.info(line)
         if not same:
-            begin()
+            step.begin()
             artifacts.write_json(record_path, {"key": key, "inputs": inputs})
         began = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - began
-        record = {
-            "key": key,
-            "inputs": inputs,
-            "seconds": round(seconds, 2),
-            "outputs": {
-                output: artifacts.sha256_of(self.folder / output) for output in outputs
-            },
+        step.work()
+        seconds = round(time.perf_counter() - began, 2)
+        outputs = {
+            output: artifacts.sha256_of(self.folder / output) for output in step.outputs
         }
-        artifacts.write_json(record_path, record)
-        self._worked += seconds
-        self._expected += self.plan[name]
-        self.done.append(Done(name, command, record["seconds"], False))
-        return True
+        artifacts.write_json(
+            record_path,
+            {"key": key, "inputs": inputs, "seconds": seconds, "outputs": outputs},
+        )
+        self.done.append(Done(step.name, step.command, seconds, False))
 
-    def skip(self, name: str) -> None:
-        """Take a stage out of the plan that turned out to have nothing to do."""
-        self.plan.pop(name)
+    def skip(self) -> None:
+        """Count one step less: it turned out to have nothing to do."""
+        self.total -= 1
 
     def _is_whole(self, record):
         outputs = record.get("outputs")
@@ -129,18 +125,9 @@ class Stages:
             for name, sha256 in outputs.items()
         )
 
-    def _time_left(self, name):
-        """Estimate from what the stages before took, of what was expected of them."""
-        names = list(self.plan)
-        ahead = sum(self.plan[name] for name in names[names.index(name) :])
-        # One stage alone says little: the plan counts as a stage of a minute too.
-        speed = (self._worked + 60.0) / (self._expected + 60.0)
-        minutes = ahead * speed / 60
-        return f" (about {max(1, round(minutes))} min left)"
-
 
 def _read_record(path):
-    """Return what is known of a stage: nothing where its record is damaged."""
+    """Return what is known of a step: nothing where its record is damaged."""
     done = {"key": str, "seconds": float, "outputs": {str: str}}
     try:
         return artifacts.read_json(path, (done, {"key": str, "outputs?": None}))

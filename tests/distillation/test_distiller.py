@@ -5,8 +5,8 @@ import tf_keras as keras
 
 from gpt_tf import Distiller, make_student
 from gpt_tf.distillation import losses
-from gpt_tf.distillation.observe import outputs_of
-from gpt_tf.distillation.on_policy import write
+from gpt_tf.distillation.distiller import outputs_of
+from gpt_tf.distillation.generated_text import continued
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel import data as strategies
@@ -396,7 +396,7 @@ def test_the_student_writes_what_generate_would(make_model):
     student.set_weights([w * 4000 if w.shape == (31, 12) else w for w in weights])
     prompts = np.array([[3, 1, 4], [1, 5, 9]], "int32")
     text = tf.function(
-        lambda prompts: write(student, prompts, 12, tf.constant([1, 2])),
+        lambda prompts: continued(student, prompts, 12, tf.constant([1, 2])),
         jit_compile=False,
     )(tf.constant(prompts)).numpy()
     import gpt_tf
@@ -424,15 +424,17 @@ def test_a_student_of_16_bits_writes_by_the_same_probabilities(make_model, polic
     for model in (student, wide):
         model.set_weights([w * 4000 if w.shape == (31, 12) else w for w in weights])
     prompts = tf.constant([[3, 1, 4], [1, 5, 9]])
-    found = write(student, prompts, 12, tf.constant([1, 2]))
-    np.testing.assert_array_equal(found, write(wide, prompts, 12, tf.constant([1, 2])))
+    found = continued(student, prompts, 12, tf.constant([1, 2]))
+    np.testing.assert_array_equal(
+        found, continued(wide, prompts, 12, tf.constant([1, 2]))
+    )
 
 
 def test_a_seed_decides_what_is_written(make_model):
     student = make_model(seed=5)
     prompts = tf.constant([[3, 1, 4]] * 4)
     texts = [
-        write(student, prompts, 16, tf.constant(seed))
+        continued(student, prompts, 16, tf.constant(seed))
         for seed in ([1, 2], [1, 2], [1, 3])
     ]
     np.testing.assert_array_equal(texts[0], texts[1])
@@ -445,7 +447,7 @@ def test_samples_follow_the_students_distribution(make_model):
     weights = student.get_weights()
     student.set_weights([w * 20 if w.shape == (5, 12) else w for w in weights])
     prompts = tf.ones([4000, 1], tf.int32)
-    found = write(student, prompts, 2, tf.constant([4, 4])).numpy()[:, 1]
+    found = continued(student, prompts, 2, tf.constant([4, 4])).numpy()[:, 1]
     wanted = np.exp(log_softmax(student.predict(np.ones((1, 1), "int32"), verbose=0)))
     shares = np.bincount(found, minlength=5) / 4000
     np.testing.assert_allclose(shares, wanted[0, 0], atol=0.03)

@@ -10,12 +10,15 @@ import tensorflow as tf
 import tf_keras as keras
 
 import gpt_tf
-from gpt_tf.distillation import records, teacher_cache
+from gpt_tf import artifacts
+from gpt_tf.distillation import teacher_cache
+from gpt_tf.distillation import top_k as records
 from gpt_tf.distillation.teacher_cache import (
     KnowledgeStore,
     KnowledgeWindows,
     extract,
     fingerprint_of,
+    unfinished,
 )
 from gpt_tf.distillation.tokenizer_alignment import (
     VocabularyMap,
@@ -226,11 +229,11 @@ def test_windows_of_short_texts_lie_within_the_text(teacher, tmp_path, count):
 
 @pytest.mark.parametrize("stop", [1, 9, 17, 30])
 def test_an_interrupted_extraction_goes_on_to_the_same_bytes(
-    made, teacher, token_file, tmp_path, monkeypatch, stop
+    made, teacher, token_file, tmp_path, monkeypatch, notices, stop
 ):
     monkeypatch.setattr(teacher_cache, "_PART_WINDOWS", 8)  # two batches
     path = tmp_path / "store"
-    calls, notices = [], []
+    calls = []
 
     def interrupt(done, total):
         calls.append((done, total))
@@ -242,8 +245,9 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(
     assert not path.exists()
     with pytest.raises(DamagedFileError, match="interrupted"):
         KnowledgeStore.open(path)
-    options = {"on_progress": lambda *d: calls.append(d), "on_notice": notices.append}
-    store = extracted(teacher, token_file, path, passes=3, **options)
+    store = extracted(
+        teacher, token_file, path, passes=3, on_progress=lambda *d: calls.append(d)
+    )
     assert ("going on" in notices[-1]) == (stop > 2)
     assert bytes_of(path) == bytes_of(made.path)
     assert store.manifest == made.manifest
@@ -254,7 +258,9 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(
     assert calls[-1][0] == calls[-1][1] == calls[0][1]
 
 
-def test_another_teacher_starts_anew(teacher, token_file, tmp_path, monkeypatch):
+def test_another_teacher_starts_anew(
+    teacher, token_file, tmp_path, monkeypatch, notices
+):
     monkeypatch.setattr(teacher_cache, "_PART_WINDOWS", 4)
 
     def interrupt(done, total):
@@ -263,8 +269,6 @@ def test_another_teacher_starts_anew(teacher, token_file, tmp_path, monkeypatch)
 
     for options in ({"on_progress": interrupt}, {}):
         model = teacher if options else make_teacher(seed=1)
-        notices = []
-        options["on_notice"] = notices.append
         with contextlib.suppress(KeyboardInterrupt):
             store = extracted(model, token_file, tmp_path / "store", **options)
     assert "starts anew" in notices[-1]
@@ -273,9 +277,8 @@ def test_another_teacher_starts_anew(teacher, token_file, tmp_path, monkeypatch)
     assert np.abs(codes - expected_codes(p, 5)).max() <= 1
 
 
-def test_the_size_is_told_before_it_is_written(teacher, token_file, tmp_path):
-    notices = []
-    extracted(teacher, token_file, tmp_path / "store", on_notice=notices.append)
+def test_the_size_is_told_before_it_is_written(teacher, token_file, tmp_path, notices):
+    extracted(teacher, token_file, tmp_path / "store")
     assert notices == ["16 bytes a token, 0.0 MB in all"]
 
 
@@ -626,3 +629,145 @@ def test_the_same_tokenizer_twice_is_no_mapping(made, teacher, token_file, tmp_p
     options = {"passes": 3, "student": (BPE, token_file)}
     store = extracted(teacher, token_file, tmp_path / "store", **options)
     assert bytes_of(store.path) == bytes_of(made.path)
+
+
+# Filled over several sittings
+
+SIZES = {"squares": 8, "names": 3}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "folder"
+
+
+def fill(path, *, stop=20, fail_at=None, every=4, power=2, **options):
+    """Write two records a step, and count them every few steps."""
+    with unfinished(path, {"power": power}, SIZES, **options) as folder:
+        begun = folder.steps
+        for step in range(begun, stop):
+            values = np.array([2 * step, 2 * step + 1])
+            names = np.stack([values.astype("u1")] * 3, axis=1)
+            folder.write(squares=values**2, names=names)
+            if step == fail_at:
+                raise KeyboardInterrupt
+            if (step + 1) % every == 0:
+                folder.save(step + 1)
+    return begun
+
+
+def interrupted(path, fail_at, **options):
+    with pytest.raises(KeyboardInterrupt):
+        fill(path, fail_at=fail_at, **options)
+
+
+def content(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("fail_at", [0, 3, 4, 5, 18, 19])
+def test_an_interrupted_folder_goes_on_to_the_same_bytes(
+    tmp_path, path, notices, fail_at
+):
+    fill(tmp_path / "whole")
+    interrupted(path, fail_at)
+    assert not path.exists()
+    begun = fill(path)
+    assert begun == fail_at // 4 * 4
+    assert not begun or f"after {2 * begun} records" in notices[0]
+    assert len(notices) == (begun > 0)
+    assert content(path) == content(tmp_path / "whole")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "whole"]
+    assert artifacts.check_manifest(path, "knowledge")["power"] == 2
+    values = np.fromfile(path / "squares", np.int64)
+    np.testing.assert_array_equal(values, np.arange(40) ** 2)
+
+
+def test_it_may_be_interrupted_again_and_again(path):
+    for fail_at in (5, 6, 11, 17):
+        interrupted(path, fail_at)
+    assert fill(path) == 16
+    values = np.fromfile(path / "squares", np.int64)
+    np.testing.assert_array_equal(values, np.arange(40) ** 2)
+
+
+def test_other_facts_start_anew(path, notices):
+    interrupted(path, 9)
+    assert fill(path, power=2.5) == 0
+    assert "starts anew" in notices[0]
+    assert len(np.fromfile(path / "squares", np.int64)) == 40
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_file_starts_anew(path, notices, damage):
+    interrupted(path, 9)
+    file = artifacts.partial_path(path) / "new" / "folder" / "names"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:47])
+    assert fill(path) == 0
+    assert "lacks" in notices[0]
+    assert (path / "names").stat().st_size == 40 * 3
+
+
+def test_what_it_was_begun_with_does_not_come_along(path):
+    interrupted(path, 9)
+    with unfinished(path, {}, {"cubes": 8}) as folder:
+        folder.write(cubes=np.arange(3))
+    assert content(path).keys() == {"cubes", "manifest.json"}
+
+
+@pytest.mark.parametrize("progress", [None, "", "[1]", '{"steps": 3}'])
+def test_a_folder_killed_in_its_first_write_is_begun_anew(tmp_path, path, progress):
+    fill(tmp_path / "whole")
+    interrupted(path, 2)
+    if progress is not None:
+        (artifacts.partial_path(path) / "progress.json").write_text(progress)
+    assert fill(path) == 0
+    assert content(path) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("link", ["soft", "hard"])
+def test_links_among_what_was_begun_are_not_followed(tmp_path, path, link):
+    """Such a folder may come from an archive of somebody else's."""
+    mine = tmp_path / "thesis"
+    mine.write_text("precious")
+    interrupted(path, 9)
+    planted = artifacts.partial_path(path) / "new" / "folder" / "names"
+    planted.unlink()
+    planted.symlink_to(mine) if link == "soft" else planted.hardlink_to(mine)
+    fill(path)
+    assert mine.read_text() == "precious"
+    assert len(np.fromfile(path / "squares", np.int64)) == 40
+
+
+def test_two_cannot_fill_one_folder(path):
+    with (
+        unfinished(path, {}, SIZES),
+        pytest.raises(InputError, match="in use by another process"),
+        unfinished(path, {}, SIZES),
+    ):
+        pytest.fail("two filled it")
+
+
+@pytest.mark.parametrize("stranger", ["file", "folder", "json"])
+def test_strangers_are_never_overwritten(path, stranger):
+    if stranger == "file":
+        path.write_text("mine")
+    else:
+        path.mkdir()
+        name = "manifest.json" if stranger == "json" else "notes"
+        (path / name).write_text("[1]")
+    with pytest.raises(InputError, match="did not write"):
+        teacher_cache._check_place(path, True)
+
+
+def test_an_old_folder_stands_until_the_new_one_is_whole(path):
+    fill(path)
+    before = content(path)
+    interrupted(path, 9, stop=10, overwrite=True)
+    assert content(path) == before
+    assert fill(path, stop=8, overwrite=True) == 8
+    assert (path / "squares").stat().st_size == 16 * 8
+    assert not artifacts.partial_path(path).exists()

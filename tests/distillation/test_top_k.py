@@ -1,8 +1,217 @@
+"""Claims about a teacher's top-k log-probabilities: bytes, records, completion."""
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gpt_tf.distillation.top_k import logits_from_sorted, logits_from_top_k
+from gpt_tf.distillation import top_k as records
+from gpt_tf.distillation.tokenizer_alignment import (
+    VocabularyMap,
+    align,
+    derive_tokenizer,
+)
+from gpt_tf.distillation.top_k import (
+    codes_of,
+    log_probabilities_of,
+    logits_from_sorted,
+    logits_from_top_k,
+)
+from gpt_tf.errors import InputError
+from gpt_tf.models import ops
+from gpt_tf.text.tokenizer import BPETokenizer
+
+TEXT = "low lower lowest, the newest and the widest; slowly we knew that. " * 20
+BPE = BPETokenizer.train([TEXT], 280)
+DERIVED = derive_tokenizer(BPE, 262)
+OTHER = BPETokenizer.train(["wide west, new towel, slow lowland, there " * 20], 275)
+
+
+def error_of_codes(probabilities):
+    """Return the error of ln p, as a share of what is promised."""
+    surprise = -np.log(probabilities)
+    read = (codes_of(probabilities) / 64.0) ** 2
+    return np.abs(read - surprise) / (np.sqrt(surprise) / 64 + 1 / 16384)
+
+
+def distributions(rows, width, seed=0, sharpness=3.0):
+    logits = np.random.default_rng(seed).normal(0, sharpness, (rows, width))
+    return logits.astype(np.float32), softmax(logits)
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def compiled(mapping, logits):
+    def run(logits):
+        with ops.inside_xla():
+            return mapping.outputs(logits)
+
+    tensors = tf.function(run, jit_compile=True)(tf.constant(logits, tf.float32))
+    return [tensor.numpy() for tensor in tensors]
+
+
+# Codes
+
+
+@given(st.lists(st.floats(2e-7, 1.0), min_size=1, max_size=50))
+def test_a_probability_is_met_within_the_promised_error(probabilities):
+    assert error_of_codes(np.array(probabilities)).max() <= 1.0 + 1e-9
+
+
+def test_the_promised_error_is_no_larger_than_needed():
+    assert error_of_codes(np.geomspace(2e-7, 1.0, 5000)).max() > 0.95
+
+
+def test_codes_fall_with_the_probability_and_use_all_bytes():
+    codes = codes_of(np.geomspace(1e-9, 1.0, 100_000))
+    assert (np.diff(codes.astype(int)) <= 0).all()
+    assert set(codes) == set(range(256))
+    assert codes_of([0.0, 1e-9, 1.0, 1.0 + 1e-7]).tolist() == [255, 255, 0, 0]
+
+
+def test_probabilities_that_are_no_numbers_are_refused():
+    with pytest.raises(InputError, match="Received: NaN"):
+        codes_of([0.5, float("nan")])
+
+
+@given(st.integers(0, 1000), st.floats(0.1, 10.0))
+def test_what_is_read_makes_up_one_and_is_near_what_was_written(seed, sharpness):
+    _, p = distributions(4, 9, seed, sharpness)
+    read = np.exp(log_probabilities_of(codes_of(p)).numpy().astype(float))
+    np.testing.assert_allclose(read.sum(axis=-1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(read, p, rtol=0.15, atol=1e-6)
+    assert np.abs(read - p).max() < 0.02
+
+
+def test_codes_are_read_in_a_graph_as_they_are_eagerly():
+    codes = codes_of(distributions(4, 9)[1])
+    traced = tf.function(log_probabilities_of)(tf.constant(codes))
+    np.testing.assert_allclose(traced, log_probabilities_of(codes), atol=1e-6)
+
+
+def test_a_record_that_knows_nothing_leaves_all_to_the_rest():
+    ids, codes = records.unknown(3, 5)
+    assert ids.shape == (3, 5)
+    read = log_probabilities_of(codes).numpy()
+    assert (read[:, :-1] <= -1e8).all()
+    assert (read[:, -1] == 0.0).all()
+
+
+# One tokenizer
+
+
+def test_the_largest_and_the_sum_of_the_others_are_kept():
+    logits, p = distributions(50, 40)
+    ids, codes = records.SameVocabulary(6, 40).records(
+        0, *compiled(records.SameVocabulary(6, 40), logits)
+    )
+    order = np.argsort(-p, axis=-1)
+    np.testing.assert_array_equal(ids, order[:, :6])
+    sorted_ = np.take_along_axis(p, order, -1)
+    rest = sorted_[:, 6:].sum(-1, keepdims=True)
+    expected = codes_of(np.concatenate([sorted_[:, :6], rest], -1))
+    assert np.abs(codes.astype(int) - expected).max() <= 1
+    assert (codes == expected).mean() > 0.99
+
+
+def test_a_small_remainder_is_not_lost_in_rounding():
+    logits = np.array([[30.0, 29.0, 10.0, 9.0, 8.0]])
+    _, values, rest = compiled(records.SameVocabulary(2, 5), logits)
+    expected = softmax(logits)[0, 2:].sum()
+    assert rest[0] == pytest.approx(expected, rel=1e-4)
+    assert 1 - values.sum() != pytest.approx(expected, rel=0.5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_equal_probabilities_are_counted_once_each(k):
+    logits = np.log([[0.1, 0.3, 0.1, 0.3, 0.1, 0.1]])
+    ids, values, rest = compiled(records.SameVocabulary(k, 6), logits)
+    assert values.sum() + rest[0] == pytest.approx(1.0, abs=1e-6)
+    np.testing.assert_array_equal(ids[0], [1, 3, 0, 2, 4, 5][:k])
+
+
+def test_rows_are_not_sorted_for_it():
+    mapping = records.SameVocabulary(6, 1000)
+
+    def run(logits):
+        with ops.inside_xla():
+            return mapping.outputs(logits)
+
+    logits = tf.zeros([16, 1000])
+    compiled = tf.function(run, jit_compile=True, autograph=False)
+    code = compiled.experimental_get_compiler_ir(logits)(stage="optimized_hlo")
+    assert "TopK" in code
+    assert " sort(" not in code
+
+
+# Other tokenizers
+
+
+def aligned(student):
+    theirs, ours = np.array(BPE.encode(TEXT)), np.array(student.encode(TEXT))
+    return theirs, ours, align(theirs, ours, BPE, student)
+
+
+def told(mapping, theirs, parts=3, padding=4):
+    """Return the records of all positions, made in parts, and the probabilities."""
+    width = BPE.vocab_size
+    logits, _ = distributions(len(theirs) - 1, width + padding, sharpness=2.0)
+    p = softmax(logits[:, :width].astype(float))
+    made = [records.unknown(mapping.settled(0), mapping.top_k)]
+    for rows in np.array_split(np.arange(len(theirs) - 1), parts):
+        made.append(mapping.records(rows[0], *compiled(mapping, logits[rows])))
+    return *(np.concatenate(arrays) for arrays in zip(*made, strict=True)), p
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 10**6])
+def test_derived_records_are_the_mapped_probabilities(monkeypatch, rows_at_once):
+    monkeypatch.setattr(records, "_MAPPED_VALUES", rows_at_once * BPE.vocab_size)
+    theirs, ours, alignment = aligned(DERIVED)
+    vocabulary_map = VocabularyMap(BPE, DERIVED)
+    mapping = records.DerivedVocabulary(8, vocabulary_map, ours, alignment)
+    assert mapping.vocab_size == 262
+    ids, codes, p = told(mapping, theirs)
+    assert len(ids) == len(codes) == len(ours) - 1
+    nodes = vocabulary_map.nodes_for(ours, alignment)[:-1]
+    index = alignment.teacher_index[:-1]
+    known, rest = vocabulary_map.to_student(p[index], nodes)
+    largest = -np.sort(-known, axis=-1)[:, :8]
+    rest = rest + known.sum(-1) - largest.sum(-1)
+    inside = 0
+    for j in range(len(ids)):
+        if index[j] < 0:
+            assert codes[j].tolist() == [255] * 8 + [0]
+            continue
+        expected = codes_of([*largest[j], max(rest[j], 0)])
+        near = np.abs(codes[j].astype(int) - expected) <= 1
+        assert (near | (np.append(largest[j], rest[j]) < 1e-6)).all()
+        kept = largest[j] > 0
+        np.testing.assert_allclose(known[j][ids[j]][kept], largest[j][kept], rtol=1e-3)
+        assert len(set(ids[j])) == 8
+        inside += not alignment.at_boundary[j]
+    assert inside > 10
+
+
+def test_sorted_records_are_told_where_both_have_a_token_begin():
+    theirs, ours, alignment = aligned(OTHER)
+    mapping = records.SortedProbabilities(5, alignment, 280, 275)
+    assert mapping.vocab_size == 275
+    _, codes, p = told(mapping, theirs)
+    assert len(codes) == len(ours) - 1
+    boundary = alignment.at_boundary[:-1]
+    assert 10 < boundary.sum() < len(boundary) - 10
+    assert (codes[~boundary] == records.unknown(1, 5)[1]).all()
+    largest = -np.sort(-p[alignment.teacher_index[:-1][boundary]], axis=-1)[:, :5]
+    rest = 1 - largest.sum(-1, keepdims=True)
+    expected = codes_of(np.concatenate([largest, rest], -1))
+    assert np.abs(codes[boundary].astype(int) - expected).max() <= 1
+
+
+# Completion
 
 SHAPE = (2, 3, 11)
 

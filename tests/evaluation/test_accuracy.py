@@ -232,7 +232,7 @@ def test_other_tokens_are_compared_on_the_same_bytes(pieces):
         "theirs",
         text,
         block_bytes=40,
-        on_notice=notes.append,
+        notes=notes,
     )
     assert found["ours"]["tokens"] < found["theirs"]["tokens"] == 477
     size = len("".join(text).encode())
@@ -265,7 +265,7 @@ def test_a_larger_vocabulary_of_the_same_tokens_is_no_crash():
     ours.config, ours.table = {"vocab_size": 20}, np.zeros((20, 20), np.float32)
     notes = []
     found = measure_accuracy(
-        ours, text_of(90), reference=Bigrams(2), on_notice=notes.append, name="ours"
+        ours, text_of(90), reference=Bigrams(2), notes=notes, name="ours"
     )
     assert found["divergence_nats"] is None and found["perplexity_increase"]
     assert found["perplexity"]["value"] == pytest.approx(20)
@@ -358,7 +358,7 @@ def test_a_budget_judges_no_more_than_it_says():
 
 def test_one_block_has_no_interval_and_says_so():
     notes = []
-    found = measure_accuracy(Bigrams(1), "abc", on_notice=notes.append)
+    found = measure_accuracy(Bigrams(1), "abc", notes=notes)
     assert found["blocks"] == 1 and "intervals" in notes[0]
     assert found["perplexity"]["low"] == found["perplexity"]["value"]
 

@@ -96,11 +96,8 @@ def test_the_same_seed_gives_the_same_numbers(evaluate, tmp_path):
     assert reports[0] == reports[1] != reports[2]
 
 
-def test_a_run_is_judged_by_its_own_text(trained):
-    notices = []
-    report = evaluate_files(
-        [trained.out], max_tokens=150, parse=False, on_notice=notices.append
-    )
+def test_a_run_is_judged_by_its_own_text(trained, notices):
+    report = evaluate_files([trained.out], max_tokens=150, parse=False)
     (entry,) = report["entries"]
     assert entry["kind"] == "keras" and entry["accuracy"]["parsed"] is None
     assert report["corpus"]["split"] == "validation"

@@ -190,7 +190,7 @@ def test_rows_of_attention_add_up_to_1_and_see_no_future(keras_subject):
 
 
 def test_attention_is_what_the_last_position_pays_in_all_layers(keras_subject):
-    from gpt_tf.distillation.observe import outputs_of
+    from gpt_tf.distillation.distiller import outputs_of
 
     first, second = (
         attention.numpy()[0].mean(axis=0)[-1]

@@ -25,18 +25,17 @@ def calibrations(monkeypatch):
 
 
 def test_a_run_is_calibrated_and_verified_on_its_own_text(
-    trained, tmp_path, calibrations
+    trained, tmp_path, calibrations, notices
 ):
-    lines = []
     path = tmp_path / "gpt.litertlm"
-    manifest = export_trained(trained.out, path, "int8", on_notice=lines.append)
+    manifest = export_trained(trained.out, path, "int8")
     train = TokenFile.open(trained.out / "data" / "train.tokens").tokens
     (inputs,) = calibrations
     assert inputs.shape == (64, trained.model.context_length)
     text = "".join(map(chr, train))
     assert all("".join(map(chr, row)) in text for row in inputs)
     assert manifest["verification"]["text"] == "given text"
-    assert any("calibrating" in line for line in lines)
+    assert any("calibrating" in line for line in notices)
     with gpt_tf.EdgeGPT(path) as gpt:
         assert gpt.mode == "int8"
         assert gpt.generate("the", max_new_tokens=4, temperature=0)
@@ -49,7 +48,6 @@ def test_a_quantised_run_brings_its_own_ranges(trained, tmp_path, calibrations):
         steps=2,
         validate_every=2,
         verbose=False,
-        on_notice=lambda line: None,
     )
     calibrations.clear()
     manifest = export_trained(run.out, tmp_path / "gpt.tflite", "int8")

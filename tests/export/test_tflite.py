@@ -504,10 +504,9 @@ def test_the_manifest_says_what_was_written_and_measured(exported, text_ids):
     assert 0 < measured["largest_logit_difference"] < 1
 
 
-def test_the_export_says_what_it_does(export, model):
-    lines = []
-    export(model, "int8", on_notice=lines.append)
-    assert [line.partition(" ")[0] for line in lines] == [
+def test_the_export_says_what_it_does(export, model, notices):
+    export(model, "int8")
+    assert [line.partition(" ")[0] for line in notices] == [
         "calibrating:",
         "storing",
         "running",

@@ -21,6 +21,6 @@ def run():
     """Train silently."""
 
     def start(config, out, **options):
-        return train(config, out, verbose=False, on_notice=lambda line: None, **options)
+        return train(config, out, verbose=False, **options)
 
     return start

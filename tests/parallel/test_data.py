@@ -68,7 +68,6 @@ def test_train_gives_the_same_model_on_two_devices(corpus_folder, tmp_path):
             tmp_path / name,
             strategy=name,
             verbose=False,
-            on_notice=lambda line: None,
         )
         for name in ("one_device", "mirrored")
     ]

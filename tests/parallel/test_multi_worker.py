@@ -56,7 +56,6 @@ try:
         options["out"],
         resume=options["config"] is None,
         callbacks=[Interruption()],
-        on_notice=lambda line: None,
         verbose=False,
     )
     answer["sums"] = [float(abs(w).sum()) for w in result.model.get_weights()]
@@ -128,7 +127,6 @@ def assert_equals_one_device(out, answers, config, other):
         dataclasses.replace(config, strategy="one_device"),
         other,
         verbose=False,
-        on_notice=lambda line: None,
     )
     model, _ = loop.load_model(out)
     for a, b in zip(model.get_weights(), alone.model.get_weights(), strict=True):

@@ -21,7 +21,13 @@ import typer
 from gpt_tf import cli
 from gpt_tf.advisor import estimate
 from gpt_tf.advisor.constraints import Budgets, objective_of
-from gpt_tf.distillation import distiller, losses, sequences, student, teacher_cache
+from gpt_tf.distillation import (
+    distiller,
+    generated_text,
+    losses,
+    student,
+    teacher_cache,
+)
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.distillation.tokenizer_alignment import derive_tokenizer
 from gpt_tf.edge import runtime
@@ -306,7 +312,7 @@ def deleted(**options):
 
 def written(**options):
     given = {"num_tokens": 9, **options}
-    return next(sequences.written_documents(model(), bpe(), IDS, **given), None)
+    return next(generated_text.written_documents(model(), bpe(), IDS, **given), None)
 
 
 def extracted(**options):

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.text import corpus as corpora
-from gpt_tf.text.corpus import CorpusWarning, open_corpus
+from gpt_tf.text.corpus import open_corpus
 
 
 @pytest.fixture
@@ -169,10 +168,9 @@ def test_documents_stay_whole_where_that_comes_near_enough(tmp_path, sizes):
     assert held_share(corpus) == pytest.approx(0.1, abs=0.02)
 
 
-def test_another_share_than_asked_for_is_said(tmp_path):
-    notices = []
+def test_another_share_than_asked_for_is_said(tmp_path, notices):
     path = write(tmp_path / "two.txt", "ab")
-    open_corpus(path, on_notice=notices.append)
+    open_corpus(path)
     assert len(notices) == 1 and "50.0%" in notices[0]
 
 
@@ -209,11 +207,10 @@ def folder_of(root, *names):
     ],
 )
 def test_names_of_train_validation_and_test_are_respected(
-    tmp_path, train, validation, test
+    tmp_path, train, validation, test, notices
 ):
     folder = folder_of(tmp_path / "f", *train, *validation, *test)
-    notices = []
-    corpus = open_corpus(folder, validation_fraction=0.4, on_notice=notices.append)
+    corpus = open_corpus(folder, validation_fraction=0.4)
     assert sorted(names(corpus, "train")) == sorted(train)
     assert sorted(names(corpus, "validation")) == sorted(validation)
     assert len(notices) == 1 and validation[0] in notices[0]
@@ -230,10 +227,9 @@ def test_names_of_train_validation_and_test_are_respected(
         ["train-and-test.txt", "notes.txt"],  # says both
     ],
 )
-def test_names_that_divide_nothing_leave_it_to_the_share(tmp_path, found):
+def test_names_that_divide_nothing_leave_it_to_the_share(tmp_path, found, notices):
     folder = folder_of(tmp_path / "f", *found)
-    notices = []
-    corpus = open_corpus(folder, on_notice=notices.append)
+    corpus = open_corpus(folder)
     assert held_share(corpus) == pytest.approx(0.1, abs=0.02)
     assert not notices
     assert {*names(corpus, "train"), *names(corpus, "validation")} == set(found)
@@ -242,7 +238,7 @@ def test_names_that_divide_nothing_leave_it_to_the_share(tmp_path, found):
 def test_folders_named_one_by_one_are_respected(tmp_path):
     folder_of(tmp_path, "train/a.txt", "valid/b.txt")
     paths = [tmp_path / "train", tmp_path / "valid"]
-    corpus = open_corpus(paths, on_notice=lambda line: None)
+    corpus = open_corpus(paths)
     assert names(corpus, "train") == ["a.txt"]
     assert names(corpus, "validation") == ["b.txt"]
 
@@ -268,21 +264,17 @@ def test_the_named_text_may_lie_elsewhere(tmp_path, folder):
     assert corpus.describe()["files"] == 2
 
 
-def test_copies_of_the_named_text_are_not_trained_on(tmp_path, folder):
+def test_copies_of_the_named_text_are_not_trained_on(tmp_path, folder, notices):
     copy = write(tmp_path / "copy.txt", "This is book 3.\nIt ends here.\n")
-    notices = []
-    corpus = open_corpus(folder, validation=copy, on_notice=notices.append)
+    corpus = open_corpus(folder, validation=copy)
     assert len(names(corpus, "train")) == 29
     assert "shelf0/book03.txt" not in names(corpus, "train")
     assert len(notices) == 1 and "book03.txt" in notices[0]
 
 
-def test_test_files_are_not_trained_on_beside_named_text(tmp_path):
+def test_test_files_are_not_trained_on_beside_named_text(tmp_path, notices):
     folder = folder_of(tmp_path / "f", "wiki.train.txt", "wiki.test.txt", "mine.txt")
-    notices = []
-    corpus = open_corpus(
-        folder, validation=folder / "mine.txt", on_notice=notices.append
-    )
+    corpus = open_corpus(folder, validation=folder / "mine.txt")
     assert names(corpus, "train") == ["wiki.train.txt"]
     assert len(notices) == 1 and "wiki.test.txt" in notices[0]
 
@@ -322,9 +314,8 @@ def test_a_document_too_long_for_the_share_is_cut_at_a_line_end(tmp_path):
     assert held_share(corpus) == pytest.approx(0.1, abs=0.02)
 
 
-def test_a_separator_that_is_nowhere_is_said_once(folder):
-    notices = []
-    corpus = open_corpus(folder, separator="</s>", on_notice=notices.append)
+def test_a_separator_that_is_nowhere_is_said_once(folder, notices):
+    corpus = open_corpus(folder, separator="</s>")
     for _ in range(2):
         documents_of(corpus)
     assert len(notices) == 1 and "</s>" in notices[0]
@@ -379,9 +370,7 @@ def test_one_file_is_cut_at_a_line_end_near_the_fraction(tmp_path):
 def test_position_split_keeps_every_character_once(tmp_path_factory, text, fraction):
     path = write(tmp_path_factory.mktemp("cut") / "one.txt", text)
     try:
-        corpus = open_corpus(
-            path, validation_fraction=fraction, on_notice=lambda line: None
-        )
+        corpus = open_corpus(path, validation_fraction=fraction)
     except InputError as error:
         assert "text" in str(error)
         return
@@ -395,10 +384,9 @@ def test_one_line_with_blank_lines_after_it_is_cut_within_the_line(tmp_path):
     assert text_of(open_corpus(path), "validation").strip()
 
 
-def test_copies_of_a_file_are_kept_once_and_noticed(folder):
+def test_copies_of_a_file_are_kept_once_and_noticed(folder, notices):
     write(folder / "copies" / "a.txt", "This is book 3.\nIt ends here.\n")
-    notices = []
-    corpus = open_corpus(folder, on_notice=notices.append)
+    corpus = open_corpus(folder)
     texts = [d.text for s in corpora.SPLITS for d in corpus.documents(s)]
     assert len(texts) == len(set(texts)) == 30
     assert len(notices) == 1 and "copies" in notices[0]
@@ -407,16 +395,14 @@ def test_copies_of_a_file_are_kept_once_and_noticed(folder):
 def test_a_folder_of_copies_is_split_by_position(tmp_path):
     for index in range(5):
         write(tmp_path / "same" / f"{index}.txt", "first line\nsecond line\n")
-    corpus = open_corpus(
-        tmp_path / "same", validation_fraction=0.52, on_notice=lambda line: None
-    )
+    corpus = open_corpus(tmp_path / "same", validation_fraction=0.52)
     assert text_of(corpus, "train") == "first line\n"
     assert text_of(corpus, "validation") == "second line\n"
 
 
 def test_a_file_named_twice_counts_once(folder):
     file = folder / "shelf0" / "book00.txt"
-    corpus = open_corpus([folder, file, file], on_notice=lambda line: None)
+    corpus = open_corpus([folder, file, file])
     assert corpus.describe()["files"] == 30
 
 
@@ -441,14 +427,13 @@ def test_fingerprint_changes_with_a_byte_and_with_a_name(folder):
 # Reading
 
 
-def test_hidden_blank_and_binary_files_of_a_folder_are_skipped(folder):
+def test_hidden_blank_and_binary_files_of_a_folder_are_skipped(folder, notices):
     write(folder / ".git" / "config", "hidden")
     write(folder / ".hidden.txt", "hidden")
     write(folder / "blank.txt", " \n\n")
     write(folder / "empty.txt", "")
     write(folder / "picture.png", b"\x89PNG\0\0 binary")
-    notices = []
-    corpus = open_corpus(folder, on_notice=notices.append)
+    corpus = open_corpus(folder)
     assert corpus.describe()["files"] == 30
     assert len(notices) == 1 and "picture.png" in notices[0]
 
@@ -475,10 +460,9 @@ def test_loops_of_links_do_no_harm(folder):
     assert open_corpus(folder).describe()["files"] == 30
 
 
-def test_undecodable_bytes_are_replaced_and_reported_once(tmp_path):
+def test_undecodable_bytes_are_replaced_and_reported_once(tmp_path, notices):
     path = write(tmp_path / "bad.txt", "é one\n".encode() + b"t\xffw\xfeo\nthree\n")
-    notices = []
-    corpus = open_corpus(path, validation_fraction=0.3, on_notice=notices.append)
+    corpus = open_corpus(path, validation_fraction=0.3)
     for _ in range(2):
         text = text_of(corpus, "train") + text_of(corpus, "validation")
     assert text == "é one\nt\ufffdw\ufffdo\nthree\n"
@@ -487,17 +471,19 @@ def test_undecodable_bytes_are_replaced_and_reported_once(tmp_path):
     assert notices[0].endswith("offset 8")
 
 
-def test_notices_are_warnings_unless_taken(tmp_path):
+def test_notices_are_logged_and_kept(tmp_path, caplog):
     path = write(tmp_path / "bad.txt", b"one\ntwo\xff\nthree\n")
     corpus = open_corpus(path, validation_fraction=0.4)
-    with pytest.warns(CorpusWarning, match="offset 7"):
-        list(corpus.documents("train"))
+    list(corpus.documents("train"))
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("gpt_tf.text.corpus", "WARNING")
+    assert "offset 7" in record.getMessage()
+    assert corpus.notices == [record.getMessage()]
 
 
-def test_clean_text_gives_no_notice(folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        list(open_corpus(folder).documents("train"))
+def test_clean_text_gives_no_notice(folder, notices):
+    list(open_corpus(folder).documents("train"))
+    assert not notices
 
 
 def test_byte_order_mark_is_stripped_at_the_start_only(tmp_path):

@@ -22,8 +22,9 @@ from gpt_tf.errors import (
 )
 from gpt_tf.models import cached_forward
 from gpt_tf.training.config import PRESETS, TrainingConfig
-from gpt_tf.training.loop import WarmupCosine, distil, load_model, quantize, train
-from gpt_tf.training.run_folder import read_run
+from gpt_tf.training.loop import distil, quantize, train
+from gpt_tf.training.run_folder import load_model, read_run
+from gpt_tf.training.schedule import WarmupCosine
 
 NOT_BOUNDED = (
     *("learning_rate", "final_learning_rate", "weight_decay", "global_clipnorm"),
@@ -54,8 +55,7 @@ def tiny(corpus_folder):
 
 
 def run(config, out, **options):
-    options = {"verbose": False, "on_notice": lambda line: None, **options}
-    return train(config, out, **options)
+    return train(config, out, **{"verbose": False, **options})
 
 
 def test_training_lowers_the_loss_and_leaves_a_complete_folder(trained):
@@ -116,7 +116,7 @@ def test_resumed_weights_are_bit_equal(tiny, tmp_path, interrupt_after, step):
     ],
     ids=["float32", "mixed_float16", "augmented"],
 )
-def test_resume_after_kill_9_is_bit_equal(tiny, tmp_path, changes):
+def test_resume_after_kill_9_is_bit_equal(tiny, tmp_path, notices, changes):
     config = dataclasses.replace(
         tiny,
         checkpoint_every=3,
@@ -143,8 +143,7 @@ def test_resume_after_kill_9_is_bit_equal(tiny, tmp_path, changes):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    notices = []
-    again = run(None, out, resume=True, on_notice=notices.append)
+    again = run(None, out, resume=True)
     assert any("going on from step" in line for line in notices)
     for one, other in zip(
         whole.model.get_weights(), again.model.get_weights(), strict=True
@@ -203,14 +202,15 @@ def test_from_where_it_was_resumed_the_rate_is_that_of_a_longer_run(tiny, tmp_pa
     np.testing.assert_allclose(rates, wanted, rtol=1e-6)
 
 
-def test_little_text_trains_with_the_vocabulary_that_it_supports(tiny, tmp_path):
+def test_little_text_trains_with_the_vocabulary_that_it_supports(
+    tiny, tmp_path, notices
+):
     text = (tmp_path / "some.txt", "One two three. Two three four.\n" * 800)
     text[0].write_text(text[1])  # 25 kB
     config = dataclasses.replace(
         tiny, corpus=str(text[0]), vocab_size=4096, steps=2, jit_compile="off"
     )
-    notices = []
-    result = run(config, tmp_path / "run", on_notice=notices.append)
+    result = run(config, tmp_path / "run")
     size = result.tokenizer.vocab_size
     assert 257 < size < 300 and result.model.vocab_size == size
     assert any(f"a vocabulary of {size} tokens" in line for line in notices)
@@ -251,7 +251,7 @@ def interrupted(tiny, tmp_path, interrupt_after):
         "remove",
     ],
 )
-def test_the_newest_good_checkpoint_is_used(interrupted, damage):
+def test_the_newest_good_checkpoint_is_used(interrupted, notices, damage):
     newest = interrupted / "checkpoints" / "step-00000012"
     state = newest / "state.safetensors"
     data = bytearray(state.read_bytes())
@@ -264,8 +264,7 @@ def test_the_newest_good_checkpoint_is_used(interrupted, damage):
         (newest / "manifest.json").write_text("{")
     else:
         state.unlink()
-    notices = []
-    run(None, interrupted, resume=True, on_notice=notices.append)
+    run(None, interrupted, resume=True)
     assert any("damaged checkpoint" in line for line in notices)
     assert "going on from step 8" in notices
 
@@ -299,10 +298,7 @@ def test_damaged_token_files_are_refused(interrupted, damage):
 def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(
     tiny, tmp_path, monkeypatch
 ):
-
-    from gpt_tf.training import loop
-
-    save, calls = loop.safetensors.numpy.save_file, []
+    save, calls = safetensors.numpy.save_file, []
 
     def full(state, path, **options):
         calls.append(path)
@@ -311,7 +307,7 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(
             raise OSError(errno.ENOSPC, "No space left on device")
         save(state, path, **options)
 
-    monkeypatch.setattr(loop.safetensors.numpy, "save_file", full)
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
     with pytest.raises(InputError, match="cannot be written: No space left"):
         run(dataclasses.replace(tiny, checkpoint_every=4), tmp_path / "run")
     left = os.listdir(tmp_path / "run" / "checkpoints")
@@ -373,10 +369,9 @@ def test_a_keras_3_callback_gets_the_teaching_error(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_samples_are_written_while_training(tiny, tmp_path):
-    notices = []
+def test_samples_are_written_while_training(tiny, tmp_path, notices):
     config = dataclasses.replace(tiny, sample_every=10, sample_prompt="the")
-    run(config, tmp_path / "run", on_notice=notices.append)
+    run(config, tmp_path / "run")
     assert sum(line.startswith("step 10 writes:\nthe") for line in notices) == 1
 
 
@@ -480,7 +475,6 @@ def test_a_student_that_diverges_stops_too(trained, tmp_path):
             jit_compile="off",
             callbacks=[Spoiling(2)],
             verbose=False,
-            on_notice=lambda line: None,
         )
     assert not (tmp_path / "student" / "model").exists()
 
@@ -513,11 +507,10 @@ def in_state(change):
     ],
     ids=["NaN in the state", "NaN in the history", "no tensors"],
 )
-def test_a_checkpoint_that_is_no_good_is_passed_over(interrupted, change):
+def test_a_checkpoint_that_is_no_good_is_passed_over(interrupted, notices, change):
     """Whatever its hash says: versions before wrote NaN, and others may forge."""
     forge_newest(interrupted, change)
-    notices = []
-    run(None, interrupted, resume=True, on_notice=notices.append)
+    run(None, interrupted, resume=True)
     assert "going on from step 8" in notices
 
 
@@ -758,8 +751,7 @@ def test_the_command_line_has_every_switch(monkeypatch):
 
 
 def quantize_quietly(*arguments, **options):
-    options = {"verbose": False, "on_notice": lambda line: None, **options}
-    return quantize(*arguments, **options)
+    return quantize(*arguments, **{"verbose": False, **options})
 
 
 @pytest.fixture(scope="module")
@@ -905,6 +897,5 @@ def test_a_run_in_use_by_another_process_is_refused(trained):
             trained.out,
             overwrite=True,
             verbose=False,
-            on_notice=lambda line: None,
         )
     assert sorted(trained.out.rglob("*")) == before

@@ -17,7 +17,7 @@ from gpt_tf.text.dataset import TokenFile
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer, load_tokenizer
 from gpt_tf.training import loop, preparation
 from gpt_tf.training.config import PRESETS, TrainingConfig
-from gpt_tf.training.run_folder import load_model, read_run
+from gpt_tf.training.run_folder import load_model, read_run, save_model
 
 COURSE = {
     "steps": 6,
@@ -28,7 +28,6 @@ COURSE = {
     "jit_compile": "off",
     "strategy": "one_device",
     "verbose": False,
-    "on_notice": lambda line: None,
 }
 SMALL = {"num_layers": 1}
 
@@ -47,9 +46,7 @@ def student(trained, tmp_path_factory):
 def knowledge(trained, tmp_path_factory):
     """The tiny teacher's knowledge."""
     path = tmp_path_factory.mktemp("stores") / "knowledge"
-    return loop.extract_knowledge(
-        trained.out, path, top_k=8, passes=2, on_notice=lambda line: None
-    )
+    return loop.extract_knowledge(trained.out, path, top_k=8, passes=2)
 
 
 def test_the_student_is_a_gpt_by_itself(trained, student):
@@ -78,7 +75,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_student(
     out = tmp_path / "student"
     with pytest.raises(KeyboardInterrupt):
         distil(trained, out, callbacks=[interrupt_after(5)])
-    options = {"verbose": False, "on_notice": lambda line: None}
+    options = {"verbose": False}
     resumed = loop.distil(None, out, resume=True, **options)
     for one, two in zip(
         resumed.model.get_weights(), student.model.get_weights(), strict=True
@@ -100,7 +97,7 @@ def test_a_student_of_the_store_needs_no_teacher(trained, knowledge, tmp_path):
     # Going on works when the teacher is gone.
     shutil.rmtree(home)
     shutil.rmtree(tmp_path / "student" / "checkpoints" / "step-00000006")
-    quiet = {"verbose": False, "on_notice": lambda line: None}
+    quiet = {"verbose": False}
     again = loop.distil(None, tmp_path / "student", resume=True, **quiet)
     for one, two in zip(
         result.model.get_weights(), again.model.get_weights(), strict=True
@@ -130,9 +127,8 @@ def test_importance_is_measured_on_the_teachers_tokens(trained, tmp_path):
 
 
 def test_a_store_for_a_smaller_vocabulary_can_be_extracted_first(trained, tmp_path):
-    quiet = {"on_notice": lambda line: None}
     store = loop.extract_knowledge(
-        trained.out, tmp_path / "knowledge", vocab_size=280, top_k=8, **quiet
+        trained.out, tmp_path / "knowledge", vocab_size=280, top_k=8
     )
     assert store.mapping == "derived"
     wanted = {**SMALL, "vocab_size": 280, "knowledge": str(store.path)}
@@ -283,7 +279,7 @@ def test_any_two_tokenizers_go_together_with_sorted_probabilities(
 
 def test_an_untrained_teacher_is_warned_of(trained, make_model, tmp_path):
     sizes = {"vocab_size": trained.tokenizer.vocab_size, "context_length": 32}
-    loop.save_model(make_model(**sizes), trained.tokenizer, tmp_path / "new")
+    save_model(make_model(**sizes), trained.tokenizer, tmp_path / "new")
     with pytest.warns(DistillationWarning, match="looks untrained"):
         loop.distil(
             tmp_path / "new",

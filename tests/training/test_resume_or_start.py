@@ -38,18 +38,18 @@ class Counter(keras.callbacks.Callback):
 
 
 @pytest.fixture
-def start():
+def start(notices):
     """Give the command; return the result, the steps trained and the notices."""
 
     def run(config, out, function=loop.train, callbacks=(), **options):
-        counter, notices = Counter(), []
+        counter = Counter()
+        notices.clear()
         result = function(
             config,
             out,
             resume_or_start=True,
             callbacks=[counter, *callbacks],
             verbose=False,
-            on_notice=notices.append,
             **options,
         )
         return result, counter.steps, notices
@@ -60,7 +60,7 @@ def start():
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
-    return loop.train(config, out, verbose=False, on_notice=lambda line: None)
+    return loop.train(config, out, verbose=False)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def quick():
 def finished(options, tmp_path_factory):
     """The folder of a finished optimisation."""
     out = tmp_path_factory.mktemp("optimized") / "with a space"
-    optimize(options, out, on_notice=lambda line: None)
+    optimize(options, out)
     return out
 
 
@@ -91,10 +91,6 @@ def made(monkeypatch):
     for name in ("export_trained", "measure_accuracies", "compare_latencies"):
         watch(optimization, name)
     return found
-
-
-def silent(line):
-    """Take a notice."""
 
 
 def test_it_leaves_the_report_the_pictures_and_the_chosen_file(finished):
@@ -152,13 +148,12 @@ def test_a_model_is_the_same_from_every_folder(monkeypatch, tmp_path):
     assert OptimizationConfig(model="../model") == config
 
 
-def test_a_second_start_does_nothing_again(options, out, made):
+def test_a_second_start_does_nothing_again(options, out, made, notices):
     before = read_report(out)
-    said = []
-    after = optimize(options, out, on_notice=said.append)
+    after = optimize(options, out)
     assert made == []
     assert [stage["reused"] for stage in after["stages"]] == [True] * 10
-    assert sum("done before" in line for line in said) == 10
+    assert sum("done before" in line for line in notices) == 10
     assert after["entries"] == before["entries"] or _but_estimates(
         after["entries"]
     ) == _but_estimates(before["entries"])
@@ -170,7 +165,7 @@ def _but_estimates(entries):
 
 
 def test_other_budgets_choose_anew_and_make_nothing(options, out, made):
-    report = optimize(options, out, budgets={"max_size_mb": "0.05"}, on_notice=silent)
+    report = optimize(options, out, budgets={"max_size_mb": "0.05"})
     assert made == []
     recommendation = report["recommendation"]
     assert recommendation["choice"] is None
@@ -178,13 +173,13 @@ def test_other_budgets_choose_anew_and_make_nothing(options, out, made):
     assert not (out / "gpt.litertlm").exists()
     assert not (out / "gpt.litertlm.json").exists()
     assert read_report(out)["budgets"]["max_size_mb"] == 0.05
-    optimize(options, out, budgets={"max_size_mb": 5}, on_notice=silent)
+    optimize(options, out, budgets={"max_size_mb": 5})
     assert (out / "gpt.litertlm").is_file()
 
 
 def test_what_is_preferred_chooses_anew_and_makes_nothing(options, out, made):
     limits = {"max_perplexity_increase": 0.99, "max_latency_ms": 900, "max_size_mb": 5}
-    wanted = {"budgets": limits, "on_notice": silent}
+    wanted = {"budgets": limits}
     for prefer, number in (
         ("size", lambda entry: entry["size_bytes"]),
         ("accuracy", lambda entry: entry["accuracy"]["perplexity"]["value"]),
@@ -204,7 +199,7 @@ def test_what_is_preferred_chooses_anew_and_makes_nothing(options, out, made):
 def test_other_options_are_refused_with_the_difference(options, out, made):
     before = sorted(path.name for path in out.iterdir())
     with pytest.raises(InputError, match="student_steps=6 instead of 7") as refused:
-        optimize({**options, "student_steps": 7}, out, on_notice=silent)
+        optimize({**options, "student_steps": 7}, out)
     assert "--update" in str(refused.value) and "corpus" not in str(refused.value)
     assert made == []
     assert sorted(path.name for path in out.iterdir()) == before
@@ -212,7 +207,7 @@ def test_other_options_are_refused_with_the_difference(options, out, made):
 
 def test_an_update_does_what_the_change_concerns(options, out, made):
     changed = {**options, "modes": (*options["modes"], "float16")}
-    report = optimize(changed, out, update=True, on_notice=silent)
+    report = optimize(changed, out, update=True)
     assert made == [
         *["export_trained"] * 2,
         *("measure_accuracies", "compare_latencies"),
@@ -222,7 +217,7 @@ def test_an_update_does_what_the_change_concerns(options, out, made):
 
 def test_a_lost_file_is_made_again(options, out, made):
     (out / "files" / "student-1-dynamic_int8.litertlm").unlink()
-    optimize(options, out, on_notice=silent)
+    optimize(options, out)
     assert made[0] == "export_trained"
     assert "distil" not in made
 
@@ -237,7 +232,7 @@ def test_a_mode_that_cannot_be_had_is_told_and_not_hidden(options, out, monkeypa
 
     monkeypatch.setattr(optimization, "export_trained", export)
     changed = {**options, "modes": ("dynamic_int8", "int4")}
-    report = optimize(changed, out, update=True, on_notice=silent)
+    report = optimize(changed, out, update=True)
     assert [e["name"] for e in report["entries"]] == [
         *("teacher-float32", "teacher-dynamic_int8", "student-1-dynamic_int8"),
     ]
@@ -258,7 +253,7 @@ def test_a_request_that_the_context_has_no_room_for_is_shortened_and_that_is_tol
 
     monkeypatch.setattr(optimization, "compare_latencies", compare)
     wanted = {**options, "prompt_tokens": 32, "new_tokens": 32}  # of 32 in all
-    report = optimize(wanted, out, update=True, on_notice=silent)
+    report = optimize(wanted, out, update=True)
     assert asked == [(16, 16)]
     assert any("has no room for" in note for note in report["notes"])
 
@@ -277,9 +272,9 @@ def test_a_trained_model_is_taken_as_the_teacher(
         shutil.copytree(trained.out / "model", tmp_path / "alone")
         options["model"] = tmp_path / "alone" / "model.keras"
         with pytest.raises(InputError, match="expects a corpus"):
-            optimize(options, tmp_path / "out", on_notice=silent)
+            optimize(options, tmp_path / "out")
         options["corpus"] = str(corpus_folder)
-    report = optimize(options, tmp_path / "out", on_notice=silent)
+    report = optimize(options, tmp_path / "out")
     assert made == [
         *["export_trained"] * 2,
         *("measure_accuracies", "compare_latencies"),
@@ -305,7 +300,7 @@ def test_a_model_without_its_run_has_students_and_follows_its_text(
 
     monkeypatch.setattr(loop, "distil", stop)
     with pytest.raises(KeyboardInterrupt):
-        optimize(wanted, tmp_path / "out", on_notice=silent)
+        optimize(wanted, tmp_path / "out")
     assert courses[0]["context_length"] == trained.model.context_length < 128
     # Once the files are made.
     monkeypatch.setattr(optimization, "held_out_text", stop)
@@ -314,7 +309,7 @@ def test_a_model_without_its_run_has_students_and_follows_its_text(
     def exported():
         made.clear()
         with pytest.raises(KeyboardInterrupt):
-            optimize(wanted, tmp_path / "out", update=True, on_notice=silent)
+            optimize(wanted, tmp_path / "out", update=True)
         return made.count("export_trained")
 
     assert exported() == 2
@@ -325,7 +320,7 @@ def test_a_model_without_its_run_has_students_and_follows_its_text(
     assert exported() == 2
 
 
-def test_an_interrupted_training_goes_on(options, tmp_path, interrupt_after, made):
+def test_an_interrupted_training_goes_on(options, tmp_path, interrupt_after, notices):
     out = tmp_path / "out"
     real = loop.train
 
@@ -335,14 +330,13 @@ def test_an_interrupted_training_goes_on(options, tmp_path, interrupt_after, mad
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train", stop)
         with pytest.raises(KeyboardInterrupt):
-            optimize(options, out, on_notice=silent)
-    said = []
+            optimize(options, out)
     with pytest.MonkeyPatch.context() as patch:
         # What follows the teacher is another test's.
         patch.setattr(loop, "distil", _enough)
         with pytest.raises(_Enough):
-            optimize(options, out, on_notice=said.append)
-    assert any("step 10" in line for line in said), said
+            optimize(options, out)
+    assert any("step 10" in line for line in notices)
 
 
 class _Enough(Exception):
@@ -358,13 +352,13 @@ def test_a_folder_in_use_is_refused(options, out):
         artifacts.locked(out),
         pytest.raises(InputError, match=f"in use by another process, {os.getpid()}"),
     ):
-        optimize(options, out, on_notice=silent)
+        optimize(options, out)
 
 
 def test_a_folder_of_something_else_is_refused(options, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match=r"thesis\.txt"):
-        optimize(options, tmp_path, on_notice=silent)
+        optimize(options, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -387,7 +381,7 @@ def test_a_folder_of_something_else_is_refused(options, tmp_path):
 )
 def test_what_cannot_be_made_is_refused(options, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
-        optimize({**options, **changes}, tmp_path / "out", on_notice=silent)
+        optimize({**options, **changes}, tmp_path / "out")
     assert not list(tmp_path.rglob("*.litertlm"))
 
 
@@ -395,7 +389,7 @@ def test_budgets_that_nothing_can_keep_are_refused_before_any_training(
     options, tmp_path, made
 ):
     with pytest.raises(InputError, match="max_size_mb"):
-        optimize(options, tmp_path, budgets={"max_size_mb": 0.001}, on_notice=silent)
+        optimize(options, tmp_path, budgets={"max_size_mb": 0.001})
     assert made == []
 
 

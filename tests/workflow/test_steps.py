@@ -3,7 +3,7 @@
 import pytest
 
 from gpt_tf import artifacts
-from gpt_tf.workflow.steps import Stages
+from gpt_tf.workflow.steps import Step, Steps
 
 
 class Accident(BaseException):
@@ -12,11 +12,11 @@ class Accident(BaseException):
 
 @pytest.fixture
 def house(tmp_path):
-    """Run two stages, the second made of what the first made; return what was done."""
+    """Run two steps, the second made of what the first made; return what was done."""
 
     def build(word="one", suffix="!", fail=None):
-        said, worked = [], []
-        stages = Stages(tmp_path, {"first": 30.0, "second": 90.0}, said.append)
+        worked = []
+        steps = Steps(tmp_path, 2)
 
         def first():
             worked.append("first")
@@ -32,25 +32,35 @@ def house(tmp_path):
         def begin():
             worked.append("begin")
 
-        stages.run("first", {"word": word}, ["first.txt"], first, command="a first")
-        made = artifacts.sha256_of(tmp_path / "first.txt")
-        inputs = {"a": made, "b": suffix}
-        stages.run("second", inputs, ["second.txt"], second, begin=begin)
-        return worked, said, stages
+        def inputs():
+            return {"a": artifacts.sha256_of(tmp_path / "first.txt"), "b": suffix}
+
+        of_first = {"word": word}
+        files = ["first.txt"], ["second.txt"]
+        command = "a first"
+        for step in (
+            Step("first", "1st", lambda: of_first, files[0], first, command=command),
+            Step("second", "2nd", inputs, files[1], second, begin),
+        ):
+            steps.run(step)
+        return worked, steps
 
     build.folder = tmp_path
     return build
 
 
-def test_a_second_run_does_nothing(house):
-    worked, said, stages = house()
+def test_a_second_run_does_nothing(house, notices):
+    worked, steps = house()
     assert worked == ["first", "begin", "second"]
-    assert [done.reused for done in stages.done] == [False, False]
-    worked, said, stages = house()
+    assert [done.reused for done in steps.done] == [False, False]
+    seconds = [done.seconds for done in steps.done]
+    notices.clear()
+    worked, steps = house()
     assert worked == []
-    assert said == ["[1/2] first: done before", "[2/2] second: done before"]
-    assert [done.reused for done in stages.done] == [True, True]
-    assert stages.done[0].command == "a first"
+    assert notices == ["[1/2] 1st: done before", "[2/2] 2nd: done before"]
+    assert [done.reused for done in steps.done] == [True, True]
+    assert [done.seconds for done in steps.done] == seconds
+    assert steps.done[0].command == "a first"
 
 
 def test_only_what_changed_is_done_again(house):
@@ -61,20 +71,20 @@ def test_only_what_changed_is_done_again(house):
     assert (house.folder / "second.txt").read_text() == "two?"
 
 
-def test_a_killed_stage_goes_on_without_beginning(house):
+def test_a_killed_step_goes_on_without_beginning(house):
     with pytest.raises(Accident):
         house(fail="second")
     assert house()[0] == ["second"]
     assert house()[0] == []
 
 
-def test_a_stage_that_was_begun_with_other_inputs_begins_anew(house):
+def test_a_step_that_was_begun_with_other_inputs_begins_anew(house):
     with pytest.raises(Accident):
         house(fail="second")
     assert house(suffix="?")[0] == ["begin", "second"]
 
 
-def test_a_stage_killed_before_it_began_begins(house, monkeypatch):
+def test_a_step_killed_before_it_began_begins(house, monkeypatch):
     """What it must not go on with may still be there: the record comes after."""
     house()
 
@@ -92,13 +102,13 @@ def test_a_lost_or_altered_output_is_made_again(house, damage):
     house()
     path = house.folder / "first.txt"
     path.unlink() if damage == "delete" else path.write_text("other")
-    # The second stage's input is the same again: it stays.
+    # The second step's input is the same again: it stays.
     assert house()[0] == ["first"]
     assert path.read_text() == "one"
 
 
 @pytest.mark.parametrize("text", ["", "junk", "[]"])
-def test_a_stage_with_a_damaged_record_is_done_again(house, text):
+def test_a_step_with_a_damaged_record_is_done_again(house, text):
     house()
     (house.folder / "stages" / "first.json").write_text(text)
     assert house()[0] == ["first"]
@@ -111,25 +121,8 @@ def test_another_version_of_the_program_does_all_anew(house, monkeypatch):
     assert house()[0] == ["first", "begin", "second"]
 
 
-def test_the_time_left_follows_what_was_needed(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("gpt_tf.workflow.steps.time.perf_counter", lambda: now[0])
-    said = []
-    stages = Stages(tmp_path, {"a": 600.0, "b": 600.0, "c": 600.0}, said.append)
-
-    def work():
-        now[0] += 1920.0  # three times and more what was expected
-
-    stages.run("a", {}, [], work)
-    stages.run("b", {}, [], work)
-    assert said[0] == "[1/3] a (about 30 min left)"
-    # (1920 + 60) / (600 + 60) = 3 times the 20 minutes that are planned.
-    assert said[1] == "[2/3] b (about 60 min left)"
-
-
-def test_a_stage_that_has_nothing_to_do_leaves_the_plan(tmp_path):
-    said = []
-    stages = Stages(tmp_path, {"a": 60.0, "b": 600.0}, said.append)
-    stages.skip("b")
-    stages.run("a", {}, [], lambda: None)
-    assert said == ["[1/1] a (about 1 min left)"]
+def test_a_step_that_has_nothing_to_do_is_not_counted(tmp_path, notices):
+    steps = Steps(tmp_path, 2)
+    steps.skip()
+    steps.run(Step("a", "it", dict, [], lambda: None))
+    assert notices == ["[1/1] it"]

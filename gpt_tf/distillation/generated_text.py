@@ -1,17 +1,22 @@
-"""Sequence-level distillation: text that the teacher writes, for the student to read.
+"""Text that models generate to learn from.
 
-The teacher continues beginnings of the training text; what repeats itself is thrown
-away, and the rest is mixed with real text.
+Before training, the teacher continues beginnings of the training text: what repeats
+itself is thrown away, and the rest is mixed with real text (sequence-level
+distillation). Within a training step, the student continues prompts for the teacher to
+judge (on-policy distillation).
 
-Reference: Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947.
+References: Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07947;
+Agarwal et al., "On-Policy Distillation of Language Models", arXiv:2306.13649.
 """
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import tensorflow as tf
 
 from gpt_tf.errors import InputError
 from gpt_tf.models import cached_forward
+from gpt_tf.models.cached_forward import empty_cache, forward_cached
 from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Document
 
@@ -107,3 +112,55 @@ def repetition(ids, length: int = 4) -> float:
     """Return the share of runs of `length` tokens that occurred before, in [0, 1]."""
     runs = [tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)]
     return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def continued(student, prompts, length, seed):
+    """Let a GPT continue prompts, sampling at temperature 1, inside a graph.
+
+    Args:
+        student: A GPT.
+        prompts: `(B, P)` int32, `P` at least 1.
+        length: Number of tokens with the prompt, at most its context plus one.
+        seed: `(2,)` int32; the same seed gives the same text.
+
+    Returns:
+        `(B, length)` int32: the prompts and what the student generates.
+    """
+    batch_size = prompts.shape[0] or tf.shape(prompts)[0]
+    prompt_length = prompts.shape[1]
+    starts = tf.zeros([batch_size], tf.int32)
+    logits, caches = forward_cached(
+        student, prompts, 0, starts, empty_cache(student, batch_size, length)
+    )
+    rest = tf.zeros([batch_size, length - prompt_length], tf.int32)
+    text = tf.concat([prompts, rest], axis=1)
+
+    def choose(logits, place):
+        noise = tf.random.stateless_uniform(
+            tf.shape(logits), seed + tf.stack([0, place * 65537]), minval=1e-7
+        )
+        gumbel = -tf.math.log(-tf.math.log(noise))
+        return tf.argmax(logits + gumbel, axis=-1, output_type=tf.int32)  # (B,)
+
+    def put(text, tokens, place):
+        here = tf.range(length)[tf.newaxis] == place
+        return tf.where(here, tokens[:, tf.newaxis], text)
+
+    def more(place, text, token, caches):
+        logits, updated = forward_cached(
+            student, token[:, tf.newaxis], place, starts, caches
+        )
+        for new, old in zip(updated, caches, strict=True):
+            new.set_shape(old.shape)
+        token = choose(logits[:, 0], place + 1)
+        return place + 1, put(text, token, place + 1), token, updated
+
+    token = choose(logits[:, -1], tf.constant(prompt_length))
+    text = put(text, token, prompt_length)
+    _, text, _, _ = tf.while_loop(
+        lambda place, *_: place < length - 1,
+        more,
+        (tf.constant(prompt_length), text, token, caches),
+        maximum_iterations=max(0, length - 1 - prompt_length),
+    )
+    return text

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from gpt_tf.distillation import sequences
-from gpt_tf.distillation.sequences import repetition, written_documents
+from gpt_tf.distillation import generated_text
+from gpt_tf.distillation.generated_text import repetition, written_documents
 from gpt_tf.errors import InputError
 from gpt_tf.text.dataset import TokenFile
 
@@ -59,7 +59,7 @@ def test_what_repeats_itself_is_left_out(written, monkeypatch):
         seen.append(next(shares))
         return seen[-1]
 
-    monkeypatch.setattr(sequences, "repetition", next_share)
+    monkeypatch.setattr(generated_text, "repetition", next_share)
     documents = written(200, seed=3, max_repetition=0.2)
     assert len(documents) == sum(share <= 0.2 for share in seen)
     assert len(seen) > len(documents)
@@ -72,7 +72,7 @@ def test_repetition_is_the_share_of_runs_seen_before():
 
 
 def test_a_teacher_that_only_repeats_itself_ends_with_a_message(written, monkeypatch):
-    monkeypatch.setattr(sequences, "repetition", lambda ids: 1.0)
+    monkeypatch.setattr(generated_text, "repetition", lambda ids: 1.0)
     with pytest.raises(InputError, match="repeats itself in over 20%"):
         written(50, max_repetition=0.2)
 

@@ -1,0 +1,195 @@
+"""What an optimisation is to make: teacher, students and files, before any of it."""
+
+import contextlib
+import dataclasses
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from gpt_tf import artifacts
+from gpt_tf.advisor.estimate import count_parameters, refuse_impossible
+from gpt_tf.errors import InputError
+from gpt_tf.evaluation.models import open_model
+from gpt_tf.training.config import PRESETS, TrainingConfig
+from gpt_tf.training.preparation import open_text
+from gpt_tf.training.run_folder import model_file, read_run
+from gpt_tf.workflow.config import OptimizationConfig
+
+REFERENCE = "teacher-float32"
+# Fields that say which text is learnt from and what of it is held out.
+TEXT = ("corpus", "validation", "separator")
+
+
+class File(NamedTuple):
+    """A file to make.
+
+    Attributes:
+        name: Of the file and of its entry in the report.
+        source: Name of the run that it is exported from.
+        mode: How it is quantised.
+        num_layers: Blocks of its model.
+        made_from: A sentence about its model.
+    """
+
+    name: str
+    source: str
+    mode: str
+    num_layers: int
+    made_from: str
+
+    @property
+    def path(self) -> str:
+        """Where it lies in the folder."""
+        return f"files/{self.name}.litertlm"
+
+
+class Plan:
+    """What is to be made. Making it refuses what cannot be used, and writes nothing.
+
+    Args:
+        config: What is asked for.
+        out: The folder of it all.
+        budgets: A `gpt_tf.advisor.constraints.Budgets`.
+        machine: What `describe_machine` found.
+
+    Attributes:
+        teacher: Folder of the teacher's run or model.
+        training: The configuration that trains, or trained, the teacher.
+        request: Prompt and new tokens of the request that is timed.
+        students: Blocks of each student.
+        student_steps: Optimiser steps of each.
+        files: The files to make; those that turn out to be impossible are removed.
+        text_hash: SHA-256 of the text that is learnt from.
+        notes: Lines for the report.
+
+    Raises:
+        InputError: The corpus, the model or a number cannot be used, or no file can
+            keep the budgets.
+    """
+
+    def __init__(self, config: OptimizationConfig, out: Path, budgets, machine):
+        self.config = config
+        self.out = out
+        self.machine = machine
+        self.teacher = Path(config.model) if config.model else out / "runs" / "teacher"
+        self.notes = []
+        self.training = self._training()
+        self.request = self._request()
+        self.students = self._students()
+        self.student_steps = config.student_steps or max(1, self.training.steps // 3)
+        self.files = self._files()
+        smallest = min(map(self.sizes_of, self.files), key=count_parameters)
+        refuse_impossible(budgets, smallest, machine)
+        self.text_hash = self._hash_of_text()
+
+    def run_of(self, source) -> Path:
+        """Return the folder of a run: the teacher's may be anywhere."""
+        return self.teacher if source == "teacher" else self.out / "runs" / source
+
+    def sizes_of(self, file) -> dict:
+        """Return what the model of a file will be, before there is one."""
+        sizes = dataclasses.asdict(self.training)
+        sizes["feedforward_dim"] = (
+            sizes["feedforward_dim"] or 4 * sizes["embedding_dim"]
+        )
+        return sizes | {"num_layers": file.num_layers}
+
+    def _training(self):
+        config = self.config
+        given = {name: getattr(config, name) for name in TEXT}
+        given = {} if config.corpus is None else given
+        if config.model is None:
+            if config.steps is not None:
+                given["steps"] = config.steps
+            preset = PRESETS[config.preset]
+            return dataclasses.replace(preset, seed=config.seed, **given)
+        if config.steps is not None:
+            raise InputError(
+                "`steps` are those of a teacher that is trained. Received: a trained "
+                f"`model` too, {config.model}. Leave one out."
+            )
+        if not model_file(self.teacher).is_file():
+            raise InputError(
+                f"Expected a trained model at {self.teacher}; there is none. Name a "
+                "folder that `gpt-tf train` finished."
+            )
+        if (self.teacher / "run.json").is_file():
+            return dataclasses.replace(read_run(self.teacher), **given)
+        if config.corpus is None:
+            raise InputError(
+                f"A model without its run expects a corpus. Received: none, with "
+                f"{self.teacher}. Name one, python-stdlib for example."
+            )
+        with open_model(self.teacher) as subject:
+            sizes = subject.config
+        known = {field.name for field in dataclasses.fields(TrainingConfig)}
+        shape = {name: sizes[name] for name in known & sizes.keys()}
+        return TrainingConfig(**{**shape, **given})
+
+    def _request(self):
+        asked = (self.config.prompt_tokens, self.config.new_tokens)
+        context = self.training.context_length
+        if sum(asked) <= context:
+            return asked
+        half = context // 2
+        self.notes.append(
+            f"The context of {context} tokens has no room for a request of {asked[0]} "
+            f"prompt tokens and {asked[1]} new ones: {half} and {half} were timed."
+        )
+        return half, half
+
+    def _students(self):
+        blocks, wanted = self.training.num_layers, self.config.students
+        if wanted is None:
+            wanted = sorted({blocks // 2, blocks // 4} - {0}, reverse=True)
+            if not wanted:
+                self.notes.append(
+                    "The teacher has one block: no smaller student was distilled."
+                )
+        for count in wanted:
+            if count > blocks:
+                raise InputError(
+                    f"A student expects at most the teacher's {blocks} blocks. "
+                    f"Received: {count}. Choose fewer."
+                )
+        return wanted
+
+    def _files(self):
+        own = self.training.num_layers
+        made = [File(REFERENCE, "teacher", "float32", own, "the teacher itself")]
+        for mode in self.config.modes:
+            if mode != "float32":
+                sentence = "the teacher, quantised after training"
+                made.append(File(f"teacher-{mode}", "teacher", mode, own, sentence))
+        for count in self.students:
+            student = f"student-{count}"
+            blocks = "1 block" if count == 1 else f"{count} blocks"
+            for mode in self.config.modes:
+                source, sentence = student, f"a student of {blocks}, distilled"
+                if mode == "int8":
+                    source = f"{student}-int8"
+                    sentence += ", then fine-tuned with QAT"
+                made.append(File(f"{student}-{mode}", source, mode, count, sentence))
+        return made
+
+    def _hash_of_text(self):
+        tokens = self.teacher / "data" / "train.tokens"
+        is_ready = self.config.model is not None and tokens.is_file()
+        if is_ready and self.config.corpus is None:
+            return artifacts.sha256_of(tokens)
+        with silenced():  # training will say what there is to say of it
+            found = open_text(self.training).describe()["sha256"]
+        divided_by = (self.training.validation, self.training.separator)
+        return ", ".join([found, *filter(None, divided_by)])
+
+
+@contextlib.contextmanager
+def silenced():
+    """Log nothing while the block runs: another step says the same."""
+    logger = logging.getLogger("gpt_tf")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
