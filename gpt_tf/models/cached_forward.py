@@ -105,7 +105,7 @@ def forward_cached(model, tokens, position, starts, caches):
     """
     parts = parts_of(model)
     mask, positions = cached_mask(position, starts, tokens.shape[1], caches[0].shape[2])
-    # Padding behind a text may stand behind the last position.
+    # Right padding may lie after the last position.
     positions = tf.minimum(positions, _config(model, "context_length") - 1)
     x, table = parts.embed([tokens, positions])
     x, caches = blocks_cached(parts.blocks, x, caches, position, mask)
@@ -113,7 +113,7 @@ def forward_cached(model, tokens, position, starts, caches):
 
 
 def cached_mask(position, starts, length, capacity):
-    """Say what tokens behind a cache see, and where in their texts they stand.
+    """Return the mask and the positions of tokens that are appended to a cache.
 
     Args:
         position: `()` int32, cache row of the first of them.
@@ -126,13 +126,13 @@ def cached_mask(position, starts, length, capacity):
         positions `(B, T)` int32.
     """
     rows = position + tf.range(length)  # (T,)
-    places = tf.maximum(rows[tf.newaxis] - starts[:, tf.newaxis], 0)  # (B, T)
+    positions = tf.maximum(rows[tf.newaxis] - starts[:, tf.newaxis], 0)  # (B, T)
     columns = tf.range(capacity)[tf.newaxis, tf.newaxis, tf.newaxis]
     mask = tf.logical_and(
         columns <= rows[tf.newaxis, tf.newaxis, :, tf.newaxis],
         columns >= starts[:, tf.newaxis, tf.newaxis, tf.newaxis],
     )
-    return mask, places
+    return mask, positions
 
 
 def blocks_cached(blocks, x, caches, position, mask):
@@ -269,9 +269,10 @@ def generate(
         tokenizer: Needed for texts, and for `stop`. Ids to which it has no token, as
             in a padded vocabulary, are never chosen.
         max_new_tokens: Largest number of tokens to add, at least 0.
-        temperature: Divides the logits; 0 takes the likeliest token.
+        temperature: Divides the logits; 0 takes the most likely token.
         top_k: Choose among this many tokens.
-        top_p: Choose among the likeliest tokens of this probability together.
+        top_p: Choose among the most likely tokens that have this probability
+            together.
         repetition_penalty: Above 1 makes tokens that occurred less likely.
         seed: The same seed gives the same text.
         stop: Texts that end the generation; they are cut off. The end-of-text
