@@ -252,11 +252,11 @@ def _extremes(model, batches):
         extremes[:, 0] = np.minimum(extremes[:, 0], found[:, 0])
         extremes[:, 1] = np.maximum(extremes[:, 1], found[:, 1])
         if not np.isfinite(found).all():
-            spoilt = names[int(np.argmin(np.isfinite(found).all(axis=1)))]
+            name = names[int(np.argmin(np.isfinite(found).all(axis=1)))]
             raise InputError(
                 f"Calibration expects finite activations. Received: NaN or infinity "
-                f"in {spoilt}. The model's weights are spoilt: go back to an earlier "
-                "checkpoint."
+                f"in {name}. The model's weights contain NaN or Inf: go back to an "
+                "earlier checkpoint."
             )
     return list(names), extremes
 
