@@ -14,8 +14,8 @@ from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.checks import check_takes_logits, refuse_keras_3
 from gpt_tf.models.language_model import (
     TokenTraining,
-    beside,
     check_language_model,
+    strategy_scope,
 )
 from gpt_tf.models.layers import observed
 from gpt_tf.models.next_token import (
@@ -84,7 +84,7 @@ class Distiller(TokenTraining, keras.Model):
 
     def __init__(self, *, teacher, student, name="distiller", **kwargs):
         _check_pair(teacher, student)
-        with beside(student):  # Keras trains a model where it was built
+        with strategy_scope(student):  # Keras trains a model where it was built
             super().__init__(name=name, **kwargs)
         self.teacher = teacher
         self.student = student
@@ -338,8 +338,8 @@ class Distiller(TokenTraining, keras.Model):
     def observed_shape(self):
         return self.student.observed_shape
 
-    def take_observed(self, observed):
-        self.student.take_observed(observed)
+    def update_observers(self, observed):
+        self.student.update_observers(observed)
 
     def loss_of(self, x, y, sample_weight, training):
         if training and self.teacher is None and _STORED not in x:

@@ -21,7 +21,7 @@ from gpt_tf.models import ops
 from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import GPTModel
-from gpt_tf.models.language_model import LanguageModel, beside
+from gpt_tf.models.language_model import LanguageModel, strategy_scope
 from gpt_tf.models.layers import observed
 from gpt_tf.settings import arguments
 
@@ -105,7 +105,7 @@ def make_student(
     else:
         layers = arguments.integers("layers", layers, 0, teacher.num_layers - 1)
     dropout = config["dropout"] if dropout is None else dropout
-    with beside(teacher):
+    with strategy_scope(teacher):
         student = GPTModel(**{**config, **sizes, "dropout": dropout, "name": name})
         _begin_anew(student, np.random.default_rng(seed))
         if init == "teacher":
@@ -325,8 +325,8 @@ def _take_over(teacher, student, chosen, inputs, token_ids):
     _copy_embedding(ours, theirs, channels, token_ids)
     for index, (block, number) in enumerate(zip(ours.blocks, chosen, strict=True)):
         _copy_block(block, theirs.blocks[number], channels, importance, index)
-    ours.norm.gamma.assign(theirs.norm.gamma.numpy()[channels])
-    ours.norm.beta.assign(theirs.norm.beta.numpy()[channels])
+    for name in ours.norm.weight_names:
+        getattr(ours.norm, name).assign(getattr(theirs.norm, name).numpy()[channels])
 
 
 def _copy_embedding(ours, theirs, channels, token_ids):
@@ -344,12 +344,9 @@ def _copy_embedding(ours, theirs, channels, token_ids):
 
 def _copy_block(ours, theirs, channels, importance, index):
     """Copy a block's weights, of the channels, heads and units that stay."""
-    for name in ("attention_norm", "feedforward_norm"):
-        for part in ("gamma", "beta"):
-            values = getattr(theirs, f"{name}_{part}").numpy()
-            getattr(ours, f"{name}_{part}").assign(values[channels])
-    for part in ("output_bias", "down_bias"):
-        getattr(ours, part).assign(getattr(theirs, part).numpy()[channels])
+    for name in ours.weight_names:
+        if "norm" in name or name in ("output_bias", "down_bias"):
+            getattr(ours, name).assign(getattr(theirs, name).numpy()[channels])
     _copy_attention(ours, theirs, channels, importance, index)
     units = importance.units(index, ours.feedforward_dim)
     count = len(units)

@@ -1,5 +1,6 @@
 """A GPT on a device: open a file, continue text, score text."""
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -115,9 +116,10 @@ class EdgeGPT:
                 tokenizer. Ids may stand in an array. Of a prompt longer than the
                 context the end is used, with a `GenerationNotice`.
             max_new_tokens: Largest number of tokens to add, at least 0.
-            temperature: Divides the logits; 0 takes the likeliest token.
+            temperature: Divides the logits; 0 takes the most likely token.
             top_k: Choose among this many tokens.
-            top_p: Choose among the likeliest tokens of this probability together.
+            top_p: Choose among the most likely tokens that have this probability
+                together.
             repetition_penalty: Above 1 makes tokens that occurred less likely.
             seed: The same seed gives the same text.
             stop: Texts that end the generation; they are cut off. The end-of-text
@@ -137,22 +139,18 @@ class EdgeGPT:
             >>> gpt.generate(["def", "class"], max_new_tokens=20, seed=1)
         """
         sampler = self.sampler(temperature, top_k, top_p, repetition_penalty, seed)
-
-        def steps_of(rows, end, done):
-            return self._steps(self.texts(rows, max_new_tokens, sampler), done)
-
         with self.one_thread:
             self.check_open()
-            return sequence.answer(
+            sequences, is_list = sequence.begin(
                 prompt,
-                steps_of,
-                vocab_size=self.config["vocab_size"],
-                context_length=self.context_length,
-                tokenizer=self.tokenizer,
+                sampler,
+                **self.limits,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
                 stream=stream,
             )
+            pieces = itertools.chain.from_iterable(map(self._continue, sequences))
+            return sequence.results(sequences, is_list, pieces, stream)
 
     def stream(self, prompt, **options) -> Iterator[str]:
         """Continue one prompt piece by piece: `generate` with `stream=True`."""
@@ -286,7 +284,7 @@ class EdgeGPT:
             return self._begin([*self._ids, token][-half:])
 
     def close(self) -> None:
-        """Give the model's memory back; the object is of no use afterwards."""
+        """Free the model's memory; the object is of no use afterwards."""
         with self.one_thread:
             executor, self._executor, self._session = self._executor, None, None
             if executor is not None:
@@ -298,41 +296,30 @@ class EdgeGPT:
     def __exit__(self, *exception):
         self.close()
 
-    def _steps(self, texts, done):
-        """Yield a dict of row to new token per step, row after row."""
-        for row, text in enumerate(texts):
-            for token in self._continue(text):
-                yield {row: token}
-                if row in done:
-                    break
-
-    def _continue(self, text):
-        """Yield the new tokens of one text."""
+    def _continue(self, state):
+        """Yield what can be shown of one sequence until it has finished."""
         turn = None
-        while not text.finished:
+        while not state.finished:
             with self.one_thread:
                 self.check_open()
-                if turn != self._turn:
-                    # Whoever used the cache meanwhile has left another text in it.
-                    text.restart()
-                if text.begins:
-                    logits = self._begin(text.pending)
+                if turn != self._turn:  # another call has used the cache
+                    state.invalidate_cache()
+                if state.needs_prefill:
+                    logits = self._begin(state.pending)
                 else:
-                    logits = self._append(text.pending[0])
+                    logits = self._append(state.pending[0])
                 turn = self._turn
-            token = text.push(logits)
-            if token is not None:
-                yield token
+            yield from state.push(logits)
 
     def _appendable(self, ids):
         """Return ids as a list, seen to be known and to have room in the cache."""
         ids = arguments.ids(ids)
         if ids:
             self._check_ids(ids)
-        room = self.context_length - self.position
-        if len(ids) > room:
+        free = self.context_length - self.position
+        if len(ids) > free:
             raise InputError(
-                f"The cache of {self.context_length} tokens has room for {room} more. "
+                f"The cache of {self.context_length} tokens has room for {free} more. "
                 f"Received: {len(ids)}. Call `reset()` first, or pass the text's end."
             )
         self._turn += 1
@@ -354,7 +341,7 @@ class EdgeGPT:
         return logits
 
     def _session_here(self):
-        """Return the session, behind the last token that counts."""
+        """Return the session, its position after the last token that counts."""
         self._session.position = len(self._ids)
         return self._session
 
@@ -377,13 +364,15 @@ class EdgeGPT:
         """Return a `Sampler` with these options that chooses no id without a token."""
         return Sampler(*options, suppress_tokens=self._suppressed)
 
-    def texts(self, rows, max_new_tokens, sampler) -> list[sequence.Continuation]:
-        """Begin to continue the prompts of one list, as `generate` does."""
-        end = None if self.tokenizer is None else self.tokenizer.end_of_text_id
-        slides = self.when_full == "slide"
-        return sequence.continuations(
-            rows, max_new_tokens, sampler, end, self.context_length, slides
-        )
+    @property
+    def limits(self) -> dict:
+        """What `generation.sequence.begin` asks about the model."""
+        return {
+            "vocab_size": self.config["vocab_size"],
+            "context_length": self.context_length,
+            "tokenizer": self.tokenizer,
+            "slides": self.when_full == "slide",
+        }
 
     def new_session(self) -> Session:
         """Begin a text with a cache of its own, beside the one that `reset` empties."""

@@ -1,9 +1,9 @@
 """Several requests on one model, long prompts cut so that no request waits for one.
 
 A prompt is prefilled in chunks, parts of its sequence. Between two chunks every
-request that already writes gets its next token, and the next chunk may belong to
-another prompt. So a short request that arrives while a long prompt is read waits for
-one chunk and not for all of them.
+request that already decodes gets its next token, and the next chunk may belong to
+another prompt. So a short request that arrives during a long prefill waits for one
+chunk and not for all of them.
 
 Reference: article 3.1, the division of sequences; Agrawal et al., "Sarathi-Serve",
 arXiv:2403.02310 (chunked prefills).
@@ -28,7 +28,7 @@ class Work(NamedTuple):
     Attributes:
         request: For which request.
         kind: `"prefill"`, or `"decode"`, which gives a token.
-        tokens: Number of tokens that the model read.
+        tokens: Number of tokens that the model processed.
     """
 
     request: "Request"
@@ -45,8 +45,8 @@ class EdgeScheduler:
 
     The policy:
 
-    - after every chunk of a prompt, each request that writes gets one token, the one
-      that waits longest first;
+    - after every chunk of a prompt, each request that decodes gets one token, the
+      one that waits longest first;
     - a chunk goes to the prompt of which least is left, and of equal ones to the one
       that came first; but when `patience` chunks have passed the oldest prompt by, it
       is its turn;
@@ -148,18 +148,15 @@ class EdgeScheduler:
         sampler = gpt.sampler(temperature, top_k, top_p, repetition_penalty, seed)
         with gpt.one_thread:
             gpt.check_open()
-            checked = sequence.check_request(
+            (state,), _ = sequence.begin(
                 prompt,
-                vocab_size=gpt.config["vocab_size"],
-                context_length=gpt.context_length,
-                tokenizer=gpt.tokenizer,
+                sampler,
+                **gpt.limits,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
                 stream=True,
             )
-            (text,) = gpt.texts(checked.rows, max_new_tokens, sampler)
-            output = sequence.Output(gpt.tokenizer, checked.stop, checked.is_text)
-            request = Request(self, next(self._arrivals), text, output)
+            request = Request(self, next(self._arrivals), state)
             if not request.done:
                 self._requests.append(request)
         return request
@@ -176,7 +173,7 @@ class EdgeScheduler:
             if request is None:
                 return None
             request._working = True
-            work = self._read(request) if request._calls else self._write(request)
+            work = (self._prefill if request._calls else self._decode)(request)
             request._working = False
             if request.done:
                 self._release(request)
@@ -202,7 +199,7 @@ class EdgeScheduler:
         return sum(request._session is not None for request in self._requests)
 
     def close(self) -> None:
-        """End all requests and give the memory back."""
+        """End all requests and free the memory."""
         for request in list(self._requests):
             request.cancel()
         if self._owns:
@@ -241,23 +238,23 @@ class EdgeScheduler:
         """Choose the calls that prefill a request's window into its emptied cache."""
         most = self.max_chunk if self.chunked else None
         request._session.reset()
-        request._read = 0
+        request._prefilled = 0
         request._calls = collections.deque(
-            request._session.plan(len(request._text.pending) - 1, most)
+            request._session.plan(len(request._state.pending) - 1, most)
         )
 
     def _next(self, admitted):
         """Return the request to work for, or None."""
         prompts = [request for request in admitted if request._calls]
-        writers = [request for request in admitted if not request._calls]
-        if prompts:  # then each writes once a chunk; without chunks, afterwards
-            writers = [
+        decoding = [request for request in admitted if not request._calls]
+        if prompts:  # then one token each a chunk; without chunks, afterwards
+            decoding = [
                 request
-                for request in writers
+                for request in decoding
                 if self.chunked and request._token_step < self._chunk_step
             ]
-        if writers:
-            return min(writers, key=lambda request: request._token_step)
+        if decoding:
+            return min(decoding, key=lambda request: request._token_step)
         return self._next_prompt(prompts) if prompts else None
 
     def _next_prompt(self, prompts):
@@ -270,33 +267,34 @@ class EdgeScheduler:
         self._passed = 0 if chosen is oldest else self._passed + 1
         return chosen
 
-    def _read(self, request):
+    def _prefill(self, request):
         """Prefill a chunk, or a whole prompt."""
         most = self.max_chunk if self.chunked else math.inf
         count = 0
         while request._calls and (not count or count + request._calls[0] <= most):
             length = request._calls.popleft()
-            ids = request._text.pending[request._read : -1][:length]
+            ids = request._state.pending[request._prefilled : -1][:length]
             request._session.step(ids, length)
-            request._read += len(ids)
+            request._prefilled += len(ids)
             count += len(ids)
         self._chunk_step = next(self._steps)
         return Work(request, "prefill", count)
 
-    def _write(self, request):
-        """Give a request its next token."""
+    def _decode(self, request):
+        """Generate a request's next token."""
         try:
-            request._push(request._session.decode(request._text.pending[-1]))
+            logits = request._session.decode(request._state.pending[-1])
+            request._pieces.extend(request._state.push(logits))
         except InputError as error:
             request.error = error
         else:
-            if request._text.begins and not request._ended:
+            if request._state.needs_prefill and not request._state.finished:
                 self._plan(request)
         request._token_step = next(self._steps)
         return Work(request, "decode", 1)
 
     def _release(self, request):
-        """Take the cache of a request that is done."""
+        """Release the cache of a request that is done."""
         session, request._session = request._session, None
         if session is not None:
             session.close()
@@ -313,39 +311,34 @@ class Request:
         error: What ended it, an InputError, or None.
     """
 
-    def __init__(self, scheduler, arrival, text, output):
+    def __init__(self, scheduler, arrival, state):
         self.arrival = arrival
         self.error = None
         self._scheduler = scheduler
-        self._text = text
-        self._output = output
+        self._state = state
         self._session = self._calls = None
-        self._read = 0
+        self._prefilled = 0
         self._token_step = -1  # the step of its last token
         self._pieces = collections.deque()
-        self._cancelled = False
         self._working = False  # still True after it: an interruption
 
     @property
     def tokens(self) -> list[int]:
         """The new tokens so far; those of a stop text among them."""
-        return list(self._text.new)
+        return list(self._state.new_ids)
 
     @property
     def unread(self) -> int:
         """Tokens of its prompt that are still to be prefilled."""
-        if not self._text.begins:
+        if not self._state.needs_prefill:
             return 0
-        return len(self._text.pending) - 1 - self._read
+        return len(self._state.pending) - 1 - self._prefilled
 
     @property
     def done(self) -> bool:
         """Whether nothing more will come."""
-        return self.error is not None or (self._ended and not self._working)
-
-    @property
-    def _ended(self):
-        return self._text.finished or self._output.stopped or self._cancelled
+        finished = self._state.finished and not self._working
+        return self.error is not None or finished
 
     def stream(self) -> Iterator:
         """Yield what is new as it comes, and let the scheduler work for it.
@@ -387,24 +380,16 @@ class Request:
             self._scheduler.step()
         if self.error is not None:
             raise self.error
-        return self._output.value
+        return self._state.value
 
     def cancel(self) -> None:
-        """End it: its cache is given back, and what it has written stays."""
+        """End it: its cache is released, and what was generated stays."""
         with self._scheduler.gpt.one_thread:
             if not self.done:
                 self._working = True
-                self._pieces.extend(self._output.finish())
-                self._cancelled = True
+                self._pieces.extend(self._state.finish())
                 self._working = False
             self._scheduler._release(self)
-
-    def _push(self, logits):
-        token = self._text.push(logits)
-        if token is not None:
-            self._pieces.extend(self._output.push(token))
-        if self._ended:
-            self._pieces.extend(self._output.finish())
 
     def _take(self):
         while self._pieces:

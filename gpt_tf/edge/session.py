@@ -39,13 +39,13 @@ _COST_PER_POSITION = 1 / 12
 class Executor:
     """One loaded model for any number of sessions.
 
-    The sessions share weights and signatures; each has a cache of its own. Whoever
-    runs them in turn pays for it where their capacities differ: LiteRT then lays its
-    memory out anew, 0.5 ms for GPT-2 small, where a token takes 8 to 16.
+    The sessions share weights and signatures; each has a cache of its own. To run
+    them in turn costs time where their capacities differ: LiteRT then lays its memory
+    out anew, 0.5 ms for GPT-2 small, where a token takes 8 to 16.
 
     Args:
         model: Name or bytes of a `.tflite` that was verified.
-        facts: What its seal says.
+        facts: The file's own facts, from its seal.
         num_threads: Threads that compute.
         name: How messages call the file.
 
@@ -71,7 +71,7 @@ class Executor:
             self.prefills = self._by_length("prefill", signatures.prefill)
             self.scores = self._by_length("score", signatures.score)
             self.lengths = tuple(self.prefills)
-            self._free = []
+            self._pool = []
             # The first run sets up what later ones use.
             session = self.session()
             session.run(self.decode, self.decode.tokens[:1])
@@ -82,26 +82,26 @@ class Executor:
         """Begin a session with an empty cache."""
         return Session(self)
 
-    def room(self, capacity: int) -> "_Room":
-        """Return a cache of this capacity, one that was given back if there is one."""
-        for index, room in enumerate(self._free):
-            if room.capacity == capacity:
-                return self._free.pop(index)
-        return self._new_room(capacity)
+    def acquire(self, capacity: int) -> "_Cache":
+        """Take a cache of this capacity from the pool, or make one."""
+        for index, cache in enumerate(self._pool):
+            if cache.capacity == capacity:
+                return self._pool.pop(index)
+        return self._new_cache(capacity)
 
-    def give_back(self, room: "_Room") -> None:
-        """Take a cache back."""
-        if self._free is None:  # closed
+    def release(self, cache: "_Cache") -> None:
+        """Put a cache into the pool."""
+        if self._pool is None:  # closed
             return
         # Small ones are kept for other texts, half as many rows as are possible.
-        kept = sorted([*self._free, room], key=lambda room: room.capacity)
-        while sum(room.capacity for room in kept) > self.largest // 2:
+        kept = sorted([*self._pool, cache], key=lambda cache: cache.capacity)
+        while sum(cache.capacity for cache in kept) > self.largest // 2:
             kept.pop()
-        self._free = kept
+        self._pool = kept
 
     def close(self) -> None:
-        """Give model and buffers back; its sessions are of no use afterwards."""
-        self._free = self.model = self._data = None
+        """Free model and buffers; the sessions are of no use afterwards."""
+        self._pool = self.model = self._data = None
         self._signatures = self.prefills = self.scores = self.decode = None
 
     def _find_signatures(self, name):
@@ -123,15 +123,15 @@ class Executor:
         lengths = signatures.lengths_of(self._signatures, kind)
         return {length: self._signatures[name_of(length)] for length in lengths}
 
-    def _new_room(self, capacity):
+    def _new_cache(self, capacity):
         self.decode.resize(capacity)
         # What is hidden is multiplied by 0, so it must be finite.
         blank = np.zeros(self.heads * capacity * self.head_dim, self.dtype)
-        caches = {}
+        buffers = {}
         for name in self.cache_names:
-            caches[name] = self.decode.input_buffer(name)
-            caches[name].write(blank)
-        return _Room(capacity, caches, {})
+            buffers[name] = self.decode.input_buffer(name)
+            buffers[name].write(blank)
+        return _Cache(capacity, buffers, {})
 
 
 class Session:
@@ -149,12 +149,12 @@ class Session:
         self.position = 0
         self.limit = executor.limit
         self._executor = executor
-        self._room = executor.room(min(GROWTH, executor.largest))
+        self._cache = executor.acquire(min(GROWTH, executor.largest))
 
     @property
     def capacity(self) -> int:
         """Rows of the cache in use."""
-        return self._room.capacity
+        return self._cache.capacity
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -171,7 +171,7 @@ class Session:
         return self.run(self._executor.decode, [token])[0]
 
     def score(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Append tokens; yield the logits behind each, in pieces `(n, V)` float32."""
+        """Append tokens; yield the logits of each, in pieces `(n, V)` float32."""
         for signature, chunk in self._chunks(ids, self._executor.scores):
             yield self.run(signature, chunk)
 
@@ -220,16 +220,16 @@ class Session:
         return signature.read(count)
 
     def close(self) -> None:
-        """Give the cache back, for other sessions."""
-        room, self._room = self._room, None  # never given back twice
-        if room is not None:
-            self._executor.give_back(room)
+        """Release the cache, for other sessions."""
+        cache, self._cache = self._cache, None  # never released twice
+        if cache is not None:
+            self._executor.release(cache)
 
     def _chunks(self, ids, by_length):
         """Cut tokens into pieces, each with the signature that runs it."""
-        room = self.limit - self.position
-        lengths = plan(len(ids), room, by_length)
-        self._reserve(_rows_for(len(ids), lengths, room))
+        free = self.limit - self.position
+        lengths = plan(len(ids), free, by_length)
+        self._reserve(_rows_for(len(ids), lengths, free))
         begin = 0
         for length in lengths:
             chunk = ids[begin : begin + length]
@@ -237,30 +237,30 @@ class Session:
             begin += len(chunk)
 
     def _enter(self, capacity):
-        old, new = self._room, self._executor.room(capacity)
+        old, new = self._cache, self._executor.acquire(capacity)
         if self.position:
             self._copy_rows(old, new)
-        self._room = new
-        self._executor.give_back(old)
+        self._cache = new
+        self._executor.release(old)
 
     def _copy_rows(self, old, new):
         executor = self._executor
         shape = (executor.heads, old.capacity, executor.head_dim)
         rows = np.zeros((shape[0], new.capacity, shape[2]), executor.dtype)
         for name in executor.cache_names:
-            kept = old.caches[name].read(math.prod(shape), executor.dtype)
+            kept = old.buffers[name].read(math.prod(shape), executor.dtype)
             rows[:, : self.position] = kept.reshape(shape)[:, : self.position]
-            new.caches[name].write(rows)
+            new.buffers[name].write(rows)
 
     def _call(self, signature):
-        room = self._room
-        signature.resize(room.capacity)
-        if signature.name not in room.calls:
-            room.calls[signature.name] = _Call(signature, room)
-        return room.calls[signature.name]
+        cache = self._cache
+        signature.resize(cache.capacity)
+        if signature.name not in cache.calls:
+            cache.calls[signature.name] = _Call(signature, cache)
+        return cache.calls[signature.name]
 
 
-def _rows_for(count: int, lengths: Sequence[int], room: int) -> int:
+def _rows_for(count: int, lengths: Sequence[int], free: int) -> int:
     """Return how many rows calls need for so many tokens.
 
     The next token has its row too, so that it does not make the cache grow.
@@ -268,19 +268,19 @@ def _rows_for(count: int, lengths: Sequence[int], room: int) -> int:
     Args:
         count: Number of tokens.
         lengths: Lengths of the calls, as `plan` chose them.
-        room: Positions that are free.
+        free: Positions that are free.
     """
-    return max(min(count + 1, room), sum(lengths))
+    return max(min(count + 1, free), sum(lengths))
 
 
-def plan(count: int, room: int, lengths: Sequence[int]) -> list[int]:
+def plan(count: int, free: int, lengths: Sequence[int]) -> list[int]:
     """Choose lengths of calls that process tokens at the least cost.
 
     A call computes all of its length; a last one may be longer than what is left.
 
     Args:
         count: Number of tokens.
-        room: Positions that are free, at least `count`.
+        free: Positions that are free, at least `count`.
         lengths: Lengths that are possible; 1 always is.
 
     Returns:
@@ -290,7 +290,7 @@ def plan(count: int, room: int, lengths: Sequence[int]) -> list[int]:
         >>> plan(75, 100, (1, 8, 64))
         [64, 8, 1, 1, 1]
     """
-    return list(_plan(count, room - count, tuple(sorted({1, *lengths}))))
+    return list(_plan(count, free - count, tuple(sorted({1, *lengths}))))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -311,11 +311,11 @@ def _plan(count, spare, lengths):
     return (largest,) * whole + best[-1][1]
 
 
-class _Room(NamedTuple):
-    """Buffers for one capacity."""
+class _Cache(NamedTuple):
+    """Keys and values of all blocks, and the calls that are bound to them."""
 
     capacity: int
-    caches: dict[str, TensorBuffer]
+    buffers: dict[str, TensorBuffer]
     calls: dict[str, "_Call"]
 
 
@@ -357,7 +357,7 @@ class _Signature:
         return values.reshape(self._logits_shape)[:count]
 
     def resize(self, capacity):
-        """Let mask and caches have this many rows."""
+        """Give mask and caches this many rows."""
         if capacity == self._capacity:
             return
         self._capacity = None  # an interruption leaves some in the old size
@@ -377,16 +377,16 @@ class _Signature:
 class _Call:
     """A signature with buffers of one capacity, ready to run."""
 
-    def __init__(self, signature, room):
+    def __init__(self, signature, cache):
         self.mask_buffer = signature.input_buffer(signatures.MASK)
-        self.mask = np.zeros((signature.length, room.capacity), np.float32)
+        self.mask = np.zeros((signature.length, cache.capacity), np.float32)
         self._position = None
         buffers = {
             signatures.TOKENS: signature.token_buffer,
             signatures.POSITIONS: signature.position_buffer,
             signatures.MASK: self.mask_buffer,
             signatures.LOGITS: signature.logits_buffer,
-            **room.caches,
+            **cache.buffers,
         }
         self.inputs = [buffers[name] for name in signature.inputs]
         self.outputs = [buffers[name] for name in signature.outputs]

@@ -6,6 +6,7 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.export.tflite_writer import QuantParams, Type
+from gpt_tf.models.sizes import block_shapes, norm_shapes
 from gpt_tf.quantization.modes import MODES, SMALLEST_SCALE, Mode
 
 INT4_BLOCK = 32
@@ -160,7 +161,8 @@ def outline(mode: str, sizes: dict, per_channel: bool, masked: bool) -> Constant
         "up": (hidden, width),
         "down": (width, hidden),
     }
-    vectors = {"final_norm/gamma": width, "final_norm/beta": width}
+    vectors = {f"final_norm/{part}": width for part in norm_shapes(sizes)}
+    norms = [name for name in block_shapes(sizes) if "norm" in name]
     tables = {
         "embedding/token_table": (vocab_size, width),
         "embedding/position_table": (sizes["context_length"], width),
@@ -174,9 +176,8 @@ def outline(mode: str, sizes: dict, per_channel: bool, masked: bool) -> Constant
         for name, shape in products.items():
             kernels[f"block_{index}/{name}_kernel"] = shape
             vectors[f"block_{index}/{name}_bias"] = shape[0]
-        for name in ("attention_norm", "feedforward_norm"):
-            for part in ("gamma", "beta"):
-                vectors[f"block_{index}/{name}_{part}"] = width
+        for name in norms:
+            vectors[f"block_{index}/{name}"] = width
     matrices = {
         name: _empty(shape, kind, per_channel)
         for kind, group in ((form.tables, tables), (form.kernels, kernels))

@@ -139,10 +139,8 @@ def constants_of(
         values = getattr(parts.embedding, name).numpy()
         keep(f"embedding/{name}", values, form.tables)
     for block in parts.blocks:
-        for name in ("attention_norm", "feedforward_norm"):
-            for part in ("gamma", "beta"):
-                key = f"{block.name}/{name}_{part}"
-                vectors[key] = getattr(block, f"{name}_{part}").numpy()
+        for name in filter(lambda name: "norm" in name, block.weight_names):
+            vectors[f"{block.name}/{name}"] = getattr(block, name).numpy()
         kernel, bias = block.qkv_kernel.numpy().T, block.qkv_bias.numpy()
         pieces = {"qkv": slice(None)}
         if form.activations is not None or not per_channel:
@@ -167,8 +165,8 @@ def constants_of(
             key = f"{block.name}/{name}"
             keep(f"{key}_kernel", getattr(block, f"{name}_kernel").numpy().T)
             vectors[f"{key}_bias"] = getattr(block, f"{name}_bias").numpy()
-    vectors["final_norm/gamma"] = parts.norm.gamma.numpy()
-    vectors["final_norm/beta"] = parts.norm.beta.numpy()
+    for name in parts.norm.weight_names:
+        vectors[f"final_norm/{name}"] = getattr(parts.norm, name).numpy()
     if parts.head.kernel is not None:
         keep("head/kernel", parts.head.kernel.numpy(), form.tables)
     if len(suppressed):

@@ -20,10 +20,10 @@ class Sampler:
     """How tokens are chosen.
 
     Args:
-        temperature: Divides the logits; 0 always takes the likeliest token.
-        top_k: Choose among this many likeliest tokens, at least 1, or None. Of
-            tokens that are equally likely, the first count as likelier.
-        top_p: Choose among the fewest likeliest tokens that together have this
+        temperature: Divides the logits; 0 always takes the most likely token.
+        top_k: Choose among this many most likely tokens, at least 1, or None. Of
+            tokens that are equally likely, those with the lowest ids come first.
+        top_p: Choose among the fewest most likely tokens that together have this
             probability, in (0, 1], or None.
         repetition_penalty: Above 1 makes tokens that occurred less likely; 1 is off.
         seed: Seed of the choices, at least 0; None takes a new one each time.
@@ -88,8 +88,8 @@ class Sampler:
         if not np.isfinite(logits.max()):
             raise InputError(
                 "Choosing a token expects finite logits. "
-                f"Received: {logits.max()} as the largest. The model's weights are "
-                "spoilt: train with a lower learning rate, or in float32."
+                f"Received: {logits.max()} as the largest. The model's weights "
+                "contain NaN or Inf: train with a lower learning rate, or in float32."
             )
         if self.repetition_penalty != 1.0 and len(seen):
             ids = np.fromiter(seen, np.int64, len(seen))
@@ -122,7 +122,7 @@ class Sampler:
         return probabilities
 
     def _nucleus(self, probabilities):
-        """Return the fewest likeliest tokens that together have `top_p`.
+        """Return the fewest most likely tokens that together have `top_p`.
 
         Sorting a whole vocabulary takes longer than a step of the model, and a few
         likely tokens nearly always are enough: so ever more of them are sorted.

@@ -1,15 +1,16 @@
-"""What continuing a prompt means, whoever computes the logits.
+"""The state of a sequence while it is generated, and the checks of prompts.
 
-Keras models and the edge runtime share this, so that the same prompts, options and
-messages hold in both, and one seed gives one text wherever the logits agree. NumPy
-and a tokenizer are all it needs.
+    begin -> (compute the logits of `pending` -> push) until finished -> results
+
+Keras models, the edge runtime and its scheduler drive the same `SequenceState`, so
+that the same prompts, options and messages hold in all, and one seed gives one text
+wherever the logits agree. NumPy and a tokenizer are all it needs.
 """
 
 import codecs
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -23,24 +24,9 @@ class GenerationNotice(UserWarning):
     """A prompt was changed before it was used."""
 
 
-class Request(NamedTuple):
-    """Prompts and options that were checked.
-
-    Attributes:
-        rows: The prompts as lists of ids.
-        is_text: Whether they were texts.
-        is_list: Whether they were several.
-        stop: The stop texts as bytes.
-    """
-
-    rows: list[list[int]]
-    is_text: bool
-    is_list: bool
-    stop: list[bytes]
-
-
-def check_request(
+def begin(
     prompt,
+    sampler: Sampler,
     *,
     vocab_size: int,
     context_length: int,
@@ -48,11 +34,29 @@ def check_request(
     max_new_tokens: int,
     stop: Sequence[str],
     stream: bool,
-) -> Request:
-    """Check prompts and options; the arguments are those of `answer`.
+    slides: bool = True,
+) -> tuple[list["SequenceState"], bool]:
+    """Check prompts and options, and begin a sequence for each prompt.
+
+    Args:
+        prompt: A text, a list of texts, token ids, or a list of token ids. In a text
+            special tokens are recognised, as `"<|endoftext|>"`. A text may be bytes,
+            which are taken literally and need not be UTF-8 for a byte-level tokenizer.
+            Ids may be integers of NumPy, and stand in an array or tensor.
+        sampler: Chooses the tokens; each sequence has a random generator of its own.
+        vocab_size: The model's number of token ids.
+        context_length: Positions that the model sees.
+        tokenizer: Needed for texts.
+        max_new_tokens: Largest number of tokens to add, at least 0.
+        stop: Texts that end the generation; they are cut off.
+        stream: Whether the pieces are wanted as they come; for one prompt only.
+        slides: As for `SequenceState`.
+
+    Returns:
+        The sequences, and whether the prompt was a list of prompts.
 
     Raises:
-        InputError: One of them cannot be used.
+        InputError: A prompt or an option cannot be used.
     """
     arguments.integer("max_new_tokens", max_new_tokens)
     arguments.switch("stream", stream)
@@ -72,84 +76,47 @@ def check_request(
             f"The prompt of {longest} tokens is longer than the context of "
             f"{context_length}; its beginning was cut off.",
             GenerationNotice,
-            stacklevel=4,
+            stacklevel=3,
         )
-    # A lone surrogate is no text that a model could write.
+    # A lone surrogate is no text that a model could generate.
     stop = [text.encode("utf-8", "surrogatepass") for text in stop if text]
-    return Request(rows, is_text, is_list, stop)
+    end_id = None if tokenizer is None else tokenizer.end_of_text_id
+    sequences = [
+        SequenceState(
+            row,
+            sampler,
+            generator,
+            Detokenizer(tokenizer, stop, is_text),
+            context_length=context_length,
+            max_new_tokens=max_new_tokens,
+            end_id=end_id,
+            slides=slides,
+        )
+        for row, generator in zip(rows, sampler.generators(len(rows)), strict=True)
+    ]
+    return sequences, is_list
 
 
-def answer(
-    prompt,
-    steps_of: Callable,
-    *,
-    vocab_size: int,
-    context_length: int,
-    tokenizer: Tokenizer | None,
-    max_new_tokens: int,
-    stop: Sequence[str],
-    stream: bool,
-):
-    """Continue prompts with the tokens that an engine chooses.
+def results(sequences, is_list: bool, pieces: Iterator, stream: bool):
+    """Return what was added to the prompts, in the form of the prompts.
 
     Args:
-        prompt: A text, a list of texts, token ids, or a list of token ids. In a text
-            special tokens are recognised, as `"<|endoftext|>"`. A text may be bytes,
-            which are taken literally and need not be UTF-8 for a byte-level tokenizer.
-            Ids may be integers of NumPy, and stand in an array or tensor.
-        steps_of: Called with the prompts as lists of ids, the id that ends a text or
-            None, and a set of rows to which no more tokens need be added, which
-            grows. Returns an iterator over dicts of row to new token.
-        vocab_size: The model's number of token ids.
-        context_length: Positions that the model sees.
-        tokenizer: Needed for texts.
-        max_new_tokens: Largest number of tokens to add, at least 0.
-        stop: Texts that end the generation; they are cut off.
-        stream: Return an iterator over pieces instead; for one prompt only.
+        sequences: As from `begin`.
+        is_list: As from `begin`.
+        pieces: An iterator over what is new, which computes as it goes on.
+        stream: Whether to return `pieces` itself.
 
     Returns:
-        What was added: a text for a text, a list of texts for a list of texts,
-        a list of ids for ids, and so on. Of ids, those that were drawn, up to the
-        last that lies wholly before a stop text. With `stream`, an iterator over
-        texts, or over ids where the prompt was ids.
-
-    Raises:
-        InputError: A prompt or an option cannot be used.
+        A text for a text, a list of texts for a list of texts, a list of ids for ids,
+        and so on. Of ids, those that were drawn, up to the last that lies wholly
+        before a stop text.
     """
-    request = check_request(
-        prompt,
-        vocab_size=vocab_size,
-        context_length=context_length,
-        tokenizer=tokenizer,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        stream=stream,
-    )
-    rows = request.rows
-    outputs = [Output(tokenizer, request.stop, request.is_text) for _ in rows]
-    end = None if tokenizer is None else tokenizer.end_of_text_id
-    done = set()
-    pieces = _follow(steps_of(rows, end, done), outputs, done)
     if stream:
         return pieces
     for _ in pieces:
         pass
-    results = [output.value for output in outputs]
-    return results if request.is_list else results[0]
-
-
-def _follow(steps, outputs, done) -> Iterator:
-    """Push what an engine chooses to the outputs; yield what each shows."""
-    for step in steps:
-        for row, token in step.items():
-            if row not in done:
-                yield from outputs[row].push(token)
-                if outputs[row].stopped:
-                    done.add(row)
-        if len(done) == len(outputs):
-            break
-    for output in outputs:
-        yield from output.finish()
+    values = [sequence.value for sequence in sequences]
+    return values if is_list else values[0]
 
 
 def rows_of(prompt, tokenizer) -> tuple[list[list[int]], bool, bool]:
@@ -238,117 +205,114 @@ def ids_without_token(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarra
     return np.setdiff1d(np.arange(vocab_size), known)
 
 
-class Continuation:
-    """One text, its new tokens, and what has to be computed for the next one.
+class SequenceState:
+    """One sequence while it grows: its ids, the model's window, what may be shown.
 
-    The model sees a window of the text. When that fills the context, the newest half
-    is kept.
+    An engine computes the logits that `pending` asks for and hands them to `push`,
+    until the sequence has `finished`. When the window fills the context, its newest
+    half is kept.
 
     Args:
         prompt: Token ids, at least one.
-        max_new_tokens: Largest number of tokens to add, at least 0.
         sampler: How tokens are chosen.
         generator: Source of randomness.
-        end: The id that ends a text, or None.
+        detokenizer: Makes of new tokens what is shown.
         context_length: Positions that the model sees.
-        slides: False: the text ends where its window is full.
+        max_new_tokens: Largest number of tokens to add, at least 0.
+        end_id: The id that ends a sequence, or None.
+        slides: False: the sequence ends where its window is full.
 
     Attributes:
-        text: Prompt and new tokens.
-        new: The new tokens.
-        begins: Whether the cache is to be emptied first.
-        pending: Ids to append to the cache; the logits behind the last are wanted.
-        count: Number of ids in the window, the pending ones included.
-        left: Number of tokens that may still be added.
+        ids: Prompt and new tokens.
+        new_ids: The new tokens, those of a stop text among them.
+        pending: Ids to append to the cache; the last one's logits are wanted.
+        needs_prefill: Whether the cache is to be emptied before.
+        window_length: Number of ids in the window, the pending ones included.
+        remaining: Number of tokens that may still be added.
         finished: Whether nothing more is to be computed.
     """
 
     def __init__(
         self,
         prompt: Sequence[int],
-        max_new_tokens: int,
         sampler: Sampler,
         generator: np.random.Generator,
-        end: int | None,
+        detokenizer: "Detokenizer",
+        *,
         context_length: int,
+        max_new_tokens: int,
+        end_id: int | None = None,
         slides: bool = True,
     ):
-        self.text = list(prompt)
-        self.new = []
-        self.left = max_new_tokens
+        self.ids = list(prompt)
+        self.new_ids = []
+        self.remaining = max_new_tokens
         self.finished = not max_new_tokens
-        self._sampler, self._generator, self._end = sampler, generator, end
-        self._context_length, self._slides = context_length, slides
+        self._sampler, self._generator = sampler, generator
+        self._detokenizer = detokenizer
+        self._context_length, self._end_id = context_length, end_id
+        self._slides = slides
         # Of all the text, what was cut off and what slid out of the window included.
         self._seen = set(prompt)
-        self._begin(context_length)
+        self._keep(context_length)
 
-    def push(self, logits: np.ndarray) -> int | None:
+    @property
+    def value(self) -> str | list[int]:
+        """All that was shown, in the form of the prompt."""
+        return self._detokenizer.value
+
+    def push(self, logits: np.ndarray) -> list:
         """Choose the next token.
 
         Args:
-            logits: `(V,)`, those behind the last pending id.
+            logits: `(V,)`, those of the last pending id.
 
         Returns:
-            The token, or None where the text has ended.
+            The pieces of text, or the ids, that can be shown now.
 
         Raises:
             InputError: The logits are not finite.
         """
         token = self._sampler.choose(logits, self._seen, self._generator)
-        if token == self._end:
-            self.finished = True
-            return None
-        self.text.append(token)
-        self.new.append(token)
+        if token == self._end_id:
+            return self.finish()
+        self.ids.append(token)
+        self.new_ids.append(token)
         self._seen.add(token)
-        self.left -= 1
-        is_full = self.count == self._context_length
-        if not self.left or (is_full and not self._slides):
-            self.finished = True
-        elif is_full:
-            self._begin(half_of(self._context_length))
+        self.remaining -= 1
+        pieces = self._detokenizer.push(token)
+        is_full = self.window_length == self._context_length
+        ends_here = not self.remaining or (is_full and not self._slides)
+        if ends_here or self._detokenizer.stopped:
+            return pieces + self.finish()
+        if is_full:
+            self._keep(half_of(self._context_length))
         else:
-            self.count += 1
-            self.begins, self.pending = False, [token]
-        return token
+            self.window_length += 1
+            self.needs_prefill, self.pending = False, [token]
+        return pieces
 
-    def restart(self) -> None:
-        """Have the cache filled anew, after another text was in it."""
-        self._begin(self.count)
+    def finish(self) -> list:
+        """End the sequence; return the pieces that were held back."""
+        self.finished = True
+        return self._detokenizer.finish()
 
-    def _begin(self, keep):
-        self.begins, self.pending = True, self.text[-keep:]
-        self.count = len(self.pending)
+    def invalidate_cache(self) -> None:
+        """Ask for the whole window anew, after another sequence was in the cache."""
+        self._keep(self.window_length)
 
-
-def continuations(
-    rows: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampler: Sampler,
-    end: int | None,
-    context_length: int,
-    slides: bool = True,
-) -> list[Continuation]:
-    """Begin the texts of one list, each with a random generator of its own.
-
-    Args:
-        rows: Prompts, lists of ids.
-        max_new_tokens, sampler, end, context_length, slides: As for `Continuation`.
-    """
-    return [
-        Continuation(row, max_new_tokens, sampler, source, end, context_length, slides)
-        for row, source in zip(rows, sampler.generators(len(rows)), strict=True)
-    ]
+    def _keep(self, count):
+        self.needs_prefill, self.pending = True, self.ids[-count:]
+        self.window_length = len(self.pending)
 
 
 def half_of(context_length: int) -> int:
-    """Return how many tokens are kept of a text that fills the context."""
+    """Return how many tokens are kept of a window that fills the context."""
     return max(1, context_length // 2)
 
 
-class Output:
-    """Shows new tokens, as text or as ids, as soon as no stop text can cut them off.
+class Detokenizer:
+    """Makes of new tokens text, or ids, as soon as no stop text can cut them off.
 
     Args:
         tokenizer: The tokenizer; None does for ids without stop texts.
@@ -366,7 +330,7 @@ class Output:
         self._tokenizer, self._stop, self._is_text = tokenizer, stop, is_text
         self._reserve = max(map(len, stop), default=1) - 1  # may begin a stop text
         self._held = b""
-        self._ids = []  # not shown: each with the place in `_held` where it ends
+        self._ids = []  # not shown: each with its end in `_held`
         # A character may need several tokens.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -380,11 +344,11 @@ class Output:
         if self._is_text or self._stop:
             self._held += self._tokenizer.decode_bytes([token])
         self._ids.append((token, len(self._held)))
-        places = [self._held.find(text) for text in self._stop]
-        places = [place for place in places if place >= 0]
-        if places:
+        found = [self._held.find(text) for text in self._stop]
+        found = [begin for begin in found if begin >= 0]
+        if found:
             self.stopped = True
-            return self._show(min(places), final=True)
+            return self._show(min(found), final=True)
         return self._show(max(0, len(self._held) - self._reserve))
 
     def finish(self) -> list:
@@ -392,10 +356,10 @@ class Output:
         return [] if self.stopped else self._show(len(self._held), final=True)
 
     def _show(self, end, final=False):
-        """Show what lies before a place in what is held."""
+        """Show what ends at `end`, or before, in the bytes that are held."""
         text = self._decoder.decode(self._held[:end], final)
-        ids = [token for token, place in self._ids if place <= end]
-        self._ids = [(token, place - end) for token, place in self._ids[len(ids) :]]
+        ids = [token for token, last in self._ids if last <= end]
+        self._ids = [(token, last - end) for token, last in self._ids[len(ids) :]]
         self._held = self._held[end:]
         pieces = ids if not self._is_text else [text] if text else []
         self.pieces += pieces

@@ -105,7 +105,7 @@ def forward_cached(model, tokens, position, starts, caches):
     """
     parts = parts_of(model)
     mask, positions = cached_mask(position, starts, tokens.shape[1], caches[0].shape[2])
-    # Padding behind a text may stand behind the last position.
+    # Right padding may lie after the last position.
     positions = tf.minimum(positions, _config(model, "context_length") - 1)
     x, table = parts.embed([tokens, positions])
     x, caches = blocks_cached(parts.blocks, x, caches, position, mask)
@@ -113,7 +113,7 @@ def forward_cached(model, tokens, position, starts, caches):
 
 
 def cached_mask(position, starts, length, capacity):
-    """Say what tokens behind a cache see, and where in their texts they stand.
+    """Return the mask and the positions of tokens that are appended to a cache.
 
     Args:
         position: `()` int32, cache row of the first of them.
@@ -126,13 +126,13 @@ def cached_mask(position, starts, length, capacity):
         positions `(B, T)` int32.
     """
     rows = position + tf.range(length)  # (T,)
-    places = tf.maximum(rows[tf.newaxis] - starts[:, tf.newaxis], 0)  # (B, T)
+    positions = tf.maximum(rows[tf.newaxis] - starts[:, tf.newaxis], 0)  # (B, T)
     columns = tf.range(capacity)[tf.newaxis, tf.newaxis, tf.newaxis]
     mask = tf.logical_and(
         columns <= rows[tf.newaxis, tf.newaxis, :, tf.newaxis],
         columns >= starts[:, tf.newaxis, tf.newaxis, tf.newaxis],
     )
-    return mask, places
+    return mask, positions
 
 
 def blocks_cached(blocks, x, caches, position, mask):
@@ -269,9 +269,10 @@ def generate(
         tokenizer: Needed for texts, and for `stop`. Ids to which it has no token, as
             in a padded vocabulary, are never chosen.
         max_new_tokens: Largest number of tokens to add, at least 0.
-        temperature: Divides the logits; 0 takes the likeliest token.
+        temperature: Divides the logits; 0 takes the most likely token.
         top_k: Choose among this many tokens.
-        top_p: Choose among the likeliest tokens of this probability together.
+        top_p: Choose among the most likely tokens that have this probability
+            together.
         repetition_penalty: Above 1 makes tokens that occurred less likely.
         seed: The same seed gives the same text.
         stop: Texts that end the generation; they are cut off. The end-of-text
@@ -295,14 +296,9 @@ def generate(
     )
     suppressed = sequence.ids_without_token(tokenizer, vocab_size)
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty, seed, suppressed)
-
-    def steps_of(rows, end, done):
-        texts = sequence.continuations(rows, max_new_tokens, sampler, end, context)
-        return _steps(model, texts, done)
-
-    return sequence.answer(
+    sequences, is_list = sequence.begin(
         prompt,
-        steps_of,
+        sampler,
         vocab_size=vocab_size,
         context_length=context,
         tokenizer=tokenizer,
@@ -310,6 +306,7 @@ def generate(
         stop=stop,
         stream=stream,
     )
+    return sequence.results(sequences, is_list, _continue(model, sequences), stream)
 
 
 def stream(model, prompt, **options) -> Iterator[str]:
@@ -322,45 +319,40 @@ def _config(model, name):
     return getattr(getattr(embedding, "layer", embedding), name)
 
 
-def _steps(model, texts, done):
-    """Yield a dict of row to new token per step, until every row has ended.
+def _continue(model, sequences):
+    """Yield what can be shown, a token per sequence at a time, until all finished.
 
     Each row sees its own window, whatever the others do: one that slides while they
-    go on is prefilled alone, and its keys and values are put in its place.
+    go on is prefilled alone, and its keys and values are written into its row.
     """
     context = _config(model, "context_length")
-    while alive := [
-        row for row, text in enumerate(texts) if not (text.finished or row in done)
-    ]:
-        sliding = [row for row in alive if texts[row].begins]
-        if sliding == alive:
-            windows = [
-                text.pending if row in alive else text.pending[-1:]
-                for row, text in enumerate(texts)
-            ]
+    while active := [row for row, s in enumerate(sequences) if not s.finished]:
+        sliding = [row for row in active if sequences[row].needs_prefill]
+        if sliding == active:
+            windows = [s.pending[-1:] if s.finished else s.pending for s in sequences]
             position = min(_bucket(max(map(len, windows))), context)
-            capacity = position + min(_bucket(texts[alive[0]].left), context)
+            remaining = sequences[active[0]].remaining
+            capacity = position + min(_bucket(remaining), context)
             tokens, starts = _left_padded(windows, position)
-            caches = empty_cache(model, len(texts), capacity)
+            caches = empty_cache(model, len(sequences), capacity)
             logits, caches = prefill(model, tokens, starts, caches)
         else:
             for row in sliding:
-                *ids, _ = texts[row].pending
+                *ids, _ = sequences[row].pending
                 starts[row] = position - len(ids)
                 caches = _refill(model, caches, ids, row, starts[row])
-            for row in set(range(len(texts))).difference(alive):
+            for row in set(range(len(sequences))).difference(active):
                 starts[row] = position  # it sees no more than the token of this step
             if position == capacity:
                 unused = min(starts)
                 caches = [tf.roll(cache, -unused, axis=2) for cache in caches]
                 starts, position = starts - unused, position - unused
-            tokens = np.array([text.pending[-1] for text in texts], np.int32)
+            tokens = np.array([s.pending[-1] for s in sequences], np.int32)
             logits, caches = decode(model, tokens, position, starts, caches)
             position += 1
         values = logits.numpy()
-        tokens = {row: texts[row].push(values[row]) for row in alive}
-        if step := {row: token for row, token in tokens.items() if token is not None}:
-            yield step
+        for row in active:
+            yield from sequences[row].push(values[row])
 
 
 def _left_padded(windows, width):

@@ -13,7 +13,6 @@ from gpt_tf.models.layers import (
     TokenAndPositionEmbedding,
     TransformerBlock,
 )
-from gpt_tf.models.next_token import NextTokenLoss, Perplexity  # noqa: F401
 from gpt_tf.models.sizes import check_memory, checked_sizes
 from gpt_tf.settings import arguments
 
@@ -145,7 +144,7 @@ class GPTModel(LanguageModel):
         self.tie_embeddings = tie_embeddings
         self.layer_norm_epsilon = layer_norm_epsilon
 
-    # A model whose layers stand in several places
+    # A model whose layers are on several devices
 
     def compile(self, *args, **kwargs):
         super().compile(*args, **kwargs)

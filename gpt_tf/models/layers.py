@@ -3,22 +3,32 @@
 They are few and composite, because TF-MOT wraps layers one by one and traces
 many small ones slowly. Three customs keep them fit for quantisation and caching:
 
-- A layer reads each of its kernels once, into a local variable, before anything
+- A layer reads each of its weights once, into a local variable, before anything
   else. TF-MOT puts the quantised kernels on the layer and then calls it; under
   `MirroredStrategy` another replica may do the same in between.
 - Every tensor that a quantiser may want to see passes through a hook named in
   `ACTIVATIONS`, an attribute of the layer that is the identity until replaced.
+  Calibration, quantisation-aware training and `observed` share these hooks.
 - `call` takes one argument, a tensor or a list of tensors, so that a wrapper can
   pass it on. With a cache the list is longer and the result holds the new cache.
 """
 
 import contextlib
+import functools
 
 import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError
 from gpt_tf.models import ops
+from gpt_tf.models.block import (
+    ACTIVATIONS,
+    Cache,
+    known_shape,
+    normalize,
+    transformer_block,
+)
+from gpt_tf.models.sizes import block_shapes, norm_shapes
 from gpt_tf.settings import arguments
 
 
@@ -98,11 +108,8 @@ class Dropout(keras.layers.Layer):
             return inputs
         context = tf.distribute.get_replica_context()
         replica = context.replica_id_in_sync_group if context else 0
-        calls = self.calls.assign_add(1)
-        seed = tf.stack([self.seed * 65536 + tf.cast(replica, tf.int32), calls])
-        return tf.nn.experimental.stateless_dropout(
-            inputs, self.rate, seed=seed, rng_alg="philox"
-        )
+        seed = self.seed * 65536 + tf.cast(replica, tf.int32)
+        return ops.dropout(inputs, self.rate, seed, self.calls)
 
     def get_config(self):
         return {**super().get_config(), "rate": self.rate, "seed": self.seed}
@@ -155,15 +162,13 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         self.embedding_activation = _identity
 
     def build(self, input_shape):
-        normal = keras.initializers.RandomNormal(stddev=0.02)
-        self.token_table = self.add_weight(
-            "token_table", (self.vocab_size, self.embedding_dim), initializer=normal
-        )
-        self.position_table = self.add_weight(
-            "position_table",
-            (self.context_length, self.embedding_dim),
-            initializer=keras.initializers.RandomNormal(stddev=0.02),
-        )
+        for name, rows in (
+            ("token_table", self.vocab_size),
+            ("position_table", self.context_length),
+        ):
+            init = keras.initializers.RandomNormal(stddev=0.02)
+            shape = (rows, self.embedding_dim)
+            setattr(self, name, self.add_weight(name, shape, initializer=init))
         super().build(input_shape)
 
     def call(self, inputs, training=None):
@@ -171,7 +176,8 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         position_table = tf.convert_to_tensor(self.position_table)
         if isinstance(inputs, (list, tuple)):
             tokens, positions = inputs
-            places = tf.gather(position_table, positions)  # (T, C) or (B, T, C)
+            # (T, C), or (B, T, C) where each row has positions of its own.
+            position_embeddings = tf.gather(position_table, positions)
         else:
             tokens = inputs
             length = tokens.shape[1]
@@ -182,8 +188,8 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
                     f"with `context_length={length}`."
                 )
             length = tf.shape(tokens)[1] if length is None else length
-            places = position_table[:length]  # (T, C)
-        x = tf.gather(token_table, tokens) + places  # (B, T, C)
+            position_embeddings = position_table[:length]  # (T, C)
+        x = tf.gather(token_table, tokens) + position_embeddings  # (B, T, C)
         x = self.embedding_dropout(self.embedding_activation(x), training=training)
         return [x, token_table] if self.share_table else x
 
@@ -224,33 +230,15 @@ class TransformerBlock(keras.layers.Layer):
         seed: Makes the dropout masks differ from those of other blocks.
 
     Call arguments:
-        inputs: `x (B, T, C)`, or for cached decoding a list of
-            `x (B, T, C)`, `key_cache (B, H, S, D)`, `value_cache (B, H, S, D)`,
-            `position ()` int32, the first cache row that this call writes, and
-            `mask` bool, broadcastable to `(B, 1, T, S)`: where a position may be
-            seen. A mask of numbers would be cast to 16 bits, as all inputs are.
+        inputs: `x (B, T, C)`, or for cached decoding a list of it and of the fields of
+            `gpt_tf.models.block.Cache`. Its mask is bool: one of numbers would be cast
+            to 16 bits, as all inputs are.
 
     Returns:
         `(B, T, C)`, or with a cache a list of it and the two caches, updated.
-
-    Reference: GPT-2's block, as in Radford et al. (2019), section 2.3.
     """
 
-    # In the order of the data.
-    ACTIVATIONS = (
-        "attention_norm_activation",  # what the QKV product reads
-        "qkv_activation",  # what it writes; the cache holds a part of it
-        "scores_activation",  # scaled, before mask and softmax
-        "probabilities_activation",  # after softmax
-        "context_activation",  # what the output product reads
-        "attended_activation",  # what it writes, before the residual
-        "attention_residual_activation",
-        "feedforward_norm_activation",  # what the up product reads
-        "up_activation",  # what it writes, before GELU
-        "hidden_activation",  # after GELU, what the down product reads
-        "down_activation",  # what it writes, before the residual
-        "feedforward_residual_activation",
-    )
+    ACTIVATIONS = ACTIVATIONS
 
     def __init__(
         self,
@@ -282,99 +270,45 @@ class TransformerBlock(keras.layers.Layer):
     def build(self, input_shape):
         if isinstance(input_shape, list):
             input_shape = input_shape[0]
-        self.embedding_dim = width = int(input_shape[-1])
-        self.head_dim = width // self.num_heads
-        inner = self.num_heads * self.head_dim
-        normal = keras.initializers.RandomNormal
-
-        def add(name, shape, initializer):
-            setattr(self, name, self.add_weight(name, shape, initializer=initializer))
-
-        add("attention_norm_gamma", (width,), "ones")
-        add("attention_norm_beta", (width,), "zeros")
-        add("qkv_kernel", (width, 3 * inner), normal(stddev=0.02))
-        add("qkv_bias", (3 * inner,), "zeros")
-        add("output_kernel", (inner, width), normal(stddev=self.residual_stddev))
-        add("output_bias", (width,), "zeros")
-        add("feedforward_norm_gamma", (width,), "ones")
-        add("feedforward_norm_beta", (width,), "zeros")
-        add("up_kernel", (width, self.feedforward_dim), normal(stddev=0.02))
-        add("up_bias", (self.feedforward_dim,), "zeros")
-        add(
-            "down_kernel",
-            (self.feedforward_dim, width),
-            normal(stddev=self.residual_stddev),
-        )
-        add("down_bias", (width,), "zeros")
+        self.embedding_dim = int(input_shape[-1])
+        self.head_dim = self.embedding_dim // self.num_heads
+        sizes = {**self.get_config(), "embedding_dim": self.embedding_dim}
+        shapes = block_shapes(sizes)
+        for name, shape in shapes.items():
+            setattr(self, name, self._add(name, shape))
+        self.__dict__["weight_names"] = list(shapes)  # Keras would track a list
         super().build(input_shape)
 
+    def _add(self, name, shape):
+        if name.endswith("_kernel"):
+            feeds_residual = name in ("output_kernel", "down_kernel")
+            stddev = self.residual_stddev if feeds_residual else 0.02
+            initializer = keras.initializers.RandomNormal(stddev=stddev)
+        else:
+            initializer = "ones" if name.endswith("_gamma") else "zeros"
+        return self.add_weight(name, shape, initializer=initializer)
+
     def call(self, inputs, training=None):
-        qkv_kernel = tf.convert_to_tensor(self.qkv_kernel)
-        output_kernel = tf.convert_to_tensor(self.output_kernel)
-        up_kernel = tf.convert_to_tensor(self.up_kernel)
-        down_kernel = tf.convert_to_tensor(self.down_kernel)
-        cached = isinstance(inputs, (list, tuple))
-        if cached:
-            x, key_cache, value_cache, position, mask = inputs
-        else:
-            x = inputs
-        shape = tf.shape(x)
-        batch = shape[0] if x.shape[0] is None else x.shape[0]
-        length = shape[1] if x.shape[1] is None else x.shape[1]
-
-        x = tf.reshape(x, [batch * length, self.embedding_dim])  # (B * T, C)
-        normal = self.attention_norm_activation(
-            ops.layer_norm(
-                x, self.attention_norm_gamma, self.attention_norm_beta, self.epsilon
-            )
+        weights = {n: tf.convert_to_tensor(getattr(self, n)) for n in self.weight_names}
+        hooks = {name: getattr(self, name) for name in ACTIVATIONS}
+        hooks = {name: hook for name, hook in hooks.items() if hook is not _identity}
+        hooks["attention_dropout"] = functools.partial(
+            self.attention_dropout, training=training
         )
-        qkv = self.qkv_activation(tf.matmul(normal, qkv_kernel) + self.qkv_bias)
-        query, key, value = self._split_heads(qkv, batch, length)
-        if cached:
-            key_cache = ops.write_rows(key_cache, key, position)
-            value_cache = ops.write_rows(value_cache, value, position)
-            key, value = key_cache, value_cache  # (B, H, S, D)
-            mask = tf.where(mask, 0.0, ops.MASKED)
-        else:
-            mask = ops.causal_mask(length)
-        hooks = (self.scores_activation, self.probabilities_activation)
-        context = ops.attention(
-            query,
-            key,
-            value,
-            mask,
-            *(None if hook is _identity else hook for hook in hooks),
+        hooks["feedforward_dropout"] = functools.partial(
+            self.feedforward_dropout, training=training
         )
-        context = self.context_activation(self._join_heads(context, batch, length))
-        attended = self.attended_activation(
-            tf.matmul(context, output_kernel) + self.output_bias
+        x, cache = inputs, None
+        if isinstance(inputs, (list, tuple)):
+            x, cache = inputs[0], Cache(*inputs[1:])
+        return transformer_block(
+            x,
+            weights,
+            num_heads=self.num_heads,
+            epsilon=self.epsilon,
+            hooks=hooks,
+            cache=cache,
         )
-        attended = self.attention_dropout(attended, training=training)
-        x = self.attention_residual_activation(x + attended)
-
-        normal = self.feedforward_norm_activation(
-            ops.layer_norm(
-                x, self.feedforward_norm_gamma, self.feedforward_norm_beta, self.epsilon
-            )
-        )
-        up = self.up_activation(tf.matmul(normal, up_kernel) + self.up_bias)
-        hidden = self.hidden_activation(ops.gelu(up))  # (B * T, F)
-        output = self.down_activation(ops.project(hidden, down_kernel) + self.down_bias)
-        output = self.feedforward_dropout(output, training=training)
-        x = self.feedforward_residual_activation(x + output)
-        x = tf.reshape(x, [batch, length, self.embedding_dim])  # (B, T, C)
-        return [x, key_cache, value_cache] if cached else x
-
-    def _split_heads(self, qkv, batch, length):
-        """`(B * T, 3 * H * D)` -> query, key and value, each `(B, H, T, D)`."""
-        qkv = tf.reshape(qkv, [batch, length, 3, self.num_heads, self.head_dim])
-        qkv = tf.transpose(qkv, [2, 0, 3, 1, 4])  # -> (3, B, H, T, D)
-        return qkv[0], qkv[1], qkv[2]
-
-    def _join_heads(self, context, batch, length):
-        """`(B, H, T, D)` -> `(B * T, H * D)`."""
-        context = tf.transpose(context, [0, 2, 1, 3])  # -> (B, T, H, D)
-        return tf.reshape(context, [batch * length, self.num_heads * self.head_dim])
 
     def compute_output_shape(self, input_shape):
         if isinstance(input_shape, list):
@@ -415,15 +349,18 @@ class LayerNormalization(keras.layers.Layer):
         self.norm_activation = _identity
 
     def build(self, input_shape):
-        width = int(input_shape[-1])
-        self.gamma = self.add_weight("gamma", (width,), initializer="ones")
-        self.beta = self.add_weight("beta", (width,), initializer="zeros")
+        sizes = {**self.get_config(), "embedding_dim": int(input_shape[-1])}
+        shapes = norm_shapes(sizes)
+        for name, shape in shapes.items():
+            initializer = "ones" if name == "gamma" else "zeros"
+            setattr(self, name, self.add_weight(name, shape, initializer=initializer))
+        self.__dict__["weight_names"] = list(shapes)  # Keras would track a list
         super().build(input_shape)
 
     def call(self, inputs):
-        width = inputs.shape[-1]
-        x = tf.reshape(inputs, [-1, width])  # (B * T, C)
-        x = ops.layer_norm(x, self.gamma, self.beta, self.epsilon)
+        weights = {n: getattr(self, n) for n in self.weight_names}
+        x = tf.reshape(inputs, [-1, inputs.shape[-1]])  # (B * T, C)
+        x = normalize(x, weights, "", self.epsilon)
         return self.norm_activation(tf.reshape(x, tf.shape(inputs)))
 
     def compute_output_shape(self, input_shape):
@@ -475,10 +412,8 @@ class LanguageModelHead(keras.layers.Layer):
             x, table = inputs
         else:
             x, table = inputs, tf.convert_to_tensor(self.kernel)
-        shape = tf.shape(x)
-        batch = shape[0] if x.shape[0] is None else x.shape[0]
-        length = shape[1] if x.shape[1] is None else x.shape[1]
-        x = tf.reshape(x, [batch * length, x.shape[-1]])  # (B * T, C)
+        batch, length, width = known_shape(x)
+        x = tf.reshape(x, [batch * length, width])  # (B * T, C)
         logits = tf.matmul(x, table, transpose_b=True)  # (B * T, V)
         logits = tf.reshape(logits, [batch, length, self.vocab_size])  # (B, T, V)
         return self.logits_activation(tf.cast(logits, tf.float32))

@@ -108,18 +108,18 @@ def layer_norm(x, gamma, beta, epsilon):
         centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
         variance = tf.reduce_mean(centred * centred, axis=-1, keepdims=True)
         scale = tf.math.rsqrt(variance + epsilon)
-        normal = keep(centred * scale)
+        normed = keep(centred * scale)
 
         def gradient(dy):
-            dnormal = keep(dy * gamma)
-            mean = tf.reduce_mean(dnormal, axis=-1, keepdims=True)
-            slope = tf.reduce_mean(dnormal * normal, axis=-1, keepdims=True)
-            dx = (dnormal - mean - normal * slope) * scale
+            dnormed = keep(dy * gamma)
+            mean = tf.reduce_mean(dnormed, axis=-1, keepdims=True)
+            slope = tf.reduce_mean(dnormed * normed, axis=-1, keepdims=True)
+            dx = (dnormed - mean - normed * slope) * scale
             others = list(range(x.shape.rank - 1))
-            dgamma = tf.reduce_sum(dy * normal, axis=others)
+            dgamma = tf.reduce_sum(dy * normed, axis=others)
             return dx, dgamma, tf.reduce_sum(dy, axis=others)
 
-        return normal * gamma + beta, gradient
+        return normed * gamma + beta, gradient
 
     y = normalise(*(tf.cast(value, tf.float32) for value in (x, gamma, beta)))
     return tf.cast(y, x.dtype)
@@ -169,6 +169,22 @@ def project(x, kernel):
         return tf.matmul(x, kernel), gradient
 
     return multiply(x, kernel)
+
+
+def dropout(x, rate, seed, calls):
+    """Drop values by a mask that follows from a seed and a counter of calls.
+
+    Args:
+        x: Any shape.
+        rate: Share of values that become 0, above 0 and below 1.
+        seed: `()` int32.
+        calls: Variable `()` int32, which is increased by 1.
+
+    Returns:
+        The shape of `x`; what is left is scaled, so that the mean stays.
+    """
+    seed = tf.stack([seed, calls.assign_add(1)])
+    return tf.nn.experimental.stateless_dropout(x, rate, seed, rng_alg="philox")
 
 
 def causal_mask(num_positions):

@@ -1,5 +1,6 @@
 """The sizes of a GPT: their ranges, its parameters, and what memory they take."""
 
+import math
 import os
 
 from gpt_tf.errors import InputError
@@ -43,17 +44,39 @@ def checked_sizes(sizes: dict) -> dict[str, int]:
     return found
 
 
-def count_parameters(sizes: dict) -> int:
-    """Count a GPT's weights and biases; a tied token table counts once."""
+def norm_shapes(sizes: dict) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a normalisation's weights, by name."""
+    width = sizes["embedding_dim"]
+    return {"gamma": (width,), "beta": (width,)}
+
+
+def block_shapes(sizes: dict) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a block's weights by name, in the order of a file.
+
+    A product is a `_kernel` `(inputs, outputs)` and a `_bias`.
+    """
     width, hidden = sizes["embedding_dim"], sizes["feedforward_dim"]
     inner = width // sizes["num_heads"] * sizes["num_heads"]
-    attention = width * 3 * inner + 3 * inner + inner * width + width
-    feedforward = width * hidden + hidden + hidden * width + width
-    norms = 4 * width
+    shapes = {}
+    for norm, products in (
+        ("attention_norm", {"qkv": (width, 3 * inner), "output": (inner, width)}),
+        ("feedforward_norm", {"up": (width, hidden), "down": (hidden, width)}),
+    ):
+        for part, shape in norm_shapes(sizes).items():
+            shapes[f"{norm}_{part}"] = shape
+        for name, shape in products.items():
+            shapes[f"{name}_kernel"] = shape
+            shapes[f"{name}_bias"] = shape[1:]
+    return shapes
+
+
+def count_parameters(sizes: dict) -> int:
+    """Count a GPT's weights and biases; a tied token table counts once."""
     tables = 1 if sizes.get("tie_embeddings", True) else 2
     rows = tables * sizes["vocab_size"] + sizes["context_length"]
-    blocks = sizes["num_layers"] * (attention + feedforward + norms)
-    return rows * width + blocks + 2 * width
+    block = sum(map(math.prod, block_shapes(sizes).values()))
+    norm = sum(map(math.prod, norm_shapes(sizes).values()))
+    return rows * sizes["embedding_dim"] + sizes["num_layers"] * block + norm
 
 
 def check_memory(sizes: dict, weight_bytes: int = WEIGHT_BYTES, accelerators=0) -> None:

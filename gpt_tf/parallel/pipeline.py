@@ -16,7 +16,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf.errors import InputError
-from gpt_tf.models import ops, placement, step, xla
+from gpt_tf.models import ops, placement, train_step, xla
 from gpt_tf.models.cached_forward import blocks_cached, cached_mask, parts_of
 from gpt_tf.models.next_token import counted, token_weights
 from gpt_tf.parallel.config import Schedule
@@ -234,7 +234,7 @@ def tasks_of(schedule, stage, num_stages, micro_batches):
     backward = [(_BACKWARD, index) for index in range(micro_batches)]
     if schedule == "gpipe":
         return forward + backward
-    # As many forward passes ahead as there are stages behind this one.
+    # As many forward passes ahead as there are stages after this one.
     ahead = min(num_stages - 1 - stage, micro_batches)
     turns = itertools.zip_longest(forward[ahead:], backward)
     return forward[:ahead] + [task for pair in turns for task in pair if task]
@@ -288,9 +288,9 @@ class _Stage:
 
         def cached(x, table, position, starts, caches, training):
             length, capacity = x.shape[1], caches[0].shape[2]
-            mask, places = cached_mask(position, starts, length, capacity)
+            mask, positions = cached_mask(position, starts, length, capacity)
             if self.is_first:
-                x, _ = self.parts.embed([x, places])
+                x, _ = self.parts.embed([x, positions])
             x, caches = blocks_cached(self.blocks, x, caches, position, mask)
             return self.parts.score(x, table) if self.is_last else x, caches
 
@@ -382,7 +382,7 @@ class _Plan:
         """Compute a training step, all stages at work; return the metrics."""
         model.check_default_loss("A pipeline")
         batch = _tokens_labels_weights(model, x, y, sample_weight)
-        count = step.add_over_replicas(model.weight_of(y))
+        count = train_step.add_over_replicas(model.weight_of(y))
         scale = tf.math.reciprocal_no_nan(count)
         if isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer):
             scale = model.optimizer.get_scaled_loss(scale)
@@ -416,7 +416,7 @@ class _Plan:
         return _joined(outputs, (tokens,))
 
     def forward_cached(self, model, tokens, position, starts, caches):
-        """Run tokens behind a cache; rows flow through the stages in parts."""
+        """Run tokens that follow a cache; rows flow through the stages in parts."""
         stages = self.stages(model)
         table = _table_of(stages)
         rows = tokens.shape[0]
@@ -429,10 +429,10 @@ class _Plan:
         for part in range(parts):
             x, own = tokens[part], [cache[part] for cache in caches]
             after = []
-            for place, stage in enumerate(stages):
-                first = 2 * sum(self.blocks[:place])
-                used = own[first : first + 2 * self.blocks[place]]
-                with tf.device(stage.device), _after(before[place]):
+            for number, stage in enumerate(stages):
+                first = 2 * sum(self.blocks[:number])
+                used = own[first : first + 2 * self.blocks[number]]
+                with tf.device(stage.device), _after(before[number]):
                     x, used = stage.forward_cached(
                         x,
                         table if stage.is_last else None,
@@ -440,7 +440,7 @@ class _Plan:
                         starts[part],
                         used,
                     )
-                before[place] = x
+                before[number] = x
                 after += used
             scores.append(x)
             updated.append(after)
@@ -457,13 +457,13 @@ class _Plan:
         for index in range(self.micro_batches):
             part = tf.nest.map_structure(lambda x, index=index: x[index], parts)
             x = part[0]
-            for place, stage in enumerate(stages):
-                with tf.device(stage.device), _after(before[place]):
+            for number, stage in enumerate(stages):
+                with tf.device(stage.device), _after(before[number]):
                     if stage.is_last:
                         x = finish(stage, x, table, part)
                     else:
                         x = stage.forward(x)
-                before[place] = x
+                before[number] = x
             outputs.append(x)
         return outputs
 
@@ -483,7 +483,7 @@ class _Step:
         self.table_total = None
         self.tapes = {}
         self.outputs = {}
-        self.slopes = {}  # what a stage gets back from the one behind it
+        self.slopes = {}  # gradients from the next stage
 
     def run(self, batch):
         parts = _micro_batches(batch, self.plan.micro_batches)
@@ -504,63 +504,63 @@ class _Step:
         # The graph's edges decide when a task runs. Here they are only written down,
         # in an order in which each finds what it needs.
         while any(queues):
-            for place, queue in enumerate(queues):
-                if queue and self._is_ready(place, *queue[0]):
+            for number, queue in enumerate(queues):
+                if queue and self._is_ready(number, *queue[0]):
                     kind, index = queue.pop(0)
-                    stage = self.stages[place]
-                    with tf.device(stage.device), _after(before[place]):
-                        before[place] = getattr(self, f"_{kind}")(place, stage, index)
+                    stage = self.stages[number]
+                    with tf.device(stage.device), _after(before[number]):
+                        before[number] = getattr(self, f"_{kind}")(number, stage, index)
         logits = None
         if self.model.wants_outputs:
             logits = _joined(self.logits, batch)
         return self.sums, self._gradients(), logits
 
-    def _is_ready(self, place, kind, index):
+    def _is_ready(self, number, kind, index):
         if kind == _FORWARD:
-            return place == 0 or (place - 1, index) in self.outputs
-        return self.stages[place].is_last or (place, index) in self.slopes
+            return number == 0 or (number - 1, index) in self.outputs
+        return self.stages[number].is_last or (number, index) in self.slopes
 
-    def _forward(self, place, stage, index):
+    def _forward(self, number, stage, index):
         if stage.is_last:
             return None  # comes with the backward pass
-        x = self.outputs[place - 1, index] if place else self.parts[index][0]
+        x = self.outputs[number - 1, index] if number else self.parts[index][0]
         with tf.GradientTape() as tape:
-            if place:
+            if number:
                 tape.watch(x)
             y = stage.forward(x, training=True)
-        self.tapes[place, index] = tape, x, y
-        self.outputs[place, index] = y
+        self.tapes[number, index] = tape, x, y
+        self.outputs[number, index] = y
         return y
 
-    def _backward(self, place, stage, index):
+    def _backward(self, number, stage, index):
         if stage.is_last:
-            gradients = self._last(place, stage, index)
+            gradients = self._last(number, stage, index)
         else:
-            tape, x, y = self.tapes.pop((place, index))
-            inputs = [x] if place else []
+            tape, x, y = self.tapes.pop((number, index))
+            inputs = [x] if number else []
             gradients = tape.gradient(
                 y,
                 [*inputs, *stage.variables],
-                output_gradients=self.slopes.pop((place, index)),
+                output_gradients=self.slopes.pop((number, index)),
                 unconnected_gradients=tf.UnconnectedGradients.ZERO,
             )
-        if place:
-            self.slopes[place - 1, index] = gradients[0]
+        if number:
+            self.slopes[number - 1, index] = gradients[0]
             gradients = gradients[1:]
         gradients = [tf.convert_to_tensor(g) for g in gradients]
-        self.totals[place] = _sum(self.totals[place], gradients)
+        self.totals[number] = _sum(self.totals[number], gradients)
         return gradients
 
-    def _last(self, place, stage, index):
+    def _last(self, number, stage, index):
         tokens, labels, weights = self.parts[index]
-        x = self.outputs[place - 1, index] if place else tokens
+        x = self.outputs[number - 1, index] if number else tokens
         sums, gradients, logits = stage.differentiate(
             x, self.table, labels, weights, self.scale
         )
         self.logits.append(logits)
         self.sums = _sum(self.sums, sums)
         if self.table is not None:
-            where = 1 if place else 0
+            where = 1 if number else 0
             gradients = list(gradients)
             self.table_total = _sum(self.table_total, [gradients.pop(where)])
         return gradients

@@ -252,10 +252,10 @@ def _extremes(model, batches):
         extremes[:, 0] = np.minimum(extremes[:, 0], found[:, 0])
         extremes[:, 1] = np.maximum(extremes[:, 1], found[:, 1])
         if not np.isfinite(found).all():
-            broken = names[int(np.argmin(np.isfinite(found).all(axis=1)))]
+            name = names[int(np.argmin(np.isfinite(found).all(axis=1)))]
             raise InputError(
                 f"Calibration expects finite activations. Received: NaN or infinity "
-                f"in {broken}. The model's weights contain NaN or Inf: go back to an "
+                f"in {name}. The model's weights contain NaN or Inf: go back to an "
                 "earlier checkpoint."
             )
     return list(names), extremes

@@ -27,10 +27,10 @@ import tensorflow_model_optimization as tfmot
 import tf_keras as keras
 
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models import step
+from gpt_tf.models import train_step
 from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import CUSTOM_OBJECTS, GPTModel
-from gpt_tf.models.language_model import LanguageModel, beside
+from gpt_tf.models.language_model import LanguageModel, strategy_scope
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.models.precision import precision
 from gpt_tf.quantization import calibration, quantizers
@@ -184,9 +184,9 @@ class QuantizationAwareGPT(LanguageModel):
         with quantizers.collecting(rows) as found:
             yield lambda: tf.stack([found[q] for q, _ in self._moving()])
 
-    def take_observed(self, observed):
+    def update_observers(self, observed):
         may_move = self._ranges_may_move()
-        extremes = step.max_over_replicas(observed)
+        extremes = train_step.max_over_replicas(observed)
         for (quantizer, variable), extreme in zip(
             self._moving(), tf.unstack(extremes), strict=True
         ):
@@ -265,7 +265,7 @@ def quantize_aware(model, config=None):
     Reference: Jacob et al., arXiv:1712.05877; article 3.2.
     """
     _check_model(model, "quantize_aware")
-    with beside(model):
+    with strategy_scope(model):
         aware = QuantizationAwareGPT(model.get_config(), config)
         for wrapper in aware.layers[1:]:
             layer = model.get_layer(wrapper.layer.name)
@@ -359,7 +359,7 @@ def to_float(model):
         float32 as `model` does.
     """
     _check_aware(model, "to_float")
-    with beside(model), precision("float32"):
+    with strategy_scope(model), precision("float32"):
         gpt = GPTModel.from_config(model.gpt)
         for wrapper in model.layers[1:]:
             layer = gpt.get_layer(wrapper.layer.name)

@@ -20,7 +20,7 @@ from tensorflow_model_optimization.python.core.quantization.keras import (
     quantize_scheme,
 )
 
-from gpt_tf.models import step
+from gpt_tf.models import train_step
 from gpt_tf.quantization.calibration import FIXED_RANGES, NARROWEST
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.quantization.fake import fake_quantize, fake_quantize_weights
@@ -153,7 +153,7 @@ class ActivationQuantizer(tfmot.quantization.keras.quantizers.Quantizer):
             found[self] = extremes_of(inputs, rows)
         elif tf.distribute.get_replica_context() is not None:
             may_move = True if self.may_move is None else self.may_move()
-            extremes = step.max_over_replicas(extremes_of(inputs))
+            extremes = train_step.max_over_replicas(extremes_of(inputs))
             self.take(variable, extremes, may_move)
 
     def take(self, variable, extremes, may_move):

@@ -7,7 +7,7 @@ from gpt_tf.distillation import student
 from gpt_tf.distillation.student import layer_importance, make_student
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.cached_forward import parts_of
-from gpt_tf.models.gpt import NextTokenLoss
+from gpt_tf.models.next_token import NextTokenLoss
 from gpt_tf.quantization.qat import quantize_aware
 
 ARTICLE = {"embedding_dim": 256, "num_layers": 4, "num_heads": 6, "vocab_size": 5000}

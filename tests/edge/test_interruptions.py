@@ -15,7 +15,7 @@ from tests.edge.conftest import CONTEXT
 from tests.edge.interruption import Interruption, no_longer_than, some_of
 from tests.edge.test_runtime import random_ids
 
-FILES = "edge/", "generation.py", "sampling.py"
+FILES = "edge/", "generation/"
 ERRORS = KeyboardInterrupt, MemoryError
 # The first slides, and the third ends at a stop text.
 REQUESTS = [
@@ -32,25 +32,25 @@ COUNTS = [12, pytest.param(240, marks=pytest.mark.slow)]
 def opened(exported, monkeypatch):
     """Open the file; its caches grow early, and are counted."""
     monkeypatch.setattr(session, "GROWTH", 4)
-    make = session.Executor._new_room
+    make = session.Executor._new_cache
 
     @contextlib.contextmanager
     def open_it():
-        caches = weakref.WeakSet()
+        buffers = weakref.WeakSet()
 
         def counted(self, capacity):
-            room = make(self, capacity)
-            caches.update(room.caches.values())
-            return room
+            cache = make(self, capacity)
+            buffers.update(cache.buffers.values())
+            return cache
 
-        monkeypatch.setattr(session.Executor, "_new_room", counted)
+        monkeypatch.setattr(session.Executor, "_new_cache", counted)
         session._plan.cache_clear()  # so that all runs are alike
         with EdgeGPT(exported.litertlm, num_threads=1) as gpt:
             yield gpt
-            rooms = [gpt._session._room, *gpt._executor._free]
-            kept = {id(cache) for room in rooms for cache in room.caches.values()}
-            assert {id(cache) for cache in caches} == kept
-            assert sum(room.capacity for room in rooms[1:]) <= CONTEXT // 2
+            caches = [gpt._session._cache, *gpt._executor._pool]
+            kept = {id(part) for cache in caches for part in cache.buffers.values()}
+            assert {id(part) for part in buffers} == kept
+            assert sum(cache.capacity for cache in caches[1:]) <= CONTEXT // 2
 
     return open_it
 
@@ -190,7 +190,7 @@ def check_keras(model, tokenizer, alone, count, cold=False):
         for options, text in zip([BATCH, *REQUESTS[2:3]], alone, strict=True):
             assert gpt_tf.generate(model, tokenizer=tokenizer, **options) == text
 
-    sweep(try_at, count, "models/", "generation.py", "sampling.py")
+    sweep(try_at, count, "models/", "generation/")
 
 
 # Windows slide, one after the other.

@@ -95,7 +95,7 @@ def test_the_capacity_follows_the_text(exported, monkeypatch):
             seen.append(gpt._session.capacity)
         assert seen == [4 * (i // 4 + 1) for i in range(CONTEXT)]
         # What is kept for the next text is at most half as large again.
-        free = [room.capacity for room in gpt._executor._free]
+        free = [cache.capacity for cache in gpt._executor._pool]
         assert gpt._session.capacity == CONTEXT and 0 < sum(free) <= CONTEXT // 2
         gpt.reset()
         gpt.decode(1)
@@ -107,7 +107,7 @@ def test_a_second_text_of_the_same_length_allocates_no_cache(exported, monkeypat
     with EdgeGPT(exported.tflite) as gpt:
         first = gpt.generate([1, 2, 3], max_new_tokens=6, temperature=0)
         made = []
-        monkeypatch.setattr(session.Executor, "_new_room", made.append)
+        monkeypatch.setattr(session.Executor, "_new_cache", made.append)
         second = gpt.generate([1, 2, 3], max_new_tokens=6, temperature=0)
     assert first == second and not made
 

@@ -49,7 +49,7 @@ def test_a_session_takes_the_cache_that_another_gave_back(exported, monkeypatch)
         first.prefill([1, 2, 3])
         first.close()
         made = []
-        monkeypatch.setattr(Executor, "_new_room", made.append)
+        monkeypatch.setattr(Executor, "_new_cache", made.append)
         second = gpt.new_session()
         np.testing.assert_array_equal(second.decode(4), logits)
         assert not made

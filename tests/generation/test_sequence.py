@@ -9,28 +9,31 @@ from hypothesis import strategies as st
 from gpt_tf.errors import InputError
 from gpt_tf.generation import sequence
 from gpt_tf.generation.sampler import Sampler
-from gpt_tf.generation.sequence import Continuation, half_of, ids_without_token
+from gpt_tf.generation.sequence import SequenceState, half_of, ids_without_token
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
 
 LETTERS = CharacterTokenizer.train(["abc"])
 BYTES = BPETokenizer.train(["low lower lowest " * 9], vocab_size=260)
 
 
+class Recorded:
+    """A sampler that chooses the same tokens for every row."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def generators(self, num_rows):
+        return [iter(self.tokens) for _ in range(num_rows)]
+
+    def choose(self, logits, seen, generator):
+        return next(generator)
+
+
 def answer(prompt, tokens, tokenizer=LETTERS, stop=(), stream=False, asked=None):
     """Answer with the same tokens for every row, row after row."""
-
-    def steps_of(rows, end, done):
-        if asked is not None:
-            asked.append((rows, end))
-        for row in range(len(rows)):
-            for token in tokens:
-                yield {row: token}
-                if row in done:
-                    break
-
-    return sequence.answer(
+    sequences, is_list = sequence.begin(
         prompt,
-        steps_of,
+        Recorded(tokens),
         vocab_size=tokenizer.vocab_size if tokenizer else 9,
         context_length=5,
         tokenizer=tokenizer,
@@ -38,6 +41,15 @@ def answer(prompt, tokens, tokenizer=LETTERS, stop=(), stream=False, asked=None)
         stop=stop,
         stream=stream,
     )
+    if asked is not None:
+        asked.append([state.ids[:] for state in sequences])
+
+    def pieces():
+        for state in sequences:
+            while not state.finished:
+                yield from state.push(None)
+
+    return sequence.results(sequences, is_list, pieces(), stream)
 
 
 def test_the_answer_has_the_shape_of_the_prompt():
@@ -49,11 +61,11 @@ def test_the_answer_has_the_shape_of_the_prompt():
     assert list(answer([0], [1, 2], stream=True)) == [1, 2]
 
 
-def test_the_engine_is_asked_with_ids_and_the_id_that_ends():
+def test_sequences_begin_with_ids_and_end_at_the_end_of_text():
     asked = []
-    answer(["ab", "c"], [0], asked=asked)
-    answer([1, 2], [0], tokenizer=None, asked=asked)
-    assert asked == [([[0, 1], [2]], 3), ([[1, 2]], None)]
+    assert answer(["ab", "c"], [0, 3, 0], asked=asked) == ["a", "a"]
+    assert answer([1, 2], [0, 3, 0], tokenizer=None, asked=asked) == [0, 3, 0]
+    assert asked == [[[0, 1], [2]], [[1, 2]]]
 
 
 @pytest.mark.parametrize("stop", ["bc", ["bc"], ["x", "bc", "c"]])
@@ -99,7 +111,7 @@ def test_text_and_ids_end_where_the_first_stop_text_begins(ids, pick):
 
 
 def test_what_may_begin_a_stop_text_is_not_shown_yet():
-    output = sequence.Output(LETTERS, [b"bcb"], is_text=False)
+    output = sequence.Detokenizer(LETTERS, [b"bcb"], is_text=False)
     assert [output.push(token) for token in (0, 1, 2, 0)] == [[], [], [0], [1]]
     assert output.finish() == [2, 0] and output.value == [0, 1, 2, 0]
 
@@ -116,8 +128,8 @@ def test_ids_may_stand_in_arrays_and_tensors():
     answer([np.int64(1), np.uint8(2)], [1], asked=asked)
     answer([np.array(row) for row in several], [1], asked=asked)
     answer([tf.constant(row) for row in several], [1], asked=asked)
-    assert [rows for rows, _ in asked] == [[one], several] * 4 + [several]
-    assert all(type(token) is int for rows, _ in asked for row in rows for token in row)
+    assert asked == [[one], several] * 4 + [several]
+    assert all(type(token) is int for rows in asked for row in rows for token in row)
     assert answer(tf.constant("a"), [1]) == "b"
     assert answer(np.array(["a", "b"]), [1]) == ["b", "b"]
 
@@ -125,7 +137,7 @@ def test_ids_may_stand_in_arrays_and_tensors():
 def test_bytes_that_are_not_utf_8_are_a_prompt_for_bytes_only():
     asked = []
     answer(b"low\xff", [1], BYTES, asked=asked)
-    (ids,), _ = asked[0]
+    (ids,) = asked[0]
     assert BYTES.decode_bytes(ids) == b"low\xff"
     with pytest.raises(InputError, match="expects UTF-8"):
         answer(b"a\xff", [1])
@@ -137,7 +149,7 @@ def test_special_tokens_in_a_text_are_one_id_each(tokenizer):
     letter, end = tokenizer.encode("c")[0], tokenizer.end_of_text_id
     for prompt in ("c<|endoftext|>c", ["c<|endoftext|>c"]):
         answer(prompt, [1], tokenizer, asked=asked)
-    assert asked == [([[letter, end, letter]], end)] * 2
+    assert asked == [[[letter, end, letter]]] * 2
 
 
 def test_special_tokens_in_bytes_are_literal():
@@ -185,8 +197,9 @@ def test_bad_prompts_are_refused(prompt, options, message):
 @pytest.mark.parametrize("count", [-1, 1.5, "3", None])
 def test_a_number_of_tokens_that_is_none_is_refused(count):
     with pytest.raises(InputError, match="`max_new_tokens`"):
-        sequence.check_request(
+        sequence.begin(
             [1],
+            Sampler(),
             vocab_size=9,
             context_length=5,
             tokenizer=None,
@@ -227,7 +240,16 @@ def test_what_is_suppressed_is_never_chosen(options):
 def begin(prompt, max_new_tokens=100, slides=False, end=None, **options):
     sampler = Sampler(temperature=0, **options)
     (source,) = sampler.generators(1)
-    return Continuation(prompt, max_new_tokens, sampler, source, end, 6, slides)
+    return SequenceState(
+        prompt,
+        sampler,
+        source,
+        sequence.Detokenizer(None, [], is_text=False),
+        context_length=6,
+        max_new_tokens=max_new_tokens,
+        end_id=end,
+        slides=slides,
+    )
 
 
 def logits_of(token):
@@ -235,46 +257,50 @@ def logits_of(token):
 
 
 def test_first_the_prompt_is_wanted_and_then_each_new_token():
-    text = begin([1, 2, 3], max_new_tokens=2)
-    assert text.begins and text.pending == [1, 2, 3] and text.count == 3
-    assert text.push(logits_of(7)) == 7
-    assert not text.begins and text.pending == [7] and text.count == 4
-    assert text.push(logits_of(8)) == 8
-    assert text.finished and text.new == [7, 8] and text.text == [1, 2, 3, 7, 8]
+    state = begin([1, 2, 3], max_new_tokens=2)
+    assert state.needs_prefill and state.pending == [1, 2, 3]
+    assert state.window_length == 3
+    assert state.push(logits_of(7)) == [7]
+    assert not state.needs_prefill and state.pending == [7]
+    assert state.window_length == 4
+    assert state.push(logits_of(8)) == [8]
+    assert state.finished and state.new_ids == [7, 8] and state.ids == [1, 2, 3, 7, 8]
 
 
 @pytest.mark.parametrize("slides", [False, True])
-def test_a_full_context_ends_the_text_or_drops_its_oldest_half(slides):
-    text = begin([1, 2, 3, 4], slides=slides)
+def test_a_full_context_ends_the_sequence_or_drops_its_oldest_half(slides):
+    state = begin([1, 2, 3, 4], slides=slides)
     for _ in range(3):
-        assert not text.finished
-        text.push(logits_of(7))
-    assert text.finished != slides
+        assert not state.finished
+        state.push(logits_of(7))
+    assert state.finished != slides
     if slides:
-        assert text.begins and text.pending == [7, 7, 7] == text.text[-half_of(6) :]
+        assert state.needs_prefill
+        assert state.pending == [7, 7, 7] == state.ids[-half_of(6) :]
 
 
-def test_the_end_is_no_token_of_the_text():
-    text = begin([1], end=5)
-    assert text.push(logits_of(5)) is None
-    assert text.finished and text.text == [1] and text.new == []
+def test_the_end_is_no_token_of_the_sequence():
+    state = begin([1], end=5)
+    assert state.push(logits_of(5)) == []
+    assert state.finished and state.ids == [1] and state.new_ids == []
 
 
-def test_what_another_text_has_driven_out_is_wanted_again():
-    text = begin([1, 2])
-    text.push(logits_of(7))
-    text.restart()
-    assert text.begins and text.pending == [1, 2, 7] and text.count == 3
+def test_what_another_sequence_has_driven_out_is_wanted_again():
+    state = begin([1, 2])
+    state.push(logits_of(7))
+    state.invalidate_cache()
+    assert state.needs_prefill and state.pending == [1, 2, 7]
+    assert state.window_length == 3
 
 
 @given(prompt=st.lists(st.integers(0, 8), min_size=1, max_size=20))
 def test_the_repetition_penalty_counts_what_the_window_has_lost(prompt):
-    text = begin(prompt, max_new_tokens=15, slides=True, repetition_penalty=1e6)
-    assert text.pending == prompt[-6:]
+    state = begin(prompt, max_new_tokens=15, slides=True, repetition_penalty=1e6)
+    assert state.pending == prompt[-6:]
     seen = set(prompt)
     for _ in range(15):
         # Every logit is above 0: the largest of what did not occur, or of all.
         logits = 1.0 + np.arange(9) / 100
         new = set(range(9)) - seen
-        assert text.push(logits) == max(new or {8})
-        seen.add(text.new[-1])
+        assert state.push(logits) == [max(new or {8})]
+        seen.add(state.new_ids[-1])

@@ -1,0 +1,154 @@
+"""The transformer block, once: a pure function of weights, inputs, a cache and hooks.
+
+The block layer calls it for training and for cached decoding, a pipeline runs those
+layers, and a mesh calls it with weights that are divided among devices. Export
+describes the same block in another language, in `gpt_tf.export.graph`. The names and
+shapes of the weights are those of `gpt_tf.models.sizes.block_shapes`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from gpt_tf.models import ops
+
+# Tensors that may be quantised, calibrated and observed, in the order of the data.
+ACTIVATIONS = (
+    "attention_norm_activation",  # what the QKV product reads
+    "qkv_activation",  # what it writes; the cache holds a part of it
+    "scores_activation",  # scaled, before mask and softmax
+    "probabilities_activation",  # after softmax
+    "context_activation",  # what the output product reads
+    "attended_activation",  # what it writes, before the residual
+    "attention_residual_activation",
+    "feedforward_norm_activation",  # what the up product reads
+    "up_activation",  # what it writes, before GELU
+    "hidden_activation",  # after GELU, what the down product reads
+    "down_activation",  # what it writes, before the residual
+    "feedforward_residual_activation",
+)
+
+# Products on a mesh, by the number of the kernel's axes.
+_EQUATIONS = {2: "btc,cf->btf", 3: "bthd,hdc->btc", 4: "btc,cnhd->btnhd"}
+
+
+class Cache(NamedTuple):
+    """Keys and values of earlier positions, and where the new ones go.
+
+    Attributes:
+        keys: `(B, H, S, D)`.
+        values: `(B, H, S, D)`.
+        position: `()` int32, the first cache row that is written.
+        mask: bool, broadcastable to `(B, 1, T, S)`: where a position may be seen.
+    """
+
+    keys: tf.Tensor
+    values: tf.Tensor
+    position: tf.Tensor
+    mask: tf.Tensor
+
+
+def transformer_block(
+    x: tf.Tensor,
+    weights: Mapping[str, tf.Tensor],
+    *,
+    num_heads: int,
+    epsilon: float,
+    hooks: Mapping[str, Callable],
+    cache: Cache | None = None,
+):
+    """Compute causal self-attention and the feed-forward part, each with a residual.
+
+    Args:
+        x: `(B, T, C)`.
+        weights: By their names. A mesh, which divides the axis of heads, gives the
+            QKV kernel as `(C, 3, H, D)`, its bias as `(3, H, D)` and the output kernel
+            as `(H, D, C)`; nothing is then reshaped across an axis that is divided.
+        num_heads: `H`.
+        epsilon: Added to the variance in the normalisations.
+        hooks: Functions of a tensor by the name of what they are applied to; a tensor
+            without a hook stays as it is. The names are `ACTIVATIONS`; `"query"`,
+            `"key"` and `"value"`, `(B, H, T, D)`; and `"attention_dropout"` and
+            `"feedforward_dropout"`, on what is added to the residual.
+        cache: What attention sees besides; None: the positions of `x` alone.
+
+    Returns:
+        `(B, T, C)`, or with a cache a list of it and of the updated keys and values.
+
+    Reference: GPT-2's block, as in Radford et al. (2019), section 2.3.
+    """
+
+    def hooked(name, tensor):
+        return hooks[name](tensor) if name in hooks else tensor
+
+    def dense(name, tensor):
+        return _product(tensor, weights[f"{name}_kernel"]) + weights[f"{name}_bias"]
+
+    on_mesh = weights["qkv_kernel"].shape.rank == 4
+    batch, length, width = known_shape(x)
+    if not on_mesh:
+        x = tf.reshape(x, [batch * length, width])  # (B * T, C)
+
+    normed = normalize(x, weights, "attention_norm_", epsilon)
+    qkv = dense("qkv", hooked("attention_norm_activation", normed))
+    qkv = hooked("qkv_activation", qkv)
+    if not on_mesh:
+        head_dim = qkv.shape[-1] // (3 * num_heads)
+        qkv = tf.reshape(qkv, [batch, length, 3, num_heads, head_dim])
+    qkv = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))  # -> 3 of (B, H, T, D)
+    query, key, value = map(hooked, ("query", "key", "value"), qkv)
+    if cache is None:
+        mask = ops.causal_mask(length)
+    else:
+        key = ops.write_rows(cache.keys, key, cache.position)  # (B, H, S, D)
+        value = ops.write_rows(cache.values, value, cache.position)
+        mask = tf.where(cache.mask, 0.0, ops.MASKED)
+    context = ops.attention(
+        query,
+        key,
+        value,
+        mask,
+        hooks.get("scores_activation"),
+        hooks.get("probabilities_activation"),
+    )
+    context = tf.transpose(context, [0, 2, 1, 3])  # -> (B, T, H, D)
+    if not on_mesh:
+        context = tf.reshape(context, [batch * length, num_heads * context.shape[-1]])
+    attended = dense("output", hooked("context_activation", context))
+    attended = hooked("attended_activation", attended)
+    x += hooked("attention_dropout", attended)
+    x = hooked("attention_residual_activation", x)
+
+    normed = normalize(x, weights, "feedforward_norm_", epsilon)
+    up = dense("up", hooked("feedforward_norm_activation", normed))
+    hidden = ops.gelu(hooked("up_activation", up))  # (B * T, F)
+    output = dense("down", hooked("hidden_activation", hidden))
+    output = hooked("down_activation", output)
+    x += hooked("feedforward_dropout", output)
+    x = hooked("feedforward_residual_activation", x)
+    if not on_mesh:
+        x = tf.reshape(x, [batch, length, width])  # (B, T, C)
+    return x if cache is None else [x, key, value]
+
+
+def normalize(x, weights, prefix, epsilon):
+    """Normalise the last axis by the weights whose names begin with a prefix."""
+    return ops.layer_norm(
+        x, weights[f"{prefix}gamma"], weights[f"{prefix}beta"], epsilon
+    )
+
+
+def known_shape(x):
+    """Return the axes of a tensor, as integers where they are known."""
+    if x.shape.is_fully_defined():
+        return list(x.shape)
+    axes = zip(x.shape, tf.unstack(tf.shape(x)), strict=True)
+    return [axis if known is None else known for known, axis in axes]
+
+
+def _product(x, kernel):
+    if x.shape.rank > 2:
+        return tf.einsum(_EQUATIONS[kernel.shape.rank], x, kernel)
+    rows, columns = kernel.shape
+    return ops.project(x, kernel) if rows > columns else tf.matmul(x, kernel)
