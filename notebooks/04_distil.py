@@ -309,7 +309,7 @@ for name, result in {**results, "distilled, fewer tokens": small}.items():
 # call costs by itself counts as much; in larger ones the ratio comes near 2.
 
 # %%
-prompt = teacher.tokenizer.encode("import ")
+prompt = teacher.tokenizer.encode("import")
 models = {"teacher": teacher.model, "student": distilled.model}
 seconds = {name: [] for name in models}
 for turn in range(6):

@@ -59,8 +59,6 @@ import statistics
 import unittest
 import xml
 
-from gpt_tf.reporting.latency_tables import print_latency
-from gpt_tf.reporting.pictures import draw_accuracy, draw_latency, draw_pareto
 from IPython.display import Image
 
 import gpt_tf
@@ -71,6 +69,8 @@ from gpt_tf.evaluation.hardware import describe_machine
 from gpt_tf.evaluation.latency import compare_latencies
 from gpt_tf.evaluation.regression import compare_with_baseline, read_baseline
 from gpt_tf.evaluation.report import entry_of, new_report
+from gpt_tf.reporting.plots import draw
+from gpt_tf.reporting.tables import print_latency
 from gpt_tf.workflow.optimization import optimize
 
 # %% tags=["parameters"]
@@ -261,7 +261,7 @@ print_latency(side_by_side)
 # processor's cache, as these do, is not bound by memory at all.
 
 # %%
-draw_latency(side_by_side, folder / "latency.png")
+draw("latency", side_by_side, folder / "latency.png")
 Image(folder / "latency.png", width=480)
 
 # %% [markdown]
@@ -292,7 +292,7 @@ with gpt_tf.EdgeGPT(paths[first]) as reference, gpt_tf.EdgeGPT(paths[second]) as
 # concluded from it more. Of all files:
 
 # %%
-draw_accuracy(report, folder / "accuracy.png")
+draw("accuracy", report, folder / "accuracy.png")
 Image(folder / "accuracy.png", width=600)
 
 # %% [markdown]
@@ -320,7 +320,7 @@ print_recommendation(report["recommendation"])
 # within the budgets.
 
 # %%
-draw_pareto(report, folder / "pareto.png")
+draw("pareto", report, folder / "pareto.png")
 Image(folder / "pareto.png", width=600)
 
 # %% [markdown]
