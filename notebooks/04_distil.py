@@ -124,7 +124,7 @@ print(f"validation perplexity {teacher.validation_perplexity:.2f}")
 # label names one of them only.
 
 # %%
-beginning = "    def "
+beginning = "    def"
 ids = np.array([teacher.tokenizer.encode(beginning)])
 logits = teacher.model.predict(ids, verbose=0)[0, -1]
 probabilities = np.exp(logits - logits.max())
@@ -327,7 +327,7 @@ for name, times in seconds.items():
 print(
     gpt_tf.generate(
         distilled.model,
-        "def ",
+        "def",
         tokenizer=teacher.tokenizer,
         max_new_tokens=max_new_tokens,
         temperature=0.7,
