@@ -1,9 +1,8 @@
 """The transformer block, once: a pure function of weights, inputs, a cache and hooks.
 
-The block layer calls it for training and for cached decoding, a pipeline runs those
-layers, and a mesh calls it with weights that are divided among devices. Export
-describes the same block in another language, in `gpt_tf.export.graph`. The names and
-shapes of the weights are those of `gpt_tf.models.sizes.block_shapes`.
+The block layer calls it for training and for cached decoding, and a pipeline runs those
+layers. Export describes the same block in another language, in `gpt_tf.export.graph`.
+The names and shapes of the weights are those of `gpt_tf.models.sizes.block_shapes`.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,9 +27,6 @@ ACTIVATIONS = (
     "down_activation",  # what it writes, before the residual
     "feedforward_residual_activation",
 )
-
-# Products on a mesh, by the number of the kernel's axes.
-_EQUATIONS = {2: "btc,cf->btf", 3: "bthd,hdc->btc", 4: "btc,cnhd->btnhd"}
 
 
 class Cache(NamedTuple):
@@ -62,15 +58,13 @@ def transformer_block(
 
     Args:
         x: `(B, T, C)`.
-        weights: By their names. A mesh, which divides the axis of heads, gives the
-            QKV kernel as `(C, 3, H, D)`, its bias as `(3, H, D)` and the output kernel
-            as `(H, D, C)`; nothing is then reshaped across an axis that is divided.
+        weights: By their names.
         num_heads: `H`.
         epsilon: Added to the variance in the normalisations.
         hooks: Functions of a tensor by the name of what they are applied to; a tensor
-            without a hook stays as it is. The names are `ACTIVATIONS`; `"query"`,
-            `"key"` and `"value"`, `(B, H, T, D)`; and `"attention_dropout"` and
-            `"feedforward_dropout"`, on what is added to the residual.
+            without a hook stays as it is. The names are `ACTIVATIONS`, and
+            `"attention_dropout"` and `"feedforward_dropout"`, on what is added to the
+            residual.
         cache: What attention sees besides; None: the positions of `x` alone.
 
     Returns:
@@ -85,19 +79,16 @@ def transformer_block(
     def dense(name, tensor):
         return _product(tensor, weights[f"{name}_kernel"]) + weights[f"{name}_bias"]
 
-    on_mesh = weights["qkv_kernel"].shape.rank == 4
     batch, length, width = known_shape(x)
-    if not on_mesh:
-        x = tf.reshape(x, [batch * length, width])  # (B * T, C)
+    x = tf.reshape(x, [batch * length, width])  # (B * T, C)
 
     normed = normalize(x, weights, "attention_norm_", epsilon)
     qkv = dense("qkv", hooked("attention_norm_activation", normed))
     qkv = hooked("qkv_activation", qkv)
-    if not on_mesh:
-        head_dim = qkv.shape[-1] // (3 * num_heads)
-        qkv = tf.reshape(qkv, [batch, length, 3, num_heads, head_dim])
-    qkv = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))  # -> 3 of (B, H, T, D)
-    query, key, value = map(hooked, ("query", "key", "value"), qkv)
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    qkv = tf.reshape(qkv, [batch, length, 3, num_heads, head_dim])
+    # (B, T, 3, H, D) -> each (B, H, T, D)
+    query, key, value = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))
     if cache is None:
         mask = ops.causal_mask(length)
     else:
@@ -113,8 +104,7 @@ def transformer_block(
         hooks.get("probabilities_activation"),
     )
     context = tf.transpose(context, [0, 2, 1, 3])  # -> (B, T, H, D)
-    if not on_mesh:
-        context = tf.reshape(context, [batch * length, num_heads * context.shape[-1]])
+    context = tf.reshape(context, [batch * length, num_heads * head_dim])
     attended = dense("output", hooked("context_activation", context))
     attended = hooked("attended_activation", attended)
     x += hooked("attention_dropout", attended)
@@ -127,8 +117,7 @@ def transformer_block(
     output = hooked("down_activation", output)
     x += hooked("feedforward_dropout", output)
     x = hooked("feedforward_residual_activation", x)
-    if not on_mesh:
-        x = tf.reshape(x, [batch, length, width])  # (B, T, C)
+    x = tf.reshape(x, [batch, length, width])  # (B, T, C)
     return x if cache is None else [x, key, value]
 
 
@@ -148,7 +137,5 @@ def known_shape(x):
 
 
 def _product(x, kernel):
-    if x.shape.rank > 2:
-        return tf.einsum(_EQUATIONS[kernel.shape.rank], x, kernel)
     rows, columns = kernel.shape
     return ops.project(x, kernel) if rows > columns else tf.matmul(x, kernel)
