@@ -374,7 +374,8 @@ def test_what_was_not_measured_does_not_pass():
 
 def test_an_increase_follows_from_the_reference_where_it_is_not_stated():
     def of(name, perplexity, kind="litertlm"):
-        accuracy = {"perplexity": {"value": perplexity}}
+        interval = dict.fromkeys(("value", "low", "high"), perplexity)
+        accuracy = {"perplexity": interval}
         return entry(name, kind=kind, accuracy=accuracy)
 
     entries = [of("teacher", 10.0, "keras"), of("a", 10.2), of("b", 10.5)]
