@@ -138,31 +138,6 @@ def layout_map(mesh, vocab_size):
     return found
 
 
-def divided_shape(name, shape, num_heads):
-    """Return the shape in which a weight of `GPTModel` has an axis of heads.
-
-    Args:
-        name: The weight's name, `"block_0.qkv_kernel"` for example.
-        shape: Its shape in `GPTModel`.
-        num_heads: `H`.
-    """
-    if name.endswith("qkv_kernel"):
-        return (shape[0], 3, num_heads, shape[1] // (3 * num_heads))
-    if name.endswith("output_kernel"):
-        return (num_heads, shape[0] // num_heads, shape[1])
-    return shape
-
-
-def outer_shape(shape):
-    """Return the shape that a weight of `divided_shape` has in `GPTModel`."""
-    shape = tuple(shape)
-    if len(shape) == 4:  # the QKV kernel: (C, 3, H, D)
-        return (shape[0], math.prod(shape[1:]))
-    if len(shape) == 3:  # the output kernel: (H, D, C)
-        return (math.prod(shape[:2]), shape[2])
-    return shape
-
-
 def place(array, wanted):
     """Put a NumPy array on a mesh, each device its part.
 

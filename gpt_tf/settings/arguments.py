@@ -253,6 +253,11 @@ def phrase(kind, value, least=None, most=None, above=None, below=None, or_none=F
     return said + ", or None" * or_none
 
 
+def printable(path: str | os.PathLike) -> str:
+    """Return a path as text that every stream and log can hold, UTF-8 or not."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def shown(value) -> str:
     """Return a value as one short line, whatever it is."""
     try:

@@ -239,7 +239,9 @@ def open_corpus(
                 "A corpus expects at least one path. Received: none. Name files or "
                 "folders, or use python-stdlib."
             )
-        name = ", ".join(Path(item).name or item for item in sources)
+        name = ", ".join(
+            arguments.printable(Path(item).name or item) for item in sources
+        )
         found = _without_copies(_files_of(sources, notice), notice)
     if whole:
         parts = {"train": [], "validation": found}

@@ -118,7 +118,7 @@ def train(
     else:
         config = dataclasses.replace(TrainingConfig.of(config), **changes)
         if resume_or_start and (finished := _finished(config, out)) is not None:
-            logger.info("the run in %s is finished", out)
+            logger.info("the run in %s is finished", arguments.printable(out))
             return finished
     division = _division_of(config)
     strategy = tf.distribute.get_strategy()

@@ -8,7 +8,6 @@ from tensorflow.experimental import dtensor
 
 import gpt_tf
 from gpt_tf.errors import InputError
-from gpt_tf.parallel import mesh_gpt
 from gpt_tf.parallel.mesh import gather, layout, make_mesh, parse_mesh, place
 from gpt_tf.parallel.mesh_gpt import MeshGPT
 from gpt_tf.training.loop import load_model
@@ -86,12 +85,12 @@ def test_a_mesh_trains_as_one_device_does(reference, shape):
 
 def test_the_comparison_notices_one_layer_that_is_off(reference, monkeypatch):
     windows, ((begin, whole, _), _) = reference
-    normalize = mesh_gpt.normalize  # the final one
+    normalised = MeshGPT._normalised
 
-    def off(*arguments):
-        return normalize(*arguments) * (1 + 1e-3)
+    def off(self, x, weights, prefix):
+        return normalised(self, x, weights, prefix) * (1 + 1e-3 * ("final" in prefix))
 
-    monkeypatch.setattr(mesh_gpt, "normalize", off)
+    monkeypatch.setattr(MeshGPT, "_normalised", off)
     divided = MeshGPT(begin, make_mesh(1, 2, 1))
     train_on(divided, windows)
     with pytest.raises(AssertionError):
@@ -298,7 +297,7 @@ def test_what_a_mesh_cannot_compute_is_refused(make_model, windows_of):
         (lambda: model.compile(loss="mse"), "NextTokenLoss"),
         (lambda: model.compile(gradient_accumulation_steps=2), "whole batches"),
         (lambda: model.set_weights([np.zeros(3)]), "1 arrays"),
-        (lambda: model.fit(tf.data.Dataset.range(3)), "expects labels"),
+        (lambda: model.fit(tf.data.Dataset.range(3)), "dataset of batches"),
         (lambda: MeshGPT("gpt", model.mesh), "expects a GPTModel"),
     ):
         with pytest.raises(InputError, match=message):
