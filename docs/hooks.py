@@ -31,8 +31,7 @@ ROOMS = {
     "distillation": "Distillation",
     "export": "Export",
     "edge": "The device",
-    "evaluation": "Measuring, choosing, explaining",
-    "optimization": "The whole optimisation",
+    "workflow": "The whole optimisation",
     "errors": "Errors",
 }
 

@@ -46,6 +46,7 @@ _PUBLIC = {
     "make_strategy": "gpt_tf.parallel.data",
     "make_student": "gpt_tf.distillation.student",
     "open_corpus": "gpt_tf.text.corpus",
+    "optimize": "gpt_tf.workflow.optimization",
     "quantize": "gpt_tf.training.loop",
     "quantize_aware": "gpt_tf.quantization.qat",
     "quantize_gpt_model": "gpt_tf.quantization.qat",
