@@ -5,7 +5,7 @@
 
 Prompts come from the part of Python's standard library that the model was not trained
 on. From each the fifth of its tokens that an explanation ranks highest is taken away, a
-space in the place of each, and the probability of the likeliest next token must fall
+space in the place of each, and the probability of the most likely next token must fall
 further than when as many random tokens are taken away: for LIME, SHAP, attention and
 integrated gradients on the Keras model, for LIME and SHAP on its float32 and int8
 files. "last kept" is the harder test, in which the prompt's last token may not

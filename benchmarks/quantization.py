@@ -5,7 +5,7 @@
 A trained model is exported in every mode, trained further with quantisation in mind
 and exported again. Each file is run by `EdgeGPT` over the same held-out text: its
 perplexity, how far its predictions are from the float32 file's (KL divergence), and
-how often the likeliest token is the same. The model is `saved_models/python-small`, and
+top-1 agreement. The model is `saved_models/python-small`, and
 with `--wide` one of 6 layers, 512 wide, which is trained first if it is not there.
 """
 

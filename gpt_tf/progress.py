@@ -115,7 +115,7 @@ def print_knowledge(store, console=None):
     table = Table(title="Knowledge extracted", show_header=False)
     table.add_row("store", Text(str(store.path)))
     table.add_row("tokens", f"{manifest['count']:,}, {store.passes} times")
-    table.add_row("of each", f"the {store.top_k} likeliest next tokens, and the rest")
+    table.add_row("of each", f"the {store.top_k} most likely next tokens, and the rest")
     table.add_row("size", f"{store.size_bytes / 1e6:,.1f} MB")
     table.add_row("a token", f"{store.bytes_per_token} bytes")
     table.add_row("vocabularies", manifest["mapping"])
@@ -139,7 +139,7 @@ def print_export(manifest, path, console=None):
     table.add_row("signatures", ", ".join(measured["signatures"]))
     table.add_row(
         "against Keras",
-        f"divergence {measured['divergence_nats']:.2g} nats, same likeliest token "
+        f"divergence {measured['divergence_nats']:.2g} nats, same top-1 token "
         f"in {measured['top1_agreement']:.1%} of {measured['positions']} places",
     )
     (console or Console()).print(table)

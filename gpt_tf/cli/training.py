@@ -181,7 +181,7 @@ def distil(
     extract: Annotated[
         Path | None, typer.Option(help="Store the teacher's knowledge here, and end.")
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Of --extract: likeliest tokens.")] = 32,
+    top_k: Annotated[int, typer.Option(help="Of --extract: tokens kept.")] = 32,
     passes: Annotated[
         int, typer.Option(help="Of --extract: times that the text is cut anew.")
     ] = 1,

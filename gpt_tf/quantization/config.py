@@ -40,7 +40,7 @@ class QuantizationConfig(Configuration):
     """Types of weights and activations, and when their ranges are fixed.
 
     What it costs, in perplexity on 32,768 tokens that `saved_models/python-small`
-    was not trained on (float32: 16.73), and the share of places where the likeliest
+    was not trained on (float32: 16.73), and the share of places where the top-1
     token stays the same; quantised without training, ranges from 50 batches:
 
     | quantised | perplexity | same token |
