@@ -867,6 +867,7 @@ def test_a_process_ends_with_one_line_and_status_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_cpu_is_split_into_virtual_devices(corpus_folder, tmp_path):
     options = (
         f"train --preset tiny --vocab-size 270 --steps 2 --num-layers 1 "
@@ -879,9 +880,9 @@ def test_the_cpu_is_split_into_virtual_devices(corpus_folder, tmp_path):
     assert (tmp_path / "run" / "model" / "model.keras").is_file()
 
 
-def test_a_reader_that_goes_away_is_no_error(trained):
+def test_a_reader_that_goes_away_is_no_error():
     process = start(
-        *("generate", "--model", trained.out, "--prompt", "the\nfox"),
+        *("generate", "--model", shipped_model(), "--prompt", "the\nfox"),
         *("--max-new-tokens", 2000, "--seed", 7),
     )
     assert process.stdout.readline() == "the\n"
@@ -891,11 +892,11 @@ def test_a_reader_that_goes_away_is_no_error(trained):
     process.stderr.close()
 
 
-def test_an_interrupted_process_says_so_without_a_traceback(trained):
+def test_an_interrupted_process_says_so_without_a_traceback():
     # What a shell runs in the background ignores the signal, and so do its children.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        process = start("generate", "--model", trained.out, stdin=subprocess.PIPE)
+        process = start("generate", "--model", shipped_model(), stdin=subprocess.PIPE)
     finally:
         signal.signal(signal.SIGINT, before)
     assert "Type a beginning" in process.stderr.readline()

@@ -206,7 +206,15 @@ def test_a_change_of_one_weight_would_be_noticed(python_small, by_keras, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "mode", [mode for mode in signatures.MODES if mode != "float32"]
+    "mode",
+    [
+        "dynamic_int8",
+        "int8_full",
+        *(
+            pytest.param(mode, marks=pytest.mark.slow)
+            for mode in ("float16", "int8", "int16x8", "int4")
+        ),
+    ],
 )
 def test_litert_lm_continues_as_litert_does(
     engine, bundled, python_small, prompts, mode, tmp_path

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -10,6 +11,12 @@ from gpt_tf.errors import InputError
 from gpt_tf.parallel import data as strategies
 from gpt_tf.training.config import PRESETS
 from gpt_tf.training.loop import train
+
+
+@pytest.fixture
+def make_model(make_model):
+    """One block: replicas differ in their rows, not in their layers."""
+    return functools.partial(make_model, num_layers=1)
 
 
 def weights_after(make_model, windows_of, replicas, jit_compile, accumulation=1):

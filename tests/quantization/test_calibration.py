@@ -40,7 +40,7 @@ def test_minmax_is_the_extremes_over_all_batches(make_model, windows_of):
     assert fewer != (low, high)
 
 
-@pytest.mark.parametrize("method", calibration.METHODS)
+@pytest.mark.parametrize("method", ["minmax", "percentile"])
 def test_every_kind_of_input_gives_the_same_ranges(make_model, windows_of, method):
     model, x = make_model(), windows_of(6, 8)[0]
     expected = calibrate(model, x, batch_size=2, method=method)

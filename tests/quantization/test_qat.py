@@ -161,7 +161,7 @@ def alone():
 @pytest.mark.parametrize(
     ("replicas", "jit_compile", "parts"),
     [
-        (2, True, 1),
+        pytest.param(2, True, 1, marks=pytest.mark.slow),
         pytest.param(4, False, 1, marks=pytest.mark.slow),
         (2, False, 3),
         pytest.param(1, True, 4, marks=pytest.mark.slow),
@@ -338,7 +338,13 @@ def dead(make_model):
     return model
 
 
-@pytest.mark.parametrize("settings", [{}, UNCALIBRATED], ids=["calibrated", "learnt"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="calibrated"),
+        pytest.param(UNCALIBRATED, id="learnt", marks=pytest.mark.slow),
+    ],
+)
 def test_a_range_that_is_always_0_is_told_from_one_not_measured(
     dead, windows_of, settings, tmp_path
 ):
@@ -356,7 +362,9 @@ def test_a_range_that_is_always_0_is_told_from_one_not_measured(
     assert again.is_calibrated
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_a_block_that_was_always_0_learns_like_any_other(dead, windows_of, jit_compile):
     x, y = windows_of(8, 8)
     aware = quantize_gpt_model(dead, x, {"freeze_ranges_at": 1.0})

@@ -40,11 +40,12 @@ AUGMENTATION = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny(corpus_folder):
     """A configuration that takes seconds."""
     return dataclasses.replace(
         PRESETS["tiny"],
+        num_layers=1,
         corpus=str(corpus_folder),
         vocab_size=270,
         context_length=16,
@@ -111,20 +112,17 @@ def test_resumed_weights_are_bit_equal(tiny, tmp_path, interrupt_after, step):
     "changes",
     [
         {},
+        pytest.param({"jit_compile": "on"}, marks=pytest.mark.slow),
         pytest.param({"precision": "mixed_float16"}, marks=pytest.mark.slow),
         pytest.param({"augmentation": AUGMENTATION}, marks=pytest.mark.slow),
     ],
-    ids=["float32", "mixed_float16", "augmented"],
+    ids=["float32", "compiled", "mixed_float16", "augmented"],
 )
 def test_resume_after_kill_9_is_bit_equal(tiny, tmp_path, notices, changes):
-    config = dataclasses.replace(
-        tiny,
-        checkpoint_every=3,
-        steps=60,
-        validate_every=30,
-        jit_compile="on",  # as in the other process
-        **changes,
-    )
+    settings = {"checkpoint_every": 3, "steps": 60, "validate_every": 60}
+    # The other process would compile by itself.
+    settings |= {"jit_compile": "off", **changes}
+    config = dataclasses.replace(tiny, **settings)
     whole = run(config, tmp_path / "whole")
     out = tmp_path / "cut"
     code = (
@@ -231,15 +229,22 @@ def test_another_seed_gives_other_weights(tiny, tmp_path):
     assert max(differences) > 1e-3
 
 
-@pytest.fixture
-def interrupted(tiny, tmp_path, interrupt_after):
+@pytest.fixture(scope="module")
+def cut(tiny, tmp_path_factory, interrupt_after):
     """A run with checkpoints at 4, 8 and 12."""
     config = dataclasses.replace(tiny, checkpoint_every=4)
+    out = tmp_path_factory.mktemp("interrupted") / "cut"
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "cut", callbacks=[interrupt_after(14)])
-    folders = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+        run(config, out, callbacks=[interrupt_after(14)])
+    folders = sorted((out / "checkpoints").iterdir())
     assert [f.name[-2:] for f in folders] == ["04", "08", "12"]
-    return tmp_path / "cut"
+    return out
+
+
+@pytest.fixture
+def interrupted(cut, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(cut, tmp_path / "cut")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +253,7 @@ def interrupted(tiny, tmp_path, interrupt_after):
         pytest.param("truncate", marks=pytest.mark.slow),
         "flip",
         pytest.param("manifest", marks=pytest.mark.slow),
-        "remove",
+        pytest.param("remove", marks=pytest.mark.slow),
     ],
 )
 def test_the_newest_good_checkpoint_is_used(interrupted, notices, damage):
@@ -278,9 +283,9 @@ def test_when_no_checkpoint_is_good_it_says_so(interrupted):
 
 def test_a_checkpoint_of_another_shape_is_refused(interrupted):
     run_json = artifacts.read_json(interrupted / "run.json")
-    run_json["config"]["num_layers"] = 1
+    run_json["config"]["num_layers"] = 2
     artifacts.write_sealed_json(interrupted / "run.json", run_json)
-    with pytest.raises(InputError, match="num_layers=2 instead of 1"):
+    with pytest.raises(InputError, match="num_layers=1 instead of 2"):
         run(None, interrupted, resume=True)
 
 
@@ -434,8 +439,11 @@ class Spoiling(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(
     ("step", "seen_at"),
-    [(4, 4), (5, 6), (20, 20)],
-    ids=["checkpoint", "between", "last step"],
+    [
+        pytest.param(4, 4, marks=pytest.mark.slow, id="checkpoint"),
+        pytest.param(5, 6, id="between"),
+        pytest.param(20, 20, marks=pytest.mark.slow, id="last step"),
+    ],
 )
 def test_no_checkpoint_is_written_of_weights_that_are_nan(
     tiny, tmp_path, step, seen_at
@@ -534,8 +542,8 @@ def test_overwriting_replaces_our_files_and_leaves_others(tiny, tmp_path):
     with pytest.raises(InputError, match="something else"):
         run(tiny, out)
     run(tiny, out, overwrite=True)
-    again = run(dataclasses.replace(tiny, num_layers=1), out, overwrite=True)
-    assert again.model.num_layers == 1
+    again = run(dataclasses.replace(tiny, num_layers=2), out, overwrite=True)
+    assert again.model.num_layers == 2
     assert (out / "thesis.txt").read_text() == "precious"
 
 
