@@ -358,7 +358,8 @@ def test_every_result_has_its_entry_with_command_date_and_machine():
     assert len(sections) == len(list(numbers.RESULTS.glob("*.json")))
     for path, section in zip(numbers.result_files(), sections, strict=True):
         assert f"- result: `benchmarks/results/{path.name}`" in section
-        assert re.search(r"^- command: `python benchmarks/\w+\.py", section, re.M), path
+        command = r"^- command: `python (benchmarks|studies/scaling)/\w+\.py"
+        assert re.search(command, section, re.M), path
         assert re.search(r"^- date: \d{4}-\d\d-\d\d$", section, re.M), path
         assert "\n- machine: " in section and "machine: not stated" not in section
         assert re.search(r"^\| .*\d", section, re.M), path

@@ -425,7 +425,7 @@ TARGETS = {
             "init": choice("teacher", "fresh"),
             "seed": seed64,
         },
-        (student, "beside"),
+        (student, "strategy_scope"),
     ),
     "derive_tokenizer": Target(
         lambda vocab_size: derive_tokenizer(bpe(), vocab_size),
@@ -442,7 +442,7 @@ TARGETS = {
             "seed": seed64,
             "overwrite": switch,
         },
-        (teacher_cache, "check_place"),
+        (teacher_cache, "_check_place"),
     ),
     "written_documents": Target(
         written,
@@ -563,7 +563,7 @@ TARGETS = {
             "stream": switch,
             "tokenizer": lambda v: v is None,
         },
-        (cached_forward, "_steps"),
+        (cached_forward, "_continue"),
     ),
     "EdgeGPT": Target(
         lambda **o: EdgeGPT(**{"path": "a.litertlm", **o}),
@@ -806,7 +806,7 @@ TYPED = ("", "-1", "0", "1.5", "three", "nan", "inf", "1e400", "9" * 30, "999x99
 def test_wrong_values_on_the_command_line_are_one_line(monkeypatch, in_time):
     for owner, name in (
         (loop, "_division_of"),
-        (loop, "_course_of"),
+        (loop, "_config_of"),
         (optimization, "_refuse_foreign_folder"),
         (data, "split_cpu"),
     ):
