@@ -199,7 +199,11 @@ def test_every_tensor_is_cut_to_the_same_parts(teacher_with_gaps, ids, with_inpu
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"embedding_dim": 16}, {"num_heads": 1, "feedforward_dim": 24}]
+    "sizes",
+    [
+        {"num_heads": 1, "feedforward_dim": 24},
+        pytest.param({"embedding_dim": 16}, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_important_stays(trained, corpus_folder, monkeypatch, sizes):
     text = (corpus_folder / "text3.txt").read_text("utf-8")

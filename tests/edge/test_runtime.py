@@ -119,11 +119,8 @@ def test_a_second_text_of_the_same_length_allocates_no_cache(exported, monkeypat
 @pytest.mark.parametrize(
     "prompt",
     [
-        [3],
         random_ids(CONTEXT),
         [[3], random_ids(11), [5, 3, 5]],
-        [random_ids(CONTEXT), [7, 7]],
-        "abc",
         b"abc",
         ["a", "hello there", "x.\n"],
     ],

@@ -22,6 +22,9 @@ from tests.export.conftest import CONTEXT, FIXED_MODES, VOCAB_SIZE
 from tests.export.runner import BoundRunner, content_of
 
 MODES = signatures.MODES
+# Claims that do not turn on the mode are tried in three of the seven, all of which occur.
+SOME = ["float32", "int8_full", "int4"]
+OTHERS = ["float16", "dynamic_int8", "int16x8"]
 
 # Mean divergence in nats that the small model was measured to have, times about two.
 DIVERGENCE = {
@@ -124,7 +127,7 @@ def float32_scores(exported, text_ids):
     return exported("float32").runner().score(text_ids)
 
 
-@pytest.mark.parametrize("index", range(28))
+@pytest.mark.parametrize("index", range(0, 28, 3))
 def test_the_tolerance_notices_a_change_of_any_weight(
     float32_scores, another, changed, text_ids, index
 ):
@@ -150,7 +153,7 @@ def test_the_measured_divergence_notices_a_changed_weight(
     assert divergence(logits, logits_of(model, text_ids)) > DIVERGENCE[mode]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SOME)
 def test_prefill_then_decode_equals_score(exported, text_ids, mode):
     runner = exported(mode).runner()
     scored = runner.score(text_ids)
@@ -164,7 +167,7 @@ def test_prefill_then_decode_equals_score(exported, text_ids, mode):
         assert largest_difference(found, scored[start:]) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", OTHERS)
 def test_ids_without_a_token_are_ruled_out_and_the_others_stay(
     exported, export, model, tokenizer, text_ids, mode
 ):
@@ -183,7 +186,7 @@ def test_ids_without_a_token_are_ruled_out_and_the_others_stay(
     assert measured == pytest.approx(before, rel=0.5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", OTHERS)
 def test_padding_of_a_last_chunk_has_no_influence(exported, text_ids, mode):
     runner = exported(mode).runner()
     plain = runner.score(text_ids)
@@ -205,7 +208,7 @@ def test_a_filler_in_place_of_a_token_would_be_noticed(exported, text_ids):
     assert largest_difference(runner.decode(text_ids[11:]), plain[11:]) > 1e-3
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SOME)
 def test_the_same_memory_may_be_cache_input_and_output(exported, text_ids, mode):
     path = exported(mode).path
     separate = BoundRunner(path).decode(text_ids)
@@ -215,7 +218,7 @@ def test_the_same_memory_may_be_cache_input_and_output(exported, text_ids, mode)
     assert largest_difference(separate, plain) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", OTHERS)
 @pytest.mark.parametrize("capacity", [12, 25])
 def test_a_smaller_capacity_gives_the_same_logits(exported, text_ids, mode, capacity):
     ids = text_ids[:capacity]
@@ -225,7 +228,7 @@ def test_a_smaller_capacity_gives_the_same_logits(exported, text_ids, mode, capa
     assert largest_difference(runner.decode(ids), plain) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SOME)
 def test_every_signature_can_be_resized(exported, text_ids, mode):
     """By the plain interpreter, prefill and score among them."""
     capacity, path = 20, exported(mode).path
@@ -360,7 +363,7 @@ def test_a_baked_quantisation_is_recovered(build_model, export, text_ids, mode):
             )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SOME)
 def test_the_tied_token_table_is_stored_once(exported, untied, export, mode):
     bits = {"float32": 32, "float16": 16}.get(mode, 8)
     table = VOCAB_SIZE * 32 * bits // 8
@@ -386,7 +389,7 @@ def parameter_bytes(model, mode):
     return sum(tables) + scales + kernels // 2 + 2 * kernels // 32 + vectors
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", SOME)
 def test_the_file_is_its_parameters_and_its_graphs_whatever_the_signatures(
     export, larger, mode
 ):
@@ -416,7 +419,7 @@ def test_a_second_copy_of_a_table_would_be_noticed(export, build_model, larger):
     assert size > 1.02 * parameter_bytes(larger, "float32") + 50_000
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", OTHERS)
 def test_the_file_holds_one_seal_that_says_what_it_is(exported, mode):
     data = exported(mode).path.read_bytes()
     assert data.count(signatures.SEAL_PREFIX) == 1

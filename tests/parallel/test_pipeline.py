@@ -277,6 +277,7 @@ def test_costs_are_measured_of_every_block_and_of_the_head(make_model, windows_o
 # In a run
 
 
+@pytest.mark.slow
 def test_a_run_in_stages_equals_one_on_one_device(config, run, tmp_path):
     whole = run(
         config,
