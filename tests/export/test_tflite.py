@@ -22,7 +22,7 @@ from tests.export.conftest import CONTEXT, FIXED_MODES, VOCAB_SIZE
 from tests.export.runner import BoundRunner, content_of
 
 MODES = signatures.MODES
-# Claims that do not turn on the mode are tried in three of the seven, all of which occur.
+# Claims that do not turn on the mode are tried in three of the seven.
 SOME = ["float32", "int8_full", "int4"]
 OTHERS = ["float16", "dynamic_int8", "int16x8"]
 
