@@ -161,6 +161,9 @@ def command(monkeypatch, capsys):
     """Run the command line in this process; return status, output and errors."""
     from gpt_tf import cli
 
+    logger = logging.getLogger("gpt_tf")
+    handlers, level = [*logger.handlers], logger.level
+
     def run(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["gpt-tf", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -174,7 +177,9 @@ def command(monkeypatch, capsys):
         written = capsys.readouterr()
         return SimpleNamespace(status=status, out=written.out, err=written.err)
 
-    return run
+    yield run
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -414,8 +414,9 @@ def test_files_load_inside_a_strategy(make_model, windows_of, tmp_path):
         other.compile(sgd(), jit_compile=False)
         other.load_weights(str(tmp_path / "model.weights.h5"))
     for each in (loaded, other):
-        np.testing.assert_array_equal(
-            each.predict(x, verbose=0), model.predict(x, verbose=0)
+        # Each replica computes a part of the rows, and rounds in an order of its own.
+        np.testing.assert_allclose(
+            each.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6
         )
         each.fit(x, y, verbose=0)
 

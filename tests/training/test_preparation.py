@@ -155,7 +155,7 @@ def prepare(trained, out, **changes):
         corpus=read_run(trained.out).corpus,
         **{"vocab_size": 300, **changes},
     )
-    preparation.prepare(config, out, False, lambda line: None)
+    preparation.prepare(config, out, False)
     return {
         split: TokenFile.open(out / "data" / f"{split}.tokens").tokens
         for split in ("train", "validation")
@@ -379,7 +379,7 @@ def texts_of(out, split):
 
 def prepared(out, **settings):
     config = TrainingConfig(vocab_size=260, context_length=8, batch_size=2, **settings)
-    preparation.prepare(config, out, False, lambda line: None)
+    preparation.prepare(config, out, False)
     return out
 
 
