@@ -167,7 +167,9 @@ class KerasGPT:
         self.tokenizer = tokenizer
         is_float = isinstance(model, GPTModel)
         self.mode = "keras" if is_float else "keras_qat"
-        self.config = _config_of(model)
+        config = model.get_config()
+        config = config.get("gpt", config)
+        self.config = {key: value for key, value in config.items() if key != "name"}
         self._suppressed = sequence.ids_without_token(
             tokenizer, self.config["vocab_size"]
         )
@@ -260,9 +262,3 @@ class KerasGPT:
 
     def __exit__(self, *exception):
         self.close()
-
-
-def _config_of(model):
-    config = model.get_config()
-    config = config.get("gpt", config)
-    return {name: value for name, value in config.items() if name != "name"}
