@@ -213,7 +213,6 @@ def _complete(model, prompt, max_new_tokens, temperature, seed):
         count += 1
         text += decoder.decode(tokenizer.decode_bytes([token]))
         if any(map(_is_at_margin, text.split("\n")[1:])):
-            tokens.close()
             return text, False
     return text + decoder.decode(b"", final=True), count < max_new_tokens
 

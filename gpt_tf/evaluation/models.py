@@ -174,8 +174,7 @@ class KerasGPT:
             tokenizer, self.config["vocab_size"]
         )
         self.context_length = self.config["context_length"]
-        self._position = 0
-        self._caches = None
+        self.reset()
 
     @property
     def position(self) -> int:
@@ -202,8 +201,6 @@ class KerasGPT:
         Raises:
             InputError: An id is unknown, or there is no room for so many.
         """
-        from gpt_tf.models import cached_forward
-
         ids = arguments.ids(ids)
         vocab_size = self.config["vocab_size"]
         if not ids:
@@ -215,10 +212,6 @@ class KerasGPT:
                 f"The cache of {self.context_length} tokens has room for {room} more. "
                 f"Received: {len(ids)}. Call `reset()` first, or pass the text's end."
             )
-        if self._caches is None:
-            # What a chunk holds beyond its tokens has room behind the context.
-            capacity = self.context_length + _LARGEST_CHUNK
-            self._caches = cached_forward.empty_cache(self.model, 1, capacity)
         pieces = [
             self._append(ids[start : start + _LARGEST_CHUNK])
             for start in range(0, len(ids), _LARGEST_CHUNK)
@@ -228,6 +221,10 @@ class KerasGPT:
     def _append(self, ids):
         from gpt_tf.models import cached_forward
 
+        if self._caches is None:
+            # What a chunk holds beyond its tokens has room behind the context.
+            capacity = self.context_length + _LARGEST_CHUNK
+            self._caches = cached_forward.empty_cache(self.model, 1, capacity)
         length = 1 if len(ids) == 1 else _SMALLEST_CHUNK
         while length < len(ids):
             length *= 2

@@ -99,6 +99,10 @@ def test_it_measures_a_file_on_a_device(tmp_path):
     found = entry["latency"]
     assert (found["prompt_tokens"], found["new_tokens"]) == (4, 3)
     assert (found["threads"], found["repetitions"]) == (1, 2)
+    assert found["inter_token_latency_ms"]["count"] == 2 * (3 - 1)
+    assert found["cold_start_ms"]["median"] > found["load_ms"]["median"] > 0
+    assert 20 << 20 < found["peak_memory_bytes"] < 200 << 20
+    assert all(row["tokens_per_s"] > 0 for row in found["throughput"])
     assert [row["requests"] for row in found["throughput"]] == [1, 2]
     assert [row["context"] for row in found["by_context"]] == [8]
     assert report["command"].startswith("gpt-tf benchmark gpt.litertlm --quick")
@@ -204,7 +208,7 @@ def test_files_stand_side_by_side_and_names_are_no_markup():
     assert names == ["a[b]", "other"]
     (rates,) = [line.split() for line in text.splitlines() if "4 requests" in line]
     assert rates[-2:] == ["70", "\N{EN DASH}"]
-    assert "1 (0.99-1.01)" in text and "share of bandwidth" in text and "44 %" in text
+    assert "1 (0.99-1.01)" in text and "share of bandwidth" in text and "43.7 %" in text
     assert "5 GB/s to 1 thread, 9 GB/s to 2 threads" in text
     assert "a note [about] it" in text
     # What no file has is left out.

@@ -48,22 +48,23 @@ def compare(before, after, **parts):
     return {row["metric"]: row["change"] for row in found["rows"]}, found
 
 
-def changed(**changes):
-    found, whole = compare(entry(latency=latency()), entry(latency=latency(**changes)))
-    return found, whole["regressed"]
+def changed(before=None, **after):
+    """Compare two latencies."""
+    before, after = (latency(**changes) for changes in (before or {}, after))
+    return compare(entry(latency=before), entry(latency=after))
 
 
 def test_a_time_that_grew_by_a_fifth_is_worse_and_the_reverse_better():
     for metric in TIMES:
-        found, regressed = changed(**{metric: times(1.2)})
-        assert found[metric] == "worse" and regressed
-        assert set(found.values()) - {"worse"} == {"none", None}
-        found, regressed = changed(**{metric: times(1 / 1.2)})
-        assert found[metric] == "better" and not regressed
+        for factor, change in ((1.2, "worse"), (1 / 1.2, "better")):
+            found, whole = changed(**{metric: times(factor)})
+            assert found.pop(metric) == change
+            assert set(found.values()) == {"none", None}
+            assert whole["regressed"] == (change == "worse")
 
 
 def test_the_same_report_has_not_changed():
-    found, whole = compare(entry(latency=latency()), entry(latency=latency()))
+    found, whole = changed()
     assert set(found.values()) == {"none", None} and not whole["regressed"]
     assert {(row["entry"], row["ratio"]) for row in whole["rows"]} == {("gpt", 1.0)}
 
@@ -85,10 +86,7 @@ def test_the_same_report_has_not_changed():
     ],
 )
 def test_a_change_is_beyond_noise_if_the_rounds_differ(before, after, change):
-    found, _ = compare(
-        entry(latency=latency(response_time_ms=before)),
-        entry(latency=latency(response_time_ms=after)),
-    )
+    found, _ = changed({"response_time_ms": before}, response_time_ms=after)
     assert found["response_time_ms"] == change
 
 
@@ -116,9 +114,7 @@ def test_equal_processes_are_rarely_a_change_and_a_third_more_nearly_always_is()
 
 def test_percentiles_in_the_tail_and_few_rounds_are_shown_and_not_judged():
     tail = times(rounds=2) | {"p95": 7.0, "p99": 9.0}
-    found, whole = compare(
-        entry(latency=latency()), entry(latency=latency(inter_token_latency_ms=tail))
-    )
+    found, whole = changed(inter_token_latency_ms=tail)
     for part in ("", " p95", " p99"):
         assert found[f"inter_token_latency_ms{part}"] is None
     assert not whole["regressed"] and "fewer than 5 rounds" in whole["notes"][0]
@@ -132,15 +128,13 @@ def test_contexts_threads_and_requests_are_compared_where_both_have_them():
         rates = {"tokens_per_s": rate["median"], "rounds": rate["rounds"]}
         gaps = {"inter_token_latency_ms": times(scale)}
         first = {"time_to_first_token_ms": times()}
-        return latency(
+        return dict(
             by_context=[{"context": key, **first, **gaps} for key in keys],
             by_threads=[{"threads": key, **gaps} for key in keys],
             throughput=[{"requests": key, **rates} for key in keys],
         )
 
-    found, _ = compare(
-        entry(latency=with_rows(1, 4, 8)), entry(latency=with_rows(2, 4, scale=1.5))
-    )
+    found, _ = changed(with_rows(1, 4, 8), **with_rows(2, 4, scale=1.5))
     expected = {
         "inter_token_latency_ms, prompt 4": "worse",
         "time_to_first_token_ms, prompt 4": "none",
@@ -150,7 +144,7 @@ def test_contexts_threads_and_requests_are_compared_where_both_have_them():
     assert {name: found[name] for name in expected} == expected
     assert sum(", " in name for name in found) == len(expected)
     # A list that only one report has is left out.
-    found, _ = compare(entry(latency=with_rows(4)), entry(latency=latency()))
+    found, _ = changed(with_rows(4))
     assert not any(", " in name for name in found)
 
 
@@ -172,18 +166,16 @@ def test_energy_is_judged_beside_the_noise_of_the_times():
     def change(factor, width):
         gaps = times() | {"q1": 1 - width / 2, "median": 1.0, "q3": 1 + width / 2}
         before, after = (
-            latency(energy_j_per_token=joules, inter_token_latency_ms=gaps)
+            {"energy_j_per_token": joules, "inter_token_latency_ms": gaps}
             for joules in (1.0, factor)
         )
-        found, _ = compare(entry(latency=before), entry(latency=after))
-        return found["energy_j_per_token"]
+        return changed(before, **after)[0]["energy_j_per_token"]
 
     assert change(1.14, 0.01) == "none" and change(1.16, 0.01) == "worse"
     # Quartiles 20 % apart in both: 28 % together.
     assert change(1.27, 0.2) == "none" and change(1.3, 0.2) == "worse"
     assert change(1 / 1.3, 0.2) == "better"
-    found, _ = changed()  # the machine does not tell
-    assert "energy_j_per_token" not in found
+    assert "energy_j_per_token" not in changed()[0]  # the machine does not tell
 
 
 def test_accuracy_changes_if_its_intervals_do_not_overlap():
@@ -252,10 +244,7 @@ def test_entries_are_matched_by_name_and_others_are_named():
 
 
 def test_what_only_one_report_measured_is_left_out():
-    found, _ = compare(
-        entry(latency=latency(load_ms=None, cold_start_ms=None)),
-        entry(latency=latency()),
-    )
+    found, _ = changed({"load_ms": None, "cold_start_ms": None})
     assert "load_ms" not in found and "response_time_ms" in found
     found, _ = compare(entry(), entry(latency=latency()))
     assert list(found) == ["size_bytes"]
@@ -276,7 +265,7 @@ def test_another_machine_is_said():
 )
 def test_other_settings_are_refused(part, value):
     with pytest.raises(InputError, match=f"{part} = {value}. Received: "):
-        compare(entry(latency=latency(**{part: value})), entry(latency=latency()))
+        changed({part: value})
 
 
 def test_a_baseline_is_read_and_seen_to_fit_before_anything_is_measured(tmp_path):
