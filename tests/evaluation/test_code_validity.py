@@ -68,9 +68,12 @@ class Writer:
         prompt = self.tokenizer.decode(ids)
         self.asked.append((prompt, temperature, seed))
         answer = self.answer(prompt) if callable(self.answer) else self.answer
-        for token in self.tokenizer.encode(answer)[:max_new_tokens]:
-            self.written += 1
-            yield token
+        # As that of an `EdgeGPT`, it has no `close`.
+        return map(self._write, self.tokenizer.encode(answer)[:max_new_tokens])
+
+    def _write(self, token):
+        self.written += 1
+        return token
 
 
 @pytest.mark.parametrize(
