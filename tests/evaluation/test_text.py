@@ -78,7 +78,7 @@ def test_training_and_judging_divide_a_corpus_alike(tmp_path):
     options = {"separator": "---\n", "notes": said}
     expected = ["text of wiki.valid.txt\n", "and more\n"]
     assert texts_of(held_out_text(tmp_path, **options).documents) == expected
-    given = {"validation": tmp_path / "wiki.train.txt", **options}
+    given = {"validation": tmp_path / "wiki.train.txt", "separator": "---\n"}
     found = texts_of(held_out_text(tmp_path, **given).documents)
     assert found == texts_of(open_corpus(tmp_path, **given).documents("validation"))
     assert found == ["text of wiki.train.txt\n", "and more\n"]
