@@ -122,8 +122,13 @@ def measure_accuracies(
     first = reference if reference is not None else next(iter(models))
     order = [first, *(name for name in models if name != first)]
     readings = _readings({name: models[name] for name in order}, text)
-    size = block_bytes or _block_bytes(text.size_bytes, max_tokens)
-    blocks = _chosen(_blocks(readings, size), readings[first], max_tokens, seed)
+    if block_bytes is None:
+        # A token has at least a byte, nearly always.
+        judged_bytes = min(text.size_bytes, max_tokens or text.size_bytes)
+        block_bytes = max(_SMALLEST_BLOCK_BYTES, judged_bytes // _BLOCKS)
+        block_bytes = min(_LARGEST_BLOCK_BYTES, block_bytes)
+    blocks = _blocks(readings, block_bytes)
+    blocks = _chosen(blocks, readings[first], max_tokens, seed)
     if len(blocks) == 1:
         notes.append(
             "the text is one block, so that the intervals are points: they say "
@@ -262,22 +267,28 @@ def evaluate_files(
         return functools.partial(on_progress, what) if on_progress else None
 
     # What costs nothing to see is seen before files are opened.
-    code_validity.check_count(completions)
+    repair = "Leave parsing out, with parse=False or --no-parse, to have none."
+    arguments.integer("completions", completions, 1, repair=repair)
     whole = arguments.switch("whole", whole)
     if parse is not None:
         parse = arguments.switch("parse", parse)
-    names, compared = _names(paths, reference)
-    _check(names, compared, max_tokens, None, SAMPLES, seed)
+    paths = arguments.paths("paths", paths)
+    if reference is not None:
+        reference = arguments.path("reference", reference)
+        others = [path for path in paths if path.absolute() != reference.absolute()]
+        paths = [reference, *others]
+    names = dict(zip(unique_names(paths), paths, strict=True))
+    _check(names, None, max_tokens, None, SAMPLES, seed)
+    compared = None if reference is None else next(iter(names))
     if corpus is None:
         runs = [path for path in names.values() if is_run(path)]
         corpus = runs[0] if runs else DEFAULT_CORPUS
         if runs:
             note(f"judged on the text that {runs[0]} held out")
     with contextlib.ExitStack() as stack:
-        opened = {}
-        for name, path in names.items():
-            opened[name] = stack.enter_context(open_model(path))
-            _require_tokenizer(opened[name], name)
+        opened = {
+            name: stack.enter_context(open_model(path)) for name, path in names.items()
+        }
         text = held_out_text(corpus, whole=whole, separator=separator, notes=notes)
         found = measure_accuracies(
             opened,
@@ -359,7 +370,13 @@ def _readings(models, text):
     """Encode the documents once per tokenizer."""
     readings, by_tokenizer = {}, {}
     for name, model in models.items():
-        _require_tokenizer(model, name)
+        check_open(model)
+        if model.tokenizer is None:
+            raise InputError(
+                f"Judging {name} expects its tokenizer, to read text with. Received: "
+                "none. Put tokenizer.json beside it, or name the .litertlm or the "
+                "run's folder."
+            )
         fingerprint = model.tokenizer.fingerprint()
         if fingerprint not in by_tokenizer:
             by_tokenizer[fingerprint] = _read(model.tokenizer, text, name)
@@ -401,26 +418,14 @@ def _read(tokenizer, text, name):
     return _Reading(ids, ends, len(before))
 
 
-def _block_bytes(text_bytes, max_tokens):
-    # A token has at least a byte, nearly always.
-    budget = text_bytes if max_tokens is None else min(text_bytes, max_tokens)
-    wanted = max(_SMALLEST_BLOCK_BYTES, budget // _BLOCKS)
-    return min(_LARGEST_BLOCK_BYTES, wanted)
-
-
 def _blocks(readings, block_bytes):
     """Cut the documents where tokens of all readings end."""
-    different = list(
-        {id(reading.ends): reading for reading in readings.values()}.values()
-    )
+    different = {id(reading): reading.ends for reading in readings.values()}
     blocks = []
-    for document in range(len(different[0].ends)):
-        common = functools.reduce(
-            np.intersect1d, (reading.ends[document] for reading in different)
-        )
-        blocks += [
-            _Block(document, start, stop) for start, stop in _cuts(common, block_bytes)
-        ]
+    for document, ends in enumerate(zip(*different.values(), strict=True)):
+        common = functools.reduce(np.intersect1d, ends)
+        cuts = _cuts(common, block_bytes)
+        blocks += [_Block(document, start, stop) for start, stop in cuts]
     return blocks
 
 
@@ -576,28 +581,3 @@ def _check(models, reference, max_tokens, block_bytes, samples, seed):
     arguments.integer("block_bytes", block_bytes, 1, or_none=True)
     arguments.integer("samples", samples, 1)
     arguments.integer("seed", seed)
-
-
-def _require_tokenizer(model, name):
-    check_open(model)
-    if model.tokenizer is None:
-        raise InputError(
-            f"Judging {name} expects its tokenizer, to read text with. Received: none. "
-            "Put tokenizer.json beside it, or name the .litertlm or the run's folder."
-        )
-
-
-# Names and paths
-
-
-def _names(paths, reference):
-    """Return paths by names that differ, the reference first, and its name."""
-    paths = arguments.paths("paths", paths)
-    if reference is not None:
-        reference = arguments.path("reference", reference)
-        others = [path for path in paths if path.absolute() != reference.absolute()]
-        paths = [reference, *others]
-    if not paths:
-        raise InputError("Evaluating expects at least one file. Received: none.")
-    names = dict(zip(unique_names(paths), paths, strict=True))
-    return names, None if reference is None else next(iter(names))

@@ -51,9 +51,8 @@ class Prompt(NamedTuple):
 
 def measure_code_validity(
     model,
-    documents,
+    prompts: list[Prompt],
     *,
-    count: int = COUNT,
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = TEMPERATURE,
     seed: int = 0,
@@ -64,12 +63,10 @@ def measure_code_validity(
 
     Args:
         model: An `EdgeGPT` or `KerasGPT` with its tokenizer.
-        documents: Held-out Python files, as for `measure_accuracy`; or the prompts
-            that `find_prompts` found in them.
-        count: Number of prompts, of which there may be fewer.
+        prompts: Those that `find_prompts` found in held-out Python files.
         max_new_tokens: Tokens that the model generates at most, at least 1.
         temperature: Of its choices.
-        seed: Decides prompts and choices.
+        seed: Decides the choices.
         name: How messages call the model.
         on_progress: Called with completions done and all of them.
 
@@ -78,10 +75,11 @@ def measure_code_validity(
         `of_true_text`, the share of the functions' own text; and `count`.
 
     Raises:
-        InputError: There are no functions, or an argument is out of its range.
+        InputError: There are no prompts, or an argument is out of its range.
 
     Example:
-        >>> measure_code_validity(gpt, held_out_text("python-stdlib"))["share"]["value"]
+        >>> prompts = find_prompts(held_out_text("python-stdlib"))
+        >>> measure_code_validity(gpt, prompts)["share"]["value"]
 
     Reference: Wilson, "Probable Inference, the Law of Succession, and Statistical
     Inference", Journal of the American Statistical Association 22 (1927).
@@ -92,9 +90,6 @@ def measure_code_validity(
     check_open(model)
     if model.tokenizer is None:
         raise InputError(f"Completing text with {name} expects its tokenizer.")
-    prompts = documents
-    if not (isinstance(documents, list) and all(type(p) is Prompt for p in documents)):
-        prompts = find_prompts(documents, count, seed)
     if not prompts:
         raise InputError(
             "Parsing completions expects Python functions of several statements. "
@@ -124,7 +119,7 @@ def find_prompts(documents, count: int = COUNT, seed: int = 0) -> list[Prompt]:
     """Find beginnings of functions, at most three of a file.
 
     Args:
-        documents: As for `measure_code_validity`; what is no Python is passed over.
+        documents: Text as for `measure_accuracies`; what is no Python is left out.
         count: Number of prompts, at least 1.
         seed: Decides which.
 
@@ -134,7 +129,7 @@ def find_prompts(documents, count: int = COUNT, seed: int = 0) -> list[Prompt]:
     Raises:
         InputError: `count` is too small, or there is no text.
     """
-    check_count(count)
+    arguments.integer("count", count, 1)
     arguments.integer("seed", seed)
     documents = HeldOutText.of(documents).documents
     generator = np.random.default_rng([seed, 1])
@@ -146,16 +141,6 @@ def find_prompts(documents, count: int = COUNT, seed: int = 0) -> list[Prompt]:
         if len(prompts) >= count:
             break
     return prompts[:count]
-
-
-def check_count(count: int) -> None:
-    """Refuse a number of completions that says nothing.
-
-    Raises:
-        InputError: It is less than 1.
-    """
-    repair = "Leave parsing out, with parse=False or --no-parse, to have none."
-    arguments.integer("count", count, 1, repair=repair)
 
 
 def is_accepted(prompt: str, completion: str, is_whole: bool = False) -> bool:
@@ -228,7 +213,6 @@ def _complete(model, prompt, max_new_tokens, temperature, seed):
         count += 1
         text += decoder.decode(tokenizer.decode_bytes([token]))
         if any(map(_is_at_margin, text.split("\n")[1:])):
-            tokens.close()
             return text, False
     return text + decoder.decode(b"", final=True), count < max_new_tokens
 
@@ -257,12 +241,8 @@ def _prompt_of(lines, node):
     if any(line[:indent].strip() for line in own):
         return None  # a string that reaches to the margin
     own = [line[indent:] for line in own]
-    is_docstring = (
-        isinstance(first, ast.Expr)
-        and isinstance(first.value, ast.Constant)
-        and isinstance(first.value.value, str)
-    )
-    end = first.end_lineno if is_docstring else first.lineno
+    has_docstring = ast.get_docstring(node, clean=False) is not None
+    end = first.end_lineno if has_docstring else first.lineno
     length = end - node.lineno + 1
     prompt = Prompt("\n".join(own[:length]), "\n" + "\n".join(own[length:]))
     if len(prompt.text) > _LONGEST_PROMPT or _parse(prompt.text) is None:

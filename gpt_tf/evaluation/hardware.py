@@ -108,13 +108,9 @@ def peak_memory_bytes() -> int | None:
     On Linux it is what the process itself has had: `ru_maxrss` also knows that of the
     one that started it.
     """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(
-            int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")
-        )
-    except (OSError, StopIteration):
-        pass
+    for line in (_content(Path("/proc/self/status")) or "").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
     try:
         import resource
     except ImportError:  # Windows
@@ -124,7 +120,7 @@ def peak_memory_bytes() -> int | None:
 
 
 class EnergyMeter:
-    """Joules that the processors used, by RAPL's counters.
+    """Joules that the processors have used since it was made, by RAPL's counters.
 
     It counts whole processors, and their memory where that has a counter: everything
     that runs on the machine meanwhile, idle power included.
@@ -134,64 +130,49 @@ class EnergyMeter:
 
     Example:
         >>> meter = EnergyMeter()
-        >>> before = meter.read()
-        >>> joules = meter.joules_since(before)  # None: the machine does not tell
+        >>> joules = meter.joules()
 
     Reference: Linux, Documentation/power/powercap/powercap.rst.
     """
 
     def __init__(self, folder: str | os.PathLike = POWERCAP):
-        self._zones = _zones(Path(folder))
+        self._zones = []
+        for zone in sorted(Path(folder).glob("intel-rapl:*")):
+            # `psys` contains the processors, and a processor its cores; memory is
+            # apart.
+            is_part = zone.name.count(":") > 1
+            name = _content(zone / "name") or ""
+            if name.startswith("dram" if is_part else "package"):
+                self._zones.append(zone)
+        self._before = _numbers(self._zones, "energy_uj")
 
-    def read(self) -> dict | None:
-        """Return the counters as they stand, or None where they cannot be read."""
-        found = {}
-        for zone in self._zones:
-            try:
-                found[zone] = int((zone / "energy_uj").read_text())
-            except (OSError, ValueError):
-                return None
-        return found or None
+    def joules(self) -> float | None:
+        """Return what was used, or None where the machine does not tell.
 
-    def joules_since(self, before: dict | None) -> float | None:
-        """Return what was used since a reading, at most one wrap of a counter ago.
-
-        Args:
-            before: What `read` returned.
-
-        Returns:
-            Joules, or None where the machine does not tell.
+        A counter may have begun again once, not oftener.
         """
-        after = self.read()
-        if before is None or after is None or before.keys() != after.keys():
+        after = _numbers(self._zones, "energy_uj")
+        ranges = _numbers(self._zones, "max_energy_range_uj")
+        if not (self._before and after and ranges):
             return None
-        total = 0
-        for zone, now in after.items():
-            used = now - before[zone]
-            if used < 0:  # the counter began again
-                try:
-                    used += int((zone / "max_energy_range_uj").read_text())
-                except (OSError, ValueError):
-                    return None
-            total += used
-        return total / 1e6
+        counts = zip(self._before, after, ranges, strict=True)
+        return sum((now - before) % range_ for before, now, range_ in counts) / 1e6
 
 
-def _zones(folder):
-    """Return the zones whose sum is the machine's: processors, and their memory.
+def _numbers(zones, name):
+    """Return the number in a file of each zone, or None where one cannot be read."""
+    try:
+        return [int((zone / name).read_text()) for zone in zones]
+    except (OSError, ValueError):
+        return None
 
-    `psys` contains the processors, and a processor its cores; memory is apart.
-    """
-    zones = []
-    for zone in sorted(folder.glob("intel-rapl:*")):
-        try:
-            name = (zone / "name").read_text()
-        except OSError:
-            continue
-        is_part = zone.name.count(":") > 1
-        if name.startswith("dram" if is_part else "package"):
-            zones.append(zone)
-    return zones
+
+def _content(file):
+    """Return the text of a file, or None where it cannot be read."""
+    try:
+        return file.read_text("utf-8")
+    except OSError:
+        return None
 
 
 def usable_cores() -> list[int]:
@@ -204,12 +185,8 @@ def usable_cores() -> list[int]:
 
 def _cpu_name(cpuinfo="/proc/cpuinfo"):
     """Return the processor's name, and its widest vectors."""
-    try:
-        lines = Path(cpuinfo).read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
     facts = {}
-    for line in lines:
+    for line in (_content(Path(cpuinfo)) or "").splitlines():
         key, _, value = line.partition(":")
         facts.setdefault(key.strip().lower(), value.strip())
     # On ARM the flags are called features, and the name is often missing.

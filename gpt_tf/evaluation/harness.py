@@ -75,7 +75,6 @@ class Worker:
 
     Attributes:
         start_s: Seconds from the start of the process until the work was prepared.
-        prepare_s: Seconds of these that `make` took.
 
     Raises:
         InputError, ModuleNotFoundError: As the process raised it.
@@ -108,7 +107,7 @@ class Worker:
         try:
             work = pickle.dumps((make, arguments))
             main = _name_of_main() if b"__main__" in work else None
-            self.prepare_s = self.ask(main, work)
+            self.ask(main, work)
         except BaseException:
             self.close()
             raise
@@ -186,9 +185,7 @@ def serve() -> None:
             return
         try:
             if work is None:
-                began = time.perf_counter()
-                work = _made(*request)
-                answer = "done", time.perf_counter() - began
+                work, answer = _made(*request), ("done", None)
             else:
                 answer = "done", work(*request)
         except ModuleNotFoundError as error:

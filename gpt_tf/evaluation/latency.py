@@ -49,42 +49,37 @@ REPETITIONS = 20
 def compare_latencies(
     paths: Sequence[str | os.PathLike],
     *,
-    prompt_tokens: int = 64,
-    new_tokens: int = 64,
-    repetitions: int = REPETITIONS,
-    threads: int | None = None,
-    contexts: Sequence[int] = (),
-    thread_counts: Sequence[int] = (),
-    requests: Sequence[int] = REQUESTS,
     engines: Sequence[str] | None = None,
-    rounds: int = ROUNDS,
     on_progress: Callable[[int, int, str], None] | None = None,
     read_bytes_per_s=None,
-    described: Sequence[dict] | None = None,
+    **settings,
 ) -> list[dict]:
     """Measure several files in turn, each in a new process every round.
 
     Args:
         paths: `.tflite`, `.litertlm`, a run's or model's folder, or a `.keras` file.
-        prompt_tokens: Length of the prompt, at least 1.
-        new_tokens: Tokens that are generated, at least 2.
-        repetitions: Requests that are counted, of each file: at least so many, as
-            many in each round.
-        threads: Threads that compute; default: of a file the physical cores, at most
-            4, of a Keras model all cores.
-        contexts: Lengths of other prompts to measure; 16 tokens are generated after
-            each.
-        thread_counts: Other numbers of threads to measure.
-        requests: Numbers of requests at once, of `EdgeScheduler`: not of a Keras
-            model nor of LiteRT-LM.
         engines: `"gpt_tf"` or `"litert-lm"` for each path; default: ours. LiteRT-LM
             times itself, and states of each request's further tokens their mean: its
             spread is that of the means.
-        rounds: How often each file has its turn, at most `repetitions` times.
         on_progress: Called with turns done, turns in all and what comes.
         read_bytes_per_s: What memory gives: a number, or a dict by number of threads
             as `describe_machine` measures it; what is missing is measured.
-        described: What `describe_files` says of the paths, if that is known.
+        **settings: What is asked of each file:
+
+            - `prompt_tokens`: length of the prompt, at least 1; 64.
+            - `new_tokens`: tokens that are generated, at least 2; 64.
+            - `repetitions`: requests that are counted, of each file: at least so many,
+              as many in each round; 20.
+            - `rounds`: how often each file has its turn, at most `repetitions` times;
+              5.
+            - `threads`: threads that compute; default: of a file the physical cores, at
+              most 4, of a Keras model all cores.
+            - `contexts`: lengths of other prompts to measure; 16 tokens are generated
+              after each. None: some that fit; default: none.
+            - `thread_counts`: other numbers of threads to measure. None: powers of two
+              and all cores; default: none.
+            - `requests`: numbers of requests at once, of `EdgeScheduler`: not of a
+              Keras model nor of LiteRT-LM; (1, 2, 4, 8).
 
     Returns:
         Latency of each path, in their order, as `gpt_tf.evaluation.report` describes
@@ -104,62 +99,8 @@ def compare_latencies(
             f"`engines` expects one for each of {len(paths)} paths. Received: "
             f"{len(engines)}."
         )
-    asked = _checked_job(
-        prompt_tokens, new_tokens, repetitions, threads, contexts, requests, rounds
-    )
-    thread_counts = arguments.integers("thread_counts", thread_counts, 1)
-    for path, engine in zip(paths, engines, strict=True):
-        _check_engine(path, engine)
-    described = described or describe_files(paths)
-    jobs = []
-    for path, engine, facts in zip(paths, engines, described, strict=True):
-        _check_room(asked, facts["context_length"], path)
-        threads = asked["threads"] or facts["threads"]
-        own = {"path": path, "engine": engine, "threads": threads}
-        jobs.append(asked | own | {"vocab_size": facts["config"]["vocab_size"]})
-    others = [
-        job | {"threads": count, "contexts": [], "requests": []}
-        for job in jobs
-        for count in thread_counts
-        if count != job["threads"]
-    ]
-    rates = {
-        count: _read_rate(count, read_bytes_per_s)
-        for count in {job["threads"] for job in jobs}
-    }
-    rounds, done = min(rounds, repetitions), 0
-    turns = len(jobs + others) * rounds
-
-    def tell(what):
-        if on_progress is not None:
-            on_progress(done, turns, what)
-
-    def turn(job):
-        nonlocal done
-        what = f"round {done // len(jobs + others) + 1} of {rounds}: "
-        what += f"{Path(job['path']).name}, {job['threads']} threads"
-        tell(what + (f", {job['engine']}" if job["engine"] != "gpt_tf" else ""))
-        with Worker(open_runner, (job,), name=job["path"]) as worker:
-            measured = worker.ask() | {"cold_ms": worker.start_s * 1e3}
-        done += 1
-        return measured
-
-    found = take_turns([functools.partial(turn, job) for job in jobs + others], rounds)
-    tell("measured")
-    results = []
-    for job, facts, measured in zip(jobs, described, found, strict=False):
-        by_threads = {
-            other["threads"]: theirs
-            for other, theirs in zip(others, found[len(jobs) :], strict=True)
-            if (other["path"], other["engine"]) == (job["path"], job["engine"])
-        }
-        if thread_counts:
-            by_threads[job["threads"]] = measured
-        is_keras = facts["kind"] == "keras"
-        read_bytes = 4 * facts["parameters"] if is_keras else facts["size_bytes"]
-        read_s = read_bytes / rates[job["threads"]]
-        results.append(_summary(job, measured, by_threads, read_s))
-    return results
+    plan = _plan(list(zip(paths, engines, strict=True)), **settings)
+    return _measure(*plan, read_bytes_per_s, on_progress)
 
 
 def describe_files(paths: Sequence[str | os.PathLike]) -> list[dict]:
@@ -184,13 +125,10 @@ def measure_files(
     paths: Sequence[str | os.PathLike],
     *,
     engine: str = "gpt_tf",
-    contexts: Sequence[int] | None = None,
-    thread_counts: Sequence[int] | None = None,
-    repetitions: int = REPETITIONS,
-    rounds: int = ROUNDS,
     out: str | os.PathLike | None = None,
     command: str | None = None,
-    **options,
+    on_progress: Callable[[int, int, str], None] | None = None,
+    **settings,
 ) -> dict:
     """Measure files in turn and put the report together.
 
@@ -198,11 +136,11 @@ def measure_files(
         paths: As for `compare_latencies`.
         engine: `"gpt_tf"`, `"litert-lm"`, or `"both"`, which measures each
             `.litertlm` in both.
-        contexts, thread_counts: As for `compare_latencies`; None: some that fit.
-        repetitions, rounds: As for `compare_latencies`.
         out: Where the report will be written; paths are stated relative to it.
         command: The command line, for the report.
-        **options: Others of `compare_latencies`.
+        on_progress: As for `compare_latencies`.
+        **settings: As for `compare_latencies`; `contexts` and `thread_counts` are
+            those that fit where not given.
 
     Returns:
         The report, with an entry for each file and engine.
@@ -222,56 +160,27 @@ def measure_files(
     ]
     if engine == "both":
         pairs = [(p, one) for p, one in pairs if one == "gpt_tf" or _is_litertlm(p)]
-    # Before minutes are spent.
-    sizes = options.get("prompt_tokens", 64), options.get("new_tokens", 64)
-    requests = options.get("requests", REQUESTS)
-    asked_contexts = () if contexts is None else contexts
-    job = _checked_job(
-        *(*sizes, repetitions, options.get("threads"), asked_contexts, requests),
-        rounds,
-    )
-    if thread_counts is not None:
-        arguments.integers("thread_counts", thread_counts, 1)
-    for pair in pairs:
-        _check_engine(*pair)
-    facts_of = dict(zip(paths, describe_files(paths), strict=True))
-    for path, facts in facts_of.items():
-        _check_room(job, facts["context_length"], path)
-    if contexts is None:
-        shortest = min(facts["context_length"] for facts in facts_of.values())
-        contexts = [length for length in (16, 64, 256, 1024) if length + 16 <= shortest]
-    if thread_counts is None:
-        counts = hardware.thread_counts()
-        thread_counts = counts if len(counts) > 1 else ()
-    facts = hardware.describe_machine()
-    latencies = compare_latencies(
-        [path for path, _ in pairs],
-        engines=[one for _, one in pairs],
-        contexts=contexts,
-        thread_counts=thread_counts,
-        repetitions=repetitions,
-        rounds=rounds,
-        described=[facts_of[path] for path, _ in pairs],
-        read_bytes_per_s=facts["read_bytes_per_s"],
-        **options,
-    )
+    fitting = {"contexts": None, "thread_counts": None}
+    plan = _plan(pairs, **fitting | settings)
+    every_facts, _, _, rounds = plan
+    machine = hardware.describe_machine()
+    latencies = _measure(*plan, machine["read_bytes_per_s"], on_progress)
     folder = Path(out or "report.json").resolve().parent
     entries = []
-    for (path, one), latency in zip(pairs, latencies, strict=True):
-        described = {k: v for k, v in facts_of[path].items() if k != "threads"}
+    for (path, one), facts, latency in zip(pairs, every_facts, latencies, strict=True):
+        described = {k: v for k, v in facts.items() if k != "threads"}
         described["name"] = names[path] + (f" ({one})" if one != "gpt_tf" else "")
         described["path"] = report.path_in_report(path, folder)
         entries.append(report.new_entry(described, latency=latency))
-    rounds, counted = min(rounds, repetitions), latencies[0]["repetitions"]
     return report.new_report(
         entries,
-        machine=facts,
+        machine=machine,
         command=command,
         notes=[
-            f"Latency: {counted} requests of each file counted, in {rounds} "
-            f"rounds, in which the files took turns in new processes; {WARM_UP} "
-            "requests of each process were not counted. Greedy, the same random ids "
-            "every time.",
+            f"Latency: {latencies[0]['repetitions']} requests of each file counted, in "
+            f"{rounds} rounds, in which the files took turns in new processes; "
+            f"{WARM_UP} requests of each process were not counted. Greedy, the same "
+            "random ids every time.",
             "The share of the bandwidth takes a token to read the file's size, of a "
             "Keras model 4 bytes a parameter; what fits the processor's caches may "
             "exceed 1.",
@@ -279,40 +188,81 @@ def measure_files(
     )
 
 
-# Seeing that it can be done
+# What is to be measured
 
 
-def _checked_job(
-    prompt_tokens, new_tokens, repetitions, threads, contexts, requests, rounds
+def _plan(
+    pairs,
+    *,
+    prompt_tokens=64,
+    new_tokens=64,
+    repetitions=REPETITIONS,
+    threads=None,
+    contexts=(),
+    thread_counts=(),
+    requests=REQUESTS,
+    rounds=ROUNDS,
 ):
-    """Return what a process is asked to do, after its numbers were checked."""
-    rounds = arguments.integer("rounds", rounds, 1)
+    """Check what is asked, before minutes are spent.
+
+    Returns:
+        For each path with its engine what `describe_files` says, and the job of a
+        process; other numbers of threads; and the number of rounds.
+    """
     repetitions = arguments.integer("repetitions", repetitions, 1)
-    most = arguments.MOST_THREADS
-    return {
+    rounds = min(arguments.integer("rounds", rounds, 1), repetitions)
+    asked = {
         "prompt_tokens": arguments.integer("prompt_tokens", prompt_tokens, 1),
         "new_tokens": arguments.integer("new_tokens", new_tokens, 2),
-        # As many in each round.
-        "count": -(-repetitions // min(rounds, repetitions)),
-        "threads": arguments.integer("threads", threads, 1, most, or_none=True),
-        "contexts": arguments.integers("contexts", contexts, 1),
+        "count": -(-repetitions // rounds),  # as many in each round
+        "threads": arguments.integer(
+            "threads", threads, 1, arguments.MOST_THREADS, or_none=True
+        ),
         "requests": arguments.integers("requests", requests, 1),
     }
+    if contexts is not None:
+        contexts = arguments.integers("contexts", contexts, 1)
+    if thread_counts is not None:
+        thread_counts = arguments.integers("thread_counts", thread_counts, 1)
+    for path, engine in pairs:
+        _check_engine(path, engine)
+    paths = list(dict.fromkeys(path for path, _ in pairs))
+    described = dict(zip(paths, describe_files(paths), strict=True))
+    if contexts is None:
+        shortest = min(facts["context_length"] for facts in described.values())
+        most = shortest - CONTEXT_TOKENS
+        contexts = [length for length in (16, 64, 256, 1024) if length <= most]
+    if thread_counts is None:
+        counts = hardware.thread_counts()
+        thread_counts = counts if len(counts) > 1 else []
+    jobs = []
+    for path, engine in pairs:
+        facts = described[path]
+        own = {
+            "path": path,
+            "engine": engine,
+            "threads": asked["threads"] or facts["threads"],
+            "contexts": contexts,
+            "vocab_size": facts["config"]["vocab_size"],
+        }
+        jobs.append(asked | own)
+        _check_fits(jobs[-1], facts["context_length"])
+    return [described[path] for path, _ in pairs], jobs, thread_counts, rounds
 
 
-def _check_room(job, context_length, name):
+def _check_fits(job, context_length):
     prompt_tokens, new_tokens = job["prompt_tokens"], job["new_tokens"]
     if prompt_tokens + new_tokens > context_length:
         raise InputError(
             f"Prompt and new tokens expect to fit the context of {context_length} "
-            f"tokens of {name}. Received: {prompt_tokens} + {new_tokens}. Ask for "
-            "fewer."
+            f"tokens of {job['path']}. Received: {prompt_tokens} + {new_tokens}. Ask "
+            "for fewer."
         )
     for length in job["contexts"]:
         if length + CONTEXT_TOKENS > context_length:
             raise InputError(
                 f"`contexts` expects at most {context_length - CONTEXT_TOKENS} for "
-                f"{name}: its context has {context_length} tokens, and "
+                f"{job['path']}: its context has {context_length} tokens, and "
                 f"{CONTEXT_TOKENS} are generated. Received: {length}."
             )
 
@@ -336,6 +286,55 @@ def _is_litertlm(path):
     return Path(path).suffix == ".litertlm"
 
 
+# Measuring
+
+
+def _measure(every_facts, jobs, thread_counts, rounds, read_bytes_per_s, on_progress):
+    """Let the jobs take turns; return the latency of each."""
+    done = 0
+    keys = [(index, job["threads"]) for index, job in enumerate(jobs)]
+    keys += [
+        (index, count)
+        for index, job in enumerate(jobs)
+        for count in thread_counts
+        if count != job["threads"]
+    ]
+
+    def tell(what):
+        if on_progress is not None:
+            on_progress(done, len(keys) * rounds, what)
+
+    def turn(index, threads):
+        nonlocal done
+        job = jobs[index]
+        if threads != job["threads"]:
+            job = job | {"threads": threads, "contexts": [], "requests": []}
+        what = f"round {done // len(keys) + 1} of {rounds}: "
+        what += f"{Path(job['path']).name}, {threads} threads"
+        tell(what + (f", {job['engine']}" if job["engine"] != "gpt_tf" else ""))
+        with Worker(open_runner, (job,), name=job["path"]) as worker:
+            measured = worker.ask() | {"cold_ms": worker.start_s * 1e3}
+        done += 1
+        return measured
+
+    rates = {
+        job["threads"]: _read_rate(job["threads"], read_bytes_per_s) for job in jobs
+    }
+    turns = [functools.partial(turn, *key) for key in keys]
+    found = dict(zip(keys, take_turns(turns, rounds), strict=True))
+    tell("measured")
+    results = []
+    for index, (job, facts) in enumerate(zip(jobs, every_facts, strict=True)):
+        threads = job["threads"]
+        counts = {threads, *thread_counts} if thread_counts else ()
+        by_threads = {count: found[index, count] for count in sorted(counts)}
+        is_keras = facts["kind"] == "keras"
+        read_bytes = 4 * facts["parameters"] if is_keras else facts["size_bytes"]
+        read_s = read_bytes / rates[threads]
+        results.append(_summary(job, found[index, threads], by_threads, read_s))
+    return results
+
+
 def _read_rate(threads, known):
     """Return what memory gives to so many threads, measured where it is not known."""
     if isinstance(known, int | float):
@@ -350,7 +349,7 @@ def _summary(job, measured, by_threads, read_s):
     Args:
         job: What they were asked for.
         measured: What each of them returned.
-        by_threads: The same, of every number of threads.
+        by_threads: The same, by number of threads.
         read_s: Seconds that reading the weights takes at the rate of memory.
     """
 
@@ -365,7 +364,10 @@ def _summary(job, measured, by_threads, read_s):
         (length, [one["contexts"][index] for one in measured])
         for index, length in enumerate(job["contexts"])
     ]
-    rates = list(zip(*(one["throughput"] for one in measured), strict=True))
+    rates = [
+        spread([[rate] for rate in rates])
+        for rates in zip(*(one["throughput"] for one in measured), strict=True)
+    ]
     return {
         "engine": measured[0]["engine"],
         "threads": job["threads"],
@@ -394,18 +396,16 @@ def _summary(job, measured, by_threads, read_s):
         "by_threads": [
             {
                 "threads": count,
-                "inter_token_latency_ms": of("gaps_ms", by_threads[count]),
+                "inter_token_latency_ms": of("gaps_ms", processes),
             }
-            for count in sorted(by_threads)
+            for count, processes in by_threads.items()
         ],
         "throughput": [
-            _throughput(count, rounds)
-            for count, rounds in zip(job["requests"], rates, strict=False)
+            {
+                "requests": count,
+                "tokens_per_s": found["median"],
+                **{part: found[part] for part in ("q1", "q3", "count", "rounds")},
+            }
+            for count, found in zip(job["requests"], rates, strict=False)
         ],
     }
-
-
-def _throughput(requests, rounds):
-    found = spread([[rate] for rate in rounds])
-    parts = {name: found[name] for name in ("q1", "q3", "count", "rounds")}
-    return {"requests": requests, "tokens_per_s": found["median"], **parts}

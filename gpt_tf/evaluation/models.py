@@ -167,13 +167,14 @@ class KerasGPT:
         self.tokenizer = tokenizer
         is_float = isinstance(model, GPTModel)
         self.mode = "keras" if is_float else "keras_qat"
-        self.config = _config_of(model)
+        config = model.get_config()
+        config = config.get("gpt", config)
+        self.config = {key: value for key, value in config.items() if key != "name"}
         self._suppressed = sequence.ids_without_token(
             tokenizer, self.config["vocab_size"]
         )
         self.context_length = self.config["context_length"]
-        self._position = 0
-        self._caches = None
+        self.reset()
 
     @property
     def position(self) -> int:
@@ -200,8 +201,6 @@ class KerasGPT:
         Raises:
             InputError: An id is unknown, or there is no room for so many.
         """
-        from gpt_tf.models import cached_forward
-
         ids = arguments.ids(ids)
         vocab_size = self.config["vocab_size"]
         if not ids:
@@ -213,10 +212,6 @@ class KerasGPT:
                 f"The cache of {self.context_length} tokens has room for {room} more. "
                 f"Received: {len(ids)}. Call `reset()` first, or pass the text's end."
             )
-        if self._caches is None:
-            # What a chunk holds beyond its tokens has room behind the context.
-            capacity = self.context_length + _LARGEST_CHUNK
-            self._caches = cached_forward.empty_cache(self.model, 1, capacity)
         pieces = [
             self._append(ids[start : start + _LARGEST_CHUNK])
             for start in range(0, len(ids), _LARGEST_CHUNK)
@@ -226,6 +221,10 @@ class KerasGPT:
     def _append(self, ids):
         from gpt_tf.models import cached_forward
 
+        if self._caches is None:
+            # What a chunk holds beyond its tokens has room behind the context.
+            capacity = self.context_length + _LARGEST_CHUNK
+            self._caches = cached_forward.empty_cache(self.model, 1, capacity)
         length = 1 if len(ids) == 1 else _SMALLEST_CHUNK
         while length < len(ids):
             length *= 2
@@ -260,9 +259,3 @@ class KerasGPT:
 
     def __exit__(self, *exception):
         self.close()
-
-
-def _config_of(model):
-    config = model.get_config()
-    config = config.get("gpt", config)
-    return {name: value for name, value in config.items() if name != "name"}

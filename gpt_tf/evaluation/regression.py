@@ -21,8 +21,8 @@ Stochastically Larger than the Other", Annals of Mathematical Statistics 18 (194
 import math
 import os
 
-from gpt_tf.errors import DamagedFileError, InputError
-from gpt_tf.evaluation.report import read_report
+from gpt_tf.errors import InputError
+from gpt_tf.evaluation.report import check_report, read_report
 
 LEVEL = 0.01
 LEAST_TIME = 0.05
@@ -69,14 +69,8 @@ def read_baseline(path: str | os.PathLike, **settings) -> dict:
         >>> baseline = read_baseline("report.json", prompt_tokens=64, new_tokens=64)
     """
     baseline = read_report(path)
-    try:
-        compare_with_baseline(baseline, baseline)
-    except (AttributeError, LookupError, TypeError, ZeroDivisionError) as error:
-        raise DamagedFileError(
-            f"Expected the measurements of a report in {path}, but they cannot be "
-            f"compared: {error!r}. The report was altered; store a new baseline."
-        ) from None
-    measured = [entry for entry in baseline["entries"] if entry["latency"]]
+    entries = check_report(baseline).model_dump()["entries"]
+    measured = [entry for entry in entries if entry["latency"]]
     if settings and not measured:
         raise InputError(
             f"The baseline expects files whose speed was measured. Received: {path}, "
@@ -106,6 +100,8 @@ def compare_with_baseline(report: dict, baseline: dict) -> dict:
     Example:
         >>> compare_with_baseline(new, read_report("report.json"))["regressed"]
     """
+    # Complete, with None for what was not measured.
+    report, baseline = (check_report(one).model_dump() for one in (report, baseline))
     stored = {entry["name"]: entry for entry in baseline["entries"]}
     ours = {entry["name"]: entry for entry in report["entries"]}
     names = [name for name in ours if name in stored]
@@ -135,7 +131,8 @@ def compare_with_baseline(report: dict, baseline: dict) -> dict:
             settings = {part: after["latency"][part] for part in _SETTINGS}
             _check_settings(name, before["latency"], settings)
             found += _latency_rows(before["latency"], after["latency"])
-            if any(map(_is_too_short, (before["latency"], after["latency"]))):
+            gaps = before["latency"][_GAPS], after["latency"][_GAPS]
+            if _fewest_rounds(*gaps) < FEWEST_ROUNDS:
                 notes.append(
                     f"{name}: times are not judged, since a report has fewer than "
                     f"{FEWEST_ROUNDS} rounds; measure both without --quick"
@@ -169,16 +166,15 @@ def _check_settings(name, latency, settings):
             )
 
 
-def _is_too_short(latency):
-    return len(latency[_GAPS].get("rounds") or ()) < FEWEST_ROUNDS
+def _fewest_rounds(*spreads):
+    return min(len((one or {}).get("rounds") or ()) for one in spreads)
 
 
 def _latency_rows(before, after):
     rows = [_spread_row(part, before[part], after[part]) for part in _TIMES]
+    gaps = [one[_GAPS] or {} for one in (before, after)]
     for part in ("p95", "p99"):
-        rows.append(
-            _row(f"{_GAPS} {part}", before[_GAPS][part], after[_GAPS][part], None)
-        )
+        rows.append(_row(f"{_GAPS} {part}", *(one.get(part) for one in gaps), None))
     for old, new in _pairs("by_context", "context", before, after):
         for part in ("time_to_first_token_ms", _GAPS):
             name = f"{part}, prompt {new['context']}"
@@ -192,7 +188,9 @@ def _latency_rows(before, after):
         rows.append(_spread_row(name, old, new, more_is_better=True))
     rows.append(_scalar_row("peak_memory_bytes", before, after, LEAST_MEMORY))
     ranges = [
-        (one["q3"] - one["q1"]) / one["median"] for one in (before[_GAPS], after[_GAPS])
+        (one["q3"] - one["q1"]) / one["median"]
+        for one in gaps
+        if one and None not in (one["q1"], one["median"], one["q3"])
     ]
     least = max(LEAST_ENERGY, math.hypot(*ranges))
     rows.append(_scalar_row("energy_j_per_token", before, after, least))
@@ -201,8 +199,8 @@ def _latency_rows(before, after):
 
 def _pairs(part, key, before, after):
     """Yield what both have of a list, matched by a key."""
-    stored = {one[key]: one for one in before[part]}
-    for one in after[part]:
+    stored = {one[key]: one for one in before[part] or ()}
+    for one in after[part] or ():
         if one[key] in stored:
             yield stored[one[key]], one
 
@@ -214,55 +212,54 @@ def _spread_row(name, before, after, more_is_better=False):
 
     if before is None or after is None:
         return None
-    change = None
-    rounds = [one.get("rounds") or () for one in (before, after)]
-    if min(map(len, rounds)) >= FEWEST_ROUNDS:
-        low, high = sorted((before["median"], after["median"]))
-        far = high >= (1 + LEAST_TIME) * low
-        change = "none"
-        if far and mannwhitneyu(*rounds).pvalue <= LEVEL:
-            grew = after["median"] > before["median"]
-            change = "better" if grew == more_is_better else "worse"
-    return _row(name, before["median"], after["median"], change)
+    old, new = before["median"], after["median"]
+    if _fewest_rounds(before, after) < FEWEST_ROUNDS:
+        return _row(name, old, new, None)
+    differs = (
+        _is_apart(old, new, LEAST_TIME)
+        and mannwhitneyu(before["rounds"], after["rounds"]).pvalue <= LEVEL
+    )
+    return _row(name, old, new, differs, more_is_better)
 
 
 def _scalar_row(part, before, after, least):
     """Compare two numbers; less is better. None where one is missing."""
-    before, after = before[part], after[part]
+    old, new = before[part], after[part]
+    return _row(part, old, new, _is_apart(old, new, least))
+
+
+def _is_apart(before, after, least):
+    """Tell whether the larger number is above the smaller by that share of it."""
     if before is None or after is None:
-        return None
-    # The smaller over the larger, so that a change and its return are judged alike.
+        return False
+    # So a change and its return are judged alike.
     small, large = sorted((before, after))
-    change = "none"
-    if large >= (1 + least) * small and large != small:
-        change = "worse" if after > before else "better"
-    return _row(part, before, after, change)
+    return large >= (1 + least) * small and large != small
 
 
 def _accuracy_rows(before, after, left_out):
-    rows = [
-        _interval_row(part, before[part], after[part], more_is_better)
-        for part, more_is_better in _ACCURACIES.items()
-        if part not in left_out
-    ]
+    pairs = {part: (before[part], after[part]) for part in _ACCURACIES}
     if before["parsed"] and after["parsed"]:
-        shares = before["parsed"]["share"], after["parsed"]["share"]
-        rows.append(_interval_row("parsed share", *shares, True))
-    return rows
+        pairs["parsed share"] = before["parsed"]["share"], after["parsed"]["share"]
+    return [
+        _row(
+            part,
+            *(old["value"], new["value"]),
+            old["high"] < new["low"] or new["high"] < old["low"],
+            more_is_better=_ACCURACIES.get(part, True),
+        )
+        for part, (old, new) in pairs.items()
+        if part not in left_out and old and new
+    ]
 
 
-def _interval_row(name, before, after, more_is_better):
+def _row(metric, before, after, differs, more_is_better=False):
+    """Return a row; `differs` is whether beyond noise, or None where not judged."""
     if before is None or after is None:
         return None
-    change = "none"
-    if after["low"] > before["high"]:
-        change = "better" if more_is_better else "worse"
-    elif after["high"] < before["low"]:
-        change = "worse" if more_is_better else "better"
-    return _row(name, before["value"], after["value"], change)
-
-
-def _row(metric, before, after, change):
+    change = "none" if differs is not None else None
+    if differs:
+        change = "better" if (after > before) == more_is_better else "worse"
     ratio = after / before if before else None
     parts = {"before": before, "after": after, "ratio": ratio, "change": change}
     return {"metric": metric} | parts

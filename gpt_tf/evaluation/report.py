@@ -173,6 +173,13 @@ class Report(Part):
     stages: list[dict[str, Any]]  # steps of `gpt-tf optimize` and their seconds
     notes: list[str]  # sentences that a reader should know
 
+    @pydantic.field_validator("entries")
+    @classmethod
+    def _names_are_unique(cls, entries):
+        if name := _repeated([entry.name for entry in entries]):
+            raise ValueError(f"two entries have the name {name!r}")
+        return entries
+
 
 def new_report(entries, **parts) -> dict:
     """Put a report together.
@@ -187,30 +194,31 @@ def new_report(entries, **parts) -> dict:
     Raises:
         InputError: Two entries have the same name, or a part is unknown.
     """
-    report = {
+    for part in parts:
+        arguments.one_of("part", part, Report.model_fields)
+    report = dict.fromkeys(Report.model_fields) | {
         "kind": REPORT_KIND,
         "format": REPORT_FORMAT,
         "made_at": datetime.datetime.now(datetime.timezone.utc).isoformat(
             timespec="seconds"
         ),
         "versions": artifacts.versions(),
-        **dict.fromkeys(("command", "machine", "corpus", "reference"), None),
         "budgets": dict.fromkeys(BUDGETS),
         "entries": list(entries),
-        "recommendation": None,
-        "explanations": None,
         "stages": [],
         "notes": [],
     }
-    _refuse_unknown(parts, report, "A report")
     report.update(parts)
-    name = _repeated_name(report)
-    if name is not None:
+    if name := _repeated([entry["name"] for entry in report["entries"]]):
         raise InputError(
             f"The entries of a report expect a name each. Received: {name!r} twice. "
             "Give one of the files another name."
         )
     return report
+
+
+def _repeated(names):
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def new_entry(described: dict, **parts) -> dict:
@@ -223,9 +231,9 @@ def new_entry(described: dict, **parts) -> dict:
     Returns:
         The entry; what is not given is None.
     """
-    entry = dict.fromkeys(Entry.model_fields) | described
-    _refuse_unknown(parts, entry, "An entry")
-    return entry | parts
+    for part in parts:
+        arguments.one_of("part", part, Entry.model_fields)
+    return dict.fromkeys(Entry.model_fields) | described | parts
 
 
 def path_in_report(path: str | os.PathLike, folder: str | os.PathLike) -> str:
@@ -299,18 +307,9 @@ def read_report(path: str | os.PathLike) -> dict:
     path = Path(path)
     if path.is_dir():
         path = path / "report.json"
-    if not path.exists():
-        raise DamagedFileError(
-            f"Expected a report at {path}; there is none. Name the report.json that "
-            "`gpt-tf optimize`, `evaluate` or `benchmark` wrote."
-        )
     report = artifacts.read_json(path)
-    if not isinstance(report, dict) or report.get("kind") != REPORT_KIND:
-        raise DamagedFileError(
-            f"Expected a report in {path}. Received: other JSON. Name the report.json "
-            "that `gpt-tf optimize`, `evaluate` or `benchmark` wrote."
-        )
-    if report.get("format") != REPORT_FORMAT:
+    is_report = isinstance(report, dict) and report.get("kind") == REPORT_KIND
+    if is_report and report.get("format") != REPORT_FORMAT:
         versions = report.get("versions")
         known = versions if isinstance(versions, dict) else {}
         version = known.get("gpt-tf", "unknown")
@@ -323,38 +322,30 @@ def read_report(path: str | os.PathLike) -> dict:
     return report
 
 
-def check_report(report: dict, path: str | os.PathLike = "the report") -> None:
+def check_report(report: dict, path: str | os.PathLike = "the report") -> Report:
     """Refuse a report of another shape than `Report`.
 
     Args:
         report: The dict.
         path: Where it is from.
 
+    Returns:
+        The report as a `Report`, in which what is missing is None.
+
     Raises:
         DamagedFileError: A part is missing or of another type, a number is out of its
             range, or two entries have the same name.
     """
     try:
-        Report.model_validate(report)
+        return Report.model_validate(report)
     except pydantic.ValidationError as error:
         found = error.errors(include_url=False)[0]
-        place = ".".join(map(str, found["loc"]))
+        place = ".".join(map(str, found["loc"])) or "its beginning"
         raise DamagedFileError(
-            f"Expected the measurements of a report in {path}. Received: "
-            f"{arguments.shown(found['input'])} at {place}; {found['msg']}. The report "
-            "was altered; measure again."
+            f"Expected in {path} a report that `gpt-tf optimize`, `evaluate` or "
+            f"`benchmark` wrote. Received: {arguments.shown(found['input'])} at "
+            f"{place}; {found['msg']}. Name another file, or measure again."
         ) from None
-    name = _repeated_name(report)
-    if name is not None:
-        raise DamagedFileError(
-            f"Every entry of the report in {path} expects a name of its own. Received: "
-            f"{name!r}. The report was altered; measure again."
-        )
-
-
-def _repeated_name(report):
-    names = [entry["name"] for entry in report["entries"]]
-    return next((name for name in names if names.count(name) > 1), None)
 
 
 def join_reports(reports: Sequence[dict]) -> dict:
@@ -382,21 +373,35 @@ def join_reports(reports: Sequence[dict]) -> dict:
     if not reports:
         raise InputError("Joining expects at least one report. Received: none.")
     accuracy, speed = (_last_with(part, reports) for part in ("accuracy", "latency"))
-    entries = [
-        entry | {"accuracy": _accuracy_of_same_file(entry, accuracy)}
-        for entry in _every_file(reports, accuracy, speed)
-    ]
-    about_machine = speed or reports[-1]
+    entries = []
+    for report in filter(None, (speed, accuracy, *reports)):
+        # Of the same file a report has an entry for each engine that it was timed with.
+        known = {entry["sha256"] for entry in entries}
+        names = {entry["name"] for entry in entries}
+        for entry in report["entries"]:
+            if entry["sha256"] in known:
+                continue
+            if entry["name"] in names:
+                raise InputError(
+                    "Reports that are joined expect a name for each file. Received: "
+                    f"{entry['name']!r} for two that differ. Measure one of them "
+                    "under another name."
+                )
+            entries.append(entry if report is speed else entry | {"latency": None})
+    judged = accuracy["entries"] if accuracy else []
+    accuracies = {entry["sha256"]: entry["accuracy"] for entry in reversed(judged)}
+    references = {e["sha256"] for e in judged if e["name"] == accuracy["reference"]}
+    same = (entry["name"] for entry in entries if entry["sha256"] in references)
     budgets = dict.fromkeys(BUDGETS)
     for report in reports:
         given = report["budgets"].items()
         budgets.update({name: value for name, value in given if value is not None})
     return new_report(
-        entries,
-        machine=about_machine["machine"],
+        [entry | {"accuracy": accuracies.get(entry["sha256"])} for entry in entries],
+        machine=(speed or reports[-1])["machine"],
         corpus=accuracy and accuracy["corpus"],
         budgets=budgets,
-        reference=accuracy and _reference_in(entries, accuracy),
+        reference=next(same, None),
         notes=list(dict.fromkeys(note for one in reports for note in one["notes"])),
     )
 
@@ -409,46 +414,3 @@ def _last_with(part, reports):
         if any(entry[part] for entry in report["entries"])
     )
     return next(having, None)
-
-
-def _every_file(reports, accuracy, speed):
-    """Return an entry for each file, or for each engine that it was timed with."""
-    found = []
-    for report in filter(None, (speed, accuracy, *reports)):
-        known = {entry["sha256"] for entry in found}
-        names = {entry["name"] for entry in found}
-        for entry in report["entries"]:
-            if entry["sha256"] in known:
-                continue
-            if entry["name"] in names:
-                raise InputError(
-                    "Reports that are joined expect a name for each file. Received: "
-                    f"{entry['name']!r} for two that differ. Measure one of them "
-                    "under another name."
-                )
-            found.append(entry if report is speed else entry | {"latency": None})
-    return found
-
-
-def _accuracy_of_same_file(entry, report):
-    for other in report["entries"] if report else ():
-        if other["sha256"] == entry["sha256"]:
-            return other["accuracy"]
-    return None
-
-
-def _reference_in(entries, report):
-    """Return the name that a report's reference has among other entries."""
-    for one in report["entries"]:
-        if one["name"] == report["reference"]:
-            same = (e["name"] for e in entries if e["sha256"] == one["sha256"])
-            return next(same, None)
-    return None
-
-
-def _refuse_unknown(parts, known, what):
-    for name in parts:
-        if name not in known:
-            raise InputError(
-                f"{what} has the parts {', '.join(known)}. Received: {name!r}."
-            )

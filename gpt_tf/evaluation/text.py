@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -125,10 +125,13 @@ def held_out_text(
     whole = arguments.switch("whole", whole)
     folder = Path(source) if isinstance(source, str | os.PathLike) else None
     if folder is not None and is_run(folder):
-        name, split, documents = *_run_name(folder), _run_documents(folder)
-        corpus = None
+        corpus, split = None, "validation"
+        name, documents = _text_of_run(folder)
     else:
-        if folder is not None and _is_model(folder):
+        is_model = folder is not None and any(
+            (folder / sub / "model.keras").is_file() for sub in ("", "model")
+        )
+        if is_model:
             raise InputError(
                 f"A corpus expects text. Received: {source}, a model without the text "
                 "that it learnt from. Name the run's folder, a folder of text, or "
@@ -154,24 +157,13 @@ def is_run(path: str | os.PathLike) -> bool:
     return (Path(path) / "data" / "validation.tokens").is_file()
 
 
-def _is_model(folder):
-    return any((folder / sub / "model.keras").is_file() for sub in ("", "model"))
-
-
-def _run_name(folder):
+def _text_of_run(folder):
+    """Return the name of a run's corpus, and its validation documents, decoded."""
     # Imported here: it loads TensorFlow, which text from elsewhere does without.
     from gpt_tf.text.dataset import TokenFile
 
     file = TokenFile.open(folder / "data" / "validation.tokens")
-    return str(file.manifest.get("corpus", folder.name)), "validation"
-
-
-def _run_documents(folder) -> Iterator[Document]:
-    """Yield a run's validation documents, decoded."""
-    from gpt_tf.text.dataset import TokenFile
-
     tokenizer = load_tokenizer(folder)
-    file = TokenFile.open(folder / "data" / "validation.tokens", verify=False)
     written_by = file.manifest.get("tokenizer_fingerprint")
     if written_by not in (None, tokenizer.fingerprint()):
         raise DamagedFileError(
@@ -180,16 +172,22 @@ def _run_documents(folder) -> Iterator[Document]:
         )
     tokens, end = file.tokens, tokenizer.end_of_text_id
     ends = [] if end is None else np.flatnonzero(tokens == end).tolist()
-    begin = 0
-    for index, stop in enumerate([*ends, len(tokens)]):
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for first in range(begin, stop, _TOKENS_AT_ONCE):
-            last = min(first + _TOKENS_AT_ONCE, stop)
-            data = tokenizer.decode_bytes(tokens[first:last])
-            text = decoder.decode(data, final=last == stop)
-            # A document's end is where its last part ends.
-            yield Document(f"document {index}", text, ends=last == stop)
-        begin = stop + 1
+
+    def documents():
+        begin = 0
+        for index, stop in enumerate([*ends, len(tokens)]):
+            starts = range(begin, stop, _TOKENS_AT_ONCE)
+            parts = (
+                tokenizer.decode_bytes(
+                    tokens[first : min(first + _TOKENS_AT_ONCE, stop)]
+                )
+                for first in starts
+            )
+            for text in codecs.iterdecode(parts, "utf-8", "replace"):
+                yield Document(f"document {index}", text, ends=False)
+            begin = stop + 1
+
+    return str(file.manifest.get("corpus", folder.name)), documents()
 
 
 def _thinned(documents, most_bytes, name, notes):

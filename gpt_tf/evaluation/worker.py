@@ -73,9 +73,8 @@ def measure(runner, job: dict) -> dict:
     for _ in range(WARM_UP - 1):
         runner.request(prompt_tokens, new_tokens)
     meter = hardware.EnergyMeter()
-    before = meter.read()
     timed = [runner.request(prompt_tokens, new_tokens) for _ in range(job["count"])]
-    joules = meter.joules_since(before)
+    joules = meter.joules()
     found = {
         "engine": runner.engine,
         "load_ms": runner.load_ms,

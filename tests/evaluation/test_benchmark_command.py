@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gpt_tf import cli
 from gpt_tf.evaluation import latency
 from gpt_tf.evaluation.harness import spread
 from gpt_tf.evaluation.report import new_entry, new_report, read_report, write_report
 from gpt_tf.reporting import tables
+from tests.reporting.samples import latency_of
 
 SAVED = Path(__file__).parents[2] / "saved_models"
 FILE = SAVED / "python-small.litertlm"
@@ -31,33 +31,13 @@ finally:
 
 def made_report(*names, scale=1.0):
     times = spread([[0.99 * scale, scale, 1.01 * scale]] * 5)
-    measured = {
-        **dict.fromkeys(
-            ("time_to_first_token_ms", "inter_token_latency_ms", "response_time_ms"),
-            times,
-        ),
-        "load_ms": None,
+    measured = latency_of(1.0) | {
+        "time_to_first_token_ms": times,
+        "inter_token_latency_ms": times,
+        "response_time_ms": times,
         "cold_start_ms": None,
-        "engine": "gpt_tf",
-        "threads": 2,
-        "prompt_tokens": 64,
         "new_tokens": 64,
-        "repetitions": 30,
-        "tokens_per_s": 100.0,
-        "peak_memory_bytes": 50_000_000,
-        "bandwidth_share": 0.5,
-        "energy_j_per_token": None,
-        "by_context": [
-            {
-                "context": 16,
-                "time_to_first_token_ms": times,
-                "inter_token_latency_ms": times,
-            }
-        ],
-        "by_threads": [{"threads": 1, "inter_token_latency_ms": times}],
-        "throughput": [
-            {"requests": 4, "tokens_per_s": 70.0, "q1": 69.0, "q3": 71.0, "count": 5}
-        ],
+        "throughput": [{"requests": 4, "tokens_per_s": 70.0}],
     }
     entries = [
         new_entry({"name": name, "size_bytes": 1_000_000}, latency=measured)
@@ -68,9 +48,9 @@ def made_report(*names, scale=1.0):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process, what is measured given; return status, output,
-    errors and what was asked for."""
+def run(command, monkeypatch):
+    """Run the command, what is measured given; return its result and what was asked."""
+    monkeypatch.setenv("COLUMNS", "100")
 
     def run(*options, measured=None):
         asked = {}
@@ -82,18 +62,13 @@ def run(monkeypatch, capsys):
 
         if measured is not None:
             monkeypatch.setattr(latency, "measure_files", measure)
-        arguments = ["gpt-tf", "benchmark", *map(str, options)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        monkeypatch.setenv("COLUMNS", "100")
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code or 0, *capsys.readouterr(), asked
+        return command("benchmark", *options), asked
 
     return run
 
 
 def test_it_measures_a_file_on_a_device(tmp_path):
-    """Neither it nor its processes can import TensorFlow, and none of them tries."""
+    """Neither it nor its processes import TensorFlow."""
     for name in ("tensorflow", "tf_keras"):
         (tmp_path / f"{name}.py").write_text("raise SystemError('was imported')\n")
     (tmp_path / "gpt.litertlm").write_bytes(FILE.read_bytes())
@@ -124,6 +99,10 @@ def test_it_measures_a_file_on_a_device(tmp_path):
     found = entry["latency"]
     assert (found["prompt_tokens"], found["new_tokens"]) == (4, 3)
     assert (found["threads"], found["repetitions"]) == (1, 2)
+    assert found["inter_token_latency_ms"]["count"] == 2 * (3 - 1)
+    assert found["cold_start_ms"]["median"] > found["load_ms"]["median"] > 0
+    assert 20 << 20 < found["peak_memory_bytes"] < 200 << 20
+    assert all(row["tokens_per_s"] > 0 for row in found["throughput"])
     assert [row["requests"] for row in found["throughput"]] == [1, 2]
     assert [row["context"] for row in found["by_context"]] == [8]
     assert report["command"].startswith("gpt-tf benchmark gpt.litertlm --quick")
@@ -132,46 +111,45 @@ def test_it_measures_a_file_on_a_device(tmp_path):
 
 
 def test_without_options_it_measures_what_the_help_says(run):
-    status, _, errors, asked = run("a.tflite", "b", measured=made_report("a", "b"))
-    assert (status, errors) == (0, "")
-    assert asked["paths"] == ["a.tflite", "b"] and asked["engine"] == "gpt_tf"
-    assert (asked["prompt_tokens"], asked["new_tokens"]) == (64, 64)
-    assert (asked["repetitions"], asked["rounds"]) == (20, 5)
-    # Chosen by what the files and the machine can do.
-    assert asked["contexts"] is asked["thread_counts"] is asked["threads"] is None
-    assert asked["requests"] == (1, 2, 4, 8)
-    *_, asked = run("a.tflite", "--quick", measured=made_report("a"))
-    assert (asked["prompt_tokens"], asked["new_tokens"]) == (16, 16)
-    assert (asked["repetitions"], asked["rounds"]) == (10, 2)
-    assert asked["contexts"] == asked["thread_counts"] == ()
-    *_, asked = run(
+    result, asked = run("a.tflite", "b", measured=made_report("a", "b"))
+    assert (result.status, result.err) == (0, "")
+    expected = {
+        "paths": ["a.tflite", "b"],
+        "engine": "gpt_tf",
+        "prompt_tokens": 64,
+        "new_tokens": 64,
+        "repetitions": 20,
+        "rounds": 5,
+        # Chosen by what the files and the machine can do.
+        **dict.fromkeys(("contexts", "thread_counts", "threads")),
+        "requests": (1, 2, 4, 8),
+    }
+    assert {name: asked[name] for name in expected} == expected
+    _, asked = run(
         *("a.tflite", "--quick", "--new-tokens", 5, "--contexts", "8,32"),
-        *("--by-threads", "1,2", "--requests", "", "--engine", "both"),
+        *("--requests", "", "--engine", "both"),
         measured=made_report("a"),
     )
-    assert asked["new_tokens"] == 5 and asked["contexts"] == [8, 32]
-    assert asked["thread_counts"] == [1, 2] and asked["requests"] == []
-    assert asked["engine"] == "both"
+    expected = {
+        **{"engine": "both", "prompt_tokens": 16, "new_tokens": 5},
+        **{"repetitions": 10, "rounds": 2, "contexts": [8, 32]},
+        **{"thread_counts": (), "requests": []},
+    }
+    assert {name: asked[name] for name in expected} == expected
 
 
 def test_the_status_says_whether_something_got_worse(run, tmp_path):
-    report = made_report("gpt")
-    write_report(tmp_path / "report.json", report)
+    write_report(tmp_path / "report.json", made_report("gpt"))
     for scale, status, mark in ((1.0, 0, "="), (1.3, 1, "worse"), (0.7, 0, "better")):
-        found, output, errors, _ = run(
-            *("gpt.tflite", "--baseline", tmp_path),
+        result, _ = run(
+            *("gpt.tflite", "--baseline", tmp_path, "--out", tmp_path / "new.json"),
             measured=made_report("gpt", scale=scale),
         )
-        assert (found, errors) == (status, "")
-        assert "gpt beside the baseline" in output
-        (line,) = [line for line in output.splitlines() if "response, ms" in line]
+        assert (result.status, result.err) == (status, "")
+        (line,) = [line for line in result.out.splitlines() if "response, ms" in line]
         assert line.split()[-1] == mark and f"{scale:.3f}" in line
-    # The report is written all the same.
-    found, *_ = run(
-        *("gpt.tflite", "--baseline", tmp_path, "--out", tmp_path / "new.json"),
-        measured=made_report("gpt", scale=1.3),
-    )
-    assert found == 1 and read_report(tmp_path / "new.json")["entries"]
+        # The report is written all the same.
+        assert read_report(tmp_path / "new.json")["entries"]
 
 
 @pytest.mark.parametrize(
@@ -195,10 +173,10 @@ def test_bad_input_is_one_line_and_status_2(
     Path("no-model.litertlm").write_bytes(b"no model at all" * 10)
     write_report("stored.json", made_report("gpt"))
     write_report("other.json", made_report("gpt") | {"format": 99})
-    status, _, errors, _ = run(*options)
-    assert status == 2
-    assert errors.startswith("gpt-tf: ") and errors.count("\n") == 1
-    assert message in errors
+    result, _ = run(*options)
+    assert result.status == 2
+    assert result.err.startswith("gpt-tf: ") and result.err.count("\n") == 1
+    assert message in result.err
 
 
 def test_a_process_that_breaks_down_is_one_line(run, tmp_path, monkeypatch):
@@ -206,9 +184,9 @@ def test_a_process_that_breaks_down_is_one_line(run, tmp_path, monkeypatch):
     shell.write_text("#!/bin/sh\necho out of memory >&2\nkill -9 $$\n")
     shell.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(shell))
-    status, _, errors, _ = run(FILE)
-    assert status == 137 and errors.count("\n") == 1
-    assert "was killed by SIGKILL; its last line was: out of memory" in errors
+    result, _ = run(FILE)
+    assert result.status == 137 and result.err.count("\n") == 1
+    assert "was killed by SIGKILL; its last line was: out of memory" in result.err
 
 
 # Tables
@@ -230,7 +208,7 @@ def test_files_stand_side_by_side_and_names_are_no_markup():
     assert names == ["a[b]", "other"]
     (rates,) = [line.split() for line in text.splitlines() if "4 requests" in line]
     assert rates[-2:] == ["70", "\N{EN DASH}"]
-    assert "1 (0.99-1.01)" in text and "share of bandwidth" in text and "50 %" in text
+    assert "1 (0.99-1.01)" in text and "share of bandwidth" in text and "43.7 %" in text
     assert "5 GB/s to 1 thread, 9 GB/s to 2 threads" in text
     assert "a note [about] it" in text
     # What no file has is left out.

@@ -68,9 +68,12 @@ class Writer:
         prompt = self.tokenizer.decode(ids)
         self.asked.append((prompt, temperature, seed))
         answer = self.answer(prompt) if callable(self.answer) else self.answer
-        for token in self.tokenizer.encode(answer)[:max_new_tokens]:
-            self.written += 1
-            yield token
+        # As that of an `EdgeGPT`, it has no `close`.
+        return map(self._write, self.tokenizer.encode(answer)[:max_new_tokens])
+
+    def _write(self, token):
+        self.written += 1
+        return token
 
 
 @pytest.mark.parametrize(
@@ -84,20 +87,16 @@ class Writer:
         ("\n    return (x\n", False, False),
         ("\n    if x:\n", False, False),
         ("\n  return x\n", False, False),
-        ("\n    return return\n", False, False),
         ("\n    '''open\n    y = 1\n", False, False),
         (" # said\n    return x\n", False, True),
         # Nothing was written for which the prompt alone would be accepted.
         ("", True, False),
-        ("", False, False),
-        ("\n", True, False),
         ("\n\n    \n\n", True, False),
         ("\n    # a comment\n", True, False),
         ("\n\ndef g():\n    return 1\n", True, False),
         ("\n    return x\0\n", True, False),
         ("\n    return " + "(" * 9000 + "\n", True, False),
         ("\n    return " + "-" * 90_000 + "1\n", True, False),
-        ("\n    return \ufffd\n", True, False),
     ],
 )
 def test_a_completion_is_accepted_if_it_goes_on_and_parses(written, is_whole, accepted):
@@ -129,17 +128,20 @@ def test_prompts_of_the_standard_library_are_of_many_files():
     found = find_prompts(text, 64)
     assert len(set(found)) == 64
     for prompt in found:
-        assert prompt.text.startswith(("def ", "async def "))
-        assert not prompt.text.endswith("\n") and prompt.rest.startswith("\n")
         ast.parse(prompt.text)
         assert is_accepted(prompt.text, prompt.rest, is_whole=True)
-    holders = {
-        document.name
-        for document in text.documents
-        for prompt in found
-        if prompt.text.splitlines()[0] in document.text
-    }
-    assert len(holders) > 15
+    # At most three of a file.
+    assert (
+        len(
+            {
+                document
+                for document in text.documents
+                for prompt in found
+                if prompt.text.splitlines()[0] in document.text
+            }
+        )
+        > 15
+    )
     assert find_prompts(text, 64) == found != find_prompts(text, 64, seed=1)
 
 
@@ -150,7 +152,7 @@ def prompts(count):
     ]
 
 
-def test_who_writes_the_true_text_reaches_its_share():
+def test_the_true_text_reaches_its_share_and_others_theirs():
     rest = {prompt.text: prompt.rest for prompt in prompts(4)}
     for tokens, share in ((100, 1.0), (12, 1.0), (11, 0.0)):
         found = measure_code_validity(
@@ -159,14 +161,11 @@ def test_who_writes_the_true_text_reaches_its_share():
         assert found["share"]["value"] == found["of_true_text"] == share
         assert found["count"] == 4
 
-
-def test_the_share_is_of_all_that_were_asked():
     def answer(prompt):
         return "\n    return x\n" if prompt.endswith(("1", "2")) else "\n\n\n"
 
     found = measure_code_validity(Writer(answer), prompts(8))
     assert found["share"] == wilson_interval(2, 8)
-    assert measure_code_validity(Writer(""), prompts(8))["share"]["value"] == 0
 
 
 def test_a_model_stops_writing_where_the_block_ends():
@@ -177,23 +176,20 @@ def test_a_model_stops_writing_where_the_block_ends():
 
 
 def test_choices_differ_by_prompt_and_are_the_same_by_seed():
-    asked = []
+    asked, calls = [], []
     for seed in (0, 0, 1):
         writer = Writer("\n    return x\n")
-        measure_code_validity(writer, prompts(5), seed=seed, temperature=0.5)
+        measure_code_validity(
+            *(writer, prompts(5)),
+            seed=seed,
+            temperature=0.5,
+            on_progress=lambda *done: calls.append(done),
+        )
         asked.append(writer.asked)
     assert asked[0] == asked[1] != asked[2]
-    seeds = {seed for *_, seed in asked[0]} | {seed for *_, seed in asked[2]}
-    assert len(seeds) == 10
+    assert len({seed for _, _, seed in asked[0] + asked[2]}) == 10
     assert {temperature for _, temperature, _ in asked[0]} == {0.5}
-
-
-def test_progress_is_told():
-    calls = []
-    measure_code_validity(
-        Writer(""), prompts(3), on_progress=lambda *done: calls.append(done)
-    )
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert calls == 3 * [(done, 5) for done in range(1, 6)]
 
 
 def test_wilsons_interval_is_that_of_the_score_test():
@@ -207,14 +203,13 @@ def test_wilsons_interval_is_that_of_the_score_test():
 
 
 def test_what_cannot_be_measured_is_said():
-    for options, message in (
-        ({"count": 0}, "`count` expects"),
-        ({"max_new_tokens": 0}, "`max_new_tokens` expects"),
-    ):
-        with pytest.raises(InputError, match=message):
-            measure_code_validity(Writer(""), FILE, **options)
+    with pytest.raises(InputError, match="`count` expects"):
+        find_prompts(FILE, 0)
+    with pytest.raises(InputError, match="`max_new_tokens` expects"):
+        measure_code_validity(Writer(""), prompts(1), max_new_tokens=0)
     for text in ("to be or not to be", "x = 1\n", "def f():\r\n    a = 1\r\n    b = 2"):
-        with pytest.raises(InputError, match="Python functions"):
-            measure_code_validity(Writer(""), text)
+        assert find_prompts(text) == []
+    with pytest.raises(InputError, match="Python functions"):
+        measure_code_validity(Writer(""), [])
     with pytest.raises(InputError, match="its tokenizer"):
-        measure_code_validity(types.SimpleNamespace(tokenizer=None), FILE)
+        measure_code_validity(types.SimpleNamespace(tokenizer=None), prompts(1))

@@ -81,11 +81,8 @@ def test_files_are_compared_with_the_reference(evaluate, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_numbers(evaluate, tmp_path):
-    code = "".join(
-        f"def f{index}(x):\n    y = x + {index}\n    return y\n\n"
-        for index in range(99)
-    )
-    (tmp_path / "code.py").write_text(code)
+    functions = [f"def f{i}(x):\n    y = x + {i}\n    return y\n" for i in range(99)]
+    (tmp_path / "code.py").write_text("\n".join(functions))
     reports = []
     for seed in (3, 3, 4):
         options = ("--max-tokens", 300, "--completions", 3, "--seed", seed)
@@ -150,5 +147,5 @@ def test_a_model_without_tokenizer_is_named(evaluate, trained, tmp_path):
     path = tmp_path / "model.keras"
     path.write_bytes((trained.out / "model" / "model.keras").read_bytes())
     result = evaluate(path)
-    assert result.status == 2 and "Judging model.keras" in result.err
-    assert "tokenizer.json" in result.err
+    assert result.status == 2
+    assert "Judging model.keras" in result.err and "tokenizer.json" in result.err

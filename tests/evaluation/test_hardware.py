@@ -1,4 +1,5 @@
 import itertools
+import platform
 import subprocess
 import sys
 
@@ -7,8 +8,6 @@ import pytest
 
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import hardware
-
-PACKAGE, CORE, MEMORY, PLATFORM = "package-0", "core", "dram", "psys"
 
 
 def test_a_machine_is_described_and_its_memory_measured(monkeypatch):
@@ -25,12 +24,10 @@ def test_a_machine_is_described_and_its_memory_measured(monkeypatch):
     assert hardware.describe_machine(seconds=0)["read_bytes_per_s"] is None
 
 
-@pytest.mark.parametrize(
-    ("cores", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])]
-)
-def test_numbers_of_threads_are_powers_of_two_and_all_cores(monkeypatch, cores, counts):
-    monkeypatch.setattr(hardware, "usable_cores", lambda: list(range(cores)))
-    assert hardware.thread_counts() == counts
+def test_numbers_of_threads_are_powers_of_two_and_all_cores(monkeypatch):
+    for cores, counts in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])):
+        monkeypatch.setattr(hardware, "usable_cores", lambda n=cores: list(range(n)))
+        assert hardware.thread_counts() == counts
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -40,9 +37,6 @@ def test_the_read_rate_is_all_bytes_over_the_best_pass(monkeypatch, threads):
     moments = itertools.chain([0, 10, 14, 20, 22, 30, 38], itertools.repeat(99))
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(moments))
     assert hardware.measure_read_rate(threads, seconds=0.0) == (8 << 10) / 2
-
-
-def test_no_threads_read_nothing():
     with pytest.raises(InputError, match=r"`threads` expects .* Received: 0"):
         hardware.measure_read_rate(0)
 
@@ -68,16 +62,17 @@ def test_the_peak_memory_is_the_process_own():
 @pytest.mark.parametrize(
     ("content", "name"),
     [
-        ("model name\t: AMD EPYC\nflags\t\t: fpu avx avx2 sse\n", "AMD EPYC avx2"),
         (
-            "model name : First\nflags : avx2 avx512f\n\nmodel name : Second\n",
+            "model name\t: First\nflags\t\t: avx2 avx512f\n\nmodel name : Second\n",
             "First avx512f",
         ),
         ("Features : fp asimd\nHardware : BCM2711\n", "BCM2711 asimd"),
+        ("", platform.processor() or platform.machine()),
     ],
 )
 def test_a_processor_is_named_with_its_widest_vectors(tmp_path, content, name):
-    (tmp_path / "cpuinfo").write_text(content)
+    if content:
+        (tmp_path / "cpuinfo").write_text(content)
     assert hardware._cpu_name(tmp_path / "cpuinfo") == name
 
 
@@ -96,13 +91,13 @@ def counters(tmp_path):
         (folder / "max_energy_range_uj").write_text(f"{largest}\n")
 
     def move(package, core=0, memory=0, platform=0):
-        set_counter("intel-rapl:0", PACKAGE, package)
-        set_counter("intel-rapl:0:0", CORE, core)
-        set_counter("intel-rapl:0:1", MEMORY, memory)
+        set_counter("intel-rapl:0", "package-0", package)
+        set_counter("intel-rapl:0:0", "core", core)
+        set_counter("intel-rapl:0:1", "dram", memory)
         set_counter("intel-rapl:1", "package-1", 10 * package % 1_000_000)
-        set_counter("intel-rapl:2", PLATFORM, platform)
+        set_counter("intel-rapl:2", "psys", platform)
         # The same processor by another way.
-        set_counter("intel-rapl-mmio:0", PACKAGE, package)
+        set_counter("intel-rapl-mmio:0", "package-0", package)
 
     move(1000)
     return move
@@ -110,29 +105,24 @@ def counters(tmp_path):
 
 def test_energy_is_that_of_processors_and_memory_each_once(counters, tmp_path):
     meter = hardware.EnergyMeter(tmp_path)
-    before = meter.read()
     counters(3000, core=500_000, memory=70, platform=900_000)
-    assert meter.joules_since(before) == pytest.approx((2000 + 20_000 + 70) / 1e6)
+    assert meter.joules() == pytest.approx((2000 + 20_000 + 70) / 1e6)
 
 
 def test_a_counter_that_began_again_is_understood(counters, tmp_path):
     counters(999_000, memory=500)
     meter = hardware.EnergyMeter(tmp_path)
-    before = meter.read()
     counters(4000, memory=600)
     # 1000 to the end and 4000 more; of the other processor 990 000 to 40 000.
-    assert meter.joules_since(before) == pytest.approx((5000 + 50_000 + 100) / 1e6)
+    assert meter.joules() == pytest.approx((5000 + 50_000 + 100) / 1e6)
 
 
 def test_a_machine_that_does_not_tell_is_passed_over_in_silence(counters, tmp_path):
-    assert hardware.EnergyMeter(tmp_path / "nowhere").read() is None
-    assert hardware.EnergyMeter(tmp_path / "nowhere").joules_since(None) is None
+    assert hardware.EnergyMeter(tmp_path / "nowhere").joules() is None
     meter = hardware.EnergyMeter(tmp_path)
-    before = meter.read()
     counter = tmp_path / "intel-rapl:1" / "energy_uj"
-    counter.unlink()
-    counter.mkdir()  # whoever may not read it gets an OSError as well
-    assert meter.read() is None and meter.joules_since(before) is None
-    counter.rmdir()
     counter.write_text("not a number")
-    assert meter.joules_since(before) is None
+    assert meter.joules() is None
+    counter.unlink()
+    counter.mkdir()  # who may not read a counter gets an OSError as well
+    assert meter.joules() is None

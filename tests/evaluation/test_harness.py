@@ -10,7 +10,7 @@ from gpt_tf.evaluation import harness
 from gpt_tf.evaluation.harness import Worker, spread, take_turns
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 20, 101, 1000])
+@pytest.mark.parametrize("count", [1, 2, 101])
 def test_a_spread_states_numpys_percentiles(count):
     values = np.random.default_rng(count).exponential(size=count)
     found = spread([values[: count // 2], values[count // 2 :]][-min(2, count) :])
@@ -66,7 +66,7 @@ def test_a_worker_works_in_a_process_of_its_own_as_often_as_asked():
         (first, process), (second, again) = worker.ask(10), worker.ask(20)
     assert (first, second) == (110, 120)
     assert process == again != os.getpid()
-    assert worker.start_s > worker.prepare_s >= 0
+    assert worker.start_s > 0
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
 

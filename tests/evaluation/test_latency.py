@@ -1,6 +1,7 @@
+import collections
+import contextlib
 import importlib.util
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,50 +13,31 @@ from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation import latency
 from gpt_tf.evaluation.harness import spread
 from gpt_tf.evaluation.latency import compare_latencies, measure_files
-from gpt_tf.evaluation.report import read_report, write_report
+from gpt_tf.evaluation.report import Latency, Spread, read_report, write_report
 from gpt_tf.evaluation.worker import CONTEXT_TOKENS, WARM_UP, ModelRunner, measure
 
 SAVED = Path(__file__).parents[2] / "saved_models"
 FILE = SAVED / "python-small.litertlm"
-SPREAD = {"median", "p95", "p99", "worst", "q1", "q3", "count", "rounds"}
-# As `gpt_tf.evaluation.report` describes it.
-SPREADS = {
+SPREADS = (
     *("time_to_first_token_ms", "inter_token_latency_ms", "response_time_ms"),
     *("load_ms", "cold_start_ms"),
-}
-PARTS = SPREADS | {
-    *("engine", "threads", "prompt_tokens", "new_tokens", "repetitions"),
-    *("tokens_per_s", "peak_memory_bytes", "bandwidth_share", "energy_j_per_token"),
-    *("by_context", "by_threads", "throughput"),
-}
+)
 SMALL = {"prompt_tokens": 5, "new_tokens": 4, "read_bytes_per_s": 1e9}
 
 
 class Clockwork:
     """A model without arithmetic: a clock of its own moves as it works.
 
-    `prefill_s` is what a token of a prompt takes, `slow_s` what the first requests
-    with prompts of a length take beside that.
+    `slow_s` is what the first `slow` requests with prompts of a length take beside
+    that.
     """
 
-    num_threads = 1
-    context_length = 100
-
-    def __init__(self, prefill_s=0.25, decode_s=(2.0,), slow_s=0.0, slow=0):
-        self.config = {
-            "vocab_size": 50,
-            "embedding_dim": 4,
-            "num_heads": 2,
-            "num_layers": 1,
-            "feedforward_dim": 8,
-            "context_length": 100,
-            "tie_embeddings": True,
-        }
+    def __init__(self, decode_s=(2.0,), slow_s=0.0, slow=0):
+        self.config = {"vocab_size": 50}
         self.now = 0.0
         self.calls = []
-        self._prefill_s, self._decode_s = prefill_s, decode_s
-        self._slow_s, self._slow = slow_s, slow
-        self._seen = {}
+        self._decode_s, self._slow_s, self._slow = decode_s, slow_s, slow
+        self._seen = collections.Counter()
 
     def clock(self):
         return self.now
@@ -67,10 +49,10 @@ class Clockwork:
 
     def prefill(self, ids):
         self.calls.append(("prefill", list(ids)))
-        self._seen[len(ids)] = self._seen.get(len(ids), 0) + 1
+        self._seen[len(ids)] += 1
         if self._seen[len(ids)] <= self._slow:
             self.now += self._slow_s
-        self.now += self._prefill_s * len(ids)
+        self.now += 0.25 * len(ids)
 
     def decode(self, token):
         self.calls.append(("decode", token))
@@ -104,12 +86,18 @@ def test_a_request_is_a_prefill_and_then_token_after_token():
 
 
 def test_what_is_measured_is_what_the_clock_says():
-    found = measured(Clockwork(decode_s=(3.0, 5.0, 7.0, 5.0)))
+    gpt = Clockwork(decode_s=(3.0, 5.0, 7.0, 5.0))
+    found = measured(gpt)
     assert found["first_ms"] == [4000.0] * 3
     assert found["gaps_ms"] == [5000.0, 7000.0, 5000.0] * 3
     assert found["response_ms"] == [21_000.0] * 3
     assert found["rates"] == [pytest.approx(3 / 17)] * 3
     assert found["throughput"] == [] and found["engine"] == "keras"
+    # Every request has the same ids of the vocabulary.
+    prompts = [call[1] for call in gpt.calls if call[0] == "prefill"]
+    assert len(prompts) == 3 + WARM_UP
+    assert all(prompt == prompts[0] for prompt in prompts)
+    assert len(set(prompts[0])) > 1 and set(prompts[0]) <= set(range(50))
 
 
 def test_the_warm_up_is_not_counted_but_what_follows_is():
@@ -131,22 +119,6 @@ def test_contexts_are_prompts_of_their_length():
         assert len(row["gaps_ms"]) == 3 * (CONTEXT_TOKENS - 1)
 
 
-def test_every_request_has_the_same_ids_of_the_vocabulary():
-    gpt = Clockwork()
-    measured(gpt)
-    prompts = [call[1] for call in gpt.calls if call[0] == "prefill"]
-    assert len(prompts) == 3 + WARM_UP
-    assert all(prompt == prompts[0] for prompt in prompts)
-    assert len(prompts[0]) == 4 and 0 <= min(prompts[0]) <= max(prompts[0]) < 50
-    assert len(set(prompts[0])) > 1
-
-
-def test_an_open_file_answers_concurrent_requests():
-    with EdgeGPT(FILE, num_threads=1) as gpt:
-        rates = ModelRunner(gpt).throughput([1, 3], 5, 4)
-    assert len(rates) == 2 and min(rates) > 0
-
-
 # Taking turns
 
 
@@ -155,15 +127,12 @@ def recorded(monkeypatch):
     """Answer for the processes; return the jobs that they were given."""
     jobs = []
 
-    class Recorded:
+    class Recorded(contextlib.AbstractContextManager):
         def __init__(self, make, arguments, *, name):
             (self.given,) = arguments
             if isinstance(self.given, dict):
                 jobs.append(self.given)
             self.start_s = len(jobs) / 10
-
-        def __enter__(self):
-            return self
 
         def __exit__(self, *exception):
             pass
@@ -218,13 +187,8 @@ def test_files_take_turns_and_keep_what_is_theirs(recorded):
         requests=[1, 4],
     )
     turns = [(job["path"], job["threads"]) for job in recorded]
-    assert (
-        turns
-        == [
-            *(("a.tflite", 2), ("b.litertlm", 2), ("a.tflite", 1), ("b.litertlm", 1)),
-        ]
-        * 2
-    )
+    files = ("a.tflite", "b.litertlm")
+    assert turns == 2 * [(file, threads) for threads in (2, 1) for file in files]
     # Only the ordinary number of threads does all of it.
     assert [job["requests"] for job in recorded] == [[1, 4], [1, 4], [], []] * 2
     assert [job["contexts"] for job in recorded] == [[16], [16], [], []] * 2
@@ -246,45 +210,42 @@ def test_files_take_turns_and_keep_what_is_theirs(recorded):
     rates = {"tokens_per_s": 40.0, "q1": 30.0, "q3": 50.0, "count": 2}
     rates["rounds"] = [20.0, 60.0]
     assert second["throughput"] == [{"requests": n} | rates for n in (1, 4)]
-    assert set(first) == PARTS
+    assert set(first) == set(Latency.model_fields)
 
 
-def test_repetitions_are_shared_among_the_rounds(recorded):
-    for repetitions, rounds, shares in (
-        (20, 5, [4] * 5),
-        (7, 3, [3] * 3),
-        (2, 5, [1, 1]),
-    ):
-        recorded.clear()
-        (found,) = compare_latencies(
-            ["a.tflite"], **SMALL, repetitions=repetitions, rounds=rounds
-        )
-        assert [job["count"] for job in recorded] == shares
-        assert found["repetitions"] == sum(shares) >= repetitions
+@pytest.mark.parametrize(
+    ("repetitions", "rounds", "shares"),
+    [(20, 5, [4] * 5), (7, 3, [3] * 3), (2, 5, [1, 1])],
+)
+def test_repetitions_are_shared_among_the_rounds(recorded, repetitions, rounds, shares):
+    (found,) = compare_latencies(
+        ["a.tflite"], **SMALL, repetitions=repetitions, rounds=rounds
+    )
+    assert [job["count"] for job in recorded] == shares
+    assert found["repetitions"] == sum(shares) >= repetitions
 
 
 def test_the_share_of_the_bandwidth_is_that_of_the_threads(recorded):
     options = {**SMALL, "read_bytes_per_s": {"1": 1e6, "2": 4e6}}
-    (found,) = compare_latencies(["a.tflite"], **options, rounds=1, repetitions=1)
+    options |= {"rounds": 1, "repetitions": 1}
+    (found,) = compare_latencies(["a.tflite"], **options)
     assert found["threads"] == 2
     assert found["bandwidth_share"] == pytest.approx(1000 / (4e6 * 1e-3))
     recorded.clear()
     # Of a Keras model a parameter is four bytes, whatever its file holds.
-    (found,) = compare_latencies(["k"], **options, threads=1, rounds=1, repetitions=1)
-    assert found["threads"] == 1
+    (found,) = compare_latencies(["k"], **options, threads=1)
     assert found["bandwidth_share"] == pytest.approx(2000 / (1e6 * 1e-3))
 
 
-def test_who_waits_is_told_how_far_it_is(recorded):
+def test_progress_counts_the_turns(recorded):
     told = []
     compare_latencies(
-        ["a.tflite", "k"],
+        *(["a.tflite", "k"],),
         **SMALL,
         rounds=2,
-        on_progress=lambda done, total, what: told.append((done, total, what)),
+        on_progress=lambda *progress: told.append(progress),
     )
-    assert [done for done, _, _ in told] == [0, 1, 2, 3, 4]
-    assert {total for _, total, _ in told} == {4}
+    assert [progress[:2] for progress in told] == [(done, 4) for done in range(5)]
     assert told[2][2] == "round 2 of 2: a.tflite, 2 threads"
 
 
@@ -292,9 +253,9 @@ def test_who_waits_is_told_how_far_it_is(recorded):
 
 
 def check_structure(found, rounds, repetitions):
-    assert set(found) == PARTS
+    assert set(found) == set(Latency.model_fields)
     for part in SPREADS:
-        assert set(found[part]) == SPREAD
+        assert set(found[part]) == set(Spread.model_fields)
         quartiles = [found[part][name] for name in ("q1", "median", "q3", "worst")]
         assert quartiles[0] > 0 and quartiles == sorted(quartiles)
     assert found["load_ms"]["count"] == found["cold_start_ms"]["count"] == rounds
@@ -302,25 +263,6 @@ def check_structure(found, rounds, repetitions):
     assert found["cold_start_ms"]["median"] > found["load_ms"]["median"]
     assert found["peak_memory_bytes"] > 20 << 20
     assert found["bandwidth_share"] > 0
-
-
-def test_a_file_is_measured_in_processes_of_its_own():
-    (found,) = compare_latencies(
-        [FILE],
-        **SMALL,
-        repetitions=4,
-        rounds=2,
-        threads=1,
-        contexts=[20],
-        requests=[1, 2],
-    )
-    check_structure(found, rounds=2, repetitions=4)
-    assert (found["engine"], found["threads"]) == ("gpt_tf", 1)
-    assert found["inter_token_latency_ms"]["count"] == 4 * 3
-    assert [row["requests"] for row in found["throughput"]] == [1, 2]
-    assert all(row["tokens_per_s"] > 0 for row in found["throughput"])
-    # Less than the tests' own process, in which TensorFlow is.
-    assert found["peak_memory_bytes"] < 200 << 20
 
 
 def test_litert_lms_engine_runs_the_same_file_side_by_side(tmp_path):
@@ -336,20 +278,16 @@ def test_litert_lms_engine_runs_the_same_file_side_by_side(tmp_path):
         thread_counts=[],
         requests=[2],
         out=SAVED / "report.json",
-        command="gpt-tf benchmark",
     )
     ours, theirs = made["entries"]
-    assert (ours["name"], theirs["name"]) == (
-        "python-small.litertlm",
-        "python-small.litertlm (litert-lm)",
-    )
-    assert ours["path"] == theirs["path"] == "python-small.litertlm"
-    for entry, engine in ((ours, "gpt_tf"), (theirs, "litert-lm")):
-        assert entry["latency"]["engine"] == engine
-        check_structure(entry["latency"], rounds=1, repetitions=2)
+    assert (ours["name"], theirs["name"]) == (FILE.name, f"{FILE.name} (litert-lm)")
+    assert ours["path"] == theirs["path"] == FILE.name
     # It tells the mean of a request's tokens, and takes one request at a time.
-    assert ours["latency"]["inter_token_latency_ms"]["count"] == 2 * 3
-    assert theirs["latency"]["inter_token_latency_ms"]["count"] == 2
+    for entry, engine, count in ((ours, "gpt_tf", 6), (theirs, "litert-lm", 2)):
+        found = entry["latency"]
+        assert found["engine"] == engine
+        check_structure(found, rounds=1, repetitions=2)
+        assert found["inter_token_latency_ms"]["count"] == count
     assert [row["requests"] for row in ours["latency"]["throughput"]] == [2]
     assert theirs["latency"]["throughput"] == []
     assert "threads" not in ours and made["machine"]["read_bytes_per_s"]
@@ -388,55 +326,57 @@ def no_process(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("measure", "options", "message"),
     [
-        ({"threads": 0}, "`threads` expects .* Received: 0"),
-        ({"new_tokens": 1}, "`new_tokens` expects .* Received: 1"),
-        ({"thread_counts": [0]}, "`thread_counts` expects .* Received: 0"),
-        ({"engines": ["onnx"]}, "one of gpt_tf, litert-lm. Received: 'onnx'"),
-        ({"engines": []}, "`engines` expects one for each of 1 paths. Received: 0"),
-        ({"engines": ["litert-lm"]}, "expects a .litertlm. Received: gpt.tflite"),
+        (compare_latencies, {"threads": 0}, "`threads` expects .* Received: 0"),
+        (compare_latencies, {"new_tokens": 1}, "`new_tokens` expects .* Received: 1"),
+        (compare_latencies, {"thread_counts": [0]}, "`thread_counts` .* Received: 0"),
+        (compare_latencies, {"engines": ["onnx"]}, "litert-lm. Received: 'onnx'"),
+        (compare_latencies, {"engines": []}, "for each of 1 paths. Received: 0"),
+        (compare_latencies, {"engines": ["litert-lm"]}, "Received: gpt.tflite"),
+        (compare_latencies, {"paths": FILE}, "list of files. Received: .*python-small"),
+        (measure_files, {"paths": "a.tflite"}, "list of files. Received: 'a.tflite'"),
+        (measure_files, {"paths": ["a", "b", "a"]}, "Received: a twice"),
+        (measure_files, {"paths": []}, "at least one file. Received: none"),
+        (measure_files, {"engine": "all"}, "both. Received: 'all'"),
+        (measure_files, {"engine": "litert-lm"}, "expects a .litertlm"),
+        (measure_files, {"threads": -1}, "`threads` expects .* Received: -1"),
     ],
 )
-def test_bad_options_are_refused_before_anything_starts(no_process, options, message):
+def test_bad_options_are_refused_before_anything_starts(
+    no_process, measure, options, message
+):
     with pytest.raises(InputError, match=message):
-        compare_latencies(["gpt.tflite"], **options)
-
-
-def test_files_to_measure_are_named_once_and_engines_are_known(no_process):
-    with pytest.raises(InputError, match=r"measured once. Received: a.tflite twice"):
-        measure_files(["a.tflite", "b.tflite", "a.tflite"])
-    with pytest.raises(InputError, match=r"gpt_tf, litert-lm, both. Received: 'all'"):
-        measure_files(["a.tflite"], engine="all")
-    with pytest.raises(InputError, match=r"LiteRT-LM's engine expects a .litertlm"):
-        measure_files(["b.litertlm", "a.tflite"], engine="litert-lm")
-    with pytest.raises(InputError, match=r"`threads` expects .* Received: -1"):
-        measure_files(["a.tflite"], threads=-1)
-    with pytest.raises(InputError, match=r"at least one file. Received: none"):
-        measure_files([])
-
-
-@pytest.mark.parametrize("measure", [compare_latencies, measure_files])
-@pytest.mark.parametrize("path", ["gpt.tflite", Path("gpt.tflite")])
-def test_one_path_is_not_taken_for_a_list_of_letters(no_process, measure, path):
-    with pytest.raises(InputError, match=r"list of files. Received: .*'gpt.tflite'"):
-        measure(path)
+        measure(**{"paths": ["gpt.tflite"], **options})
 
 
 def test_numbers_of_numpy_reach_another_process(recorded):
     compare_latencies(
         ["a.tflite"],
         prompt_tokens=np.int64(8),
-        new_tokens=np.int32(4),
         repetitions=np.int64(3),
         threads=np.int64(1),
         contexts=np.array([8, 16]),
         thread_counts=np.array([1, 2]),
-        requests=np.array([1, 2]),
         read_bytes_per_s=1e9,
     )
     jobs = [json.loads(json.dumps(job)) for job in recorded]
     assert jobs[0]["contexts"] == [8, 16] and jobs[0]["threads"] == 1
+
+
+def test_a_report_has_contexts_and_threads_that_fit_where_none_are_given(
+    recorded, monkeypatch
+):
+    monkeypatch.setattr(latency.hardware, "thread_counts", lambda: [1, 2])
+    monkeypatch.setattr(
+        latency.hardware, "describe_machine", lambda: {"read_bytes_per_s": None}
+    )
+    monkeypatch.setattr(latency.hardware, "measure_read_rate", lambda *_, **__: 1e9)
+    made = measure_files(["a.tflite"], prompt_tokens=5, new_tokens=4, out="x/y.json")
+    found = made["entries"][0]["latency"]
+    assert [row["context"] for row in found["by_context"]] == [16, 64]
+    assert [row["threads"] for row in found["by_threads"]] == [1, 2]
+    assert found["repetitions"] == 20 and len(recorded) == 2 * 5
 
 
 def test_an_engine_that_is_not_installed_is_named(no_process, monkeypatch):
@@ -459,9 +399,7 @@ def test_a_file_that_is_no_model_comes_back_as_its_process_says(tmp_path):
     with pytest.raises(InputError, match=r"Received: nothing"):
         compare_latencies([tmp_path / "nothing.tflite"])
     broken = tmp_path / "broken.litertlm"
-    shutil.copy(FILE, broken)
-    with broken.open("r+b") as file:
-        file.truncate(FILE.stat().st_size - 1)
+    broken.write_bytes(FILE.read_bytes()[:-1])
     with pytest.raises(DamagedFileError) as caught:
         compare_latencies([broken])
     with pytest.raises(DamagedFileError) as expected:

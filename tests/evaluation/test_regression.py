@@ -1,5 +1,3 @@
-import copy
-
 import numpy as np
 import pytest
 
@@ -27,14 +25,7 @@ def latency(**changes):
         "threads": 2,
         "prompt_tokens": 64,
         "new_tokens": 64,
-        "repetitions": 20,
-        "tokens_per_s": 100.0,
         "peak_memory_bytes": 50_000_000,
-        "bandwidth_share": 0.5,
-        "energy_j_per_token": None,
-        "by_context": [],
-        "by_threads": [],
-        "throughput": [],
         **changes,
     }
 
@@ -57,26 +48,25 @@ def compare(before, after, **parts):
     return {row["metric"]: row["change"] for row in found["rows"]}, found
 
 
-def changed(**changes):
-    found, whole = compare(entry(latency=latency()), entry(latency=latency(**changes)))
-    return found, whole["regressed"]
+def changed(before=None, **after):
+    """Compare two latencies."""
+    before, after = (latency(**changes) for changes in (before or {}, after))
+    return compare(entry(latency=before), entry(latency=after))
 
 
-@pytest.mark.parametrize("metric", TIMES)
-def test_a_time_that_grew_by_a_fifth_is_worse_and_the_reverse_better(metric):
-    slower, faster = {metric: times(1.2)}, {metric: times(1 / 1.2)}
-    found, regressed = changed(**slower)
-    assert found[metric] == "worse" and regressed
-    assert set(found.values()) - {"worse"} == {"none", None}
-    found, regressed = changed(**faster)
-    assert found[metric] == "better" and not regressed
+def test_a_time_that_grew_by_a_fifth_is_worse_and_the_reverse_better():
+    for metric in TIMES:
+        for factor, change in ((1.2, "worse"), (1 / 1.2, "better")):
+            found, whole = changed(**{metric: times(factor)})
+            assert found.pop(metric) == change
+            assert set(found.values()) == {"none", None}
+            assert whole["regressed"] == (change == "worse")
 
 
 def test_the_same_report_has_not_changed():
-    found, whole = compare(entry(latency=latency()), entry(latency=latency()))
+    found, whole = changed()
     assert set(found.values()) == {"none", None} and not whole["regressed"]
-    assert {row["ratio"] for row in whole["rows"]} == {1.0}
-    assert {row["entry"] for row in whole["rows"]} == {"gpt"}
+    assert {(row["entry"], row["ratio"]) for row in whole["rows"]} == {("gpt", 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -96,55 +86,38 @@ def test_the_same_report_has_not_changed():
     ],
 )
 def test_a_change_is_beyond_noise_if_the_rounds_differ(before, after, change):
-    found, _ = compare(
-        entry(latency=latency(response_time_ms=before)),
-        entry(latency=latency(response_time_ms=after)),
-    )
+    found, _ = changed({"response_time_ms": before}, response_time_ms=after)
     assert found["response_time_ms"] == change
-
-
-def shares_of(draw, factor, trials=200):
-    """How often a second draw, times a factor, is called worse, or better."""
-    before, after = (
-        [
-            entry(str(trial), latency=latency(response_time_ms=spread(scale * draw())))
-            for trial in range(trials)
-        ]
-        for scale in (1, factor)
-    )
-    _, whole = compare(before, after)
-    rows = [row for row in whole["rows"] if row["metric"] == "response_time_ms"]
-    found = [row["change"] for row in rows]
-    return found.count("worse") / trials, found.count("better") / trials
 
 
 def test_equal_processes_are_rarely_a_change_and_a_third_more_nearly_always_is():
     generator = np.random.default_rng(4)
 
-    def draw(noise):
-        own = noise * generator.normal(size=(5, 1))
-        return np.exp(own + 0.03 * generator.normal(size=(5, 12)))
+    def changes(noise, factor, trials):
+        """How a second draw, times a factor, is judged."""
+        own = noise * generator.normal(size=(2, trials, 5, 1))
+        draws = np.exp(own + 0.03 * generator.normal(size=(2, trials, 5, 12)))
+        reports = [
+            [
+                entry(str(trial), latency=latency(response_time_ms=spread(rounds)))
+                for trial, rounds in enumerate(drawn)
+            ]
+            for drawn in draws * np.reshape([1, factor], (2, 1, 1, 1))
+        ]
+        rows = compare(*reports)[1]["rows"]
+        return [row["change"] for row in rows if row["metric"] == "response_time_ms"]
 
-    assert sum(shares_of(lambda: draw(0.2), 1.0, trials=600)) <= 0.02
-    worse, better = shares_of(lambda: draw(0.05), 4 / 3)
-    assert worse > 0.9 and better == 0
+    assert changes(0.2, 1.0, trials=600).count("none") >= 0.98 * 600
+    found = changes(0.05, 4 / 3, trials=200)
+    assert found.count("worse") > 0.9 * 200 and not found.count("better")
 
 
-def test_reports_of_too_few_rounds_are_named():
-    parts = {name: times(rounds=2) for name in TIMES}
-    _, found = compare(entry(latency=latency(**parts)), entry(latency=latency()))
-    assert any("fewer than 5 rounds" in note for note in found["notes"])
-
-
-def test_percentiles_in_the_tail_are_shown_and_not_judged():
-    tail = times() | {"p95": 7.0, "p99": 9.0}
-    found, regressed = changed(inter_token_latency_ms=tail)
-    assert found["inter_token_latency_ms p95"] is None
-    assert found["inter_token_latency_ms p99"] is None and not regressed
-    _, whole = compare(
-        entry(latency=latency()),
-        entry(latency=latency(inter_token_latency_ms=tail)),
-    )
+def test_percentiles_in_the_tail_and_few_rounds_are_shown_and_not_judged():
+    tail = times(rounds=2) | {"p95": 7.0, "p99": 9.0}
+    found, whole = changed(inter_token_latency_ms=tail)
+    for part in ("", " p95", " p99"):
+        assert found[f"inter_token_latency_ms{part}"] is None
+    assert not whole["regressed"] and "fewer than 5 rounds" in whole["notes"][0]
     (row,) = [row for row in whole["rows"] if row["metric"].endswith("p95")]
     assert row["after"] == 7.0 and row["ratio"] == pytest.approx(7.0, rel=0.02)
 
@@ -155,15 +128,13 @@ def test_contexts_threads_and_requests_are_compared_where_both_have_them():
         rates = {"tokens_per_s": rate["median"], "rounds": rate["rounds"]}
         gaps = {"inter_token_latency_ms": times(scale)}
         first = {"time_to_first_token_ms": times()}
-        return latency(
+        return dict(
             by_context=[{"context": key, **first, **gaps} for key in keys],
             by_threads=[{"threads": key, **gaps} for key in keys],
             throughput=[{"requests": key, **rates} for key in keys],
         )
 
-    found, _ = compare(
-        entry(latency=with_rows(1, 4, 8)), entry(latency=with_rows(2, 4, scale=1.5))
-    )
+    found, _ = changed(with_rows(1, 4, 8), **with_rows(2, 4, scale=1.5))
     expected = {
         "inter_token_latency_ms, prompt 4": "worse",
         "time_to_first_token_ms, prompt 4": "none",
@@ -172,58 +143,46 @@ def test_contexts_threads_and_requests_are_compared_where_both_have_them():
     }
     assert {name: found[name] for name in expected} == expected
     assert sum(", " in name for name in found) == len(expected)
-    found, _ = compare(
-        entry(latency=with_rows(4, scale=1.5)), entry(latency=with_rows(4))
-    )
-    assert found["tokens_per_s, requests 4"] == "better"
+    # A list that only one report has is left out.
+    found, _ = changed(with_rows(4))
+    assert not any(", " in name for name in found)
 
 
-@pytest.mark.parametrize(
-    ("part", "least"), [("size_bytes", 0.01), ("peak_memory_bytes", 0.10)]
-)
-def test_bytes_may_grow_a_little(part, least):
-    def change(factor):
-        size = round(1_000_000 * factor)
-        if part == "size_bytes":
-            before, after = entry(size_bytes=1_000_000), entry(size_bytes=size)
-        else:
-            before, after = (
-                entry(latency=latency(peak_memory_bytes=bytes_))
-                for bytes_ in (1_000_000, size)
-            )
+def test_bytes_may_grow_a_little():
+    def change(part, factor):
+        before, after = (
+            entry(size_bytes=size, latency=latency(peak_memory_bytes=size))
+            for size in (1_000_000, round(1_000_000 * factor))
+        )
         return compare(before, after)[0][part]
 
-    assert change(1 + 0.9 * least) == "none" and change(1 + 1.1 * least) == "worse"
-    assert change(1 / (1 + 0.9 * least)) == "none"
-    assert change(1 / (1 + 1.1 * least)) == "better"
+    for part, least in (("size_bytes", 0.01), ("peak_memory_bytes", 0.10)):
+        factors = (1 + 0.9 * least, 1 + 1.1 * least)
+        assert [change(part, factor) for factor in factors] == ["none", "worse"]
+        assert [change(part, 1 / factor) for factor in factors] == ["none", "better"]
 
 
 def test_energy_is_judged_beside_the_noise_of_the_times():
     def change(factor, width):
         gaps = times() | {"q1": 1 - width / 2, "median": 1.0, "q3": 1 + width / 2}
         before, after = (
-            latency(energy_j_per_token=joules, inter_token_latency_ms=gaps)
+            {"energy_j_per_token": joules, "inter_token_latency_ms": gaps}
             for joules in (1.0, factor)
         )
-        found, _ = compare(entry(latency=before), entry(latency=after))
-        return found["energy_j_per_token"]
+        return changed(before, **after)[0]["energy_j_per_token"]
 
     assert change(1.14, 0.01) == "none" and change(1.16, 0.01) == "worse"
     # Quartiles 20 % apart in both: 28 % together.
     assert change(1.27, 0.2) == "none" and change(1.3, 0.2) == "worse"
     assert change(1 / 1.3, 0.2) == "better"
-    found, _ = changed()  # the machine does not tell
-    assert "energy_j_per_token" not in found
+    assert "energy_j_per_token" not in changed()[0]  # the machine does not tell
 
 
 def test_accuracy_changes_if_its_intervals_do_not_overlap():
     def accuracy(perplexity, agreement, parsed=0.5):
         return {
             "perplexity": interval(perplexity),
-            "bits_per_byte": interval(2.0),
             "token_accuracy": interval(0.4),
-            "perplexity_increase": None,
-            "divergence_nats": None,
             "top1_agreement": interval(agreement),
             "parsed": {"share": interval(parsed), "of_true_text": 0.9, "count": 64},
         }
@@ -232,9 +191,6 @@ def test_accuracy_changes_if_its_intervals_do_not_overlap():
     found, whole = compare(before, entry(accuracy=accuracy(10.19, 0.5)))
     assert found["perplexity"] == "none" and not whole["regressed"]
     assert "divergence_nats" not in found
-    right = {"token_accuracy": interval(0.61)}
-    found, _ = compare(before, entry(accuracy=accuracy(10.0, 0.5) | right))
-    assert found["token_accuracy"] == "better"
     after = entry(accuracy=accuracy(10.21, 0.71, parsed=0.29))
     found, whole = compare(before, after)
     assert found["perplexity"] == "worse" and whole["regressed"]
@@ -246,16 +202,14 @@ def test_accuracy_changes_if_its_intervals_do_not_overlap():
 
 def test_accuracy_beside_another_reference_is_not_compared():
     relative = ("perplexity_increase", "divergence_nats", "top1_agreement")
-    part = dict.fromkeys((*relative, "perplexity", "bits_per_byte"), interval(0.1))
-    part |= {"token_accuracy": interval(0.4), "parsed": None}
+    part = dict.fromkeys((*relative, "perplexity"), interval(0.2))
     worse = part | dict.fromkeys(relative[:2], interval(9.0))
     stored = new_report([entry(accuracy=part)], reference="teacher")
     found = compare_with_baseline(
         new_report([entry(accuracy=worse)], reference="student"), stored
     )
-    assert not found["regressed"]
+    assert not found["regressed"] and "student" in found["notes"][0]
     assert not {row["metric"] for row in found["rows"]} & set(relative)
-    assert "reference is teacher, this one's student" in found["notes"][0]
     found = compare_with_baseline(
         new_report([entry(accuracy=worse)], reference="teacher"), stored
     )
@@ -268,7 +222,7 @@ def test_accuracy_on_another_text_is_not_compared():
     after = new_report([entry(accuracy=part)], corpus={"name": "two"})
     found = compare_with_baseline(after, before)
     assert [row["metric"] for row in found["rows"]] == ["size_bytes"]
-    assert found["notes"] == ["gpt: accuracy is that of another text"]
+    assert len(found["notes"]) == 1
 
 
 def test_entries_are_matched_by_name_and_others_are_named():
@@ -284,16 +238,13 @@ def test_entries_are_matched_by_name_and_others_are_named():
         "ratio": 1.2,
         "change": "worse",
     }
-    assert found["notes"] == ["c: not in the baseline", "a: only in the baseline"]
+    assert [note[0] for note in found["notes"]] == ["c", "a"]
     with pytest.raises(InputError, match=r"has entries a\. Received: b\."):
         compare(entry("a"), entry("b"))
 
 
 def test_what_only_one_report_measured_is_left_out():
-    found, _ = compare(
-        entry(latency=latency(load_ms=None, cold_start_ms=None)),
-        entry(latency=latency()),
-    )
+    found, _ = changed({"load_ms": None, "cold_start_ms": None})
     assert "load_ms" not in found and "response_time_ms" in found
     found, _ = compare(entry(), entry(latency=latency()))
     assert list(found) == ["size_bytes"]
@@ -303,10 +254,9 @@ def test_another_machine_is_said():
     ours = {"cpu": "one", "cores": 2}
     before = new_report([entry()], machine=ours)
     after = new_report([entry()], machine=ours | {"cpu": "other"})
-    assert compare_with_baseline(after, before)["notes"] == [
-        "the baseline's machine had cpu one, this one has other"
-    ]
-    assert compare_with_baseline(before, copy.deepcopy(before))["notes"] == []
+    (note,) = compare_with_baseline(after, before)["notes"]
+    assert "cpu one" in note and "other" in note
+    assert compare_with_baseline(before, before)["notes"] == []
 
 
 @pytest.mark.parametrize(
@@ -314,9 +264,8 @@ def test_another_machine_is_said():
     [("threads", 1), ("prompt_tokens", 16), ("new_tokens", 8), ("engine", "keras")],
 )
 def test_other_settings_are_refused(part, value):
-    message = f"baseline's gpt was measured with {part} = {value}. Received: "
-    with pytest.raises(InputError, match=message):
-        compare(entry(latency=latency(**{part: value})), entry(latency=latency()))
+    with pytest.raises(InputError, match=f"{part} = {value}. Received: "):
+        changed({part: value})
 
 
 def test_a_baseline_is_read_and_seen_to_fit_before_anything_is_measured(tmp_path):
@@ -327,21 +276,22 @@ def test_a_baseline_is_read_and_seen_to_fit_before_anything_is_measured(tmp_path
     assert read_baseline(path, **sizes) == report
     with pytest.raises(InputError, match=r"prompt_tokens = 64\. Received: 16"):
         read_baseline(path, prompt_tokens=16, new_tokens=64)
-    write_report(path, report | {"format": 99})
-    with pytest.raises(InputError, match="format 99, of gpt_tf"):
-        read_baseline(path)
-    path.write_text("{}")
-    with pytest.raises(DamagedFileError, match="other JSON"):
-        read_baseline(path)
-
-
-def test_a_baseline_without_speed_or_with_altered_numbers_is_refused(tmp_path):
-    path = tmp_path / "report.json"
+    altered = latency(inter_token_latency_ms={"median": -1.0})
+    write_report(path, new_report([entry(latency=altered)]))
+    with pytest.raises(DamagedFileError, match=r"-1\.0 at .*median"):
+        read_baseline(path, **sizes)
     for entries in ([entry("unmeasured")], []):
         write_report(path, new_report(entries))
-        with pytest.raises(InputError, match=r"speed was|has entries"):
-            read_baseline(path, prompt_tokens=64)
-    altered = latency() | {"inter_token_latency_ms": {"median": 1.0}}
-    write_report(path, new_report([entry(latency=altered)]))
-    with pytest.raises(DamagedFileError, match="was altered"):
-        read_baseline(path, prompt_tokens=64)
+        with pytest.raises(InputError, match=r"report\.json"):
+            read_baseline(path, **sizes)
+
+
+def test_what_a_baseline_does_not_have_is_not_compared(tmp_path):
+    path = tmp_path / "report.json"
+    few = latency(inter_token_latency_ms={"median": 1.0}, energy_j_per_token=1.0)
+    write_report(path, new_report([entry(latency=few)]))
+    baseline = read_baseline(path, prompt_tokens=64)
+    found = compare_with_baseline(new_report([entry(latency=latency())]), baseline)
+    rows = {row["metric"]: row for row in found["rows"]}
+    assert rows["inter_token_latency_ms"]["change"] is None
+    assert not {"inter_token_latency_ms p95", "energy_j_per_token"} & rows.keys()

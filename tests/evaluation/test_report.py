@@ -66,13 +66,8 @@ def test_accuracy_and_speed_of_the_same_bytes_come_together(reports, tmp_path):
 
 
 def test_speed_of_the_last_report_replaces_that_of_the_first():
-    whole = new_report(
-        [
-            entry("a", increase=0.0, p95=0.1),
-            entry("b", increase=0.0, p95=0.1),
-        ],
-        machine={"cpu": "a computer's"},
-    )
+    entries = [entry(file, increase=0.0, p95=0.1) for file in "ab"]
+    whole = new_report(entries, machine={"cpu": "a computer's"})
     joined = join_reports([whole, new_report([entry("a", p95=7.0)])])
     timed = entry_of(joined, "a.litertlm")
     assert timed["latency"]["inter_token_latency_ms"]["p95"] == 7
@@ -89,7 +84,7 @@ def test_a_file_that_two_engines_ran_has_one_accuracy_and_two_speeds():
     joined = join_reports([ACCURACY, speed])
     ours, theirs = (entry_of(joined, name) for name in ("ours", "theirs"))
     assert ours["accuracy"] == theirs["accuracy"] == ACCURACY["entries"][0]["accuracy"]
-    assert ours["latency"] != theirs["latency"]
+    assert ours["latency"] != theirs["latency"] and joined["reference"] == "ours"
     assert entry_of(joined, "small")["latency"] is None
 
 
@@ -99,7 +94,6 @@ def test_a_file_that_two_engines_ran_has_one_accuracy_and_two_speeds():
         ("perplexity_increase", {"accuracy": {"perplexity_increase": {"low": 0.1}}}),
         ("value", {"accuracy": {"perplexity_increase": INCREASE | {"value": -1.5}}}),
         ("value", {"accuracy": {"perplexity": INCREASE | {"value": 0}}}),
-        ("p95", {"latency": {"inter_token_latency_ms": {"p95": -3.0}}}),
         ("p95", {"latency": {"inter_token_latency_ms": {"p95": True}}}),
         ("rounds", {"latency": {"load_ms": {"rounds": 3}}}),
         ("throughput", {"latency": {"throughput": 7}}),
@@ -145,11 +139,15 @@ def test_what_is_no_report_is_damage(tmp_path, text):
         read_report(tmp_path)
 
 
-def test_different_files_of_one_name_are_refused():
+def test_what_cannot_be_joined_or_made_is_refused():
     with pytest.raises(InputError, match=r"'exact' for two that differ"):
         join_reports([ACCURACY, new_report([entry("c", "exact", p95=3.0)])])
-
-
-def test_no_report_is_refused():
     with pytest.raises(InputError, match="at least one"):
         join_reports([])
+    with pytest.raises(InputError, match=r"'a\.litertlm' twice"):
+        new_report([entry("a"), entry("a")])
+    for make in (new_report, new_entry):
+        with pytest.raises(InputError, match="Received: 'unknown'"):
+            make({}, unknown=1)
+    with pytest.raises(InputError, match=r"exact, small\. Received: 'large'"):
+        entry_of(ACCURACY, "large")
