@@ -10,12 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gpt_tf.advisor.ranking import (
-    SCENARIOS,
-    Budgets,
-    print_recommendation,
-    recommend,
-)
+from gpt_tf.advisor.constraints import SCENARIOS, Budgets
+from gpt_tf.advisor.ranking import print_recommendation, recommend
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.report import new_entry, new_report
 
