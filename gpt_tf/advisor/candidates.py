@@ -43,6 +43,15 @@ class Candidate:
         """Return the costs of all measures, in their order."""
         return tuple(self.cost(measure) for measure in MEASURES)
 
+    def known(self) -> list[str]:
+        """Return the names of those that were measured."""
+        return [measure for measure in MEASURES if self.values[measure]]
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """Latency and accuracy, as they are drawn against each other."""
+        return self.cost("latency"), self.cost("accuracy")
+
     def of(self, name: str) -> Value | None:
         """Return the quantity that a budget is about."""
         measure = KINDS[name].measure

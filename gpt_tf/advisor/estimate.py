@@ -121,9 +121,7 @@ def estimate_modes(
         are any, `"yes"` where only the size has a budget, else `"perhaps"`.
 
     Raises:
-        InputError: There are no sizes of a model, or the machine's read rate is not
-            known.
-        DamagedFileError: A file is not what it should be.
+        InputError, DamagedFileError: As `estimate` and `read_sizes`.
 
     Example:
         >>> estimate_modes("runs/teacher", describe_machine())["modes"][0]["size_bytes"]
@@ -241,11 +239,7 @@ def modes_of(config: dict) -> tuple[str, ...]:
 
 
 def sizes_of(config: dict) -> dict:
-    """Return the sizes that matter, and `head_dim`.
-
-    Raises:
-        InputError: One is missing or is no number of at least 1.
-    """
+    """Return the sizes that matter, and `head_dim`; refuse those that are none."""
     arguments.instance("config", config, dict, "what `GPTModel.get_config()` returns")
     config = config.get("gpt", config)
     names = ("vocab_size", "embedding_dim", "num_layers", "num_heads", "context_length")
@@ -259,11 +253,7 @@ def sizes_of(config: dict) -> dict:
 
 
 def read_rate(machine: dict, threads: int) -> float:
-    """Return bytes per second that so many threads read, or the next fewer measured.
-
-    Raises:
-        InputError: Nothing was measured.
-    """
+    """Return bytes per second that so many threads read, or the next fewer measured."""
     rates = (machine or {}).get("read_bytes_per_s") or {}
     known = {int(count): rate for count, rate in rates.items() if rate}
     if not known:

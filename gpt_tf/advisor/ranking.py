@@ -104,8 +104,11 @@ def recommend(
     candidates = candidates_of(report, concurrent=scenario == "server")
     candidates.sort(key=lambda one: one.name)
     shippable = [one for one in candidates if one.kind in _SHIPPABLE]
-    fitting = _ranked([one for one in shippable if one.keeps(given)], objective)
-    ties = _ties(shippable, objective, given) if fitting else []
+    left, fitting = [one for one in shippable if one.keeps(given)], []
+    while left:
+        fitting.append(_best(left, objective))
+        left.remove(fitting[-1])
+    ties = _ties(shippable, fitting[0], objective, given) if fitting else []
     others = [one for one in candidates if one not in fitting]
     return {
         "scenario": scenario,
@@ -168,15 +171,6 @@ def print_recommendation(result: dict, console=None) -> None:
 # Order
 
 
-def _ranked(left, objective):
-    """Return the best first, then what is best without it, and so on."""
-    left, ranked = list(left), []
-    while left:
-        ranked.append(_best(left, objective))
-        left.remove(ranked[-1])
-    return ranked
-
-
 def _best(left, objective):
     """Return the best by `RULE`."""
     if objective in ("accuracy", "latency"):
@@ -191,13 +185,7 @@ def _best(left, objective):
 
 def _ahead_of(one, others):
     """Return one that dominates another in the plane that is drawn, or None."""
-
-    def place(one):
-        return one.cost("latency"), one.cost("accuracy")
-
-    return next(
-        (other for other in others if dominates(place(other), place(one))), None
-    )
+    return next((other for other in others if dominates(other.place, one.place)), None)
 
 
 def _tie(measure, cost):
@@ -220,21 +208,18 @@ def _cost(candidate, objective):
     return _PERPLEXITY_WEIGHT * math.log1p(accuracy.number) + sign * logarithms
 
 
-def _ties(candidates, objective, given):
+def _ties(candidates, best, objective, given):
     """Return who would be chosen if it came out better and all others worse."""
-
-    def choice(those):
-        those = [one for one in those if one.keeps(given)]
-        return _best(those, objective).name if those else None
 
     def is_chosen_if_better(one):
         moved = [
             other.worsened(-_TIE_SHARE if other is one else _TIE_SHARE)
             for other in candidates
         ]
-        return choice(moved) == one.name
+        left = [other for other in moved if other.keeps(given)]
+        return bool(left) and _best(left, objective).name == one.name
 
-    others = [one for one in candidates if one.name != choice(candidates)]
+    others = [one for one in candidates if one is not best]
     return [one.name for one in others if is_chosen_if_better(one)]
 
 
@@ -242,10 +227,8 @@ def _dominated(fitting):
     """Return of every dominated candidate which other one dominates it."""
 
     def is_dominated_by(one, other):
-        known = [
-            [bool(each.values[name]) for name in MEASURES] for each in (one, other)
-        ]
-        return known[0] == known[1] and dominates(other.costs(), one.costs())
+        is_comparable = one.known() == other.known()
+        return is_comparable and dominates(other.costs(), one.costs())
 
     found = []
     for index, one in enumerate(fitting):
