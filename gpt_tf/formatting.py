@@ -10,12 +10,13 @@ NOT_MEASURED = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 
 
-def number(value: float | None, signed: bool = False) -> str:
-    """Return three significant digits, without an exponent where it can be avoided.
+def number(value: float | None, signed: bool = False, digits: int = 3) -> str:
+    """Return some significant digits, without an exponent where it can be avoided.
 
     Args:
         value: Any finite number, or None.
         signed: Whether a plus is written too.
+        digits: How many; those before the decimal point are always written.
 
     Example:
         >>> number(0.071234)
@@ -26,13 +27,13 @@ def number(value: float | None, signed: bool = False) -> str:
     if value == 0:
         return "0"
     sign = "+" if signed else ""
-    if abs(value) >= 100:
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    if places <= 0:
         text = f"{value:{sign},.0f}"
+    elif places <= digits + 3:
+        text = f"{value:{sign},.{places}f}".rstrip("0").rstrip(".")
     else:
-        digits = 2 - math.floor(math.log10(abs(value)))
         text = f"{value:{sign}.1e}"
-        if digits <= 6:
-            text = f"{value:{sign}.{max(digits, 0)}f}".rstrip("0").rstrip(".")
     return text.replace("-", _MINUS)
 
 

@@ -23,6 +23,12 @@ def test_numbers_have_three_significant_digits(value, text):
     assert formatting.number(value) == text
 
 
+def test_more_digits_tell_near_numbers_apart():
+    assert formatting.number(8.0004) == formatting.number(8) == "8"
+    assert formatting.number(8.0004, digits=5) == "8.0004"
+    assert formatting.number(12345.678, digits=7) == "12,345.68"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

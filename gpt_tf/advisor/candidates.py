@@ -13,25 +13,24 @@ BUDGET_OF = {kind.measure: name for name, kind in KINDS.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A measured quantity of an entry, with its 95 % interval if there is one."""
+    """A measured quantity of an entry, and its 95 % interval if there is one."""
 
     number: float
-    low: float | None = None
-    high: float | None = None
+    low: float
+    high: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """An entry with its quantities by the names of `MEASURES`; None was not measured.
 
-    Latency is the median, as the pictures show it; the budget is about `p95`.
+    Accuracy is the increase of perplexity, and latency the median, as the pictures show
+    it; among the quantities are `"perplexity"`, `"p95"` and `"p99"` too.
     """
 
     name: str
     kind: str
     values: dict
-    p95: Value | None
-    p99_ms: float | None
 
     def cost(self, measure: str) -> float:
         """Return a number that should be small; infinite where nothing is known."""
@@ -44,43 +43,47 @@ class Candidate:
         """Return the costs of all measures, in their order."""
         return tuple(self.cost(measure) for measure in MEASURES)
 
+    def known(self) -> list[str]:
+        """Return the names of those that were measured."""
+        return [measure for measure in MEASURES if self.values[measure]]
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """Latency and accuracy, as they are drawn against each other."""
+        return self.cost("latency"), self.cost("accuracy")
+
     def of(self, name: str) -> Value | None:
         """Return the quantity that a budget is about."""
-        return (
-            self.p95 if name == "max_latency_ms" else self.values[KINDS[name].measure]
-        )
+        measure = KINDS[name].measure
+        return self.values["p95" if measure == "latency" else measure]
 
     def worsened(self, share: float) -> "Candidate":
         """Return what a measurement that came out worse by a share would have found.
 
         Accuracy and size are the same in every measurement.
         """
-        factors = {"accuracy": 1, "size": 1, "throughput": 1 / (1 + share)}
-
-        def moved(measure, value):
-            factor = factors.get(measure, 1 + share)
-            return value and dataclasses.replace(value, number=value.number * factor)
-
-        values = {name: moved(name, value) for name, value in self.values.items()}
-        return dataclasses.replace(self, values=values, p95=moved("p95", self.p95))
+        factors = dict.fromkeys(("accuracy", "perplexity", "size"), 1)
+        factors["throughput"] = 1 / (1 + share)
+        values = dict(self.values)
+        for name, value in values.items():
+            if value is not None:
+                number = value.number * factors.get(name, 1 + share)
+                values[name] = dataclasses.replace(value, number=number)
+        return dataclasses.replace(self, values=values)
 
     def share(self, name: str, limit: float) -> float:
         """Return what of a budget is used; above 1 it is broken."""
         number = self.of(name).number
         return limit / number if KINDS[name].is_least else number / limit
 
-    def breaks(self, name: str, limit: float) -> bool:
-        """Whether a budget is broken by what is known."""
-        value = self.of(name)
-        if value is None:
-            return False
-        # Compared as they are: the share could round to 1.
-        number = value.number
-        return number < limit if KINDS[name].is_least else number > limit
-
     def broken(self, given: dict) -> list[str]:
-        """Return the budgets that are broken, the most broken one first."""
-        names = [name for name, limit in given.items() if self.breaks(name, limit)]
+        """Return the budgets that are known to be broken, the most broken one first."""
+        names = [
+            name
+            for name, limit in given.items()
+            # Compared as they are: the share could round to 1.
+            if self.of(name) and KINDS[name].is_broken(self.of(name).number, limit)
+        ]
         return sorted(names, key=lambda name: -self.share(name, given[name]))
 
     def missing(self, given: dict) -> list[str]:
@@ -90,6 +93,16 @@ class Candidate:
     def keeps(self, given: dict) -> bool:
         """Whether all budgets are kept, and known to be."""
         return not self.missing(given) and not self.broken(given)
+
+
+def dominates(one: tuple, other: tuple) -> bool:
+    """Whether some costs are nowhere above others and somewhere below them.
+
+    Example:
+        >>> dominates((1, 2), (1, 3)), dominates((1, 2), (1, 2))
+        (True, False)
+    """
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def candidates_of(report: dict, concurrent: bool) -> list[Candidate]:
@@ -104,52 +117,40 @@ def candidates_of(report: dict, concurrent: bool) -> list[Candidate]:
         DamagedFileError: A number is none, not finite, or not above 0 where it has to.
     """
     check_report(report)
-    reference = None
-    for entry in report["entries"]:
-        if entry["name"] == report.get("reference"):
-            reference = _perplexity(entry)
     found = []
     for entry in report["entries"]:
-        latency = entry.get("latency") or {}
+        accuracy, latency = entry["accuracy"] or {}, entry["latency"] or {}
         step = latency.get("inter_token_latency_ms") or {}
         first = latency.get("time_to_first_token_ms") or {}
         speed = latency.get("tokens_per_s")
         if concurrent:
             rates = [row["tokens_per_s"] for row in latency.get("throughput") or []]
             speed = max(rates, default=speed)
-        measured = {
-            "latency": step.get("median"),
-            "size": _megabytes(entry.get("size_bytes")),
-            "memory": _megabytes(latency.get("peak_memory_bytes")),
-            "first_token": first.get("median"),
-            "throughput": speed,
+        values = {
+            "perplexity": _value(accuracy.get("perplexity")),
+            "accuracy": _value(accuracy.get("perplexity_increase")),
+            "latency": _value(step.get("median")),
+            "p95": _value(step.get("p95")),
+            "p99": _value(step.get("p99")),
+            "size": _value(entry["size_bytes"], 1e-6),
+            "memory": _value(latency.get("peak_memory_bytes"), 1e-6),
+            "first_token": _value(first.get("median")),
+            "throughput": _value(speed),
         }
-        values = {name: _value(number) for name, number in measured.items()}
-        values["accuracy"] = _increase(entry, reference)
-        p95, p99 = _value(step.get("p95")), step.get("p99")
-        found.append(Candidate(entry["name"], entry["kind"], values, p95, p99))
+        found.append(Candidate(entry["name"], entry["kind"], values))
+    perplexities = {one.name: one.values["perplexity"] for one in found}
+    reference = perplexities.get(report["reference"])
+    for one in found:
+        perplexity = one.values["perplexity"]
+        if one.values["accuracy"] is None and perplexity and reference:
+            one.values["accuracy"] = _value(perplexity.number / reference.number - 1)
     return found
 
 
-def _increase(entry, reference):
-    """Return the increase of perplexity, or None where it cannot be told."""
-    interval = (entry.get("accuracy") or {}).get("perplexity_increase")
-    if interval is not None:
-        return Value(interval["value"], interval["low"], interval["high"])
-    perplexity = _perplexity(entry)
-    if perplexity is None or reference is None:
+def _value(found, scale=1):
+    """Return a number, or an interval of a report, as a `Value`; None as it is."""
+    if found is None:
         return None
-    return Value(perplexity / reference - 1)
-
-
-def _perplexity(entry):
-    interval = (entry.get("accuracy") or {}).get("perplexity")
-    return interval and interval["value"]
-
-
-def _value(number):
-    return None if number is None else Value(number)
-
-
-def _megabytes(number):
-    return None if number is None else number * 1e-6
+    if isinstance(found, dict):
+        return Value(found["value"], found["low"], found["high"])
+    return Value(found * scale, found * scale, found * scale)

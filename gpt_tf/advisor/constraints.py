@@ -18,6 +18,7 @@ import dataclasses
 import math
 import numbers
 
+from gpt_tf import formatting
 from gpt_tf.settings import arguments
 
 
@@ -27,7 +28,7 @@ class Kind:
 
     Args:
         what: Its name in a sentence.
-        measure: The name of the quantity, as `gpt_tf.advisor.ranking` reads it.
+        measure: The name of the quantity, as `gpt_tf.advisor.candidates` reads it.
         unit: Unit of the number.
         is_least: Whether it is the least that is wanted and not the most.
     """
@@ -36,6 +37,20 @@ class Kind:
     measure: str
     unit: str
     is_least: bool = False
+
+    def is_broken(self, value: float, limit: float) -> bool:
+        """Whether a value is beyond the budget."""
+        return value < limit if self.is_least else value > limit
+
+    def text(self, value: float, digits: int = 3) -> str:
+        """Return a value with its unit, to so many significant digits.
+
+        Example:
+            >>> KINDS["max_perplexity_increase"].text(0.0312)
+            '3.12 %'
+        """
+        scaled = value * 100 if self.unit == "%" else value
+        return f"{formatting.number(scaled, digits=digits)} {self.unit}"
 
 
 KINDS = {
@@ -82,11 +97,8 @@ class Budgets:
     min_tokens_per_s: float | None = None
 
     def __post_init__(self):
-        for name in KINDS:
-            value = getattr(self, name)
-            if value is not None:
-                parse = _fraction if "increase" in name else _number
-                object.__setattr__(self, name, parse(name, value))
+        for name, value in self.given().items():
+            object.__setattr__(self, name, _limit(name, value))
 
     @classmethod
     def of(cls, value) -> "Budgets":
@@ -104,7 +116,7 @@ class Budgets:
 
     def given(self) -> dict:
         """Return those that are not None, by name."""
-        values = dataclasses.asdict(self)
+        values = {name: getattr(self, name) for name in KINDS}
         return {name: value for name, value in values.items() if value is not None}
 
     def over(self, others: "Budgets") -> "Budgets":
@@ -117,7 +129,6 @@ class Scenario:
     """Where a file is to run.
 
     Args:
-        text: What it is, in a few words.
         budgets: Those that hold unless others are given.
         objective: What is best among the files that keep them: `"latency"`, `"size"`,
             `"server"`, which is throughput, of which 1 % more perplexity costs 10 %,
@@ -125,7 +136,6 @@ class Scenario:
             and accuracy if all three have one.
     """
 
-    text: str
     budgets: Budgets
     objective: str
 
@@ -151,9 +161,7 @@ def objective_of(scenario: str, prefer: str | None = None) -> str:
         InputError: There is no such scenario, or nothing of that name to prefer.
     """
     own = scenario_of(scenario).objective
-    if prefer is None:
-        return own
-    return arguments.one_of("prefer", prefer, PREFERENCES)
+    return own if prefer is None else arguments.one_of("prefer", prefer, PREFERENCES)
 
 
 def option(name: str) -> str:
@@ -161,76 +169,33 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def shown(name: str, value: float, digits: int = 3) -> str:
-    """Return a budget's value with its unit, to so many significant digits.
-
-    Example:
-        >>> shown("max_perplexity_increase", 0.0312)
-        '3.12 %'
-    """
-    kind = KINDS[name]
-    number = value * 100 if kind.unit == "%" else value
-    return f"{significant(number, digits)} {kind.unit}"
-
-
-def significant(number: float, digits: int = 3) -> str:
-    """Return a number to so many significant digits, never in powers of ten."""
-    if not number:
-        return "0"
-    places = digits - 1 - math.floor(math.log10(abs(number)))
-    text = f"{number:,.{max(places, 0)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def _number(name, value):
-    expected = f"a number above 0, in {KINDS[name].unit}"
-    number = _float(name, value, expected)
-    if not 0 < number < math.inf:
-        arguments.refuse(name, value, expected, "Leave it out for no limit.")
-    return number
-
-
-def _fraction(name, value):
-    expected = "a part of 1 above 0, 0.03 for example, or 3%"
+def _limit(name, value):
+    """Return a budget as a number: of perplexity a fraction, which may be "3%"."""
+    is_fraction = KINDS[name].unit == "%"
     text = value.strip() if isinstance(value, str) else ""
-    percent = text.endswith("%")
-    number = _float(name, text[:-1] if percent else value, expected)
-    fraction = number / 100 if percent else number
-    if not 0 < fraction < 1:
-        repair = "Leave it out for no limit."
-        if fraction <= 0:
-            repair = "Every mode but float32 loses a little; try 0.1%."
-        elif not percent and fraction < 100:
-            repair = f"Did you mean {significant(fraction, 6)}%?"
-        arguments.refuse(name, value, expected, repair)
-    return fraction
-
-
-def _float(name, value, expected):
+    is_percent = is_fraction and text.endswith("%")
     good = isinstance(value, str | numbers.Real) and not isinstance(value, bool)
     try:
-        return float(value if good else "")
+        limit = float((text[:-1] if is_percent else value) if good else "")
     except (ValueError, OverflowError):
-        repair = "Write it with a decimal point and no unit."
+        limit = math.nan
+    limit = limit / 100 if is_percent else limit
+    if not 0 < limit < (1 if is_fraction else math.inf):
+        expected = f"a number above 0, in {KINDS[name].unit}"
+        repair = "Write it without a unit, or leave it out for no limit."
+        if is_fraction:
+            expected = "a part of 1 above 0, 0.03 for example, or 3%"
+            repair = "Leave it out for no limit."
+            if 1 <= limit < 100 and not is_percent:
+                repair = f"Did you mean {limit:g}%?"
         arguments.refuse(name, value, expected, repair)
+    return limit
 
 
 # At the end, since its budgets are checked by what stands above.
 SCENARIOS = {
-    "phone": Scenario(
-        "an app on a phone, which has little memory to spare",
-        Budgets(0.05, 50, 100, 300, max_first_token_ms=1000),
-        "latency",
-    ),
-    "board": Scenario(
-        "a single-board computer with 512 MB",
-        Budgets(0.10, 150, 32, 256),
-        "size",
-    ),
-    "server": Scenario(
-        "a machine that answers several requests at once",
-        Budgets(0.01, max_first_token_ms=500),
-        "server",
-    ),
-    "custom": Scenario("the budgets that are given decide", Budgets(), "custom"),
+    "phone": Scenario(Budgets(0.05, 50, 100, 300, max_first_token_ms=1000), "latency"),
+    "board": Scenario(Budgets(0.10, 150, 32, 256), "size"),
+    "server": Scenario(Budgets(0.01, max_first_token_ms=500), "server"),
+    "custom": Scenario(Budgets(), "custom"),
 }

@@ -15,22 +15,18 @@ import math
 import os
 from pathlib import Path
 
-from gpt_tf import artifacts
-from gpt_tf.advisor.constraints import (
-    KINDS,
-    Budgets,
-    option,
-    scenario_of,
-    shown,
-    significant,
-)
-from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf import artifacts, formatting
+from gpt_tf.advisor.constraints import KINDS, Budgets, option, scenario_of
+from gpt_tf.errors import InputError
+from gpt_tf.export.constants import INT4_BLOCK, outline
 from gpt_tf.export.signatures import MODES
+from gpt_tf.export.tflite_writer import Type
 from gpt_tf.models import sizes
 from gpt_tf.settings import arguments
 
-_MOST_THREADS = 4
-_INT4_BLOCK = 32
+_DEFAULT_THREADS = 4
+# NumPy cannot describe larger matrices.
+_MOST_PARAMETERS = 2**60
 # Bytes of a file's graph, and of each layer in all its signatures, by mode.
 _GRAPH_BYTES = {
     "float32": (6960, 6500),
@@ -76,14 +72,16 @@ def estimate(
         >>> estimate(model.get_config(), "int4", describe_machine())["size_bytes"]
     """
     config = sizes_of(config)
-    _check_mode(config, mode)
+    arguments.one_of("mode", mode, MODES)
+    if mode not in modes_of(config):
+        arguments.refuse("mode", mode, f"widths that are multiples of {INT4_BLOCK}")
     arguments.one_of("kind", kind, ("litertlm", "tflite"))
     arguments.instance("machine", machine, dict, "what `describe_machine` returns")
     most = arguments.MOST_THREADS
     threads = arguments.integer("threads", threads, 1, most, or_none=True)
     if threads is None:
         cores = machine.get("physical_cores") or machine.get("cores") or 1
-        threads = max(1, min(cores, _MOST_THREADS))
+        threads = max(1, min(cores, _DEFAULT_THREADS))
     rate = read_rate(machine, threads)
     read = _bytes_per_token(config, mode)
     cache = machine.get("cache_bytes", last_level_cache_bytes())
@@ -93,7 +91,7 @@ def estimate(
         "mode": mode,
         "threads": threads,
         "parameters": sizes.count_parameters(config),
-        "size_bytes": size_bytes(config, mode, kind),
+        "size_bytes": _size_bytes(config, mode, kind),
         "bytes_per_token": read,
         "least_latency_ms": from_memory / rate * 1e3,
         "most_tokens_per_s": rate / from_memory if from_memory else None,
@@ -123,21 +121,19 @@ def estimate_modes(
         are any, `"yes"` where only the size has a budget, else `"perhaps"`.
 
     Raises:
-        InputError: There are no sizes of a model, or the machine's read rate is not
-            known.
-        DamagedFileError: A file is not what it should be.
+        InputError, DamagedFileError: As `estimate` and `read_sizes`.
 
     Example:
         >>> estimate_modes("runs/teacher", describe_machine())["modes"][0]["size_bytes"]
     """
     config = read_sizes(path)
     limits = Budgets.of(budgets).over(scenario_of(scenario).budgets)
+    is_known = limits.given().keys() <= {"max_size_mb"}
     modes = []
     for mode in modes_of(config):
         found = estimate(config, mode, machine)
         breaks = list(_broken(found, limits))
-        known = limits.given().keys() <= {"max_size_mb"}
-        fits = "no" if breaks else "yes" if known else "perhaps"
+        fits = "no" if breaks else "yes" if is_known else "perhaps"
         modes.append(found | {"breaks": breaks, "fits": fits})
     return {
         "basis": "estimated",
@@ -161,27 +157,19 @@ def print_estimates(result: dict, console=None) -> None:
     from rich.table import Table
 
     console = console or Console()
-    threads = result["modes"][0]["threads"]
-    table = Table(
-        title=f"Estimates: {result['parameters']:,} parameters, {threads} "
-        f"{'thread' if threads == 1 else 'threads'} of this machine"
-    )
-    table.add_column("mode", no_wrap=True)
-    for heading in ("MB", "MB read a token", "tokens/s at most"):
-        table.add_column(heading, justify="right")
-    table.add_column("fits the budgets", overflow="fold")
-    limited = any(value is not None for value in result["budgets"].values())
+    parameters = formatting.count(result["parameters"], "parameter")
+    threads = formatting.count(result["modes"][0]["threads"], "thread")
+    headings = ("mode", "size", "read a token", "tokens/s at most", "fits")
+    table = Table(*headings, title=f"Estimates: {parameters}, {threads}")
     for mode in result["modes"]:
-        fits = mode["fits"]
-        if mode["breaks"]:
-            fits += f": breaks {', '.join(KINDS[name].what for name in mode['breaks'])}"
+        breaks = ", ".join(KINDS[name].what for name in mode["breaks"])
         most = mode["most_tokens_per_s"]
         table.add_row(
             mode["mode"],
-            significant(mode["size_bytes"] / 1e6),
-            significant(mode["bytes_per_token"] / 1e6),
-            "in the cache" if most is None else significant(most),
-            fits if limited else "-",
+            formatting.megabytes(mode["size_bytes"]),
+            formatting.megabytes(mode["bytes_per_token"]),
+            "in the cache" if most is None else formatting.number(most),
+            f"no: breaks {breaks}" if breaks else mode["fits"],
         )
     console.print(table)
     console.print(
@@ -197,28 +185,25 @@ def refuse_impossible(
 
     Args:
         budgets: The limits.
-        config: The GPT's sizes.
-        machine, threads: As for `estimate`.
+        config, machine, threads: As for `estimate`.
 
     Raises:
         InputError: The smallest file exceeds `max_size_mb` or `max_memory_mb`, or
             reading its weights from memory takes longer than a budget of time allows.
     """
-    found = [
-        _broken(
-            estimate(config, mode, machine, threads=threads, kind="tflite"), budgets
-        )
-        for mode in modes_of(config)
-    ]
+    options = {"threads": threads, "kind": "tflite"}
+    modes = modes_of(config)
+    files = [estimate(config, mode, machine, **options) for mode in modes]
+    broken = [_broken(file, budgets) for file in files]
     for name, limit in budgets.given().items():
-        if all(name in broken for broken in found):
-            pick = max if KINDS[name].is_least else min
-            best = pick(broken[name] for broken in found)
+        if all(name in one for one in broken):
+            kind = KINDS[name]
+            best = (max if kind.is_least else min)(one[name] for one in broken)
             raise InputError(
                 f"`{name}` expects what a model of {count_parameters(config):,} "
-                f"parameters can reach on this machine, {shown(name, best)} at best. "
-                f"Received: {shown(name, limit)}. Relax {option(name)}, or make a "
-                "smaller model."
+                "parameters can reach on this machine, "
+                f"{kind.text(best)} at best. Received: {kind.text(limit)}. Relax "
+                f"{option(name)}, or make a smaller model."
             )
 
 
@@ -235,84 +220,40 @@ def _broken(found, budgets):
     return {
         name: best[name]
         for name, limit in budgets.given().items()
-        if name in best
-        and (best[name] < limit if KINDS[name].is_least else best[name] > limit)
+        if name in best and KINDS[name].is_broken(best[name], limit)
     }
 
 
-def size_bytes(config: dict, mode: str, kind: str = "litertlm") -> int:
-    """Return the bytes of a file: numbers, scales, zero points, graph, tokenizer."""
-    config = sizes_of(config)
-    blocks, tables = _matrices(config)
-    layers, width = config["num_layers"], config["embedding_dim"]
-    biases = layers * sum(rows for rows, _ in blocks)
-    norms = (4 * layers + 2) * width
-    file, layer = _GRAPH_BYTES[mode]
-    size = layers * sum(_matrix_bytes(*shape, mode) for shape in blocks)
-    size += sum(_matrix_bytes(*shape, mode, is_table=True) for shape in tables)
-    size += 4 * (biases + norms) + file + layer * layers
-    # Quantised tensors of one length share a vector of zero points.
-    lengths = {rows for rows, _ in tables}
-    inner, hidden = config["inner"], config["feedforward_dim"]
-    if mode == "int4":
-        size += 8 * sum(lengths)
-    elif mode == "dynamic_int8":
-        size += 8 * sum(lengths | {3 * inner, width, hidden})
-    elif mode not in ("float32", "float16"):
-        size += 8 * sum(lengths | {inner, width, hidden}) + 4 * biases
-    if kind == "litertlm":
-        tokenizer = config["vocab_size"] * _TOKENIZER_BYTES_PER_TOKEN
-        size += _SECTION_BYTES * (2 + math.ceil(tokenizer / _SECTION_BYTES))
-    return size
-
-
 def count_parameters(config: dict) -> int:
-    """Count a GPT's parameters from its sizes, without building it.
-
-    Args:
-        config: As `GPTModel.get_config` or an exported file states it.
-
-    Returns:
-        Weights and biases; a tied token table counts once, ranges of quantisers not.
-
-    Raises:
-        InputError: A size is missing.
-    """
+    """Count the weights and biases of a GPT from its configuration."""
     return sizes.count_parameters(sizes_of(config))
 
 
 def modes_of(config: dict) -> tuple[str, ...]:
     """Return the modes in which a model of these sizes can be stored."""
     config = sizes_of(config)
-    inputs = (config["embedding_dim"], config["inner"], config["feedforward_dim"])
-    fits = not any(width % _INT4_BLOCK for width in inputs)
+    inner = config["head_dim"] * config["num_heads"]
+    inputs = (config["embedding_dim"], inner, config["feedforward_dim"])
+    fits = not any(width % INT4_BLOCK for width in inputs)
     return tuple(mode for mode in MODES if mode != "int4" or fits)
 
 
 def sizes_of(config: dict) -> dict:
-    """Return the sizes that matter, with `inner`, the width of all heads together.
-
-    Raises:
-        InputError: One is missing or is no number of at least 1.
-    """
-    if not isinstance(config, dict):
-        arguments.refuse("config", config, "what `GPTModel.get_config()` returns")
+    """Return the sizes that matter, and `head_dim`; refuse those that are none."""
+    arguments.instance("config", config, dict, "what `GPTModel.get_config()` returns")
     config = config.get("gpt", config)
     names = ("vocab_size", "embedding_dim", "num_layers", "num_heads", "context_length")
     found = sizes.checked_sizes(
         {name: config.get(name) for name in (*names, "feedforward_dim")}
     )
-    inner = found["embedding_dim"] // found["num_heads"] * found["num_heads"]
-    tied = bool(config.get("tie_embeddings", True))
-    return {**found, "inner": inner, "tie_embeddings": tied}
+    found["head_dim"] = found["embedding_dim"] // found["num_heads"]
+    found["tie_embeddings"] = bool(config.get("tie_embeddings", True))
+    arguments.integer("config", sizes.count_parameters(found), 1, _MOST_PARAMETERS)
+    return found
 
 
 def read_rate(machine: dict, threads: int) -> float:
-    """Return bytes per second that so many threads read, or the next fewer measured.
-
-    Raises:
-        InputError: Nothing was measured.
-    """
+    """Return bytes per second that so many threads read, or the next fewer measured."""
     rates = (machine or {}).get("read_bytes_per_s") or {}
     known = {int(count): rate for count, rate in rates.items() if rate}
     if not known:
@@ -328,14 +269,13 @@ def last_level_cache_bytes(
     folder: str = "/sys/devices/system/cpu/cpu0/cache",
 ) -> int | None:
     """Return the size of the processor's largest cache, or None if it does not say."""
-    found = []
-    for index in Path(folder).glob("index*"):
-        try:
-            text = (index / "size").read_text().strip()
-            found.append(int(text.rstrip("KM")) << {"K": 10, "M": 20}.get(text[-1], 0))
-        except (OSError, ValueError, IndexError):
-            continue
-    return max(found, default=None)
+    try:
+        found = [path.read_text() for path in Path(folder).glob("index*/size")]
+        return max(
+            (int(text.strip().rstrip("K")) << 10 for text in found), default=None
+        )
+    except (OSError, ValueError):
+        return None
 
 
 def read_sizes(path: str | os.PathLike) -> dict:
@@ -353,42 +293,30 @@ def read_sizes(path: str | os.PathLike) -> dict:
         DamagedFileError: A file is not what it should be.
     """
     path = Path(path)
-    if path.is_dir() or path.name == "run.json":
-        config = _sizes_of_folder(path if path.is_dir() else path.parent)
-    elif not path.is_file():
-        raise InputError(
-            f"Expected a run, a model or an exported file at {path}; there is none. "
-            "Name the folder that `gpt-tf train` wrote, or a .litertlm."
-        )
-    elif path.suffix == ".keras":
+    folder = path.parent if path.name == "run.json" else path
+    places = [folder / name / "model.keras" for name in ("model", "", "initial")]
+    file = next((place for place in places if place.is_file()), path)
+    if file.suffix == ".keras" and file.is_file():
         from gpt_tf.models.keras_file import read_config
 
-        config = read_config(path)
-    else:
+        config = read_config(file)
+    elif path.is_file() and path.name != "run.json":
         from gpt_tf.edge.loader import open_artefact
 
         config = open_artefact(path).facts["config"]
+    else:
+        config = _sizes_of_run(folder)
     config = config.get("gpt", config)
     sizes_of(config)
     return config
 
 
-def _sizes_of_folder(folder):
-    for place in (folder / "model", folder, folder / "initial"):
-        if (place / artifacts.MANIFEST_NAME).is_file():
-            manifest = artifacts.check_manifest(place, "model", verify=False)
-            config = manifest.get("config")
-            if not isinstance(config, dict):
-                raise DamagedFileError(
-                    "Expected the model's sizes in "
-                    f"{place / artifacts.MANIFEST_NAME}. Received: {config!r}. Another "
-                    "version of gpt_tf wrote it; save the model again."
-                )
-            return config
+def _sizes_of_run(folder):
+    """Return the sizes of the model that a run has not made yet."""
     if not (folder / "run.json").is_file():
         raise InputError(
-            f"Expected a run or a model in {folder}. Received: neither run.json nor "
-            f"{artifacts.MANIFEST_NAME}. Name the folder that `gpt-tf train` wrote."
+            f"Expected a run, a model or an exported file at {folder}; there is none. "
+            "Name the folder that `gpt-tf train` wrote, or a .litertlm."
         )
     config = artifacts.read_json(folder / "run.json", {"config": dict})["config"]
     if config.get("init_from") or config.get("distillation"):
@@ -403,39 +331,31 @@ def _sizes_of_folder(folder):
     return config
 
 
-def _check_mode(config, mode):
-    modes = modes_of(config)
-    if isinstance(mode, str) and mode == "int4" and mode not in modes:
-        raise InputError(
-            f"`mode` expects one of {', '.join(modes)}. Received: {mode!r}; its widths "
-            f"are no multiples of {_INT4_BLOCK}."
-        )
-    arguments.one_of("mode", mode, modes)
-
-
-def _matrices(config):
-    """Return the matrices of one block, and the tables, as (rows, columns)."""
-    width, inner, hidden = (
-        config[name] for name in ("embedding_dim", "inner", "feedforward_dim")
-    )
-    blocks = [(3 * inner, width), (width, inner), (hidden, width), (width, hidden)]
-    tables = [(config["vocab_size"], width)] * (1 if config["tie_embeddings"] else 2)
-    return blocks, [*tables, (config["context_length"], width)]
-
-
-def _matrix_bytes(rows, columns, mode, is_table=False):
-    """Return the bytes of a matrix and its scales."""
-    if mode in ("float32", "float16"):
-        return rows * columns * (4 if mode == "float32" else 2)
-    if mode == "int4" and not is_table:
-        return rows * columns // 2 + rows * (columns // _INT4_BLOCK) * 2
-    return rows * columns + rows * 4
+def _size_bytes(config, mode, kind):
+    """Return the bytes of a file: numbers, scales, zero points, graph, tokenizer."""
+    stored = outline(mode, config, per_channel=True, masked=False)
+    matrices, vectors = stored.matrices.values(), stored.vectors
+    file, layer = _GRAPH_BYTES[mode]
+    size = sum(matrix.size_bytes for matrix in matrices)
+    size += sum(vector.nbytes for vector in vectors.values())
+    size += file + layer * config["num_layers"]
+    # Quantised matrices of as many rows share a vector of zero points.
+    size += 8 * sum({len(one.values) for one in matrices if one.kind == Type.INT8})
+    if stored.mode.activations is not None:  # biases of integers have scales too
+        size += sum(one.nbytes for name, one in vectors.items() if "bias" in name)
+    if kind == "litertlm":
+        tokenizer = config["vocab_size"] * _TOKENIZER_BYTES_PER_TOKEN
+        size += _SECTION_BYTES * (2 + math.ceil(tokenizer / _SECTION_BYTES))
+    return size
 
 
 def _bytes_per_token(config, mode):
     """Return the bytes that one decode step reads of the weights."""
     # LiteRT unpacks float16 to float32 when it loads a file.
     mode = "float32" if mode == "float16" else mode
-    blocks, (head, *_) = _matrices(config)
-    read = config["num_layers"] * sum(_matrix_bytes(*shape, mode) for shape in blocks)
-    return read + _matrix_bytes(*head, mode, is_table=True)
+    matrices = outline(mode, config, per_channel=True, masked=False).matrices
+    # A lookup reads one row of a table; the head reads its table whole.
+    lookups = {"embedding/position_table"}
+    if not config["tie_embeddings"]:
+        lookups.add("embedding/token_table")
+    return sum(one.size_bytes for name, one in matrices.items() if name not in lookups)

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable
 
-from gpt_tf.advisor.candidates import Candidate, candidates_of
-
-_INCREASE_OF_REFERENCE = {"value": 0.0, "low": 0.0, "high": 0.0}
+from gpt_tf.advisor.candidates import candidates_of, dominates
 
 
 def budgets_of(report: dict) -> dict:
@@ -13,22 +11,8 @@ def budgets_of(report: dict) -> dict:
     Args:
         report: As `gpt_tf.evaluation.report` states it.
     """
-    budgets = (report.get("recommendation") or {}).get("budgets") or report["budgets"]
+    budgets = (report["recommendation"] or {}).get("budgets") or report["budgets"]
     return {name: value for name, value in budgets.items() if value is not None}
-
-
-def candidates_by_name(report: dict) -> dict[str, Candidate]:
-    """Return the entries as the advisor saw them, by name.
-
-    Args:
-        report: As `gpt_tf.evaluation.report` states it.
-
-    Raises:
-        DamagedFileError: A number in the report is none.
-    """
-    scenario = (report.get("recommendation") or {}).get("scenario")
-    candidates = candidates_of(report, concurrent=scenario == "server")
-    return {one.name: one for one in candidates}
 
 
 def outside_of(report: dict) -> set[str]:
@@ -43,12 +27,10 @@ def outside_of(report: dict) -> set[str]:
     Raises:
         DamagedFileError: A number in the report is none.
     """
-    recommendation = report.get("recommendation")
-    if recommendation:
-        return {row["name"] for row in recommendation.get("ruled_out") or []}
-    budgets = budgets_of(report)
-    candidates = candidates_by_name(report)
-    return {name for name, one in candidates.items() if one.broken(budgets)}
+    if report["recommendation"]:
+        return {row["name"] for row in report["recommendation"].get("ruled_out") or []}
+    budgets, candidates = budgets_of(report), candidates_of(report, concurrent=False)
+    return {one.name for one in candidates if one.broken(budgets)}
 
 
 def pareto_points(report: dict) -> tuple[list[dict], bool]:
@@ -68,45 +50,39 @@ def pareto_points(report: dict) -> tuple[list[dict], bool]:
     Raises:
         DamagedFileError: A number in the report is none.
     """
-    measured = []
-    for entry in report["entries"]:
-        spread = (entry["latency"] or {}).get("inter_token_latency_ms")
-        accuracy = entry["accuracy"] or {}
-        if spread and accuracy.get("perplexity") and spread["median"] > 0:
-            measured.append((entry, spread, accuracy))
-    increases = {
-        entry["name"]: accuracy.get("perplexity_increase")
-        or (_INCREASE_OF_REFERENCE if entry["name"] == report["reference"] else None)
-        for entry, _, accuracy in measured
-    }
-    is_increase = bool(increases) and all(increases.values())
+    measured = [
+        one
+        for one in candidates_of(report, concurrent=False)
+        if one.values["latency"] and one.values["perplexity"]
+    ]
+    is_increase = bool(measured) and all(one.values["accuracy"] for one in measured)
     outside = outside_of(report)
-    choice = (report.get("recommendation") or {}).get("choice")
+    choice = (report["recommendation"] or {}).get("choice")
     points = []
-    for entry, spread, accuracy in measured:
-        name = entry["name"]
-        interval = increases[name] if is_increase else accuracy["perplexity"]
-        value, low, high = (
-            interval[part] + is_increase for part in ("value", "low", "high")
-        )
+    for one in measured:
+        found = one.values["accuracy" if is_increase else "perplexity"]
+        median, p95, size = (one.values[name] for name in ("latency", "p95", "size"))
         points.append(
             {
-                "name": name,
-                "x": spread["median"],
-                "p95": max(spread["p95"], spread["median"]),
-                "y": value,
-                "interval": (min(low, value), max(high, value)),
-                "size_mb": (entry["size_bytes"] or 0) / 1e6,
-                "is_outside": name in outside,
-                "is_choice": name == choice,
-                "is_reference": name == report["reference"],
+                "name": one.name,
+                "x": median.number,
+                "p95": max(p95.number if p95 else 0, median.number),
+                "y": found.number + is_increase,
+                "interval": (
+                    min(found.low, found.number) + is_increase,
+                    max(found.high, found.number) + is_increase,
+                ),
+                "size_mb": size.number if size else 0,
+                "is_outside": one.name in outside,
+                "is_choice": one.name == choice,
+                "is_reference": one.name == report["reference"],
             }
         )
     return points, is_increase
 
 
 def frontier_of(points: Iterable[dict]) -> list[dict]:
-    """Return the points within the budgets that no other one of them dominates.
+    """Return the points within the budgets that are dominated by no other one of them.
 
     A point dominates another if it is smaller in one of `x` and `y` and larger in
     neither. So equal points do not dominate each other: all of them are on the
@@ -125,14 +101,12 @@ def frontier_of(points: Iterable[dict]) -> list[dict]:
         >>> [(point["x"], point["y"]) for point in frontier_of(points)]
         [(1, 5), (2, 2)]
     """
-
-    def place(point):
-        return point["x"], point["y"]
-
-    frontier, points = [], list(points)
-    within = [point for point in points if not point["is_outside"]]
-    for point in sorted(within or points, key=place):
-        is_lower = not frontier or point["y"] < frontier[-1]["y"]
-        if is_lower or place(point) == place(frontier[-1]):
-            frontier.append(point)
-    return frontier
+    points = list(points)
+    points = [point for point in points if not point["is_outside"]] or points
+    places = [(point["x"], point["y"]) for point in points]
+    frontier = [
+        point
+        for point, place in zip(points, places, strict=True)
+        if not any(dominates(other, place) for other in places)
+    ]
+    return sorted(frontier, key=lambda point: point["x"])

@@ -2,7 +2,6 @@ import copy
 import io
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -10,74 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gpt_tf.advisor.ranking import (
-    SCENARIOS,
-    Budgets,
-    print_recommendation,
-    recommend,
-)
+from gpt_tf.advisor.candidates import dominates
+from gpt_tf.advisor.constraints import KINDS, SCENARIOS, Budgets
+from gpt_tf.advisor.ranking import print_recommendation, recommend
 from gpt_tf.errors import InputError
-from gpt_tf.evaluation.report import new_entry, new_report
-
-
-def entry(
-    name,
-    increase=0.02,
-    p95=5.0,
-    mb=4.0,
-    *,
-    memory_mb=90.0,
-    first=20.0,
-    speed=150.0,
-    together=None,
-    kind="litertlm",
-    margin=0.0,
-    **parts,
-):
-    """An entry of a report; what is None was not measured."""
-    accuracy = latency = None
-    if increase is not None:
-        interval = {
-            "value": increase,
-            "low": increase - margin,
-            "high": increase + margin,
-        }
-        accuracy = {"perplexity_increase": interval}
-    if p95 is not None:
-        latency = {
-            "inter_token_latency_ms": {
-                "median": 0.9 * p95,
-                "p95": p95,
-                "p99": 1.5 * p95,
-            },
-            "time_to_first_token_ms": {"median": first},
-            "tokens_per_s": speed,
-            "peak_memory_bytes": None if memory_mb is None else memory_mb * 1e6,
-            "throughput": [
-                {"requests": 1, "tokens_per_s": speed},
-                {"requests": 4, "tokens_per_s": together or speed},
-            ],
-        }
-    described = {
-        "name": name,
-        "path": f"{name}.litertlm",
-        "kind": kind,
-        "mode": "dynamic_int8",
-        "parameters": 940800,
-        "size_bytes": round(mb * 1e6),
-        "sha256": "0" * 64,
-        "context_length": 128,
-        "config": {},
-    }
-    return new_entry(described, **{"accuracy": accuracy, "latency": latency} | parts)
+from gpt_tf.evaluation.report import new_report
+from tests.advisor.samples import entry
 
 
 def names(parts):
     return [part["name"] for part in parts]
 
 
-def sentence_of(result, name, part="ruled_out"):
-    return next(one["sentence"] for one in result[part] if one["name"] == name)
+def why(result):
+    return " ".join(result["why"])
 
 
 # Properties on random reports
@@ -87,7 +32,6 @@ few = st.sampled_from  # few values, so that there are ties
 
 @st.composite
 def entries_strategy(draw):
-    count = draw(st.integers(1, 6))
     return [
         entry(
             f"file{index}",
@@ -100,7 +44,7 @@ def entries_strategy(draw):
             kind=draw(few(["litertlm", "litertlm", "tflite", "keras"])),
             margin=draw(few([0.0, 0.01])),
         )
-        for index in range(count)
+        for index in range(draw(st.integers(1, 6)))
     ]
 
 
@@ -118,35 +62,31 @@ limits_strategy = st.fixed_dictionaries(
 scenarios = st.sampled_from(list(SCENARIOS))
 
 
-def measured(one, budget, scenario):
+def measured(one, budget):
     """What an entry has of a budget, read apart from the advisor; None is unknown."""
-    latency = one["latency"] or {}
-    if budget == "max_perplexity_increase":
-        return one["accuracy"] and one["accuracy"]["perplexity_increase"]["value"]
-    if budget == "max_size_mb":
-        return one["size_bytes"] * 1e-6
-    if budget == "max_memory_mb":
-        value = latency.get("peak_memory_bytes")
-        return value and value * 1e-6
-    if budget == "max_latency_ms":
-        step = latency.get("inter_token_latency_ms")
-        return step and step["p95"]
-    if budget == "max_first_token_ms":
-        first = latency.get("time_to_first_token_ms")
-        return first and first["median"]
-    return latency.get("tokens_per_s")
+    accuracy, latency = one["accuracy"] or {}, one["latency"] or {}
+    memory = latency.get("peak_memory_bytes")
+    return {
+        "max_perplexity_increase": accuracy.get("perplexity_increase", {}).get("value"),
+        "max_latency_ms": latency.get("inter_token_latency_ms", {}).get("p95"),
+        "max_size_mb": one["size_bytes"] * 1e-6,
+        "max_memory_mb": memory and memory * 1e-6,
+        "max_first_token_ms": latency.get("time_to_first_token_ms", {}).get("median"),
+        "min_tokens_per_s": latency.get("tokens_per_s"),
+    }[budget]
 
 
-def keeps(one, limits, scenario):
+def excess(one, limits):
+    """By which share the most broken budget is exceeded; None if one is unknown."""
+    shares = [0.0]
     for budget, limit in limits.items():
-        value = measured(one, budget, scenario)
-        if limit is None:
-            continue
-        if value is None:
-            return False
-        if value < limit if budget == "min_tokens_per_s" else value > limit:
-            return False
-    return one["kind"] != "keras"
+        value = measured(one, budget)
+        if limit is not None and value is None:
+            return None
+        if limit is not None:
+            is_least = budget == "min_tokens_per_s"
+            shares.append(limit / value if is_least else value / limit)
+    return max(shares) - 1
 
 
 @settings(max_examples=60)
@@ -156,7 +96,11 @@ def test_the_choice_keeps_every_budget_and_all_that_keep_them_are_ranked(
 ):
     result = recommend(new_report(entries), limits, scenario)
     assert result["budgets"].items() >= limits.items()
-    fitting = [one["name"] for one in entries if keeps(one, result["budgets"], "")]
+    fitting = []
+    for one in entries:
+        beyond = excess(one, result["budgets"])
+        if one["kind"] != "keras" and beyond is not None and beyond <= 0:
+            fitting.append(one["name"])
     assert sorted(result["ranking"]) == sorted(fitting)
     assert result["choice"] == (result["ranking"][0] if fitting else None)
     others = names(result["ruled_out"])
@@ -194,26 +138,21 @@ def test_the_order_of_the_entries_does_not_matter(entries, limits, scenario, ran
 
 @settings(max_examples=60)
 @given(entries_strategy(), limits_strategy, scenarios)
-def test_what_is_beaten_in_everything_is_never_chosen_and_is_named(
-    entries, limits, scenario
-):
+def test_what_is_dominated_is_never_chosen_and_is_named(entries, limits, scenario):
     result = recommend(new_report(entries), limits, scenario)
     by_name = {one["name"]: one for one in entries}
-    found = set()
-    for name in result["ranking"]:
-        for other in result["ranking"]:
-            pairs = [
-                [measured(by_name[each], budget, "") for each in (name, other)]
-                for budget in result["budgets"]
-            ]
-            if any((a is None) != (b is None) for a, b in pairs):
-                continue
-            pairs = [(a, b) for a, b in pairs if a is not None]
-            # The last is throughput, if it was measured: more is better.
-            if by_name[name]["latency"]:
-                pairs[-1] = [-value for value in pairs[-1]]
-            if all(b <= a for a, b in pairs) and any(b < a for a, b in pairs):
-                found.add(name)
+
+    def costs(name):
+        *costs, speed = [measured(by_name[name], budget) for budget in KINDS]
+        costs.append(speed and -speed)  # more is better
+        return tuple(math.inf if cost is None else cost for cost in costs)
+
+    def is_dominated(name, by):
+        known = [[math.isinf(cost) for cost in costs(one)] for one in (name, by)]
+        return known[0] == known[1] and dominates(costs(by), costs(name))
+
+    ranked = result["ranking"]
+    found = {a for a in ranked if any(is_dominated(a, b) for b in ranked)}
     assert result["choice"] not in found
     assert set(names(result["dominated"])) == found
 
@@ -225,52 +164,27 @@ def test_the_nearest_miss_is_nearest_and_fits_once_its_options_are_taken(
 ):
     report = new_report(entries)
     result = recommend(report, limits, scenario)
-    miss = result["nearest_miss"]
-    if result["choice"] is not None:
-        assert miss is None
-        return
-
-    def excess(one):
-        shares = []
-        for budget, limit in result["budgets"].items():
-            value = measured(one, budget, "")
-            if limit is None:
-                continue
-            if value is None:
-                return None
-            is_least = budget == "min_tokens_per_s"
-            shares.append(limit / value if is_least else value / limit)
-        return max(shares) - 1
-
-    known = [excess(one) for one in entries if one["kind"] != "keras"]
+    miss, limits = result["nearest_miss"], result["budgets"]
+    known = [excess(one, limits) for one in entries if one["kind"] != "keras"]
     known = [value for value in known if value is not None]
-    if not known:
+    if result["choice"] is not None or not known:
         assert miss is None
         return
     assert miss["excess"] == pytest.approx(min(known))
-    relaxed = recommend(report, {**result["budgets"], **miss["changes"]}, scenario)
-    assert miss["name"] in relaxed["ranking"]
-    # As it is to be typed, too.
-    words = miss["options"].split()
-    typed = {
-        option[2:].replace("-", "_"): value
-        for option, value in zip(words[::2], words[1::2], strict=True)
-    }
-    retyped = recommend(report, {**result["budgets"], **typed}, scenario)
-    assert miss["name"] in retyped["ranking"]
-    for option in words[::2]:
-        assert option in miss["sentence"]
+    words = miss["options"].split()  # as they are to be typed
+    options = [word[2:].replace("-", "_") for word in words[::2]]
+    typed = dict(zip(options, words[1::2], strict=True))
+    for changes in (miss["changes"], typed):
+        relaxed = recommend(report, limits | changes, scenario)
+        assert miss["name"] in relaxed["ranking"]
 
 
 # Budgets
 
 
-@pytest.mark.parametrize(
-    ("text", "fraction"),
-    [("3%", 0.03), ("3 %", 0.03), ("0.03", 0.03), (0.03, 0.03), ("0.5%", 0.005)],
-)
-def test_an_increase_is_a_fraction_or_per_cent(text, fraction):
-    assert Budgets(text).max_perplexity_increase == pytest.approx(fraction)
+@pytest.mark.parametrize("given", ["3%", "3 %", "0.03", 0.03, np.float64(0.03)])
+def test_an_increase_is_a_fraction_or_per_cent(given):
+    assert Budgets(given).max_perplexity_increase == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize("name", ["max_latency_ms", "max_perplexity_increase"])
@@ -284,67 +198,51 @@ def test_a_budget_out_of_its_range_is_refused(name, value):
 
 @pytest.mark.parametrize(("value", "meant"), [("3", "3%"), (1.5, "1.5%")])
 def test_an_increase_above_1_is_met_with_what_may_be_meant(value, meant):
-    with pytest.raises(InputError, match=re.escape(f"Did you mean {meant}?")):
+    with pytest.raises(InputError, match=meant):
         Budgets(value)
 
 
-def test_a_number_of_numpy_is_a_budget():
-    assert Budgets(max_latency_ms=np.float32(15)).max_latency_ms == 15.0
-
-
-def test_unknown_budgets_scenarios_and_preferences_are_refused():
-    with pytest.raises(InputError, match="max_weight"):
-        recommend(new_report([entry("a")]), {"max_weight": 3})
-    with pytest.raises(InputError, match=r"phone, board, server, custom.*'fridge'"):
-        recommend(new_report([entry("a")]), None, "fridge")
-    with pytest.raises(InputError, match=r"accuracy, latency.*balance.*'margin'"):
-        recommend(new_report([entry("a")]), None, prefer="margin")
-
-
-def test_given_budgets_come_before_the_scenarios():
-    report = new_report([entry("a", p95=60)])
-    assert recommend(report, None, "phone")["choice"] is None
-    result = recommend(report, Budgets(max_latency_ms=70), "phone")
-    assert result["choice"] == "a"
-    assert result["budgets"]["max_latency_ms"] == 70
-    assert result["budgets"]["max_size_mb"] == SCENARIOS["phone"].budgets.max_size_mb
-
-
-def test_the_reports_own_budgets_hold_where_none_are_given():
-    report = new_report([entry("a", mb=9)], budgets={"max_size_mb": 8})
-    assert recommend(report)["choice"] is None
-    assert recommend(report, Budgets(max_latency_ms=50))["choice"] == "a"
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"budgets": {"max_weight": 3}}, "max_weight"),
+        ({"scenario": "fridge"}, "fridge"),
+        ({"prefer": "margin"}, "margin"),
+    ],
+)
+def test_unknown_budgets_scenarios_and_preferences_are_refused(given, named):
+    with pytest.raises(InputError, match=named):
+        recommend(new_report([entry("a")]), **given)
 
 
 # Each constraint
 
 
 @pytest.mark.parametrize(
-    ("changes", "budget", "limit", "word"),
+    ("changes", "budget", "limit"),
     [
-        ({"increase": 0.04}, "max_perplexity_increase", 0.03, "4 %, is above 3 %"),
-        ({"p95": 6.5}, "max_latency_ms", 6, "6.5 ms, is above 6 ms"),
-        ({"mb": 4.5}, "max_size_mb", 4.2, "4.5 MB, is above 4.2 MB"),
-        ({"memory_mb": 99}, "max_memory_mb", 95, "99 MB, is above 95 MB"),
-        ({"first": 21}, "max_first_token_ms", 20.5, "21 ms, is above 20.5 ms"),
-        ({"speed": 90}, "min_tokens_per_s", 99, "90 tokens/s, is below 99 tokens/s"),
+        ({"increase": 0.04}, "max_perplexity_increase", 0.03),
+        ({"p95": 6.5}, "max_latency_ms", 6),
+        ({"mb": 4.5}, "max_size_mb", 4.2),
+        ({"memory_mb": 99}, "max_memory_mb", 95),
+        ({"first": 21}, "max_first_token_ms", 20.5),
+        ({"speed": 90}, "min_tokens_per_s", 99),
     ],
 )
-def test_a_budget_rules_out_and_the_sentence_has_both_numbers(
-    changes, budget, limit, word
-):
+def test_a_budget_rules_out_and_the_sentence_has_both_numbers(changes, budget, limit):
     report = new_report([entry("good"), entry("bad", **changes)])
     result = recommend(report, {budget: limit})
     assert result["choice"] == "good"
-    assert result["ruled_out"][0]["constraint"] == budget
-    assert word in sentence_of(result, "bad")
-    said = " ".join(result["why"])
-    assert "within" in said or "not below" in said
+    (bad,) = result["ruled_out"]
+    assert bad["constraint"] == budget
+    (value,) = changes.values()
+    for number in (value, limit):
+        assert KINDS[budget].text(number) in bad["sentence"]
 
 
 def test_a_difference_that_rounding_would_hide_is_shown():
     result = recommend(new_report([entry("a", mb=8.0004)]), {"max_size_mb": 8})
-    assert "8.0004 MB, is above 8 MB" in sentence_of(result, "a")
+    assert "8.0004 MB" in result["ruled_out"][0]["sentence"]
 
 
 def test_what_is_broken_most_is_the_constraint():
@@ -352,64 +250,38 @@ def test_what_is_broken_most_is_the_constraint():
     limits = {"max_perplexity_increase": 0.03, "max_latency_ms": 5}
     ruled_out = recommend(report, limits)["ruled_out"][0]
     assert ruled_out["constraint"] == "max_latency_ms"
-    assert "6 %, is above 3 %" in ruled_out["sentence"]
+    assert "6 %" in ruled_out["sentence"]
 
 
-def test_keras_models_are_for_comparison_only():
-    teacher = entry("teacher", 0.0, 1, 1, kind="keras")
-    result = recommend(new_report([teacher, entry("file")]), {"max_size_mb": 8})
-    assert result["choice"] == "file"
-    assert result["ruled_out"][0]["constraint"] == "not shippable"
-    result = recommend(new_report([teacher]), {"max_size_mb": 8})
-    assert result["choice"] is result["runner_up"] is result["nearest_miss"] is None
-
-
-def test_what_was_not_measured_does_not_pass():
-    report = new_report([entry("blind", increase=None), entry("seen", mb=7)])
-    result = recommend(report, {"max_perplexity_increase": "3%", "max_size_mb": 8})
-    assert result["choice"] == "seen"
-    assert result["ruled_out"][0]["constraint"] == "not measured"
-    assert "perplexity increase (budget 3 %)" in sentence_of(result, "blind")
-
-
-def test_an_increase_follows_from_the_reference_where_it_is_not_stated():
+def test_an_increase_follows_from_the_reference_or_was_not_measured():
     def of(name, perplexity, kind="litertlm"):
         interval = dict.fromkeys(("value", "low", "high"), perplexity)
-        accuracy = {"perplexity": interval}
-        return entry(name, kind=kind, accuracy=accuracy)
+        return entry(name, kind=kind, accuracy={"perplexity": interval})
 
     entries = [of("teacher", 10.0, "keras"), of("a", 10.2), of("b", 10.5)]
-    result = recommend(
-        new_report(entries, reference="teacher"), {"max_perplexity_increase": 0.03}
-    )
-    assert result["ranking"] == ["a"]
-    assert "5 %, is above 3 %" in sentence_of(result, "b")
-    alone = recommend(new_report(entries), {"max_perplexity_increase": 0.03})
-    assert {one["constraint"] for one in alone["ruled_out"]} == {
-        "not measured",
-        "not shippable",
-    }
+    limits = {"max_perplexity_increase": 0.03}
+    assert recommend(new_report(entries, reference="teacher"), limits)["choice"] == "a"
+    alone = recommend(new_report(entries), limits)["ruled_out"]
+    constraints = {one["constraint"] for one in alone}
+    assert constraints == {"not measured", "not shippable"}
 
 
-def test_an_interval_that_straddles_a_budget_is_told():
-    def at(increase, margin):
+@pytest.mark.parametrize("increase", [0.025, 0.035])
+def test_an_interval_that_straddles_a_budget_is_told(increase):
+    def told(margin):
         report = new_report([entry("a", increase, margin=margin)])
-        return recommend(report, {"max_perplexity_increase": 0.03})
+        result = recommend(report, {"max_perplexity_increase": 0.03})
+        assert result["choice"] == ("a" if increase < 0.03 else None)
+        return why(result) + str(result["ruled_out"])
 
-    assert at(0.025, 0.01)["choice"] == "a"
-    assert "interval, 1.5 % to 3.5 %" in at(0.025, 0.01)["why"][1]
-    assert "interval" not in at(0.025, 0.001)["why"][1]
-    assert at(0.035, 0.01)["choice"] is None
-    assert "interval, 2.5 % to 4.5 %" in sentence_of(at(0.035, 0.01), "a")
-    assert "interval" not in sentence_of(at(0.035, 0.001), "a")
+    assert "interval" in told(0.01)
+    assert "interval" not in told(0.001)
 
 
 def test_a_99th_percentile_beyond_the_budget_is_told():
     report = new_report([entry("a", p95=10)])
-    beyond = " ".join(recommend(report, {"max_latency_ms": 12})["why"])
-    assert "the 99th percentile is 15 ms" in beyond
-    within = " ".join(recommend(report, {"max_latency_ms": 15})["why"])
-    assert "99th" not in within
+    assert "99th" in why(recommend(report, {"max_latency_ms": 12}))
+    assert "99th" not in why(recommend(report, {"max_latency_ms": 15}))
 
 
 # What is best
@@ -420,21 +292,35 @@ EXACT = entry("exact", 0.001, 9.0, 7.0, memory_mb=110, speed=100, together=390)
 ALL = [QUICK, SMALL, EXACT]
 
 
+EARLY = entry("early", 0.09, 9.5, 9.5, memory_mb=130, first=2, speed=90)
+LOOSE = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
+
+
 @pytest.mark.parametrize(
-    ("limits", "scenario", "choice"),
+    ("limits", "scenario", "prefer", "choice"),
     [
-        ({}, "phone", "quick"),
-        ({}, "board", "small"),
-        ({}, "server", "exact"),
-        ({"max_perplexity_increase": 0.1}, "server", "quick"),
-        ({"max_size_mb": 10}, "custom", "exact"),
-        ({"max_perplexity_increase": 0.1}, "custom", "quick"),
-        ({"max_perplexity_increase": 0.1, "max_latency_ms": 20}, "custom", "small"),
-        ({"max_latency_ms": 20}, "custom", "exact"),
+        ({}, "phone", None, "quick"),
+        ({}, "board", None, "small"),
+        ({}, "server", None, "exact"),
+        ({"max_perplexity_increase": 0.1}, "server", None, "quick"),
+        ({"max_size_mb": 10}, "custom", None, "exact"),
+        ({"max_perplexity_increase": 0.1}, "custom", None, "quick"),
+        (LOOSE | {"max_size_mb": None}, "custom", None, "small"),
+        ({"max_latency_ms": 20}, "custom", None, "exact"),
+        # What is preferred comes before the scenario's own.
+        (LOOSE, "server", "accuracy", "exact"),
+        (LOOSE, "server", "latency", "quick"),
+        (LOOSE, "server", "size", "small"),
+        (LOOSE, "server", "memory", "small"),
+        (LOOSE, "server", "first_token", "early"),
+        (LOOSE, "server", "balance", "small"),
     ],
 )
-def test_a_scenario_decides_what_is_best(limits, scenario, choice):
-    assert recommend(new_report(ALL), limits, scenario)["choice"] == choice
+def test_the_scenario_or_the_preference_decides(limits, scenario, prefer, choice):
+    result = recommend(new_report([*ALL, EARLY]), limits, scenario, prefer)
+    assert (result["choice"], result["prefer"]) == (choice, prefer)
+    assert choice in result["why"][0]
+    assert result["budgets"].items() >= limits.items()
 
 
 def test_a_server_weighs_throughput_of_concurrent_requests_against_perplexity():
@@ -450,65 +336,41 @@ def test_a_server_weighs_throughput_of_concurrent_requests_against_perplexity():
     assert choice(131) == "other"
 
 
-@pytest.mark.parametrize(
-    ("prefer", "choice", "reason"),
-    [
-        ("accuracy", "exact", "lowest perplexity increase"),
-        ("latency", "quick", "lowest median latency"),
-        ("size", "small", "smallest size"),
-        ("memory", "small", "lowest peak memory"),
-        ("first_token", "early", "lowest time to first token"),
-        ("balance", "small", "best balance"),
-    ],
-)
-def test_what_is_preferred_comes_before_the_scenarios_own(prefer, choice, reason):
-    limits = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
-    early = entry("early", 0.09, 9.5, 9.5, memory_mb=130, first=2, speed=90)
-    result = recommend(new_report([*ALL, early]), limits, "server", prefer)
-    assert (result["choice"], result["prefer"]) == (choice, prefer)
-    assert reason in result["why"][0]
-    assert result["budgets"].items() >= limits.items()
-
-
 def test_the_throughput_preferred_is_the_scenarios():
     alone = entry("alone", 0.0, speed=500, together=500)
     crowd = entry("crowd", 0.0, speed=50, together=900)
     report = new_report([alone, crowd])
-    assert recommend(report, prefer="throughput")["choice"] == "alone"
-    result = recommend(report, scenario="server", prefer="throughput")
-    assert result["choice"] == "crowd"
-    assert "highest throughput" in result["why"][0]
+    for scenario, choice in (("custom", "alone"), ("server", "crowd")):
+        result = recommend(report, {}, scenario, prefer="throughput")
+        assert result["choice"] == choice
 
 
-def test_what_is_preferred_and_was_never_measured_is_told():
+def test_what_is_preferred_and_was_not_measured_comes_last_and_is_told():
     small = entry("small", mb=2, memory_mb=None)
-    report = new_report([entry("large", mb=9, memory_mb=None), small])
-    result = recommend(report, prefer="memory")
-    assert result["choice"] == "small"
-    assert "peak memory was measured of none" in result["why"][0]
-    report = new_report([entry("large", mb=9), small])
-    result = recommend(report, prefer="memory")
-    assert result["choice"] == "large"
-    assert "1 of them not all was measured" in result["why"][0]
-    result = recommend(new_report([entry("small"), entry("large")]), prefer="memory")
-    assert "measured" not in result["why"][0]
+    for memory, choice, told in ((None, "small", "none"), (90, "large", "not all")):
+        report = new_report([entry("large", mb=9, memory_mb=memory), small])
+        result = recommend(report, prefer="memory")
+        assert result["choice"] == choice
+        assert told in result["why"][0]
 
 
-def latency(median, p95, first=20.0):
-    return {
-        "inter_token_latency_ms": {"median": median, "p95": p95, "p99": p95},
-        "time_to_first_token_ms": {"median": first},
-    }
+def test_what_has_no_accuracy_comes_last_and_is_told():
+    blind = entry("blind", increase=None, p95=0.1, mb=3.999)
+    for prefer in ("balance", "size"):
+        result = recommend(new_report([blind, entry("seen")]), prefer=prefer)
+        assert result["ranking"] == ["seen", "blind"]
+    assert "not measured" in why(recommend(new_report([blind]), prefer="size"))
 
 
 def test_budgets_are_about_p95_and_latencies_are_compared_by_their_medians():
-    steady = entry("steady", latency=latency(2.0, 2.1))
-    quick = entry("quick", latency=latency(1.0, 4.0))
-    report = new_report([steady, quick])
+    def at(name, median, p95):
+        spread = {"median": median, "p95": p95, "p99": p95}
+        return entry(name, latency={"inter_token_latency_ms": spread})
+
+    report = new_report([at("steady", 2.0, 2.1), at("quick", 1.0, 4.0)])
     assert recommend(report, prefer="latency")["choice"] == "quick"
     result = recommend(report, {"max_latency_ms": 3}, prefer="latency")
     assert result["choice"] == "steady"
-    assert "4 ms, is above 3 ms" in sentence_of(result, "quick")
 
 
 def test_ties_are_decided_by_accuracy_then_latency_then_size():
@@ -535,9 +397,8 @@ def test_what_is_taken_for_its_size_off_the_frontier_is_said_to_be():
     ahead = entry("ahead", 0.01, 2.0, 1.5)
     result = recommend(new_report([small, ahead]), prefer="size")
     assert result["choice"] == "small"
-    assert any("ahead" in sentence for sentence in result["why"])
-    alone = recommend(new_report([small]), prefer="size")["why"]
-    assert not any("frontier" in sentence for sentence in alone)
+    assert "frontier" in why(result) and "ahead" in why(result)
+    assert "frontier" not in why(recommend(new_report([small]), prefer="size"))
 
 
 NOISE = 0.024  # of the medians of ten measurements of files in saved_models
@@ -595,27 +456,22 @@ def test_ten_measurements_choose_the_same_file_or_say_that_it_ties(
 def test_the_choice_is_on_the_pareto_frontier(entries, prefer, limit):
     limits = {"max_latency_ms": limit, "max_perplexity_increase": 0.1, "max_size_mb": 9}
     result = recommend(new_report(entries), limits, prefer=prefer)
-    places = {
-        one["name"]: (
-            one["latency"]["inter_token_latency_ms"]["median"],
-            one["accuracy"]["perplexity_increase"]["value"],
-        )
-        for one in entries
-        if one["name"] in result["ranking"]
-    }
-    if result["choice"] is not None:
-        chosen = places[result["choice"]]
-        for latency, increase in places.values():
-            ahead = latency <= chosen[0] and increase <= chosen[1]
-            assert not ahead or (latency, increase) == chosen
+    plane = ("max_latency_ms", "max_perplexity_increase")
+    by_name = {one["name"]: one for one in entries}
+    ranked = [
+        tuple(measured(by_name[name], budget) for budget in plane)
+        for name in result["ranking"]
+    ]
+    # The choice is ranked first; p95 is a multiple of the median here.
+    assert not any(dominates(place, ranked[0]) for place in ranked)
 
 
-def test_a_tie_is_told_and_nothing_else_is():
+def test_what_another_measurement_may_choose_ties_and_nothing_else_does():
     quick = entry("quick", 0.01, 2.0, 4.0)
     report = new_report([quick, entry("like", 0.01, 2.1, 4.0), entry("slow", 0.01)])
     result = recommend(report)
     assert (result["choice"], result["ties"]) == ("quick", ["like"])
-    assert any("like" in sentence for sentence in result["why"])
+    assert "like" in why(result)
     report = new_report([quick, entry("slow", 0.01), entry("exact", 0.005)])
     assert recommend(report)["ties"] == []
     # A file that breaks its budget by less than measurement error may be the better.
@@ -629,74 +485,47 @@ def test_equals_are_told_apart_by_name():
     result = recommend(report, {"max_size_mb": 8})
     assert result["ranking"] == ["a", "b", "c"]
     assert result["dominated"] == []
-    assert "as good in everything" in result["runner_up_cost"]
 
 
-def test_what_nobody_would_notice_is_not_told():
+def test_differences_within_measurement_error_are_not_told():
     one = entry("one", 0.0100, 2.000, 4.0)
-    like = entry("like", 0.0104, 2.001, 5.0)
-    unlike = entry("unlike", 0.0117, 2.200, 5.0)
-    result = recommend(new_report([one, like]), {"max_size_mb": 8})
-    told = [result["runner_up_cost"], result["dominated"][0]["sentence"]]
-    for sentence in told:
-        assert "4 MB" in sentence and "ms" not in sentence and "%" not in sentence
-    result = recommend(new_report([one, unlike]), {"max_size_mb": 8})
-    told = [result["runner_up_cost"], result["dominated"][0]["sentence"]]
-    for sentence in told:
-        assert "4 MB" in sentence and "1.98 ms" in sentence and "1.17 %" in sentence
+    for other, differs in (
+        (entry("like", 0.0104, 2.001, 5.0), False),
+        (entry("unlike", 0.0117, 2.200, 5.0), True),
+    ):
+        result = recommend(new_report([one, other]), {"max_size_mb": 8})
+        told = [result["runner_up_cost"], result["dominated"][0]["sentence"]]
+        for sentence in told:
+            assert "4 MB" in sentence
+            assert ("1.8 ms" in sentence) == ("1 %" in sentence) == differs
 
 
-def test_the_runner_ups_price_is_told_in_numbers():
-    result = recommend(new_report(ALL), None, "phone")
+def test_the_runner_up_and_dominated_files_are_told_in_numbers():
+    worse = entry("worse", 0.05, 7.0, 3.0, memory_mb=80, speed=130, together=140)
+    result = recommend(new_report([*ALL, worse]), None, "phone")
     assert result["runner_up"] == "small"
     cost = result["runner_up_cost"]
-    assert "slower (5.4 ms instead of 1.8 ms)" in cost
-    assert "less accurate (5 % instead of 4 %)" in cost
     # What it costs stands before what it wins.
-    assert cost.index("slower") < cost.index("smaller (2 MB instead of 9 MB)")
-
-
-def test_dominated_files_are_named_with_what_beats_them():
-    worse = entry("worse", 0.06, 7.0, 3.0, memory_mb=80, speed=130, together=140)
-    result = recommend(new_report([*ALL, worse]), {"max_size_mb": 10})
-    assert names(result["dominated"]) == ["worse"]
-    assert result["dominated"][0]["by"] == "small"
-    assert "smaller (2 MB instead of 3 MB)" in sentence_of(result, "worse", "dominated")
+    assert cost.index("5.4 ms instead of 1.8 ms") < cost.index("2 MB instead of 9 MB")
+    (dominated,) = result["dominated"]
+    assert (dominated["name"], dominated["by"]) == ("worse", "small")
+    assert "2 MB instead of 3 MB" in dominated["sentence"]
 
 
 def test_no_budget_is_proposed_that_would_be_refused():
     report = new_report([entry("a", 1.5, mb=1)])
-    miss = recommend(report, {"max_perplexity_increase": "3%"})["nearest_miss"]
-    assert miss["changes"] == {"max_perplexity_increase": None}
-    assert miss["options"] == ""
-    assert "without a budget of perplexity increase" in miss["sentence"]
-    relaxed = {"max_perplexity_increase": 0.03, "max_size_mb": 0.5}
-    miss = recommend(report, relaxed)["nearest_miss"]
+    limits = {"max_perplexity_increase": 0.03, "max_size_mb": 0.5}
+    miss = recommend(report, limits)["nearest_miss"]
+    assert miss["changes"] == {"max_perplexity_increase": None, "max_size_mb": 1}
     assert miss["options"] == "--max-size-mb 1"
-    assert "--max-size-mb 1 and without a budget of perplex" in miss["sentence"]
-    assert recommend(report, {**relaxed, **miss["changes"]})["choice"] == "a"
-
-
-def test_nothing_fits_names_what_would_have_to_give():
-    report = new_report([entry("a", mb=1.2501), entry("b", mb=3)])
-    result = recommend(report, {"max_size_mb": 1})
-    assert result["choice"] is None
-    assert result["nearest_miss"]["name"] == "a"
-    assert result["nearest_miss"]["options"] == "--max-size-mb 1.26"
-    slow = recommend(new_report([entry("a", speed=99.87)]), {"min_tokens_per_s": 200})
-    assert slow["nearest_miss"]["options"] == "--min-tokens-per-s 99.8"
+    assert recommend(report, limits | miss["changes"])["choice"] == "a"
 
 
 def test_a_recommendation_is_printed_with_brackets_in_names_intact():
     console = Console(file=io.StringIO(), width=200)
     report = new_report([entry("[red]a"), entry("b[/b]", mb=9), entry("c", mb=3)])
-    print_recommendation(recommend(report, {"max_size_mb": 8}), console)
+    for limits, prefer in (({"max_size_mb": 8}, None), ({"max_size_mb": 1}, "memory")):
+        print_recommendation(recommend(report, limits, prefer=prefer), console)
     printed = console.file.getvalue()
-    assert "size first" not in printed
-    for text in ("Ship c", "[red]a", "b[/b]", "--max-size-mb", "above 8 MB"):
+    for text in ("Ship c", "[red]a", "b[/b]", "Nothing fits", "--max-size-mb 3"):
         assert text in printed
-    result = recommend(report, {"max_size_mb": 1}, prefer="first_token")
-    print_recommendation(result, console)
-    assert "; first token first" in console.file.getvalue()
-    assert "Nothing fits" in console.file.getvalue()
-    assert "--max-size-mb 3" in console.file.getvalue()

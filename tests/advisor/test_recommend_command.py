@@ -13,22 +13,8 @@ from gpt_tf import artifacts
 from gpt_tf.advisor.estimate import estimate_modes, print_estimates, read_sizes
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation import hardware
-from gpt_tf.evaluation.report import new_entry, new_report, write_report
-
-MACHINE = {
-    "read_bytes_per_s": {"1": 20e9, "2": 30e9},
-    "physical_cores": 2,
-    "cache_bytes": 32 << 20,
-}
-SIZES = {
-    "vocab_size": 1024,
-    "embedding_dim": 128,
-    "num_layers": 4,
-    "num_heads": 4,
-    "context_length": 128,
-    "feedforward_dim": 512,
-    "tie_embeddings": True,
-}
+from gpt_tf.evaluation.report import new_report, write_report
+from tests.advisor.samples import MACHINE, SIZES, entry
 
 
 @pytest.fixture
@@ -46,68 +32,51 @@ def artefact():
 
 
 @pytest.fixture
+def run(tmp_path):
+    """A run that has not made its model yet; return its folder."""
+    artifacts.write_json(tmp_path / "run.json", {"config": SIZES})
+    return tmp_path
+
+
+@pytest.fixture
 def report(tmp_path):
     """Write a report of two files; return its folder."""
-
-    def entry(name, increase, p95, mb):
-        described = {
-            "name": name,
-            "path": f"{name}.litertlm",
-            "kind": "litertlm",
-            "mode": "dynamic_int8",
-            "parameters": 940800,
-            "size_bytes": round(mb * 1e6),
-            "sha256": "0" * 64,
-            "context_length": 128,
-            "config": SIZES,
-        }
-        latency = {
-            "inter_token_latency_ms": {"median": p95, "p95": p95, "p99": p95},
-            "time_to_first_token_ms": {"median": 4 * p95},
-            "tokens_per_s": 1000 / p95,
-            "peak_memory_bytes": 9e7,
-        }
-        accuracy = {
-            "perplexity_increase": {
-                "value": increase,
-                "low": increase,
-                "high": increase,
-            }
-        }
-        return new_entry(described, accuracy=accuracy, latency=latency)
-
-    entries = [entry("exact", 0.001, 9.0, 7.5), entry("quick", 0.02, 3.0, 4.0)]
+    entries = [
+        entry("exact", 0.001, 9.0, 7.5, first=36, speed=111),
+        entry("quick", 0.02, 3.0, 4.0, first=12, speed=333),
+    ]
     budgets = {"max_perplexity_increase": 0.03, "max_latency_ms": 8}
     write_report(tmp_path / "report.json", new_report(entries, budgets=budgets))
     return tmp_path
 
 
-def test_the_budgets_of_the_command_line_decide(recommend, report):
-    found = recommend(report, *"--max-size-mb 8 --max-latency-ms 15".split())
-    assert found.status == 0
-    assert "Ship exact" in found.out
-    assert "would be less accurate (2 % instead of 0.1 %)" in found.out
-    found = recommend(report / "report.json", "--max-perplexity-increase", "3%")
-    assert "Ship quick" in found.out
-
-
-def test_what_is_preferred_decides_among_those_that_keep_them(recommend, report):
-    budgets = "--max-perplexity-increase 50% --max-size-mb 80 --max-latency-ms 90"
-    choices = set()
-    for prefer, reason in (("accuracy", "perplexity increase"), ("latency", "median")):
-        found = recommend(report, *budgets.split(), "--prefer", prefer, "--json")
-        result = json.loads(found.out)
-        assert reason in result["why"][0]
-        choices.add(result["choice"])
-    assert choices == {"exact", "quick"}
+@pytest.mark.parametrize(
+    ("options", "choice"),
+    [
+        ("", "quick"),  # the report's own budgets
+        ("--max-size-mb 8 --max-latency-ms 15", "exact"),
+        ("--max-perplexity-increase 3%", "quick"),
+        ("--max-latency-ms 90 --prefer accuracy", "exact"),
+        ("--max-latency-ms 90 --prefer latency", "quick"),
+        ("--scenario server", "exact"),
+        ("--scenario server --max-perplexity-increase 0.05", "quick"),
+    ],
+)
+def test_budgets_scenario_and_preference_decide(recommend, report, options, choice):
+    assert f"Ship {choice}" in recommend(report, *options.split()).out
+    found = recommend(report / "report.json", *options.split(), "--json")
+    result = json.loads(found.out)
+    assert result["choice"] == choice
+    is_server = result["scenario"] == "server"
+    assert result["budgets"]["max_first_token_ms"] == (500 if is_server else None)
 
 
 def test_accuracy_and_speed_may_be_in_reports_of_their_own(recommend, report):
     whole = json.loads((report / "report.json").read_text("utf-8"))
-    for number, entry in enumerate(whole["entries"]):
-        entry["sha256"] = f"{number:064}"
+    for number, one in enumerate(whole["entries"]):
+        one["sha256"] = f"{number:064}"
     for name, left_out in (("accuracy", "latency"), ("device", "accuracy")):
-        entries = [{**entry, left_out: None} for entry in whole["entries"]]
+        entries = [{**one, left_out: None} for one in whole["entries"]]
         write_report(report / f"{name}.json", {**whole, "entries": entries})
     paths = report / "accuracy.json", report / "device.json"
     budgets = "--max-perplexity-increase 3% --max-latency-ms 5".split()
@@ -116,24 +85,6 @@ def test_accuracy_and_speed_may_be_in_reports_of_their_own(recommend, report):
     found = recommend(*paths, *budgets)
     assert found.status == 0, found.err
     assert "Ship quick" in found.out
-
-
-def test_without_budgets_those_of_the_report_decide(recommend, report):
-    found = recommend(report)
-    assert "Ship quick" in found.out
-    assert "9 ms, is above 8 ms" in found.out
-
-
-def test_a_scenario_brings_budgets_and_the_command_line_changes_them(recommend, report):
-    found = recommend(report, "--scenario", "server", "--json")
-    assert json.loads(found.out)["choice"] == "exact"
-    found = recommend(
-        report, *"--scenario server --max-perplexity-increase 0.05 --json".split()
-    )
-    result = json.loads(found.out)
-    assert result["choice"] == "quick"
-    assert result["budgets"]["max_first_token_ms"] == 500
-    assert result["budgets"]["max_perplexity_increase"] == 0.05
 
 
 @pytest.mark.parametrize(
@@ -161,85 +112,63 @@ def test_nothing_fits_is_status_3_with_the_nearest_miss(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        ("--max-perplexity-increase 3", "Did you mean 3%?"),
-        ("--max-size-mb -1", "`--max-size-mb` expects a number above 0"),
-        ("--scenario fridge", "phone, board, server, custom"),
-        ("--prefer taste", "accuracy, latency, size"),
+        ("--max-perplexity-increase 3", "3%?"),
+        ("--max-size-mb -1", "--max-size-mb"),
+        ("--scenario fridge", "fridge"),
+        ("--prefer taste", "taste"),
+        ("--estimate run", "both"),
     ],
 )
-def test_a_budget_that_cannot_be_used_is_status_2(recommend, report, options, message):
+def test_an_option_that_cannot_be_used_is_status_2(recommend, report, options, named):
     found = recommend(report, *options.split())
     assert found.status == 2
-    assert message in found.err
+    assert named in found.err
     assert len(found.err.splitlines()) == 1
 
 
-def test_a_missing_report_is_refused(recommend, tmp_path):
-    found = recommend(tmp_path)
-    assert found.status == 2 and "report.json" in found.err
-
-
-def test_either_a_report_or_something_to_estimate_is_expected(recommend, report):
-    assert "Received: neither" in recommend().err
-    assert "Received: both" in recommend(report, "--estimate", report).err
+def test_a_report_or_something_to_estimate_is_expected(recommend, tmp_path):
+    for arguments, named in (
+        ((), "neither"),
+        ((tmp_path,), "report.json"),
+        (("--estimate", tmp_path, "--prefer", "size"), "prefer"),
+        (("--estimate", tmp_path / "none.tflite"), "none.tflite"),
+    ):
+        found = recommend(*arguments)
+        assert found.status == 2 and named in found.err
 
 
 # Estimates
 
 
-def test_an_estimate_lists_all_and_prefers_none(recommend, artefact):
-    found = recommend("--estimate", artefact, "--prefer", "size")
-    assert found.status == 2 and "expects a report to choose from" in found.err
-
-
-def test_estimates_are_printed_as_such(recommend, artefact):
+def test_estimates_say_what_cannot_fit(recommend, artefact):
     found = recommend("--estimate", artefact)
     assert found.status == 0
-    assert "Estimates: 940,800 parameters, 2 threads" in found.out
+    assert "940,800" in found.out
     assert "1.08" in found.out and "0.717" in found.out  # dynamic_int8 and int4, MB
-
-
-def test_estimates_say_what_cannot_fit(recommend, artefact):
     options = ["--estimate", artefact, "--max-size-mb"]
     result = json.loads(recommend(*options, 1.5, "--json").out)
     fits = {mode["mode"]: mode["fits"] for mode in result["modes"]}
     assert fits["float32"] == "no" and fits["int4"] == "yes"
     assert result["basis"] == "estimated"
-    found = recommend(*options, 0.5)
-    assert found.status == 3
-    assert "breaks size" in found.out
+    assert recommend(*options, 0.5).status == 3
 
 
-@pytest.mark.parametrize(
-    ("name", "possible", "impossible"),
-    [
-        ("max_latency_ms", 100, 1e-3),
-        ("max_size_mb", 100, 0.1),
-        ("max_memory_mb", 1000, 0.1),
-        ("max_first_token_ms", 1000, 1e-3),
-        ("min_tokens_per_s", 1, 1e9),
-    ],
-)
-def test_every_budget_but_perplexity_is_compared(tmp_path, name, possible, impossible):
-    artifacts.write_manifest(tmp_path, "model", [], config=SIZES)
-    machine = MACHINE | {"cache_bytes": 0}
-    modes = estimate_modes(tmp_path, machine, {name: possible})["modes"]
-    fits = "yes" if name == "max_size_mb" else "perhaps"
-    assert {mode["fits"] for mode in modes} == {fits}
-    modes = estimate_modes(tmp_path, machine, {name: impossible})["modes"]
-    assert {mode["fits"] for mode in modes} == {"no"}
-    assert modes[0]["breaks"] == [name]
-
-
-def test_estimates_are_printed_without_a_budget_too(tmp_path):
+def test_what_may_fit_is_told_from_what_fits(run):
     console = Console(file=io.StringIO(), width=120)
-    artifacts.write_manifest(tmp_path, "model", [], config=SIZES)
-    print_estimates(estimate_modes(tmp_path, MACHINE), console)
-    assert "perhaps" not in console.file.getvalue()
-    print_estimates(estimate_modes(tmp_path, MACHINE, None, "board"), console)
-    assert "perhaps" in console.file.getvalue()
+    machine = MACHINE | {"cache_bytes": 0}
+    for limits, fits in (
+        ({"max_size_mb": 100}, "yes"),
+        ({"max_size_mb": 100, "max_latency_ms": 100}, "perhaps"),
+        ({"max_latency_ms": 1e-3}, "no"),
+    ):
+        result = estimate_modes(run, machine, limits)
+        assert {mode["fits"] for mode in result["modes"]} == {fits}
+        print_estimates(result, console)
+    assert "breaks p95 latency" in console.file.getvalue()
+    print_estimates(estimate_modes(run, MACHINE), console)
+    assert "in the cache" in console.file.getvalue()
 
 
 def test_sizes_are_read_wherever_they_are_stated(trained, tmp_path):
@@ -262,11 +191,11 @@ def test_sizes_are_read_wherever_they_are_stated(trained, tmp_path):
     assert one == estimate_modes(run, MACHINE)["modes"]
 
 
-def test_a_run_that_waits_for_another_models_sizes_is_refused(tmp_path):
-    config = {**SIZES, "init_from": "elsewhere"}
-    artifacts.write_json(tmp_path / "run.json", {"config": config})
-    with pytest.raises(InputError, match="Name that model"):
-        read_sizes(tmp_path)
+@pytest.mark.parametrize("other", ["init_from", "distillation"])
+def test_a_run_that_waits_for_another_models_sizes_is_refused(run, other):
+    artifacts.write_json(run / "run.json", {"config": SIZES | {other: "elsewhere"}})
+    with pytest.raises(InputError, match="another model"):
+        read_sizes(run)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +203,7 @@ def test_a_run_that_waits_for_another_models_sizes_is_refused(tmp_path):
     [
         ("run.json", b"{"),
         ("run.json", b"[1]"),
-        ("manifest.json", b"{}"),
+        ("model.keras", b"PK no archive"),
         ("gpt.keras", b"PK no archive"),
         ("gpt.tflite", b""),
         ("gpt.litertlm", b"LITERTLM but short"),
@@ -282,24 +211,21 @@ def test_a_run_that_waits_for_another_models_sizes_is_refused(tmp_path):
 )
 def test_what_states_no_sizes_is_damaged(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    folder = name in ("run.json", "manifest.json")
+    folder = name in ("run.json", "model.keras")
     with pytest.raises(DamagedFileError):
         read_sizes(tmp_path if folder else tmp_path / name)
 
 
-def test_where_there_is_no_model_that_is_said(tmp_path, recommend):
-    with pytest.raises(InputError, match=r"neither run\.json"):
-        read_sizes(tmp_path)
-    found = recommend("--estimate", tmp_path / "none.tflite")
-    assert found.status == 2
-    assert "there is none" in found.err
+def test_where_there_is_no_model_that_is_said(tmp_path):
+    for path in (tmp_path, tmp_path / "none.tflite", tmp_path / "none.keras"):
+        with pytest.raises(InputError, match=path.name):
+            read_sizes(path)
     artifacts.write_json(tmp_path / "run.json", {"config": {"num_layers": 3}})
     with pytest.raises(InputError, match="vocab_size"):
         read_sizes(tmp_path)
 
 
 def test_tensorflow_is_not_needed(report, artefact):
-    artifacts.write_manifest(report, "model", [], config=SIZES)
     program = f"""
 import sys
 from gpt_tf import cli
@@ -307,7 +233,7 @@ from gpt_tf.evaluation import hardware
 hardware.describe_machine = lambda: {MACHINE!r}
 for arguments in (
     [{str(report)!r}],
-    ["--estimate", {str(report)!r}],
+    ["--estimate", {str(artefact.with_suffix(""))!r}],
     ["--estimate", {str(artefact)!r}],
 ):
     sys.argv = ["gpt-tf", "recommend", *arguments]
