@@ -238,8 +238,10 @@ def test_plots_of_an_earlier_report_do_not_stay(tmp_path):
     assert names == {"report.json", "report.html", "sizes.png"}
 
 
-@pytest.mark.parametrize("write", [render.publish, render.write_page])
-def test_what_is_interrupted_leaves_the_old_files(tmp_path, monkeypatch, write):
+@pytest.mark.parametrize(
+    ("write", "name"), [(render.publish, ""), (render.write_page, "report.html")]
+)
+def test_what_is_interrupted_leaves_the_old_files(tmp_path, monkeypatch, write, name):
     def fail(handle):
         raise OSError("disk full")
 
@@ -247,10 +249,7 @@ def test_what_is_interrupted_leaves_the_old_files(tmp_path, monkeypatch, write):
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(artifacts.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        write(
-            full_report(),
-            tmp_path if write is render.publish else tmp_path / "report.html",
-        )
+        write(new_report([entry_of("other")]), tmp_path / name)
     assert old == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
