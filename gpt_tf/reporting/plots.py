@@ -459,21 +459,20 @@ def _draw_bar(axes, y, *ends):
 
 
 _FIRST, _BETWEEN = "time_to_first_token_ms", "inter_token_latency_ms"
-# Title, part of an entry's latency, by what, what was measured, and names of the axes.
+# Title, part of an entry's latency, by what, what was measured, and the latter's unit.
 _CURVES = (
-    ("Between two tokens, by context", "by_context", "context", _BETWEEN),
-    ("Until the first token, by context", "by_context", "context", _FIRST),
-    ("Between two tokens, by threads", "by_threads", "threads", _BETWEEN),
-    ("Throughput of all together", "throughput", "requests", "tokens_per_s"),
+    ("Between two tokens, by context", "by_context", "context", _BETWEEN, "ms"),
+    ("Until the first token, by context", "by_context", "context", _FIRST, "ms"),
+    ("Between two tokens, by threads", "by_threads", "threads", _BETWEEN, "ms"),
+    (
+        "Throughput of all requests",
+        "throughput",
+        "requests",
+        "tokens_per_s",
+        "tokens/s",
+    ),
 )
-_AXIS_NAMES = {
-    "context": "tokens in the context",
-    "threads": "threads",
-    "requests": "concurrent requests",
-    _BETWEEN: "ms",
-    _FIRST: "ms",
-    "tokens_per_s": "tokens/s",
-}
+_ACROSS = {"context": "tokens in the context", "requests": "concurrent requests"}
 
 
 def _latency(report):
@@ -496,7 +495,7 @@ def _latency(report):
     return _figure_of_panels(panels)
 
 
-def _curves_panel(entries, title, part, by, quantity):
+def _curves_panel(entries, title, part, by, quantity, unit):
     """Return a panel with a curve for each file that has one."""
     curves = {}
     for index, entry in enumerate(entries):
@@ -530,7 +529,7 @@ def _curves_panel(entries, title, part, by, quantity):
         end = _scale(axes, "y", ys)
         if not end:
             axes.set_ylim(0, max(ys) * 1.12 or 1.0)
-        axes.set(xlabel=_AXIS_NAMES[by], ylabel=_AXIS_NAMES[quantity] + end)
+        axes.set(xlabel=_ACROSS.get(by, by), ylabel=unit + end)
         axes.grid(alpha=0.25)
 
     return title, curves, draw_rows, 2.65
@@ -538,24 +537,18 @@ def _curves_panel(entries, title, part, by, quantity):
 
 def _sizes(report):
     """Draw the size of every file and the memory of a process that runs it."""
-    entries = report["entries"]
+    entries, limit = report["entries"], budgets_of(report).get("max_size_mb")
+    sizes = [entry["size_bytes"] for entry in entries]
+    peaks = [(entry["latency"] or {}).get("peak_memory_bytes") for entry in entries]
     panels = []
-    for title, sizes, budget in (
-        (
-            "Size of the file",
-            [entry["size_bytes"] for entry in entries],
-            budgets_of(report).get("max_size_mb"),
-        ),
-        (
-            "Peak memory of a process that runs it",
-            [(entry["latency"] or {}).get("peak_memory_bytes") for entry in entries],
-            None,
-        ),
+    for title, found, budget in (
+        ("Size of the file", sizes, limit),
+        ("Peak memory of a process that runs it", peaks, None),
     ):
         # Bars begin at 0, and are never logarithmic.
         rows = [
             (entry["name"], formatting.quantity(size / 1e6, "MB"), (0, size / 1e6))
-            for entry, size in zip(entries, sizes, strict=True)
+            for entry, size in zip(entries, found, strict=True)
             if size
         ]
         panels.append(_rows_panel(title, rows, _draw_bar, "MB", budget))
