@@ -99,8 +99,7 @@ class Explanation:
 
     def as_dict(self) -> dict:
         """Return it as plain JSON values."""
-        facts = {"scores": self.scores.tolist(), "ids": list(self.ids)}
-        return dataclasses.asdict(self) | facts | {"texts": list(self.texts)}
+        return dataclasses.asdict(self) | {"scores": self.scores.tolist()}
 
 
 def explain(
