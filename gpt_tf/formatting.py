@@ -83,6 +83,20 @@ def megabytes(size_bytes: float | None) -> str:
     return NOT_MEASURED if size_bytes is None else quantity(size_bytes / 1e6, "MB")
 
 
+def bandwidth(rates: dict[str, float | None]) -> str:
+    """Return how fast memory is read by numbers of threads, in bytes per second.
+
+    Example:
+        >>> bandwidth({"1": 18.7e9})
+        '18.7 GB/s to 1 thread'
+    """
+    return ", ".join(
+        f"{quantity(rate / 1e9, 'GB/s')} to {count(int(threads), 'thread')}"
+        for threads, rate in rates.items()
+        if rate
+    )
+
+
 def milliseconds(value: float | None) -> str:
     """Return milliseconds, as seconds where these are thousands."""
     if value is not None and value >= 1000:

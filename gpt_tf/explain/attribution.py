@@ -6,31 +6,25 @@ positions. The methods:
 
 - `lime`: hides random tokens and fits a linear model to what that did, near the
   whole prompt. The `lime` library samples, weighs and fits.
-- `shap`: Shapley values of the tokens by `shap.PermutationExplainer`: tokens are
-  hidden one after the other, in random orders and back. Scores and base value add up
-  to the model's answer. On `saved_models/python-small`, with 520 masked prompts of 32
-  tokens, it ranked tokens under two seeds with a correlation of 0.90,
-  `shap.KernelExplainer` 0.80; `lime` 0.64.
+- `shap`: Shapley values of the tokens by `shap.PermutationExplainer`. Scores and base
+  value add up to the model's answer. On `saved_models/python-small`, with 520 masked
+  prompts of 32 tokens, its ranks under two seeds correlate with 0.90, those of
+  `shap.KernelExplainer` with 0.80, of `lime` with 0.64.
 - `attention`: what the last position pays each token, mean over layers and heads. It
-  says where the model looked, is never negative, and does not depend on the target.
-  Attention rollout, the usual way through the layers, piles up on early tokens in a
-  causal model and does worse: with the last token kept, a fifth of 24 tokens taken
-  away by rollout cost 60 predictions 0.08 [0.02, 0.13] of probability more than
-  random ones, by the mean 0.20 [0.15, 0.25]; of 12 tokens 0.03 [-0.01, 0.07] and 0.15
-  [0.10, 0.20].
+  is never negative and does not depend on the target. Attention rollout piles up on
+  early tokens in a causal model and does worse: with the last token kept, a fifth of
+  24 tokens taken away by rollout cost 0.08 [0.02, 0.13] of probability more than
+  random ones, by the mean 0.20 [0.15, 0.25].
 - `gradient`: integrated gradients of the target's log-probability, from the neutral
   token's embedding to each token's own. They add up as Shapley values do.
 
 The first two need scores alone and work for files too; the others look into a Keras
 model.
 
-Reference: Ribeiro, Singh and Guestrin, "Why Should I Trust You?", arXiv:1602.04938
-(LIME); Lundberg and Lee, "A Unified Approach to Interpreting Model Predictions",
-arXiv:1705.07874 (SHAP); Abnar and Zuidema, "Quantifying Attention Flow in
-Transformers", arXiv:2005.00928 (raw attention, and rollout); Sundararajan, Taly and
-Yan, "Axiomatic Attribution for Deep Networks", arXiv:1703.01365; Covert, Lundberg and
-Lee, "Explaining by Removing", arXiv:2011.14878, on what it means to take a feature
-away.
+Reference: Ribeiro et al., arXiv:1602.04938 (LIME); Lundberg and Lee, arXiv:1705.07874
+(SHAP); Abnar and Zuidema, arXiv:2005.00928 (raw attention, and rollout); Sundararajan
+et al., arXiv:1703.01365 (integrated gradients); Covert et al., arXiv:2011.14878, on
+what it means to take a feature away.
 """
 
 import contextlib
@@ -105,10 +99,7 @@ class Explanation:
 
     def as_dict(self) -> dict:
         """Return it as plain JSON values."""
-        facts = dataclasses.asdict(self)
-        for name in ("ids", "texts"):
-            facts[name] = list(facts[name])
-        return facts | {"scores": [float(score) for score in self.scores]}
+        return dataclasses.asdict(self) | {"scores": self.scores.tolist()}
 
 
 def explain(
@@ -219,18 +210,18 @@ class MaskedPrompt:
     def _logits(self, rows):
         """Yield the last position's logits `(V,)` of each row."""
         if hasattr(self.gpt, "model"):
-            return _logits_of_keras(self.gpt.model, rows)
-        if isinstance(self.gpt, EdgeGPT):
-            return _logits_of_file(self.gpt, rows)
-        return _logits_of_any(self.gpt, rows)
+            yield from _logits_of_keras(self.gpt.model, rows)
+        elif isinstance(self.gpt, EdgeGPT):
+            yield from _logits_of_file(self.gpt, rows)
+        else:
+            for row in rows:
+                self.gpt.reset()
+                yield self.gpt.logits(row.tolist())[-1]
+            self.gpt.reset()
 
 
 def check_method(gpt, method: str) -> None:
-    """Refuse a method that is unknown, or that a file does not allow.
-
-    Raises:
-        InputError: It is one of these, or the gpt is not open.
-    """
+    """Refuse a method that is unknown, or that a file does not allow."""
     check_open(gpt)
     arguments.one_of("method", method, METHODS)
     if method in KERAS_METHODS and not hasattr(gpt, "model"):
@@ -242,11 +233,7 @@ def check_method(gpt, method: str) -> None:
 
 
 def prompt_ids(gpt, prompt) -> list[int]:
-    """Return a prompt's ids: of one longer than the context, those of its end.
-
-    Raises:
-        InputError: It is empty, several, or has unknown ids.
-    """
+    """Return a prompt's ids: of one longer than the context, those of its end."""
     rows, _, is_list = sequence.rows_of(prompt, gpt.tokenizer)
     if is_list:
         raise InputError(
@@ -287,11 +274,10 @@ def neutral_token(gpt, neutral=None) -> int:
     """Return the id of the token that stands for one that is taken away.
 
     Taking a token out of the text instead would shift all that follow, and positions
-    are learned. The default is a space, which every byte-level vocabulary has. In
-    windows of 32 tokens of held-out text, a fifth of them replaced, it moved the
-    prediction of `saved_models/python-small` by 0.39 nats of divergence: random tokens
-    0.45, "..." (shap's default) 0.42, a line break 0.95, the end of text 1.22, for
-    that one makes the model forget what was before it.
+    are learned. The default is a space, which every byte-level vocabulary has: of a
+    fifth of 32 tokens it moved the prediction of `saved_models/python-small` by 0.39
+    nats of divergence, random tokens 0.45, "..." (shap's default) 0.42, a line break
+    0.95, the end of text 1.22.
 
     Args:
         gpt: The model.
@@ -314,7 +300,7 @@ def neutral_token(gpt, neutral=None) -> int:
 
 
 def _lime(scorer, target, num_samples, seed):
-    with _silent():
+    with _library():
         from lime.lime_text import LimeTextExplainer
 
         # A text whose words are the tokens' numbers: so the library's own sampler,
@@ -347,7 +333,7 @@ def _lime(scorer, target, num_samples, seed):
 
 
 def _shap(scorer, target, num_samples, seed):
-    with _silent(), _numpy_state_kept():
+    with _library():
         import shap
 
         count = len(scorer.ids)
@@ -362,30 +348,13 @@ def _shap(scorer, target, num_samples, seed):
 
 
 def _attention(scorer, target, num_samples, seed):
-    return mean_attention(scorer.gpt.model, scorer.ids)[-1], None
-
-
-def mean_attention(model, ids) -> np.ndarray:
-    """Return the attention that positions pay to tokens, mean over layers and heads.
-
-    Args:
-        model: A `GPTModel`.
-        ids: `T` token ids.
-
-    Returns:
-        `(T, T)` float64: what each position pays each token. Rows add up to 1.
-
-    Raises:
-        InputError: The model's attention cannot be seen.
-
-    Reference: Abnar and Zuidema, arXiv:2005.00928, section 3: raw attention.
-    """
     from gpt_tf.distillation.distiller import outputs_of
 
-    tokens = np.asarray(ids, np.int32)[np.newaxis]
-    layers = outputs_of(model, tokens, ("attentions",)).attentions
-    mean = np.mean([layer.numpy()[0] for layer in layers], axis=(0, 1), dtype=float)
-    return mean / mean.sum(axis=-1, keepdims=True)  # (T, T)
+    ids = scorer.ids.astype(np.int32)[np.newaxis]
+    layers = outputs_of(scorer.gpt.model, ids, ("attentions",)).attentions
+    last = [layer.numpy()[0, :, -1] for layer in layers]  # (H, T) of each layer
+    mean = np.mean(last, axis=(0, 1), dtype=float)
+    return mean / mean.sum(), None
 
 
 def _gradient(scorer, target, num_samples, seed):
@@ -441,9 +410,8 @@ def _last_logits(parts, x, table):
 
 def _logits_of_file(gpt, rows):
     """What a row has in common with the one before it stays in the cache."""
-    session = gpt.new_session()
-    try:
-        before = np.full(rows.shape[1], -1)
+    before = np.full(rows.shape[1], -1)
+    with contextlib.closing(gpt.new_session()) as session:
         for row in rows:
             with gpt.one_thread:
                 # The last token is run in any case: its logits are asked for.
@@ -452,26 +420,17 @@ def _logits_of_file(gpt, rows):
                 logits = session.decode(int(row[-1]))
             yield logits
             before = row
-    finally:
-        session.close()
-
-
-def _logits_of_any(gpt, rows):
-    for row in rows:
-        gpt.reset()
-        yield gpt.logits(row.tolist())[-1]
-    gpt.reset()
 
 
 def _samples(method, num_samples, num_tokens):
     """Return how many samples a method takes, or refuse what was asked for."""
     if method == "attention":
-        if num_samples is not None:
-            raise InputError(
-                "The method attention takes no samples: it is computed once. Received: "
-                f"num_samples={arguments.shown(num_samples)}. Leave it out."
-            )
-        return None
+        if num_samples is None:
+            return None
+        raise InputError(
+            "The method attention takes no samples: it is computed once. Received: "
+            f"num_samples={arguments.shown(num_samples)}. Leave it out."
+        )
     if method == "gradient":
         default, fewest, what = _STEPS, _FEWEST_STEPS, "steps of the integral"
     else:
@@ -513,18 +472,12 @@ def _token(name, token, gpt):
 
 
 @contextlib.contextmanager
-def _silent():
-    """Keep what the libraries remark about their own dependencies to themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def _numpy_state_kept():
-    """Put NumPy's own random state back, which shap seeds and draws from."""
+def _library():
+    """Silence a library's remarks about others; put NumPy's random state back."""
     before = np.random.get_state()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         np.random.set_state(before)

@@ -96,13 +96,11 @@ def deletion_test(
     Returns:
         `prompts` and `prompt_tokens`, their number and mean length; `fraction`;
         `methods`, a dict of name to `drop` and `random_drop` of the target's
-        probability, their `difference`, each an INTERVAL over the prompts as
-        `gpt_tf.evaluation.report` states it, and `holds`: whether all of the
-        difference's interval is above 0; `nearest_drop`, when the prompt's last tokens
-        are taken, which needs no explanation; with `curve` a list of `fraction`,
-        `nearest_drop` and `methods` for its shares; with `keep_last` such a dict,
-        `last_kept`; `compression`, empty, for what `compare_explanations` returns by
-        method.
+        probability, their `difference`, each an INTERVAL over the prompts, and
+        `holds`: whether all of the difference's interval is above 0; `nearest_drop`,
+        when the prompt's last tokens are taken, which needs no explanation; with
+        `curve` a list of these three for its shares; with `keep_last` such a dict,
+        `last_kept`; `compression`, empty, for what `compare_explanations` returns.
 
     Raises:
         InputError: There are too few prompts, or something cannot be used.
@@ -142,25 +140,27 @@ def deletion_test(
         fallen.append(_drops(scorer, target, orders, ways))
         if on_step is not None:
             on_step(index + 1, len(rows))
-    fallen = np.array(fallen)  # (prompts, ways, orders)
-    random_drops = fallen[:, :, :_RANDOM_DRAWS].mean(axis=-1)
-    nearest_drops = fallen[:, :, _RANDOM_DRAWS]
-    drops = np.moveaxis(fallen[:, :, _RANDOM_DRAWS + 1 :], -1, 0)
-    judged = [
-        {
-            method: _judged(drop[:, place], random_drops[:, place], seed)
-            for method, drop in zip(methods, drops, strict=True)
-        }
-        for place in range(len(ways))
-    ]
-    facts = [
-        {
-            "fraction": float(share),
-            "nearest_drop": _mean(nearest_drops[:, place], seed),
-            "methods": judged[place],
-        }
-        for place, (share, _) in enumerate(ways)
-    ]
+    facts = []
+    # (prompts, ways, orders) -> (ways, orders, prompts)
+    for (share, _), drops in zip(ways, np.moveaxis(fallen, 0, -1), strict=True):
+        random_drop = drops[:_RANDOM_DRAWS].mean(axis=0)
+        nearest, *of_methods = drops[_RANDOM_DRAWS:]
+        judged = {}
+        for method, drop in zip(methods, of_methods, strict=True):
+            difference = _mean(drop - random_drop, seed)
+            judged[method] = {
+                "drop": _mean(drop, seed),
+                "random_drop": _mean(random_drop, seed),
+                "difference": difference,
+                "holds": difference["low"] > 0,
+            }
+        facts.append(
+            {
+                "fraction": float(share),
+                "nearest_drop": _mean(nearest, seed),
+                "methods": judged,
+            }
+        )
     return {
         "prompts": len(rows),
         "prompt_tokens": float(np.mean([len(ids) for ids in rows])),
@@ -293,16 +293,6 @@ def _drops(scorer, target, orders, ways):
     whole = np.ones((1, length), bool)
     probabilities = np.exp(scorer.values(np.concatenate([whole, masks]), target))
     return (probabilities[0] - probabilities[1:]).reshape(kept.shape[:2])
-
-
-def _judged(drop, random_drop, seed):
-    difference = _mean(drop - random_drop, seed)
-    return {
-        "drop": _mean(drop, seed),
-        "random_drop": _mean(random_drop, seed),
-        "difference": difference,
-        "holds": difference["low"] > 0,
-    }
 
 
 def _rows_of(gpt, prompts, fewest):

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 
 import numpy as np
+from rich.color import Color, blend_rgb
+from rich.color_triplet import ColorTriplet
 from rich.console import Console
 from rich.style import Style
 from rich.table import Table
@@ -22,10 +24,11 @@ from gpt_tf.explain.attribution import Explanation
 from gpt_tf.reporting import plots
 from gpt_tf.settings import arguments
 
-_UP, _DOWN = (217, 95, 2), (49, 130, 206)
+_UP, _DOWN = "#d95f02", "#3182ce"
 # Below this depth a token is left uncoloured.
 _FAINTEST = 0.15
 _BAR_WIDTH = 16
+_COLUMNS = 84  # of a line of the picture
 
 _SAID_OF = {
     "lime": "nats, of a linear model fitted near the prompt",
@@ -78,52 +81,48 @@ def print_explanation(
             str(position),
             Text(_quoted(explanation.texts[position])),
             _written(explanation, position),
-            Text(bar, Style(color=_hex(_UP if strength >= 0 else _DOWN))),
+            Text(bar, Style(color=_colour(strength))),
         )
     console.print(table)
 
 
-def write_explanation_html(explanation: Explanation, path: str | os.PathLike) -> None:
-    """Write a page that needs no other file and no network.
+def explanation_html(explanation: Explanation) -> str:
+    """Return a page that needs no other file and no network.
 
     Args:
         explanation: What `gpt_tf.explain.attribution.explain` returned.
-        path: HTML file to write.
     """
-    with artifacts.atomic_file(path, "w") as file:
-        file.write(explanation_html(explanation))
-
-
-def explanation_html(explanation: Explanation) -> str:
-    """Return that page."""
     # The terminal does without Jinja.
     from gpt_tf.reporting.render import render
 
     strengths, depths = _strengths(explanation), _depths(explanation)
-    tokens = [
-        {
-            "position": position,
-            "visible": _visible(text),
-            "quoted": _quoted(text),
-            "score": _written(explanation, position),
-            "depth": f"{abs(depths[position]):.2f}",
-            "side": _side(depths[position]),
-            "sign": "up" if strengths[position] > 0 else "down",
-            "width": f"{abs(strengths[position]):.1%}",
-        }
-        for position, text in enumerate(explanation.texts)
-    ]
+    tokens = []
+    for position, text in enumerate(explanation.texts):
+        depth, strength = depths[position], strengths[position]
+        side = "up" if strength > 0 else "down"
+        tokens.append(
+            {
+                "position": position,
+                "visible": _visible(text),
+                "quoted": _quoted(text),
+                "score": _written(explanation, position),
+                "depth": f"{abs(depth):.2f}",
+                "side": "none" if abs(depth) < _FAINTEST else side,
+                "sign": side,
+                "width": f"{abs(strength):.1%}",
+            }
+        )
     facts = {
         "probability": f"{explanation.probability:.1%}",
         "log-probability": f"{explanation.log_probability:.3f} nats",
     }
     if explanation.base_value is not None:
         facts["all tokens taken away"] = f"{explanation.base_value:.3f} nats"
-    if explanation.num_samples is not None:
-        steps = "steps" if explanation.method == "gradient" else "masked prompts"
-        facts[steps] = f"{explanation.num_samples:,}"
-        if explanation.method != "gradient":
-            facts["seed"] = str(explanation.seed)
+    if explanation.method == "gradient":
+        facts["steps"] = f"{explanation.num_samples:,}"
+    elif explanation.num_samples is not None:
+        facts["masked prompts"] = f"{explanation.num_samples:,}"
+        facts["seed"] = str(explanation.seed)
     return render(
         "explanation.html.j2",
         target=_quoted(explanation.target_text),
@@ -136,6 +135,7 @@ def explanation_html(explanation: Explanation) -> str:
     )
 
 
+@plots.house_style()
 def draw_explanation(
     explanation: Explanation, path: str | os.PathLike, *, top: int = 15
 ) -> None:
@@ -147,57 +147,82 @@ def draw_explanation(
         top: Number of bars.
     """
     top = arguments.integer("top", top, 1)
-    with plots.house_style():
-        figure = _figure_of(explanation, top)
-    plots.save(figure, path)
-
-
-def _figure_of(explanation, top):
-    lines = _laid_out(explanation.texts)
+    cells = _cells(explanation)
+    lines = 1 + max((row for row, *_ in cells), default=0)
     shown = _strongest(explanation)[:top][::-1]
-    heights = (0.2 * len(lines) + 0.2, 0.27 * len(shown) + 0.7)
+    heights = (0.2 * lines + 0.2, 0.27 * len(shown) + 0.7)
     figure = plots.new_figure(sum(heights) + 0.9, width=8)
     above, below = figure.subplots(2, height_ratios=heights)
-    _draw_tokens(above, lines, _depths(explanation))
     figure.suptitle(
         f"{explanation.method}: why {_quoted(explanation.target_text)}?  "
         f"probability {explanation.probability:.1%}",
         x=0.01,
         ha="left",
     )
+    above.set(xlim=(0, _COLUMNS), ylim=(lines, 0))
+    above.axis("off")
+    for row, column, character, depth in cells:
+        if abs(depth) >= _FAINTEST:
+            ends, alpha = [column, column + 1], _opacity(depth)
+            above.fill_between(
+                ends, row + 0.05, row + 0.95, color=_colour(depth), alpha=alpha, lw=0
+            )
+        above.text(
+            *(column + 0.5, row + 0.52, character),
+            **{"family": "monospace", "fontsize": 8, "ha": "center", "va": "center"},
+        )
     scores = explanation.scores[shown]
-    colours = [_hex(_UP if score >= 0 else _DOWN) for score in scores]
-    below.barh(range(len(shown)), scores, color=colours, height=0.7)
+    below.barh(range(len(shown)), scores, color=list(map(_colour, scores)), height=0.7)
     below.axvline(0, color=plots.GREY, linewidth=0.8)
     labels = [f"{_quoted(explanation.texts[p])}  {p}" for p in shown]
     below.set_yticks(range(len(shown)), labels, family="monospace", fontsize=8)
     below.set_xlabel(_SAID_OF[explanation.method], fontsize=8)
     below.tick_params(axis="x", labelsize=8)
     below.spines["left"].set_visible(False)
-    return figure
+    plots.save(figure, path)
 
 
-# Columns of a line of coloured tokens, and how wide one is in the axes.
-_COLUMNS = 84
+def _cells(explanation):
+    """Return row, column, character and depth of all that the picture shows.
+
+    A line has at most `_COLUMNS` characters; a token is broken only if it has more.
+    """
+    cells, row, column = [], 0, 0
+    for text, depth in zip(explanation.texts, _depths(explanation), strict=True):
+        text = _visible(text)
+        if column and column + len(text.partition("\n")[0]) > _COLUMNS:
+            row, column = row + 1, 0
+        for character in text:
+            if character == "\n" or column == _COLUMNS:
+                row, column = row + 1, 0
+            if character != "\n":
+                cells.append((row, column, character, depth))
+                column += 1
+    return cells
 
 
-def check_place(out: str | os.PathLike) -> None:
-    """Refuse a name that is neither a page's, nor a picture's, nor a folder's.
+def check_place(out: str | os.PathLike) -> list[Path]:
+    """Return the files to write, or refuse the name of no page, picture or folder.
+
+    Args:
+        out: As of `write_explanation`.
 
     Raises:
         InputError: It ends otherwise, a file stands where a folder is expected, or it
             cannot be written.
     """
     out = Path(out)
-    if out.suffix in (".html", ".png") and not out.is_dir():
-        artifacts.check_writable(out)
-        return
-    if out.is_file() or (out.suffix and not out.is_dir()):
-        raise InputError(
-            "`out` expects a name that ends in .html or .png, or a folder. Received: "
-            f"{str(out)!r}."
-        )
-    artifacts.check_writable(out / "explanation.html")
+    paths = [out / f"explanation{suffix}" for suffix in _WRITERS]
+    if not out.is_dir():
+        if out.suffix in (".html", ".png"):
+            paths = [out]
+        elif out.suffix or out.is_file():
+            raise InputError(
+                "`out` expects a name that ends in .html or .png, or a folder. "
+                f"Received: {str(out)!r}."
+            )
+    artifacts.check_writable(paths[0])
+    return paths
 
 
 def write_explanation(explanation: Explanation, out: str | os.PathLike) -> list[Path]:
@@ -214,68 +239,22 @@ def write_explanation(explanation: Explanation, out: str | os.PathLike) -> list[
     Raises:
         InputError: As `check_place`.
     """
-    check_place(out)
-    out = Path(out)
-    if out.suffix == ".html" and not out.is_dir():
-        write_explanation_html(explanation, out)
-        return [out]
-    if out.suffix == ".png" and not out.is_dir():
-        draw_explanation(explanation, out)
-        return [out]
-    names = [f"explanation.{kind}" for kind in ("html", "png", "json")]
-    with artifacts.replaced(out / names[0], *names[1:]) as new:
-        write_explanation_html(explanation, new / names[0])
-        draw_explanation(explanation, new / names[1])
-        artifacts.write_json(new / names[2], explanation.as_dict())
-    return [out / name for name in names]
+    paths = check_place(out)
+    with artifacts.replaced(*paths[:1], *(path.name for path in paths[1:])) as new:
+        for path in paths:
+            _WRITERS[path.suffix](explanation, new / path.name)
+    return paths
 
 
-def _laid_out(texts):
-    """Break tokens into lines of at most `_COLUMNS` characters.
-
-    Returns:
-        Lines of pieces: position of the token, first column, text.
-    """
-    lines, column = [[]], 0
-    for position, text in enumerate(texts):
-        for number, part in enumerate(_visible(text).split("\n")):
-            if number:
-                lines.append([])
-                column = 0
-            part = "".join(c if c.isprintable() else "\ufffd" for c in part)
-            while part:
-                if column and column + len(part) > _COLUMNS:
-                    lines.append([])
-                    column = 0
-                piece, part = part[:_COLUMNS], part[_COLUMNS:]
-                lines[-1].append((position, column, piece))
-                column += len(piece)
-    return lines
+def _write_html(explanation, path):
+    path.write_text(explanation_html(explanation), "utf-8")
 
 
-def _draw_tokens(axes, lines, depths):
-    from matplotlib.patches import Rectangle
+def _write_json(explanation, path):
+    artifacts.write_json(path, explanation.as_dict())
 
-    axes.set_xlim(0, _COLUMNS)
-    axes.set_ylim(len(lines), 0)
-    axes.axis("off")
-    for row, line in enumerate(lines):
-        for position, column, piece in line:
-            depth = depths[position]
-            place, width = (column + 0.04, row + 0.05), len(piece) - 0.08
-            if abs(depth) >= _FAINTEST:
-                colour = _hex(_mixed(depth, (255, 255, 255)))
-                axes.add_patch(Rectangle(place, width, 0.9, color=colour, linewidth=0))
-            for index, character in enumerate(piece):
-                axes.text(
-                    column + index + 0.5,
-                    row + 0.52,
-                    character,
-                    family="monospace",
-                    fontsize=8,
-                    ha="center",
-                    va="center",
-                )
+
+_WRITERS = {".html": _write_html, ".png": draw_explanation, ".json": _write_json}
 
 
 def _strengths(explanation):
@@ -306,43 +285,37 @@ def _signed(explanation):
     return explanation.method != "attention"
 
 
-def _side(depth):
-    if abs(depth) < _FAINTEST:
-        return "none"
-    return "up" if depth > 0 else "down"
-
-
 def _visible(token):
-    """Mark line breaks, and leave them; other control characters have their names."""
-    shown = token.replace("\r", "\\r").replace("\t", "\u2192   ")
-    shown = shown.replace("\n", "\u23ce\n")
-    return "".join(c if c == "\n" or c >= " " else f"\\x{ord(c):02x}" for c in shown)
+    """Mark tabs and line breaks, and leave the latter."""
+    lines = token.replace("\t", "\u2192   ").split("\n")
+    return "\u23ce\n".join(map(_printable, lines))
 
 
 def _quoted(token):
     """Put a token on one line, within marks that show its spaces."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in token
-    )
+    shown = _printable(token)
     mark = '"' if "'" in shown else "'"
     return f"{mark}{shown}{mark}"
 
 
-def _terminal_style(depth):
-    if abs(depth) < _FAINTEST:
-        return Style()
-    # On light paper and dark alike: its own ink, from pale to deep.
-    colour = _mixed(depth, (245, 240, 232) if depth > 0 else (232, 240, 245))
-    return Style(color="#000000", bgcolor=_hex(colour))
-
-
-def _mixed(depth, paper):
-    share = 0.15 + 0.7 * min(1.0, abs(depth))
-    ink = _UP if depth >= 0 else _DOWN
-    return tuple(
-        round(share * a + (1 - share) * b) for a, b in zip(ink, paper, strict=True)
+def _printable(text):
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )
 
 
-def _hex(colour):
-    return "#{:02x}{:02x}{:02x}".format(*colour)
+def _colour(score):
+    return _UP if score >= 0 else _DOWN
+
+
+def _opacity(depth):
+    return 0.15 + 0.7 * min(1.0, abs(depth))
+
+
+def _terminal_style(depth):
+    """Return black on the colour over white, on light terminals and dark alike."""
+    if abs(depth) < _FAINTEST:
+        return Style()
+    ink = Color.parse(_colour(depth)).triplet
+    paper = blend_rgb(ColorTriplet(255, 255, 255), ink, _opacity(depth))
+    return Style(color="#000000", bgcolor=paper.hex)

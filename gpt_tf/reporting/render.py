@@ -192,7 +192,6 @@ def _command(command):
 
 def _context(report, figures, folder):
     """Return what report.html.j2 shows."""
-    recommendation = report["recommendation"] or {}
     points, _ = pareto_points(report)
     titles = {
         "pareto": f"Perplexity against latency of {len(points)} files",
@@ -200,6 +199,20 @@ def _context(report, figures, folder):
         "sizes": "Size and peak memory of each file, as in the table",
         "accuracy": "Accuracy of each file with intervals, as in the table",
     }
+    corpus, machine = (
+        {_words(key): value for key, value in (report[part] or {}).items()}
+        for part in ("corpus", "machine")
+    )
+    rates = machine.pop("read bytes per s", None)
+    for facts, part, name in (
+        (corpus, "bytes", "bytes"),
+        (machine, "memory bytes", "memory"),
+        (machine, "cache bytes", "cache"),
+    ):
+        if isinstance(facts.get(part), int | float):
+            facts[name] = formatting.megabytes(facts.pop(part))
+    if isinstance(rates, dict):
+        machine["memory bandwidth"] = formatting.bandwidth(rates)
     return {
         "report": report,
         "answer": _answer(report, folder),
@@ -209,51 +222,71 @@ def _context(report, figures, folder):
         },
         "frontier": [point["name"] for point in frontier_of(points)],
         "rule": RULE,
-        "sample": recommendation.get("sample"),
-        "corpus": _corpus(report["corpus"]),
-        "machine": _machine(report["machine"]),
+        "corpus": corpus,
+        "machine": machine,
     }
 
 
 def _answer(report, folder):
     """Return the first thing that is read: the recommended file, before and after."""
-    recommendation, entries = report["recommendation"], report["entries"]
+    entries, said = report["entries"], report["recommendation"]
     by_name = {entry["name"]: entry for entry in entries}
-    answer = {"eyebrow": "gpt-tf report", "warnings": [], "bests": []}
-    if recommendation is None and len(entries) != 1:
-        title = f"{formatting.count(len(entries), 'file')} measured"
-        return answer | {"title": title, "bests": _bests(entries)}
-    if recommendation is None:
+    answer = {"eyebrow": "gpt-tf report"}
+    if said:
+        chosen = by_name.get(said.get("choice"))
+        if chosen:
+            answer["eyebrow"] = "Recommended file"
+        if said.get("scenario") not in (None, "custom"):
+            answer["eyebrow"] += f" for a {said['scenario']}"
+        if not chosen:
+            files = formatting.count(len(entries), "file")
+            return answer | {
+                "title": "Nothing fits the budgets",
+                "what": f"Of {files} no one is within all budgets.",
+                "warning": _sentence(said.get("nearest_miss")),
+            }
+        if said.get("basis") not in (None, "measured"):
+            answer["warning"] = f"The choice is {said['basis']}."
+    elif len(entries) == 1:
         answer["eyebrow"], chosen = "Measured file", entries[0]
     else:
-        chosen = by_name.get(recommendation.get("choice"))
-        scenario = recommendation.get("scenario")
-        what = "Recommended file" if chosen else "gpt-tf report"
-        known = scenario not in (None, "custom")
-        answer["eyebrow"] = f"{what} for a {scenario}" if known else what
-        if recommendation.get("basis") not in (None, "measured"):
-            answer["warnings"].append(f"The choice is {recommendation['basis']}.")
-    if chosen is None:
-        miss = _sentence(recommendation.get("nearest_miss"))
-        answer["warnings"] = [miss] if miss else []
-        of = (
-            f"Of {formatting.count(len(entries), 'file')} no one is within all budgets."
-        )
-        return answer | {"title": "Nothing fits the budgets", "what": of}
+        title = f"{formatting.count(len(entries), 'file')} measured"
+        return answer | {"title": title, "bests": _bests(entries)}
     before = by_name.get(report["reference"])
     before = None if before is chosen else before
     path = str(chosen["path"] or chosen["name"])
-    prompt = ((recommendation or {}).get("sample") or {}).get("prompt") or "def"
-    model = shlex.quote(path)
+    prompt = ((said or {}).get("sample") or {}).get("prompt") or "def"
+    command = ["gpt-tf", "generate", "--model", path, "--prompt", prompt]
     return answer | {
         "title": chosen["name"],
         "entry": chosen,
         "names": [f"before: {before['name']}", "after"] if before else ["measured"],
         "compared": _compared(before, chosen),
-        "command": f"gpt-tf generate --model {model} --prompt {shlex.quote(prompt)}",
+        "command": shlex.join(command),
         # Paths of what lies elsewhere are as they were given.
         "is_below": not os.path.isabs(path) and (folder / path).exists(),
     }
+
+
+# What the answer compares: how it is read off an entry and written, and what more and
+# less of it are called.
+_QUANTITIES = (
+    (
+        "Size",
+        lambda entry: entry["size_bytes"],
+        *(formatting.megabytes, "larger", "smaller"),
+    ),
+    (
+        "Tokens per second",
+        lambda entry: (entry["latency"] or {}).get("tokens_per_s"),
+        *(formatting.number, "faster", "slower"),
+    ),
+    (
+        "Perplexity",
+        lambda entry: (entry["accuracy"] or {}).get("perplexity"),
+        _interval,
+    ),
+)
 
 
 def _compared(before, after):
@@ -262,88 +295,38 @@ def _compared(before, after):
     Each is a dict of `label`, `before` and `after` as they are written, and, where both
     were measured, `change` and whether it `is_better`.
     """
-    size, speed, perplexity, increase = zip(
-        *(_facts_of(entry) for entry in (before, after)), strict=True
-    )
-    rows = [
-        {"label": label, "before": write(values[0]), "after": write(values[1])}
-        for label, values, write in (
-            ("Size", size, formatting.megabytes),
-            ("Tokens per second", speed, formatting.number),
-            ("Perplexity", perplexity, _interval),
-        )
-    ]
-    if all(size):
-        ratio = size[0] / size[1]
-        change = formatting.times(ratio, "smaller", "larger")
-        rows[0] |= {"change": change, "is_better": ratio > 1}
-    if all(speed):
-        ratio = speed[1] / speed[0]
-        change = formatting.times(ratio, "faster", "slower")
-        rows[1] |= {"change": change, "is_better": ratio > 1}
-    if before and increase[1]:
-        change = _interval(increase[1], "%", signed=True)
-        rows[2] |= {"change": change, "is_better": increase[1]["value"] <= 0}
-    for row in rows:
-        for side in ("before", "after"):
-            if row[side] == NOT_MEASURED:
-                row[side] = "not measured"
+    rows = []
+    for label, value_of, write, *words in _QUANTITIES:
+        values = [entry and value_of(entry) for entry in (before, after)]
+        written = [
+            "not measured" if value is None else write(value) for value in values
+        ]
+        row = {"label": label, "before": written[0], "after": written[1]}
+        if words and all(values):
+            ratio = values[1] / values[0]
+            row["change"] = formatting.times(ratio, *words)
+            row["is_better"] = ratio > 1 if "faster" in words else ratio < 1
+        rows.append(row)
+    increase = before and (after["accuracy"] or {}).get("perplexity_increase")
+    if increase:
+        rows[-1]["change"] = _interval(increase, "%", signed=True)
+        rows[-1]["is_better"] = increase["value"] <= 0
     return rows
-
-
-def _facts_of(entry):
-    """Return size, tokens per second, perplexity, and its increase; None of None."""
-    accuracy, latency = (
-        (entry or {}).get(part) or {} for part in ("accuracy", "latency")
-    )
-    return (
-        (entry or {}).get("size_bytes"),
-        latency.get("tokens_per_s"),
-        accuracy.get("perplexity"),
-        accuracy.get("perplexity_increase"),
-    )
 
 
 def _bests(entries):
     """Return rows of what is best in each way, where nothing is recommended."""
+
+    def key(row):
+        value, _ = row
+        return value["value"] if isinstance(value, dict) else value
+
     rows = []
-    for index, (label, sign, write) in enumerate(
-        (
-            ("size", 1, formatting.megabytes),
-            ("tokens per second", -1, formatting.number),
-            ("perplexity", 1, formatting.number),
-        )
-    ):
-        values = {entry["name"]: _facts_of(entry)[index] for entry in entries}
-        numbers = {
-            name: value["value"] if isinstance(value, dict) else value
-            for name, value in values.items()
-            if value is not None
-        }
-        if numbers:
-            best = min(numbers, key=lambda name: sign * numbers[name])
-            rows.append([label, best, write(numbers[best])])
+    for label, value_of, write, *words in _QUANTITIES:
+        measured = [(value_of(entry), entry["name"]) for entry in entries]
+        measured = [row for row in measured if row[0] is not None]
+        if measured:
+            best = max if "faster" in words else min
+            value, name = best(measured, key=key)
+            rows.append([label.lower(), name, write(value)])
     return rows
-
-
-def _corpus(corpus):
-    facts = dict(corpus or {})
-    if isinstance(facts.get("bytes"), int | float):
-        facts["bytes"] = formatting.megabytes(facts["bytes"])
-    return {_words(key): value for key, value in facts.items()}
-
-
-def _machine(machine):
-    facts = dict(machine or {})
-    rates = facts.pop("read_bytes_per_s", None)
-    for part in ("memory_bytes", "cache_bytes"):
-        if isinstance(facts.get(part), int | float):
-            facts[part.removesuffix("_bytes")] = formatting.megabytes(facts.pop(part))
-    if isinstance(rates, dict):
-        facts["memory bandwidth"] = ", ".join(
-            f"{formatting.quantity(rate / 1e9, 'GB/s')} by {threads} "
-            f"{'thread' if threads == '1' else 'threads'}"
-            for threads, rate in rates.items()
-            if rate
-        )
-    return {_words(key): value for key, value in facts.items()}

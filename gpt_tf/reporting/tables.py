@@ -14,7 +14,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from gpt_tf.formatting import NOT_MEASURED, count, interval, number, percent, quantity
+from gpt_tf.formatting import (
+    NOT_MEASURED,
+    bandwidth,
+    count,
+    interval,
+    number,
+    percent,
+    quantity,
+)
 
 _LABEL_WIDTH = 26
 _CELL_WIDTH = 25
@@ -42,6 +50,7 @@ _ACCURACY = (
     ("right\n%", "token_accuracy", 100, False),
     ("KL\nnats", "divergence_nats", 1, False),
     ("agreed\n%", "top1_agreement", 100, False),
+    ("parsed\n%", "parsed", 100, False),
 )
 
 
@@ -78,16 +87,18 @@ class MeasurementProgress:
 
     def count(self, what: str, done: int, total: int) -> None:
         """Say how far one of several counts is; each has its own bar."""
-        if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total)
-        self._progress.update(self._tasks[what], completed=done)
+        self._update(what, done, total, what)
 
     def turn(self, done: int, total: int, what: str) -> None:
         """Say how many turns are done, and what comes; all turns share a bar."""
-        if "turn" not in self._tasks:
-            self._tasks["turn"] = self._progress.add_task(what, total=total)
-        task = self._tasks["turn"]
-        self._progress.update(task, completed=done, total=total, description=what)
+        self._update("turn", done, total, what)
+
+    def _update(self, task, done, total, what):
+        if task not in self._tasks:
+            self._tasks[task] = self._progress.add_task(what)
+        self._progress.update(
+            self._tasks[task], completed=done, total=total, description=what
+        )
 
 
 def print_accuracy(report: dict, console: Console | None = None) -> None:
@@ -104,7 +115,6 @@ def print_accuracy(report: dict, console: Console | None = None) -> None:
         for column in _ACCURACY
         if any(entry["accuracy"][column[1]] for entry in entries)
     ]
-    has_parsed = any(entry["accuracy"]["parsed"] for entry in entries)
     table = _table(
         "Accuracy; below each value the ends of its 95 % interval",
         show_lines=True,
@@ -114,21 +124,19 @@ def print_accuracy(report: dict, console: Console | None = None) -> None:
     table.add_column("file", overflow="fold")
     for title, *_ in columns:
         table.add_column(title, justify="right", no_wrap=True)
-    if has_parsed:
-        table.add_column("parsed\n%", justify="right", no_wrap=True)
     for entry in entries:
         accuracy = entry["accuracy"]
-        cells = [_lines(accuracy[part], *form) for _, part, *form in columns]
-        if has_parsed:
-            cells.append(_lines((accuracy["parsed"] or {}).get("share"), 100, False))
+        cells = []
+        for _, part, scale, signed in columns:
+            found = accuracy[part]
+            if part == "parsed" and found:
+                found = found["share"]
+            lines = interval(found, scale, signed) if found else [NOT_MEASURED]
+            cells.append("\n".join(lines))
         size = quantity(entry["size_bytes"] / 1e6, "MB")
         # A name may hold brackets; none of it is rich's markup.
         table.add_row(Text(f"{entry['name']}\n{entry['mode']}\n{size}"), *cells)
     (console or Console()).print(table)
-
-
-def _lines(found, scale, signed):
-    return "\n".join(interval(found, scale, signed)) if found else NOT_MEASURED
 
 
 def print_latency(report: dict, console: Console | None = None) -> None:
@@ -158,15 +166,18 @@ def print_latency(report: dict, console: Console | None = None) -> None:
             if any(cell != NOT_MEASURED for cell in cells):
                 table.add_row(label, *cells)
         console.print(table)
-    for line in (_machine_line(report["machine"]), *report["notes"]):
-        if line:
-            console.print(Text(line))
+    if machine := report["machine"]:
+        read = bandwidth(machine.get("read_bytes_per_s") or {})
+        memory = f"; memory gives {read}" if read else ""
+        console.print(Text(f"{machine['cpu']}, {machine['cores']} cores{memory}"))
+    for line in report["notes"]:
+        console.print(Text(line))
 
 
 def _latency_cells(entry):
     """Return the cells of a file by their labels."""
     latency = entry["latency"]
-    gaps = latency["inter_token_latency_ms"]
+    gaps, memory = latency["inter_token_latency_ms"], latency["peak_memory_bytes"]
     cells = {
         "size, MB": number(entry["size_bytes"] / 1e6),
         "engine": latency["engine"],
@@ -178,7 +189,7 @@ def _latency_cells(entry):
         "tokens/s": number(latency["tokens_per_s"]),
         "loading": _spread(latency["load_ms"]),
         "cold start": _spread(latency["cold_start_ms"]),
-        "peak memory, MB": number(_scaled(latency["peak_memory_bytes"], 1e-6)),
+        "peak memory, MB": number(memory and memory / 1e6),
         "share of bandwidth": percent(latency["bandwidth_share"]),
         "joules a token": number(latency["energy_j_per_token"]),
     }
@@ -214,7 +225,10 @@ def print_baseline(comparison: dict, console: Console | None = None) -> None:
                 ratio = NOT_MEASURED if row["ratio"] is None else f"{row['ratio']:.3f}"
                 values = (number(row["before"]), number(row["after"]), ratio)
                 mark = _MARKS.get(row["change"], "")
-                table.add_row(_label(row["metric"]), *values, mark)
+                metric, *rest = row["metric"].split(" ")
+                label = _LABELS.get(metric.rstrip(","), metric.rstrip(","))
+                label += "," * metric.endswith(",")
+                table.add_row(" ".join([label, *rest]), *values, mark)
         console.print(table)
     for line in comparison["notes"]:
         console.print(Text(line))
@@ -222,26 +236,8 @@ def print_baseline(comparison: dict, console: Console | None = None) -> None:
     console.print(f"{changes['worse']} worse beyond noise, {changes['better']} better")
 
 
-def _label(metric):
-    name, separator, rest = metric.partition(" ")
-    comma = "," if name.endswith(",") else ""
-    return _LABELS.get(name.rstrip(","), name.rstrip(",")) + comma + separator + rest
-
-
 def _table(title, **options):
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, **options)
-
-
-def _machine_line(machine):
-    if not machine:
-        return ""
-    rates = machine.get("read_bytes_per_s") or {}
-    read = ", ".join(
-        f"{quantity(rate / 1e9, 'GB/s')} to {count(int(threads), 'thread')}"
-        for threads, rate in rates.items()
-    )
-    memory = f"; memory gives {read}" if read else ""
-    return f"{machine['cpu']}, {machine['cores']} cores{memory}"
 
 
 def _spread(spread):
@@ -249,7 +245,3 @@ def _spread(spread):
         return NOT_MEASURED
     median, *quartiles = (number(spread[part]) for part in ("median", "q1", "q3"))
     return f"{median} ({'-'.join(quartiles)})"
-
-
-def _scaled(value, scale):
-    return None if value is None else value * scale

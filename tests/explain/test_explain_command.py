@@ -9,32 +9,7 @@ import pytest
 
 from gpt_tf.generation.sequence import GenerationNotice
 from gpt_tf.text.tokenizer import CharacterTokenizer
-
-LETTERS = "abcdefghijklmnop <>&\n"
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    """A small file with its tokenizer beside it."""
-    import tf_keras as keras
-
-    import gpt_tf
-    from gpt_tf.export.tflite import export_tflite
-
-    keras.utils.set_random_seed(3)
-    tokenizer = CharacterTokenizer.train([LETTERS])
-    model = gpt_tf.GPTModel(tokenizer.vocab_size, 12, 1, 3, context_length=16)
-    folder = tmp_path_factory.mktemp("file")
-    path = folder / "gpt.tflite"
-    export_tflite(
-        model,
-        path,
-        "float32",
-        tokenizer=tokenizer,
-        prefill_lengths=(1, 4),
-        allow_untrained=True,
-    )
-    return path
+from tests.explain.conftest import LETTERS
 
 
 @pytest.fixture
@@ -68,11 +43,10 @@ def test_it_writes_page_picture_and_numbers(explain, file, tmp_path):
     assert output.count("wrote ") == 3
     facts = json.loads((tmp_path / "why" / "explanation.json").read_text("utf-8"))
     assert (facts["seed"], facts["num_samples"], len(facts["scores"])) == (4, 20, 3)
-    assert explain(*options, "--out", tmp_path / "a.html")[0] == 0
-    page = (tmp_path / "a.html").read_text("utf-8")
-    assert page == (tmp_path / "why" / "explanation.html").read_text("utf-8")
-    assert explain(*options, "--out", tmp_path / "a.png")[0] == 0
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    for suffix in (".html", ".png"):
+        assert explain(*options, "--out", tmp_path / f"a{suffix}")[0] == 0
+        of_folder = tmp_path / "why" / f"explanation{suffix}"
+        assert (tmp_path / f"a{suffix}").read_bytes() == of_folder.read_bytes()
 
 
 def test_a_target_may_be_named_by_its_id(explain, file):

@@ -89,28 +89,15 @@ def judged(**options):
     return deletion_test(Counted(), PROMPTS, ["shap"], num_samples=SAMPLES, **options)
 
 
-def test_it_does_not_hold_for_random_scores(monkeypatch):
-    generator = np.random.default_rng(4)
+def test_it_does_not_hold_for_random_scores_or_those_turned_round(monkeypatch):
+    generator, weights = np.random.default_rng(4), Counted().weights
     explained_by(monkeypatch, lambda ids: generator.random(len(ids)))
     facts = judged()["methods"]["shap"]
     assert facts["holds"] is False
     assert facts["difference"]["low"] < 0 < facts["difference"]["high"]
-
-
-def test_it_does_not_hold_for_scores_turned_round(monkeypatch):
-    weights = Counted().weights
     explained_by(monkeypatch, lambda ids: -weights[ids])
     facts = judged()["methods"]["shap"]
     assert facts["holds"] is False and facts["difference"]["high"] < 0
-
-
-def test_the_true_weights_drop_as_far_as_can_be(monkeypatch, result):
-    weights = Counted().weights
-    explained_by(monkeypatch, lambda ids: weights[ids])
-    true = judged()["methods"]["shap"]["drop"]["value"]
-    # Shapley values of an odd or even model differ, but not in what they name.
-    assert true >= result["methods"]["lime"]["drop"]["value"] - 1e-9
-    assert true == pytest.approx(result["methods"]["shap"]["drop"]["value"], abs=0.02)
 
 
 def test_drops_are_those_of_the_probability(monkeypatch):
@@ -122,13 +109,11 @@ def test_drops_are_those_of_the_probability(monkeypatch):
         logits -= logits.max()
         return np.exp(logits) / np.exp(logits).sum()
 
-    drops = []
+    drops, (space,) = [], Counted().tokenizer.encode(" ")
     for ids in PROMPTS:
         whole = probability(ids)
         left = np.array(ids)
-        left[np.argsort(-weights[ids], kind="stable")[:3]] = Counted().tokenizer.encode(
-            " "
-        )[0]
+        left[np.argsort(-weights[ids], kind="stable")[:3]] = space
         drops.append(whole.max() - probability(left)[whole.argmax()])
     facts = judged(fraction=0.3)["methods"]["shap"]
     assert facts["drop"]["value"] == pytest.approx(np.mean(drops), abs=1e-9)
@@ -169,9 +154,8 @@ def test_the_seed_decides_the_numbers():
     prompts = PROMPTS[:50]
 
     def run(seed):
-        return deletion_test(
-            Counted(), prompts, ["lime"], num_samples=SAMPLES, seed=seed
-        )
+        options = {"num_samples": SAMPLES, "seed": seed}
+        return deletion_test(Counted(), prompts, ["lime"], **options)
 
     assert run(1) == run(1)
     assert run(1)["methods"] != run(2)["methods"]

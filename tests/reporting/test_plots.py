@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from gpt_tf import artifacts
 from gpt_tf.evaluation.report import new_report
 from gpt_tf.reporting import plots
 from tests.reporting.samples import (
@@ -139,17 +138,3 @@ def test_neither_a_users_style_nor_the_plots_randomness_gets_through(tmp_path):
     report["entries"][1]["latency"]["inter_token_latency_ms"]["median"] *= 0.9
     plots.draw("pareto", report, paths[1])
     assert paths[0].read_bytes() != paths[1].read_bytes()
-
-
-def test_an_interrupted_plot_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "sizes.png"
-    path.write_bytes(b"old")
-
-    def fail(handle):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(artifacts.os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        plots.draw("sizes", report_of(1), path)
-    assert path.read_bytes() == b"old"
-    assert [file.name for file in tmp_path.iterdir()] == ["sizes.png"]
