@@ -13,9 +13,9 @@ from gpt_tf.parallel.mesh_gpt import MeshGPT
 from gpt_tf.training.loop import load_model
 
 SHAPES = [
-    (1, 2, 1),
-    (2, 1, 1),
     (2, 2, 1),
+    pytest.param((1, 2, 1), marks=pytest.mark.slow),
+    pytest.param((2, 1, 1), marks=pytest.mark.slow),
     pytest.param((1, 1, 2), marks=pytest.mark.slow),
     pytest.param((1, 2, 2), marks=pytest.mark.slow),
 ]
@@ -210,6 +210,7 @@ def test_what_is_placed_is_gathered(shape, axes):
 # In a run
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_goes_on_on_another_mesh_and_on_one_device(
     config, run, tmp_path, interrupt_after
 ):

@@ -211,7 +211,7 @@ class Trainer(keras.Model):
         return {"loss": loss}
 
 
-@pytest.mark.parametrize("replicas", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("replicas", [pytest.param(2, marks=pytest.mark.slow), 1])
 def test_a_custom_train_step_gives_the_same_as_fit(make_model, windows_of, replicas):
     x, y = windows_of(8 * 4, 8)
     strategies._use_fresh_collective_keys()

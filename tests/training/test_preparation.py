@@ -114,6 +114,7 @@ def test_a_smaller_vocabulary_brings_its_own_tokenizer_and_knowledge(trained, tm
     assert result.tokenizer.decode(result.tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_importance_is_measured_on_the_teachers_tokens(trained, tmp_path):
     """Whatever the student reads: the same blocks are cut, and equally narrow."""
     kernels = []
