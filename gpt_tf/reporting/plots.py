@@ -12,6 +12,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import warnings
 from pathlib import Path
 from xml.etree import ElementTree
@@ -116,11 +117,14 @@ def svg_of(figure, name: str, title: str) -> str:
         title: What is read out instead of it.
     """
     file = io.StringIO()
-    # Ids that something refers to are hashes, salted with the name.
-    with house_style(**{"svg.hashsalt": name}):
+    with house_style():
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
     root.remove(root.find("{*}metadata"))
+    # Matplotlib's ids are hashes of addresses too: another one for the same figure.
+    given = [e.get("id") for e in root.iter() if e.get("id") and e.tag[-2:] != "}g"]
+    own = {f"#{old}": f"#{name}-{index}" for index, old in enumerate(given)}
+    own |= {old: own[f"#{old}"][1:] for old in given}
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         attributes = {key.rpartition("}")[2]: text for key, text in element.items()}
@@ -134,7 +138,7 @@ def svg_of(figure, name: str, title: str) -> str:
         for key, text in attributes.items():
             for colour, css in _CSS_COLOURS.items():
                 text = text.replace(colour, css)
-            element.set(key, text)
+            element.set(key, re.sub(r"#?[\w-]+", lambda m: own.get(m[0], m[0]), text))
     for part in ("width", "height"):
         del root.attrib[part]
     root.attrib.update({"role": "img", "aria-label": title})
