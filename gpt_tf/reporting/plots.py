@@ -84,11 +84,11 @@ def draw(name: str, report: dict, path: str | os.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def house_style(**settings):
+def house_style():
     """Draw with matplotlib's defaults and a few of ours, not with a user's."""
     from matplotlib import style
 
-    with style.context(["default", _STYLE, settings]), warnings.catch_warnings():
+    with style.context(["default", _STYLE]), warnings.catch_warnings():
         # A name may be in a script that the font lacks; it is drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
