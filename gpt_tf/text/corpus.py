@@ -92,7 +92,7 @@ class _Notices(list):
     def add(self, line):
         if line not in self:
             self.append(line)
-            logger.warning(line)
+            logger.info(line)
 
 
 @dataclasses.dataclass
