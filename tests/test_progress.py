@@ -51,7 +51,13 @@ def test_a_store_of_knowledge_is_a_table(console, tmp_path):
         bytes_per_token=97,
     )
     print_knowledge(store, console)
-    for part in ("1,234, 2 times", "the 32 likeliest", "5.0 MB", "97 bytes", "derived"):
+    for part in (
+        "1,234, 2 times",
+        "the 32 most likely",
+        "5.0 MB",
+        "97 bytes",
+        "derived",
+    ):
         assert part in text_of(console)
 
 

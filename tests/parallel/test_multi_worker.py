@@ -37,7 +37,7 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 
 import tf_keras as keras
-from gpt_tf import training
+from gpt_tf.training import config, loop
 from gpt_tf import cli
 from gpt_tf.errors import InputError, PeerLostError
 
@@ -51,8 +51,8 @@ class Interruption(keras.callbacks.Callback):
 
 answer = {"pid": os.getpid()}
 try:
-    result = training.train(
-        options["config"] and training.TrainingConfig(**options["config"]),
+    result = loop.train(
+        options["config"] and config.TrainingConfig(**options["config"]),
         options["out"],
         resume=options["config"] is None,
         callbacks=[Interruption()],
