@@ -199,7 +199,17 @@ def test_every_tutorial_has_tiny_parameters():
     assert set(TUTORIALS) == set(TINY)
 
 
-@pytest.mark.parametrize("name", TUTORIALS)
+# They train several models each, and run one after another.
+LONG = ("02_train_in_parallel", "04_distil")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [])
+        for name in TUTORIALS
+    ],
+)
 def test_tutorial_runs_from_top_to_bottom(name, corpus_folder, tmp_path):
     parameters = {"corpus": str(corpus_folder), **TINY[name]}
     changes = [f"--set={key}={value}" for key, value in parameters.items()]
