@@ -16,7 +16,8 @@ help: ## Say what can be made
 
 quickstart: $(VENV)/.train ## Train a GPT on Python's own sources, make it fast in three ways, choose the best file
 	$(BIN)/gpt-tf optimize --corpus python-stdlib --preset quickstart \
-		--max-perplexity-increase 3% --max-latency-ms 5 --max-size-mb 1 --out $(RUN)
+		--max-perplexity-increase 3% --max-latency-ms 5 --max-size-mb 1 \
+		--explained-prompts 0 --out $(RUN)
 
 test: $(VENV)/.dev ## Run the default tests
 	$(BIN)/python -m pytest -n 4 --dist loadfile

@@ -729,6 +729,11 @@ def check_manifest(
     check_shape(manifest, {"files": listed}, folder / MANIFEST_NAME)
     for name, facts in manifest["files"].items():
         file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DamagedFileError(
+                f"Expected names of files in {folder}. Received: {name}, which leads "
+                "out of it. Somebody else wrote this manifest."
+            )
         if not file.is_file():
             raise DamagedFileError(f"The {kind} in {folder} lacks its file {name}.")
         _compare(file, facts, verify)

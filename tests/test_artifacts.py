@@ -413,6 +413,16 @@ def test_damage_is_noticed_and_named(described, damage, message):
         artifacts.check_manifest(described, "thing")
 
 
+@pytest.mark.parametrize(
+    "name", ["../secret", "deep/../../secret", "{tmp_path}/secret"]
+)
+def test_names_that_lead_out_of_the_folder_are_refused(described, tmp_path, name):
+    (tmp_path / "secret").write_text("precious")
+    artifacts.write_manifest(described, "thing", [name.format(tmp_path=tmp_path)])
+    with pytest.raises(DamagedFileError, match="leads out"):
+        artifacts.check_manifest(described, "thing")
+
+
 def test_sizes_are_compared_even_without_verification(described):
     (described / "weights.bin").write_bytes(bytes(256))
     artifacts.check_manifest(described, "thing", verify=False)
