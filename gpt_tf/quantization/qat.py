@@ -290,9 +290,7 @@ def activation_ranges(model):
         model: A `QuantizationAwareGPT`.
 
     Returns:
-        A dict from `"block_0/qkv_activation"` and the like to (minimum, maximum),
-        in the order of the data; both are 0.0 where nothing was measured yet. That of
-        an activation that was always 0 is the narrowest there is, as from `calibrate`.
+        A dict as from `calibrate`; both ends are 0.0 where nothing was measured yet.
     """
     _check_aware(model)
     return {
@@ -315,8 +313,7 @@ def to_float(model):
         model: A `QuantizationAwareGPT`; it is not changed.
 
     Returns:
-        A `GPTModel` with a copy of the trained weights, not quantised, that computes in
-        float32 as `model` does.
+        A `GPTModel` with a copy of the trained weights, not quantised, in float32.
     """
     _check_aware(model)
     with strategy_scope(model), precision("float32"):

@@ -55,9 +55,6 @@ class BPEDropout:
         rate: Probability with which each possible merge is left out at each step, in
             [0, 1].
 
-    Raises:
-        InputError: The tokenizer is of another kind, or the rate is out of range.
-
     Example:
         >>> tokenizer = BPETokenizer.train(["low lower lowest " * 9], vocab_size=260)
         >>> ids = BPEDropout(tokenizer, rate=0.5).encode("lowest", seed=1)
@@ -102,15 +99,12 @@ class BPEDropout:
         return self.resegment([ids], key)[0].tolist()
 
     def resegment(self, rows: Sequence[np.ndarray], keys) -> list[np.ndarray]:
-        """Return other ids of the same text.
+        """Return for each row other ids of the same text, about as many or more.
 
         Args:
             rows: Ids `(T,)` of each text. Tokens that the tokenizer has added, as the
                 end of text, stay as they are.
             keys: uint64s `(len(rows),)`, each of which decides for its row alone.
-
-        Returns:
-            For each row its new ids, int64, about as many or more.
         """
         words = [self._words(row) for row in rows]
         lengths = np.array([len(w) for row in words for w in row], np.int64)
@@ -202,8 +196,6 @@ class BPEDropout:
 
 class Augmenter:
     """Reads the windows of a text otherwise in each epoch.
-
-    `Windows` has one where its augmentation asks for it.
 
     Args:
         config: An `AugmentationConfig`.

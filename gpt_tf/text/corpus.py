@@ -1,8 +1,7 @@
 """Where text comes from: the user's files, Python's own sources, or Shakespeare.
 
-Every corpus yields documents, split into train and validation so that no text is
-on both sides. Files are read one at a time and long ones in pieces, so that a
-corpus may be larger than memory.
+Documents are split into train and validation so that no text is on both sides. Files
+are read one at a time and long ones in pieces: a corpus may be larger than memory.
 """
 
 import codecs
@@ -123,10 +122,7 @@ class Corpus:
     separator: str | None = None
 
     def documents(self, split: str) -> Iterator[Document]:
-        """Yield the documents of a split in a fixed order, one file at a time.
-
-        Args:
-            split: `"train"` or `"validation"`.
+        """Yield the documents of `"train"` or `"validation"` in a fixed order.
 
         Raises:
             InputError: There is no such split, or a file cannot be read.
@@ -201,11 +197,8 @@ def open_corpus(
             `"<|endoftext|>"`. It belongs to no document. None: a file is a document.
         whole: Whether all of `source` is held out, and none of it for training.
 
-    Returns:
-        A `Corpus` with text in both splits, or with `whole` in `"validation"` only.
-
     Raises:
-        InputError: A path is missing, empty, or binary, or there is no text, or
+        InputError: A path is missing, empty, or binary, or a split has no text, or
             Shakespeare cannot be downloaded.
 
     Example:
@@ -271,15 +264,8 @@ def download_shakespeare(
 ) -> Path:
     """Fetch the tiny Shakespeare text, or find it where Keras stored it before.
 
-    Args:
-        url: Where to fetch it.
-        sha256: What its bytes must be, 64 hexadecimal digits.
-
-    Returns:
-        Path of the file.
-
     Raises:
-        InputError: It cannot be fetched, or what came is something else.
+        InputError: It cannot be fetched, or what came has another SHA-256.
 
     Reference: Karpathy, char-rnn, `data/tinyshakespeare`.
     """

@@ -122,9 +122,6 @@ def write_token_file(
         tokenizer: Turns it into ids.
         facts: More to record in the manifest, as JSON values.
 
-    Raises:
-        InputError: The documents hold no text.
-
     Example:
         >>> documents = [Document("a", "to be"), Document("b", "or not to be")]
         >>> tokenizer = CharacterTokenizer.train(d.text for d in documents)
@@ -193,10 +190,6 @@ class Windows:
         num_windows: Windows in one pass over the text.
         steps_per_epoch: Batches in one pass over the text.
         largest_offset: How far an epoch may shift its windows, in tokens.
-
-    Raises:
-        InputError: The text is shorter than a window, or an argument is out of its
-            range.
 
     Example:
         >>> x, y, weights = Windows(np.arange(100), 8, 4, seed=1).batch(step=0)
@@ -357,10 +350,9 @@ class Windows:
         num_shards: int = 1,
         shard: int = 0,
     ) -> tf.data.Dataset:
-        """Return the batches from a step on as a dataset for `fit`.
+        """Return the batches from a step on, in a fixed order, as a dataset for `fit`.
 
-        The order is fixed, and `tf.distribute` is told not to shard the batches
-        again; `MirroredStrategy` divides each among its replicas.
+        `MirroredStrategy` divides each among its replicas.
 
         Args:
             start_step: The first step, so that a resumed run goes on exactly.

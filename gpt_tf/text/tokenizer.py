@@ -402,7 +402,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     Raises:
         InputError: There is none.
-        DamagedFileError: The file is no tokenizer that gpt_tf knows.
+        DamagedFileError: It is none that gpt_tf knows.
     """
     path = arguments.path("path", path)
     if path.is_dir():
@@ -425,14 +425,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def tokenizer_from_json(text: str, name: str = "the text") -> Tokenizer:
-    """Make the tokenizer that a `tokenizer.json` describes.
-
-    Args:
-        text: The file's content.
-        name: How messages call it.
+    """Make a tokenizer of the text of a `tokenizer.json`, which errors call `name`.
 
     Raises:
-        DamagedFileError: It is no tokenizer that gpt_tf knows.
+        DamagedFileError: It is none that gpt_tf knows.
     """
     known = {models.BPE: BPETokenizer, models.WordLevel: CharacterTokenizer}
     try:
