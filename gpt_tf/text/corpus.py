@@ -315,9 +315,9 @@ def _user_files(path: Path, notice) -> list[_Part]:
         if path.is_dir():
             return _folder_files(path, notice)
         if not path.is_file():
-            what = "a device or a pipe" if path.exists() else "nothing there"
+            what = "it is a device or a pipe" if path.exists() else "there is none"
             raise InputError(
-                f"The corpus expects a file or folder at {path}. Received: {what}. "
+                f"The corpus expects a file or folder at {path}; {what}. "
                 "Check the path, or use python-stdlib."
             )
         content = _content(path)

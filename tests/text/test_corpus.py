@@ -371,7 +371,7 @@ def test_reading_in_pieces_equals_reading_at_once(tmp_path_factory, data, piece)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "nothing there"),
+        (None, "there is none"),
         (" \n\t\n", "a blank file"),
         (b"text\0more", "a binary file"),
         ("\n" * 20_000, "white space"),
