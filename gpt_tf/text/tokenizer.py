@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -477,5 +478,5 @@ def _clean(text: str) -> str:
 
 
 def _refuse_single_text(texts) -> None:
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+    if isinstance(texts, (str, bytes)) or not np.iterable(texts):
         arguments.refuse("texts", texts, "several texts, a list for example")
