@@ -147,7 +147,7 @@ def _batches(inputs, batch_size, model):
     """Yield the batches of ids `(B, T)` int32 that have any."""
     inputs = checks.as_arrays(inputs)
     if isinstance(inputs, Windows):
-        inputs = (inputs.batch(step) for step in range(inputs.steps_per_epoch))
+        inputs = map(inputs.batch, range(inputs.steps_per_epoch))
     elif isinstance(inputs, (np.ndarray, tf.Tensor)):
         starts = range(0, len(inputs), batch_size)
         inputs = [inputs[start : start + batch_size] for start in starts]
