@@ -200,7 +200,7 @@ def test_the_named_text_is_held_out_and_all_else_trained_on(tmp_path):
     corpus = open_corpus(folder, validation=folder / "c")
     assert names(corpus, "train") == ["a.txt", "b.txt"]
     assert names(corpus, "validation") == ["d.txt"]
-    folder_of(tmp_path / "f", "wiki.test.txt")  # by name no text to train on
+    write(folder / "wiki.test.txt", "By name no text to train on.\n")
     corpus = open_corpus([folder, folder / "c"], validation=folder / "b.txt")
     assert names(corpus, "train") == ["a.txt", "c/d.txt"]
     assert names(corpus, "validation") == ["b.txt"]
