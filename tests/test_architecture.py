@@ -29,6 +29,8 @@ LIGHT = (
     "gpt_tf.export.signatures",
     "gpt_tf.generation.sequence",
     "gpt_tf.generation.sampler",
+    "gpt_tf.quantization.weights",
+    "gpt_tf.text.augment",
     "gpt_tf.text.corpus",
     "gpt_tf.text.tokenizer",
     *("gpt_tf.edge" for _ in ROOT.glob("gpt_tf/edge/__init__.py")),

@@ -67,7 +67,7 @@ class Constants:
     def activation_params(self, name: str) -> QuantParams:
         """Return how an activation is quantised, int8 or int16 as the mode has it.
 
-        The residual of `everything` is int16. int8 represents 0 exactly, as
+        The residual of `full` is int16. int8 represents 0 exactly, as
         TensorFlow's fake quantisation does; int16 is symmetric.
 
         Raises:

@@ -105,7 +105,7 @@ class _Graph:
         mode = constants.mode
         self.fixed = set()
         if mode.activations is not None:
-            self.fixed = _EVERYTHING if mode.everything else _PRODUCTS
+            self.fixed = _EVERYTHING if mode.full else _PRODUCTS
 
     def build(self, wants_logits):
         length, capacity = self.length, self.capacity
@@ -384,7 +384,7 @@ class _Graph:
         kind, quant = self._fixed(activation)
         options = schema.GeluOptionsT()
         options.approximate = True
-        if quant is not None and self.constants.mode.everything:
+        if quant is not None and self.constants.mode.full:
             return self.graph.op(Op.GELU, [x], x.shape, kind, quant, options, version=2)
         x = self._real(x)
         return self.at(
@@ -457,7 +457,7 @@ class _Graph:
         )
 
     def _cache_kind(self, index):
-        if not self.constants.mode.everything:
+        if not self.constants.mode.full:
             return Type.FLOAT32, None
         name = f"block_{index}/qkv_activation"
         return self.constants.integer_of(name), self.constants.activation_params(name)

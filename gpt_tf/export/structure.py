@@ -116,7 +116,7 @@ def _check_facts(facts, size):
         is_number = type(epsilon) in (int, float)
         yield "config: layer_norm_epsilon", is_number and 0 < epsilon < 1e30
         yield "capacity", whole(facts.get("capacity"), config["context_length"])
-        integers = constants.MODES[mode].everything
+        integers = constants.MODES[mode].full
         kind = "int8" if integers else "float32"
         yield "cache_dtype", facts.get("cache_dtype") == kind
         yield "per_channel", type(facts.get("per_channel")) is bool

@@ -135,7 +135,7 @@ def export_tflite(
         "capacity": capacity,
         "prefill_lengths": lengths,
         "score_lengths": [score_length],
-        "cache_dtype": "int8" if constants.mode.everything else "float32",
+        "cache_dtype": "int8" if constants.mode.full else "float32",
         "tokenizer_fingerprint": tokenizer.fingerprint() if tokenizer else None,
     }
     written.add_metadata(

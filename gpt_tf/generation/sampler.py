@@ -1,8 +1,4 @@
-"""Logits as probabilities, and the choice of a next token, in NumPy alone.
-
-Keras models and the edge runtime share these, so that one seed gives one text in
-both wherever their logits agree.
-"""
+"""Logits as probabilities, and the choice of a next token, in NumPy alone."""
 
 import dataclasses
 import math
@@ -43,28 +39,18 @@ class Sampler:
     )
 
     def __post_init__(self):
-        penalty = self.repetition_penalty
-        checked = {
-            "temperature": arguments.number("temperature", self.temperature, least=0),
-            "top_k": arguments.integer("top_k", self.top_k, 1, or_none=True),
-            "top_p": arguments.number(
-                "top_p", self.top_p, above=0, most=1, or_none=True
-            ),
-            "repetition_penalty": arguments.number(
-                "repetition_penalty", penalty, above=0
-            ),
-            "seed": arguments.integer("seed", self.seed, most=math.inf, or_none=True),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        arguments.number("temperature", self.temperature, least=0)
+        arguments.integer("top_k", self.top_k, 1, or_none=True)
+        arguments.number("top_p", self.top_p, above=0, most=1, or_none=True)
+        arguments.number("repetition_penalty", self.repetition_penalty, above=0)
+        arguments.integer("seed", self.seed, most=math.inf, or_none=True)
 
     def generators(self, num_rows: int) -> list[np.random.Generator]:
         """Return a random generator per row; row `i` depends on seed and `i` only."""
-        sequence = np.random.SeedSequence(self.seed)
-        if self.seed is not None:
-            seeds = [np.random.SeedSequence([self.seed, i]) for i in range(num_rows)]
+        if self.seed is None:
+            seeds = np.random.SeedSequence().spawn(num_rows)
         else:
-            seeds = sequence.spawn(num_rows)
+            seeds = [np.random.SeedSequence([self.seed, i]) for i in range(num_rows)]
         return [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
 
     def choose(self, logits: np.ndarray, seen, generator: np.random.Generator) -> int:
@@ -141,13 +127,7 @@ class Sampler:
 
 
 def log_softmax(logits) -> np.ndarray:
-    """Return the log-probabilities of logits.
-
-    Args:
-        logits: `(..., V)`, any float type.
-
-    Returns:
-        `(..., V)`, float64.
+    """Return the log-probabilities of logits `(..., V)`, in float64.
 
     Example:
         >>> np.exp(log_softmax([0.0, 0.0]))

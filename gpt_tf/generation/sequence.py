@@ -3,11 +3,11 @@
     begin -> (compute the logits of `pending` -> push) until finished -> results
 
 Keras models, the edge runtime and its scheduler drive the same `SequenceState`, so
-that the same prompts, options and messages hold in all, and one seed gives one text
-wherever the logits agree. NumPy and a tokenizer are all it needs.
+that the same prompts, options and messages hold in all.
 """
 
 import codecs
+import numbers
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
@@ -98,7 +98,7 @@ def begin(
 
 
 def results(sequences, is_list: bool, pieces: Iterator, stream: bool):
-    """Return what was added to the prompts, in the form of the prompts.
+    """Return what was added to the prompts.
 
     Args:
         sequences: As from `begin`.
@@ -107,9 +107,8 @@ def results(sequences, is_list: bool, pieces: Iterator, stream: bool):
         stream: Whether to return `pieces` itself.
 
     Returns:
-        A text for a text, a list of texts for a list of texts, a list of ids for ids,
-        and so on. Of ids, those that were drawn, up to the last that lies wholly
-        before a stop text.
+        Texts or lists of ids, as the prompts were, one or several. Of ids, those that
+        were drawn, up to the last that lies wholly before a stop text.
     """
     if stream:
         return pieces
@@ -129,7 +128,7 @@ def rows_of(prompt, tokenizer) -> tuple[list[list[int]], bool, bool]:
     if hasattr(prompt, "__array__"):  # of NumPy or TensorFlow
         prompt = np.asarray(prompt).tolist()
     is_list = isinstance(prompt, (list, tuple)) and (
-        len(prompt) > 0 and not _is_id(prompt[0])
+        len(prompt) > 0 and not isinstance(prompt[0], numbers.Integral)
     )
     prompts = list(prompt) if is_list else [prompt]
     if all(isinstance(item, (str, bytes)) for item in prompts):
@@ -138,10 +137,9 @@ def rows_of(prompt, tokenizer) -> tuple[list[list[int]], bool, bool]:
                 "A prompt of text expects `tokenizer`. Received: None. Pass the "
                 "tokenizer that the model was trained with, or token ids."
             )
+        encode, encode_bytes = tokenizer.encode, tokenizer.encode_bytes
         rows = [
-            tokenizer.encode(item, special=True)
-            if isinstance(item, str)
-            else tokenizer.encode_bytes(item)
+            encode(item, special=True) if isinstance(item, str) else encode_bytes(item)
             for item in prompts
         ]
         return rows, True, is_list
@@ -155,20 +153,8 @@ def rows_of(prompt, tokenizer) -> tuple[list[list[int]], bool, bool]:
     return rows, False, is_list
 
 
-def _is_id(item):
-    try:
-        operator.index(item)
-    except TypeError:
-        return False
-    return True
-
-
 def check_rows(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Refuse prompts that are empty or have ids that the model does not know.
-
-    Raises:
-        InputError: Such a prompt.
-    """
+    """Refuse prompts that are empty or have ids that the model does not know."""
     for index, row in enumerate(rows):
         if not row:
             raise InputError(
@@ -183,17 +169,11 @@ def check_rows(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
 
 
 def ids_without_token(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
-    """Return the ids of a model to which its tokenizer has no token.
+    """Return the ids `(n,)` of a model to which its tokenizer has no token.
 
     A table is often padded, from 50257 to 50304 rows for example, and a foreign
-    vocabulary may have gaps. Such ids are never to be chosen.
-
-    Args:
-        tokenizer: The tokenizer; None knows nothing of ids, so none is returned.
-        vocab_size: The model's number of token ids.
-
-    Returns:
-        `(n,)` integers, ascending.
+    vocabulary may have gaps. Such ids are never to be chosen. Without a tokenizer
+    nothing is known, and none is returned.
     """
     expected = "a tokenizer of gpt_tf"
     arguments.instance("tokenizer", tokenizer, Tokenizer, expected, or_none=True)
@@ -208,17 +188,15 @@ def ids_without_token(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarra
 class SequenceState:
     """One sequence while it grows: its ids, the model's window, what may be shown.
 
-    An engine computes the logits that `pending` asks for and hands them to `push`,
-    until the sequence has `finished`. When the window fills the context, its newest
-    half is kept.
+    When the window fills the context, its newest half is kept.
 
     Args:
         prompt: Token ids, at least one.
         sampler: How tokens are chosen.
         generator: Source of randomness.
         detokenizer: Makes of new tokens what is shown.
-        context_length: Positions that the model sees.
-        max_new_tokens: Largest number of tokens to add, at least 0.
+        context_length: As for `begin`.
+        max_new_tokens: As for `begin`.
         end_id: The id that ends a sequence, or None.
         slides: False: the sequence ends where its window is full.
 
@@ -258,14 +236,11 @@ class SequenceState:
 
     @property
     def value(self) -> str | list[int]:
-        """All that was shown, in the form of the prompt."""
+        """All that was shown, text or ids as the prompt."""
         return self._detokenizer.value
 
     def push(self, logits: np.ndarray) -> list:
-        """Choose the next token.
-
-        Args:
-            logits: `(V,)`, those of the last pending id.
+        """Choose the next token by the logits `(V,)` of the last pending id.
 
         Returns:
             The pieces of text, or the ids, that can be shown now.

@@ -12,8 +12,8 @@ from typing import get_args
 import numpy as np
 import tensorflow as tf
 
-from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models.checks import refuse_keras_3
+from gpt_tf.errors import InputError
+from gpt_tf.models import checks
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.layers import observed
 from gpt_tf.quantization.config import Method
@@ -67,7 +67,7 @@ def calibrate(
             that repeats without end needs it.
         dtype: Integers that activations become, `"int8"` or `"int16"`, or a function
             that says which from an activation's name in its layer, such as
-            `QuantizationConfig().type_of`.
+            `QuantizationConfig().dtype_of`.
 
     Returns:
         A dict from `"block_0/qkv_activation"` and the like to (minimum, maximum),
@@ -77,34 +77,41 @@ def calibrate(
 
     Raises:
         InputError: There is no data, an id is not below `vocab_size`, an option is
-            out of its range, or an activation is not finite.
-        InputTypeError: The model is no GPTModel.
+            out of its range, an activation is not finite, or the model is no GPTModel.
 
     Example:
         >>> ranges = calibrate(model, np.zeros((4, 8), "int32"))
         >>> ranges["block_0/probabilities_activation"]
         (0.0, 0.99609375)
     """
-    _check_model(model)
+    check_float(model, "calibrate")
     arguments.one_of("method", method, METHODS)
     percentile = arguments.number("percentile", percentile, above=50, most=100)
     if not callable(dtype):
         arguments.one_of("dtype", dtype, ("int8", "int16"))
     batch_size = arguments.integer("batch_size", batch_size, 1)
     num_batches = arguments.integer("num_batches", num_batches, 1, or_none=True)
-
-    if hasattr(inputs, "__next__"):  # it can be gone through only once
-        inputs = list(itertools.islice(inputs, num_batches))
-    if isinstance(inputs, tf.data.Dataset) and num_batches is None:
-        _refuse_endless(inputs)
-
-    def batches():
-        return _batches(inputs, batch_size, num_batches, model)
-
-    names, extremes = _extremes(model, batches())
+    is_endless = (
+        isinstance(inputs, tf.data.Dataset)
+        and inputs.cardinality() == tf.data.INFINITE_CARDINALITY
+    )
+    if is_endless and num_batches is None:
+        raise InputError(
+            "Calibration expects a dataset that ends, or `num_batches`. Received: one "
+            "that repeats for ever. Pass `num_batches=100`, for example."
+        )
+    batches = _batches(inputs, batch_size, model)
+    batches = list(itertools.islice(batches, num_batches))
+    if not batches:
+        raise InputError(
+            "Calibration expects at least one batch of token ids (B, T). Received: "
+            "no data. Pass some hundred windows of text like that which the model "
+            "will meet."
+        )
+    names, extremes = _extremes(model, batches)
     if method != "minmax":
         edges = tf.constant(extremes, tf.float32)
-        counts = _histograms(model, batches(), edges)
+        counts = _histograms(model, batches, edges)
 
         def choose(name, count, low, high):
             if method == "percentile":
@@ -126,101 +133,37 @@ def calibrate(
     return ranges
 
 
-def _check_model(model):
-    refuse_keras_3(model, "model")
-    if not isinstance(model, GPTModel):
-        raise InputTypeError(
-            "`calibrate` expects a float GPTModel. "
-            f"Received: {type(model).__module__}.{type(model).__name__}. Build it "
-            "with `gpt_tf.GPTModel(...)`; of a quantisation-aware model, hand in "
-            "`to_float(model)`."
-        )
+def check_float(model, function):
+    """Refuse what is no float `GPTModel`, by an `InputTypeError`."""
+    checks.refuse_keras_3(model, "model")
+    expected = (
+        "a float GPTModel, as `gpt_tf.GPTModel(...)` builds it and `to_float(model)` "
+        "makes it of one that is quantisation-aware already"
+    )
+    arguments.instance(f"{function}(model)", model, GPTModel, expected)
 
 
-# Data
-
-
-def _batches(inputs, batch_size, num_batches, model):
-    """Yield batches of ids `(B, T)` int32, checked; at least one."""
-    count = 0
-    for ids in _pieces(inputs, batch_size):
-        if num_batches is not None and count == num_batches:
-            return
-        ids = np.asarray(ids)
-        if not ids.size:
-            continue
-        _check_ids(ids, model)
-        count += 1
-        yield ids.astype(np.int32)
-    if not count:
-        raise InputError(
-            "Calibration expects at least one batch of token ids (B, T). Received: "
-            "no data. Pass some hundred windows of text like that which the model "
-            "will meet."
-        )
-
-
-def _refuse_endless(dataset):
-    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
-        raise InputError(
-            "Calibration expects a dataset that ends, or `num_batches`. Received: one "
-            "that repeats for ever. Pass `num_batches=100`, for example."
-        )
-
-
-def _pieces(inputs, batch_size):
-    if isinstance(inputs, tf.Tensor):
-        inputs = inputs.numpy()
-    if isinstance(inputs, list) and inputs and isinstance(inputs[0], (list, int)):
-        inputs = np.asarray(inputs)
-    if isinstance(inputs, np.ndarray):
-        if inputs.ndim != 2:
-            raise InputError(
-                "Calibration expects token ids of shape (N, T). "
-                f"Received: {inputs.dtype} {inputs.shape}."
-            )
-        for start in range(0, len(inputs), batch_size):
-            yield inputs[start : start + batch_size]
-        return
+def _batches(inputs, batch_size, model):
+    """Yield the batches of ids `(B, T)` int32 that have any."""
+    inputs = checks.as_arrays(inputs)
     if isinstance(inputs, Windows):
-        for step in range(inputs.steps_per_epoch):
-            yield inputs.batch(step)[0]
-        return
-    try:
-        iterator = iter(inputs)
-    except TypeError:
-        raise InputError(
-            "Calibration expects token ids (N, T) or batches of them. "
-            f"Received: {type(inputs).__name__}."
-        ) from None
-    for batch in iterator:
-        yield batch[0] if isinstance(batch, (tuple, list)) else batch
-
-
-def _check_ids(ids, model):
-    if ids.dtype.kind not in "iu" or ids.ndim != 2:
-        raise InputError(
-            "Calibration expects batches of token ids (B, T). "
-            f"Received: {ids.dtype} {ids.shape}. Encode text with the model's "
-            "tokenizer first."
-        )
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= model.vocab_size:
-        raise InputError(
-            f"Calibration expects token ids from 0 to {model.vocab_size - 1}. "
-            f"Received: ids from {low} to {high}. Use the tokenizer that the model "
-            "was trained with."
-        )
+        inputs = map(inputs.batch, range(inputs.steps_per_epoch))
+    elif isinstance(inputs, (np.ndarray, tf.Tensor)):
+        starts = range(0, len(inputs), batch_size)
+        inputs = [inputs[start : start + batch_size] for start in starts]
+    for batch in inputs:
+        ids = np.asarray(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        checks.check_shape_of_ids(ids, "inputs")
+        checks.check_range(ids, model.vocab_size, "inputs")
+        if ids.size:
+            yield ids.astype(np.int32)
 
 
 # Passes over the data
 
 
 def _observer(model, measure):
-    """Return a compiled function of ids that measures all activations, and names.
-
-    The names are filled in when it is first called.
-    """
+    """Return a compiled function of ids, and names that its first call fills in."""
     names = []
 
     @tf.function(reduce_retracing=True, autograph=False)

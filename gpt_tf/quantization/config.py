@@ -1,4 +1,9 @@
-"""What a quantised GPT computes in integers, and how its ranges are found."""
+"""What a quantised GPT computes in integers, and how its ranges are found.
+
+Weights are symmetric and int8, or fewer bits, with the granularity of a channel or of
+a whole matrix (tensor). Activations are static: each has one range, measured
+beforehand.
+"""
 
 from typing import ClassVar, Literal
 
@@ -12,7 +17,7 @@ from gpt_tf.settings.configuration import (
     configuration,
 )
 
-Type = Literal["float32", "int16", "int8"]
+Dtype = Literal["float32", "int16", "int8"]
 Method = Literal["minmax", "percentile", "mse"]
 
 # Which activations a field of the configuration decides about.
@@ -37,7 +42,7 @@ _FIELD_OF = {
 
 @configuration
 class QuantizationConfig(Configuration):
-    """Types of weights and activations, and when their ranges are fixed.
+    """Dtypes of weights and activations, and when their static ranges are fixed.
 
     What it costs, in perplexity on 32,768 tokens that `saved_models/python-small`
     was not trained on (float32: 16.73), and the share of places where the top-1
@@ -69,7 +74,7 @@ class QuantizationConfig(Configuration):
         InputError: A value is of another type, or out of its range.
 
     Example:
-        >>> QuantizationConfig(residual="int16").type_of("embedding_activation")
+        >>> QuantizationConfig(residual="int16").dtype_of("embedding_activation")
         'int16'
     """
 
@@ -88,27 +93,27 @@ class QuantizationConfig(Configuration):
         description="Whether every output channel of a matrix, or row of a table, has "
         "a scale of its own; otherwise each matrix has one, as TF-MOT's default.",
     )
-    inputs: Type = Field(
+    inputs: Dtype = Field(
         "int8",
-        description="Type of what the products with weights read: layer-normalised "
+        description="Dtype of what the products with weights read: layer-normalised "
         "vectors, attention's context, GELU's output.",
     )
-    outputs: Type = Field(
+    outputs: Dtype = Field(
         "int8",
-        description="Type of what these products write, biases included; keys and "
+        description="Dtype of what these products write, biases included; keys and "
         "values, and so the cache, among it.",
     )
-    residual: Type = Field(
+    residual: Dtype = Field(
         "float32",
-        description="Type of the embedding and of the sum after each half of a block.",
+        description="Dtype of the embedding and of the sum after each half of a block.",
     )
-    scores: Type = Field(
-        "float32", description="Type of attention's scores before softmax."
+    scores: Dtype = Field(
+        "float32", description="Dtype of attention's scores before softmax."
     )
-    softmax: Type = Field(
-        "float32", description="Type of the probabilities after softmax."
+    softmax: Dtype = Field(
+        "float32", description="Dtype of the probabilities after softmax."
     )
-    logits: Type = Field("float32", description="Type of the logits.")
+    logits: Dtype = Field("float32", description="Dtype of the logits.")
     ema_decay: Rate = Field(
         0.99,
         description="Share that a range keeps when a batch of training has other "
@@ -131,14 +136,10 @@ class QuantizationConfig(Configuration):
 
     @classmethod
     def full(cls, **changes):
-        """Return the configuration of a model without floating point.
-
-        Args:
-            **changes: Fields to set otherwise.
-        """
+        """Return the configuration of a model without floating point, but changes."""
         whole = {"residual": "int16", "scores": "int8", "softmax": "int8"}
         return cls(**{**whole, "logits": "int8", **changes})
 
-    def type_of(self, activation):
-        """Return the type of an activation, such as `"qkv_activation"`."""
+    def dtype_of(self, activation):
+        """Return the dtype of an activation, such as `"qkv_activation"`."""
         return getattr(self, _FIELD_OF[activation])

@@ -1,9 +1,8 @@
 """Fake quantisation: rounding to the numbers that integers can stand for.
 
-In training and in measurements the numbers stay float32, but only those values
-occur that the device's integers have. The gradient passes as if nothing had been
-rounded, and is 0 where a value was cut off. These are plain operations, which XLA
-fuses; TensorFlow's own fake quantisers it cannot compile, and they know no 16 bits.
+The numbers stay float32, but only those values occur that the device's integers have.
+The gradient passes as if nothing had been rounded, and is 0 where a value was cut off.
+XLA cannot compile TensorFlow's own fake quantisers, which know no 16 bits either.
 """
 
 import tensorflow as tf

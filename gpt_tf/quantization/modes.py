@@ -12,21 +12,24 @@ SMALLEST_SCALE = np.finfo(np.float32).tiny
 class Mode:
     """How a mode stores weights and computes.
 
+    Weights are symmetric. The granularity of int8 is an output channel, or the row of a
+    table; that of int4 is a block of 32 inputs of an output channel.
+
     Args:
-        kernels: `"float32"`, `"float16"`, `"int8"` per output channel, or `"int4"` in
-            blocks of 32 inputs per output channel.
-        tables: The same for the token and the position table (a row is a channel)
-            and with it the head.
-        activations: `None` for real numbers (with int8 and int4 kernels each row is
-            quantised as it comes), `"int8"` or `"int16"` for ranges fixed beforehand.
-        everything: Whether residuals, GELU, attention's products and the caches are
-            integers too.
+        kernels: Dtype of the matrices in the blocks: `"float32"`, `"float16"`, `"int8"`
+            or `"int4"`.
+        tables: Dtype of the token and the position table, and with it of the head.
+        activations: Dtype of static activations, `"int8"` or `"int16"`. None: they are
+            float32, and what is multiplied by integer weights is quantised dynamically,
+            row by row.
+        full: Whether residuals, GELU, attention's products and the caches are integers
+            too.
     """
 
     kernels: str
     tables: str
     activations: str | None = None
-    everything: bool = False
+    full: bool = False
 
 
 MODES = {
@@ -34,7 +37,7 @@ MODES = {
     "float16": Mode("float16", "float16"),
     "dynamic_int8": Mode("int8", "int8"),
     "int8": Mode("int8", "int8", "int8"),
-    "int8_full": Mode("int8", "int8", "int8", everything=True),
+    "int8_full": Mode("int8", "int8", "int8", full=True),
     "int16x8": Mode("int8", "int8", "int16"),
     "int4": Mode("int4", "int8"),
 }

@@ -26,15 +26,14 @@ import tensorflow as tf
 import tensorflow_model_optimization as tfmot
 import tf_keras as keras
 
-from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models import train_step
-from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import CUSTOM_OBJECTS, GPTModel
 from gpt_tf.models.language_model import LanguageModel, strategy_scope
 from gpt_tf.models.optimizer import AdamW
 from gpt_tf.models.precision import precision
 from gpt_tf.quantization import calibration, quantizers
 from gpt_tf.quantization.config import QuantizationConfig
+from gpt_tf.settings import arguments
 
 _NEVER = tf.int64.max
 
@@ -103,11 +102,8 @@ class QuantizationAwareGPT(LanguageModel):
     def compile(self, optimizer=None, *args, **kwargs):
         """Choose optimiser, loss and metrics, as `GPTModel.compile`.
 
-        Args:
-            optimizer: A tf_keras optimiser or its name. Default: AdamW at 3e-5, a
-                tenth of what a new model is trained with, and without weight decay.
-            *args: As for `GPTModel.compile`.
-            **kwargs: As for `GPTModel.compile`.
+        The default optimiser is AdamW at 3e-5, a tenth of what a new model is trained
+        with, and without weight decay.
         """
         if optimizer is None:
             optimizer = AdamW(3e-5, weight_decay=0.0)
@@ -135,20 +131,14 @@ class QuantizationAwareGPT(LanguageModel):
         return [_FreezeRanges(self)]
 
     def calibrate(self, inputs, *, batch_size=8, num_batches=None):
-        """Measure all ranges anew on data, by the float weights of this model.
-
-        Args:
-            inputs: As for `gpt_tf.calibrate`.
-            batch_size: As for `gpt_tf.calibrate`.
-            num_batches: As for `gpt_tf.calibrate`.
-        """
+        """Measure all ranges anew, as `gpt_tf.calibrate`, by the float weights."""
         ranges = calibration.calibrate(
             to_float(self),
             inputs,
             batch_size=batch_size,
             num_batches=num_batches,
             method=self.quantization.calibration_method,
-            dtype=self.quantization.type_of,
+            dtype=self.quantization.dtype_of,
         )
         set_activation_ranges(self, ranges)
 
@@ -158,11 +148,7 @@ class QuantizationAwareGPT(LanguageModel):
         return all(low < high for low, high in activation_ranges(self).values())
 
     def freeze_ranges(self, step=0):
-        """Say from which optimiser step on ranges no longer move; 0 means from now.
-
-        Args:
-            step: Number of steps of the optimiser, or None for never.
-        """
+        """Let ranges move until a step of the optimiser; None: for ever."""
         self._freeze_step.assign(_NEVER if step is None else step)
         self._freeze_is_set = True
 
@@ -221,10 +207,7 @@ def _wrap(gpt, quantization):
             layer, quantizers.GPTQuantizeConfig(quantization)
         )
 
-    scope = {
-        **CUSTOM_OBJECTS,
-        "GPTQuantizeConfig": quantizers.GPTQuantizeConfig,
-    }
+    scope = {**CUSTOM_OBJECTS, "GPTQuantizeConfig": quantizers.GPTQuantizeConfig}
     with tfmot.quantization.keras.quantize_scope(scope):
         # Its own class is not needed further, and TF-MOT would not keep it.
         annotated = keras.models.clone_model(
@@ -253,9 +236,7 @@ def quantize_aware(model, config=None):
         `gpt_tf.training.loop.quantize` takes.
 
     Raises:
-        InputError: The model is quantisation-aware already, or the configuration is
-            none.
-        InputTypeError: The model is no GPTModel.
+        InputError: The model is no float GPTModel, or the configuration is none.
 
     Example:
         >>> aware = quantize_aware(model)
@@ -264,14 +245,11 @@ def quantize_aware(model, config=None):
 
     Reference: Jacob et al., arXiv:1712.05877; article 3.2.
     """
-    _check_model(model, "quantize_aware")
+    calibration.check_float(model, "quantize_aware")
     with strategy_scope(model):
         aware = QuantizationAwareGPT(model.get_config(), config)
-        for wrapper in aware.layers[1:]:
-            layer = model.get_layer(wrapper.layer.name)
-            pairs = zip(_float_variables(wrapper), layer.weights, strict=True)
-            for ours, theirs in pairs:
-                ours.assign(tf.cast(theirs, ours.dtype))
+        for ours, theirs in _pairs(aware, model):
+            ours.assign(tf.cast(theirs, ours.dtype))
     return aware
 
 
@@ -291,7 +269,7 @@ def quantize_gpt_model(gpt_model, inputs, config=None):
         A `QuantizationAwareGPT` that is calibrated.
 
     Raises:
-        InputError: There is no data, or the model cannot be quantised.
+        InputError: There is no data, or as for `quantize_aware`.
 
     Example:
         >>> quantized = quantize_gpt_model(gpt_model, inputs)
@@ -300,7 +278,6 @@ def quantize_gpt_model(gpt_model, inputs, config=None):
 
     Reference: article 3.2, the snippet of this name.
     """
-    _check_model(gpt_model, "quantize_gpt_model")
     aware = quantize_aware(gpt_model, config)
     aware.calibrate(inputs)
     return aware
@@ -313,11 +290,9 @@ def activation_ranges(model):
         model: A `QuantizationAwareGPT`.
 
     Returns:
-        A dict from `"block_0/qkv_activation"` and the like to (minimum, maximum),
-        in the order of the data; both are 0.0 where nothing was measured yet. That of
-        an activation that was always 0 is the narrowest there is, as from `calibrate`.
+        A dict as from `calibrate`; both ends are 0.0 where nothing was measured yet.
     """
-    _check_aware(model, "activation_ranges")
+    _check_aware(model)
     return {
         name: quantizer.fixed or tuple(float(v) for v in variable.numpy())
         for name, (quantizer, variable) in model._ranges.items()
@@ -325,27 +300,10 @@ def activation_ranges(model):
 
 
 def set_activation_ranges(model, ranges):
-    """Give a quantisation-aware model ranges that were measured elsewhere.
-
-    Args:
-        model: A `QuantizationAwareGPT`.
-        ranges: As from `calibrate`; ranges of activations that the model does not
-            quantise are passed over.
-
-    Raises:
-        InputError: A range is missing, or does not hold 0.
-    """
-    _check_aware(model, "set_activation_ranges")
+    """Give a quantisation-aware model ranges that were measured, as by `calibrate`."""
     for name, (_, variable) in model._ranges.items():
-        if variable is None:
-            continue
-        low, high = ranges.get(name, (0.0, 0.0))
-        if not low <= 0.0 <= high or not low < high:
-            raise InputError(
-                f"A range expects (minimum, maximum) with 0 between them for {name}. "
-                f"Received: {ranges.get(name)}. Measure them with `calibrate`."
-            )
-        variable.assign([low, high])
+        if variable is not None:
+            variable.assign(ranges[name])
 
 
 def to_float(model):
@@ -355,50 +313,27 @@ def to_float(model):
         model: A `QuantizationAwareGPT`; it is not changed.
 
     Returns:
-        A `GPTModel` with a copy of the trained weights, not quantised, that computes in
-        float32 as `model` does.
+        A `GPTModel` with a copy of the trained weights, not quantised, in float32.
     """
-    _check_aware(model, "to_float")
+    _check_aware(model)
     with strategy_scope(model), precision("float32"):
         gpt = GPTModel.from_config(model.gpt)
-        for wrapper in model.layers[1:]:
-            layer = gpt.get_layer(wrapper.layer.name)
-            pairs = zip(layer.weights, _float_variables(wrapper), strict=True)
-            for ours, theirs in pairs:
-                ours.assign(theirs)
+        for theirs, ours in _pairs(model, gpt):
+            ours.assign(theirs)
     return gpt
 
 
-def _float_variables(wrapper):
-    """Return the variables of a wrapped layer, in the order of its weights.
-
-    The layer's own attributes are quantised tensors once TF-MOT has called it.
-    """
-    # The wrapper took the layer's trainable weights first, in their order.
-    layer = wrapper.layer
-    trainable = list({id(v): v for v in wrapper._trainable_weights}.values())
-    return [*trainable, *layer.non_trainable_weights]
-
-
-def _check_model(model, function):
-    refuse_keras_3(model, "model")
-    if isinstance(model, QuantizationAwareGPT):
-        raise InputError(
-            f"`{function}` expects a float GPTModel. Received: a model that is "
-            "quantisation-aware already. Train it as it is, or hand in "
-            "`to_float(model)`."
-        )
-    if not isinstance(model, GPTModel):
-        raise InputTypeError(
-            f"`{function}` expects a GPTModel built on tf_keras. "
-            f"Received: {type(model).__module__}.{type(model).__name__}. "
-            "Build it with `gpt_tf.GPTModel(...)`."
-        )
+def _pairs(aware, gpt):
+    """Yield each float variable of a quantisation-aware model and its twin in a GPT."""
+    for wrapper in aware.layers[1:]:
+        # The layer's own attributes are quantised tensors once TF-MOT has called it.
+        # The wrapper took the layer's trainable weights first, in their order.
+        trainable = {id(v): v for v in wrapper._trainable_weights}.values()
+        variables = [*trainable, *wrapper.layer.non_trainable_weights]
+        twins = gpt.get_layer(wrapper.layer.name).weights
+        yield from zip(variables, twins, strict=True)
 
 
-def _check_aware(model, function):
-    if not isinstance(model, QuantizationAwareGPT):
-        raise InputTypeError(
-            f"`{function}` expects a model that `quantize_aware` made. "
-            f"Received: {type(model).__module__}.{type(model).__name__}."
-        )
+def _check_aware(model):
+    expected = "a model that `quantize_aware` made"
+    arguments.instance("model", model, QuantizationAwareGPT, expected)

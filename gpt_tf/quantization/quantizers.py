@@ -28,6 +28,11 @@ from gpt_tf.quantization.weights import channel_axis
 
 _COLLECTOR = contextvars.ContextVar("collector", default=None)
 
+_MATRICES = (
+    *("token_table", "position_table", "kernel"),
+    *("qkv_kernel", "output_kernel", "up_kernel", "down_kernel"),
+)
+
 
 @contextlib.contextmanager
 def collecting(rows):
@@ -37,8 +42,7 @@ def collecting(rows):
         rows: `(B,)` bool, which rows of the batch count.
 
     Yields:
-        A dict, filled meanwhile, from quantiser to `(2,)` float32: the negative
-        minimum and the maximum, -infinity where no row counts.
+        A dict, filled meanwhile, from quantiser to what `extremes_of` returns.
     """
     found = {}
     token = _COLLECTOR.set((rows, found))
@@ -49,11 +53,14 @@ def collecting(rows):
 
 
 def extremes_of(x, rows=None):
-    """Return the negative minimum and the maximum of an activation, `(2,)` float32.
+    """Return the negative minimum and the maximum of an activation.
 
     Args:
         x: Any shape whose first axis is `B` or `B * T`, in the order of the batch.
         rows: `(B,)` bool, which rows count; None counts all.
+
+    Returns:
+        `(2,)` float32, -infinity where no row counts.
     """
     x = tf.cast(tf.stop_gradient(x), tf.float32)
     if rows is None:
@@ -177,51 +184,28 @@ class GPTQuantizeConfig(tfmot.quantization.keras.QuantizeConfig):
         self.quantization = QuantizationConfig.of(quantization)
 
     def _matrices(self, layer):
-        return [
-            name
-            for name in (
-                "token_table",
-                "position_table",
-                "qkv_kernel",
-                "output_kernel",
-                "up_kernel",
-                "down_kernel",
-                "kernel",
-            )
-            if getattr(layer, name, None) is not None
-        ]
+        return [name for name in _MATRICES if getattr(layer, name, None) is not None]
 
     def _activations(self, layer):
-        return [
-            name
-            for name in layer.ACTIVATIONS
-            if self.quantization.type_of(name) != "float32"
-        ]
+        dtype_of = self.quantization.dtype_of
+        return [name for name in layer.ACTIVATIONS if dtype_of(name) != "float32"]
 
     def get_weights_and_quantizers(self, layer):
-        config = self.quantization
-        return [
-            (
-                getattr(layer, name),
-                WeightQuantizer(
-                    config.weight_bits,
-                    channel_axis(f"{layer.name}/{name}")
-                    if config.per_channel
-                    else None,
-                ),
-            )
-            for name in self._matrices(layer)
-        ]
+        found = []
+        for name in self._matrices(layer):
+            axis = channel_axis(f"{layer.name}/{name}")
+            axis = axis if self.quantization.per_channel else None
+            quantizer = WeightQuantizer(self.quantization.weight_bits, axis)
+            found.append((getattr(layer, name), quantizer))
+        return found
 
     def get_activations_and_quantizers(self, layer):
-        config = self.quantization
-        return [
-            (
-                keras.activations.linear,
-                ActivationQuantizer(name, config.type_of(name), config.ema_decay),
-            )
-            for name in self._activations(layer)
-        ]
+        found = []
+        for name in self._activations(layer):
+            dtype = self.quantization.dtype_of(name)
+            quantizer = ActivationQuantizer(name, dtype, self.quantization.ema_decay)
+            found.append((keras.activations.linear, quantizer))
+        return found
 
     def set_quantize_weights(self, layer, quantize_weights):
         for name, weight in zip(self._matrices(layer), quantize_weights, strict=True):
@@ -239,31 +223,24 @@ class GPTQuantizeConfig(tfmot.quantization.keras.QuantizeConfig):
         return {"quantization": self.quantization.get_config()}
 
 
-class _Nothing:
-    """A layout transform that leaves the model as it is.
+class Scheme(quantize_scheme.QuantizeScheme, quantize_registry.QuantizeRegistry):
+    """A TF-MOT scheme that adds nothing to the layers' own configs.
 
-    TF-MOT's default one puts a fake quantiser behind the token ids.
+    It is its own layout transform, which changes nothing where TF-MOT's puts a fake
+    quantiser behind the token ids, and its own registry, which knows no layer.
     """
+
+    def get_layout_transformer(self):
+        return self
+
+    def get_quantize_registry(self):
+        return self
 
     def apply(self, model, layer_quantize_map):
         return model, layer_quantize_map
-
-
-class _NoDefaults(quantize_registry.QuantizeRegistry):
-    """A registry that knows no layer: each of ours brings its config."""
 
     def supports(self, layer):
         return False
 
     def get_quantize_config(self, layer):
         raise NotImplementedError(type(layer).__name__)
-
-
-class Scheme(quantize_scheme.QuantizeScheme):
-    """A TF-MOT scheme that adds nothing to the layers' own configs."""
-
-    def get_layout_transformer(self):
-        return _Nothing()
-
-    def get_quantize_registry(self):
-        return _NoDefaults()

@@ -1,21 +1,38 @@
-"""Weights as small integers: five ways to choose the scale, one function for all.
+"""Weights as small integers: five strategies, one function for all.
 
-A weight `w` is kept as an integer `q` and read back as `q * scale + offset`. The
-strategies differ in how many weights share a scale, and in whether their mean is
-taken off first. Vectors, gains and biases, stay float32: they are few.
+A weight `w` is kept as an integer `q` and read back as `q * scale + offset`. With
+`limit = 2**(bits - 1) - 1`, the strategies are:
+
+| strategy | granularity | offset | scale |
+|---|---|---|---|
+| `global_mean` | the whole model | mean(w) | max abs(w - offset) / limit |
+| `layer_mean` | the matrices of one Keras layer | mean(w) | the same |
+| `per_tensor` | a matrix | 0 | max abs(w) / limit |
+| `per_channel` | an output channel of a matrix | 0 | the same |
+| `blockwise` | 32 successive inputs of an output channel | 0 | the same |
+
+The first two are the article's: the largest weight of all decides the step of every
+other, and exact zeros are not kept. Symmetric scales per channel cost a matrix product
+nothing in its inner loop, and LiteRT's int8 kernels take them. A float32 scale per
+block is one bit more per weight: worth it at 4 bits, where 15 levels have to span the
+largest weight of the group. Vectors, gains and biases, stay float32: they are few.
 
 The functions of arrays need NumPy only, and the export uses the same ones, so that
 an artefact holds the integers that were measured here.
+
+Reference: article 3.2, steps 1 to 3; Dettmers and Zettlemoyer, "The case for 4-bit
+precision", arXiv:2212.09720, for blocks.
 """
 
 import dataclasses
 
 import numpy as np
 
-from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.errors import InputError
 from gpt_tf.quantization.modes import SMALLEST_SCALE
 from gpt_tf.settings import arguments
 
+STRATEGIES = ("global_mean", "layer_mean", "per_tensor", "per_channel", "blockwise")
 BLOCK_SIZE = 32
 
 # Stored as (outputs, inputs); every other kernel is (inputs, outputs).
@@ -65,7 +82,13 @@ def quantize_array(values, bits=8, axis=None, block_size=None, name="the array")
     if axis is not None:
         last = values.ndim - 1
         axis = arguments.integer("axis", axis, -last - 1, last) % values.ndim
-    largest = _largest(np.abs(values), axis, block_size)
+    magnitudes = np.abs(values)
+    if block_size is None:
+        shared = tuple(a for a in range(values.ndim) if a != axis)
+        largest = magnitudes.max(axis=shared, keepdims=True)
+    else:
+        starts = np.arange(0, values.shape[1 - axis], block_size)
+        largest = np.maximum.reduceat(magnitudes, starts, axis=1 - axis)
     scales = _scale(largest, limit)
     return _round(values, _spread(scales, values.shape, block_size), limit), scales
 
@@ -79,34 +102,12 @@ def dequantize(integers, scales, offset=0.0, block_size=None):
         offset: What was taken off before; it broadcasts against the integers.
         block_size: As `quantize_array` was given it.
 
-    Returns:
-        float32, shaped as `integers`.
-
-    Raises:
-        InputError: The scales do not fit the integers.
-
     Example:
         >>> dequantize(*quantize_array([1.0, -2.0, 0.0])).tolist()
         [1.0078740119934082, -2.0, 0.0]
     """
-    integers = np.asarray(integers)
     scales = _spread(np.asarray(scales, np.float32), integers.shape, block_size)
     return integers.astype(np.float32) * scales + np.float32(offset)
-
-
-def snr_db(values, approximations):
-    """Return the signal-to-noise ratio of an approximation in decibels.
-
-    `10 * log10(sum(w**2) / sum((w - approximation)**2))`: 6 dB more halve the error.
-
-    Args:
-        values: What was approximated.
-        approximations: The same shape.
-
-    Returns:
-        A float; infinity where the approximation is exact.
-    """
-    return _decibels(*_signal_and_noise(values, approximations))
 
 
 def channel_axis(name):
@@ -123,22 +124,12 @@ def channel_axis(name):
 
 
 def _limit(bits):
-    bits = arguments.integer(
-        "bits", bits, 2, 8, repair="Devices compute with 8; 4 halve the file."
-    )
-    return 2 ** (bits - 1) - 1
+    repair = "Devices compute with 8; 4 halve the file."
+    return 2 ** (arguments.integer("bits", bits, 2, 8, repair=repair) - 1) - 1
 
 
 def _finite(values, name):
-    try:
-        values = np.asarray(values, np.float32)
-    except (TypeError, ValueError):
-        arguments.refuse("values", values, f"{name} as numbers")
-    if not values.size:
-        raise InputError(
-            f"Quantisation expects at least one value in {name}. "
-            f"Received: the shape {values.shape}."
-        )
+    values = np.asarray(values, np.float32)
     broken = values.size - np.count_nonzero(np.isfinite(values))
     if broken:
         raise InputError(
@@ -150,21 +141,6 @@ def _finite(values, name):
     return values
 
 
-def _largest(magnitudes, axis, block_size):
-    """Return the largest magnitude of each group that shares a scale."""
-    if block_size is None:
-        shared = tuple(a for a in range(magnitudes.ndim) if a != axis)
-        return magnitudes.max(axis=shared, keepdims=True)
-    if magnitudes.ndim != 2 or axis is None or block_size < 1:
-        raise InputError(
-            "Blocks expect a matrix, an axis of channels and a `block_size` of at "
-            f"least 1. Received: the shape {magnitudes.shape}, axis {axis}, "
-            f"`block_size` {block_size}."
-        )
-    starts = np.arange(0, magnitudes.shape[1 - axis], block_size)
-    return np.maximum.reduceat(magnitudes, starts, axis=1 - axis)
-
-
 def _scale(largest, limit):
     scales = np.maximum(largest / np.float32(limit), SMALLEST_SCALE)
     return np.where(largest > 0, scales, np.float32(1.0)).astype(np.float32)
@@ -173,153 +149,13 @@ def _scale(largest, limit):
 def _spread(scales, shape, block_size):
     """Repeat the scales of blocks until they broadcast against an array."""
     for axis, size in enumerate(shape if block_size else ()):
-        if scales.shape[axis : axis + 1] == (-(-size // block_size),):
+        if scales.shape[axis] == -(-size // block_size):
             scales = np.repeat(scales, block_size, axis).take(range(size), axis)
-    fits = zip(scales.shape, shape, strict=False)
-    if scales.ndim != len(shape) or any(have not in (1, n) for have, n in fits):
-        raise InputError(
-            "`scales` expects, along each axis of the integers, 1, their number or "
-            f"the number of blocks. Received: {scales.shape} for {shape} and "
-            f"`block_size` {block_size}. Use the scales that `quantize_array` gave."
-        )
     return scales
 
 
 def _round(values, scales, limit):
     return np.clip(np.rint(values / scales), -limit, limit).astype(np.int8)
-
-
-def _signal_and_noise(values, approximations):
-    error = np.subtract(values, approximations, dtype=np.float64)
-    return np.sum(np.square(values, dtype=np.float64)), np.sum(np.square(error))
-
-
-def _decibels(signal, noise):
-    if not noise:
-        return float("inf")
-    return float(10 * np.log10(signal / noise)) if signal else float("-inf")
-
-
-# Strategies: from a model's matrices by name to what stands for them.
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizedArray:
-    """Integers and what turns them back into weights.
-
-    Attributes:
-        integers: int8.
-        scales: float32, as `quantize_array` returns them.
-        offset: float32 that broadcasts against the integers, 0 where symmetric.
-        block_size: As for `quantize_array`.
-    """
-
-    integers: np.ndarray
-    scales: np.ndarray
-    offset: np.ndarray
-    block_size: int | None = None
-
-    def dequantize(self):
-        return dequantize(self.integers, self.scales, self.offset, self.block_size)
-
-
-def global_mean(weights, bits):
-    """Global mean normalisation: one mean and one scale for the whole model.
-
-    `mu = mean(w)` and `s = max|w - mu| / (2**(bits - 1) - 1)` over all matrices of
-    the model together; `q = round((w - mu) / s)`, read back as `q * s + mu`.
-
-    Two numbers for all weights, and the largest weight of the model decides the
-    step of every other. Exact zeros are not kept.
-    """
-    return _centred(weights, bits)
-
-
-def layer_mean(weights, bits):
-    """Layer-wise mean normalisation: one mean and one scale for every layer.
-
-    The formula of `global_mean`, with `mu` and `s` over the matrices of one Keras
-    layer: the four kernels of a TransformerBlock, or the two embedding tables.
-    """
-    layers = {}
-    for name, values in weights.items():
-        layers.setdefault(name.split("/")[0], {})[name] = values
-    quantized = {}
-    for layer in layers.values():
-        quantized.update(_centred(layer, bits))
-    return quantized
-
-
-def per_tensor(weights, bits):
-    """Per tensor, symmetric: a scale for every matrix, and no mean.
-
-    `s = max|w| / (2**(bits - 1) - 1)` over a matrix; `q = round(w / s)`.
-    """
-    return {
-        name: _symmetric(name, values, bits, axis=None)
-        for name, values in weights.items()
-    }
-
-
-def per_channel(weights, bits):
-    """Per channel, symmetric: a scale for every output channel of every matrix.
-
-    `s[j] = max|w[:, j]| / (2**(bits - 1) - 1)` over a column of a kernel
-    `(inputs, outputs)`, or over a row of a table; `q[i, j] = round(w[i, j] / s[j])`.
-    A matrix product applies such a scale once to each of its results, so it costs
-    nothing in the inner loop. LiteRT's int8 kernels take such scales.
-    """
-    return {
-        name: _symmetric(name, values, bits, axis=channel_axis(name))
-        for name, values in weights.items()
-    }
-
-
-def blockwise(weights, bits):
-    """Block by block, symmetric: a scale for every 32 inputs of every output channel.
-
-    The formula of `per_channel`, with `max|w|` over 32 successive input values of a
-    channel. A float32 scale per block is one bit more per weight: worth it at 4
-    bits, where 15 levels have to span the largest weight of the group.
-
-    Reference: Dettmers and Zettlemoyer, "The case for 4-bit precision",
-    arXiv:2212.09720.
-    """
-    return {
-        name: _symmetric(
-            name, values, bits, axis=channel_axis(name), block_size=BLOCK_SIZE
-        )
-        for name, values in weights.items()
-    }
-
-
-_STRATEGIES = {
-    function.__name__: function
-    for function in (global_mean, layer_mean, per_tensor, per_channel, blockwise)
-}
-STRATEGIES = tuple(_STRATEGIES)
-
-
-def _symmetric(name, values, bits, axis, block_size=None):
-    integers, scales = quantize_array(values, bits, axis, block_size, name)
-    offset = np.zeros((1,) * integers.ndim, np.float32)
-    return QuantizedArray(integers, scales, offset, block_size)
-
-
-def _centred(weights, bits):
-    """Quantise matrices around their common mean, with a common scale."""
-    limit = _limit(bits)
-    weights = {name: _finite(values, name) for name, values in weights.items()}
-    total = sum(np.sum(values, dtype=np.float64) for values in weights.values())
-    count = sum(values.size for values in weights.values())
-    mean = np.full((1, 1), total / count, np.float32)
-    centred = {name: values - mean for name, values in weights.items()}
-    largest = max(np.abs(values).max() for values in centred.values())
-    scale = _scale(np.full((1, 1), largest, np.float32), limit)
-    return {
-        name: QuantizedArray(_round(values, scale, limit), scale, mean)
-        for name, values in centred.items()
-    }
 
 
 # Models
@@ -340,7 +176,8 @@ class QuantizedWeights:
         model: A new GPTModel with the dequantised weights.
         size_bytes: Bytes of integers, packed to `bits` each, of scales and offsets,
             of which a shared one counts once, and of the kept weights.
-        snr_db: Signal-to-noise ratio in decibels by name.
+        snr_db: Signal-to-noise ratio by name, `10 * log10(sum(w**2) / sum(error**2))`
+            decibels: 6 more halve the error. Infinity where nothing was lost.
         overall_snr_db: The same over all quantised weights together.
     """
 
@@ -365,7 +202,7 @@ def quantize_weights(model, strategy="per_channel", bits=8):
 
     Args:
         model: A `GPTModel`; it is not changed.
-        strategy: One of `STRATEGIES`, each a function here that states its formula.
+        strategy: One of `STRATEGIES`; the module states their formulas.
         bits: 2 to 8.
 
     Returns:
@@ -385,69 +222,95 @@ def quantize_weights(model, strategy="per_channel", bits=8):
     Reference: article 3.2, steps 1 to 3.
     """
     # Here and not above: the functions of arrays do without TensorFlow.
-    from gpt_tf.models.gpt import GPTModel
+    from gpt_tf.quantization.calibration import check_float
 
-    if not isinstance(model, GPTModel):
-        raise InputTypeError(
-            "`quantize_weights` expects a GPTModel. "
-            f"Received: {type(model).__module__}.{type(model).__name__}. Build it with "
-            "`gpt_tf.GPTModel(...)`; of a model that TF-MOT wrapped, hand in the "
-            "GPTModel that it was made of."
-        )
+    check_float(model, "quantize_weights")
     arguments.one_of("strategy", strategy, STRATEGIES)
-    weights, kept = _matrices_and_vectors(model)
-    quantized = _STRATEGIES[strategy](weights, bits)
-    approximations = {name: array.dequantize() for name, array in quantized.items()}
+    weights = {
+        _name(variable): _finite(variable.numpy(), _name(variable))
+        for variable in model.weights
+        if variable.dtype.is_floating
+    }
+    matrices = {name: w for name, w in weights.items() if w.ndim == 2}
+    kept = {name: w for name, w in weights.items() if w.ndim != 2}
+    block_size = BLOCK_SIZE if strategy == "blockwise" else None
+    integers, scales, offsets = _by_strategy(matrices, strategy, bits, block_size)
+    approximations = {
+        name: dequantize(values, scales[name], offsets[name], block_size)
+        for name, values in integers.items()
+    }
     powers = {
         name: _signal_and_noise(values, approximations[name])
-        for name, values in weights.items()
+        for name, values in matrices.items()
     }
+    copy = type(model).from_config(model.get_config())
+    for ours, theirs in zip(copy.weights, model.weights, strict=True):
+        ours.assign(approximations.get(_name(theirs), theirs.numpy()))
+    # By identity: weights of one mean and scale hold the same two arrays.
+    constants = {
+        id(array): array.nbytes
+        for array in (*scales.values(), *offsets.values())
+        if array.any()
+    }
+    packed = sum(-(-values.size * bits // 8) for values in integers.values())
+    vectors = sum(values.nbytes for values in kept.values())
     return QuantizedWeights(
         strategy=strategy,
         bits=int(bits),
-        integers={name: array.integers for name, array in quantized.items()},
-        scales={name: array.scales for name, array in quantized.items()},
-        offsets={name: array.offset for name, array in quantized.items()},
-        block_size=next(iter(quantized.values())).block_size,
+        integers=integers,
+        scales=scales,
+        offsets=offsets,
+        block_size=block_size,
         kept=kept,
-        model=_copy_with(model, approximations),
-        size_bytes=_size_bytes(quantized, bits, kept),
+        model=copy,
+        size_bytes=packed + sum(constants.values()) + vectors,
         snr_db={name: _decibels(*both) for name, both in powers.items()},
         overall_snr_db=_decibels(*np.sum(list(powers.values()), axis=0)),
     )
+
+
+def _by_strategy(matrices, strategy, bits, block_size):
+    """Return integers, scales and offsets by name."""
+    found = {}
+    if strategy in ("global_mean", "layer_mean"):
+        groups = {}
+        for name, values in matrices.items():
+            group = "" if strategy == "global_mean" else name.split("/")[0]
+            groups.setdefault(group, {})[name] = values
+        for group in groups.values():
+            found.update(_centred(group, _limit(bits)))
+    else:
+        for name, values in matrices.items():
+            axis = None if strategy == "per_tensor" else channel_axis(name)
+            symmetric = quantize_array(values, bits, axis, block_size, name)
+            found[name] = (*symmetric, np.zeros((1, 1), np.float32))
+    return [{name: parts[i] for name, parts in found.items()} for i in range(3)]
+
+
+def _centred(weights, limit):
+    """Quantise matrices around their common mean, with a common scale."""
+    total = sum(np.sum(values, dtype=np.float64) for values in weights.values())
+    count = sum(values.size for values in weights.values())
+    mean = np.full((1, 1), total / count, np.float32)
+    centred = {name: values - mean for name, values in weights.items()}
+    largest = max(np.abs(values).max() for values in centred.values())
+    scale = _scale(np.full((1, 1), largest, np.float32), limit)
+    return {
+        name: (_round(values, scale, limit), scale, mean)
+        for name, values in centred.items()
+    }
 
 
 def _name(variable):
     return variable.name.partition(":")[0]
 
 
-def _matrices_and_vectors(model):
-    """Return a model's matrices and its float vectors, float32 arrays by name."""
-    weights = {
-        _name(variable): np.asarray(variable.numpy(), np.float32)
-        for variable in model.weights
-        if variable.dtype.is_floating
-    }
-    for name, values in weights.items():
-        _finite(values, name)
-    matrices = {name: w for name, w in weights.items() if w.ndim == 2}
-    return matrices, {name: w for name, w in weights.items() if w.ndim != 2}
+def _signal_and_noise(values, approximations):
+    error = np.subtract(values, approximations, dtype=np.float64)
+    return np.sum(np.square(values, dtype=np.float64)), np.sum(np.square(error))
 
 
-def _copy_with(model, replaced):
-    copy = type(model).from_config(model.get_config())
-    for ours, theirs in zip(copy.weights, model.weights, strict=True):
-        ours.assign(replaced.get(_name(theirs), theirs.numpy()))
-    return copy
-
-
-def _size_bytes(quantized, bits, kept):
-    packed = sum(-(-q.integers.size * bits // 8) for q in quantized.values())
-    # By identity: weights of one mean and scale hold the same two arrays.
-    constants = {
-        id(array): array.nbytes
-        for q in quantized.values()
-        for array in (q.scales, q.offset)
-        if array.any()
-    }
-    return packed + sum(constants.values()) + sum(w.nbytes for w in kept.values())
+def _decibels(signal, noise):
+    if not noise:
+        return float("inf")
+    return float(10 * np.log10(signal / noise)) if signal else float("-inf")

@@ -8,18 +8,15 @@ random_offsets      windows cut at other places
 token_dropout       inputs blanked; what is to be predicted stays
 token_replacement   inputs exchanged for other tokens; what is to be predicted stays
 mix_documents       windows that go on with another place of the text
-written_tokens      more text, written by a teacher
 
-All but the last are made for each window when it is needed, a function of seed, epoch
-and window alone: a run that was interrupted sees what an uninterrupted one does, and
-workers agree. None of it happens in validation. Text of a teacher is written once,
-before training, by `gpt_tf.distillation.generated_text`.
+They are made for each window when it is needed, a function of seed, epoch and window
+alone: a run that was interrupted sees what an uninterrupted one does, and workers
+agree. None of it happens in validation.
 
 Reference: article 6.4.
 """
 
 import itertools
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +26,11 @@ from gpt_tf.errors import InputError
 from gpt_tf.settings import arguments
 from gpt_tf.text.config import AugmentationConfig
 from gpt_tf.text.rng import draw, uniform
-from gpt_tf.text.tokenizer import BPETokenizer, byte_alphabet
+from gpt_tf.text.tokenizer import (
+    BPETokenizer,
+    byte_alphabet,
+    text_and_broken_bytes,
+)
 
 # What the streams of a window are for; a new purpose takes a new number.
 _SEGMENTATION, _OTHER_SEGMENTATION, _IS_MIXED, _CUT, _OTHER_PLACE = range(5)
@@ -42,9 +43,6 @@ _EPOCH = 6
 # and its id; GPT-2's stand-ins for bytes come long before.
 _WHOLE = 0x10000
 
-# What Python's `surrogateescape` makes of bytes that are not UTF-8.
-_BROKEN_BYTES = re.compile("([\udc80-\udcff]+)")
-
 
 class BPEDropout:
     """Encoding that leaves out merges at random: the same text in other tokens.
@@ -56,9 +54,6 @@ class BPEDropout:
         tokenizer: A `BPETokenizer`.
         rate: Probability with which each possible merge is left out at each step, in
             [0, 1].
-
-    Raises:
-        InputError: The tokenizer is of another kind, or the rate is out of range.
 
     Example:
         >>> tokenizer = BPETokenizer.train(["low lower lowest " * 9], vocab_size=260)
@@ -76,7 +71,6 @@ class BPEDropout:
         self.rate = arguments.number("rate", rate, least=0, most=1)
         backend = tokenizer.backend
         vocabulary = backend.get_vocab()
-        self._stands_for = {byte: c for c, byte in byte_alphabet().items()}
         self._byte_ids = np.zeros(max(map(ord, byte_alphabet())) + 1, np.int64)
         for character in byte_alphabet():
             self._byte_ids[ord(character)] = vocabulary[character]
@@ -98,27 +92,19 @@ class BPEDropout:
         self._merged = np.append(pairs[order, 2], 0)
 
     def encode(self, text: str, seed: int = 0) -> list[int]:
-        """Return ids of a text; the same seed gives the same ones.
-
-        Args:
-            text: Any text.
-            seed: 0 or more.
-        """
+        """Return ids of a text; the same seed, from 0, gives the same ones."""
         seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
         ids = np.asarray(self.tokenizer.encode(text), np.int64)
         key = draw(np.uint64(0), np.array([seed]))
         return self.resegment([ids], key)[0].tolist()
 
     def resegment(self, rows: Sequence[np.ndarray], keys) -> list[np.ndarray]:
-        """Return other ids of the same text.
+        """Return for each row other ids of the same text, about as many or more.
 
         Args:
             rows: Ids `(T,)` of each text. Tokens that the tokenizer has added, as the
                 end of text, stay as they are.
             keys: uint64s `(len(rows),)`, each of which decides for its row alone.
-
-        Returns:
-            For each row its new ids, int64, about as many or more.
         """
         words = [self._words(row) for row in rows]
         lengths = np.array([len(w) for row in words for w in row], np.int64)
@@ -154,15 +140,11 @@ class BPEDropout:
 
     def _words_of(self, ids):
         # A window may begin and end within a character.
-        data = self.tokenizer.decode_bytes(ids)
-        pieces = _BROKEN_BYTES.split(data.decode("utf-8", "surrogateescape"))
+        texts, broken = text_and_broken_bytes(self.tokenizer.decode_bytes(ids))
         split = self.tokenizer.backend.pre_tokenizer.pre_tokenize_str
         words = []
-        for index, piece in enumerate(pieces):
-            if index % 2:
-                words += [self._stands_for[ord(c) - 0xDC00] for c in piece]
-            else:
-                words += [word for word, _ in split(piece)]
+        for text, characters in itertools.zip_longest(texts, broken, fillvalue=""):
+            words += [*(word for word, _ in split(text)), *characters]
         return words
 
     def _merge(self, symbols, word_of, row_of, places, keys):
@@ -214,8 +196,6 @@ class BPEDropout:
 
 class Augmenter:
     """Reads the windows of a text otherwise in each epoch.
-
-    `Windows` has one where its augmentation asks for it.
 
     Args:
         config: An `AugmentationConfig`.

@@ -86,14 +86,7 @@ class AugmentationConfig(Configuration):
         return any(getattr(self, name) for name in _RATES)
 
     def check_fits(self, tokenizer) -> None:
-        """Refuse what a tokenizer cannot do.
-
-        Args:
-            tokenizer: The `Tokenizer` of the text that is read.
-
-        Raises:
-            InputError: BPE dropout is wanted of a tokenizer that merges nothing.
-        """
+        """Refuse BPE dropout for a tokenizer that merges nothing, by `InputError`."""
         if self.bpe_dropout and getattr(tokenizer, "kind", None) != "bpe":
             raise InputError(
                 "`bpe_dropout` expects a bpe tokenizer, whose merges it leaves out. "

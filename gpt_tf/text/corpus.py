@@ -1,24 +1,25 @@
 """Where text comes from: the user's files, Python's own sources, or Shakespeare.
 
-Every corpus yields documents, split into train and validation so that no text is
-on both sides. Files are read one at a time and long ones in pieces, so that a
-corpus may be larger than memory.
+Documents are split into train and validation so that no text is on both sides. Files
+are read one at a time and long ones in pieces: a corpus may be larger than memory.
 """
 
 import codecs
+import collections
 import dataclasses
+import fnmatch
 import hashlib
 import logging
 import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt_tf import artifacts
-from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.errors import InputError
 from gpt_tf.settings import arguments
 
 logger = logging.getLogger(__name__)
@@ -33,10 +34,12 @@ SHAKESPEARE_URL = (
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-_TEST_FOLDERS = {"test", "tests", "idle_test"}
-# Generated tables, an eighth of the text: of characters, and of help texts.
-_TABLE_FOLDERS = {"encodings", "pydoc_data"}
-_FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
+# Folders of the standard library that are no text to learn from. `encodings` and
+# `pydoc_data` are generated tables, an eighth of it: of characters, and of help texts.
+_LEFT_OUT = (
+    *("test", "tests", "idle_test", "encodings", "pydoc_data"),
+    *("site-packages", "dist-packages", "__pycache__", "config-*"),
+)
 
 # How far the share that is held out may lie from the one asked for, in parts of the
 # text: at most two points, and less where less than a tenth is to be on one side.
@@ -119,24 +122,29 @@ class Corpus:
     separator: str | None = None
 
     def documents(self, split: str) -> Iterator[Document]:
-        """Yield the documents of a split in a fixed order, one file at a time.
-
-        Args:
-            split: `"train"` or `"validation"`.
+        """Yield the documents of `"train"` or `"validation"` in a fixed order.
 
         Raises:
             InputError: There is no such split, or a file cannot be read.
         """
         arguments.one_of("split", split, SPLITS)
-        # Not a generator itself: a wrong split is refused at once.
-        return self._documents(split)
+        ended = 0
+        for part in self.parts[split]:
+            for document in _read(part, self.notices.add, self.separator):
+                ended += document.ends
+                yield document
+        if self.separator and split == "train" and ended <= len(self.parts[split]):
+            self.notices.add(
+                f"the separator {self.separator!r} divides none of the files that "
+                f"{self.name} has for training"
+            )
 
     def describe(self) -> dict:
-        """Describe the corpus for a manifest.
+        """Describe the corpus for a manifest, for which all files are read once.
 
         Returns:
             `name`, `files`, `size_bytes`, and `sha256` over every file's name, size
-            and bytes, wherever the files lie. Reads all files once.
+            and bytes, wherever the files lie.
         """
         sources = {(part.name, part.path) for s in SPLITS for part in self.parts[s]}
         entries = sorted(
@@ -155,18 +163,6 @@ class Corpus:
             **self.facts,
         }
 
-    def _documents(self, split):
-        ended = 0
-        for part in self.parts[split]:
-            for document in _read(part, self.notices.add, self.separator):
-                ended += document.ends
-                yield document
-        if self.separator and split == "train" and ended <= len(self.parts[split]):
-            self.notices.add(
-                f"the separator {self.separator!r} divides none of the files that "
-                f"{self.name} has for training"
-            )
-
 
 def open_corpus(
     source: str | os.PathLike | Sequence[str | os.PathLike],
@@ -178,7 +174,7 @@ def open_corpus(
 ) -> Corpus:
     """Open a corpus by name or by path, and divide it.
 
-    What is held out is, of these, the first that there is:
+    The first of these that there is decides what is held out:
 
     1. `validation`.
     2. The files whose name says so, in a word of its own (`valid`, `val`,
@@ -189,9 +185,6 @@ def open_corpus(
        their path in the folder, so that most stay in their split when others come and
        go, and the end of a large file where whole ones do not come near enough. It is
        cut after a separator or a line where one is near.
-
-    What names decided, what was skipped or replaced, and where the share is another
-    than asked for, is logged and kept in the corpus's `notices`.
 
     Args:
         source: `"python-stdlib"`, the sources of the running interpreter's standard
@@ -204,11 +197,8 @@ def open_corpus(
             `"<|endoftext|>"`. It belongs to no document. None: a file is a document.
         whole: Whether all of `source` is held out, and none of it for training.
 
-    Returns:
-        A `Corpus` with text in both splits, or with `whole` in `"validation"` only.
-
     Raises:
-        InputError: A path is missing, empty, or binary, or there is no text, or
+        InputError: A path is missing, empty, or binary, or a split has no text, or
             Shakespeare cannot be downloaded.
 
     Example:
@@ -225,9 +215,8 @@ def open_corpus(
     notices = _Notices()
     notice = notices.add
     facts = {} if separator is None else {"separator": separator}
-    if isinstance(source, (str, os.PathLike)):
-        source = [source]
-    sources = [str(item) for item in arguments.paths("corpus", source)]
+    several = [source] if isinstance(source, (str, os.PathLike)) else source
+    sources = [str(item) for item in arguments.paths("corpus", several)]
     if sources == ["python-stdlib"]:
         name, found = "python-stdlib", _without_copies(_stdlib_files())
         facts["python"] = sys.version.split()[0]
@@ -235,13 +224,9 @@ def open_corpus(
         name, found = "shakespeare", [_Part("shakespeare.txt", download_shakespeare())]
     else:
         if not sources:
-            raise InputError(
-                "A corpus expects at least one path. Received: none. Name files or "
-                "folders, or use python-stdlib."
-            )
-        name = ", ".join(
-            arguments.printable(Path(item).name or item) for item in sources
-        )
+            arguments.refuse("corpus", source, "at least one path")
+        names = (Path(item).name or item for item in sources)
+        name = ", ".join(map(arguments.printable, names))
         found = _without_copies(_files_of(sources, notice), notice)
     if whole:
         parts = {"train": [], "validation": found}
@@ -258,16 +243,17 @@ def open_corpus(
                 "was asked for. To choose the text yourself, name it as `validation`"
             )
     corpus = Corpus(name, parts, facts, notices, separator)
-    _require_text(corpus, SPLITS[whole:])
+    for split in SPLITS[whole:]:
+        if not any(document.text.strip() for document in corpus.documents(split)):
+            raise InputError(
+                f"The corpus {name} expects text for training and validation; its "
+                f"{split} part holds nothing but white space. Give it more text."
+            )
     return corpus
 
 
 def check_separator(separator: str | None) -> None:
-    """Refuse what cannot stand between documents.
-
-    Raises:
-        InputError: It is neither a text of at least one character nor None.
-    """
+    """Refuse what is neither a text of at least one character nor None."""
     if separator is not None and not (isinstance(separator, str) and separator):
         expected = "the text between two documents, at least one character, or None"
         arguments.refuse("separator", separator, expected)
@@ -278,36 +264,21 @@ def download_shakespeare(
 ) -> Path:
     """Fetch the tiny Shakespeare text, or find it where Keras stored it before.
 
-    Args:
-        url: Where to fetch it.
-        sha256: What its bytes must be, 64 hexadecimal digits.
-
-    Returns:
-        Path of the file.
-
     Raises:
-        InputError: It cannot be fetched.
-        DamagedFileError: What came is something else.
+        InputError: It cannot be fetched, or what came has another SHA-256.
 
     Reference: Karpathy, char-rnn, `data/tinyshakespeare`.
     """
     import tf_keras as keras
 
+    name = "gpt_tf_shakespeare.txt"
     try:
-        path = Path(keras.utils.get_file("gpt_tf_shakespeare.txt", url))
+        return Path(keras.utils.get_file(name, url, file_hash=sha256))
     except Exception as error:
         raise InputError(
             f"The corpus shakespeare could not be downloaded from {url}: {error}. "
             "Without a network use `python-stdlib` or a file of your own."
         ) from None
-    found = artifacts.sha256_of(path)
-    if found != sha256:
-        path.unlink()
-        raise DamagedFileError(
-            f"The text from {url} should have the SHA-256 {sha256}. Received: {found}. "
-            "It was removed; try again, or use a file of your own."
-        )
-    return path
 
 
 # Finding files
@@ -315,14 +286,9 @@ def download_shakespeare(
 
 def _stdlib_files() -> list[_Part]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = _TEST_FOLDERS | _TABLE_FOLDERS | _FOREIGN_FOLDERS
     found = [
         _Part(path.relative_to(root).as_posix(), path)
-        for path in _walk(
-            root,
-            lambda name: name in left_out or name.startswith("config-"),
-            lambda line: None,
-        )
+        for path in _walk(root, lambda line: None, _LEFT_OUT)
         if path.suffix == ".py" and _content(path) == "text"
     ]
     if not found:
@@ -348,35 +314,26 @@ def _user_files(path: Path, notice) -> list[_Part]:
     try:
         if path.is_dir():
             return _folder_files(path, notice)
-        if not path.exists():
-            raise InputError(
-                f"The corpus expects a file or folder at {path}; there is none. "
-                "Check the path, or use python-stdlib."
-            )
         if not path.is_file():
+            what = "it is a device or a pipe" if path.exists() else "there is none"
             raise InputError(
-                f"The corpus expects a file or folder at {path}, but it is a device "
-                "or a pipe. Write its text to a file first."
+                f"The corpus expects a file or folder at {path}; {what}. "
+                "Check the path, or use python-stdlib."
             )
         content = _content(path)
     except OSError as error:
         raise _unreadable(path, error) from None
-    if content == "binary":
+    if content != "text":
         raise InputError(
-            f"The corpus expects UTF-8 text in {path}, but it is a binary file. "
-            "Convert it to text first."
-        )
-    if content == "blank":
-        what = "nothing but white space" if path.stat().st_size else "empty"
-        raise InputError(
-            f"The corpus expects text in {path}, but it is {what}. Name another file."
+            f"The corpus expects UTF-8 text in {path}. Received: a {content} file. "
+            "Name another one, or convert it to text first."
         )
     return [_Part(path.name, path)]
 
 
 def _folder_files(path: Path, notice) -> list[_Part]:
     found, binary = [], []
-    for file in _walk(path, lambda name: False, notice):
+    for file in _walk(path, notice):
         content = _content(file)
         if content == "text":
             found.append(_Part(file.relative_to(path).as_posix(), file))
@@ -392,10 +349,11 @@ def _folder_files(path: Path, notice) -> list[_Part]:
     return found
 
 
-def _walk(root: Path, leave_out: Callable[[str], bool], notice) -> Iterator[Path]:
+def _walk(root: Path, notice, left_out: Sequence[str] = ()) -> Iterator[Path]:
     """Yield regular files in a fixed order, without hidden ones.
 
-    Links to folders are not followed, so that a loop of links does no harm.
+    Links to folders are not followed, so that a loop of links does no harm; nor are
+    folders whose names fit a pattern in `left_out`.
     """
     folders = [root]  # no recursion: they may be nested deeper than Python's calls
     while folders:
@@ -411,7 +369,8 @@ def _walk(root: Path, leave_out: Callable[[str], bool], notice) -> Iterator[Path
         folders += [
             entry.path
             for entry in reversed(entries)
-            if entry.is_dir(follow_symlinks=False) and not leave_out(entry.name)
+            if entry.is_dir(follow_symlinks=False)
+            and not any(fnmatch.fnmatchcase(entry.name, name) for name in left_out)
         ]
 
 
@@ -427,25 +386,19 @@ def _content(path: Path) -> str:
 
 def _without_copies(found: list[_Part], notice=None) -> list[_Part]:
     """Keep the first of files with the same bytes, or splits could share text."""
-    by_size = {}
-    for part in found:
-        by_size.setdefault(part.path.stat().st_size, []).append(part)
-    copies = []
-    for same_size in by_size.values():
-        seen = set()
-        for part in same_size if len(same_size) > 1 else ():
-            digest = artifacts.sha256_of(part.path)
-            if digest in seen:
-                copies.append(part)
-            seen.add(digest)
+    sizes = [part.path.stat().st_size for part in found]
+    count_of = collections.Counter(sizes)
+    kept, copies, seen = [], [], set()
+    for part, size in zip(found, sizes, strict=True):
+        content = artifacts.sha256_of(part.path) if count_of[size] > 1 else part
+        (copies if content in seen else kept).append(part)
+        seen.add(content)
     if copies and notice:
         notice(
             f"{len(copies)} files were skipped as copies of others, "
             f"{copies[0].path} first"
         )
-    # By identity: the same path named twice makes two equal parts.
-    left_out = {id(part) for part in copies}
-    return [part for part in found if id(part) not in left_out]
+    return kept
 
 
 # Splitting
@@ -644,31 +597,21 @@ def _read(part: _Part, notice, separator: str | None = None) -> Iterator[Documen
 def _decoded(part: _Part, notice) -> Iterator[tuple[str, bool]]:
     """Yield the text of a file in pieces, each with whether it is the last one."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
-    count, first = 0, None
-    is_start = part.start == 0
+    count, is_start = 0, part.start == 0
     with _open(part.path) as file:
         stop = os.fstat(file.fileno()).st_size if part.stop is None else part.stop
         file.seek(offset := part.start)
         while True:
             data = file.read(min(PIECE_BYTES, stop - offset))
-            decoded_from = offset - len(decoder.getstate()[0])
             offset += len(data)
             is_last = offset >= stop or not data
             text = decoder.decode(data, final=is_last)
-            found = _UNDECODABLE.search(text)
-            if found and first is None:
-                before = text[: found.start()]
-                first = decoded_from + len(before.encode("utf-8"))
-            if found:
-                text, replaced = _UNDECODABLE.subn("\ufffd", text)
-                count += replaced
+            text, replaced = _UNDECODABLE.subn("\ufffd", text)
+            count += replaced
             if is_start and text:
                 text, is_start = text.removeprefix("\ufeff"), False
             if is_last and count:
-                notice(
-                    f"{part.path}: {count} undecodable bytes were replaced, the first "
-                    f"at offset {first}"
-                )
+                notice(f"{part.path}: {count} undecodable bytes were replaced")
             yield text, is_last
             if is_last:
                 return
@@ -686,12 +629,3 @@ def _unreadable(path: Path, error: OSError) -> InputError:
         f"The corpus cannot read {error.filename or path}: {error.strerror}. "
         "Check the path and its permissions."
     )
-
-
-def _require_text(corpus: Corpus, splits) -> None:
-    for split in splits:
-        if not any(document.text.strip() for document in corpus.documents(split)):
-            raise InputError(
-                f"The corpus {corpus.name} expects text for training and validation; "
-                f"its {split} part holds nothing but white space. Give it more text."
-            )

@@ -7,7 +7,7 @@ at any step, workers agree without talking, and nothing grows with the corpus.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,16 +59,6 @@ class TokenFile:
         return int(self.manifest["count"])
 
     @property
-    def dtype(self) -> np.dtype:
-        """Little-endian uint16 or uint32."""
-        return self.tokens.dtype
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the vocabulary that the tokens were written with."""
-        return int(self.manifest["vocab_size"])
-
-    @property
     def text_bytes(self) -> int:
         """Bytes of UTF-8 text that the tokens stand for."""
         return int(self.manifest["text_bytes"])
@@ -82,9 +72,6 @@ class TokenFile:
             verify: Whether to compare its bytes with the manifest's SHA-256, for
                 which the whole file is read; its size is compared always.
 
-        Returns:
-            The file, opened for reading.
-
         Raises:
             DamagedFileError: File or manifest is missing, truncated or altered.
         """
@@ -94,28 +81,18 @@ class TokenFile:
         dtype, size = np.dtype(manifest["dtype"]), manifest["size_bytes"]
         if not path.is_file():
             raise DamagedFileError(f"Expected a token file at {path}; there is none.")
-        found = path.stat().st_size
-        if found != size:
+        is_other = path.stat().st_size != size or (
+            verify and artifacts.sha256_of(path) != manifest["sha256"]
+        )
+        if is_other:
             raise DamagedFileError(
-                f"{path} should have {size} bytes but has {found}: it is truncated or "
-                "was written over. Prepare the corpus again."
-            )
-        if verify and artifacts.sha256_of(path) != manifest["sha256"]:
-            raise DamagedFileError(
-                f"{path} does not have the SHA-256 that its manifest states: its "
-                "bytes were altered. Prepare the corpus again."
+                f"{path} does not have the bytes that its manifest states: it was "
+                "truncated or altered. Prepare the corpus again."
             )
         return cls(path, np.memmap(path, dtype, mode="r"), manifest)
 
     def check_fits(self, vocab_size: int) -> None:
-        """Refuse ids that a model or tokenizer of this size does not have.
-
-        Args:
-            vocab_size: Number of ids there are, `V`.
-
-        Raises:
-            InputError: An id is `vocab_size` or larger.
-        """
+        """Refuse ids of `vocab_size` or more by an `InputError`."""
         largest = 0
         for start in range(0, self.count, 1 << 24):
             largest = max(largest, int(self.tokens[start : start + (1 << 24)].max()))
@@ -131,7 +108,6 @@ def write_token_file(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
     *,
-    on_progress: Callable[[int], None] | None = None,
     facts: dict | None = None,
 ) -> TokenFile:
     """Encode documents into a token file, whole or not at all.
@@ -144,14 +120,7 @@ def write_token_file(
         path: Where to write; the manifest goes to the same name with `.json`.
         documents: The text.
         tokenizer: Turns it into ids.
-        on_progress: Called with the number of tokens written so far.
         facts: More to record in the manifest, as JSON values.
-
-    Returns:
-        The file, opened.
-
-    Raises:
-        InputError: The documents hold no text.
 
     Example:
         >>> documents = [Document("a", "to be"), Document("b", "or not to be")]
@@ -177,8 +146,6 @@ def write_token_file(
                     digest.update(data)
                     file.write(data)
                     count += len(ids)
-                if on_progress is not None:
-                    on_progress(count)
         if not text_bytes:
             raise InputError(
                 "A token file expects text. Received: documents without any."
@@ -204,10 +171,10 @@ class Windows:
     """Batches of windows over tokens, each batch a function of its step.
 
     With `shuffle`, each epoch shifts all windows by a random offset and visits them
-    in a random order, computed without a table of all windows; with `augmentation`
-    it reads them otherwise, too. Without `shuffle`, windows follow each other, every
-    token is the target once, and the end is padded. A target that is padding, or that
-    cannot be known, is -100 and has the weight 0.
+    in a random order, but for those that do not fill its last batch; with
+    `augmentation` it reads them otherwise, too. Without `shuffle`, windows follow each
+    other, every token is the target once, and the end is padded. A target that is
+    padding, or that cannot be known, is -100 and has the weight 0.
 
     Args:
         tokens: A `TokenFile` or integer ids `(N,)`.
@@ -215,9 +182,6 @@ class Windows:
         batch_size: `B`, windows per batch over all shards, at least 1.
         seed: Decides offsets and order; 0 or more.
         shuffle: Whether for training (True) or for measuring (False).
-        drop_remainder: Whether a shuffled epoch leaves out the windows that do not
-            fill its last batch. If not, that batch is filled up with windows of
-            weight 0, as it always is without `shuffle`.
         augmentation: An `AugmentationConfig`, or a dict of its fields, for training
             only; None shifts windows and changes nothing in them.
         tokenizer: The text's, where the augmentation changes windows.
@@ -226,10 +190,6 @@ class Windows:
         num_windows: Windows in one pass over the text.
         steps_per_epoch: Batches in one pass over the text.
         largest_offset: How far an epoch may shift its windows, in tokens.
-
-    Raises:
-        InputError: The text is shorter than a window, or an argument is out of its
-            range.
 
     Example:
         >>> x, y, weights = Windows(np.arange(100), 8, 4, seed=1).batch(step=0)
@@ -250,7 +210,6 @@ class Windows:
         *,
         seed=0,
         shuffle=True,
-        drop_remainder=True,
         augmentation=None,
         tokenizer=None,
     ):
@@ -265,7 +224,6 @@ class Windows:
         self.batch_size = arguments.integer("batch_size", batch_size, 1)
         self.seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
         self.shuffle = arguments.switch("shuffle", shuffle)
-        self.drop_remainder = arguments.switch("drop_remainder", drop_remainder)
         count = len(self.tokens)
         if count < self.context_length + 1:
             raise InputError(
@@ -281,39 +239,26 @@ class Windows:
             self.num_windows = -(-(count - 1) // self.context_length)
             self.largest_offset = 0
         self.augmentation = AugmentationConfig.of(augmentation)
-        self._augmenter = self._augmenter_of(augmentation, tokenizer)
-
-    def _augmenter_of(self, given, tokenizer):
-        if given is not None and not self.shuffle:
+        self._augmenter = None
+        if augmentation is not None and not self.shuffle:
             raise InputError(
                 "`augmentation` expects windows for training. Received: shuffle=False, "
                 "windows for measuring, which read the text as it stands. Leave it out."
             )
-        if not self.augmentation.changes_windows:
-            return None
-        if tokenizer is None:
-            raise InputError(
-                "`augmentation` expects the `tokenizer` that made the tokens. "
-                "Received: None. Write `tokenizer=tokenizer`."
+        if self.augmentation.changes_windows:
+            arguments.instance("tokenizer", tokenizer, Tokenizer, "that of the tokens")
+            self._augmenter = Augmenter(
+                self.augmentation, tokenizer, self.tokens, context_length, self.seed
             )
-        return Augmenter(
-            self.augmentation, tokenizer, self.tokens, self.context_length, self.seed
-        )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in one pass over the text."""
-        if self.shuffle and self.drop_remainder:
+        if self.shuffle:
             return max(1, self.num_windows // self.batch_size)
         return -(-self.num_windows // self.batch_size)
 
     def batch(self, step: int, shard: int = 0, num_shards: int = 1):
-        """Return the batch of a step.
-
-        Args:
-            step: Any step from 0.
-            shard: Which part of the batch.
-            num_shards: Number of equal parts.
+        """Return the batch of any step from 0, or one of `num_shards` parts of it.
 
         Returns:
             Inputs `(B, T)` int32, targets `(B, T)` int32, and weights `(B, T)`
@@ -376,8 +321,6 @@ class Windows:
             weights = np.ones((*places.shape, length), np.float32)
             x = np.ascontiguousarray(ids[..., :-1])
             y = np.ascontiguousarray(ids[..., 1:])
-        if not self.drop_remainder:
-            weights[places >= self.num_windows] = 0.0
         return x, y, weights, *self._beside(epoch, starts)
 
     def _in_order(self, epoch, places):
@@ -406,12 +349,10 @@ class Windows:
         repeat: bool = True,
         num_shards: int = 1,
         shard: int = 0,
-        prefetch: int = 4,
     ) -> tf.data.Dataset:
-        """Return the batches from a step on as a dataset for `fit`.
+        """Return the batches from a step on, in a fixed order, as a dataset for `fit`.
 
-        The order is fixed, and `tf.distribute` is told not to shard the batches
-        again; `MirroredStrategy` divides each among its replicas.
+        `MirroredStrategy` divides each among its replicas.
 
         Args:
             start_step: The first step, so that a resumed run goes on exactly.
@@ -420,13 +361,9 @@ class Windows:
                 ends with the epoch of `start_step` at the latest.
             num_shards: Number of workers among which each batch is divided.
             shard: Which of them this one is.
-            prefetch: Batches to prepare ahead.
 
         Returns:
             A dataset of inputs, targets and weights, each `(B / num_shards, T)`.
-
-        Raises:
-            InputError: The batch cannot be divided so, or a number is out of range.
 
         Example:
             >>> windows = Windows(np.arange(100), context_length=8, batch_size=4)
@@ -435,38 +372,31 @@ class Windows:
         start_step = arguments.integer("start_step", start_step)
         num_steps = arguments.integer("num_steps", num_steps, or_none=True)
         repeat = arguments.switch("repeat", repeat)
-        prefetch = arguments.integer("prefetch", prefetch, -1)  # tf.data.AUTOTUNE
         self._check_shard(shard, num_shards)
         if not repeat:
             rest = self.steps_per_epoch - start_step % self.steps_per_epoch
             num_steps = rest if num_steps is None else min(num_steps, rest)
         rows = self.batch_size // num_shards
-        shape = (None, rows, self.context_length)
         stride = max(1, _CALL_TOKENS // (rows * self.context_length))
-        starts = tf.data.Dataset.counter(start_step, stride)
-        if num_steps is not None:
-            stop_step = start_step + num_steps
-            starts = tf.data.Dataset.range(start_step, stop_step, stride)
+        stop_step = tf.int64.max if num_steps is None else start_step + num_steps
+        starts = tf.data.Dataset.range(start_step, stop_step, stride)
 
         def make(start):
-            stop = start + stride
-            if num_steps is not None:
-                stop = min(stop, stop_step)
+            stop = min(start + stride, stop_step)
             return self._batches(start, stop, shard, num_shards)
 
         def load(start):
             types, shapes = zip(*self._kinds, strict=True)
             tensors = tf.numpy_function(make, [start], types)
-            return self._element(
-                *(
-                    tf.ensure_shape(tensor, (*shape, *more))
-                    for tensor, more in zip(tensors, shapes, strict=True)
-                )
+            shaped = (
+                tf.ensure_shape(tensor, (None, rows, self.context_length, *more))
+                for tensor, more in zip(tensors, shapes, strict=True)
             )
+            return self._element(*shaped)
 
+        count = tf.data.INFINITE_CARDINALITY if num_steps is None else num_steps
         dataset = starts.map(load).unbatch()
-        if num_steps is not None:
-            dataset = dataset.apply(tf.data.experimental.assert_cardinality(num_steps))
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(count))
         options = tf.data.Options()
         options.deterministic = True
         # There is nothing to tune, and the end of an iterator waits for the thread
@@ -475,7 +405,7 @@ class Windows:
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.OFF
         )
-        return dataset.prefetch(prefetch).with_options(options)
+        return dataset.prefetch(4).with_options(options)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -14,14 +14,11 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def draw(keys, counters) -> np.ndarray:
-    """Return the numbers at places of streams.
+    """Return uint64s, which may be keys of further streams.
 
     Args:
         keys: uint64s, each the key of a stream.
         counters: Places in them, integers from 0, of a shape that goes with `keys`.
-
-    Returns:
-        uint64s, all equally likely. They may be keys of further streams.
 
     Example:
         >>> rolls = draw(np.uint64(7), np.arange(100)) % np.uint64(6)
@@ -50,15 +47,7 @@ def permute(values: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """Map 0..size-1 onto itself in a random order, without a table.
 
     A Feistel network over the next even power of two, applied again where the
-    result falls outside.
-
-    Args:
-        values: Integers from 0 to `size - 1`.
-        size: Number of values, at least 1.
-        key: Random uint32s, the rounds' keys.
-
-    Returns:
-        The images, uint64, shaped as `values`.
+    result falls outside. `key` holds random uint32s, the rounds' keys.
 
     Reference: Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
     CT-RSA 2002.

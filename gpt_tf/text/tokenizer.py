@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -38,8 +39,18 @@ def byte_alphabet() -> dict[str, int]:
 _BYTE_OF = byte_alphabet()
 _STANDS_FOR = {byte: character for character, byte in _BYTE_OF.items()}
 
-# What Python's `surrogateescape` makes of bytes that are not UTF-8.
-_BROKEN_BYTES = re.compile("([\udc80-\udcff]+)")
+
+def text_and_broken_bytes(data: bytes) -> tuple[list[str], list[str]]:
+    """Part bytes into UTF-8 and what is none.
+
+    Returns:
+        Texts, and the stand-ins of the bytes between each two of them.
+    """
+    # What Python's `surrogateescape` makes of bytes that are not UTF-8.
+    pieces = re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))
+    broken = ["".join(_STANDS_FOR[ord(c) - 0xDC00] for c in b) for b in pieces[1::2]]
+    return pieces[::2], broken
+
 
 # Text on which a tokenizer that changes text gives itself away, unless it does so with
 # a few texts only: so normalizers and pre-tokenizers must be known ones, too.
@@ -85,25 +96,6 @@ class Tokenizer(abc.ABC):
         self.end_of_text_id = backend.token_to_id(END_OF_TEXT)
         self._bytes_of = self._read_vocabulary()
 
-    @classmethod
-    def from_file(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read a Hugging Face `tokenizer.json` of this kind.
-
-        Args:
-            path: The file, or a folder as in `load_tokenizer`.
-
-        Raises:
-            InputError: There is none.
-            DamagedFileError: It cannot be read, or is of another kind.
-        """
-        tokenizer = load_tokenizer(path)
-        if not isinstance(tokenizer, cls):
-            raise DamagedFileError(
-                f"`{cls.__name__}` expects a tokenizer.json of its kind at {path}. "
-                f"Received: {type(tokenizer).__name__}. Use `load_tokenizer`."
-            )
-        return tokenizer
-
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the ids of a text.
 
@@ -116,10 +108,6 @@ class Tokenizer(abc.ABC):
         Returns:
             The ids; with `special` those of Hugging Face's `encode` without the
             tokens that it adds itself.
-
-        Example:
-            >>> tokenizer.encode("<|endoftext|>", special=True)
-            [0]
         """
         arguments.text("text", text)
         is_found = special and any(token in text for token in self._special_tokens)
@@ -167,9 +155,8 @@ class Tokenizer(abc.ABC):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that two tokenizers share only if they are the same."""
-        canonical = artifacts.to_json(
-            artifacts.parse_json(self.to_json()), sort_keys=True
-        )
+        content = artifacts.parse_json(self.to_json())
+        canonical = artifacts.to_json(content, sort_keys=True)
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
@@ -181,11 +168,7 @@ class Tokenizer(abc.ABC):
             file.write(self.to_json())
 
     def check_ids(self, ids: Iterable[int]) -> None:
-        """Refuse ids that no token has.
-
-        Raises:
-            InputError: An id is negative or not below `vocab_size`.
-        """
+        """Refuse ids that are negative or not below `vocab_size`."""
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise InputError(
@@ -217,8 +200,9 @@ class BPETokenizer(Tokenizer):
     def __init__(self, backend: tokenizers.Tokenizer):
         if isinstance(backend.model, models.BPE):
             backend.model.dropout = None
-        changing = _changing_parts(backend)
-        parts = _parts_of(backend.normalizer)
+        parts, splitters = map(_parts_of, (backend.normalizer, backend.pre_tokenizer))
+        changing = [part for part in parts if part not in _NORMALIZERS]
+        changing += [part for part in splitters if part not in _PRE_TOKENIZERS]
         if "NFC" in parts and not changing:
             in_bytes = normalizers.ByteLevel() if "ByteLevel" in parts else None
             backend.normalizer = in_bytes
@@ -262,28 +246,18 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learn a vocabulary of `vocab_size` tokens from texts.
-
-        The same texts give the same vocabulary. It is smaller where the texts support
-        no more: where every word of them is a token.
+        """Learn a vocabulary; the same texts give the same one.
 
         Args:
             texts: The training text, in pieces.
-            vocab_size: At least 257: the 256 bytes and the end-of-text token.
-
-        Returns:
-            The tokenizer; its end-of-text token has id 0.
-
-        Raises:
-            InputError: The size is too small.
+            vocab_size: At least 257: the 256 bytes and the end-of-text token, which
+                has id 0. The vocabulary is smaller where the texts support no more:
+                where every word of them is a token.
         """
         _refuse_single_text(texts)
+        repair = "256 bytes and the end of text are tokens always."
         vocab_size = arguments.integer(
-            "vocab_size",
-            vocab_size,
-            257,
-            arguments.MOST_TOKENS,
-            repair="256 bytes and the end of text are tokens always.",
+            "vocab_size", vocab_size, 257, arguments.MOST_TOKENS, repair=repair
         )
         backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
@@ -299,11 +273,7 @@ class BPETokenizer(Tokenizer):
     def from_gpt2_files(
         cls, vocab: str | os.PathLike, merges: str | os.PathLike
     ) -> "BPETokenizer":
-        """Read GPT-2's `vocab.json` and `merges.txt`.
-
-        Raises:
-            DamagedFileError: A file is missing, damaged, or of another kind.
-        """
+        """Read GPT-2's `vocab.json` and `merges.txt`, or refuse damaged ones."""
         try:
             backend = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
         except Exception as error:
@@ -315,18 +285,6 @@ class BPETokenizer(Tokenizer):
             backend.add_special_tokens([END_OF_TEXT])
         return cls(backend)
 
-    def save_gpt2_files(self, folder: str | os.PathLike) -> None:
-        """Write GPT-2's `vocab.json` and `merges.txt` into a folder."""
-        content = artifacts.parse_json(self.to_json())["model"]
-        merges = [m if isinstance(m, str) else " ".join(m) for m in content["merges"]]
-        vocabulary = self.backend.get_vocab()
-        vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
-        with artifacts.replaced(Path(folder) / "vocab.json", "merges.txt") as new:
-            text = artifacts.to_json(vocabulary, ensure_ascii=False)
-            (new / "vocab.json").write_text(text, "utf-8")
-            text = "#version: 0.2\n" + "\n".join(merges) + "\n"
-            (new / "merges.txt").write_text(text, "utf-8")
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self.backend.encode_batch_fast(
             [_clean(text) for text in texts], add_special_tokens=False
@@ -334,8 +292,7 @@ class BPETokenizer(Tokenizer):
         return [encoding.ids for encoding in encoded]
 
     def _encode_special(self, text: str) -> list[int]:
-        encoded = self._finds_special.encode(_clean(text), add_special_tokens=False)
-        return encoded.ids
+        return self._finds_special.encode(_clean(text), add_special_tokens=False).ids
 
     @functools.cached_property
     def _finds_special(self) -> tokenizers.Tokenizer:
@@ -343,13 +300,10 @@ class BPETokenizer(Tokenizer):
         return tokenizers.Tokenizer.from_str(self.to_json())
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        # Pieces alternate: text, broken bytes, text, ...
-        pieces = _BROKEN_BYTES.split(data.decode("utf-8", "surrogateescape"))
-        encoded = self.encode_batch(pieces[::2])
-        for index, broken in enumerate(pieces[1::2]):
-            encoded[index] += [
-                self.backend.token_to_id(_STANDS_FOR[ord(c) - 0xDC00]) for c in broken
-            ]
+        texts, broken = text_and_broken_bytes(data)
+        encoded = self.encode_batch(texts)
+        for ids, characters in zip(encoded, broken, strict=False):
+            ids += map(self.backend.token_to_id, characters)
         return [token for ids in encoded for token in ids]
 
 
@@ -387,12 +341,6 @@ class CharacterTokenizer(Tokenizer):
         Args:
             texts: All text that will be encoded, in pieces.
             end_of_text: Whether there is an end-of-text token too.
-
-        Returns:
-            The tokenizer.
-
-        Raises:
-            InputError: There is no text.
         """
         _refuse_single_text(texts)
         end_of_text = arguments.switch("end_of_text", end_of_text)
@@ -455,7 +403,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     Raises:
         InputError: There is none.
-        DamagedFileError: The file is no tokenizer that gpt_tf knows.
+        DamagedFileError: It is none that gpt_tf knows.
     """
     path = arguments.path("path", path)
     if path.is_dir():
@@ -478,14 +426,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def tokenizer_from_json(text: str, name: str = "the text") -> Tokenizer:
-    """Make the tokenizer that a `tokenizer.json` describes.
-
-    Args:
-        text: The file's content.
-        name: How messages call it.
+    """Make a tokenizer of the text of a `tokenizer.json`, which errors call `name`.
 
     Raises:
-        DamagedFileError: It is no tokenizer that gpt_tf knows.
+        DamagedFileError: It is none that gpt_tf knows.
     """
     known = {models.BPE: BPETokenizer, models.WordLevel: CharacterTokenizer}
     try:
@@ -512,13 +456,6 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _changing_parts(backend) -> list[str]:
-    """Return normalizers and pre-tokenizers that are not known to keep all text."""
-    found = [part for part in _parts_of(backend.normalizer) if part not in _NORMALIZERS]
-    splitters = _parts_of(backend.pre_tokenizer)
-    return found + [part for part in splitters if part not in _PRE_TOKENIZERS]
-
-
 def _parts_of(component) -> list[str]:
     """Return what a normalizer or pre-tokenizer consists of, by the library's names."""
 
@@ -527,15 +464,11 @@ def _parts_of(component) -> list[str]:
         if inner is not None:
             return [name for each in inner for name in names(each)]
         removes = settings.get("behavior") == "Removed"
-        return [
-            f"{settings['type']} with behavior Removed" if removes else settings["type"]
-        ]
+        return [settings["type"] + " with behavior Removed" * removes]
 
-    return (
-        []
-        if component is None
-        else names(artifacts.parse_json(component.__getstate__()))
-    )
+    if component is None:
+        return []
+    return names(artifacts.parse_json(component.__getstate__()))
 
 
 def _clean(text: str) -> str:
@@ -545,10 +478,5 @@ def _clean(text: str) -> str:
 
 
 def _refuse_single_text(texts) -> None:
-    try:
-        iter(texts)
-        are_several = not isinstance(texts, (str, bytes))
-    except TypeError:
-        are_several = False
-    if not are_several:
+    if isinstance(texts, (str, bytes)) or not np.iterable(texts):
         arguments.refuse("texts", texts, "several texts, a list for example")

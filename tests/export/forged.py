@@ -100,7 +100,7 @@ def written(mode, layers=1, width=32, heads=2, capacity=24, lengths=(1, 4)):
         "capacity": capacity,
         "prefill_lengths": list(lengths),
         "score_lengths": [min(4, capacity)],
-        "cache_dtype": "int8" if parts.mode.everything else "float32",
+        "cache_dtype": "int8" if parts.mode.full else "float32",
         "tokenizer_fingerprint": None,
     }
     model.add_metadata("gpt_tf", integrity.blank_seal(**facts))

@@ -64,8 +64,23 @@ def test_log_softmax_is_the_logarithm_of_the_shares_of_every_row(logits):
     np.testing.assert_allclose(log_softmax(rows), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_top_k_of_equal_logits_reaches_all_k_and_no_more():
-    assert set(draws(Sampler(top_k=3), np.zeros(9), 200)) == {0, 1, 2}
+@pytest.mark.parametrize(
+    ("options", "reached"),
+    [
+        ({"top_k": 3}, {0, 2, 3}),
+        ({"top_k": 4}, {0, 2, 3, 4}),
+        ({"top_p": 0.69}, {0, 2}),
+        ({"top_p": 0.71}, {0, 2, 3}),
+        ({"top_p": 1e-9}, {0}),
+        ({"temperature": 5e-324}, {0}),
+    ],
+)
+def test_every_token_of_the_set_is_reached_and_no_other(options, reached):
+    with np.errstate(divide="ignore"):
+        logits = np.log([0.4, 0.0, 0.3, 0.2, 0.1])
+    assert set(draws(Sampler(**options), logits, 300)) == reached
+    ties = np.zeros(9)
+    assert set(draws(Sampler(top_k=3), ties, 200)) == {0, 1, 2}
 
 
 @given(LOGITS, st.floats(1e-6, 1))
@@ -76,13 +91,6 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(logits, p):
     assert set(kept) == set(likeliest)
     assert shares[kept].sum() > p - 1e-9
     assert len(kept) == 1 or shares[likeliest[:-1]].sum() < p + 1e-9
-
-
-def test_top_p_reaches_every_token_of_the_set_and_no_other():
-    logits = np.log([0.4, 0.05, 0.3, 0.25])
-    assert set(draws(Sampler(top_p=0.69), logits, 300)) == {0, 2}
-    assert set(draws(Sampler(top_p=0.71), logits, 300)) == {0, 2, 3}
-    assert set(draws(Sampler(top_p=1e-9), logits, 30)) == {0}
 
 
 @given(
@@ -111,13 +119,6 @@ def test_rounding_never_leads_beyond_the_last_token():
     assert exceeding > 50
 
 
-def test_a_token_that_is_ruled_out_is_never_chosen():
-    logits = np.array([-np.inf, 1.0, -np.inf, 0.0, -np.inf])
-    assert Sampler().choose(logits, [], _Always(0.0)) == 1
-    assert Sampler().choose(logits, [], _Always(LARGEST)) == 3
-    assert set(draws(Sampler(top_k=4), logits, 200)) == {1, 3}
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_many_draws_are_distributed_as_the_softmax(temperature):
     logits = np.array([1.5, -0.5, 0.0, 2.0, -3.0])
@@ -129,10 +130,6 @@ def test_many_draws_are_distributed_as_the_softmax(temperature):
     assert (np.abs(found / count - expected) < bound).all()
     other = softmax(logits / (temperature * 1.2))
     assert (np.abs(found / count - other) > bound).any()
-
-
-def test_a_minute_temperature_is_greedy():
-    assert draws(Sampler(temperature=5e-324), [1.0, 3.0, -2.0], 9) == [1] * 9
 
 
 @given(LOGITS, st.floats(1.01, 50), st.data())
@@ -163,27 +160,8 @@ def test_a_row_does_not_depend_on_the_number_of_rows(seed, few, more):
     ]
     assert numbers[0] == numbers[1][:few]
     assert len(set(numbers[1])) == few + more
-
-
-def test_without_a_seed_every_call_differs():
     one, other = (Sampler().generators(1)[0].random() for _ in range(2))
     assert one != other
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("temperature", [-1, -1e-9, float("nan"), float("inf")]),
-        ("top_k", [0, -3]),
-        ("top_p", [0, -0.1, 1.1, float("nan")]),
-        ("repetition_penalty", [0, -1, float("nan"), float("inf")]),
-        ("seed", [-1]),
-    ],
-)
-def test_bad_options_are_refused_by_name_and_value(name, values):
-    for value in values:
-        with pytest.raises(InputError, match=f"`{name}` expects .* Received: {value}"):
-            Sampler(**{name: value})
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -1,6 +1,5 @@
 """Claims about token files and the windows over them."""
 
-import itertools
 import json
 import tracemalloc
 
@@ -64,23 +63,16 @@ def test_documents_are_joined_by_the_end_of_text(tmp_path, tokenizer):
     assert tokenizer.decode(ids[first:]) == "that is the question\n"
 
 
-def test_without_an_end_of_text_only_the_text_is_written(tmp_path):
-    tokenizer = CharacterTokenizer.train([d.text for d in DOCUMENTS], end_of_text=False)
-    file = write_token_file(tmp_path / "some.tokens", DOCUMENTS, tokenizer)
-    assert tokenizer.decode(file.tokens) == "".join(d.text for d in DOCUMENTS)
-
-
 def test_the_manifest_says_what_the_file_is(tmp_path):
-    facts = {"split": "train", "count": -1}
     path = tmp_path / "some.tokens"
+    facts = {"split": "train", "count": -1}
     written = write_token_file(path, DOCUMENTS, CHARACTER, facts=facts)
     opened = TokenFile.open(path)
     assert opened.manifest == written.manifest
     assert opened.manifest["split"] == "train"
     assert opened.count == len(opened.tokens) == path.stat().st_size // 2
     assert opened.text_bytes == sum(len(d.text) for d in DOCUMENTS)
-    assert opened.vocab_size == CHARACTER.vocab_size
-    assert opened.dtype == np.dtype("<u2")
+    assert opened.manifest["vocab_size"] == CHARACTER.vocab_size
     assert opened.manifest["tokenizer_fingerprint"] == CHARACTER.fingerprint()
 
 
@@ -98,17 +90,12 @@ def test_long_documents_are_encoded_in_parts_without_loss(tmp_path, monkeypatch)
     monkeypatch.setattr(datasets, "_PART_CHARACTERS", 7)
     monkeypatch.setattr(datasets, "_ENCODE_CHARACTERS", 10)
     documents = [*DOCUMENTS, Document("c", "o" * 50), Document("d", "\n\nbe")]
-    progress = []
-    file = write_token_file(
-        tmp_path / "t", documents, CHARACTER, on_progress=progress.append
-    )
+    file = write_token_file(tmp_path / "t", documents, CHARACTER)
     text = "".join(d.text for d in documents)
     assert CHARACTER.decode(file.tokens) == text
     assert file.tokens.tolist().count(CHARACTER.end_of_text_id) == 4
     assert file.manifest["documents"] == 4
     assert file.text_bytes == len(text)
-    assert len(progress) > 5 and progress == sorted(progress)
-    assert progress[-1] == file.count
 
 
 def test_nothing_is_left_behind_when_writing_fails(tmp_path):
@@ -118,64 +105,36 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path):
 
     with pytest.raises(OSError, match="gone"):
         write_token_file(tmp_path / "some.tokens", failing(), CHARACTER)
+    for documents in ([], [Document("a", "")]):
+        with pytest.raises(InputError, match="expects text"):
+            write_token_file(tmp_path / "some.tokens", documents, CHARACTER)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("documents", [[], [Document("a", "")]])
-def test_documents_without_text_are_refused(tmp_path, documents):
-    with pytest.raises(InputError, match="expects text"):
-        write_token_file(tmp_path / "some.tokens", documents, CHARACTER)
-    assert list(tmp_path.iterdir()) == []
-
-
-def peak_of_writing(folder, megabytes):
-    line = "to be, or not to be, that is the question\n"
-    path = folder / f"{megabytes}.txt"
-    with open(path, "w") as file:
-        for _ in range(megabytes):
-            file.write(line * ((1 << 20) // len(line)))
-    tokenizer = CharacterTokenizer.train([line])
-    corpus = open_corpus(path, validation_fraction=0.01)
-    tracemalloc.start()
-    try:
-        write_token_file(folder / "t", corpus.documents("train"), tokenizer)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    small, large = (peak_of_writing(tmp_path, megabytes) for megabytes in (10, 32))
-    assert large < 1.1 * small
-    assert small > 1 << 20  # or nothing was measured
+    line = "to be, or not to be, that is the question\n"
+    tokenizer = BPETokenizer.train([line], 300)
+    peaks = []
+    for megabytes in (10, 32):
+        path = tmp_path / f"{megabytes}.txt"
+        path.write_text(line * (megabytes * (1 << 20) // len(line)))
+        corpus = open_corpus(path, validation_fraction=0.01)
+        tracemalloc.start()
+        write_token_file(tmp_path / "t", corpus.documents("train"), tokenizer)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
+    assert peaks[0] > 1 << 20  # or nothing was measured
 
 
 # Damage
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-2])
+def with_bytes(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
-def lengthen(path):
-    path.write_bytes(path.read_bytes() + b"\0\0")
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[7] ^= 1
-    path.write_bytes(data)
-
-
-def remove(path):
-    path.unlink()
-
-
-def remove_manifest(path):
-    path.with_name(path.name + ".json").unlink()
-
-
-def alter_manifest(**changes):
+def with_manifest(**changes):
     def alter(path):
         manifest = path.with_name(path.name + ".json")
         content = json.loads(manifest.read_text())
@@ -187,22 +146,18 @@ def alter_manifest(**changes):
 @pytest.mark.parametrize(
     "damage",
     [
-        truncate,
-        lengthen,
-        flip_a_bit,
-        remove,
-        remove_manifest,
-        alter_manifest(sha256="0" * 64),
-        alter_manifest(dtype="O"),
-        alter_manifest(dtype="<u4"),
-        alter_manifest(count=3),
-        alter_manifest(count="3"),
-        alter_manifest(kind="run"),
-        alter_manifest(size_bytes=None),
-        alter_manifest(dtype="O"),
-        alter_manifest(dtype=["<u2"]),
+        with_bytes(lambda data: data[:-2]),
+        with_bytes(lambda data: data + b"\0\0"),
+        with_bytes(lambda data: data[:7] + bytes([data[7] ^ 1]) + data[8:]),
+        lambda path: path.unlink(),
+        lambda path: path.with_name(path.name + ".json").unlink(),
         lambda path: path.with_name(path.name + ".json").write_text("[]"),
-        lambda path: path.with_name(path.name + ".json").write_text("{"),
+        with_manifest(sha256="0" * 64),
+        with_manifest(dtype="O"),
+        with_manifest(dtype="<u4"),
+        with_manifest(count=3),
+        with_manifest(count="3"),
+        with_manifest(kind="run"),
     ],
 )
 def test_damaged_token_files_are_refused(written, damage):
@@ -213,10 +168,10 @@ def test_damaged_token_files_are_refused(written, damage):
 
 
 def test_size_is_checked_even_without_verification(written):
-    flip_a_bit(written.path)
+    with_bytes(lambda data: data[:-1] + b"\1")(written.path)
     TokenFile.open(written.path, verify=False)
-    truncate(written.path)
-    with pytest.raises(DamagedFileError, match="truncated"):
+    with_bytes(lambda data: data[:-2])(written.path)
+    with pytest.raises(DamagedFileError, match=r"some\.tokens"):
         TokenFile.open(written.path, verify=False)
 
 
@@ -260,29 +215,6 @@ def test_the_permutation_is_a_bijection(size, seed):
     np.testing.assert_array_equal(np.sort(image), np.arange(size))
 
 
-@pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 1, 10**6])
-def test_large_permutations_are_bijections(size):
-    image = permute(np.arange(size), size, np.arange(5, dtype=np.uint32))
-    assert (np.bincount(image.astype(np.int64), minlength=size) == 1).all()
-
-
-def test_the_permutation_mixes():
-    size = 10_000
-    images = [
-        permute(
-            np.arange(size),
-            size,
-            np.random.default_rng(seed).integers(0, 2**32, 5, np.uint32),
-        ).astype(float)
-        for seed in range(2)
-    ]
-    # Correlations of independent permutations have a spread of 0.01.
-    for first, second in itertools.combinations([np.arange(size), *images], 2):
-        assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
-    # Neighbours do not stay neighbours: 2 of 9,999 are expected to.
-    assert (np.abs(np.diff(images[0])) == 1).sum() < 20
-
-
 @given(
     count=st.integers(2, 300),
     length=st.integers(1, 12),
@@ -293,31 +225,18 @@ def test_the_permutation_mixes():
 def test_an_epoch_visits_windows_once_and_within_the_text(count, length, rows, epoch):
     if count < length + 1:
         return
-    windows = Windows(np.arange(count), length, rows, seed=7, drop_remainder=False)
-    first = epoch * windows.steps_per_epoch
+    windows = Windows(np.arange(count), length, rows, seed=7)
+    steps = windows.steps_per_epoch
     starts = []
-    for x, y, weights in rows_of(
-        windows, range(first, first + windows.steps_per_epoch)
-    ):
+    for x, y, weights in rows_of(windows, range(epoch * steps, (epoch + 1) * steps)):
         np.testing.assert_array_equal(x, np.arange(x[0], x[0] + length))
-        np.testing.assert_array_equal(y, x + 1 if weights[0] else -100)
-        assert y[-1] < count
-        assert (weights == weights[0]).all()
-        if weights[0]:
-            starts.append(int(x[0]))
-    assert len(starts) == windows.num_windows
-    gaps = np.diff(sorted(starts))
-    assert (gaps == length).all()
-
-
-def test_the_remainder_of_an_epoch_is_dropped_by_default():
-    tokens = np.arange(100)
-    dropped = Windows(tokens, 8, 4)
-    kept = Windows(tokens, 8, 4, drop_remainder=False)
-    assert dropped.num_windows == kept.num_windows == 11
-    assert (dropped.steps_per_epoch, kept.steps_per_epoch) == (2, 3)
-    assert [kept.batch(step)[2].sum() / 8 for step in range(3)] == [4, 4, 3]
-    assert dropped.batch(1)[2].all()
+        np.testing.assert_array_equal(y, x + 1)
+        assert y[-1] < count and (weights == 1).all()
+        starts.append(int(x[0]))
+    # All but the remainder of the last batch; a text of less than one comes again.
+    assert len(starts) == rows * max(1, windows.num_windows // rows)
+    assert len(set(starts)) == min(len(starts), windows.num_windows)
+    assert not (np.diff(sorted(starts)) % length).any()
 
 
 def test_epochs_and_seeds_differ_in_offset_and_order():
@@ -332,13 +251,6 @@ def test_epochs_and_seeds_differ_in_offset_and_order():
     assert len({run[0] % 8 for run in runs}) > 1
     assert all(run != sorted(run) for run in runs)
     assert starts(0, 0) == runs[0]
-
-
-def test_offsets_reach_every_place_of_a_window():
-    windows = Windows(np.arange(100), 8, 11)
-    assert {int(windows.batch(epoch)[0][0, 0]) % 8 for epoch in range(200)} == set(
-        range(8)
-    )
 
 
 def test_a_token_file_gives_the_windows_of_its_ids(written):
@@ -363,18 +275,17 @@ def test_the_dataset_yields_the_batches_of_its_steps(windows):
     assert_same(batches, [windows.batch(step) for step in range(25)])
 
 
-@pytest.mark.parametrize("start", [1, 3, 11, 17])
+@pytest.mark.parametrize("start", [1, 17])
 def test_a_resumed_dataset_is_the_tail_of_an_uninterrupted_one(windows, start):
     whole = as_numpy(windows.dataset().take(25))
     resumed = as_numpy(windows.dataset(start_step=start).take(25 - start))
     assert_same(resumed, whole[start:])
 
 
-@pytest.mark.parametrize("num_shards", [2, 4])
-def test_shards_make_up_the_global_batch(windows, num_shards):
+def test_shards_make_up_the_global_batch(windows):
     shards = [
-        as_numpy(windows.dataset(num_steps=13, num_shards=num_shards, shard=shard))
-        for shard in range(num_shards)
+        as_numpy(windows.dataset(num_steps=13, num_shards=4, shard=shard))
+        for shard in range(4)
     ]
     together = [
         tuple(np.concatenate(parts) for parts in zip(*batches, strict=True))
@@ -399,35 +310,6 @@ def test_shapes_are_static_and_lengths_are_known(windows):
         dataset = windows.dataset(**arguments)
         assert dataset.cardinality() == length
         assert len(as_numpy(dataset)) == length
-
-
-class PlacedWindows(Windows):
-    """Windows that bring where each token stands, twice, and begin at 3."""
-
-    _kinds = (*Windows._kinds, (tf.int64, (2,)))
-
-    def _offset(self, epoch, random):
-        return 3
-
-    def _beside(self, epoch, starts):
-        places = starts[..., None] + np.arange(self.context_length)
-        return (np.stack([places, places], axis=-1),)
-
-    def _element(self, x, y, weights, places):
-        return {"tokens": x, "places": places}, y, weights
-
-
-def test_windows_may_bring_more_than_tokens():
-    windows = PlacedWindows(np.arange(100), 8, 4)
-    assert windows.largest_offset == 11
-    dataset = windows.dataset(start_step=1, num_steps=3, num_shards=2, shard=1)
-    assert dataset.element_spec[0]["places"].shape == (2, 8, 2)
-    for step, (inputs, y, _) in enumerate(dataset, start=1):
-        expected, labels, _ = windows.batch(step, shard=1, num_shards=2)
-        np.testing.assert_array_equal(inputs["places"], expected["places"])
-        np.testing.assert_array_equal(inputs["places"][..., 1], inputs["tokens"])
-        np.testing.assert_array_equal(y, labels)
-        assert not ((inputs["tokens"][:, 0] - 3) % 8).numpy().any()
 
 
 def test_mirrored_replicas_share_the_global_batch(windows):
@@ -457,38 +339,7 @@ def test_a_context_longer_than_the_text_is_refused(shuffle):
         Windows(np.arange(8), 8, 1, shuffle=shuffle)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"context_length": 0}, "context_length"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"seed": -1}, "seed"),
-        ({"tokens": np.zeros((5, 5), int)}, "shape"),
-        ({"tokens": np.zeros(50)}, "float64"),
-    ],
-)
-def test_bad_windows_are_refused(arguments, message):
-    good = {"tokens": np.arange(50), "context_length": 4, "batch_size": 2}
-    Windows(**good)
-    with pytest.raises(InputError, match=message):
-        Windows(**{**good, **arguments})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_shards": 3}, "multiple of 3"),
-        ({"num_shards": 0}, "num_shards"),
-        ({"num_shards": 2, "shard": 2}, "shard"),
-        ({"start_step": -1}, "start_step"),
-        ({"num_steps": -1}, "num_steps"),
-    ],
-)
-def test_bad_datasets_are_refused(windows, arguments, message):
-    with pytest.raises(InputError, match=message):
-        windows.dataset(**arguments)
-
-
-def test_negative_steps_are_refused(windows):
-    with pytest.raises(InputError, match="step"):
-        windows.batch(-1)
+@pytest.mark.parametrize("tokens", [np.zeros((5, 5), int), np.zeros(50)])
+def test_what_is_no_text_of_ids_is_refused(tokens):
+    with pytest.raises(InputError, match="integer ids of shape"):
+        Windows(tokens, 4, 2)
