@@ -51,7 +51,7 @@ def transformer_block(
     weights: Mapping[str, tf.Tensor],
     *,
     num_heads: int,
-    epsilon: float,
+    norm: Mapping,
     hooks: Mapping[str, Callable],
     cache: Cache | None = None,
     products: Callable | None = None,
@@ -62,7 +62,7 @@ def transformer_block(
         x: `(B, T, C)`.
         weights: By their names.
         num_heads: `H`.
-        epsilon: Added to the variance in the normalisations.
+        norm: What `gpt_tf.models.sizes.NORM` names.
         hooks: Functions of a tensor by the name of what they are applied to; a tensor
             without a hook stays as it is. The names are `ACTIVATIONS`, and
             `"attention_dropout"` and `"feedforward_dropout"`, on what is added to the
@@ -84,7 +84,7 @@ def transformer_block(
     dense = products.dense
     x = products.begin(x)  # (B * T, C)
 
-    normed = normalize(x, weights, "attention_norm_", epsilon)
+    normed = normalize(x, weights, "attention_norm_", norm)
     qkv = dense("qkv", hooked("attention_norm_activation", normed))
     qkv = hooked("qkv_activation", qkv)
     query, key, value = products.split_heads(qkv)  # each (B, H, T, D)
@@ -108,7 +108,7 @@ def transformer_block(
     x += hooked("attention_dropout", attended)
     x = hooked("attention_residual_activation", x)
 
-    normed = normalize(x, weights, "feedforward_norm_", epsilon)
+    normed = normalize(x, weights, "feedforward_norm_", norm)
     up = dense("up", hooked("feedforward_norm_activation", normed))
     hidden = ops.gelu(hooked("up_activation", up))  # (B * T, F)
     output = dense("down", hooked("hidden_activation", hidden))
@@ -153,11 +153,10 @@ class Products:
         return tf.reshape(context, [self.batch * self.length, width])
 
 
-def normalize(x, weights, prefix, epsilon):
+def normalize(x, weights, prefix, norm):
     """Normalise the last axis by the weights whose names begin with a prefix."""
-    return ops.layer_norm(
-        x, weights[f"{prefix}gamma"], weights[f"{prefix}beta"], epsilon
-    )
+    gamma, beta = weights[f"{prefix}gamma"], weights[f"{prefix}beta"]
+    return ops.layer_norm(x, gamma, beta, norm["epsilon"])
 
 
 def known_shape(x):

@@ -17,6 +17,7 @@ import zipfile
 
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError
+from gpt_tf.models.sizes import count_parameters
 
 try:
     import h5py
@@ -106,12 +107,8 @@ def can_hold(sizes: dict, size_bytes: int, num_blocks: int) -> bool:
         size_bytes: What the file holds; a weight has two bytes or more.
         num_blocks: Of how many blocks it holds weights, at most.
     """
-    width, heads = sizes["embedding_dim"], max(1, sizes["num_heads"])
-    inner = width // heads * heads
-    rows = sizes["vocab_size"] + sizes["context_length"]
-    block = width * (4 * inner + 2 * sizes["feedforward_dim"])
-    weights = rows * width + sizes["num_layers"] * block
-    return 2 * weights <= size_bytes and sizes["num_layers"] <= num_blocks
+    fits = 2 * count_parameters(sizes) <= size_bytes
+    return fits and sizes["num_layers"] <= num_blocks
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from gpt_tf.models.next_token import (
     counted,
 )
 from gpt_tf.models.optimizer import AdamW
+from gpt_tf.models.sizes import norm_of
 from gpt_tf.parallel.mesh import (
     ACTIVATIONS,
     check_divides,
@@ -178,7 +179,7 @@ class MeshGPT(TokenTraining, keras.Model):
                     if name.startswith(block)
                 },
                 num_heads=self.sizes["num_heads"],
-                epsilon=self.sizes["layer_norm_epsilon"],
+                norm=norm_of(self.sizes),
                 hooks={
                     f"{part}_dropout": functools.partial(
                         self._dropped, f"{block}dropout_{number}", training
@@ -187,7 +188,7 @@ class MeshGPT(TokenTraining, keras.Model):
                 },
                 products=functools.partial(_MeshProducts, self.mesh),
             )
-        x = normalize(x, weights, "final_norm.", self.sizes["layer_norm_epsilon"])
+        x = normalize(x, weights, "final_norm.", norm_of(self.sizes))
         return tf.einsum("btc,vc->btv", x, weights.get("head.kernel", table))
 
     def _dropped(self, name, training, x):
