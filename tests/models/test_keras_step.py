@@ -1,7 +1,7 @@
 """`fit` and `evaluate` against the same layers in a plain `keras.Model`.
 
-Every two values of the variants below meet in some cell, but for what is too slow, and
-each cell trains as the plain model does on one device. By default only so many cells run
+Every two values of the variants below meet in some cell, but for what is too slow. Each
+cell trains as the plain model does on one device. By default only so many cells run
 that every value is in one of them.
 """
 
@@ -76,17 +76,10 @@ def cost_of(cell):
 
 
 def few(cells, values_of):
-    """Return few of the cells, cheap ones, that have together all that all of them have.
-
-    Args:
-        cells: Dicts of variants.
-        values_of: Function of a cell that returns what it has, a set.
-    """
+    """Return few cells, cheap ones, in which everything is that is in any cell."""
     missing, found = set().union(*map(values_of, cells)), []
     while missing:
-        best = max(
-            cells, key=lambda cell: len(values_of(cell) & missing) / cost_of(cell)
-        )
+        best = max(cells, key=lambda c: len(values_of(c) & missing) / cost_of(c))
         missing -= values_of(best)
         found.append(best)
     return found
@@ -95,10 +88,7 @@ def few(cells, values_of):
 def drawn_cells():
     random = np.random.default_rng(0)
     drawn = [
-        {
-            name: values[random.integers(len(values))]
-            for name, values in VARIANTS.items()
-        }
+        {name: these[random.integers(len(these))] for name, these in VARIANTS.items()}
         for _ in range(1000)
     ]
     return [cell for cell in drawn if is_possible(cell)]
