@@ -15,10 +15,9 @@ import tf_keras as keras
 from tensorflow.experimental import dtensor
 
 from gpt_tf.errors import InputError, InputTypeError
-from gpt_tf.models import ops
+from gpt_tf.models import checks, ops
 from gpt_tf.models.block import normalize, transformer_block
 from gpt_tf.models.cached_forward import parts_of
-from gpt_tf.models.checks import check_range, refuse_keras_3
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import TokenTraining
 from gpt_tf.models.next_token import (
@@ -41,57 +40,8 @@ from gpt_tf.parallel.mesh import (
 )
 
 
-class MeshGPT(TokenTraining, keras.Model):
-    """A GPTModel whose weights and sequences are divided among a mesh of devices.
-
-    Training computes what the undivided model computes. `fit`, `evaluate` and `predict`
-    are Keras's; `get_weights`, `set_weights` and `save` are as of `GPTModel`, whose
-    shapes weights have outside: what is saved loads as a plain model or on another
-    mesh. A batch that the axis `batch` does not divide is filled up.
-
-    Args:
-        model: A GPTModel; its weights are copied.
-        mesh: A mesh as of `gpt_tf.parallel.mesh.make_mesh`.
-
-    Raises:
-        InputError: The mesh does not divide the heads or the feed-forward units.
-        InputTypeError: The model is no GPTModel.
-
-    Example:
-        >>> divided = MeshGPT(model, make_mesh(model=2))
-        >>> divided.fit(inputs, labels, batch_size=8)
-        >>> divided.save("gpt.keras")
-
-    Reference: Shoeybi et al., "Megatron-LM", arXiv:1909.08053; Li et al., "Sequence
-    Parallelism", arXiv:2105.13120; article 3.1, subsequences as sub-tasks.
-    """
-
-    def __init__(self, model, mesh):
-        refuse_keras_3(model, "model")
-        if not isinstance(model, GPTModel):
-            raise InputTypeError(
-                "`model` expects a GPTModel. "
-                f"Received: {type(model).__module__}.{type(model).__name__}."
-            )
-        if keras.mixed_precision.global_policy().name != "float32":
-            raise InputError(
-                "A mesh expects the precision float32. "
-                f"Received: {keras.mixed_precision.global_policy().name}."
-            )
-        check_fits(mesh, model.get_config())
-        super().__init__(name=model.name)
-        self.mesh = mesh
-        self.sizes = model.get_config()
-        self.vocab_size = model.vocab_size
-        self.context_length = model.context_length
-        # In `__dict__`, where Keras does not look for variables and metrics.
-        self.__dict__["_variables"] = _variables_of(model, mesh)
-        self.__dict__["_seeds"] = _seeds_of(model)
-        self.__dict__["_means"] = ()
-        self.__dict__["_graphs"] = {}
-        self.built = True
-
-    # Weights
+class _MeshWeights:
+    """A model's weights on a mesh; outside they have the shapes of `GPTModel`'s."""
 
     @property
     def weights(self):
@@ -136,6 +86,59 @@ class MeshGPT(TokenTraining, keras.Model):
             )
         for variable, value in zip(self.weights, weights, strict=True):
             self.write_variable(variable, value)
+
+
+class MeshGPT(_MeshWeights, TokenTraining, keras.Model):
+    """A GPTModel whose weights and sequences are divided among a mesh of devices.
+
+    Training computes what the undivided model computes. `fit`, `evaluate` and `predict`
+    are Keras's; `get_weights`, `set_weights` and `save` are as of `GPTModel`, whose
+    shapes weights have outside: what is saved loads as a plain model or on another
+    mesh. A batch that the axis `batch` does not divide is filled up.
+
+    Args:
+        model: A GPTModel; its weights are copied.
+        mesh: A mesh as of `gpt_tf.parallel.mesh.make_mesh`.
+
+    Raises:
+        InputError: The mesh does not divide the heads or the feed-forward units.
+        InputTypeError: The model is no GPTModel.
+
+    Example:
+        >>> divided = MeshGPT(model, make_mesh(model=2))
+        >>> divided.fit(inputs, labels, batch_size=8)
+        >>> divided.save("gpt.keras")
+
+    Reference: Shoeybi et al., "Megatron-LM", arXiv:1909.08053; Li et al., "Sequence
+    Parallelism", arXiv:2105.13120; article 3.1, subsequences as sub-tasks.
+    """
+
+    def __init__(self, model, mesh):
+        checks.refuse_keras_3(model, "model")
+        if not isinstance(model, GPTModel):
+            raise InputTypeError(
+                "`model` expects a GPTModel. "
+                f"Received: {type(model).__module__}.{type(model).__name__}."
+            )
+        if keras.mixed_precision.global_policy().name != "float32":
+            raise InputError(
+                "A mesh expects the precision float32. "
+                f"Received: {keras.mixed_precision.global_policy().name}."
+            )
+        check_fits(mesh, model.get_config())
+        super().__init__(name=model.name)
+        self.mesh = mesh
+        self.sizes = model.get_config()
+        self.vocab_size = model.vocab_size
+        self.context_length = model.context_length
+        # In `__dict__`, where Keras does not look for variables and metrics.
+        self.__dict__["_variables"] = _variables_of(model, mesh)
+        self.__dict__["_seeds"] = _seeds_of(model)
+        self.__dict__["_means"] = ()
+        self.__dict__["_graphs"] = {}
+        self.built = True
+
+    # As a plain model
 
     def to_model(self):
         """Return a plain GPTModel with these weights."""
@@ -296,11 +299,11 @@ class MeshGPT(TokenTraining, keras.Model):
 
     def make_predict_function(self, force=False):
         self.predict_function = self._batchwise(
-            lambda count, tokens, *_: gather(self(tokens))[:count]
+            lambda count, tokens, *_: gather(self(tokens))[:count], has_labels=False
         )
         return self.predict_function
 
-    def _batchwise(self, run):
+    def _batchwise(self, run, has_labels=True):
         """Return what Keras calls for a step, with an iterator over batches.
 
         A batch is filled up, with windows that do not count, to as many as the largest
@@ -309,6 +312,7 @@ class MeshGPT(TokenTraining, keras.Model):
         Args:
             run: Function of the number of windows that a batch brought, and of its
                 tokens, labels and weights, arrays `(B, T)`.
+            has_labels: Whether there have to be labels.
         """
         parts = self.mesh.dim_size("batch")
         rows = 0
@@ -316,23 +320,18 @@ class MeshGPT(TokenTraining, keras.Model):
         def step(iterator):
             nonlocal rows
             x, y, weights = keras.utils.unpack_x_y_sample_weight(next(iterator))
-            x = np.asarray(self.tokens_of(x), np.int32)
-            y = x if y is None else np.asarray(tf.nest.flatten(y)[0], np.int32)
-            y = y.reshape(x.shape)
-            check_range(x, self.vocab_size, "inputs")
-            check_range(y, self.vocab_size, "labels", IGNORED)
-            weights = np.asarray(1.0 if weights is None else weights, np.float32)
-            if weights.ndim == 1:
-                weights = weights[:, np.newaxis]
-            weights = np.broadcast_to(weights, x.shape)
-            rows = max(rows, len(x) + -len(x) % parts)
-            filling = [(0, rows - len(x)), (0, 0)]
+            x = self.tokens_of(x)
+            if has_labels:
+                checks.check_there_are_labels("fit", y)
+            arrays = _checked(x, y if has_labels else x, weights, self.vocab_size)
+            count = len(arrays[0])
+            rows = max(rows, count + -count % parts)
             arrays = [
-                np.pad(array, filling, constant_values=value)
-                for array, value in ((x, 0), (y, IGNORED), (weights, 0))
+                np.pad(array, [(0, rows - count), (0, 0)], constant_values=value)
+                for array, value in zip(arrays, (0, IGNORED, 0), strict=True)
             ]
             self._check_shape(arrays[0].shape)
-            return run(len(x), *arrays)
+            return run(count, *arrays)
 
         return step
 
@@ -348,11 +347,11 @@ class MeshGPT(TokenTraining, keras.Model):
     def _step(self, tokens, labels, weights, training):
         """Compute a step; return its sums over tokens, and the number that counts."""
         if not training:
-            return self._sums(tokens, labels, weights, training)
+            return _sums(self(tokens, training=False), labels, weights)
         variables = self.trainable_weights
         count = tf.reduce_sum(tf.cast(counted(labels), tf.float32))
         with tf.GradientTape() as tape:
-            sums = self._sums(tokens, labels, weights, training)
+            sums = _sums(self(tokens, training=True), labels, weights)
             loss = sums[0] * tf.math.reciprocal_no_nan(count)
         gradients = tape.gradient(loss, variables)
         pairs = [
@@ -362,23 +361,6 @@ class MeshGPT(TokenTraining, keras.Model):
         with ops.graph_owns_gradients():
             self.optimizer.apply_gradients(pairs)
         return sums
-
-    def _sums(self, tokens, labels, weights, training):
-        logits = self(tokens, training=training)
-        counts = tf.cast(counted(labels), tf.float32)
-        labels = tf.where(counted(labels), labels, tf.zeros_like(labels))
-        weights *= counts
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        # The first of the largest logits, by reductions: they may be divided.
-        largest = tf.reduce_max(logits, axis=-1, keepdims=True)
-        ids = tf.where(logits >= largest, tf.range(self.vocab_size), self.vocab_size)
-        correct = tf.cast(tf.reduce_min(ids, axis=-1) == labels, tf.float32)
-        return (
-            tf.reduce_sum(losses * weights),
-            tf.reduce_sum(correct * weights),
-            tf.reduce_sum(weights),
-            tf.reduce_sum(counts),
-        )
 
     def generate(self, prompt, **options):
         """Continue prompts with the undivided model; see `gpt_tf.generate`."""
@@ -415,6 +397,38 @@ class _MeshProducts:
 
     def _on(self, name, x):
         return dtensor.relayout(x, layout(self.mesh, *ACTIVATIONS[name]))
+
+
+def _sums(logits, labels, weights):
+    """Return loss, correct predictions, weights and labels that count, summed up.
+
+    As `ops.token_sums`, by what DTensor divides.
+    """
+    vocab_size = logits.shape[-1]
+    counts = tf.cast(counted(labels), tf.float32)
+    labels = tf.where(counted(labels), labels, tf.zeros_like(labels))
+    weights *= counts
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    # The first of the largest logits.
+    largest = tf.reduce_max(logits, axis=-1, keepdims=True)
+    ids = tf.where(logits >= largest, tf.range(vocab_size), vocab_size)
+    correct = tf.cast(tf.reduce_min(ids, axis=-1) == labels, tf.float32)
+    sums = losses * weights, correct * weights, weights, counts
+    return tuple(map(tf.reduce_sum, sums))
+
+
+def _checked(tokens, labels, weights, vocab_size):
+    """Return a batch as three arrays `(B, T)`."""
+    tokens = np.asarray(tokens)
+    checks.check_shape_of_ids(tokens, "inputs")
+    labels = np.asarray(tf.nest.flatten(labels)[0]).reshape(tokens.shape)
+    checks.check_range(tokens, vocab_size, "inputs")
+    checks.check_range(labels, vocab_size, "labels", IGNORED)
+    weights = np.asarray(1.0 if weights is None else weights, np.float32)
+    if weights.ndim == 1:
+        weights = weights[:, np.newaxis]
+    weights = np.broadcast_to(weights, tokens.shape)
+    return tokens.astype(np.int32), labels.astype(np.int32), weights
 
 
 def _variables_of(model, mesh):
