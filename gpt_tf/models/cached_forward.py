@@ -113,17 +113,10 @@ def forward_cached(model, tokens, position, starts, caches):
 
 
 def cached_mask(position, starts, length, capacity):
-    """Return the mask and the positions of tokens that are appended to a cache.
-
-    Args:
-        position: `()` int32, cache row of the first of them.
-        starts: `(B,)` int32, cache row at which each row's text begins.
-        length: `T`, number of tokens of each row.
-        capacity: `S`, rows of the cache.
+    """Return which rows of a cache `T` new tokens see, and the tokens' positions.
 
     Returns:
-        The mask `(B, 1, T, S)` bool, True where a position may be seen, and the
-        positions `(B, T)` int32.
+        `(B, 1, T, S)` bool and `(B, T)` int32, for arguments as of `forward_cached`.
     """
     rows = position + tf.range(length)  # (T,)
     positions = tf.maximum(rows[tf.newaxis] - starts[:, tf.newaxis], 0)  # (B, T)
@@ -136,18 +129,7 @@ def cached_mask(position, starts, length, capacity):
 
 
 def blocks_cached(blocks, x, caches, position, mask):
-    """Run blocks one after the other, each with its cache.
-
-    Args:
-        blocks: Some of a GPT's blocks.
-        x: `(B, T, C)`.
-        caches: Two tensors `(B, H, S, D)` for each of them.
-        position: `()` int32, cache row of the first token.
-        mask: As of `cached_mask`.
-
-    Returns:
-        `(B, T, C)` and the caches with `T` more rows.
-    """
+    """Run blocks on `(B, T, C)`, each with two of the caches; return both, updated."""
     updated = []
     for index, block in enumerate(blocks):
         x, keys, values = block(
@@ -183,8 +165,7 @@ def append(model, tokens, position, caches, starts=None):
 def _compiled(model, caches, num_tokens):
     """Return the cached forward pass for these shapes, compiled by XLA, and its device.
 
-    It is kept with its model. A trace per shape is meant, so the traces are kept
-    here and not in a `tf.function`, which warns of many.
+    A trace per shape is meant; a `tf.function` would warn of many.
     """
     functions = model.__dict__.setdefault("_decoding_functions", {})
     batch_size, _, capacity, _ = caches[0].shape

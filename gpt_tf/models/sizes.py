@@ -1,4 +1,8 @@
-"""The sizes of a GPT: their ranges, its parameters, and what memory they take."""
+"""The specification of a GPT: its sizes, their ranges, the weights that follow.
+
+Here `GPTModel`'s arguments are checked, and layers, block and export find the names and
+shapes of weights.
+"""
 
 import math
 
@@ -12,8 +16,43 @@ MOST_LAYERS = 1024
 # A weight in float32; in training its gradient and two moments too.
 WEIGHT_BYTES = 4
 TRAINED_WEIGHT_BYTES = 16
+SIZES = (
+    "vocab_size",
+    "embedding_dim",
+    "num_layers",
+    "num_heads",
+    "context_length",
+    "feedforward_dim",
+)
+# `GPTModel`'s arguments as a file has them.
+TYPES = {
+    **dict.fromkeys(SIZES, (int,)),
+    "dropout": (int, float),
+    "tie_embeddings": (bool,),
+    "layer_norm_epsilon": (int, float),
+    "name": (str,),
+}
 # What describes a normalisation to the layers that compute one, with defaults.
 NORM = {"epsilon": 1e-5}
+
+
+def checked_config(given: dict) -> dict:
+    """Return `GPTModel`'s arguments, but for its name, as Python's own, or refuse them.
+
+    Args:
+        given: The arguments by name.
+
+    Raises:
+        InputError: One is out of its range.
+    """
+    number = arguments.number
+    dropout, epsilon = given["dropout"], given["layer_norm_epsilon"]
+    return {
+        **checked_sizes({name: given[name] for name in SIZES}),
+        "dropout": number("dropout", dropout, least=0, below=1),
+        "tie_embeddings": arguments.switch("tie_embeddings", given["tie_embeddings"]),
+        "layer_norm_epsilon": number("layer_norm_epsilon", epsilon, above=0),
+    }
 
 
 def checked_sizes(sizes: dict) -> dict[str, int]:
