@@ -56,10 +56,6 @@ def test_signatures_begin_as_keras_own(name):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (
-            {"loss": "sparse_categorical_crossentropy"},
-            "sparse_categorical_crossentropy",
-        ),
         ({"loss": keras.losses.sparse_categorical_crossentropy}, "from_logits=True"),
         ({"loss": keras.losses.SparseCategoricalCrossentropy()}, "from_logits=True"),
         ({"loss": "KLDivergence"}, "KLDivergence"),
@@ -73,7 +69,6 @@ def test_signatures_begin_as_keras_own(name):
             | {"gradient_accumulation_steps": 2},
             "sum",
         ),
-        ({"gradient_accumulation_steps": 0}, "0"),
     ],
 )
 def test_what_would_train_wrongly_is_refused(make_model, options, named):
@@ -81,35 +76,33 @@ def test_what_would_train_wrongly_is_refused(make_model, options, named):
         make_model().compile("adam", **options)
 
 
-def test_a_loss_that_xla_cannot_compile_switches_it_off(make_model, windows_of):
-    seen = []
+def recording_loss(seen):
+    """Return a loss that notes how many rows it is of, which XLA cannot compile."""
 
     def loss(labels, logits):
-        tf.py_function(lambda x: seen.append(x.shape), [logits], [])
+        tf.py_function(lambda x: seen.append(len(x)), [logits], [])
         return keras.losses.sparse_categorical_crossentropy(
             labels, logits, from_logits=True
         )
 
-    model = make_model()
-    model.compile(sgd(), loss, jit_compile=True)
+    return loss
+
+
+def test_a_loss_that_xla_cannot_compile_switches_it_off(make_model, windows_of):
+    seen, model = [], make_model()
+    model.compile(sgd(), recording_loss(seen), jit_compile=True)
     with pytest.warns(xla.XlaNotice, match="EagerPyFunc"):
         model.fit(*windows_of(4, 8), verbose=0)
     assert seen and not model.uses_xla
 
 
 def test_accumulation_computes_parts_whatever_the_loss(make_model, windows_of):
-    seen = set()
-
-    def loss(labels, logits):
-        tf.py_function(lambda x: seen.add(len(x)), [logits], [])
-        return keras.losses.sparse_categorical_crossentropy(
-            labels, logits, from_logits=True
-        )
-
-    model = make_model()
-    model.compile(sgd(), loss, gradient_accumulation_steps=4, jit_compile=False)
+    seen, model = [], make_model()
+    model.compile(
+        sgd(), recording_loss(seen), gradient_accumulation_steps=4, jit_compile=False
+    )
     model.fit(*windows_of(8, 8), batch_size=8, verbose=0)
-    assert seen == {2}
+    assert set(seen) == {2}
 
 
 def test_xla_is_on_by_default_and_can_be_set_afterwards(
@@ -164,11 +157,7 @@ def test_data_come_in_every_structure(make_model, windows_of, given):
         (IDS[0], IDS[0], r"\(4,\)"),
         (np.array([["a", "b"]]), np.zeros((1, 2), "int32"), "string"),
         ([[1, 2], [3]], [[1, 2], [3]], "several lengths"),
-        (
-            tf.ragged.constant([[1, 2], [3]]),
-            tf.ragged.constant([[1, 2], [3]]),
-            "ragged",
-        ),
+        (*[tf.ragged.constant([[1, 2], [3]])] * 2, "ragged"),
         (tf.data.Dataset.from_tensor_slices((IDS, IDS)), None, "Batch"),
     ],
 )
