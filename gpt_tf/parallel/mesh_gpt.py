@@ -380,19 +380,20 @@ class _MeshProducts:
 
     def dense(self, name, x):
         kernel, bias = self.weights[f"{name}_kernel"], self.weights[f"{name}_bias"]
-        if name == "qkv":
-            y = tf.einsum("btc,cnhd->nbthd", x, kernel)
-            return y + tf.reshape(bias, [3, 1, 1, *kernel.shape[2:]])
+        if name == "qkv":  # its bias is added when the three are apart
+            return tf.einsum("btc,cnhd->nbthd", x, kernel)
         if name == "up":
             return tf.einsum("btc,cf->btf", x, kernel) + bias
         equation = "bhtd,hdc->btc" if name == "output" else "btf,fc->btc"
         return self._on("x", tf.einsum(equation, x, kernel)) + bias
 
     def split_heads(self, qkv):
-        # One transposition of all three has a gradient that DTensor refuses.
+        # DTensor refuses the gradients of one transposition and one bias for all three.
+        bias = tf.reshape(self.weights["qkv_bias"], [3, *qkv.shape[3:]])
+        pieces = zip(tf.unstack(qkv), tf.unstack(bias), strict=True)
         return [
-            self._on(name, tf.transpose(x, [0, 2, 1, 3]))  # -> (B, H, T, D)
-            for name, x in zip(("query", "key", "value"), tf.unstack(qkv), strict=True)
+            self._on(name, tf.transpose(x + bias, [0, 2, 1, 3]))  # -> (B, H, T, D)
+            for name, (x, bias) in zip(("query", "key", "value"), pieces, strict=True)
         ]
 
     def _on(self, name, x):
