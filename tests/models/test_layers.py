@@ -140,8 +140,8 @@ def test_a_tied_head_scores_with_the_table_and_an_untied_one_with_its_own():
     [
         Dropout(0.3, seed=5, name="a"),
         TokenAndPositionEmbedding(20, 6, 9, dropout=0.1, share_table=False, name="b"),
-        TransformerBlock(3, 20, 0.1, 0.01, 1e-6, seed=4, name="c"),
-        LayerNormalization(1e-3, name="d"),
+        TransformerBlock(3, 20, 0.1, 0.01, epsilon=1e-6, seed=4, name="c"),
+        LayerNormalization(epsilon=1e-3, name="d"),
         LanguageModelHead(20, name="e"),
     ],
 )
