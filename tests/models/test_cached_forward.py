@@ -31,45 +31,30 @@ def letters():
 @pytest.mark.parametrize("length", [1, 4, 9])
 def test_cached_decode_equals_full_forward(model, windows_of, length, compiled):
     tokens, _ = windows_of(2, 14)
-    full = model(tokens).numpy()
-    starts = np.zeros(2, np.int32)
-    caches = cached_forward.empty_cache(model, 2, 16)
-    if compiled:
-        logits, caches = cached_forward.prefill(
-            model, tokens[:, :length], starts, caches
-        )
-    else:
-        logits, caches = cached_forward.forward_cached(
-            model, tf.constant(tokens[:, :length]), 0, tf.constant(starts), caches
-        )
-        np.testing.assert_allclose(logits, full[:, :length], atol=1e-5)
-        logits = logits[:, -1]
-    np.testing.assert_allclose(logits, full[:, length - 1], atol=1e-5)
-    for position in range(length, 14):
+    starts = tf.zeros(2, tf.int32)
+
+    def append(tokens, position, caches):
         if compiled:
-            logits, caches = cached_forward.decode(
-                model, tokens[:, position], position, starts, caches
-            )
-        else:
-            logits, caches = cached_forward.forward_cached(
-                model,
-                tf.constant(tokens[:, position : position + 1]),
-                position,
-                tf.constant(starts),
-                caches,
-            )
-            logits = logits[:, 0]
-        np.testing.assert_allclose(logits, full[:, position], atol=1e-5)
+            return cached_forward.append(model, tokens, position, caches)
+        tokens = tf.constant(tokens)
+        return cached_forward.forward_cached(model, tokens, position, starts, caches)
+
+    caches = cached_forward.empty_cache(model, 2, 16)
+    found, caches = append(tokens[:, :length], 0, caches)
+    found = [found]
+    for position in range(length, 14):
+        logits, caches = append(tokens[:, position : position + 1], position, caches)
+        found.append(logits)
+    np.testing.assert_allclose(tf.concat(found, axis=1), model(tokens), atol=1e-5)
 
 
 def test_a_spoilt_cache_breaks_the_equality(model, windows_of):
     tokens, _ = windows_of(1, 9)
-    starts = np.zeros(1, np.int32)
     caches = cached_forward.empty_cache(model, 1, 16)
-    _, caches = cached_forward.prefill(model, tokens[:, :8], starts, caches)
+    _, caches = cached_forward.append(model, tokens[:, :8], 0, caches)
     caches[1] = caches[1] + 0.05
-    logits, _ = cached_forward.decode(model, tokens[:, 8], 8, starts, caches)
-    assert np.abs(logits.numpy() - model(tokens).numpy()[:, 8]).max() > 1e-4
+    logits, _ = cached_forward.append(model, tokens[:, 8:], 8, caches)
+    assert np.abs(logits[:, 0] - model(tokens)[:, 8]).max() > 1e-4
 
 
 @pytest.mark.parametrize(
