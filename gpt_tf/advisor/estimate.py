@@ -242,10 +242,7 @@ def sizes_of(config: dict) -> dict:
     """Return the sizes that matter, and `head_dim`; refuse those that are none."""
     arguments.instance("config", config, dict, "what `GPTModel.get_config()` returns")
     config = config.get("gpt", config)
-    names = ("vocab_size", "embedding_dim", "num_layers", "num_heads", "context_length")
-    found = sizes.checked_sizes(
-        {name: config.get(name) for name in (*names, "feedforward_dim")}
-    )
+    found = sizes.checked_sizes({name: config.get(name) for name in sizes.SIZES})
     found["head_dim"] = found["embedding_dim"] // found["num_heads"]
     found["tie_embeddings"] = bool(config.get("tie_embeddings", True))
     arguments.integer("config", sizes.count_parameters(found), 1, _MOST_PARAMETERS)

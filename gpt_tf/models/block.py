@@ -1,7 +1,8 @@
 """The transformer block, once: a pure function of weights, inputs, a cache and hooks.
 
-The block layer calls it for training and for cached decoding, and a pipeline runs those
-layers. Export describes the same block in another language, in `gpt_tf.export.graph`.
+The block layer calls it for training and for cached decoding, a pipeline runs those
+layers, and a mesh calls it with products of its own. Export describes the same block in
+another language, in `gpt_tf.export.graph`.
 The names and shapes of the weights are those of `gpt_tf.models.sizes.block_shapes`.
 """
 
@@ -50,9 +51,10 @@ def transformer_block(
     weights: Mapping[str, tf.Tensor],
     *,
     num_heads: int,
-    epsilon: float,
+    norm: Mapping,
     hooks: Mapping[str, Callable],
     cache: Cache | None = None,
+    products: Callable | None = None,
 ):
     """Compute causal self-attention and the feed-forward part, each with a residual.
 
@@ -60,12 +62,13 @@ def transformer_block(
         x: `(B, T, C)`.
         weights: By their names.
         num_heads: `H`.
-        epsilon: Added to the variance in the normalisations.
+        norm: What `gpt_tf.models.sizes.NORM` names.
         hooks: Functions of a tensor by the name of what they are applied to; a tensor
             without a hook stays as it is. The names are `ACTIVATIONS`, and
             `"attention_dropout"` and `"feedforward_dropout"`, on what is added to the
             residual.
         cache: What attention sees besides; None: the positions of `x` alone.
+        products: Makes what computes the products; `Products` unless given.
 
     Returns:
         `(B, T, C)`, or with a cache a list of it and of the updated keys and values.
@@ -76,21 +79,17 @@ def transformer_block(
     def hooked(name, tensor):
         return hooks[name](tensor) if name in hooks else tensor
 
-    def dense(name, tensor):
-        return _product(tensor, weights[f"{name}_kernel"]) + weights[f"{name}_bias"]
+    axes = known_shape(x)
+    products = (products or Products)(weights, num_heads, axes)
+    dense = products.dense
+    x = products.begin(x)  # (B * T, C)
 
-    batch, length, width = known_shape(x)
-    x = tf.reshape(x, [batch * length, width])  # (B * T, C)
-
-    normed = normalize(x, weights, "attention_norm_", epsilon)
+    normed = normalize(x, weights, "attention_norm_", norm)
     qkv = dense("qkv", hooked("attention_norm_activation", normed))
     qkv = hooked("qkv_activation", qkv)
-    head_dim = qkv.shape[-1] // (3 * num_heads)
-    qkv = tf.reshape(qkv, [batch, length, 3, num_heads, head_dim])
-    # (B, T, 3, H, D) -> each (B, H, T, D)
-    query, key, value = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))
+    query, key, value = products.split_heads(qkv)  # each (B, H, T, D)
     if cache is None:
-        mask = ops.causal_mask(length)
+        mask = ops.causal_mask(axes[1])
     else:
         key = ops.write_rows(cache.keys, key, cache.position)  # (B, H, S, D)
         value = ops.write_rows(cache.values, value, cache.position)
@@ -103,29 +102,61 @@ def transformer_block(
         hooks.get("scores_activation"),
         hooks.get("probabilities_activation"),
     )
-    context = tf.transpose(context, [0, 2, 1, 3])  # -> (B, T, H, D)
-    context = tf.reshape(context, [batch * length, num_heads * head_dim])
+    context = products.merge_heads(context)  # (B * T, H * D)
     attended = dense("output", hooked("context_activation", context))
     attended = hooked("attended_activation", attended)
     x += hooked("attention_dropout", attended)
     x = hooked("attention_residual_activation", x)
 
-    normed = normalize(x, weights, "feedforward_norm_", epsilon)
+    normed = normalize(x, weights, "feedforward_norm_", norm)
     up = dense("up", hooked("feedforward_norm_activation", normed))
     hidden = ops.gelu(hooked("up_activation", up))  # (B * T, F)
     output = dense("down", hooked("hidden_activation", hidden))
     output = hooked("down_activation", output)
     x += hooked("feedforward_dropout", output)
     x = hooked("feedforward_residual_activation", x)
-    x = tf.reshape(x, [batch, length, width])  # (B, T, C)
+    x = products.end(x)  # (B, T, C)
     return x if cache is None else [x, key, value]
 
 
-def normalize(x, weights, prefix, epsilon):
+class Products:
+    """The block's products with weights, on one device: positions are rows.
+
+    A mesh has others, which keep the axes that it divides apart.
+    """
+
+    def __init__(self, weights, num_heads, axes):
+        self.weights, self.num_heads = weights, num_heads
+        self.batch, self.length, self.width = axes
+
+    def begin(self, x):
+        return tf.reshape(x, [self.batch * self.length, self.width])
+
+    def end(self, x):
+        return tf.reshape(x, [self.batch, self.length, self.width])
+
+    def dense(self, name, x):
+        kernel = self.weights[f"{name}_kernel"]
+        rows, columns = kernel.shape
+        y = ops.project(x, kernel) if rows > columns else tf.matmul(x, kernel)
+        return y + self.weights[f"{name}_bias"]
+
+    def split_heads(self, qkv):
+        head_dim = qkv.shape[-1] // (3 * self.num_heads)
+        shape = [self.batch, self.length, 3, self.num_heads, head_dim]
+        # (B, T, 3, H, D) -> each (B, H, T, D)
+        return tf.unstack(tf.transpose(tf.reshape(qkv, shape), [2, 0, 3, 1, 4]))
+
+    def merge_heads(self, context):
+        width = self.num_heads * context.shape[-1]
+        context = tf.transpose(context, [0, 2, 1, 3])  # -> (B, T, H, D)
+        return tf.reshape(context, [self.batch * self.length, width])
+
+
+def normalize(x, weights, prefix, norm):
     """Normalise the last axis by the weights whose names begin with a prefix."""
-    return ops.layer_norm(
-        x, weights[f"{prefix}gamma"], weights[f"{prefix}beta"], epsilon
-    )
+    gamma, beta = weights[f"{prefix}gamma"], weights[f"{prefix}beta"]
+    return ops.layer_norm(x, gamma, beta, norm["epsilon"])
 
 
 def known_shape(x):
@@ -134,8 +165,3 @@ def known_shape(x):
         return list(x.shape)
     axes = zip(x.shape, tf.unstack(tf.shape(x)), strict=True)
     return [axis if known is None else known for known, axis in axes]
-
-
-def _product(x, kernel):
-    rows, columns = kernel.shape
-    return ops.project(x, kernel) if rows > columns else tf.matmul(x, kernel)

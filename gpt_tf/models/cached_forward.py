@@ -113,17 +113,10 @@ def forward_cached(model, tokens, position, starts, caches):
 
 
 def cached_mask(position, starts, length, capacity):
-    """Return the mask and the positions of tokens that are appended to a cache.
-
-    Args:
-        position: `()` int32, cache row of the first of them.
-        starts: `(B,)` int32, cache row at which each row's text begins.
-        length: `T`, number of tokens of each row.
-        capacity: `S`, rows of the cache.
+    """Return which rows of a cache `T` new tokens see, and the tokens' positions.
 
     Returns:
-        The mask `(B, 1, T, S)` bool, True where a position may be seen, and the
-        positions `(B, T)` int32.
+        `(B, 1, T, S)` bool and `(B, T)` int32, for arguments as of `forward_cached`.
     """
     rows = position + tf.range(length)  # (T,)
     positions = tf.maximum(rows[tf.newaxis] - starts[:, tf.newaxis], 0)  # (B, T)
@@ -136,18 +129,7 @@ def cached_mask(position, starts, length, capacity):
 
 
 def blocks_cached(blocks, x, caches, position, mask):
-    """Run blocks one after the other, each with its cache.
-
-    Args:
-        blocks: Some of a GPT's blocks.
-        x: `(B, T, C)`.
-        caches: Two tensors `(B, H, S, D)` for each of them.
-        position: `()` int32, cache row of the first token.
-        mask: As of `cached_mask`.
-
-    Returns:
-        `(B, T, C)` and the caches with `T` more rows.
-    """
+    """Run blocks on `(B, T, C)`, each with two of the caches; return both, updated."""
     updated = []
     for index, block in enumerate(blocks):
         x, keys, values = block(
@@ -158,60 +140,32 @@ def blocks_cached(blocks, x, caches, position, mask):
     return x, updated
 
 
-def prefill(model, tokens, starts, caches):
-    """Fill an empty cache with prompts.
+def append(model, tokens, position, caches, starts=None):
+    """Run tokens that follow what is in the cache, as `forward_cached`, compiled.
 
     Args:
         model: A GPT.
-        tokens: `(B, T)` int32, left-padded.
-        starts: `(B,)` int32, column at which each prompt begins.
-        caches: `2 * L` tensors `(B, H, S, D)`, `S` at least `T`.
-
-    Returns:
-        Logits of the last position `(B, V)`, and the caches.
-    """
-    logits, caches = _run(model, tokens, 0, starts, caches)
-    return logits[:, -1], caches
-
-
-def decode(model, tokens, position, starts, caches):
-    """Run one token per row.
-
-    Args:
-        model: A GPT.
-        tokens: `(B,)` int32.
-        position: Cache row of these tokens.
-        starts: `(B,)` int32, cache row at which each row's text begins.
-        caches: `2 * L` tensors `(B, H, S, D)`.
-
-    Returns:
-        Logits `(B, V)`, and the caches with one more row.
-    """
-    logits, caches = _run(model, tokens[:, tf.newaxis], position, starts, caches)
-    return logits[:, 0], caches
-
-
-def append(model, tokens, position, caches):
-    """Run tokens that follow what is in the cache, compiled, and score all of them.
-
-    Args:
-        model: A GPT.
-        tokens: `(B, T)` int32, texts that began in the cache's row 0.
+        tokens: `(B, T)` int32.
         position: Cache row of the first of them.
         caches: `2 * L` tensors `(B, H, S, D)`, with room for `T` more rows.
+        starts: `(B,)` int32, cache row at which each row's text begins; 0 unless given.
 
     Returns:
         Logits `(B, T, V)`, and the caches with `T` more rows.
     """
-    starts = tf.zeros([tokens.shape[0]], tf.int32)
-    return _run(model, tokens, position, starts, caches)
+    tokens = tf.cast(tokens, tf.int32)
+    starts = np.zeros(tokens.shape[0]) if starts is None else starts
+    compiled, device = _compiled(model, caches, tokens.shape[1])
+    with tf.device(device):
+        return compiled(
+            tokens, tf.constant(position, tf.int32), tf.cast(starts, tf.int32), caches
+        )
 
 
 def _compiled(model, caches, num_tokens):
     """Return the cached forward pass for these shapes, compiled by XLA, and its device.
 
-    It is kept with its model. A trace per shape is meant, so the traces are kept
-    here and not in a `tf.function`, which warns of many.
+    A trace per shape is meant; a `tf.function` would warn of many.
     """
     functions = model.__dict__.setdefault("_decoding_functions", {})
     batch_size, _, capacity, _ = caches[0].shape
@@ -233,15 +187,6 @@ def _compiled(model, caches, num_tokens):
         )
         functions[key] = compiled, placement.device_of(model)
     return functions[key]
-
-
-def _run(model, tokens, position, starts, caches):
-    tokens = tf.cast(tokens, tf.int32)
-    compiled, device = _compiled(model, caches, tokens.shape[1])
-    with tf.device(device):
-        return compiled(
-            tokens, tf.constant(position, tf.int32), tf.cast(starts, tf.int32), caches
-        )
 
 
 def generate(
@@ -335,7 +280,7 @@ def _continue(model, sequences):
             capacity = position + min(_bucket(remaining), context)
             tokens, starts = _left_padded(windows, position)
             caches = empty_cache(model, len(sequences), capacity)
-            logits, caches = prefill(model, tokens, starts, caches)
+            logits, caches = append(model, tokens, 0, caches, starts)
         else:
             for row in sliding:
                 *ids, _ = sequences[row].pending
@@ -347,10 +292,10 @@ def _continue(model, sequences):
                 unused = min(starts)
                 caches = [tf.roll(cache, -unused, axis=2) for cache in caches]
                 starts, position = starts - unused, position - unused
-            tokens = np.array([s.pending[-1] for s in sequences], np.int32)
-            logits, caches = decode(model, tokens, position, starts, caches)
+            tokens = np.array([s.pending[-1:] for s in sequences], np.int32)
+            logits, caches = append(model, tokens, position, caches, starts)
             position += 1
-        values = logits.numpy()
+        values = logits[:, -1].numpy()
         for row in active:
             yield from sequences[row].push(values[row])
 
@@ -369,7 +314,7 @@ def _refill(model, caches, ids, row, begin):
     if not ids:
         return caches
     own = empty_cache(model, 1, len(ids))
-    _, own = prefill(model, np.array([ids], np.int32), np.zeros(1, np.int32), own)
+    _, own = append(model, np.array([ids], np.int32), 0, own)
     return [
         tf.concat(
             [

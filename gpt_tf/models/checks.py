@@ -72,11 +72,7 @@ def check_there_are_labels(method, y):
 
 
 def check_shape_of_ids(ids, role):
-    """Refuse what cannot be token ids `(B, T)`, by its shape and type alone.
-
-    Raises:
-        InputError: It cannot.
-    """
+    """Refuse what cannot be token ids `(B, T)`, by its shape and type alone."""
     dtype = tf.as_dtype(ids.dtype)
     ragged = isinstance(ids, (tf.RaggedTensor, tf.RaggedTensorSpec))
     known = ids.shape.rank if isinstance(ids.shape, tf.TensorShape) else len(ids.shape)
@@ -114,7 +110,7 @@ def weights_by_row(sample_weight):
 
 
 def check_range(ids, vocab_size, role, ignored=None):
-    """Refuse ids that the vocabulary does not have.
+    """Refuse ids that the vocabulary does not have, but for one that is `ignored`.
 
     Args:
         ids: Any shape, in a graph too.
@@ -123,8 +119,7 @@ def check_range(ids, vocab_size, role, ignored=None):
         ignored: An id that is none and yet allowed, or None.
 
     Returns:
-        In a graph, an operation; it fails with a message that `fit` tells as an
-        `InputError`.
+        In a graph, an operation that fails with what `telling_bad_ids` finds.
 
     Raises:
         InputError: Outside a graph, there is such an id.
@@ -149,14 +144,9 @@ def check_range(ids, vocab_size, role, ignored=None):
 
 
 def check_of_labels(loss):
-    """Return the check of labels that a loss asks for, or None.
+    """Return the check of labels and `vocab_size` that a loss asks for, or None.
 
-    Args:
-        loss: Whatever Keras takes for a loss.
-
-    Returns:
-        A function of labels and `vocab_size` that calls `check_range`. XLA would
-        compute NaN of a label that there is none of, and say nothing.
+    XLA would compute NaN of a label that there is none of, and say nothing.
     """
     ignored = IGNORED
     if isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
@@ -167,15 +157,7 @@ def check_of_labels(loss):
 
 
 def check_takes_logits(value, role):
-    """Refuse a loss or a metric that takes probabilities; the models give logits.
-
-    Args:
-        value: Whatever Keras takes for a loss or a metric.
-        role: The argument's name.
-
-    Raises:
-        InputError: It takes probabilities.
-    """
+    """Refuse a loss or a metric that takes probabilities; the models give logits."""
     of_logits = True
     if isinstance(value, (keras.losses.Loss, keras.metrics.Metric)):
         config = {} if type(value).get_config is None else value.get_config()

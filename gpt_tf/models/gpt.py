@@ -13,8 +13,7 @@ from gpt_tf.models.layers import (
     TokenAndPositionEmbedding,
     TransformerBlock,
 )
-from gpt_tf.models.sizes import check_memory, checked_sizes
-from gpt_tf.settings import arguments
+from gpt_tf.models.sizes import check_memory, checked_config, norm_of
 
 CUSTOM_OBJECTS = {
     layer.__name__: layer
@@ -82,7 +81,7 @@ class GPTModel(LanguageModel):
         name="gpt",
         **kwargs,
     ):
-        sizes = checked_sizes(
+        config = checked_config(
             {
                 "vocab_size": vocab_size,
                 "embedding_dim": embedding_dim,
@@ -90,59 +89,48 @@ class GPTModel(LanguageModel):
                 "num_heads": num_heads,
                 "context_length": context_length,
                 "feedforward_dim": feedforward_dim,
+                "dropout": dropout,
+                "tie_embeddings": tie_embeddings,
+                "layer_norm_epsilon": layer_norm_epsilon,
             }
         )
-        dropout = arguments.number("dropout", dropout, least=0, below=1)
-        tie_embeddings = arguments.switch("tie_embeddings", tie_embeddings)
-        layer_norm_epsilon = arguments.number(
-            "layer_norm_epsilon", layer_norm_epsilon, above=0
-        )
-        check_memory(
-            {**sizes, "tie_embeddings": tie_embeddings},
-            accelerators=len(tf.config.list_physical_devices("GPU")),
-        )
-        plan = placement.plan_for(sizes)
+        check_memory(config, accelerators=len(tf.config.list_physical_devices("GPU")))
+        plan, norm = placement.plan_for(config), norm_of(config)
         tokens = keras.Input(shape=(None,), dtype="int32", name="tokens")
         with plan.at("embedding"):
             x = TokenAndPositionEmbedding(
-                sizes["vocab_size"],
-                sizes["embedding_dim"],
-                sizes["context_length"],
-                dropout=dropout,
-                share_table=tie_embeddings,
+                config["vocab_size"],
+                config["embedding_dim"],
+                config["context_length"],
+                dropout=config["dropout"],
+                share_table=config["tie_embeddings"],
                 name="embedding",
             )(tokens)
-        table = None
-        if tie_embeddings:
+        if config["tie_embeddings"]:
             x, table = x
-        for index in range(sizes["num_layers"]):
+        for index in range(config["num_layers"]):
             with plan.at(f"block_{index}"):
                 x = TransformerBlock(
-                    sizes["num_heads"],
-                    sizes["feedforward_dim"],
-                    dropout=dropout,
-                    residual_stddev=0.02 / (2 * sizes["num_layers"]) ** 0.5,
-                    epsilon=layer_norm_epsilon,
+                    config["num_heads"],
+                    config["feedforward_dim"],
+                    dropout=config["dropout"],
+                    residual_stddev=0.02 / (2 * config["num_layers"]) ** 0.5,
                     seed=index,
                     name=f"block_{index}",
+                    **norm,
                 )(x)
         with plan.at("final_norm"):
-            x = LayerNormalization(epsilon=layer_norm_epsilon, name="final_norm")(x)
+            x = LayerNormalization(name="final_norm", **norm)(x)
         with plan.at("head"):
-            logits = LanguageModelHead(sizes["vocab_size"], name="head")(
-                [x, table] if tie_embeddings else x
+            logits = LanguageModelHead(config["vocab_size"], name="head")(
+                [x, table] if config["tie_embeddings"] else x
             )
         super().__init__(inputs=tokens, outputs=logits, name=name, **kwargs)
         self.plan = plan
-        self.vocab_size = sizes["vocab_size"]
-        self.embedding_dim = sizes["embedding_dim"]
-        self.num_layers = sizes["num_layers"]
-        self.num_heads = sizes["num_heads"]
-        self.context_length = sizes["context_length"]
-        self.feedforward_dim = sizes["feedforward_dim"]
-        self.dropout = dropout
-        self.tie_embeddings = tie_embeddings
-        self.layer_norm_epsilon = layer_norm_epsilon
+        # Every argument is an attribute.
+        self.__dict__["_config"] = config
+        for argument, value in config.items():
+            setattr(self, argument, value)
 
     # A model whose layers are on several devices
 
@@ -172,18 +160,7 @@ class GPTModel(LanguageModel):
     # Configuration
 
     def get_config(self):
-        return {
-            "vocab_size": self.vocab_size,
-            "embedding_dim": self.embedding_dim,
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "context_length": self.context_length,
-            "feedforward_dim": self.feedforward_dim,
-            "dropout": self.dropout,
-            "tie_embeddings": self.tie_embeddings,
-            "layer_norm_epsilon": self.layer_norm_epsilon,
-            "name": self.name,
-        }
+        return {**self._config, "name": self.name}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

@@ -6,6 +6,7 @@ are never opened.
 """
 
 import math
+import operator
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ import safetensors.numpy
 
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
+from gpt_tf.generation.sequence import ids_without_token
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.keras_file import can_hold
 from gpt_tf.text.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
@@ -35,6 +37,23 @@ _HUGGINGFACE_BLOCK = {
     "up_bias": "mlp.c_fc.bias",
     "down_kernel": "mlp.c_proj.weight",
     "down_bias": "mlp.c_proj.bias",
+}
+
+_QKV = ("query", "key", "value")
+# Our weight of a block -> KerasHub's, which has query, key and value apart.
+_KERAS_HUB_BLOCK = {
+    "attention_norm_gamma": ["_self_attention_layer_norm.gamma"],
+    "attention_norm_beta": ["_self_attention_layer_norm.beta"],
+    "qkv_kernel": [f"_self_attention_layer._{part}_dense.kernel" for part in _QKV],
+    "qkv_bias": [f"_self_attention_layer._{part}_dense.bias" for part in _QKV],
+    "output_kernel": ["_self_attention_layer._output_dense.kernel"],
+    "output_bias": ["_self_attention_layer._output_dense.bias"],
+    "feedforward_norm_gamma": ["_feedforward_layer_norm.gamma"],
+    "feedforward_norm_beta": ["_feedforward_layer_norm.beta"],
+    "up_kernel": ["_feedforward_intermediate_dense.kernel"],
+    "up_bias": ["_feedforward_intermediate_dense.bias"],
+    "down_kernel": ["_feedforward_output_dense.kernel"],
+    "down_bias": ["_feedforward_output_dense.bias"],
 }
 
 
@@ -146,6 +165,8 @@ def to_huggingface(
     # Left out, they would be GPT-2's own 50256.
     end = None if tokenizer is None else tokenizer.end_of_text_id
     special_ids = {"bos_token_id": end, "eos_token_id": end}
+    unknown = ids_without_token(tokenizer, model.vocab_size).tolist()
+    unknown = {"suppress_tokens": unknown} if unknown else {}
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -170,22 +191,13 @@ def to_huggingface(
         tensors[prefix + name] = np.ascontiguousarray(variable.numpy())
     with artifacts.atomic_folder(folder) as temporary:
         artifacts.write_json(temporary / "config.json", config)
-        generation = {**special_ids, **_without_token(model, tokenizer)}
+        generation = {**special_ids, **unknown}
         artifacts.write_json(temporary / "generation_config.json", generation)
         if tokenizer is not None:
             _write_tokenizer(tokenizer, model.context_length, temporary)
         safetensors.numpy.save_file(
             tensors, temporary / "model.safetensors", metadata={"format": "pt"}
         )
-
-
-def _without_token(model, tokenizer):
-    """Return what keeps `generate` from ids that the tokenizer has no token for."""
-    if tokenizer is None:
-        return {}
-    known = set(tokenizer.backend.get_vocab().values())
-    unknown = [token for token in range(model.vocab_size) if token not in known]
-    return {"suppress_tokens": unknown} if unknown else {}
 
 
 def _write_tokenizer(tokenizer, context_length, folder):
@@ -287,8 +299,10 @@ def from_keras_hub(backbone, **changes) -> GPTModel:
             **changes,
         }
     )
-    for ours, read, _ in _keras_hub_pairs(model, backbone):
-        ours.assign(np.asarray(read(), np.float32).reshape(ours.shape))
+    for ours, theirs in _keras_hub_pairs(model, backbone):
+        parts = [np.asarray(part).reshape(_as_rows(ours.shape)) for part in theirs]
+        whole = np.concatenate(parts, axis=1).astype(np.float32)
+        ours.assign(whole.reshape(ours.shape))
     return model
 
 
@@ -323,69 +337,32 @@ def to_keras_hub(model: GPTModel):
         dropout=model.dropout,
         max_sequence_length=model.context_length,
     )
-    for ours, _, write in _keras_hub_pairs(model, backbone):
-        write(ours.numpy())
+    for ours, theirs in _keras_hub_pairs(model, backbone):
+        whole = ours.numpy().reshape(_as_rows(ours.shape))
+        parts = np.split(whole, len(theirs), axis=1)
+        for variable, part in zip(theirs, parts, strict=True):
+            variable.assign(part.reshape(variable.shape))
     return backbone
 
 
 def _keras_hub_pairs(model, backbone):
-    """Yield our variable, how to read KerasHub's, and how to write it."""
-
-    def same(ours, theirs):
-        def write(value):
-            theirs.assign(value.reshape(theirs.shape))
-
-        return ours, lambda: np.asarray(theirs), write
-
-    def joined(ours, theirs):
-        """Query, key and value, apart at KerasHub and side by side here."""
-        rows = model.embedding_dim if len(ours.shape) == 2 else 1
-
-        def read():
-            parts = [np.asarray(one).reshape(rows, -1) for one in theirs]
-            return np.concatenate(parts, axis=1)
-
-        def write(value):
-            for one, part in zip(
-                theirs, np.split(value.reshape(rows, -1), 3, axis=1), strict=True
-            ):
-                one.assign(part.reshape(one.shape))
-
-        return ours, read, write
-
-    embedding = model.get_layer("embedding")
-    yield same(embedding.token_table, backbone.token_embedding.embeddings)
-    yield same(
-        embedding.position_table, backbone.position_embedding.position_embeddings
-    )
-    for index in range(model.num_layers):
+    """Yield our variables, and KerasHub's: one, or query, key and value apart."""
+    embedding, norm = model.get_layer("embedding"), model.get_layer("final_norm")
+    yield embedding.token_table, [backbone.token_embedding.embeddings]
+    positions = backbone.position_embedding.position_embeddings
+    yield embedding.position_table, [positions]
+    for index, theirs in enumerate(backbone.transformer_layers):
         block = model.get_layer(f"block_{index}")
-        theirs = backbone.transformer_layers[index]
-        attention = theirs._self_attention_layer
-        inputs = (
-            attention._query_dense,
-            attention._key_dense,
-            attention._value_dense,
-        )
-        pairs = (
-            (block.attention_norm_gamma, theirs._self_attention_layer_norm.gamma),
-            (block.attention_norm_beta, theirs._self_attention_layer_norm.beta),
-            (block.output_kernel, attention._output_dense.kernel),
-            (block.output_bias, attention._output_dense.bias),
-            (block.feedforward_norm_gamma, theirs._feedforward_layer_norm.gamma),
-            (block.feedforward_norm_beta, theirs._feedforward_layer_norm.beta),
-            (block.up_kernel, theirs._feedforward_intermediate_dense.kernel),
-            (block.up_bias, theirs._feedforward_intermediate_dense.bias),
-            (block.down_kernel, theirs._feedforward_output_dense.kernel),
-            (block.down_bias, theirs._feedforward_output_dense.bias),
-        )
-        for ours, one in pairs:
-            yield same(ours, one)
-        yield joined(block.qkv_kernel, [dense.kernel for dense in inputs])
-        yield joined(block.qkv_bias, [dense.bias for dense in inputs])
-    norm = model.get_layer("final_norm")
-    yield same(norm.gamma, backbone.layer_norm.gamma)
-    yield same(norm.beta, backbone.layer_norm.beta)
+        for ours, paths in _KERAS_HUB_BLOCK.items():
+            found = [operator.attrgetter(path)(theirs) for path in paths]
+            yield getattr(block, ours), found
+    yield norm.gamma, [backbone.layer_norm.gamma]
+    yield norm.beta, [backbone.layer_norm.beta]
+
+
+def _as_rows(shape):
+    """Return the shape in which parts of a kernel or a bias stand side by side."""
+    return (shape[0] if len(shape) == 2 else 1, -1)
 
 
 def _read_config(folder):

@@ -17,6 +17,7 @@ import zipfile
 
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError
+from gpt_tf.models.sizes import TYPES, count_parameters
 
 try:
     import h5py
@@ -27,24 +28,12 @@ _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
 _MEMBERS = [_CONFIG, "metadata.json", _WEIGHTS]
 _LARGEST_CONFIG = 1 << 20
 # Keys of `get_config` and the types of their values.
-_GPT = {
-    "vocab_size": (int,),
-    "embedding_dim": (int,),
-    "num_layers": (int,),
-    "num_heads": (int,),
-    "context_length": (int,),
-    "feedforward_dim": (int,),
-    "dropout": (int, float),
-    "tie_embeddings": (bool,),
-    "layer_norm_epsilon": (int, float),
-    "name": (str,),
-}
 _CLASSES = {
-    "GPTModel": _GPT,
+    "GPTModel": TYPES,
     "QuantizationAwareGPT": {"gpt": (dict,), "quantization": (dict,), "name": (str,)},
 }
 _SHOWN = reprlib.Repr()  # of what a stranger wrote, the beginning
-_SHOWN.maxdict = len(_GPT)
+_SHOWN.maxdict = len(TYPES)
 # A GPT's layers beside its blocks: input, embedding, last normalisation and head.
 _OTHER_LAYERS = 4
 
@@ -106,12 +95,8 @@ def can_hold(sizes: dict, size_bytes: int, num_blocks: int) -> bool:
         size_bytes: What the file holds; a weight has two bytes or more.
         num_blocks: Of how many blocks it holds weights, at most.
     """
-    width, heads = sizes["embedding_dim"], max(1, sizes["num_heads"])
-    inner = width // heads * heads
-    rows = sizes["vocab_size"] + sizes["context_length"]
-    block = width * (4 * inner + 2 * sizes["feedforward_dim"])
-    weights = rows * width + sizes["num_layers"] * block
-    return 2 * weights <= size_bytes and sizes["num_layers"] <= num_blocks
+    fits = 2 * count_parameters(sizes) <= size_bytes
+    return fits and sizes["num_layers"] <= num_blocks
 
 
 @contextlib.contextmanager
@@ -153,7 +138,7 @@ def _described(archive):
     config = described.get("config")
     _check_types(config, _CLASSES[kind])
     if "gpt" in config:
-        _check_types(config["gpt"], _GPT)
+        _check_types(config["gpt"], TYPES)
     return kind, config
 
 

@@ -28,12 +28,17 @@ from gpt_tf.models.block import (
     normalize,
     transformer_block,
 )
-from gpt_tf.models.sizes import block_shapes, norm_shapes
+from gpt_tf.models.sizes import NORM, block_shapes, norm_shapes
 from gpt_tf.settings import arguments
 
 
 def _identity(x):
     return x
+
+
+def _norm_among(arguments):
+    """Take what describes a normalisation out of a layer's arguments."""
+    return {name: arguments.pop(name, default) for name, default in NORM.items()}
 
 
 @contextlib.contextmanager
@@ -226,7 +231,7 @@ class TransformerBlock(keras.layers.Layer):
         dropout: Rate on both residuals in training, in [0, 1).
         residual_stddev: Spread of the initial weights of the two projections that
             feed a residual.
-        epsilon: Added to the variance in layer normalisation.
+        **kwargs: The normalisation's, `epsilon` above 0, and `keras.layers.Layer`'s.
         seed: Makes the dropout masks differ from those of other blocks.
 
     Call arguments:
@@ -246,16 +251,15 @@ class TransformerBlock(keras.layers.Layer):
         feedforward_dim,
         dropout=0.0,
         residual_stddev=0.02,
-        epsilon=1e-5,
         seed=0,
         **kwargs,
     ):
+        self.__dict__["norm"] = _norm_among(kwargs)  # Keras would track a dict
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.feedforward_dim = feedforward_dim
         self.dropout = dropout
         self.residual_stddev = residual_stddev
-        self.epsilon = epsilon
         self.seed = seed
         policy = self.dtype_policy
         self.attention_dropout = Dropout(
@@ -305,7 +309,7 @@ class TransformerBlock(keras.layers.Layer):
             x,
             weights,
             num_heads=self.num_heads,
-            epsilon=self.epsilon,
+            norm=self.norm,
             hooks=hooks,
             cache=cache,
         )
@@ -322,7 +326,7 @@ class TransformerBlock(keras.layers.Layer):
             "feedforward_dim": self.feedforward_dim,
             "dropout": self.dropout,
             "residual_stddev": self.residual_stddev,
-            "epsilon": self.epsilon,
+            **self.norm,
             "seed": self.seed,
         }
 
@@ -332,7 +336,7 @@ class LayerNormalization(keras.layers.Layer):
     """Layer normalisation over the last axis, computed in float32.
 
     Args:
-        epsilon: Added to the variance, above 0.
+        **kwargs: The normalisation's, `epsilon` above 0, and `keras.layers.Layer`'s.
 
     Call arguments:
         inputs: `(..., C)`.
@@ -343,9 +347,9 @@ class LayerNormalization(keras.layers.Layer):
 
     ACTIVATIONS = ("norm_activation",)
 
-    def __init__(self, epsilon=1e-5, **kwargs):
+    def __init__(self, **kwargs):
+        self.__dict__["norm"] = _norm_among(kwargs)
         super().__init__(**kwargs)
-        self.epsilon = epsilon
         self.norm_activation = _identity
 
     def build(self, input_shape):
@@ -360,14 +364,14 @@ class LayerNormalization(keras.layers.Layer):
     def call(self, inputs):
         weights = {n: getattr(self, n) for n in self.weight_names}
         x = tf.reshape(inputs, [-1, inputs.shape[-1]])  # (B * T, C)
-        x = normalize(x, weights, "", self.epsilon)
+        x = normalize(x, weights, "", self.norm)
         return self.norm_activation(tf.reshape(x, tf.shape(inputs)))
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), "epsilon": self.epsilon}
+        return {**super().get_config(), **self.norm}
 
 
 @keras.saving.register_keras_serializable(package="gpt_tf")

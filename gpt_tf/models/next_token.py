@@ -31,9 +31,6 @@ def cross_entropies(labels, logits):
     Args:
         labels: `(..., T)`, integers from 0 to V - 1, or `IGNORED`.
         logits: `(..., T, V)`, any float type.
-
-    Returns:
-        `(..., T)` float32. A token that does not count has no gradient either.
     """
     counts = counted(labels)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
@@ -130,14 +127,11 @@ class TokenAccuracy(TokenMean):
 
 
 def token_weights(labels, sample_weight=None):
-    """Return a weight per label, float32, 0 where it does not count.
+    """Return a weight per label, `(B, T)` float32, 0 where it does not count.
 
     Args:
         labels: `(B, T)`, integers.
         sample_weight: `(B, T)`, `(B, T, 1)` or `(B,)`; None is 1 everywhere.
-
-    Returns:
-        `(B, T)` float32.
     """
     counts = tf.cast(counted(labels), tf.float32)
     if sample_weight is None:

@@ -2,8 +2,6 @@
 
 Every function works eagerly, in a graph and under XLA, in float32 and in the
 16-bit types: normalisation, softmax and the loss are always computed in float32.
-The letters for shapes are `B` batch, `T` positions in this call, `S` cached
-positions, `H` heads, `D` head width, `C` embedding width, `V` vocabulary.
 """
 
 import contextlib
@@ -147,17 +145,10 @@ def gelu(x):
 
 
 def project(x, kernel):
-    """Multiply by a kernel that has more rows than columns.
+    """Multiply `(N, F)` by a kernel `(F, C)` that has more rows than columns.
 
     The same as `tf.matmul(x, kernel)`. XLA's CPU product is slow where the kernel's
     gradient is tall, so that is computed lying down and then turned.
-
-    Args:
-        x: `(N, F)`.
-        kernel: `(F, C)`.
-
-    Returns:
-        `(N, C)`.
     """
 
     @custom_gradient
@@ -175,13 +166,10 @@ def dropout(x, rate, seed, calls):
     """Drop values by a mask that follows from a seed and a counter of calls.
 
     Args:
-        x: Any shape.
+        x: Any shape; what is left of it is scaled, so that the mean stays.
         rate: Share of values that become 0, above 0 and below 1.
         seed: `()` int32.
         calls: Variable `()` int32, which is increased by 1.
-
-    Returns:
-        The shape of `x`; what is left is scaled, so that the mean stays.
     """
     seed = tf.stack([seed, calls.assign_add(1)])
     return tf.nn.experimental.stateless_dropout(x, rate, seed, rng_alg="philox")
@@ -285,15 +273,10 @@ def token_sums(logits, labels, weights):
 
 
 def is_top_1(labels, logits):
-    """Return whether a label is the most likely token.
+    """Return whether labels `(...)` are the most likely tokens by logits `(..., V)`.
 
-    Args:
-        labels: `(...)`, integers.
-        logits: `(..., V)`, any float type.
-
-    Returns:
-        `(...)` bool. Of equal logits the first counts as the most likely, as `argmax`
-        has it: so a model that knows nothing is not right everywhere.
+    Of equal logits the first counts as the most likely, as `argmax` has it: so a model
+    that knows nothing is not right everywhere.
     """
     return tf.argmax(logits, axis=-1, output_type=tf.int32) == tf.cast(labels, tf.int32)
 

@@ -25,10 +25,9 @@ def planned_by(planner):
     """Let models that are built in this block be placed by a planner.
 
     Args:
-        planner: Function of a model's sizes, a dict of `GPTModel`'s arguments, that
-            returns a plan: with `is_divided`, `at(layer_name)`, and what `GPTModel`
-            calls in the place of its own: `compile`, `train_step`, `test_step` and
-            `logits`; and decoding, `forward_cached`.
+        planner: Function of a model's sizes that returns a plan, with `is_divided`,
+            `at(layer_name)`, and what `GPTModel` calls in the place of its own
+            `compile`, `train_step`, `test_step`, `logits` and `forward_cached`.
     """
     token = _PLANNER.set(planner)
     try:

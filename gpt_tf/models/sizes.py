@@ -1,7 +1,12 @@
-"""The sizes of a GPT: their ranges, its parameters, and what memory they take."""
+"""The specification of a GPT: its sizes, their ranges, the weights that follow.
+
+Here `GPTModel`'s arguments are checked, and layers, block and export find the names and
+shapes of weights.
+"""
 
 import math
-import os
+
+import psutil
 
 from gpt_tf.errors import InputError
 from gpt_tf.settings import arguments
@@ -11,6 +16,43 @@ MOST_LAYERS = 1024
 # A weight in float32; in training its gradient and two moments too.
 WEIGHT_BYTES = 4
 TRAINED_WEIGHT_BYTES = 16
+SIZES = (
+    "vocab_size",
+    "embedding_dim",
+    "num_layers",
+    "num_heads",
+    "context_length",
+    "feedforward_dim",
+)
+# `GPTModel`'s arguments as a file has them.
+TYPES = {
+    **dict.fromkeys(SIZES, (int,)),
+    "dropout": (int, float),
+    "tie_embeddings": (bool,),
+    "layer_norm_epsilon": (int, float),
+    "name": (str,),
+}
+# What describes a normalisation to the layers that compute one, with defaults.
+NORM = {"epsilon": 1e-5}
+
+
+def checked_config(given: dict) -> dict:
+    """Return `GPTModel`'s arguments, but for its name, as Python's own, or refuse them.
+
+    Args:
+        given: The arguments by name.
+
+    Raises:
+        InputError: One is out of its range.
+    """
+    number = arguments.number
+    dropout, epsilon = given["dropout"], given["layer_norm_epsilon"]
+    return {
+        **checked_sizes({name: given[name] for name in SIZES}),
+        "dropout": number("dropout", dropout, least=0, below=1),
+        "tie_embeddings": arguments.switch("tie_embeddings", given["tie_embeddings"]),
+        "layer_norm_epsilon": number("layer_norm_epsilon", epsilon, above=0),
+    }
 
 
 def checked_sizes(sizes: dict) -> dict[str, int]:
@@ -42,6 +84,11 @@ def checked_sizes(sizes: dict) -> dict[str, int]:
             f"embedding_dim={found['embedding_dim']}. Use fewer heads or a wider model."
         )
     return found
+
+
+def norm_of(config: dict) -> dict:
+    """Return what layers take for `NORM` from a GPTModel's configuration."""
+    return {"epsilon": config["layer_norm_epsilon"]}
 
 
 def norm_shapes(sizes: dict) -> dict[str, tuple[int, ...]]:
@@ -90,25 +137,11 @@ def check_memory(sizes: dict, weight_bytes: int = WEIGHT_BYTES, accelerators=0) 
     Raises:
         InputError: It cannot hold it.
     """
-    count, memory = count_parameters(sizes), memory_bytes()
-    if memory is not None and count * weight_bytes > memory * (1 + accelerators):
+    count, memory = count_parameters(sizes), psutil.virtual_memory().total
+    if count * weight_bytes > memory * (1 + accelerators):
         raise InputError(
             f"A GPT expects sizes that fit into {memory / 1e9:,.0f} GB, this machine's "
             f"memory. Received: {count:,} parameters, which take "
             f"{count * weight_bytes / 1e9:,.0f} GB. Make `vocab_size`, "
             "`embedding_dim`, `num_layers` or `context_length` smaller."
         )
-
-
-def memory_bytes() -> int | None:
-    """Return how much memory this machine has, or None where it does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        pass
-    try:
-        import psutil
-
-        return psutil.virtual_memory().total
-    except ImportError:
-        return None

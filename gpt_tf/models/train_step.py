@@ -309,10 +309,10 @@ class TokenStep:
 
 
 def parts_of_batch(batch, least):
-    """Cut every tensor of a batch into equal parts.
+    """Cut a structure of tensors `(B, ...)` and None into equal parts.
 
     Args:
-        batch: Structure of tensors `(B, ...)`; None stays None.
+        batch: The structure.
         least: Number of parts, at least 1; where it does not divide `B`, as in the
             last batch of an epoch, the next larger number that does.
 

@@ -72,8 +72,11 @@ def devices_for(count, devices=None, what="This"):
                 f"{what} expect {count:,} devices. Received: a machine of {len(gpus)} "
                 f"GPUs, whose CPU is split into at most {MOST_DEVICES}. Use fewer."
             )
-        if len(gpus) < count and not _is_running():
-            split_cpu(max(count, len(_wanted_cpus())))
+        is_running = context.context()._context_handle is not None
+        if len(gpus) < count and not is_running:  # then the CPU can still be split
+            cpu = tf.config.list_physical_devices("CPU")[0]
+            wanted = tf.config.get_logical_device_configuration(cpu) or ()
+            split_cpu(max(count, len(wanted)))
         for kind in ("GPU", "CPU"):
             names = [device.name for device in tf.config.list_logical_devices(kind)]
             if len(names) >= count:
@@ -100,16 +103,6 @@ def devices_for(count, devices=None, what="This"):
     return [known[name] for name in names]
 
 
-def _is_running():
-    """Whether TensorFlow has been used, so that devices can no longer be split."""
-    return context.context()._context_handle is not None
-
-
-def _wanted_cpus():
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    return tf.config.get_logical_device_configuration(cpu) or [None]
-
-
 def make_strategy(name="auto"):
     """Make a `tf.distribute.Strategy` by name.
 
@@ -134,7 +127,12 @@ def make_strategy(name="auto"):
     """
     arguments.one_of("strategy", name, STRATEGIES)
     if name == "auto":
-        name = _best_strategy()
+        if os.environ.get("TF_CONFIG"):  # before TensorFlow is used
+            name = "multi_worker"
+        elif os.environ.get("TPU_NAME") or tf.config.list_physical_devices("TPU"):
+            name = "tpu"
+        else:
+            name = "mirrored" if len(_local_devices()) > 1 else "one_device"
     if name == "multi_worker":
         return _multi_worker_strategy(read_tf_config())
     if name == "mirrored":
@@ -168,11 +166,10 @@ def read_tf_config():
         )
     try:
         config = artifacts.parse_json(text)
-        cluster = {
-            kind: list(addresses) for kind, addresses in config["cluster"].items()
-        }
+        cluster = {kind: list(found) for kind, found in config["cluster"].items()}
         kind, index = str(config["task"]["type"]), int(config["task"]["index"])
-        for address in itertools.chain(*cluster.values()):
+        addresses = list(itertools.chain(*cluster.values()))
+        for address in addresses:
             place = re.fullmatch(r".+:(\d{1,5})", address)
             if not (place and 0 < int(place[1]) < 1 << 16):
                 raise ValueError(
@@ -190,7 +187,6 @@ def read_tf_config():
             f"{ {k: len(v) for k, v in cluster.items()} }. Give every process an "
             "index of its own, from 0."
         )
-    addresses = list(itertools.chain(*cluster.values()))
     twice = sorted({a for a in addresses if addresses.count(a) > 1})
     if twice:
         raise InputError(
@@ -204,9 +200,7 @@ def read_tf_config():
 def is_chief(strategy):
     """Whether this process is the one that writes files."""
     resolver = strategy.cluster_resolver
-    if resolver is None or not resolver.task_type:
-        return True
-    if resolver.task_type == "chief":
+    if resolver is None or resolver.task_type in (None, "", "chief"):
         return True
     has_chief = "chief" in resolver.cluster_spec().as_dict()
     return resolver.task_type == "worker" and resolver.task_id == 0 and not has_chief
@@ -331,14 +325,6 @@ def _use_fresh_collective_keys():
     which TensorFlow's own tests move on in the same way.
     """
     tf.distribute.MirroredStrategy._collective_key_base += 100
-
-
-def _best_strategy():
-    if os.environ.get("TF_CONFIG"):
-        return "multi_worker"
-    if os.environ.get("TPU_NAME") or tf.config.list_physical_devices("TPU"):
-        return "tpu"
-    return "mirrored" if len(_local_devices()) > 1 else "one_device"
 
 
 def _local_devices():

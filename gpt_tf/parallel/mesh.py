@@ -119,7 +119,7 @@ def layout_map(mesh, vocab_size):
             whole on every device.
 
     Returns:
-        A `tf_keras.dtensor.experimental.LayoutMap`; entries may be replaced.
+        A `tf_keras.dtensor.experimental.LayoutMap`.
 
     Reference: Shoeybi et al., "Megatron-LM", arXiv:1909.08053, section 3.
     """

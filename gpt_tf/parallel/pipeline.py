@@ -9,7 +9,6 @@ stage, whose gradient can begin at once, does both in one.
 import contextlib
 import functools
 import itertools
-import time
 from typing import get_args
 
 import tensorflow as tf
@@ -44,10 +43,6 @@ class Pipeline:
             the activations of at most `num_stages` micro-batches.
         devices: A device per stage. Default: the GPUs of this machine, or logical
             CPUs, into which the CPU is split if TensorFlow has not been used yet.
-        costs: What balances the stages: `None`, computed from the sizes; a list of
-            what each block and then the head costs, in any unit, as `measure_costs`
-            returns; or, with `blocks`, nothing.
-        blocks: Number of blocks of each stage, if they are not to be balanced.
 
     Raises:
         InputError: A number is out of its range, or there are too few devices.
@@ -63,31 +58,11 @@ class Pipeline:
     "PipeDream", arXiv:1806.03377; article 3.1, layers as independent sub-tasks.
     """
 
-    def __init__(
-        self,
-        num_stages,
-        micro_batches=4,
-        schedule="1f1b",
-        *,
-        devices=None,
-        costs=None,
-        blocks=None,
-    ):
+    def __init__(self, num_stages, micro_batches=4, schedule="1f1b", *, devices=None):
         self.num_stages = arguments.integer("num_stages", num_stages, 1)
         self.micro_batches = arguments.integer("micro_batches", micro_batches, 1)
         self.schedule = arguments.one_of("schedule", schedule, SCHEDULES)
         self.devices = devices_for(self.num_stages, devices, "A pipeline's stages")
-        self.costs, self.blocks = costs, blocks
-        if costs is not None:
-            self.costs = [
-                arguments.number("costs", cost, least=0)
-                for cost in arguments.items("costs", costs)
-            ]
-        if blocks is not None:
-            self.blocks = [
-                arguments.integer("blocks", count, 1)
-                for count in arguments.items("blocks", blocks)
-            ]
 
     def scope(self):
         """Return a context in which the GPTs that are built are pipelines."""
@@ -100,28 +75,13 @@ class Pipeline:
 
     def plan(self, sizes):
         """Divide a model of these sizes among the stages."""
-        num_layers = sizes["num_layers"]
-        if self.num_stages > num_layers:
+        if self.num_stages > sizes["num_layers"]:
             raise InputError(
                 "A pipeline expects at most one stage per block. Received: "
-                f"{self.num_stages} stages for {num_layers} blocks. Use fewer stages."
+                f"{self.num_stages} stages for {sizes['num_layers']} blocks. Use fewer "
+                "stages."
             )
-        if self.blocks is not None:
-            blocks = self.blocks
-            if len(blocks) != self.num_stages or sum(blocks) != num_layers:
-                raise InputError(
-                    f"`blocks` expects {self.num_stages} numbers of at least 1 that "
-                    f"add up to {num_layers}. Received: {self.blocks}."
-                )
-        else:
-            costs = computed_costs(sizes) if self.costs is None else list(self.costs)
-            if len(costs) != num_layers + 1:
-                raise InputError(
-                    f"`costs` expects {num_layers + 1} numbers, of the blocks and of "
-                    f"the head. Received: {len(costs)}."
-                )
-            blocks = balance(costs, self.num_stages)
-        return _Plan(self, blocks)
+        return _Plan(self, balance(computed_costs(sizes), self.num_stages))
 
 
 def computed_costs(sizes):
@@ -136,56 +96,6 @@ def computed_costs(sizes):
     block = 4 * width * inner + 2 * width * sizes["feedforward_dim"]
     block += sizes["context_length"] * inner  # scores and values, half of each hidden
     return [block] * sizes["num_layers"] + [width * sizes["vocab_size"]]
-
-
-def measure_costs(model, inputs, labels, repeats=5):
-    """Measure what each block and the head cost in a training step.
-
-    Args:
-        model: A GPTModel.
-        inputs: Token ids `(B, T)` of a micro-batch.
-        labels: The next tokens `(B, T)`.
-        repeats: Number of runs, of which the fastest counts.
-
-    Returns:
-        Seconds, a list of `num_layers + 1`: forward and backward of the blocks, and
-        of the final norm, head and loss.
-    """
-    parts = parts_of(model)
-    tokens = tf.convert_to_tensor(inputs, tf.int32)
-    labels = tf.convert_to_tensor(labels, tf.int32)
-    weights = tf.ones(tf.shape(labels))
-    x, table = parts.embed(tokens)
-
-    def differentiated(layers, function):
-        @tf.function(jit_compile=True, autograph=False)
-        def run(x):
-            with ops.inside_xla(), tf.GradientTape() as tape:
-                tape.watch(x)
-                total = function(x)
-            variables = [v for layer in layers for v in layer.trainable_variables]
-            return tape.gradient(total, [x, *variables])
-
-        return run
-
-    def loss(x):
-        return ops.token_sums(parts.score(x, table), labels, weights)[0]
-
-    runs = [
-        differentiated([block], lambda x, block=block: tf.reduce_sum(block(x)))
-        for block in parts.blocks
-    ]
-    runs.append(differentiated([parts.norm, parts.head], loss))
-    costs = []
-    for run in runs:
-        run(x)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            _ = [g.numpy() for g in run(x)[:1]]
-            times.append(time.perf_counter() - start)
-        costs.append(min(times))
-    return costs
 
 
 def balance(costs, num_stages):
@@ -243,14 +153,16 @@ def tasks_of(schedule, stage, num_stages, micro_batches):
 class _Stage:
     """Some of the layers of a model, on one device."""
 
-    def __init__(self, plan, model, index, begin, end):
-        self.plan = plan
+    def __init__(self, plan, model, index):
         self.model = model
         self.device = plan.devices[index]
         self.parts = parts_of(model)
         self.is_first = index == 0
         self.is_last = index == plan.num_stages - 1
+        end = sum(plan.blocks[: index + 1])
+        begin = end - plan.blocks[index]
         self.blocks = self.parts.blocks[begin:end]
+        self.caches = slice(2 * begin, 2 * end)  # of those of all blocks
         layers = list(self.blocks)
         if self.is_first:
             layers.insert(0, self.parts.embedding)
@@ -343,11 +255,8 @@ class _Plan:
         self.schedule = pipeline.schedule
         self.devices = pipeline.devices
         self.blocks = blocks
-        ends = list(itertools.accumulate(blocks))
-        self._places = {}
-        for stage, (count, end) in enumerate(zip(blocks, ends, strict=True)):
-            for index in range(end - count, end):
-                self._places[f"block_{index}"] = stage
+        stages = [index for index, count in enumerate(blocks) for _ in range(count)]
+        self._places = {f"block_{n}": stage for n, stage in enumerate(stages)}
         self._places["embedding"] = 0
         self._places["final_norm"] = self._places["head"] = self.num_stages - 1
         self._stages = None
@@ -369,12 +278,8 @@ class _Plan:
 
     def stages(self, model):
         if self._stages is None:
-            ends = list(itertools.accumulate(self.blocks))
             self._stages = [
-                _Stage(self, model, index, end - count, end)
-                for index, (count, end) in enumerate(
-                    zip(self.blocks, ends, strict=True)
-                )
+                _Stage(self, model, index) for index in range(self.num_stages)
             ]
         return self._stages
 
@@ -397,11 +302,16 @@ class _Plan:
     def test_step(self, model, x, y, sample_weight):
         """Compute the loss of a batch, and return the metrics."""
         batch = _tokens_labels_weights(model, x, y, sample_weight)
-        outputs = self._flow(
-            model,
-            batch,
-            lambda last, x, table, part: last.measure(x, table, *part[1:]),
-        )
+        stages = self.stages(model)
+        table = _table_of(stages)
+        parts = _micro_batches(batch, self.micro_batches)
+
+        def run(stage, x, index):
+            if stage.is_last:
+                return stage.measure(x, table, *parts[index][1:])
+            return stage.forward(x)
+
+        outputs = self._flow(stages, [tokens for tokens, *_ in parts], run)
         sums = tuple(map(tf.add_n, zip(*(sums for sums, _ in outputs), strict=True)))
         logits = None
         if model.wants_outputs:
@@ -410,10 +320,14 @@ class _Plan:
 
     def logits(self, model, tokens):
         """Compute logits `(B, T, V)`."""
-        outputs = self._flow(
-            model, (tokens,), lambda last, x, table, part: last.logits(x, table)
-        )
-        return _joined(outputs, (tokens,))
+        stages = self.stages(model)
+        table = _table_of(stages)
+
+        def run(stage, x, index):
+            return stage.logits(x, table) if stage.is_last else stage.forward(x)
+
+        parts = [part for (part,) in _micro_batches((tokens,), self.micro_batches)]
+        return _joined(self._flow(stages, parts, run), (tokens,))
 
     def forward_cached(self, model, tokens, position, starts, caches):
         """Run tokens that follow a cache; rows flow through the stages in parts."""
@@ -424,45 +338,34 @@ class _Plan:
         tokens, starts, *caches = (
             tf.split(x, parts) for x in (tokens, starts, *caches)
         )
-        scores, updated = [], []
-        before = [None] * len(stages)
-        for part in range(parts):
-            x, own = tokens[part], [cache[part] for cache in caches]
-            after = []
-            for number, stage in enumerate(stages):
-                first = 2 * sum(self.blocks[:number])
-                used = own[first : first + 2 * self.blocks[number]]
-                with tf.device(stage.device), _after(before[number]):
-                    x, used = stage.forward_cached(
-                        x,
-                        table if stage.is_last else None,
-                        position,
-                        starts[part],
-                        used,
-                    )
-                before[number] = x
-                after += used
-            scores.append(x)
-            updated.append(after)
+        updated = [[] for _ in range(parts)]
+
+        def run(stage, x, part):
+            used = [cache[part] for cache in caches[stage.caches]]
+            x, used = stage.forward_cached(
+                x, table if stage.is_last else None, position, starts[part], used
+            )
+            updated[part] += used
+            return x
+
+        scores = self._flow(stages, tokens, run)
         caches = [tf.concat(pieces, axis=0) for pieces in zip(*updated, strict=True)]
         return tf.concat(scores, axis=0), caches
 
-    def _flow(self, model, batch, finish):
-        """Send micro-batches through all stages; return what `finish` makes of each."""
-        stages = self.stages(model)
-        parts = _micro_batches(batch, self.micro_batches)
-        table = _table_of(stages)
+    def _flow(self, stages, parts, run):
+        """Send micro-batches through all stages; return what the last makes of each.
+
+        Args:
+            stages: The stages.
+            parts: What the first one reads, by micro-batch.
+            run: Function of a stage, what it reads, and the micro-batch's index.
+        """
         before = [None] * len(stages)
         outputs = []
-        for index in range(self.micro_batches):
-            part = tf.nest.map_structure(lambda x, index=index: x[index], parts)
-            x = part[0]
+        for index, x in enumerate(parts):
             for number, stage in enumerate(stages):
                 with tf.device(stage.device), _after(before[number]):
-                    if stage.is_last:
-                        x = finish(stage, x, table, part)
-                    else:
-                        x = stage.forward(x)
+                    x = run(stage, x, index)
                 before[number] = x
             outputs.append(x)
         return outputs
@@ -486,11 +389,7 @@ class _Step:
         self.slopes = {}  # gradients from the next stage
 
     def run(self, batch):
-        parts = _micro_batches(batch, self.plan.micro_batches)
-        self.parts = [
-            tf.nest.map_structure(lambda x, index=index: x[index], parts)
-            for index in range(self.plan.micro_batches)
-        ]
+        self.parts = _micro_batches(batch, self.plan.micro_batches)
         queues = [
             tasks_of(
                 self.plan.schedule,
@@ -617,7 +516,7 @@ def _tokens_labels_weights(model, x, y, sample_weight):
 
 
 def _micro_batches(tensors, parts):
-    """Cut every `(B, ...)` tensor into `parts` equal ones: `(parts, B/parts, ...)`.
+    """Cut every `(B, ...)` tensor into equal ones; return a tuple of each part.
 
     Rows of zeros, and so of weight 0, fill the last part where `parts` does not
     divide `B`, as in the last batch of an epoch.
@@ -630,4 +529,5 @@ def _micro_batches(tensors, parts):
         sizes = tf.concat([[parts, (shape[0] + missing) // parts], shape[1:]], 0)
         return tf.reshape(tf.concat([x, rest], 0), sizes)
 
-    return tf.nest.map_structure(cut, tensors)
+    tensors = [cut(x) for x in tensors]
+    return [tuple(x[index] for x in tensors) for index in range(parts)]

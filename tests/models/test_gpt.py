@@ -3,7 +3,7 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.errors import InputTypeError
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.interop import named_variables
 from gpt_tf.models.next_token import NextTokenLoss, TokenAccuracy
@@ -100,15 +100,6 @@ def test_the_head_width_is_rounded_down(make_model):
     assert block.output_kernel.shape == (10, 12)
 
 
-def test_fit_takes_a_tf_data_dataset(make_model, windows_of):
-    x, y = windows_of(8, 8)
-    model = make_model()
-    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
-    history = model.fit(data, validation_data=data, epochs=2, verbose=0).history
-    assert history["val_loss"][1] < history["val_loss"][0]
-    assert set(history) >= {"loss", "perplexity", "token_accuracy", "val_perplexity"}
-
-
 def test_reported_loss_and_accuracy_are_the_oracles(make_model, windows_of):
     model = make_model()
     perturb(model)
@@ -121,40 +112,6 @@ def test_reported_loss_and_accuracy_are_the_oracles(make_model, windows_of):
     assert report["loss"] == pytest.approx(loss, abs=1e-5)
     assert report["perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)
     assert report["token_accuracy"] == pytest.approx((logits.argmax(-1) == y).mean())
-
-
-def test_compile_replaces_optimizer_loss_and_metrics(make_model, windows_of):
-    x, y = windows_of(4, 8)
-    model = make_model()
-    model.compile(
-        optimizer=keras.optimizers.SGD(0.1),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="hits")],
-    )
-    history = model.fit(x, y, epochs=2, verbose=0).history
-    assert set(history) == {"loss", "hits"}
-    assert isinstance(model.optimizer, keras.optimizers.SGD)
-
-
-def test_added_metrics_see_labels_and_logits(make_model, windows_of):
-    x, y = windows_of(4, 8)
-    model = make_model()
-    model.compile(metrics=[keras.metrics.SparseCategoricalAccuracy(name="hits")])
-    report = model.evaluate(x, y, verbose=0, return_dict=True)
-    assert report["hits"] == pytest.approx(report["token_accuracy"])
-    assert "hits" in model.fit(x, y, verbose=0).history
-
-
-def test_xla_and_graph_give_the_same_training(make_model, windows_of):
-    x, y = windows_of(4, 8)
-    weights = []
-    for jit_compile in (True, False):
-        model = make_model()
-        model.compile(jit_compile=jit_compile)
-        model.fit(x, y, epochs=3, verbose=0, shuffle=False)
-        weights.append(model.get_weights())
-    for one, other in zip(*weights, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def gradients_of(model, *batch):
@@ -216,26 +173,12 @@ def test_padding_has_no_influence_on_loss_or_gradient(make_model, windows_of):
     )
 
 
-def test_weights_act_as_on_keras_own_loss(make_model, windows_of):
-    x, y = windows_of(3, 8)
-    model = make_model()
-    perturb(model)
-    plain = keras.Model(model.input, model.output)
-    for weights in (
-        np.array([1.0, 0.0, 2.0], "float32"),
-        np.random.default_rng(0).uniform(0, 2, (3, 8)).astype("float32"),
-    ):
-        report = model.evaluate(
-            x, y, sample_weight=weights, verbose=0, return_dict=True
-        )
-        # A step of Keras's that has seen weights of one rank fails on another.
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        plain.compile(loss=loss, weighted_metrics=[])
-        expected = plain.evaluate(x, y, sample_weight=weights, verbose=0)
-        assert report["loss"] == pytest.approx(expected, rel=1e-5)
-        # Perplexity is of the weighted mean.
-        total = report["loss"] / weights.mean()
-        assert report["perplexity"] == pytest.approx(np.exp(total), rel=1e-4)
+def test_perplexity_is_of_the_weighted_mean(make_model, windows_of):
+    model, (x, y) = make_model(), windows_of(3, 8)
+    weights = np.random.default_rng(0).uniform(0, 2, (3, 8)).astype("float32")
+    report = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True)
+    mean = report["loss"] / weights.mean()  # Keras's loss is divided by the labels
+    assert report["perplexity"] == pytest.approx(np.exp(mean), rel=1e-4)
 
 
 def test_next_token_loss_averages_over_what_counts():
@@ -259,45 +202,6 @@ def test_equal_logits_are_right_once_and_not_everywhere():
     accuracy = TokenAccuracy()
     accuracy.update_state(np.array([[0, 1, 2, -100]]), np.zeros((1, 4, 5), "float32"))
     assert float(accuracy.result()) == pytest.approx(1 / 3)
-
-
-@pytest.mark.parametrize(
-    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
-)
-def test_accumulated_micro_batches_equal_one_batch(make_model, windows_of, jit_compile):
-    x, y = windows_of(8, 8)
-    sample_weight = np.ones((8, 8), "float32")
-    sample_weight[0, 2:] = 0  # parts of unequal weight
-    weights = []
-    for parts in (1, 4):
-        model = make_model()
-        model.compile(gradient_accumulation_steps=parts, jit_compile=jit_compile)
-        model.fit(x, y, sample_weight=sample_weight, batch_size=8, epochs=3, verbose=0)
-        weights.append(model.get_weights())
-    for one, other in zip(*weights, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("policy", "jit_compile"),
-    [
-        ("mixed_float16", False),
-        pytest.param("mixed_float16", True, marks=pytest.mark.slow),
-        pytest.param("mixed_bfloat16", True, marks=pytest.mark.slow),
-    ],
-)
-def test_mixed_precision_trains(make_model, windows_of, policy, jit_compile):
-    keras.mixed_precision.set_global_policy(policy)
-    try:
-        model = make_model()
-        model.compile(optimizer=AdamW(1e-2), jit_compile=jit_compile)
-        x, y = windows_of(4, 8)
-        losses = model.fit(x, y, epochs=12, verbose=0).history["loss"]
-        assert model(x).dtype == tf.float32
-        assert model.get_layer("block_0").compute_dtype == policy[6:]
-        assert losses[-1] < losses[0] - 0.5
-    finally:
-        keras.mixed_precision.set_global_policy("float32")
 
 
 def test_dropout_acts_in_training_only(make_model, windows_of):
@@ -330,71 +234,6 @@ def test_saved_and_loaded_it_goes_on_the_same(make_model, windows_of, tmp_path):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_summary_shows_the_blocks(make_model):
-    lines = []
-    make_model().summary(print_fn=lambda line, **_: lines.append(line))
-    text = "\n".join(lines)
-    assert "block_0" in text and "block_1" in text and "final_norm" in text
-
-
-def test_tf_mot_rebuilds_the_model(make_model, windows_of):
-    tfmot = pytest.importorskip("tensorflow_model_optimization").quantization.keras
-    from tensorflow_model_optimization.python.core.quantization.keras import (
-        default_8bit,
-    )
-
-    class Nothing(tfmot.QuantizeConfig):
-        def get_weights_and_quantizers(self, layer):
-            return []
-
-        def get_activations_and_quantizers(self, layer):
-            return []
-
-        def set_quantize_weights(self, layer, weights):
-            assert not weights
-
-        def set_quantize_activations(self, layer, activations):
-            assert not activations
-
-        def get_output_quantizers(self, layer):
-            return []
-
-        def get_config(self):
-            return {}
-
-    from gpt_tf.models.gpt import CUSTOM_OBJECTS
-
-    class Untouched:
-        def apply(self, model, layer_quantize_map):
-            return model, layer_quantize_map
-
-    class Scheme(default_8bit.default_8bit_quantize_scheme.Default8BitQuantizeScheme):
-        def get_layout_transformer(self):
-            # The default one puts a fake quantiser behind the token ids.
-            return Untouched()
-
-    model = make_model()
-    x, _ = windows_of(2, 8)
-
-    def annotate(layer):
-        if isinstance(layer, keras.layers.InputLayer):
-            return layer
-        return tfmot.quantize_annotate_layer(layer, Nothing())
-
-    flat = keras.Model(model.inputs, model.outputs)
-    with tfmot.quantize_scope({**CUSTOM_OBJECTS, "Nothing": Nothing}):
-        annotated = keras.models.clone_model(flat, clone_function=annotate)
-        wrapped = tfmot.quantize_apply(annotated, scheme=Scheme())
-    copied = 0
-    for wrapper in wrapped.layers:
-        if hasattr(wrapper, "layer"):
-            source = model.get_layer(wrapper.layer.name)
-            wrapper.layer.set_weights(source.get_weights())
-            copied += len(source.weights)
-    assert copied == len(model.weights)
-    np.testing.assert_allclose(wrapped(x), model(x), atol=1e-6)
-
-
 @pytest.mark.parametrize("parts", ["optimizer", "metrics", "callbacks", "loss"])
 def test_keras_3_objects_get_the_teaching_error(make_model, windows_of, parts):
     import keras as keras_3
@@ -413,66 +252,25 @@ def test_keras_3_objects_get_the_teaching_error(make_model, windows_of, parts):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"vocab_size": 0},
-        {"num_layers": -1},
-        {"embedding_dim": 2.5},
-        {"num_heads": 13},
-        {"dropout": 1.0},
-        {"layer_norm_epsilon": -1.0},
-        {"vocab_size": "many"},
-        {"num_heads": None},
-        {"num_layers": float("nan")},
-        {"num_layers": True},
-        {"context_length": 0},
-    ],
-)
-def test_impossible_sizes_are_refused(make_model, changes):
-    with pytest.raises(InputError, match="Received"):
-        make_model(**changes)
-
-
-def test_ids_out_of_range_are_refused(make_model):
-    model = make_model()
-    good, bad = np.zeros((2, 4), "int32"), np.full((2, 4), 31)
-    with pytest.raises(InputError, match="from 0 to 30"):
-        model.fit(bad, good, verbose=0)
-    with pytest.raises(InputError, match="labels"):
-        model.fit(good, -bad, verbose=0)
-
-
-def test_sequences_beyond_the_context_are_refused(make_model):
-    with pytest.raises(ValueError, match="at most 16 positions"):
-        make_model()(np.zeros((1, 17), "int32"))
-
-
-def test_inputs_without_labels_are_refused(make_model):
-    with pytest.raises(ValueError, match="labels"):
-        make_model().fit(np.zeros((2, 4), "int32"), verbose=0)
-
-
-@pytest.mark.parametrize(
     "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
 )
 def test_a_short_last_batch_is_accumulated_like_any_other(
     make_model, windows_of, jit_compile
 ):
     x, y = windows_of(10, 8)
+    sample_weight = np.ones((10, 8), "float32")
+    sample_weight[0, 2:] = 0  # parts of unequal weight
     weights = []
     for parts in (1, 4):  # batches of 8 and of 2
         model = make_model()
         model.compile(gradient_accumulation_steps=parts, jit_compile=jit_compile)
-        model.fit(x, y, batch_size=8, epochs=2, verbose=0, shuffle=False)
+        model.fit(x, y, 8, 2, 0, sample_weight=sample_weight, shuffle=False)
         weights.append(model.get_weights())
     for one, other in zip(*weights, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "jit_compile", [pytest.param(True, marks=pytest.mark.slow), False]
-)
-def test_accumulation_reports_added_metrics(make_model, windows_of, jit_compile):
+def test_accumulation_reports_added_metrics(make_model, windows_of):
     x, y = windows_of(5, 8)  # parts of one row
     reports = []
     for parts in (1, 3):
@@ -480,7 +278,7 @@ def test_accumulation_reports_added_metrics(make_model, windows_of, jit_compile)
         model.compile(
             metrics=[keras.metrics.SparseCategoricalAccuracy(name="hits")],
             gradient_accumulation_steps=parts,
-            jit_compile=jit_compile,
+            jit_compile=False,
         )
         reports.append(model.fit(x, y, epochs=2, verbose=0).history)
     assert reports[1]["hits"] == pytest.approx(reports[0]["hits"])
@@ -499,21 +297,3 @@ def test_batches_of_unequal_size_count_by_their_tokens(make_model, windows_of):
         model.evaluate(x[i : i + 2], y[i : i + 2], verbose=0)[0] for i in (0, 2, 4)
     ]
     assert abs(np.mean(alone) - whole[0]) > 1e-4  # the mean of means is another
-
-
-def test_it_trains_with_dropout(make_model, windows_of):
-    x, y = windows_of(4, 8)
-    model = make_model(dropout=0.1)
-    model.compile(optimizer=AdamW(1e-2), jit_compile=False)
-    losses = model.fit(x, y, epochs=12, verbose=0).history["loss"]
-    assert losses[-1] < losses[0] - 0.5
-
-
-def test_plot_model_draws_it(make_model, tmp_path):
-    pydot = pytest.importorskip("pydot")
-    try:
-        pydot.Dot.create(pydot.Dot())
-    except OSError:
-        pytest.skip("graphviz is not installed")
-    keras.utils.plot_model(make_model(), str(tmp_path / "model.png"))
-    assert (tmp_path / "model.png").stat().st_size > 1000

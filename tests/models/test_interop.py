@@ -44,13 +44,6 @@ def test_logits_match_keras_hub_both_ways(model, windows_of):
     assert np.abs(again(tokens).numpy() - expected).max() > 1e-4
 
 
-def test_a_preset_saved_locally_loads(model, windows_of, tmp_path):
-    tokens, _ = windows_of(1, 7)
-    interop.to_keras_hub(model).save_to_preset(str(tmp_path / "preset"))
-    again = GPTModel.from_preset(str(tmp_path / "preset"))
-    np.testing.assert_allclose(again(tokens), model(tokens), atol=1e-5)
-
-
 def test_a_preset_brings_its_tokenizer(make_model, tmp_path):
     import keras_nlp
 
@@ -101,11 +94,14 @@ def test_names_without_prefix_load_too(model, folder, windows_of):
     )
 
 
-def test_an_untied_head_round_trips(make_model, windows_of, tmp_path):
-    model = make_model(tie_embeddings=False)
+def test_an_untied_head_and_another_epsilon_round_trip(
+    make_model, windows_of, tmp_path
+):
+    model = make_model(tie_embeddings=False, layer_norm_epsilon=1e-3)
     interop.to_huggingface(model, tmp_path / "hf")
     tokens, _ = windows_of(1, 5)
     again = GPTModel.from_huggingface(tmp_path / "hf")
+    assert again.get_config() == model.get_config()
     np.testing.assert_array_equal(again(tokens), model(tokens))
 
 
@@ -133,12 +129,11 @@ def test_without_a_tokenizer_no_token_ends_a_text(folder):
         assert found["eos_token_id"] is found["bos_token_id"] is None
 
 
-@pytest.mark.parametrize("kind", ["bpe", "character", "character without an end"])
-def test_the_tokenizer_and_its_end_of_text_are_written(make_model, tmp_path, bpe, kind):
+@pytest.mark.parametrize("end", [0, None])
+def test_the_tokenizer_and_its_end_of_text_are_written(make_model, tmp_path, bpe, end):
     tokenizer = bpe
-    if kind != "bpe":
-        tokenizer = CharacterTokenizer.train([TEXT], end_of_text=kind == "character")
-    end = {"bpe": 0, "character": len(set(TEXT))}.get(kind)
+    if end is None:
+        tokenizer = CharacterTokenizer.train([TEXT], end_of_text=False)
     folder = tmp_path / "hf"
     interop.to_huggingface(
         make_model(vocab_size=tokenizer.vocab_size), folder, tokenizer
@@ -226,20 +221,6 @@ def test_heads_that_do_not_divide_are_refused(make_model, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_random_keras_hub_backbone_gives_the_same_logits(windows_of):
-    import keras_nlp
-
-    backbone = keras_nlp.models.GPT2Backbone(31, 2, 3, 12, 40, max_sequence_length=16)
-    generator = np.random.default_rng(6)
-    for weight in backbone.weights:
-        weight.assign(weight + generator.normal(0, 0.1, weight.shape))
-    tokens, _ = windows_of(2, 9)
-    model = interop.from_keras_hub(backbone)
-    assert model.feedforward_dim == 40
-    difference = model(tokens).numpy() - keras_hub_logits(backbone, tokens)
-    assert np.abs(difference).max() < 1e-4
-
-
 def test_a_causal_language_model_of_keras_hub_is_read(model, windows_of, tmp_path):
     import keras_nlp
 
@@ -271,11 +252,6 @@ def test_what_keras_hub_cannot_express_is_refused(make_model, changes):
         interop.to_keras_hub(make_model(**changes))
 
 
-def test_another_epsilon_goes_to_hugging_face_and_back(make_model, tmp_path):
-    interop.to_huggingface(make_model(layer_norm_epsilon=1e-3), tmp_path / "hf")
-    assert GPTModel.from_huggingface(tmp_path / "hf").layer_norm_epsilon == 1e-3
-
-
 def test_transformers_reads_what_was_written(model, folder, windows_of):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -302,16 +278,12 @@ def test_sixteen_bit_tensors_are_read_as_float32(model, folder):
     [
         {"n_positions": "many"},
         {"n_embd": None},
-        {"n_inner": "wide"},
         {"layer_norm_epsilon": "small"},
         {"n_layer": 10**30},
         {"n_layer": 3},
         {"n_layer": -1},
-        {"n_layer": 1.5},
         {"n_head": True},
-        {"vocab_size": "31"},
         {"vocab_size": 10**12},
-        {"n_positions": 1 << 40},
         {"n_embd": 1 << 20},
     ],
 )
@@ -354,13 +326,3 @@ def test_keys_that_are_null_or_absent_have_gpt2s_values(model, folder, windows_o
     (folder / "config.json").write_text(json.dumps(config))
     again = GPTModel.from_huggingface(folder)
     assert again.get_config() == model.get_config()
-
-
-def test_a_failed_write_leaves_nothing_behind(model, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        interop.to_huggingface(model, tmp_path / "hf")
-    assert list(tmp_path.iterdir()) == []

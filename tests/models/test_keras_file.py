@@ -4,7 +4,6 @@ import io
 import json
 import random
 import shutil
-import stat
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -94,14 +93,11 @@ def test_a_quantisation_aware_model_arrives_with_its_ranges(
     assert int(again._freeze_step) == 7
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16"])
-def test_another_precision_is_that_of_the_policy(
-    make_model, windows_of, tmp_path, policy
-):
-    with precision(policy):
+def test_another_precision_is_that_of_the_policy(make_model, windows_of, tmp_path):
+    with precision("float16"):  # weights, too
         make_model(dropout=0.1).save(tmp_path / "gpt.keras")
         again = check_is_what_keras_gives(tmp_path / "gpt.keras", windows_of)
-    assert again.get_layer("block_0").compute_dtype == policy.removeprefix("mixed_")
+    assert again.get_layer("block_0").compute_dtype == "float16"
 
 
 def test_a_model_is_opened_under_a_strategy(make_model, windows_of, tmp_path):
@@ -263,13 +259,6 @@ def compiled_by_force(members, marker):
     return in_names(compile_config=shell_command(marker))(members, marker)
 
 
-def symbolic_link(members, marker):
-    name = zipfile.ZipInfo("model.weights.h5")
-    name.external_attr = (stat.S_IFLNK | 0o777) << 16
-    del members["model.weights.h5"]
-    return packed(*members.items(), (name, "/etc/hostname"))
-
-
 def bomb(members, marker):
     members["model.weights.h5"] += bytes(1 << 26)
     return packed(*members.items(), method=zipfile.ZIP_DEFLATED)
@@ -384,7 +373,6 @@ ATTACKS = {
     "an absolute name": beside_members(("/tmp/executed", b"")),
     "two configurations": beside_members(("config.json", b"{}")),
     "assets": beside_members(("assets/vocabulary.txt", b"")),
-    "a symbolic link": symbolic_link,
     "a large configuration": lambda members, marker: with_config(
         members, lambda d: d.update(compile_config="x" * (1 << 21))
     ),
@@ -493,31 +481,11 @@ def test_the_same_files_run_code_where_keras_opens_them(
     assert marker.exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["HDF5 with a Lambda", "subprocess.getoutput", "num_layers=" + str(10**30)]
-)
-def test_the_command_line_says_so_in_one_line(
-    forge, honest_members, marker, command, name
-):
-    folder = forge(ATTACKS[name](honest_members, marker))
-    found = command("generate", "--model", folder, "--prompt", "to")
-    assert found.status == 2
-    assert found.out == ""
-    (line,) = found.err.splitlines()
-    assert "model.keras" in line
-    assert not marker.exists()
-
-
-def test_hdf5_is_refused_with_the_way_to_convert_it(
-    make_model, command, windows_of, tmp_path
-):
+def test_hdf5_is_refused_with_the_way_to_convert_it(make_model, windows_of, tmp_path):
     path = tmp_path / "gpt.h5"
     with pytest.warns(UserWarning, match="HDF5"):
         make_model().save(path)
     with pytest.raises(DamagedFileError, match=r"load_model.*save"):
         load_model(path)
-    found = command("generate", "--model", path, "--prompt", "to")
-    assert found.status == 2
-    assert "load_model" in found.err
     keras.models.load_model(path).save(tmp_path / "gpt.keras")
     check_is_what_keras_gives(tmp_path / "gpt.keras", windows_of)

@@ -16,6 +16,8 @@ from gpt_tf.models import xla
 from gpt_tf.models.next_token import NextTokenLoss
 from gpt_tf.parallel import data as strategies
 
+IDS = np.zeros((2, 4), "int32")
+
 
 @pytest.fixture
 def make_model(make_model):
@@ -54,10 +56,6 @@ def test_signatures_begin_as_keras_own(name):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (
-            {"loss": "sparse_categorical_crossentropy"},
-            "sparse_categorical_crossentropy",
-        ),
         ({"loss": keras.losses.sparse_categorical_crossentropy}, "from_logits=True"),
         ({"loss": keras.losses.SparseCategoricalCrossentropy()}, "from_logits=True"),
         ({"loss": "KLDivergence"}, "KLDivergence"),
@@ -71,7 +69,6 @@ def test_signatures_begin_as_keras_own(name):
             | {"gradient_accumulation_steps": 2},
             "sum",
         ),
-        ({"gradient_accumulation_steps": 0}, "0"),
     ],
 )
 def test_what_would_train_wrongly_is_refused(make_model, options, named):
@@ -79,35 +76,33 @@ def test_what_would_train_wrongly_is_refused(make_model, options, named):
         make_model().compile("adam", **options)
 
 
-def test_a_loss_that_xla_cannot_compile_switches_it_off(make_model, windows_of):
-    seen = []
+def recording_loss(seen):
+    """Return a loss that notes how many rows it is of, which XLA cannot compile."""
 
     def loss(labels, logits):
-        tf.py_function(lambda x: seen.append(x.shape), [logits], [])
+        tf.py_function(lambda x: seen.append(len(x)), [logits], [])
         return keras.losses.sparse_categorical_crossentropy(
             labels, logits, from_logits=True
         )
 
-    model = make_model()
-    model.compile(sgd(), loss, jit_compile=True)
+    return loss
+
+
+def test_a_loss_that_xla_cannot_compile_switches_it_off(make_model, windows_of):
+    seen, model = [], make_model()
+    model.compile(sgd(), recording_loss(seen), jit_compile=True)
     with pytest.warns(xla.XlaNotice, match="EagerPyFunc"):
         model.fit(*windows_of(4, 8), verbose=0)
     assert seen and not model.uses_xla
 
 
 def test_accumulation_computes_parts_whatever_the_loss(make_model, windows_of):
-    seen = set()
-
-    def loss(labels, logits):
-        tf.py_function(lambda x: seen.add(len(x)), [logits], [])
-        return keras.losses.sparse_categorical_crossentropy(
-            labels, logits, from_logits=True
-        )
-
-    model = make_model()
-    model.compile(sgd(), loss, gradient_accumulation_steps=4, jit_compile=False)
+    seen, model = [], make_model()
+    model.compile(
+        sgd(), recording_loss(seen), gradient_accumulation_steps=4, jit_compile=False
+    )
     model.fit(*windows_of(8, 8), batch_size=8, verbose=0)
-    assert seen == {2}
+    assert set(seen) == {2}
 
 
 def test_xla_is_on_by_default_and_can_be_set_afterwards(
@@ -139,14 +134,6 @@ def test_a_batch_trains_and_is_measured_without_compile(make_model, windows_of):
         lambda x, y: ({"tokens": x}, y[..., None]),
         lambda x, y: (x.tolist(), {"head": y}),
         lambda x, y: (tf.data.Dataset.from_tensors(({"tokens": x}, y)), None),
-        *(
-            pytest.param(structure, marks=pytest.mark.slow)
-            for structure in (
-                lambda x, y: ([x], y),
-                lambda x, y: ((x,), (y,)),
-                lambda x, y: (tf.constant(x, tf.int64), tf.constant(y, tf.int64)),
-            )
-        ),
     ],
 )
 def test_data_come_in_every_structure(make_model, windows_of, given):
@@ -163,37 +150,20 @@ def test_data_come_in_every_structure(make_model, windows_of, given):
     assert np.abs(found[0]).max() > 1e-4
 
 
-def test_positional_arguments_are_keras_own(make_model, windows_of):
-    x, y = windows_of(8, 8)
-    model = make_model()
-    model.compile(sgd(), jit_compile=False)
-    assert len(model.fit(x, y, 4, 2, 0).history["loss"]) == 2
-    assert len(model.evaluate(x, y, 4, 0)) == 3
-
-
 @pytest.mark.parametrize(
     ("x", "y", "named"),
     [
-        (np.zeros((2, 4), "int32"), None, "inputs only"),
-        (np.zeros(4, "int32"), np.zeros(4, "int32"), r"\(4,\)"),
+        (IDS, None, "inputs only"),
+        (IDS[0], IDS[0], r"\(4,\)"),
         (np.array([["a", "b"]]), np.zeros((1, 2), "int32"), "string"),
         ([[1, 2], [3]], [[1, 2], [3]], "several lengths"),
-        (
-            tf.ragged.constant([[1, 2], [3]]),
-            tf.ragged.constant([[1, 2], [3]]),
-            "ragged",
-        ),
+        (*[tf.ragged.constant([[1, 2], [3]])] * 2, "ragged"),
+        (tf.data.Dataset.from_tensor_slices((IDS, IDS)), None, "Batch"),
     ],
 )
 def test_data_that_are_no_windows_are_refused(make_model, x, y, named):
     with pytest.raises(InputError, match=named):
         make_model().fit(x, y, verbose=0)
-
-
-def test_a_dataset_without_batches_is_refused(make_model, windows_of):
-    data = tf.data.Dataset.from_tensor_slices(windows_of(4, 8))
-    with pytest.raises(InputError, match="Batch"):
-        make_model().fit(data, verbose=0)
 
 
 def test_class_weights_are_refused(make_model, windows_of):
@@ -239,14 +209,10 @@ def test_keras_own_loss_names_labels_that_there_are_none_of(make_model, windows_
     assert np.isfinite(model.fit(x, y, verbose=0).history["loss"]).all()
 
 
-@pytest.mark.parametrize("weights", [None, "zero"])
-def test_ignored_labels_in_a_dataset_do_not_count(make_model, windows_of, weights):
+def test_ignored_labels_in_a_dataset_do_not_count(make_model, windows_of):
     x, y = windows_of(8, 8)
     y[:, 6:] = -100
-    given = (x, y)
-    if weights:
-        given = (x, y, (y >= 0).astype("float32"))
-    data = tf.data.Dataset.from_tensor_slices(given).batch(8)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
     model, short = make_model(), make_model()
     start = model.get_weights()
     for each in (model, short):

@@ -1,11 +1,10 @@
 """`fit` and `evaluate` against the same layers in a plain `keras.Model`.
 
-Every two values of the variants below meet in some cell, and each cell trains as the
-plain model does on one device. By default only so many cells run that every value is
-in one of them.
+Every two values of the variants below meet in some cell, but for what is too slow. Each
+cell trains as the plain model does on one device. By default only so many cells run
+that every value is in one of them.
 """
 
-import contextlib
 import functools
 import itertools
 
@@ -15,6 +14,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 import gpt_tf
+from gpt_tf.models.precision import precision
 from gpt_tf.parallel import data as strategies
 
 SIZES = {"vocab_size": 31, "embedding_dim": 12, "num_layers": 1, "num_heads": 2}
@@ -75,55 +75,31 @@ def cost_of(cell):
     return 3 + replicas * (2 if cell["jit_compile"] else 1)
 
 
-def cells():
-    """Return cells in which every pair of values meets, greedily few."""
-    names = list(VARIANTS)
-    pairs = {
-        frozenset([(a, x), (b, y)])
-        for a, b in itertools.combinations(names, 2)
-        for x in VARIANTS[a]
-        for y in VARIANTS[b]
-        if is_possible({"steps": "", "strategy": "", "jit_compile": False, a: x, b: y})
-    }
-    random = np.random.default_rng(0)
-    found = []
-    while pairs:
-        drawn = [
-            {name: values[random.integers(len(values))] for name, values in wanted}
-            for wanted in [VARIANTS.items()] * 60
-        ]
-        # Begin from a pair that is missing, so that each cell brings something.
-        first = dict(min(pairs, key=lambda pair: sorted(map(repr, pair))))
-        drawn = [cell | first for cell in drawn if is_possible(cell | first)]
-        met = [
-            {frozenset(pair) for pair in itertools.combinations(cell.items(), 2)}
-            for cell in drawn
-        ]
-        best = max(
-            range(len(drawn)),
-            key=lambda index: len(met[index] & pairs) / cost_of(drawn[index]),
-        )
-        pairs -= met[best]
-        found.append(drawn[best])
+def few(cells, values_of):
+    """Return few cells, cheap ones, in which everything is that is in any cell."""
+    missing, found = set().union(*map(values_of, cells)), []
+    while missing:
+        best = max(cells, key=lambda c: len(values_of(c) & missing) / cost_of(c))
+        missing -= values_of(best)
+        found.append(best)
     return found
 
 
-def marked(found):
-    """Mark the cells as slow whose every value is in another cell."""
-    missing = {pair for cell in found for pair in cell.items()}
-    default = []
-    while missing:
-        best = max(found, key=lambda cell: len(missing & cell.items()) / cost_of(cell))
-        missing -= best.items()
-        default.append(best)
-    return [
-        pytest.param(
-            cell,
-            id="|".join(map(str, cell.values())),
-            marks=[] if cell in default else pytest.mark.slow,
-        )
-        for cell in found
+def drawn_cells():
+    random = np.random.default_rng(0)
+    drawn = [
+        {name: these[random.integers(len(these))] for name, these in VARIANTS.items()}
+        for _ in range(1000)
     ]
+    return [cell for cell in drawn if is_possible(cell)]
+
+
+def pairs_of(cell):
+    return {frozenset(pair) for pair in itertools.combinations(cell.items(), 2)}
+
+
+CELLS = few(drawn_cells(), pairs_of)
+DEFAULT = few(CELLS, lambda cell: set(cell.items()))
 
 
 def strategy_of(name):
@@ -165,15 +141,6 @@ def data_of(cell):
             return tuple(a[index * BATCH : (index + 1) * BATCH] for a in given)
 
     return {"x": Batches()}
-
-
-@contextlib.contextmanager
-def precision(name):
-    keras.mixed_precision.set_global_policy(name)
-    try:
-        yield
-    finally:
-        keras.mixed_precision.set_global_policy("float32")
 
 
 def trained(cell, plain):
@@ -235,7 +202,17 @@ def plainly_trained(*values):
     return trained(dict(zip(_ITS_OWN, values, strict=True)) | {"loss": "keras"}, True)
 
 
-@pytest.mark.parametrize("cell", marked(cells()))
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(
+            cell,
+            id="|".join(map(str, cell.values())),
+            marks=[] if cell in DEFAULT else pytest.mark.slow,
+        )
+        for cell in CELLS
+    ],
+)
 def test_a_step_trains_as_keras_does(cell):
     weights, history, report = trained(cell, plain=False)
     expected = plainly_trained(*(cell[name] for name in _ITS_OWN))

@@ -140,8 +140,8 @@ def test_a_tied_head_scores_with_the_table_and_an_untied_one_with_its_own():
     [
         Dropout(0.3, seed=5, name="a"),
         TokenAndPositionEmbedding(20, 6, 9, dropout=0.1, share_table=False, name="b"),
-        TransformerBlock(3, 20, 0.1, 0.01, 1e-6, seed=4, name="c"),
-        LayerNormalization(1e-3, name="d"),
+        TransformerBlock(3, 20, 0.1, 0.01, epsilon=1e-6, seed=4, name="c"),
+        LayerNormalization(epsilon=1e-3, name="d"),
         LanguageModelHead(20, name="e"),
     ],
 )
@@ -151,12 +151,6 @@ def test_a_layer_is_rebuilt_from_its_config(layer):
     arguments = type(layer).__init__.__code__.co_varnames[1:]
     count = type(layer).__init__.__code__.co_argcount - 1
     assert set(arguments[:count]) <= set(layer.get_config())
-
-
-def test_dropout_drops_its_share_and_keeps_the_mean():
-    y = Dropout(0.25)(tf.ones([200, 200]), training=True).numpy()
-    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
-    assert np.mean(y == 0) == pytest.approx(0.25, abs=0.01)
 
 
 def test_dropout_masks_follow_from_seed_and_counter():
@@ -214,12 +208,6 @@ def test_replicas_draw_different_masks():
     one, other = (mask.numpy() for mask in strategy.experimental_local_results(masks()))
     assert {0.0, 2.0} == set(np.unique(one)) == set(np.unique(other))
     assert not np.array_equal(one, other)
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
-def test_impossible_dropout_rates_are_refused(rate):
-    with pytest.raises(InputError, match="Received"):
-        Dropout(rate)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from gpt_tf.errors import InputError
@@ -24,9 +26,10 @@ def test_parameters_are_counted_without_building(tied):
 
 def test_what_memory_cannot_hold_is_refused_before_it_is_built(monkeypatch):
     needed = sizes.count_parameters(SIZES) * sizes.WEIGHT_BYTES
-    monkeypatch.setattr(sizes, "memory_bytes", lambda: needed)
+    memory = SimpleNamespace(total=needed)
+    monkeypatch.setattr(sizes.psutil, "virtual_memory", lambda: memory)
     GPTModel(**SIZES)
-    monkeypatch.setattr(sizes, "memory_bytes", lambda: needed - 1)
+    memory.total -= 1
     with pytest.raises(InputError, match=f"{needed // 4:,} parameters"):
         GPTModel(**SIZES)
     sizes.check_memory(SIZES, accelerators=1)

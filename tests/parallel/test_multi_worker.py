@@ -74,6 +74,26 @@ def free_ports(count):
         return [opened.getsockname()[1] for opened in sockets]
 
 
+@contextlib.contextmanager
+def two_workers(*words, **options):
+    """Start a Python program twice, as the two workers of a cluster."""
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    processes = []
+    for index in range(2):
+        task = {"type": "worker", "index": index}
+        cluster = json.dumps({"cluster": {"worker": workers}, "task": task})
+        environment = {**os.environ, "TF_CONFIG": cluster}
+        command = [sys.executable, *words]
+        options = {"stderr": subprocess.PIPE, "text": True, **options}
+        processes.append(subprocess.Popen(command, env=environment, **options))
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 def run_workers(out, config, stop=0):
     """Train in two processes, or go on without a `config`; return their answers."""
     options = {
@@ -82,30 +102,14 @@ def run_workers(out, config, stop=0):
         "config": config and dataclasses.asdict(config),
         "stop": stop,
     }
-    workers = [f"localhost:{port}" for port in free_ports(2)]
-    processes = []
-    for index in range(2):
-        task = {"type": "worker", "index": index}
-        cluster = json.dumps({"cluster": {"worker": workers}, "task": task})
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", WORKER, json.dumps(options)],
-                env={**os.environ, "TF_CONFIG": cluster},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        answers = []
+    words = ["-c", WORKER, json.dumps(options)]
+    answers = []
+    with two_workers(*words, stdout=subprocess.PIPE) as processes:
         for process in processes:
             written, errors = process.communicate(timeout=400)
             assert process.returncode == 0, errors[-3000:]
             answers.append(json.loads(written.splitlines()[-1]))
-        return answers
-    finally:
-        for process in processes:
-            process.kill()
+    return answers
 
 
 @pytest.fixture
@@ -213,14 +217,6 @@ def test_a_strategy_that_comes_too_late_is_refused(monkeypatch):
         strategies.make_strategy("multi_worker")
 
 
-def test_one_address_for_two_tasks_is_refused(monkeypatch):
-    cluster = {"cluster": {"chief": ["a:1"], "worker": ["b:1", "a:1"]}}
-    task = {"task": {"type": "worker", "index": 0}}
-    monkeypatch.setenv("TF_CONFIG", json.dumps({**cluster, **task}))
-    with pytest.raises(InputError, match="a:1 more than once"):
-        strategies.read_tf_config()
-
-
 @pytest.mark.slow
 def test_when_a_worker_is_killed_the_other_ends_and_asks_for_a_new_start(
     config, tmp_path
@@ -228,32 +224,14 @@ def test_when_a_worker_is_killed_the_other_ends_and_asks_for_a_new_start(
     words = ["train", "--resume-or-start", "--strategy=multi_worker", "--preset=tiny"]
     words += [f"--corpus={config.corpus}", "--vocab-size=270", "--steps=100000"]
     words += ["--checkpoint-every=2", f"--out={tmp_path / 'run'}"]
-    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    processes = []
-    for index in range(2):
-        task = {"type": "worker", "index": index}
-        cluster = json.dumps({"cluster": {"worker": workers}, "task": task})
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "gpt_tf.cli", *words],
-                env={**os.environ, "TF_CONFIG": cluster},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
+    with two_workers("-m", "gpt_tf.cli", *words, stdout=subprocess.DEVNULL) as workers:
         while not list(tmp_path.glob("run/checkpoints/step-*")):
-            assert processes[0].poll() is None
+            assert workers[0].poll() is None
             time.sleep(0.1)
-        processes[1].kill()
-        _, errors = processes[0].communicate(timeout=120)
-        assert processes[0].returncode == PeerLostError.EXIT_STATUS, errors
+        workers[1].kill()
+        _, errors = workers[0].communicate(timeout=120)
+        assert workers[0].returncode == PeerLostError.EXIT_STATUS, errors
         assert errors.count("gpt-tf: ") == 1, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
 
 
 def test_a_lost_worker_is_one_line_and_asks_for_another_try(monkeypatch, capsys):

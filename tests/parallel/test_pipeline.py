@@ -124,26 +124,20 @@ def test_a_batch_that_micro_batches_do_not_divide_is_filled_up(make_model, windo
     assert_same(whole, divided)
 
 
-@pytest.mark.slow
 def test_metrics_of_the_users_see_the_logits(make_model, windows_of):
-    x, y = windows_of(8, 8)
+    x, y = windows_of(7, 8)
     found = []
-    for model in (
-        undivided(make_model, 1),
-        in_stages(make_model, Pipeline(2, 4)),
-    ):
-        model.compile(
-            metrics=[keras.metrics.SparseTopKCategoricalAccuracy(3, name="top3")],
-            jit_compile=False,
-        )
-        found.append(model.fit(x, y, batch_size=8, verbose=0).history["top3"])
-        found.append(model.evaluate(x, y, batch_size=8, verbose=0, return_dict=True))
+    for model in (undivided(make_model, 1), in_stages(make_model, Pipeline(2, 4))):
+        top_3 = keras.metrics.SparseTopKCategoricalAccuracy(3, name="top3")
+        model.compile(metrics=[top_3], jit_compile=False)
+        found.append(model.fit(x, y, 8, verbose=0).history["top3"])
+        found.append(model.evaluate(x, y, 8, 0, return_dict=True))
     assert found[0] == pytest.approx(found[2])
     assert found[1] == pytest.approx(found[3], rel=1e-5)
 
 
 def test_weights_and_what_the_optimiser_keeps_stand_with_their_stage(make_model):
-    model = in_stages(make_model, Pipeline(2, 2, blocks=[2, 1]))
+    model = in_stages(make_model, Pipeline(2, 2))  # of two blocks, and one
     devices = {v.name.partition("/")[0]: v.device[-5:] for v in model.weights}
     first = dict.fromkeys(("embedding", "block_0", "block_1"), "CPU:0")
     last = dict.fromkeys(("block_2", "final_norm"), "CPU:1")
@@ -189,30 +183,28 @@ def simulated(schedule, num_stages, micro_batches):
     ]
     ends, clocks = {}, [0] * num_stages
     while any(queues):
-        moved = False
-        for stage, queue in enumerate(queues):
-            if not queue:
+        for stage in range(num_stages):
+            if not queues[stage]:
                 continue
-            kind, index = queue[0]
-            if kind == "forward":
-                needs = [(stage - 1, kind, index)] if stage else []
-            elif stage == num_stages - 1:
+            kind, index = queues[stage][0]
+            needs = [(stage - 1, kind, index)] if stage else []
+            if kind == "backward":
+                is_last = stage == num_stages - 1
                 needs = [(stage, "forward", index)]
-            else:
-                needs = [(stage + 1, kind, index)]
+                needs = needs if is_last else [(stage + 1, kind, index)]
             if all(need in ends for need in needs):
                 start = max([clocks[stage], *(ends[need] for need in needs)])
                 clocks[stage] = ends[stage, kind, index] = start + 1
-                queue.pop(0)
-                moved = True
-        assert moved, "the schedule waits for itself"
+                queues[stage].pop(0)
+                break
+        else:
+            pytest.fail("the schedule waits for itself")
     return ends
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
-    ("num_stages", "micro_batches"),
-    list(itertools.product((1, 2, 3, 4), (1, 2, 4, 7))),
+    ("num_stages", "micro_batches"), [(1, 1), (2, 4), (3, 7), (4, 1), (4, 7)]
 )
 def test_a_step_takes_as_long_as_the_theory_says(schedule, num_stages, micro_batches):
     ends = simulated(schedule, num_stages, micro_batches)
@@ -220,43 +212,34 @@ def test_a_step_takes_as_long_as_the_theory_says(schedule, num_stages, micro_bat
     assert len(ends) == 2 * num_stages * micro_batches
 
 
-def kept(schedule, stage, num_stages, micro_batches):
-    """Return the most micro-batches whose activations a stage keeps at once."""
-    alive = most = 0
-    for kind, _ in pipelines.tasks_of(schedule, stage, num_stages, micro_batches):
-        alive += 1 if kind == "forward" else -1
-        most = max(most, alive)
-    return most
-
-
 def test_1f1b_keeps_activations_of_no_more_micro_batches_than_stages():
-    assert [kept("1f1b", stage, 3, 8) for stage in range(3)] == [3, 2, 1]
-    assert [kept("gpipe", stage, 3, 8) for stage in range(3)] == [8, 8, 8]
+    def most_kept(schedule, stage):
+        tasks = pipelines.tasks_of(schedule, stage, 3, 8)
+        return max(np.cumsum([1 if kind == "forward" else -1 for kind, _ in tasks]))
+
+    assert [most_kept("1f1b", stage) for stage in range(3)] == [3, 2, 1]
+    assert [most_kept("gpipe", stage) for stage in range(3)] == [8, 8, 8]
 
 
 @pytest.mark.parametrize(
-    ("costs", "num_stages", "blocks"),
+    ("costs", "num_stages"),
     [
-        ([1, 1, 1, 1, 0], 2, [2, 2]),
-        ([1, 1, 1, 1, 2], 2, [3, 1]),
-        ([1, 1, 1, 1, 1, 1, 100], 3, [2, 3, 1]),
-        ([5, 1, 1, 1, 0], 2, [1, 3]),
-        ([1, 1, 0], 2, [1, 1]),
+        ([1, 1, 1, 1, 0], 2),
+        ([1, 1, 1, 1, 2], 2),
+        ([1, 1, 1, 1, 1, 1, 100], 3),
+        ([5, 1, 1, 1, 0], 2),
     ],
 )
-def test_the_costliest_stage_costs_least(costs, num_stages, blocks):
-    found = pipelines.balance(costs, num_stages)
-
+def test_the_costliest_stage_costs_least(costs, num_stages):
     def costliest(division):
         ends = list(itertools.accumulate(division))
         sums = [sum(costs[e - n : e]) for n, e in zip(division, ends, strict=True)]
-        sums[-1] += costs[-1]
-        return max(sums)
+        return max(*sums[:-1], sums[-1] + costs[-1])
 
-    assert min(found) >= 1
-    assert costliest(found) == costliest(blocks)
+    found = pipelines.balance(costs, num_stages)
     divisions = itertools.product(range(1, len(costs)), repeat=num_stages)
     every = [d for d in divisions if sum(d) == len(costs) - 1]
+    assert tuple(found) in every
     assert costliest(found) == min(map(costliest, every))
 
 
@@ -264,14 +247,6 @@ def test_the_head_counts_in_the_last_stage(make_model):
     with Pipeline(2, 2).scope():
         assert make_model(num_layers=4).plan.blocks == [2, 2]
         assert make_model(num_layers=4, vocab_size=2000).plan.blocks == [3, 1]
-
-
-def test_costs_are_measured_of_every_block_and_of_the_head(make_model, windows_of):
-    costs = pipelines.measure_costs(make_model(), *windows_of(2, 8), repeats=1)
-    assert len(costs) == 3
-    assert min(costs) > 0
-    with Pipeline(2, 2, costs=costs).scope():
-        assert sum(make_model().plan.blocks) == 2
 
 
 # In a run
@@ -311,10 +286,6 @@ def test_a_run_in_stages_goes_on_exactly_and_elsewhere(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_stages": 0}, "`num_stages` expects an integer of at least 1"),
-        ({"num_stages": 2.5}, "`num_stages` expects an integer"),
-        ({"num_stages": 2, "micro_batches": 0}, "`micro_batches`"),
-        ({"num_stages": 2, "schedule": "lifo"}, "one of 1f1b, gpipe"),
         ({"num_stages": 9}, "expect 9 devices. Received: 4 logical CPUs"),
         ({"num_stages": 2, "devices": ["CPU:0", "GPU:7"]}, "Received: 'GPU:7'"),
         ({"num_stages": 2, "devices": ["CPU:0"]}, "Received: 1 of them"),
@@ -323,20 +294,6 @@ def test_a_run_in_stages_goes_on_exactly_and_elsewhere(
 def test_a_pipeline_that_cannot_be_is_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         Pipeline(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_stages": 3}, "3 stages for 2 blocks"),
-        ({"num_stages": 2, "blocks": [2, 1]}, "add up to 2"),
-        ({"num_stages": 2, "blocks": [2, 0]}, "at least 1"),
-        ({"num_stages": 2, "costs": [1, 1]}, "expects 3 numbers"),
-    ],
-)
-def test_a_model_that_cannot_be_divided_so_is_refused(make_model, arguments, message):
-    with pytest.raises(InputError, match=message), Pipeline(**arguments).scope():
-        make_model()
 
 
 def test_a_strategy_around_a_pipeline_is_refused():
@@ -361,7 +318,7 @@ def test_what_does_not_add_up_over_micro_batches_is_refused(make_model):
         ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps` expects"),
         ({"mesh": "1x2"}, "`pipeline_stages` expects a value of 1 beside"),
         ({"pipeline_stages": 5}, "5 devices"),
-        ({"pipeline_schedule": "lifo"}, "`pipeline_schedule`"),
+        ({"pipeline_stages": 3}, "3 stages for 2 blocks"),
     ],
 )
 def test_a_run_that_cannot_be_divided_so_writes_nothing(
@@ -378,9 +335,3 @@ def test_a_cluster_and_a_pipeline_do_not_go_together(
     monkeypatch.setenv("TF_CONFIG", "{}")
     with pytest.raises(InputError, match="TF_CONFIG"):
         run(config, tmp_path / "run", pipeline_stages=2)
-
-
-def test_a_run_with_more_stages_than_blocks_writes_nothing(config, run, tmp_path):
-    with pytest.raises(InputError, match="3 stages for 2 blocks"):
-        run(config, tmp_path / "run", pipeline_stages=3)
-    assert list(tmp_path.iterdir()) == []
