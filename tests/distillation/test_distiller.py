@@ -277,12 +277,14 @@ def stored(teacher, x, k):
 def test_stored_and_live_knowledge_give_the_same_loss(pair, windows_of):
     x, y = windows_of(4, 16)
     live = distiller_of(pair, alpha=0.0).evaluate(x, y, verbose=0)[0]
-    alone = distiller_of((None, pair[1]), alpha=0.0)
     whole, part = (
-        alone.evaluate(stored(pair[0], x, k), y, verbose=0)[0] for k in (31, 8)
+        distiller_of((None, pair[1]), alpha=0.0).evaluate(
+            stored(pair[0], x, k), y, verbose=0
+        )[0]
+        for k in (31, 8)
     )
     assert whole == pytest.approx(live, rel=1e-4)
-    assert part < 0.99 * live  # it leaves out how the remaining mass is spread
+    assert live - part > 0.01  # it leaves out how the remaining mass is spread
 
 
 def test_sorted_knowledge_is_for_losses_across_vocabularies(pair, windows_of):
@@ -295,7 +297,7 @@ def test_sorted_knowledge_is_for_losses_across_vocabularies(pair, windows_of):
     live = distiller_of(pair, **options).evaluate(x, y, verbose=0, return_dict=True)
     assert found["loss"] == pytest.approx(live["loss"], rel=1e-4)
     assert found["kl_divergence"] == 0 < live["kl_divergence"]
-    with pytest.raises(InputError, match="sorted ones"):
+    with pytest.raises(Exception, match=r"InputError: .* sorted ones"):
         distiller_of((None, pair[1])).evaluate(inputs, y, verbose=0)
 
 
@@ -418,8 +420,8 @@ def test_observed_logits_are_the_models_own(pair, windows_of):
     assert not np.triu(found.attentions[0][0, 0], 1).any()
 
 
-def test_a_quantised_student_shows_hidden_states_and_no_attention(pair, windows_of):
-    student = quantize_aware(pair[1])
+def test_attention_that_is_quantised_cannot_be_seen(pair, windows_of):
+    student = quantize_aware(pair[1], {"softmax": "int8"})
     distiller = distiller_of((pair[0], student), distillation_loss="hidden_states")
     distiller.fit(*windows_of(4, 16), verbose=0)
     with pytest.raises(InputError, match="show their attention"):
