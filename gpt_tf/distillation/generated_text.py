@@ -67,7 +67,7 @@ def written_documents(
     while count < num_tokens:
         starts = generator.integers(0, len(tokens) - prompt_length, _BATCH_SIZE)
         prompts = [[int(t) for t in tokens[s : s + prompt_length]] for s in starts]
-        continued = cached_forward.generate(
+        texts = cached_forward.generate(
             teacher,
             prompts,
             tokenizer=tokenizer,
@@ -77,7 +77,7 @@ def written_documents(
             seed=int(generator.integers(2**31)),
         )
         before = kept
-        for prompt, new in zip(prompts, continued, strict=True):
+        for prompt, new in zip(prompts, texts, strict=True):
             ids = [*prompt, *new]
             if count >= num_tokens or repetition(ids) > _MAX_REPETITION:
                 continue
@@ -93,9 +93,9 @@ def written_documents(
             )
 
 
-def repetition(ids, length: int = 4) -> float:
-    """Return the share of runs of `length` tokens that occurred before, in [0, 1]."""
-    runs = [tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)]
+def repetition(ids) -> float:
+    """Return the share of runs of four tokens that occurred before, in [0, 1]."""
+    runs = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 

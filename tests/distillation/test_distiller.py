@@ -233,12 +233,14 @@ def test_projections_are_trained_with_the_student(pair, windows_of):
 # Keras's customs
 
 
-def test_user_metrics_see_the_students_logits(pair, windows_of):
+def test_user_metrics_and_predict_see_the_students_logits(pair, windows_of):
+    x, y = windows_of(4, 16)
     metric = keras.metrics.SparseCategoricalAccuracy(name="own")
-    found = distiller_of(pair, metrics=[metric]).evaluate(
-        *windows_of(4, 16), verbose=0, return_dict=True
-    )
+    distiller = distiller_of(pair, metrics=[metric])
+    found = distiller.evaluate(x, y, verbose=0, return_dict=True)
     assert found["own"] == pytest.approx(found["token_accuracy"])
+    logits = distiller.predict(x, verbose=0)
+    np.testing.assert_allclose(logits, pair[1].predict(x, verbose=0), atol=1e-6)
 
 
 def test_a_saved_distiller_goes_on_as_if_nothing_had_happened(
