@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 
 from gpt_tf import artifacts
-from gpt_tf.distillation.teacher_cache import unfinished
+from gpt_tf.distillation.teacher_cache import fill
 from gpt_tf.workflow.steps import Step, Steps
 
 COUNT = int(os.environ.get("GPT_TF_KILLS", 500))
@@ -304,12 +304,11 @@ def _fill(folder, power=2):
     with contextlib.suppress(Exception):
         if artifacts.check_manifest(path, "knowledge")["power"] == power:
             return
-    options = {"overwrite": True}
-    with unfinished(path, {"power": power}, {"values": 8}, **options) as store:
-        for step in range(store.steps, 6):
-            store.write(values=np.array([step**power]))
-            if step % 2:
-                store.save(step + 1)
+
+    def make(step):
+        return {"values": np.array([step**power])}
+
+    fill(path, {"power": power}, {"values": 8}, 6, make, every=2, overwrite=True)
 
 
 def _state_of_store(folder):

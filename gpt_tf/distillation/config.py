@@ -17,9 +17,7 @@ from gpt_tf.settings.configuration import (
 
 # Its square multiplies losses in float32.
 LARGEST_TEMPERATURE = 1e6
-LayerChoice = Literal[
-    "evenly", "every_second", "first", "last", "first_and_last", "importance"
-]
+LayerChoice = Literal["evenly", "first", "importance"]
 
 
 @configuration

@@ -1,4 +1,4 @@
-"""`Distiller`: a Keras model in which a teacher's knowledge trains a student."""
+"""`Distiller`: a Keras model that wraps a teacher and the student that it trains."""
 
 import contextlib
 import types
@@ -6,7 +6,8 @@ import types
 import tensorflow as tf
 import tf_keras as keras
 
-from gpt_tf.distillation import generated_text, losses
+from gpt_tf.distillation import losses
+from gpt_tf.distillation.generated_text import OnPolicySteps
 from gpt_tf.distillation.top_k import logits_from_sorted, logits_from_top_k
 from gpt_tf.errors import InputError
 from gpt_tf.models import ops
@@ -19,7 +20,6 @@ from gpt_tf.models.language_model import (
 )
 from gpt_tf.models.layers import observed
 from gpt_tf.models.next_token import (
-    IGNORED,
     NextTokenLoss,
     Perplexity,
     TokenAccuracy,
@@ -34,6 +34,11 @@ _NO_KNOWLEDGE = (
     "A Distiller without a teacher expects stored knowledge among its inputs. "
     "Received: none. Take the data from `KnowledgeStore.windows`, or pass `teacher=`."
 )
+# Numbers of `compile`.
+_NUMBERS = (
+    *("alpha", "temperature", "on_policy_fraction"),
+    *("on_policy_prompt_length", "on_policy_seed"),
+)
 
 
 class DistillationWarning(UserWarning):
@@ -41,28 +46,23 @@ class DistillationWarning(UserWarning):
 
 
 @keras.saving.register_keras_serializable(package="gpt_tf")
-class Distiller(TokenTraining, keras.Model):
-    """Trains a student on the labels and on what a teacher makes of the same text.
+class Distiller(OnPolicySteps, TokenTraining, keras.Model):
+    """Trains a student on the labels and on a teacher's probabilities.
 
         loss = alpha * student_loss + (1 - alpha) * distillation_loss
 
-    Each is a mean over the tokens of the global batch whose label counts, so replicas,
-    micro-batches and padding change nothing. The teacher runs in
-    inference mode and is not trained; the student is an ordinary GPT, to generate
-    from, save and export by itself.
+    Each is a mean over the tokens of the global batch whose label counts. The teacher
+    runs in inference mode and is not trained; the student stays an ordinary GPT.
 
     Args:
         teacher: A trained GPT, float or quantisation-aware. None where the inputs
             bring stored knowledge with them.
-        student: A smaller GPT of at most the teacher's context, float or
+        student: A GPT of at most the teacher's size and context, float or
             quantisation-aware. It is trained in place.
 
     Call arguments:
-        inputs: Token ids `(B, T)`, or a dict with `"tokens"` and one of
-            `"teacher_ids"` and `"teacher_log_probs"`, as `KnowledgeStore.windows`
-            gives them; `"teacher_tokens"` `(B, U)` and `"teacher_positions"` `(B, T)`,
-            where the teacher has a tokenizer of its own: what it reads, and which of
-            its positions stands beside each of the student's, -1 for none.
+        inputs: Token ids `(B, T)`, or a dict of `"tokens"`, `"teacher_log_probs"` and
+            perhaps `"teacher_ids"`, as `KnowledgeStore.windows` gives it.
 
     Returns:
         The student's logits `(B, T, V)`, float32.
@@ -78,8 +78,7 @@ class Distiller(TokenTraining, keras.Model):
         >>> distiller.fit(inputs, labels, epochs=3)
         >>> student.save("student.keras")
 
-    Reference: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural
-    Network", arXiv:1503.02531; article 3.3.
+    Reference: Hinton, Vinyals and Dean, arXiv:1503.02531; article 3.3.
     """
 
     def __init__(self, *, teacher, student, name="distiller", **kwargs):
@@ -95,11 +94,9 @@ class Distiller(TokenTraining, keras.Model):
         self.built = True
 
     def get_config(self):
-        def described(model):
-            return keras.saving.serialize_keras_object(model)
-
+        described = keras.saving.serialize_keras_object
         return {
-            "teacher": None if self.teacher is None else described(self.teacher),
+            "teacher": self.teacher and described(self.teacher),
             "student": described(self.student),
             "name": self.name,
         }
@@ -118,8 +115,6 @@ class Distiller(TokenTraining, keras.Model):
 
     def call(self, inputs, training=None):
         return self.student(self.tokens_of(inputs), training=training)
-
-    # What is trained
 
     @property
     def trainable_weights(self):
@@ -163,8 +158,7 @@ class Distiller(TokenTraining, keras.Model):
             weighted_metrics: Likewise.
             student_loss: A tf_keras loss of labels `(B, T)` and logits `(B, T, V)`
                 that has a value per token. Default: `NextTokenLoss`.
-            distillation_loss: A `DistillationLoss`, its name, a tf_keras loss of
-                probabilities, or a list of (loss, weight). Default: `"forward_kl"`.
+            distillation_loss: As for `losses.get`. Default: `"forward_kl"`.
             alpha: Share of the student loss, in [0, 1].
             temperature: Divides the logits of both before they are compared, above 0.
             on_policy_fraction: Share of the steps, in [0, 1], in which the student
@@ -178,9 +172,6 @@ class Distiller(TokenTraining, keras.Model):
             InputError: A number is out of its range, or the loss does not fit the
                 pair: plain divergences across vocabularies, for example.
             InputTypeError: A Keras 3 object was handed in.
-
-        Reference: on-policy, Agarwal et al., "On-Policy Distillation of Language
-        Models" (GKD), arXiv:2306.13649, algorithm 1.
         """
         for name in ("loss", "loss_weights"):
             if name in kwargs:
@@ -199,19 +190,16 @@ class Distiller(TokenTraining, keras.Model):
         )
         on_policy_seed = arguments.integer("on_policy_seed", on_policy_seed)
         temperature = losses.check_temperature(temperature)
-        student_loss = student_loss or NextTokenLoss()
-        if not isinstance(student_loss, keras.losses.Loss):
-            student_loss = keras.losses.get(student_loss)
-        distillation_loss = losses.get(distillation_loss)
-        distillation_loss.build_for(
-            None if self.teacher is None else shape_of(self.teacher),
-            shape_of(self.student),
-        )
         if on_policy_fraction and self.teacher is None:
             raise InputError(
                 "`on_policy_fraction` expects a teacher, to judge what the student "
                 "writes. Received: stored knowledge. Pass `teacher=`, or 0."
             )
+        student_loss = keras.losses.get(student_loss or NextTokenLoss())
+        distillation_loss = losses.get(distillation_loss)
+        distillation_loss.build_for(
+            self.teacher and shape_of(self.teacher), shape_of(self.student)
+        )
         self.student_loss = student_loss
         self.distillation_loss = distillation_loss
         self.alpha = alpha
@@ -234,17 +222,9 @@ class Distiller(TokenTraining, keras.Model):
         if config is None:
             return None
         del config["loss"], config["loss_weights"]
-        described = keras.saving.serialize_keras_object
-        return {
-            **config,
-            "student_loss": described(self.student_loss),
-            "distillation_loss": described(self.distillation_loss),
-            "alpha": self.alpha,
-            "temperature": self.temperature,
-            "on_policy_fraction": self.on_policy_fraction,
-            "on_policy_prompt_length": self.on_policy_prompt_length,
-            "on_policy_seed": self.on_policy_seed,
-        }
+        for name in ("student_loss", "distillation_loss"):
+            config[name] = keras.saving.serialize_keras_object(getattr(self, name))
+        return {**config, **{name: getattr(self, name) for name in _NUMBERS}}
 
     def _with_defaults(self, metrics, weighted_metrics):
         return weighted_metrics or []  # the means know of the teacher, too
@@ -281,56 +261,6 @@ class Distiller(TokenTraining, keras.Model):
         x = {k: tf.cast(v, tf.float32 if k in real else tf.int32) for k, v in x.items()}
         return x, y, sample_weight
 
-    def train_step(self, data):
-        if self.on_policy_fraction:
-            data = self._with_own_text(data)
-        return super().train_step(data)
-
-    def _with_own_text(self, data):
-        """Let the student write the batch, in a share of the steps."""
-        x, y, sample_weight = self.unpack(data)
-        if set(x) != {"tokens"}:
-            raise InputError(
-                "`on_policy_fraction` expects token ids as inputs, which a live "
-                f"teacher reads. Received: {sorted(x)}. Pass token ids, or 0."
-            )
-        tokens = x["tokens"]
-        weights = token_weights(y, sample_weight)
-        length = tokens.shape[1]
-        prompt = self._prompt_length(length or 0)
-        if length is None or not 1 <= prompt < length:
-            raise InputError(
-                "`on_policy_prompt_length` expects a number from 1 to below the "
-                f"windows' known length. Received: {prompt} for windows of {length}."
-            )
-        done = tf.cast(self.optimizer.iterations, tf.int32)
-        seed = tf.stack([self.on_policy_seed, done])
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        apart = tf.stack([7919 * (1 + tf.cast(replica, tf.int32)), 0])
-
-        def own():
-            written = self._compiled(self._write)(tokens, seed + apart)
-            is_judged = (weights > 0.0) & (tf.range(length) >= prompt - 1)
-            y = tf.where(is_judged, written[:, 1:], IGNORED)
-            return written[:, :-1], y, tf.ones_like(weights), tf.zeros_like(weights)
-
-        draw = tf.random.stateless_uniform([], seed)
-        tokens, y, weights, labelled = tf.cond(
-            draw < self.on_policy_fraction,
-            own,
-            lambda: (tokens, y, weights, tf.ones_like(weights)),
-        )
-        return {"tokens": tokens, "labelled": labelled}, y, weights
-
-    def _write(self, tokens, seed):
-        """Continue the beginnings of windows `(B, T)` to `(B, T + 1)`."""
-        length = tokens.shape[1]
-        beginnings = tokens[:, : self._prompt_length(length)]
-        return generated_text.continued(self.student, beginnings, length + 1, seed)
-
-    def _prompt_length(self, length):
-        return self.on_policy_prompt_length or max(1, length // 4)
-
     def observing(self, rows):
         return self.student.observing(rows)
 
@@ -351,22 +281,22 @@ class Distiller(TokenTraining, keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
         """Compute the loss of a batch, and take the means that are reported.
 
-        Args:
-            x: A dict of inputs, as for a call.
-            y: Labels `(B, T)`, int32.
-            y_pred: The student's `Outputs`, or its logits.
-            sample_weight: As for `keras.Model.fit`.
+        As `keras.Model.compute_loss`, of a dict of inputs; `y_pred` is the student's
+        `Outputs`, or its logits.
         """
-        student = (
-            y_pred if isinstance(y_pred, losses.Outputs) else losses.Outputs(y_pred)
-        )
-        teacher, known = self._teacher_outputs(x, student)
+        student = y_pred
+        if not isinstance(student, losses.Outputs):
+            student = losses.Outputs(y_pred)
+        loss_of = self.distillation_loss
+        teacher, known = _teacher_outputs(self.teacher, x, student, loss_of)
         count = tf.reduce_sum(tf.cast(counted(y), tf.float32))
         weights = token_weights(y, sample_weight)
         labelled, known = weights * x.get("labelled", 1.0), weights * known
+        known_weight = tf.reduce_sum(known)
         labels = tf.where(counted(y), y, tf.zeros_like(y))
-        hard = _weighted_sum(self._hard_losses(labels, student.logits), labelled)
-        soft = self.distillation_loss(teacher, student, self.temperature)
+        hard = _label_losses(self.student_loss, labels, student.logits)
+        hard = _weighted_sum(hard, labelled)
+        soft = loss_of(teacher, student, self.temperature)
         soft = _weighted_sum(soft, known)
         total = self.alpha * hard + (1.0 - self.alpha) * soft
         loss = tf.math.divide_no_nan(total, count)
@@ -381,66 +311,57 @@ class Distiller(TokenTraining, keras.Model):
             "perplexity": (cross_entropy, weight),
             "token_accuracy": (correct, weight),
             "student_loss": (hard, weight),
-            "distillation_loss": (soft, tf.reduce_sum(known)),
-            "teacher_agreement": (
-                _weighted_sum(agreement, known),
-                tf.reduce_sum(known),
-            ),
-            "kl_divergence": (_weighted_sum(divergence, known), tf.reduce_sum(known)),
+            "distillation_loss": (soft, known_weight),
+            "teacher_agreement": (_weighted_sum(agreement, known), known_weight),
+            "kl_divergence": (_weighted_sum(divergence, known), known_weight),
         }
         for name, mean in self._means.by_name.items():
             mean.add(*sums[name])
         self._has_measured = True
         return loss / self.distribute_strategy.num_replicas_in_sync
 
-    def _hard_losses(self, labels, logits):
-        found = self.student_loss.call(labels, logits)
-        if found.shape.rank != 2:
-            raise InputError(
-                "`student_loss` expects a loss per token, (B, T). Received: shape "
-                f"{tuple(found.shape)} from {type(self.student_loss).__name__}. Use "
-                "NextTokenLoss() or SparseCategoricalCrossentropy(from_logits=True)."
-            )
-        return tf.cast(found, tf.float32)
 
-    def _teacher_outputs(self, x, student):
-        """Return what the teacher says, and where it says something, `(B, T)`."""
-        everywhere = tf.ones(tf.shape(student.logits)[:2])
-        if _STORED in x:
-            log_probs = x[_STORED]
-            if "teacher_ids" in x:
-                own = tf.stop_gradient(student.logits)
-                logits = logits_from_top_k(x["teacher_ids"], log_probs, own)
-            elif self.distillation_loss.across_vocabularies:
-                logits = logits_from_sorted(log_probs, self.vocab_size)
-            else:
-                raise InputError(
-                    f"{type(self.distillation_loss).__name__} compares probabilities "
-                    "of the same tokens. Received: sorted ones, of a teacher with "
-                    "another tokenizer. Compile with 'universal_logit'."
-                )
-            known = tf.cast(log_probs[..., -1] < -1e-6, tf.float32)
-            return losses.Outputs(logits), known
-        if self.teacher is None:
-            # Validation without the teacher tells the student's own loss.
-            return losses.Outputs(tf.stop_gradient(student.logits)), 0.0 * everywhere
-        if "teacher_tokens" not in x:
-            found = outputs_of(self.teacher, x["tokens"], self.distillation_loss.wants)
-            return tf.nest.map_structure(tf.stop_gradient, found), everywhere
-        positions = x["teacher_positions"]  # (B, T)
-        found = outputs_of(self.teacher, x["teacher_tokens"], ("logits",))
-        logits = tf.gather(found.logits, tf.maximum(positions, 0), batch_dims=1)
-        known = tf.cast(positions >= 0, tf.float32)
-        return losses.Outputs(tf.stop_gradient(logits)), known
+def _label_losses(student_loss, labels, logits):
+    found = student_loss.call(labels, logits)
+    if found.shape.rank != 2:
+        raise InputError(
+            "`student_loss` expects a loss per token, (B, T). Received: shape "
+            f"{tuple(found.shape)} from {type(student_loss).__name__}. Use "
+            "NextTokenLoss() or SparseCategoricalCrossentropy(from_logits=True)."
+        )
+    return tf.cast(found, tf.float32)
+
+
+def _teacher_outputs(teacher, x, student, loss):
+    """Return the teacher's `Outputs`, live or stored, and where there are any."""
+    if _STORED in x:
+        log_probs = x[_STORED]
+        if "teacher_ids" in x:
+            own = tf.stop_gradient(student.logits)
+            logits = logits_from_top_k(x["teacher_ids"], log_probs, own)
+        elif loss.across_vocabularies:
+            logits = logits_from_sorted(log_probs, student.logits.shape[-1])
+        else:
+            raise InputError(
+                f"{type(loss).__name__} compares probabilities of the same tokens. "
+                "Received: sorted ones, of a teacher with another tokenizer. Compile "
+                "with 'universal_logit'."
+            )
+        return losses.Outputs(logits), tf.cast(log_probs[..., -1] < -1e-6, tf.float32)
+    everywhere = tf.ones(tf.shape(student.logits)[:2])
+    if teacher is None:
+        # Validation without the teacher tells the student's own loss.
+        return losses.Outputs(tf.stop_gradient(student.logits)), 0.0 * everywhere
+    found = outputs_of(teacher, x["tokens"], loss.wants)
+    return tf.nest.map_structure(tf.stop_gradient, found), everywhere
 
 
 def _new_means():
     """Make the means that a Distiller reports, by their names."""
-    means = [Perplexity(), TokenAccuracy()]
+    means = [TokenMean(name="loss"), Perplexity(), TokenAccuracy()]
     for name in ("student_loss", "distillation_loss", "teacher_agreement"):
         means.append(TokenMean(name=name))
-    means = [TokenMean(name="loss"), *means, TokenMean(name="kl_divergence")]
-    return {mean.name: mean for mean in means}
+    return {mean.name: mean for mean in [*means, TokenMean(name="kl_divergence")]}
 
 
 def _nearness(x, teacher_logits, student_logits):
@@ -450,8 +371,7 @@ def _nearness(x, teacher_logits, student_logits):
     a meaning; both are then 0.
     """
     ranks = _STORED in x and "teacher_ids" not in x
-    other = teacher_logits.shape[-1] != student_logits.shape[-1]
-    if other or ranks or "teacher_tokens" in x:
+    if ranks or teacher_logits.shape[-1] != student_logits.shape[-1]:
         nothing = tf.zeros(tf.shape(student_logits)[:2])
         return nothing, nothing
     teacher_logits, student_logits = map(

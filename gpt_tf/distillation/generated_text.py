@@ -9,7 +9,7 @@ References: Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv:1606.07
 Agarwal et al., "On-Policy Distillation of Language Models", arXiv:2306.13649.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -17,28 +17,22 @@ import tensorflow as tf
 from gpt_tf.errors import InputError
 from gpt_tf.models import cached_forward
 from gpt_tf.models.cached_forward import empty_cache, forward_cached
+from gpt_tf.models.next_token import IGNORED, token_weights
 from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Document
 
+_BATCH_SIZE = 32
+_TOP_P = 0.95
+# Documents of which a larger share repeats itself are left out.
+_MAX_REPETITION = 0.3
 # Rounds in a row of which nothing may be kept before we give up.
 _FRUITLESS_ROUNDS = 5
 
 
 def written_documents(
-    teacher,
-    tokenizer,
-    tokens,
-    num_tokens: int,
-    *,
-    prompt_length: int = 16,
-    temperature: float = 1.0,
-    top_p: float | None = 0.95,
-    max_repetition: float = 0.3,
-    batch_size: int = 32,
-    seed: int = 0,
-    on_progress: Callable[[int], None] | None = None,
+    teacher, tokenizer, tokens, num_tokens: int, *, prompt_length: int = 16, seed=0
 ) -> Iterator[Document]:
-    """Let a teacher write documents.
+    """Let a teacher write documents, and leave out those that repeat themselves.
 
     Args:
         teacher: A trained GPT.
@@ -46,12 +40,7 @@ def written_documents(
         tokens: Ids of real text `(N,)`; beginnings are taken from random places.
         num_tokens: Number of tokens to write at least, beginnings included.
         prompt_length: Tokens of each beginning, below the teacher's context.
-        temperature: As for `generate`.
-        top_p: As for `generate`.
-        max_repetition: Documents with a larger `repetition` are left out, in [0, 1].
-        batch_size: Documents written at once.
         seed: The same seed writes the same documents.
-        on_progress: Called with the number of tokens written so far.
 
     Yields:
         Documents, each as long as the teacher's context at most.
@@ -65,7 +54,6 @@ def written_documents(
     """
     context = teacher.context_length
     num_tokens = arguments.integer("num_tokens", num_tokens)
-    batch_size = arguments.integer("batch_size", batch_size, 1)
     prompt_length = arguments.integer(
         "prompt_length",
         prompt_length,
@@ -73,26 +61,25 @@ def written_documents(
         min(context, len(tokens)) - 1,
         repair="It is shorter than the context and the text.",
     )
-    max_repetition = arguments.number("max_repetition", max_repetition, least=0, most=1)
     seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
     generator = np.random.default_rng(seed)
     count = kept = fruitless = 0
     while count < num_tokens:
-        starts = generator.integers(0, len(tokens) - prompt_length, batch_size)
+        starts = generator.integers(0, len(tokens) - prompt_length, _BATCH_SIZE)
         prompts = [[int(t) for t in tokens[s : s + prompt_length]] for s in starts]
-        continued = cached_forward.generate(
+        texts = cached_forward.generate(
             teacher,
             prompts,
             tokenizer=tokenizer,
             max_new_tokens=context - prompt_length,
-            temperature=temperature,
-            top_p=top_p,
+            temperature=1.0,
+            top_p=_TOP_P,
             seed=int(generator.integers(2**31)),
         )
         before = kept
-        for prompt, new in zip(prompts, continued, strict=True):
+        for prompt, new in zip(prompts, texts, strict=True):
             ids = [*prompt, *new]
-            if count >= num_tokens or repetition(ids) > max_repetition:
+            if count >= num_tokens or repetition(ids) > _MAX_REPETITION:
                 continue
             yield Document(f"written-{kept}", tokenizer.decode(ids))
             kept += 1
@@ -100,31 +87,82 @@ def written_documents(
         fruitless = 0 if kept > before else fruitless + 1
         if fruitless == _FRUITLESS_ROUNDS:
             raise InputError(
-                f"Of {fruitless * batch_size} documents that the teacher wrote, each "
-                f"repeats itself in over {max_repetition:.0%} of its places. Train "
-                "the teacher longer, or allow more with `max_repetition`."
+                f"Of {fruitless * _BATCH_SIZE} documents that the teacher wrote, each "
+                f"repeats itself in over {_MAX_REPETITION:.0%} of its places. Train "
+                "the teacher longer, or let it write nothing."
             )
-        if on_progress is not None:
-            on_progress(count)
 
 
-def repetition(ids, length: int = 4) -> float:
-    """Return the share of runs of `length` tokens that occurred before, in [0, 1]."""
-    runs = [tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)]
+def repetition(ids) -> float:
+    """Return the share of runs of four tokens that occurred before, in [0, 1]."""
+    runs = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 
+class OnPolicySteps:
+    """A training step of which a share is on text that the student writes itself.
+
+    A part of `Distiller`, before `TokenTraining` among its bases. The teacher alone
+    judges what the student wrote.
+
+    Reference: Agarwal et al. (GKD), arXiv:2306.13649, algorithm 1.
+    """
+
+    def train_step(self, data):
+        if self.on_policy_fraction:
+            data = self._with_own_text(*self.unpack(data))
+        return super().train_step(data)
+
+    def _with_own_text(self, x, y, sample_weight):
+        """Let the student write a batch, or not, as the step's seed decides."""
+        if set(x) != {"tokens"}:
+            raise InputError(
+                "`on_policy_fraction` expects token ids as inputs, which a live "
+                f"teacher reads. Received: {sorted(x)}. Pass token ids, or 0."
+            )
+        tokens = x["tokens"]
+        weights = token_weights(y, sample_weight)
+        length = tokens.shape[1]
+        prompt = self._prompt_length(length or 0)
+        if length is None or not 1 <= prompt < length:
+            raise InputError(
+                "`on_policy_prompt_length` expects a number from 1 to below the "
+                f"windows' known length. Received: {prompt} for windows of {length}."
+            )
+        done = tf.cast(self.optimizer.iterations, tf.int32)
+        seed = tf.stack([self.on_policy_seed, done])
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        apart = tf.stack([7919 * (1 + tf.cast(replica, tf.int32)), 0])
+
+        def own():
+            written = self._compiled(self._write)(tokens, seed + apart)
+            is_judged = (weights > 0.0) & (tf.range(length) >= prompt - 1)
+            y = tf.where(is_judged, written[:, 1:], IGNORED)
+            return written[:, :-1], y, tf.ones_like(weights), tf.zeros_like(weights)
+
+        draw = tf.random.stateless_uniform([], seed)
+        tokens, y, weights, labelled = tf.cond(
+            draw < self.on_policy_fraction,
+            own,
+            lambda: (tokens, y, weights, tf.ones_like(weights)),
+        )
+        # Where the student wrote, no label tells what is right.
+        return {"tokens": tokens, "labelled": labelled}, y, weights
+
+    def _write(self, tokens, seed):
+        """Continue the beginnings of windows `(B, T)` to `(B, T + 1)`."""
+        length = tokens.shape[1]
+        beginnings = tokens[:, : self._prompt_length(length)]
+        return continued(self.student, beginnings, length + 1, seed)
+
+    def _prompt_length(self, length):
+        return self.on_policy_prompt_length or max(1, length // 4)
+
+
 def continued(student, prompts, length, seed):
-    """Let a GPT continue prompts, sampling at temperature 1, inside a graph.
+    """Let a GPT continue prompts `(B, P)` to `(B, length)`, inside a graph.
 
-    Args:
-        student: A GPT.
-        prompts: `(B, P)` int32, `P` at least 1.
-        length: Number of tokens with the prompt, at most its context plus one.
-        seed: `(2,)` int32; the same seed gives the same text.
-
-    Returns:
-        `(B, length)` int32: the prompts and what the student generates.
+    It samples at temperature 1; the same seed, `(2,)` int32, gives the same text.
     """
     batch_size = prompts.shape[0] or tf.shape(prompts)[0]
     prompt_length = prompts.shape[1]

@@ -1,9 +1,9 @@
 """How far a student is from its teacher, token by token.
 
 Every loss is a value per token, `(B, T)`, so that `Distiller` can weigh tokens and
-leave out padding. The teacher gets no gradient. Losses of logits are plain functions
-with a small Keras object around each, which has a name and can be saved; those of
-hidden states and attention have weights or a layer map.
+leave out padding. The teacher gets no gradient. Losses of logits are functions with a
+small Keras object around each, which has a name and can be saved; those of hidden
+states and attention have weights or a layer map.
 """
 
 import math
@@ -105,9 +105,6 @@ def jensen_shannon(teacher_logits, student_logits, temperature=1.0, weight=0.5):
         weight: `w`, in (0, 1): near 0 its gradient is that of the forward KL times
             `w`, near 1 that of the reverse KL times `1 - w`.
 
-    Raises:
-        InputError: The weight is out of its range.
-
     Reference: Agarwal et al. (GKD), arXiv:2306.13649, section 3.
     """
     weight = arguments.number("weight", weight, above=0, below=1)
@@ -140,9 +137,6 @@ def skewed_kl(teacher_logits, student_logits, temperature=1.0, skew=0.1):
     Args and returns: as for `forward_kl`, and
         skew: `s`, in (0, 1): near 0 it is the forward KL, near 1 nothing is left.
 
-    Raises:
-        InputError: The skew is out of its range.
-
     Reference: Ko et al., "DistiLLM", arXiv:2402.03898, section 3.1.
     """
     log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
@@ -153,9 +147,7 @@ def skewed_kl(teacher_logits, student_logits, temperature=1.0, skew=0.1):
 def skewed_reverse_kl(teacher_logits, student_logits, temperature=1.0, skew=0.1):
     """`T² KL(q || (1 - s) p + s q)`.
 
-    Args, returns and raises: as for `skewed_kl`; near 0 it is the reverse KL.
-
-    Reference: Ko et al., "DistiLLM", arXiv:2402.03898, section 3.1.
+    Args and returns: as for `skewed_kl`; near 0 it is the reverse KL.
     """
     log_p, log_q = _log_probabilities(teacher_logits, student_logits, temperature)
     above = _mixture(log_p - log_q, arguments.number("skew", skew, above=0, below=1))
@@ -168,13 +160,7 @@ def universal_logit_distance(teacher_logits, student_logits, temperature=1.0):
     The order alone says which are compared, so the vocabularies may differ; the
     shorter one is filled up with zeros.
 
-    Args:
-        teacher_logits: `(..., V)`; no gradient.
-        student_logits: `(..., V')`.
-        temperature: `T`, above 0.
-
-    Returns:
-        `(...)` float32, in [0, 2 T].
+    Args: as for `forward_kl`. Returns: `(...)` float32, in [0, 2 T].
 
     Reference: Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal
     Logit Distillation Loss for LLMs", arXiv:2402.12030, equation 3.
@@ -195,11 +181,7 @@ def _lengthened(x, count):
 
 
 def hidden_state_distance(teacher, student):
-    """Mean squared error of hidden states, of the teacher's mean square.
-
-    Args:
-        teacher: `(B, T, C)`; no gradient.
-        student: `(B, T, C)`, projected to the teacher's width.
+    """Mean squared error of hidden states `(B, T, C)`, of the teacher's mean square.
 
     Returns:
         `(B, T)` float32; 1 for a student that says 0 throughout.
@@ -213,11 +195,7 @@ def hidden_state_distance(teacher, student):
 
 
 def attention_distance(teacher, student):
-    """KL divergence of attention, averaged over heads, whose numbers may differ.
-
-    Args:
-        teacher: `(B, H, T, T)`, probabilities; no gradient.
-        student: `(B, H', T, T)`, probabilities.
+    """KL divergence of attention `(B, H, T, T)`, averaged over heads, which may differ.
 
     Returns:
         `(B, T)` float32, in nats, at least 0.
@@ -273,39 +251,35 @@ class DistillationLoss(keras.layers.Layer):
         Raises:
             InputError: It does not fit.
         """
-        self._check_vocabularies(teacher_config, student_config)
+        kind = type(self).__name__
         if teacher_config is None and self.wants != {"logits"}:
             hidden = ", ".join(sorted(self.wants - {"logits"}))
             raise InputError(
-                f"{type(self).__name__} compares {hidden}, which stored knowledge does "
-                "not have. Received: no teacher. Pass `teacher=`, or choose a loss of "
-                "logits."
+                f"{kind} compares {hidden}, which stored knowledge does not have. "
+                "Received: no teacher. Pass `teacher=`, or choose a loss of logits."
+            )
+        theirs = (teacher_config or student_config)["vocab_size"]
+        ours = student_config["vocab_size"]
+        if theirs != ours and not self.across_vocabularies:
+            raise InputError(
+                f"{kind} compares probabilities of the same tokens. Received: "
+                f"vocabularies of {theirs:,} tokens for the teacher and {ours:,} for "
+                "the student. Use `UniversalLogit()`, or derive the student's "
+                "tokenizer with `derive_tokenizer(teacher's, vocab_size)` and extract "
+                "the teacher's knowledge for it: `gpt-tf distil --student-vocab-size` "
+                "does both."
             )
         pair = repr((teacher_config, student_config))
         if self.built and self._built_for == pair:
             return
         if self.weights:
             raise InputError(
-                f"A {type(self).__name__} that has learned projections belongs to one "
-                "teacher and one student. Received: another pair. Make a new one."
+                f"A {kind} that has learned projections belongs to one teacher and one "
+                "student. Received: another pair. Make a new one."
             )
         self._make_weights(teacher_config, student_config)
         self._built_for = pair
         self.built = True
-
-    def _check_vocabularies(self, teacher_config, student_config):
-        if self.across_vocabularies or teacher_config is None:
-            return
-        sizes = teacher_config["vocab_size"], student_config["vocab_size"]
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"{type(self).__name__} compares probabilities of the same tokens. "
-                f"Received: vocabularies of {sizes[0]:,} tokens for the teacher and "
-                f"{sizes[1]:,} for the student. Use `UniversalLogit()`, or derive the "
-                "student's tokenizer with `derive_tokenizer(teacher's, vocab_size)` "
-                "and extract the teacher's knowledge for it: `gpt-tf distil "
-                "--student-vocab-size` does both."
-            )
 
     def _make_weights(self, teacher_config, student_config):
         """Make weights, where a loss has any."""
@@ -355,14 +329,7 @@ class UniversalLogit(DistillationLoss):
 
 @_registered
 class JensenShannon(DistillationLoss):
-    """See `jensen_shannon`.
-
-    Args:
-        weight: In (0, 1).
-
-    Raises:
-        InputError: The weight is out of its range.
-    """
+    """See `jensen_shannon`."""
 
     def __init__(self, weight=0.5, **kwargs):
         super().__init__(**kwargs)
@@ -385,47 +352,27 @@ class _Skewed(DistillationLoss):
 
 @_registered
 class SkewedKL(_Skewed):
-    """See `skewed_kl`.
-
-    Args:
-        skew: In (0, 1).
-
-    Raises:
-        InputError: The skew is out of its range.
-    """
+    """See `skewed_kl`."""
 
     call = _of_logits(skewed_kl, "skew")
 
 
 @_registered
 class SkewedReverseKL(_Skewed):
-    """See `skewed_reverse_kl`.
-
-    Args:
-        skew: In (0, 1).
-
-    Raises:
-        InputError: The skew is out of its range.
-    """
+    """See `skewed_reverse_kl`."""
 
     call = _of_logits(skewed_reverse_kl, "skew")
 
 
 @_registered
 class OnProbabilities(DistillationLoss):
-    """A loss of tf_keras on the softened probabilities of both.
+    """A loss of tf_keras on the softened probabilities of both, `KLDivergence()`, say.
 
     No power of the temperature is multiplied in, since the right one depends on the
     loss: `KLDivergence()` is `ForwardKL()` without its `T²`.
 
-    Args:
-        loss: A `tf_keras.losses.Loss` of probabilities, `KLDivergence()` for example.
-
     Raises:
         InputTypeError: It is none, or one of Keras 3.
-
-    Example:
-        >>> loss = OnProbabilities(keras.losses.KLDivergence())
     """
 
     def __init__(self, loss, **kwargs):
@@ -458,11 +405,25 @@ class _OfLayers(DistillationLoss):
         self.layer_map = _normal_map(layer_map)
 
     def _make_weights(self, teacher_config, student_config):
-        counts = [
-            config["num_layers"] + 1 - self.first
-            for config in (teacher_config, student_config)
-        ]
-        self.pairs = _pairs_of(self.layer_map, *counts)
+        counts = {
+            role: config["num_layers"] + 1 - self.first
+            for role, config in (
+                ("student", student_config),
+                ("teacher", teacher_config),
+            )
+        }
+        if self.layer_map == "evenly":
+            spaced = evenly_spaced(counts["teacher"], counts["student"])
+            self.pairs = list(enumerate(spaced))
+            return
+        for pair in self.layer_map:
+            for layer, (role, count) in zip(pair, counts.items(), strict=True):
+                if not 0 <= layer < count:
+                    raise InputError(
+                        f"`layer_map` expects layers of the {role} from 0 to "
+                        f"{count - 1}. Received: {layer}. Count them anew."
+                    )
+        self.pairs = [tuple(pair) for pair in self.layer_map]
 
     def get_config(self):
         return {**super().get_config(), "layer_map": self.layer_map}
@@ -470,14 +431,12 @@ class _OfLayers(DistillationLoss):
 
 @_registered
 class HiddenStates(_OfLayers):
-    """Hidden states of the teacher, from learned projections of the student's.
+    """Mean `hidden_state_distance` over layers, from learned projections.
 
     Args:
         layer_map: `"evenly"`, or pairs of a student's and a teacher's layer, or a
             dict of them: 0 is the embedding, `n` the output of block `n - 1`. Evenly
             spaced, the last stands beside the last.
-
-    See `hidden_state_distance`; the mean over the pairs is taken.
 
     Raises:
         InputError: The map names no layer.
@@ -512,14 +471,12 @@ class HiddenStates(_OfLayers):
 
 @_registered
 class AttentionTransfer(_OfLayers):
-    """Where the teacher looks, for the student to look there too.
+    """Mean `attention_distance` over blocks.
 
     Args:
         layer_map: `"evenly"`, or pairs of a student's and a teacher's block, or a
             dict of them, counted from 0. Evenly spaced, each stands beside the block
             that `make_student` takes for it by `layers="evenly"`.
-
-    See `attention_distance`; the mean over the pairs is taken.
 
     Raises:
         InputError: The map names no block.
@@ -552,7 +509,16 @@ class WeightedSum(DistillationLoss):
 
     def __init__(self, terms, **kwargs):
         super().__init__(**kwargs)
-        pairs = _pairs_in(terms)
+        try:
+            pairs = [(loss, weight) for loss, weight in terms]
+        except (TypeError, ValueError):
+            pairs = []
+        if not pairs:
+            raise InputError(
+                "A sum of distillation losses expects pairs of a loss and a weight, "
+                "[('forward_kl', 1.0)] for example. Received: "
+                f"{arguments.shown(terms)}."
+            )
         self.factors = [
             arguments.number("weight", weight, above=0) for _, weight in pairs
         ]
@@ -607,7 +573,6 @@ def get(identifier=None):
         InputTypeError: It is nothing of these.
 
     Example:
-        >>> get("reverse_kl")
         >>> get([("forward_kl", 1.0), (HiddenStates({2: 4}), 0.1)])
     """
     if identifier is None:
@@ -638,26 +603,8 @@ def get(identifier=None):
 
 
 def check_temperature(value):
-    """Return a temperature, or refuse what is none.
-
-    Raises:
-        InputError: It is no number above 0, or its square is too large.
-    """
-    most = LARGEST_TEMPERATURE
-    return arguments.number("temperature", value, above=0, most=most)
-
-
-def _pairs_in(terms):
-    try:
-        pairs = [(loss, weight) for loss, weight in terms]
-    except (TypeError, ValueError):
-        pairs = []
-    if not pairs:
-        raise InputError(
-            "A sum of distillation losses expects pairs of a loss and a weight, "
-            f"[('forward_kl', 1.0)] for example. Received: {arguments.shown(terms)}."
-        )
-    return pairs
+    """Return a temperature, or refuse what is none."""
+    return arguments.number("temperature", value, above=0, most=LARGEST_TEMPERATURE)
 
 
 def _normal_map(layer_map):
@@ -677,16 +624,10 @@ def _normal_map(layer_map):
 
 
 def evenly_spaced(total, count):
-    """Return which of a teacher's layers stand for those of a student.
+    """Return which of a teacher's `total` layers stand for a student's `count`, rising.
 
-    Args:
-        total: The teacher's layers, at least 1.
-        count: The student's, at least 1.
-
-    Returns:
-        `count` numbers from 0 to `total - 1`, rising. The first and the last are among
-        them; a single one is the first, since others cannot read the bare embedding.
-        Halves go to the later layer.
+    The first and the last are among them; a single one is the first, since others
+    cannot read the bare embedding. Halves go to the later layer.
 
     Example:
         >>> evenly_spaced(6, 3)
@@ -695,19 +636,3 @@ def evenly_spaced(total, count):
     gaps = max(1, count - 1)
     # In whole numbers, so that a half is a half.
     return [(2 * i * (total - 1) + gaps) // (2 * gaps) for i in range(count)]
-
-
-def _pairs_of(layer_map, num_teacher, num_student):
-    if layer_map == "evenly":
-        return list(enumerate(evenly_spaced(num_teacher, num_student)))
-    for ours, theirs in layer_map:
-        for role, layer, count in (
-            ("student", ours, num_student),
-            ("teacher", theirs, num_teacher),
-        ):
-            if not 0 <= layer < count:
-                raise InputError(
-                    f"`layer_map` expects layers of the {role} from 0 to {count - 1}. "
-                    f"Received: {layer}. Count them anew."
-                )
-    return [tuple(pair) for pair in layer_map]

@@ -1,15 +1,13 @@
 """A student cut out of its teacher: fewer layers, narrower ones, fewer tokens.
 
-Which layers, heads, units and channels stay is measured on data where data is given:
-layers by how much the loss grows without them, everything narrower by how large its
-activations are, as in Muralidharan et al., "Compact Language Models via Pruning and
-Knowledge Distillation" (Minitron), arXiv:2407.14679. Without data, by the norms of
-weights. What the student has and the teacher has not begins as nothing, or as noise
-of the size that a new model begins with.
+Which layers, heads, units and channels stay is measured where data is given: layers by
+how much the loss grows without them, everything narrower by how large its activations
+are, as in Muralidharan et al., "Compact Language Models via Pruning and Knowledge
+Distillation" (Minitron), arXiv:2407.14679. Without data, by the norms of weights.
 """
 
 import itertools
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import tensorflow as tf
@@ -25,7 +23,6 @@ from gpt_tf.models.language_model import LanguageModel, strategy_scope
 from gpt_tf.models.layers import observed
 from gpt_tf.settings import arguments
 
-LAYER_CHOICES = get_args(LayerChoice)
 _SPREAD = 0.02
 
 # Logits that are in memory at once while importance is measured: 128 MiB.
@@ -60,10 +57,8 @@ def make_student(
         feedforward_dim: In the teacher's ratio to `embedding_dim` unless given.
         vocab_size: At most the teacher's; a smaller one needs `token_ids`.
         layers: Which blocks are taken, in their order: `"evenly"` spaced, the first
-            and the last among them, or the first alone; `"every_second"`, from the
-            first on, which needs at most half of them; `"first"`, `"last"`, or
-            `"first_and_last"`, half from either end; `"importance"`, which needs
-            `inputs`; or a list of numbers.
+            and the last among them, or the first alone; `"first"`; `"importance"`,
+            which needs `inputs`; or a list of numbers.
         init: `"teacher"` takes the teacher's weights; `"fresh"` begins anew.
         inputs: Token ids `(N, T)` like those that the student will see, to measure
             importance on; a few thousand tokens do. Without them the norms of
@@ -85,9 +80,9 @@ def make_student(
     Example:
         >>> student = make_student(teacher, num_layers=3, feedforward_dim=1024)
     """
-    _check_teacher(teacher, "make_student")
+    _check_teacher(teacher)
     if inputs is not None:
-        inputs = _checked_ids("inputs", inputs, teacher)
+        inputs = _checked_ids(inputs, teacher)
     config = teacher.get_config()
     sizes = _sizes(
         config,
@@ -101,7 +96,7 @@ def make_student(
     token_ids = _checked_token_ids(config, sizes, token_ids, init)
     arguments.one_of("init", init, ("teacher", "fresh"))
     if isinstance(layers, str):
-        arguments.one_of("layers", layers, LAYER_CHOICES)
+        arguments.one_of("layers", layers, get_args(LayerChoice))
     else:
         layers = arguments.integers("layers", layers, 0, teacher.num_layers - 1)
     dropout = config["dropout"] if dropout is None else dropout
@@ -114,44 +109,19 @@ def make_student(
     return student
 
 
-def layer_importance(teacher, inputs, labels=None):
-    """Measure by how much the loss grows if a block is left out.
+def layer_importance(teacher, inputs):
+    """Measure by how much the loss grows if a block is left out, in nats per token.
 
-    Args:
-        teacher: A `GPTModel`; it is not changed.
-        inputs: Token ids `(N, T)`.
-        labels: The next tokens `(N, T)`. None: those within `inputs`, `T` then being
-            at least 2.
-
-    Returns:
-        `(L,)` float64, nats per token; a block that does harm has a negative one.
-
-    Raises:
-        InputError: The ids are none of the teacher's.
-        InputTypeError: The teacher is no GPTModel.
-
-    Example:
-        >>> layer_importance(teacher, inputs).argmin()
-        2
-
-    Reference: Minitron, arXiv:2407.14679, section 2.2.
+    Of token ids `(N, T)`, all but the first of which are labels; `(L,)` float64. A
+    block that does harm has a negative one.
     """
-    _check_teacher(teacher, "layer_importance")
-    inputs = _checked_ids("inputs", inputs, teacher)
-    if labels is None:
-        inputs, labels = inputs[:, :-1], inputs[:, 1:]
-    labels = _checked_ids("labels", labels, teacher)
-    if labels.shape != inputs.shape:
-        raise InputError(
-            "`labels` expects a next token for each of `inputs`. "
-            f"Received: {labels.shape} for {inputs.shape}. Cut both alike."
-        )
+    tokens, labels = inputs[:, :-1], inputs[:, 1:]
     parts = parts_of(teacher)
     sums = sum(
-        _losses_without_each(parts, inputs[rows], labels[rows])
-        for rows in _pieces(inputs, teacher.vocab_size)
+        _losses_without_each(parts, tokens[rows], labels[rows])
+        for rows in _pieces(tokens, teacher.vocab_size)
     )
-    return (sums[:-1] - sums[-1]) / inputs.size
+    return (sums[:-1] - sums[-1]) / labels.size
 
 
 def _losses_without_each(parts, tokens, labels):
@@ -176,16 +146,16 @@ def _losses_without_each(parts, tokens, labels):
 # Sizes
 
 
-def _check_teacher(teacher, function):
+def _check_teacher(teacher):
     refuse_keras_3(teacher, "teacher")
     if isinstance(teacher, LanguageModel) and not isinstance(teacher, GPTModel):
         raise InputError(
-            f"`{function}` expects a float GPTModel. Received: a model that is "
+            "`make_student` expects a float GPTModel. Received: a model that is "
             "quantisation-aware. Hand in `gpt_tf.to_float(teacher)`."
         )
     if not isinstance(teacher, GPTModel):
         raise InputTypeError(
-            f"`{function}` expects a GPTModel built on tf_keras. "
+            "`make_student` expects a GPTModel built on tf_keras. "
             f"Received: {type(teacher).__module__}.{type(teacher).__name__}. "
             "Build it with `gpt_tf.GPTModel(...)`."
         )
@@ -196,7 +166,14 @@ def _sizes(teacher, **given):
     sizes = {}
     for name in ("num_layers", "embedding_dim", "vocab_size"):
         size = teacher[name] if given[name] is None else given[name]
-        sizes[name] = arguments.integer(name, size, 1, teacher[name], repair=_NEW_MODEL)
+        sizes[name] = arguments.integer(
+            name,
+            size,
+            1,
+            teacher[name],
+            repair="A student has at most what its teacher has; a larger one is a new "
+            "model: `GPTModel(...)`.",
+        )
     width = sizes["embedding_dim"]
     share = teacher["feedforward_dim"] / teacher["embedding_dim"]
     others = {
@@ -208,19 +185,13 @@ def _sizes(teacher, **given):
     return sizes
 
 
-_NEW_MODEL = (
-    "A student has at most what its teacher has; a larger one is a new model: "
-    "`GPTModel(...)`."
-)
-
-
 def _checked_token_ids(config, sizes, token_ids, init):
     if token_ids is None:
         if sizes["vocab_size"] != config["vocab_size"] and init == "teacher":
             raise InputError(
                 "A student of another vocabulary expects `token_ids`, the teacher's id "
                 "of each of its tokens. Received: none. Take them from `gpt_tf."
-                "distillation.vocabulary.shared_tokens(teacher's, student's)`."
+                "distillation.tokenizer_alignment.shared_tokens(teacher's, student's)`."
             )
         return np.arange(sizes["vocab_size"])
     token_ids = np.asarray(token_ids)
@@ -234,17 +205,17 @@ def _checked_token_ids(config, sizes, token_ids, init):
     return token_ids
 
 
-def _checked_ids(role, ids, teacher):
+def _checked_ids(ids, teacher):
     ids = np.asarray(ids)
     if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
         raise InputError(
-            f"`{role}` expects token ids (N, T), more than none. Received: "
+            "`inputs` expects token ids (N, T), more than none. Received: "
             f"{ids.dtype} of shape {ids.shape}. Cut the ids of a text into windows."
         )
     last, length = teacher.vocab_size - 1, teacher.context_length
     if not 0 <= ids.min() <= ids.max() <= last or ids.shape[1] > length:
         raise InputError(
-            f"`{role}` expects ids from 0 to {last} in windows of at most {length}. "
+            f"`inputs` expects ids from 0 to {last} in windows of at most {length}. "
             f"Received: ids from {ids.min()} to {ids.max()} in windows of "
             f"{ids.shape[1]}. Encode with the teacher's tokenizer, and cut."
         )
@@ -257,36 +228,19 @@ def _checked_ids(role, ids, teacher):
 def _choose_layers(layers, teacher, count, inputs):
     """Return the numbers of the blocks to take, rising."""
     total = teacher.num_layers
-    if not isinstance(layers, str):
-        return _checked_layers(layers, total, count)
     if layers == "evenly":
         return evenly_spaced(total, count)
-    if layers == "every_second":
-        if 2 * count > total + 1:
-            raise InputError(
-                "`layers='every_second'` expects at most half of the teacher's "
-                f"{total} layers. Received: num_layers={count}. Use 'evenly'."
-            )
-        return list(range(0, 2 * count, 2))
     if layers == "first":
         return list(range(count))
-    if layers == "last":
-        return list(range(total - count, total))
-    if layers == "first_and_last":
-        front = (count + 1) // 2
-        return [*range(front), *range(total - (count - front), total)]
-    if inputs is None:
-        raise InputError(
-            "`layers='importance'` expects `inputs` to measure it on. "
-            "Received: none. Pass token ids (N, T)."
-        )
-    growth = layer_importance(teacher, inputs)
-    return sorted(np.argsort(-growth, kind="stable")[:count].tolist())
-
-
-def _checked_layers(layers, total, count):
-    rising = all(a < b for a, b in itertools.pairwise(layers))
-    if len(layers) != count or not rising or not 0 <= layers[0] <= layers[-1] < total:
+    if layers == "importance":
+        if inputs is None or inputs.shape[1] < 2:
+            raise InputError(
+                "`layers='importance'` expects `inputs` to measure it on. Received: "
+                "none, or windows of one token. Pass token ids (N, T)."
+            )
+        growth = layer_importance(teacher, inputs)
+        return sorted(np.argsort(-growth, kind="stable")[:count].tolist())
+    if len(layers) != count or any(a >= b for a, b in itertools.pairwise(layers)):
         raise InputError(
             f"`layers` expects {count} rising numbers from 0 to {total - 1}. "
             f"Received: {layers}."
@@ -313,18 +267,24 @@ def _begin_anew(student, generator):
 
 def _take_over(teacher, student, chosen, inputs, token_ids):
     ours, theirs = parts_of(student), parts_of(teacher)
+    kept = [theirs.blocks[number] for number in chosen]
     is_as_wide = (
         student.embedding_dim == teacher.embedding_dim
         and student.num_heads == teacher.num_heads
         and student.feedforward_dim >= teacher.feedforward_dim
     )
-    if is_as_wide:
-        inputs = None  # nothing goes, so nothing need be measured
-    importance = _Importance(theirs, [theirs.blocks[i] for i in chosen], inputs)
-    channels = importance.channels(student.embedding_dim)
+    if is_as_wide or inputs is None:
+        sizes = _norms(theirs, kept)
+    else:
+        sizes = _mean_activations(theirs, kept, inputs)
+    channels = _largest(sizes.channels, student.embedding_dim)
     _copy_embedding(ours, theirs, channels, token_ids)
-    for index, (block, number) in enumerate(zip(ours.blocks, chosen, strict=True)):
-        _copy_block(block, theirs.blocks[number], channels, importance, index)
+    for index, (block, other) in enumerate(zip(ours.blocks, kept, strict=True)):
+        for name in block.weight_names:
+            if "norm" in name or name in ("output_bias", "down_bias"):
+                getattr(block, name).assign(getattr(other, name).numpy()[channels])
+        _copy_attention(block, other, channels, sizes.heads[index])
+        _copy_feedforward(block, other, channels, sizes.hidden[index])
     for name in ours.norm.weight_names:
         getattr(ours.norm, name).assign(getattr(theirs.norm, name).numpy()[channels])
 
@@ -342,13 +302,9 @@ def _copy_embedding(ours, theirs, channels, token_ids):
     ours.embedding.position_table.assign(positions[:, channels])
 
 
-def _copy_block(ours, theirs, channels, importance, index):
-    """Copy a block's weights, of the channels, heads and units that stay."""
-    for name in ours.weight_names:
-        if "norm" in name or name in ("output_bias", "down_bias"):
-            getattr(ours, name).assign(getattr(theirs, name).numpy()[channels])
-    _copy_attention(ours, theirs, channels, importance, index)
-    units = importance.units(index, ours.feedforward_dim)
+def _copy_feedforward(ours, theirs, channels, hidden):
+    rows = np.linalg.norm(theirs.down_kernel.numpy(), axis=1)
+    units = _largest(rows * hidden, ours.feedforward_dim)
     count = len(units)
     up, bias, down = (
         weight.numpy() for weight in (ours.up_kernel, ours.up_bias, ours.down_kernel)
@@ -362,18 +318,22 @@ def _copy_block(ours, theirs, channels, importance, index):
     ours.down_kernel.assign(down)
 
 
-def _copy_attention(ours, theirs, channels, importance, index):
+def _copy_attention(ours, theirs, channels, sizes):
     wide, narrow = theirs.head_dim, ours.head_dim
-    heads = importance.heads(index, ours.num_heads)
     kernel = ours.qkv_kernel.numpy().reshape(-1, 3, ours.num_heads, narrow)
     bias = ours.qkv_bias.numpy().reshape(3, ours.num_heads, narrow)
     output = ours.output_kernel.numpy().reshape(ours.num_heads, narrow, -1)
     source = theirs.qkv_kernel.numpy().reshape(-1, 3, theirs.num_heads, wide)
     source_bias = theirs.qkv_bias.numpy().reshape(3, theirs.num_heads, wide)
     source_output = theirs.output_kernel.numpy().reshape(theirs.num_heads, wide, -1)
+    query, key, context = sizes
+    # How much each dimension of each head adds to scores, and to the residual.
+    scores = query * key  # (H, D)
+    values = np.linalg.norm(source_output, axis=2) * context  # (H, D)
+    heads = _largest(np.sqrt((values**2).sum(axis=1)), ours.num_heads)
     output[:] = 0.0
     for mine, other in enumerate(heads):
-        scored, valued = importance.dimensions(index, other, narrow)
+        scored, valued = (_largest(x[other], narrow) for x in (scores, values))
         count = len(scored)
         for part, places in enumerate((scored, scored, valued)):
             taken = source[channels, part, other][:, places]
@@ -390,83 +350,15 @@ def _copy_attention(ours, theirs, channels, importance, index):
     ours.output_kernel.assign(output.reshape(ours.output_kernel.shape))
 
 
-class _Importance:
-    """What stays where a student is narrower, measured once for all blocks.
+# Importance
 
-    Args:
-        parts: The teacher's layers.
-        blocks: Those of its blocks that stay.
-        inputs: Token ids `(N, T)`, or None for the norms of weights.
-    """
 
-    def __init__(self, parts, blocks, inputs):
-        self._parts = parts
-        self._blocks = blocks
-        self._measured = None
-        if inputs is not None:
-            self._measured = _mean_sizes(parts, blocks, inputs)
+class _Sizes(NamedTuple):
+    """How large what a GPT computes is, by which it is decided what stays."""
 
-    def channels(self, count):
-        """Numbers of the channels to keep, rising; the same in all layers."""
-        total = int(self._blocks[0].attention_norm_gamma.shape[0])
-        if count == total:
-            return np.arange(total)
-        if self._measured is not None:
-            sizes = self._measured["channels"]
-        else:
-            sizes = sum(
-                np.abs(gamma.numpy()) * np.linalg.norm(kernel, axis=1)
-                for gamma, kernel in self._readers()
-            )
-        return _largest(sizes, count)
-
-    def _readers(self):
-        """Yield each norm's scale and the kernel `(C, ...)` that reads behind it."""
-        for block in self._blocks:
-            yield block.attention_norm_gamma, block.qkv_kernel.numpy()
-            yield block.feedforward_norm_gamma, block.up_kernel.numpy()
-        table = self._parts.head.kernel
-        if table is None:
-            table = self._parts.embedding.token_table
-        yield self._parts.norm.gamma, table.numpy().T
-
-    def units(self, index, count):
-        """Numbers of the feed-forward units to keep, rising."""
-        block = self._blocks[index]
-        sizes = np.linalg.norm(block.down_kernel.numpy(), axis=1)
-        if self._measured is not None:
-            sizes = sizes * self._measured["hidden"][index]
-        else:
-            sizes = sizes * np.linalg.norm(block.up_kernel.numpy(), axis=0)
-        return _largest(sizes, count)
-
-    def heads(self, index, count):
-        """Numbers of the heads to keep, rising."""
-        block = self._blocks[index]
-        value = self._value_sizes(index)  # (H, D)
-        return _largest(np.sqrt((value**2).sum(axis=1)), min(count, block.num_heads))
-
-    def dimensions(self, index, head, count):
-        """Which of a head's dimensions to keep, for scores and for values."""
-        block = self._blocks[index]
-        if self._measured is not None:
-            query, key = self._measured["query"][index], self._measured["key"][index]
-        else:
-            shape = (-1, 3, block.num_heads, block.head_dim)
-            norms = np.linalg.norm(block.qkv_kernel.numpy().reshape(shape), axis=0)
-            query, key = norms[0], norms[1]
-        scores = query[head] * key[head]
-        return _largest(scores, count), _largest(self._value_sizes(index)[head], count)
-
-    def _value_sizes(self, index):
-        """How much each dimension of each head adds to the residual, `(H, D)`."""
-        block = self._blocks[index]
-        shape = (block.num_heads, block.head_dim)
-        rows = np.linalg.norm(block.output_kernel.numpy(), axis=1).reshape(shape)
-        if self._measured is not None:
-            return rows * self._measured["context"][index].reshape(shape)
-        kernel = block.qkv_kernel.numpy().reshape(-1, 3, *shape)
-        return rows * np.linalg.norm(kernel[:, 2], axis=0)
+    channels: np.ndarray  # behind the norms, (C,)
+    heads: list[np.ndarray]  # of each block's queries, keys and context, (3, H, D)
+    hidden: list[np.ndarray]  # of each block's feed-forward units, (F,)
 
 
 def _largest(sizes, count):
@@ -474,7 +366,38 @@ def _largest(sizes, count):
     return np.sort(np.argsort(-np.asarray(sizes), kind="stable")[:count])
 
 
-def _mean_sizes(parts, blocks, inputs):
+def _norms(parts, blocks):
+    """Take the norms of weights for the sizes of what they compute."""
+    table = parts.head.kernel
+    if table is None:
+        table = parts.embedding.token_table
+    # Each norm's scale and the kernel (C, ...) that reads behind it.
+    readers = [
+        pair
+        for block in blocks
+        for pair in (
+            (block.attention_norm_gamma, block.qkv_kernel.numpy()),
+            (block.feedforward_norm_gamma, block.up_kernel.numpy()),
+        )
+    ]
+    readers.append((parts.norm.gamma, table.numpy().T))
+    columns = [
+        np.linalg.norm(block.qkv_kernel.numpy(), axis=0).reshape(
+            3, block.num_heads, block.head_dim
+        )
+        for block in blocks
+    ]
+    return _Sizes(
+        sum(
+            np.abs(gamma.numpy()) * np.linalg.norm(kernel, axis=1)
+            for gamma, kernel in readers
+        ),
+        columns,
+        [np.linalg.norm(block.up_kernel.numpy(), axis=0) for block in blocks],
+    )
+
+
+def _mean_activations(parts, blocks, inputs):
     """Measure mean magnitudes of activations in the blocks that stay."""
     wanted = (
         *("attention_norm_activation", "feedforward_norm_activation"),
@@ -507,17 +430,17 @@ def _mean_sizes(parts, blocks, inputs):
         return [sums[index, name] / inputs.size for index in range(len(blocks))]
 
     norms = of("attention_norm_activation") + of("feedforward_norm_activation")
-    qkv = [
-        sizes.reshape(3, block.num_heads, block.head_dim)
-        for sizes, block in zip(of("qkv_activation"), blocks, strict=True)
-    ]
-    return {
-        "channels": np.sum([*norms, sums[final] / inputs.size], axis=0),
-        "query": [sizes[0] for sizes in qkv],
-        "key": [sizes[1] for sizes in qkv],
-        "context": of("context_activation"),
-        "hidden": of("hidden_activation"),
-    }
+    heads = []
+    for block, qkv, context in zip(
+        blocks, of("qkv_activation"), of("context_activation"), strict=True
+    ):
+        qkv = qkv.reshape(3, block.num_heads, block.head_dim)
+        heads.append([*qkv[:2], context.reshape(qkv[2].shape)])
+    return _Sizes(
+        np.sum([*norms, sums[final] / inputs.size], axis=0),
+        heads,
+        of("hidden_activation"),
+    )
 
 
 def _pieces(inputs, width):

@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +51,7 @@ _PART_WINDOWS = 256
 def fingerprint_of(model) -> str:
     """Return a SHA-256 that two models share only if they compute the same.
 
-    Args:
-        model: A `GPTModel`, or a `QuantizationAwareGPT`.
-
-    Returns:
-        64 hexadecimal digits, of configuration and weights; the name has no part.
+    64 hexadecimal digits of configuration and weights; the name has no part.
     """
     config = {key: v for key, v in model.get_config().items() if key != "name"}
     digest = hashlib.sha256(artifacts.to_json(config, sort_keys=True).encode())
@@ -67,11 +63,19 @@ def fingerprint_of(model) -> str:
 
 
 class KnowledgeStore:
-    """What a teacher says of every token of a text, read from disk as needed.
+    """A teacher's top-k probabilities of every token of a text, read as needed.
 
     Attributes:
         path: The folder.
         manifest: What `extract` recorded.
+        top_k: `k`, the number of probabilities of each next token.
+        passes: How often the text was cut into windows.
+        mapping: `"same"` tokenizer as the teacher's, `"derived"` from it, or
+            `"sorted"`.
+        has_ids: Whether it says which tokens the probabilities are of.
+        context_length: `T`, the length of the teacher's windows in its own tokens.
+        bytes_per_token: Size of a record: what one pass takes for each token.
+        size_bytes: Size of all passes together.
 
     Example:
         >>> store = extract(teacher, tokens, "knowledge", tokenizer=tokenizer)
@@ -83,25 +87,28 @@ class KnowledgeStore:
     def __init__(self, path: Path, manifest: dict):
         self.path = path
         self.manifest = manifest
+        self.top_k = manifest["top_k"]
+        self.passes = manifest["passes"]
+        self.mapping = manifest["mapping"]
+        self.has_ids = self.mapping != "sorted"
+        self.context_length = manifest["context_length"]
+        self.bytes_per_token = manifest["bytes_per_token"]
+        self.size_bytes = sum(e["size_bytes"] for e in manifest["files"].values())
         rows = (self.passes, manifest["count"] - 1)
         width = self.top_k
         self._codes = np.memmap(path / _CODES, "u1", "r", shape=(*rows, width + 1))
-        self._ids = None
         if self.has_ids:
             dtype = _id_type(manifest)
             self._ids = np.memmap(path / _IDS, dtype, "r", shape=(*rows, width))
 
     @classmethod
     def open(cls, path: str | os.PathLike, *, verify: bool = True) -> "KnowledgeStore":
-        """Open a store.
+        """Open the store in the folder that `extract` wrote.
 
         Args:
-            path: The folder that `extract` wrote.
+            path: The folder.
             verify: Whether to compare its bytes with the manifest's SHA-256, for
                 which all of it is read; sizes are compared always.
-
-        Returns:
-            The store, opened for reading.
 
         Raises:
             DamagedFileError: It is missing, unfinished, truncated or altered.
@@ -116,65 +123,46 @@ class KnowledgeStore:
         _check_sound(manifest, path)
         return cls(path, manifest)
 
-    @property
-    def top_k(self) -> int:
-        """`k`, the number of probabilities of each next token."""
-        return self.manifest["top_k"]
-
-    @property
-    def passes(self) -> int:
-        """How often the text was cut into windows."""
-        return self.manifest["passes"]
-
-    @property
-    def mapping(self) -> str:
-        """`"same"` tokenizer as the teacher's, `"derived"` from it, or `"sorted"`."""
-        return self.manifest["mapping"]
-
-    @property
-    def has_ids(self) -> bool:
-        """Whether it says which tokens the probabilities are of."""
-        return self.mapping != "sorted"
-
-    @property
-    def context_length(self) -> int:
-        """`T`, the length of the teacher's windows in its own tokens."""
-        return self.manifest["context_length"]
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Size of a record: what one pass takes for each token."""
-        return self.manifest["bytes_per_token"]
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of all passes together."""
-        return sum(entry["size_bytes"] for entry in self.manifest["files"].values())
-
     def check_fits(
-        self,
-        *,
-        token_file: TokenFile,
-        tokenizer: Tokenizer,
-        teacher=None,
-        context_length: int | None = None,
+        self, *, token_file, tokenizer=None, teacher=None, context_length=None
     ) -> None:
         """Refuse a store that is about something else.
 
         Args:
-            token_file: The student's training text.
-            tokenizer: The student's.
-            teacher: The teacher that the knowledge should be of, if that matters.
-            context_length: Of the student's windows, as for `windows`.
+            token_file: The student's training text, a `TokenFile`.
+            tokenizer: The student's. None here and below: it does not matter.
+            teacher: The teacher that the knowledge should be of.
+            context_length: Of the student's windows.
 
         Raises:
             InputError: The store is of another text, tokenizer, teacher or context.
         """
-        self._compare("tokenizer_fingerprint", tokenizer.fingerprint(), "tokenizer")
-        self._check_text(token_file)
+        if not isinstance(token_file, TokenFile):
+            raise InputTypeError(
+                "`token_file` expects the TokenFile that the knowledge was extracted "
+                f"from. Received: {type(token_file).__name__}. Use `TokenFile.open`."
+            )
+        found = {}
+        if tokenizer is not None:
+            found["tokenizer"] = "tokenizer_fingerprint", tokenizer.fingerprint()
+        found["text"] = "tokens_sha256", token_file.manifest["sha256"]
         if teacher is not None:
-            self._compare("teacher_fingerprint", fingerprint_of(teacher), "teacher")
-        self._check_context(context_length)
+            found["teacher"] = "teacher_fingerprint", fingerprint_of(teacher)
+        for what, (key, received) in found.items():
+            if self.manifest[key] != received:
+                raise InputError(
+                    f"The knowledge in {self.path} expects the {what} that it was "
+                    f"extracted with. Received: another {what} (SHA-256 "
+                    f"{received[:12]}, not {self.manifest[key][:12]}). Use that one, "
+                    "or extract the knowledge again."
+                )
+        if self.mapping == "same" and context_length not in (None, self.context_length):
+            raise InputError(
+                f"The knowledge in {self.path} is of windows of {self.context_length} "
+                f"tokens. Received: context_length={context_length}. What the teacher "
+                "says depends on what it sees: use the same, or extract it with that "
+                "context."
+            )
 
     def read(self, pass_index: int, positions) -> tuple[np.ndarray, np.ndarray]:
         """Read records.
@@ -196,55 +184,9 @@ class KnowledgeStore:
             return np.broadcast_to(np.arange(self.top_k, dtype=np.int32), shape), codes
         return self._ids[pass_index, positions].astype(np.int32), codes
 
-    def windows(
-        self,
-        token_file: TokenFile,
-        batch_size: int,
-        *,
-        context_length: int | None = None,
-        seed: int = 0,
-    ) -> "KnowledgeWindows":
-        """Return training windows that bring the teacher's knowledge.
-
-        Args:
-            token_file: The text that the store is about, in the student's tokens.
-            batch_size: `B`, windows per batch, at least 1.
-            context_length: `T` of the student. With the teacher's tokenizer it is
-                the store's; with another, any.
-            seed: Decides the order, 0 or more.
-
-        Raises:
-            InputError: The store is of another text or context.
-        """
-        return KnowledgeWindows(
-            self, token_file, batch_size, context_length=context_length, seed=seed
-        )
-
-    def _check_text(self, token_file):
-        if not isinstance(token_file, TokenFile):
-            raise InputTypeError(
-                "`token_file` expects the TokenFile that the knowledge was extracted "
-                f"from. Received: {type(token_file).__name__}. Use `TokenFile.open`."
-            )
-        self._compare("tokens_sha256", token_file.manifest["sha256"], "text")
-
-    def _check_context(self, context_length):
-        if self.mapping != "same" or context_length in (None, self.context_length):
-            return
-        raise InputError(
-            f"The knowledge in {self.path} is of windows of {self.context_length} "
-            f"tokens. Received: context_length={context_length}. What the teacher says "
-            "depends on what it sees: use the same, or extract it with that context."
-        )
-
-    def _compare(self, key, received, what):
-        if self.manifest[key] != received:
-            raise InputError(
-                f"The knowledge in {self.path} expects the {what} that it was "
-                f"extracted with. Received: another {what} (SHA-256 "
-                f"{received[:12]}, not {self.manifest[key][:12]}). Use that one, or "
-                "extract the knowledge again."
-            )
+    def windows(self, token_file: TokenFile, batch_size: int, **options):
+        """Return the `KnowledgeWindows` of this store."""
+        return KnowledgeWindows(self, token_file, batch_size, **options)
 
 
 class KnowledgeWindows(Windows):
@@ -260,9 +202,10 @@ class KnowledgeWindows(Windows):
 
     Args:
         store: A `KnowledgeStore`.
-        token_file: The text that it is about.
+        token_file: The text that it is about, in the student's tokens.
         batch_size: As for `Windows`.
-        context_length: As for `KnowledgeStore.windows`.
+        context_length: `T` of the student. With the teacher's tokenizer it is the
+            store's; with another, any.
         seed: As for `Windows`.
 
     Raises:
@@ -270,8 +213,7 @@ class KnowledgeWindows(Windows):
     """
 
     def __init__(self, store, token_file, batch_size, *, context_length=None, seed=0):
-        store._check_text(token_file)
-        store._check_context(context_length)
+        store.check_fits(token_file=token_file, context_length=context_length)
         super().__init__(
             token_file, context_length or store.context_length, batch_size, seed=seed
         )
@@ -350,7 +292,15 @@ def extract(
         97
     """
     path = arguments.path("path", path)
-    _check_teacher(teacher, tokenizer, context_length)
+    check_language_model(teacher, "teacher")
+    if tokenizer.vocab_size > teacher.vocab_size:
+        raise InputError(
+            f"A tokenizer of at most the teacher's {teacher.vocab_size} tokens was "
+            f"expected. Received: one of {tokenizer.vocab_size}. Use the teacher's."
+        )
+    length = teacher.context_length
+    if context_length is not None:
+        length = arguments.integer("context_length", context_length, 1, length)
     passes = arguments.integer("passes", passes, 1)
     top_k = arguments.integer("top_k", top_k, 1)
     batch_size = arguments.integer("batch_size", batch_size, 1)
@@ -362,7 +312,6 @@ def extract(
     for pair in ((tokenizer, token_file), own):
         _check_written_with(*pair)
     mapping = _mapping(teacher, tokenizer, token_file, *own, top_k)
-    length = int(context_length or teacher.context_length)
     facts = {
         "mapping": mapping.name,
         "top_k": top_k,
@@ -380,8 +329,16 @@ def extract(
     facts["bytes_per_token"] = sum(sizes.values())
     megabytes = facts["bytes_per_token"] * passes * (facts["count"] - 1) / 1e6
     logger.info(f"{facts['bytes_per_token']} bytes a token, {megabytes:,.1f} MB in all")
-    with unfinished(path, facts, sizes, overwrite=overwrite) as store:
-        _fill(store, facts, teacher, token_file.tokens, mapping, on_progress)
+    plan, make = _reading(facts, teacher, token_file.tokens, mapping)
+    windows = [-(-(stop - start) // length) for _, start, stop in plan]
+    done = list(itertools.accumulate(windows))
+
+    def tell(steps):
+        if on_progress is not None:
+            on_progress(done[steps - 1], done[-1])
+
+    every = max(1, _PART_WINDOWS // batch_size)
+    fill(path, facts, sizes, len(plan), make, every, overwrite=overwrite, tell=tell)
     return KnowledgeStore.open(path, verify=False)
 
 
@@ -393,41 +350,106 @@ def _facts_of_text(tokenizer, token_file, whose=""):
     }
 
 
-def _fill(store, facts, teacher, tokens, mapping, on_progress):
-    """Let the teacher read the text from where the store ends, and write it down."""
+def _reading(facts, teacher, tokens, mapping):
+    """Return the batches of a text, and a function that makes the records of one.
+
+    A batch is the offset of its pass, its first position and its end.
+    """
     length, rows = facts["context_length"], facts["batch_size"]
-    plan = list(_plan(len(tokens) - 1, facts["offsets"], length * rows))
-    windows = [-(-(stop - start) // length) for _, start, stop in plan]
-    done = list(itertools.accumulate(windows))
+    positions, sizes = len(tokens) - 1, _record_bytes(facts)
+    plan = [
+        (offset, start, min(start + length * rows, positions))
+        for offset in facts["offsets"]
+        for start in range(offset, positions, length * rows)
+    ]
     forward = _compiled(teacher, mapping, rows, length)
-    part = max(1, _PART_WINDOWS // rows)
-    for index in range(store.steps, len(plan)):
-        offset, start, stop = plan[index]
-        if start == offset:
-            _write(store, facts, records.unknown(mapping.settled(start), mapping.top_k))
+
+    def make(step):
+        offset, start, stop = plan[step]
         batch = np.zeros(rows * length, np.int32)
         batch[: stop - start] = tokens[start:stop]
         with tf.device(placement.device_of(teacher)):
             outputs = forward(tf.constant(batch.reshape(rows, length)))
         outputs = [tensor.numpy()[: stop - start] for tensor in outputs]
-        _write(store, facts, mapping.records(start, *outputs))
-        if (index + 1) % part == 0 or index + 1 == len(plan):
-            store.save(index + 1)
-        if on_progress is not None:
-            on_progress(done[index], done[-1])
+        ids, codes = mapping.records(start, *outputs)
+        if start == offset:
+            before = records.unknown(mapping.settled(start), mapping.top_k)
+            ids, codes = map(np.concatenate, zip(before, (ids, codes), strict=True))
+        arrays = {_IDS: ids.astype(_id_type(facts)), _CODES: codes}
+        return {name: arrays[name] for name in sizes}
+
+    return plan, make
 
 
-def _plan(positions, offsets, size) -> Iterator[tuple[int, int, int]]:
-    """Yield the offset of the pass, first position and end of each batch."""
-    for offset in offsets:
-        for start in range(offset, positions, size):
-            yield offset, start, min(start + size, positions)
+def fill(
+    path, facts, record_bytes, num_steps, make, every, *, overwrite=False, tell=None
+):
+    """Fill a store with the records of each step; it takes its place when it is whole.
+
+    Every few steps they are forced to disk, and only then counted. What an interrupted
+    call counted is gone on with by the next one of the same facts.
+
+    Args:
+        path: Final place.
+        facts: What is being made, and from what, as JSON values, for the manifest too.
+        record_bytes: Bytes of one record, by the name of the file.
+        num_steps: Number of steps.
+        make: A function of a step that returns arrays by the name of the file.
+        every: Number of steps between counts.
+        overwrite: Whether a folder that stands at `path` gives way.
+        tell: Called after each step with the number that are done.
+
+    Raises:
+        InputError: As for `artifacts.atomic_folder`.
+    """
+    facts = artifacts.parse_json(artifacts.to_json(facts))
+    with (
+        artifacts.atomic_folder(path, replace=overwrite, keep=True) as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        for other in set(os.listdir(folder)) - {*record_bytes}:
+            os.unlink(folder / other)
+        # Beside the folder, since it is not to stay.
+        progress = folder.parent.parent / "progress.json"
+        files = {
+            name: stack.enter_context(open(folder / name, "ab"))
+            for name in record_bytes
+        }
+        begun, count = _begun(progress, facts, folder, record_bytes)
+        for name, file in files.items():
+            file.truncate(count * record_bytes[name])
+            file.seek(0, os.SEEK_END)
+        for steps in range(begun + 1, num_steps + 1):
+            for name, array in make(steps - 1).items():
+                files[name].write(np.ascontiguousarray(array).tobytes())
+            if steps % every == 0 or steps == num_steps:
+                for name, file in files.items():
+                    file.flush()
+                    os.fsync(file.fileno())
+                    count = file.tell() // record_bytes[name]
+                made = {"facts": facts, "steps": steps, "records": count}
+                artifacts.write_json(progress, made)
+            if tell is not None:
+                tell(steps)
+        artifacts.write_manifest(folder, KIND, list(record_bytes), **facts)
 
 
-def _write(store, facts, made):
-    ids, codes = made
-    arrays = {_IDS: ids.astype(_id_type(facts)), _CODES: codes}
-    store.write(**{name: arrays[name] for name in _record_bytes(facts)})
+def _begun(progress, facts, folder, record_bytes):
+    """Return the steps and records that an interrupted `fill` counted."""
+    shape = {"facts": dict, "steps": int, "records": int}
+    try:
+        found = artifacts.read_json(progress, shape)
+    except DamagedFileError:
+        return 0, 0
+    if found["facts"] != facts:
+        logger.info(f"{folder.name} was begun from other things: it starts anew")
+        return 0, 0
+    for name, size in record_bytes.items():
+        if (folder / name).stat().st_size < found["records"] * size:
+            logger.info(f"{folder.name} lacks bytes of {name}: it starts anew")
+            return 0, 0
+    logger.info(f"going on with {folder.name} after {found['records']:,} records")
+    return found["steps"], found["records"]
 
 
 def _compiled(teacher, mapping, rows, length):
@@ -444,17 +466,22 @@ def _compiled(teacher, mapping, rows, length):
 
 def _mapping(teacher, tokenizer, token_file, own_tokenizer, own_file, top_k):
     """Choose how the teacher's probabilities become records of the student."""
-    if own_tokenizer.fingerprint() == tokenizer.fingerprint():
+    is_same = own_tokenizer.fingerprint() == tokenizer.fingerprint()
+    derived = is_derived(tokenizer, own_tokenizer)
+    told = teacher if is_same else own_tokenizer if derived else tokenizer
+    if top_k > told.vocab_size:
+        raise InputError(
+            f"`top_k` expects at most {told.vocab_size}, the size of the vocabulary. "
+            f"Received: {top_k}."
+        )
+    if is_same:
         if own_file.manifest["sha256"] != token_file.manifest["sha256"]:
             raise InputError(
                 "`student` expects the text that the teacher reads. Received: "
                 f"{own_file.path}, which holds other tokens than {token_file.path}. "
                 "Encode the same documents with both tokenizers."
             )
-        _check_top_k(top_k, teacher.vocab_size)
         return records.SameVocabulary(top_k, teacher.vocab_size)
-    derived = is_derived(tokenizer, own_tokenizer)
-    _check_top_k(top_k, (own_tokenizer if derived else tokenizer).vocab_size)
     alignment = align(token_file.tokens, own_file.tokens, tokenizer, own_tokenizer)
     if derived:
         vocabulary_map = VocabularyMap(tokenizer, own_tokenizer)
@@ -487,108 +514,6 @@ def _record_bytes(facts) -> dict[str, int]:
     return sizes
 
 
-@contextlib.contextmanager
-def unfinished(
-    path: Path, facts: dict, record_bytes: dict[str, int], *, overwrite: bool = False
-) -> Iterator["Unfinished"]:
-    """Fill a store that takes its place, with a manifest, when the block ends well.
-
-    What an interrupted block left is gone on with by the next one of the same facts.
-
-    Args:
-        path: Final place.
-        facts: What is being made, and from what, as JSON values, for the manifest too.
-            A store that was begun with other facts is begun anew.
-        record_bytes: Bytes of one record, by the name of the file.
-        overwrite: Whether a folder that stands at `path` gives way.
-
-    Yields:
-        The store in the making.
-
-    Raises:
-        InputError: As for `artifacts.atomic_folder`.
-
-    Example:
-        >>> with unfinished(Path("squares"), {"power": 2}, {"values": 8}) as store:
-        ...     for step in range(store.steps, 100):
-        ...         store.write(values=np.array([step**2]))
-        ...         store.save(step + 1)
-    """
-    with artifacts.atomic_folder(path, replace=overwrite, keep=True) as folder:
-        for other in set(os.listdir(folder)) - {*record_bytes}:
-            os.unlink(folder / other)
-        with contextlib.ExitStack() as stack:
-            opened = {
-                name: stack.enter_context(open(folder / name, "ab"))
-                for name in record_bytes
-            }
-            # Beside the folder, since it is not to stay.
-            progress = folder.parent.parent / "progress.json"
-            yield Unfinished(path, opened, progress, facts, record_bytes)
-        artifacts.write_manifest(folder, KIND, list(record_bytes), **facts)
-
-
-class Unfinished:
-    """Files that grow record by record, in a folder that is not whole yet.
-
-    Now and then `save` forces them to disk and only then counts what they hold. What
-    stands after that when the work was interrupted is cut off, and done again.
-
-    Attributes:
-        steps: Number of steps that were saved.
-    """
-
-    def __init__(self, path, opened, progress, facts, record_bytes):
-        self._open = opened
-        self._progress = progress
-        self._facts = artifacts.parse_json(artifacts.to_json(facts))
-        self._record_bytes = record_bytes
-        self.steps, self._saved = self._begun(path)
-        for name, file in opened.items():
-            file.truncate(self._saved * record_bytes[name])
-            file.seek(0, os.SEEK_END)
-
-    def write(self, **arrays: np.ndarray) -> None:
-        """Append records: for each file an array whose bytes are to be written."""
-        for name, array in arrays.items():
-            self._open[name].write(np.ascontiguousarray(array).tobytes())
-
-    def save(self, steps: int) -> None:
-        """Force to disk what was written, and count it.
-
-        Args:
-            steps: Number of steps that are done.
-        """
-        for name, file in self._open.items():
-            file.flush()
-            os.fsync(file.fileno())
-            self._saved = file.tell() // self._record_bytes[name]
-        self.steps = steps
-        artifacts.write_json(
-            self._progress,
-            {"facts": self._facts, "steps": steps, "records": self._saved},
-        )
-
-    def _begun(self, path):
-        """Return the steps and records that an interrupted work left."""
-        try:
-            progress = artifacts.read_json(self._progress)
-            facts, steps = progress["facts"], progress["steps"]
-            count = progress["records"]
-        except (DamagedFileError, KeyError, TypeError):
-            return 0, 0
-        if facts != self._facts:
-            logger.info(f"{path} was begun from other things: it starts anew")
-            return 0, 0
-        for name, file in self._open.items():
-            if file.seek(0, os.SEEK_END) < count * self._record_bytes[name]:
-                logger.info(f"what there is of {path} lacks bytes: it starts anew")
-                return 0, 0
-        if steps:
-            logger.info(f"going on with {path} after {count:,} records")
-        return steps, count
-
-
 def _check_place(path, overwrite):
     """Refuse to write where something stands that must stay."""
     if not path.exists():
@@ -611,43 +536,25 @@ def _check_place(path, overwrite):
 
 def _check_sound(manifest, path):
     """Refuse a manifest that is whole but not as this version writes it."""
-    numbers = ("passes", "count", "top_k", "vocab_size", "context_length")
-    shape = {name: int for name in (*numbers, "batch_size", "seed", "bytes_per_token")}
+    shape = {**dict.fromkeys(_SIZES, int), **dict.fromkeys(_COMPARED, str)}
     artifacts.check_shape(
         manifest,
-        {**shape, "offsets": [int], "mapping": str},
+        {**shape, "count": int, "offsets": [int], "mapping": str},
         path / artifacts.MANIFEST_NAME,
     )
-    try:
-        count = manifest["passes"] * (manifest["count"] - 1)
-        found = {name: e["size_bytes"] for name, e in manifest["files"].items()}
-        sizes = {name: n * count for name, n in _record_bytes(manifest).items()}
-        offsets, length = manifest["offsets"], manifest["context_length"]
-        is_sound = (
-            all(manifest[key] > 0 for key in _SIZES)
-            and count > 0
-            and found == sizes
-            and len(offsets) == manifest["passes"]
-            and all(0 <= n < length for n in offsets)
-            and all(isinstance(manifest[key], str) for key in _COMPARED)
-        )
-    except (AttributeError, KeyError, TypeError):
-        is_sound = False
-    if not is_sound:
+    count = manifest["passes"] * (manifest["count"] - 1)
+    found = {name: e["size_bytes"] for name, e in manifest["files"].items()}
+    offsets = manifest["offsets"]
+    if not (
+        all(manifest[key] > 0 for key in _SIZES)
+        and count > 0
+        and found == {name: n * count for name, n in _record_bytes(manifest).items()}
+        and len(offsets) == manifest["passes"]
+        and all(0 <= offset < manifest["context_length"] for offset in offsets)
+    ):
         raise DamagedFileError(
             f"{path} is no {KIND} of this version of gpt_tf. Extract it again."
         )
-
-
-def _check_teacher(teacher, tokenizer, context_length):
-    check_language_model(teacher, "teacher")
-    if tokenizer.vocab_size > teacher.vocab_size:
-        raise InputError(
-            f"A tokenizer of at most the teacher's {teacher.vocab_size} tokens was "
-            f"expected. Received: one of {tokenizer.vocab_size}. Use the teacher's."
-        )
-    most = teacher.context_length
-    arguments.integer("context_length", context_length, 1, most, or_none=True)
 
 
 def _check_written_with(tokenizer, token_file):
@@ -661,12 +568,4 @@ def _check_written_with(tokenizer, token_file):
             f"{token_file.path} expects the tokenizer that it was written with. "
             f"Received: another one, of {tokenizer.vocab_size} tokens. Encode the text "
             "with this tokenizer first."
-        )
-
-
-def _check_top_k(top_k, vocab_size):
-    if top_k > vocab_size:
-        raise InputError(
-            f"`top_k` expects at most {vocab_size}, the size of the vocabulary. "
-            f"Received: {top_k}."
         )

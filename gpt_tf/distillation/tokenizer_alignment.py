@@ -5,7 +5,7 @@ teacher's probabilities are carried over piece by piece. Of any other pair only 
 places are found at which both have a token end.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,17 +22,14 @@ _SORT_VALUES = 1 << 21
 def derive_tokenizer(tokenizer: BPETokenizer, vocab_size: int) -> BPETokenizer:
     """Keep the first merges of a tokenizer, for a student of a smaller vocabulary.
 
-    `student.encode(text)` is then the pieces (`pieces_of`) of
-    `teacher.encode(text)`, one after the other, for every text:
+    `student.encode(text)` is then the pieces (`pieces_of`) of `teacher.encode(text)`,
+    one after the other, for every text:
 
     1. Byte-pair encoding joins, again and again, the leftmost pair of lowest rank.
-       As long as a pair of the student's merges is left, that pair is one of
-       those, and both do the same. When none is left, the student is done, and the
-       teacher goes on joining what there is. So each teacher token is a run of the
-       student's.
-    2. No join crosses the border of a token of the result. The pair of lowest rank
-       in all the text is, if it lies within a token, the lowest within it; so the
-       joins within a token are those of its bytes alone, and so are its pieces.
+       While a pair of the student's merges is left, both do the same. Then the student
+       is done, and the teacher goes on: each teacher token is a run of the student's.
+    2. No join crosses the border of a token of the result, so the joins within a token,
+       and its pieces, are those of its bytes alone.
 
     Args:
         tokenizer: The teacher's.
@@ -73,8 +70,8 @@ def derive_tokenizer(tokenizer: BPETokenizer, vocab_size: int) -> BPETokenizer:
 def is_derived(teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> bool:
     """Return whether the student's merges are the first ones of the teacher's.
 
-    Whatever else decides about tokens (how text is split into words, added tokens)
-    has to be the same too. The ids may differ.
+    How text is split into words and what tokens are added has to be the same too; the
+    ids may differ.
     """
     try:
         teacher = _content_of(teacher_tokenizer)
@@ -89,15 +86,9 @@ def is_derived(teacher_tokenizer: Tokenizer, student_tokenizer: Tokenizer) -> bo
 def pieces_of(
     teacher_tokenizer: BPETokenizer, student_tokenizer: BPETokenizer
 ) -> list[tuple[int, ...]]:
-    """Return each teacher token as student tokens.
+    """Return each of the `V_t` teacher tokens as ids of a derived student's tokens.
 
-    Args:
-        teacher_tokenizer: Of `V_t` ids.
-        student_tokenizer: Derived from it.
-
-    Returns:
-        `V_t` tuples of student ids: one id for an added token such as the end of
-        text, none for an id without a token.
+    An added token such as the end of text is one id, an id without a token is none.
 
     Raises:
         InputError: The student's tokenizer is not derived from the teacher's.
@@ -131,10 +122,6 @@ def shared_tokens(
 ) -> np.ndarray:
     """Find the teacher token of the same bytes for each student token.
 
-    Args:
-        teacher_tokenizer: Any tokenizer.
-        student_tokenizer: Any other.
-
     Returns:
         Teacher ids `(V_s,)` int64, the lowest if there are several, -1 where there
         is none. End of text corresponds to end of text.
@@ -154,31 +141,6 @@ def shared_tokens(
         teacher_end = teacher_tokenizer.end_of_text_id
         result[end] = -1 if teacher_end is None else teacher_end
     return np.array(result, np.int64)
-
-
-def end_offsets(tokenizer: Tokenizer, ids) -> np.ndarray:
-    """Return the place in the text at which each token ends.
-
-    Args:
-        tokenizer: The one that made the ids.
-        ids: Token ids `(N,)`.
-
-    Returns:
-        Offsets `(N,)` int64 in bytes. The end of text counts as one byte, so that
-        two streams of the same documents keep in step.
-
-    Raises:
-        InputError: The ids are not `(N,)` integers, or no token has one of them.
-
-    Example:
-        >>> end_offsets(tokenizer, tokenizer.encode("low lowest"))
-        array([ 3,  8, 10])
-    """
-    ids = _checked_ids(tokenizer, ids)
-    sizes = np.array([len(data) for data in _token_bytes(tokenizer)], np.int64)
-    if tokenizer.end_of_text_id is not None:
-        sizes[tokenizer.end_of_text_id] = 1
-    return np.cumsum(sizes[ids], dtype=np.int64)
 
 
 class Alignment(NamedTuple):
@@ -214,26 +176,29 @@ def align(
         teacher_tokenizer: The one that made `teacher_ids`.
         student_tokenizer: The one that made `student_ids`.
 
-    Returns:
-        The `Alignment`.
-
     Raises:
-        InputError: The two are not the same text, or an argument holds no ids.
+        InputError: The two are not the same text, or there is no token of some id.
 
     Example:
         >>> align(teacher.encode("low lower"), student.encode("low lower"),
         ...       teacher, student).teacher_index
         array([-1,  0,  0,  0,  0,  1, -1])
     """
-    teacher_ids = _checked_ids(teacher_tokenizer, teacher_ids)
-    student_ids = _checked_ids(student_tokenizer, student_ids)
-    _check_same_text(
-        _text_of(teacher_tokenizer, teacher_ids),
-        _text_of(student_tokenizer, student_ids),
-    )
-    # Where tokens start; of both, the last number is where the text ends.
-    teacher_starts = _with_zero(end_offsets(teacher_tokenizer, teacher_ids))
-    student_starts = _with_zero(end_offsets(student_tokenizer, student_ids))
+    teacher_ids, student_ids = np.asarray(teacher_ids), np.asarray(student_ids)
+    teacher_starts = _starts(teacher_tokenizer, teacher_ids)
+    student_starts = _starts(student_tokenizer, student_ids)
+    teacher_text = _text_of(teacher_tokenizer, teacher_ids)
+    student_text = _text_of(student_tokenizer, student_ids)
+    if teacher_text != student_text:
+        sizes = [
+            f"{sum(map(len, text))} bytes in {len(text)} parts"
+            for text in (teacher_text, student_text)
+        ]
+        raise InputError(
+            "Teacher and student tokens of the same text were expected, both or "
+            f"neither with ends of text. Received: {sizes[0]} and other {sizes[1]}. "
+            "Encode the same documents with both tokenizers."
+        )
     places = student_starts[1:]
     covering = np.searchsorted(teacher_starts, places, side="right") - 1
     known = (covering > 0) & (places < teacher_starts[-1])
@@ -244,6 +209,25 @@ def align(
         known & (token_starts == places),
         np.where(known, np.arange(1, len(places) + 1) - first, 0),
     )
+
+
+def _starts(tokenizer, ids):
+    """Return where in the text each token starts, in bytes, and where the text ends.
+
+    The end of text counts as one byte, so that two streams of the same documents keep
+    in step.
+    """
+    tokenizer.check_ids([int(ids.min()), int(ids.max())])
+    sizes = np.array([len(data) for data in _token_bytes(tokenizer)], np.int64)
+    if tokenizer.end_of_text_id is not None:
+        sizes[tokenizer.end_of_text_id] = 1
+    return np.concatenate([[0], np.cumsum(sizes[ids], dtype=np.int64)])
+
+
+def _text_of(tokenizer, ids) -> list[bytes]:
+    """Return the bytes of each document in a stream."""
+    ends = np.flatnonzero(ids == tokenizer.end_of_text_id)
+    return [tokenizer.decode_bytes(part) for part in np.split(ids, ends)]
 
 
 class VocabularyMap:
@@ -259,13 +243,9 @@ class VocabularyMap:
     minimum at their mean. Each target is the teacher's probability given whether a
     token ended here, so that their mean over the teacher's text is, by the law of
     total probability, its probability given the context alone: forward KL is
-    unbiased.
-
-    That holds because a token which would have ended where the text goes on is left
-    out: how often tokens end is told by how often boundaries come. With
-    `count_ended` such tokens have their share in `rest`, as the chain rule over
-    pieces needs it; a student trained with that share would count it twice, and
-    believe too much in short tokens.
+    unbiased. A token which would have ended where the text goes on is left out: how
+    often tokens end is told by how often boundaries come, and counting it here too
+    would make a student believe too much in short tokens.
 
     Pieces already seen are given as a node: node 0 is the boundary, where none are;
     -1 says that nothing is known. `nodes_for` finds them.
@@ -277,8 +257,6 @@ class VocabularyMap:
     Attributes:
         teacher_vocab_size: `V_t`.
         student_vocab_size: `V_s`.
-        num_nodes: Number of different runs of pieces that a teacher token goes on
-            from, the empty one included.
 
     Raises:
         InputError: The student's tokenizer is not derived from the teacher's.
@@ -287,8 +265,8 @@ class VocabularyMap:
         >>> vocabulary_map = VocabularyMap(teacher, student)
         >>> alignment = align(teacher_ids, student_ids, teacher, student)
         >>> nodes = vocabulary_map.nodes_for(student_ids, alignment)  # (N_s,)
-        >>> rows = probabilities[alignment.teacher_index]             # (N_s, V_t)
-        >>> ids, values, rest = vocabulary_map.top_k(rows, nodes, 32)
+        >>> ids, values, rest = vocabulary_map.top_k(
+        ...     probabilities, alignment.teacher_index, nodes, 32)
     """
 
     def __init__(
@@ -303,25 +281,13 @@ class VocabularyMap:
         self._order = np.array(order)
         self._nodes = _nodes_of([pieces[token] for token in order])
         edges = [
-            (parent, token, child)
+            (parent * self.student_vocab_size + token, child)
             for parent, node in enumerate(self._nodes)
             for token, child in zip(node.tokens, node.children, strict=True)
             if child >= 0
         ]
-        self._edges = np.array(edges, np.int64).reshape(-1, 3)
-        self._edge_keys = self._keys_of(self._edges[:, 0], self._edges[:, 1])
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of nodes."""
-        return len(self._nodes)
-
-    def node_of(self, prefix: Sequence[int]) -> int:
-        """Return the node of pieces already seen, -1 if no teacher token goes on."""
-        node = np.zeros(1, np.int64)
-        for token in prefix:
-            node = self._children_of(node, np.array([token]))
-        return int(node[0])
+        beyond_all = len(self._nodes) * self.student_vocab_size, -1
+        self._keys, self._children = np.array([*edges, beyond_all], np.int64).T
 
     def nodes_for(self, student_ids, alignment: Alignment) -> np.ndarray:
         """Return for each student position what is seen of its teacher token.
@@ -333,132 +299,77 @@ class VocabularyMap:
         Returns:
             Nodes `(N_s,)` int64: -1 where the teacher predicts nothing, or its
             tokens in this text are not cut as `pieces_of` says.
-
-        Raises:
-            InputError: The alignment is that of another number of tokens.
         """
         student_ids = np.asarray(student_ids)
-        _check_aligned(student_ids, alignment)
         nodes = np.where(alignment.at_boundary, 0, -1)
         for depth in range(1, int(alignment.inside.max(initial=0)) + 1):
             rows = np.flatnonzero(alignment.inside == depth)
-            nodes[rows] = self._children_of(nodes[rows - 1], student_ids[rows])
+            keys = nodes[rows - 1] * self.student_vocab_size + student_ids[rows]
+            places = np.searchsorted(self._keys, keys)
+            is_known = self._keys[places] == keys
+            nodes[rows] = np.where(is_known, self._children[places], -1)
         return nodes
 
-    def to_student(
-        self, teacher_probabilities, nodes, *, count_ended: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the probabilities of all student tokens.
-
-        Args:
-            teacher_probabilities: `(N, V_t)`, 0 or more. They are divided by their
-                sum.
-            nodes: What is seen of the teacher's token, `(N,)` integers.
-            count_ended: Whether teacher tokens that end exactly here keep their
-                share, as `rest`. If not, they are left out.
-
-        Returns:
-            known: `(N, V_s)` float64.
-            rest: `(N,)` float64, what is missing to 1: the share of tokens that
-                ended; 1 where nothing is known, since the node is -1 or all tokens
-                that go on have probability 0.
-
-        Raises:
-            InputError: Shape or values are not as above.
-
-        Example:
-            >>> known, rest = vocabulary_map.to_student(probabilities, nodes)
-            >>> np.allclose(known.sum(axis=-1) + rest, 1.0)
-            True
-        """
-        rows = _Rows(self, teacher_probabilities, nodes)
-        known = np.zeros((rows.count, self.student_vocab_size))
-        rest = np.ones(rows.count)
-        for node, chosen in rows.groups():
-            values, ended = rows.shares(node, chosen, count_ended)
-            known[np.ix_(chosen, node.tokens)] = values
-            rest[chosen] = ended
-        return known, rest
-
     def top_k(
-        self, teacher_probabilities, nodes, k: int, *, count_ended: bool = False
+        self, probabilities, rows, nodes, k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the `k` most probable student tokens.
 
         Args:
-            teacher_probabilities: As in `to_student`.
-            nodes: As in `to_student`.
+            probabilities: Of the teacher's tokens, `(M, V_t)`, 0 or more.
+            rows: Which of the `M` each result is of, `(N,)` integers.
+            nodes: What is seen of the teacher's token, `(N,)` integers.
             k: Tokens to keep, 1 to `V_s`.
-            count_ended: As in `to_student`.
 
         Returns:
             ids: `(N, k)` int64, falling in probability, each at most once in a row;
                 tokens of probability 0 where no more can follow.
-            probabilities: `(N, k)` float64.
-            rest: `(N,)` float64, what is missing to 1: the other tokens, and what
-                `to_student` calls rest.
-
-        Raises:
-            InputError: `k` is out of range, or as in `to_student`.
-
-        Example:
-            >>> ids, values, rest = vocabulary_map.top_k(probabilities, nodes, 32)
-            >>> np.allclose(values.sum(axis=-1) + rest, 1.0)
-            True
+            values: Their probabilities, `(N, k)` float64.
+            rest: `(N,)` float64, what is missing to 1: the other tokens; 1 where
+                nothing is known, since the node is -1 or all tokens that go on have
+                probability 0.
         """
-        if not 1 <= k <= self.student_vocab_size:
-            raise InputError(
-                f"`k` expects 1 to {self.student_vocab_size}, the student's "
-                f"vocabulary. Received: {k}. Choose a number in that range."
-            )
-        rows = _Rows(self, teacher_probabilities, nodes)
-        ids = np.tile(np.arange(k), (rows.count, 1))
-        probabilities = np.zeros((rows.count, k))
-        rest = np.ones(rows.count)
-        for node, chosen in rows.groups():
-            values, ended = rows.shares(node, chosen, count_ended)
-            largest, others = _largest(values, k)
+        ids = np.tile(np.arange(k), (len(nodes), 1))
+        values = np.zeros((len(nodes), k))
+        rest = np.ones(len(nodes))
+        for node, chosen in self._groups(nodes):
+            columns = self._order[node.start : node.stop]
+            goes_on = probabilities.T[np.ix_(columns, rows[chosen])].astype(np.float64)
+            shares = np.add.reduceat(goes_on, node.starts, axis=0).T  # (n, S)
+            total = shares.sum(axis=1)
+            is_known = total > 0
+            shares = shares / np.where(is_known, total, 1.0)[:, None]
+            largest, others = _largest(shares, k)
             count = largest.shape[1]
             ids[chosen, :count] = node.tokens[largest]
-            ids[chosen, count:] = _absent_from(node.tokens, k - count)
-            probabilities[chosen, :count] = np.take_along_axis(values, largest, axis=1)
-            rest[chosen] = ended + others
-        return ids, probabilities, rest
+            # The lowest ids that are not among the tokens.
+            room = np.arange(len(node.tokens) + k - count)
+            ids[chosen, count:] = np.setdiff1d(room, node.tokens)[: k - count]
+            values[chosen, :count] = np.take_along_axis(shares, largest, axis=1)
+            rest[chosen] = np.where(is_known, 0.0, 1.0) + others
+        return ids, values, rest
 
-    def _children_of(self, nodes, tokens):
-        """Return the nodes that nodes become by one more piece; -1 if there is none."""
-        keys = self._keys_of(nodes, tokens)
-        places = np.searchsorted(self._edge_keys, keys)
-        children = np.full(len(keys), -1, np.int64)
-        # The key of another node's token would be taken for that of no token.
-        is_token = (tokens >= 0) & (tokens < self.student_vocab_size)
-        inside = np.flatnonzero(is_token & (places < len(self._edge_keys)))
-        found = inside[self._edge_keys[places[inside]] == keys[inside]]
-        children[found] = self._edges[places[found], 2]
-        return children
-
-    def _keys_of(self, nodes, tokens):
-        return nodes.astype(np.int64) * self.student_vocab_size + tokens
+    def _groups(self, nodes) -> Iterator[tuple["_Node", np.ndarray]]:
+        """Yield nodes and the rows at each, in parts that fit the memory."""
+        by_node = np.argsort(nodes, kind="stable")
+        found, firsts = np.unique(nodes[by_node], return_index=True)
+        for index, rows in zip(found, np.split(by_node, firsts[1:]), strict=False):
+            if index < 0:
+                continue
+            node = self._nodes[index]
+            size = max(1, _SORT_VALUES // (node.stop - node.start))
+            for start in range(0, len(rows), size):
+                yield node, rows[start : start + size]
 
 
 class _Node(NamedTuple):
-    """Sorted teacher tokens that begin with the same pieces.
+    """Sorted teacher tokens that begin with the same pieces, and go on after them."""
 
-    Attributes:
-        start: The first of them that goes on, after those that end here.
-        stop: After the last.
-        ended: How many end here.
-        tokens: Student tokens by which they go on, rising, `(S,)`.
-        starts: Where the teacher tokens of each begin, `(S,)`, `start` being 0.
-        children: Their nodes, -1 where all teacher tokens end.
-    """
-
-    start: int
-    stop: int
-    ended: int
-    tokens: np.ndarray
-    starts: np.ndarray
-    children: list[int]
+    start: int  # the first of them
+    stop: int  # after the last
+    tokens: np.ndarray  # student tokens by which they go on, rising, (S,)
+    starts: np.ndarray  # where the teacher tokens of each begin, from `start` on, (S,)
+    children: list[int]  # their nodes, -1 where all teacher tokens end
 
 
 def _nodes_of(pieces: list[tuple[int, ...]]) -> list[_Node]:
@@ -480,91 +391,20 @@ def _nodes_of(pieces: list[tuple[int, ...]]) -> list[_Node]:
                 spans.append((start + begin, start + end, depth + 1))
         tokens = np.array([nexts[i] for i in starts], np.int64)
         starts = np.array(starts, np.int64)
-        nodes.append(_Node(start, stop, start - first, tokens, starts, children))
+        nodes.append(_Node(start, stop, tokens, starts, children))
     return nodes
-
-
-class _Rows:
-    """Rows of teacher probabilities, to be summed up at their nodes."""
-
-    def __init__(self, owner: VocabularyMap, probabilities, nodes):
-        self._order = owner._order
-        self._all = owner._nodes
-        self._probabilities = np.asarray(probabilities)
-        self._chosen = np.asarray(nodes)
-        self.count = len(self._chosen)
-        self._check(owner.teacher_vocab_size)
-
-    def _check(self, width):
-        shape, values = (self.count, width), self._probabilities
-        if values.shape != shape or self._chosen.ndim != 1:
-            raise InputError(
-                f"Probabilities of all {width} teacher tokens and one node for each "
-                f"row were expected. Received: shapes {values.shape} and "
-                f"{self._chosen.shape}. Cut a padded vocabulary to the tokenizer's."
-            )
-        # Comparisons with NaN are false.
-        if values.size and not (values.min() >= 0 and values.max() < np.inf):
-            raise InputError(
-                "`teacher_probabilities` expects numbers of 0 or more. Received: "
-                f"{values.min()} to {values.max()}. Take the softmax of logits."
-            )
-        if self.count and not -1 <= self._chosen.min() <= self._chosen.max() < len(
-            self._all
-        ):
-            raise InputError(
-                f"Nodes run from -1 to {len(self._all) - 1}. Received: "
-                f"{self._chosen.min()} to {self._chosen.max()}. Take those of "
-                "`nodes_for`, of this map."
-            )
-
-    def groups(self) -> Iterator[tuple[_Node, np.ndarray]]:
-        """Yield nodes and the rows at each, in parts that fit the memory."""
-        by_node = np.argsort(self._chosen, kind="stable")
-        nodes, firsts = np.unique(self._chosen[by_node], return_index=True)
-        for index, rows in zip(nodes, np.split(by_node, firsts[1:]), strict=False):
-            if index < 0:
-                continue
-            node = self._all[index]
-            size = max(1, _SORT_VALUES // (node.stop - node.start + node.ended))
-            for start in range(0, len(rows), size):
-                yield node, rows[start : start + size]
-
-    def shares(self, node: _Node, rows, count_ended):
-        """Return what goes on with each of the node's tokens, and what does not."""
-        values = np.zeros((len(rows), len(node.tokens)))
-        if len(node.tokens):
-            goes_on = self._sorted(rows, node.start, node.stop)
-            values = np.add.reduceat(goes_on, node.starts, axis=0).T  # (n, S)
-        ended = np.zeros(len(rows))
-        if count_ended and node.ended:
-            ended = self._sorted(rows, node.start - node.ended, node.start).sum(axis=0)
-        total = values.sum(axis=1) + ended
-        is_known = total > 0
-        total[~is_known] = 1.0
-        return values / total[:, None], np.where(is_known, ended / total, 1.0)
-
-    def _sorted(self, rows, start, stop):
-        """Return probabilities of sorted teacher tokens `(stop - start, n)`."""
-        columns = self._order[start:stop]
-        return self._probabilities[rows].T[columns].astype(np.float64)
 
 
 def _largest(values, k):
     """Return the columns of the `k` largest, falling, and the sum of the others."""
     k = min(k, values.shape[1])
-    columns = np.argpartition(-values, k - 1, axis=1) if k else np.zeros((1, 0), int)
+    columns = np.argpartition(-values, k - 1, axis=1)
     others = np.take_along_axis(values, columns[:, k:], axis=1).sum(axis=1)
     largest = np.sort(columns[:, :k], axis=1)  # equal ones stay in order
     falling = np.argsort(
         -np.take_along_axis(values, largest, axis=1), axis=1, kind="stable"
     )
     return np.take_along_axis(largest, falling, axis=1), others
-
-
-def _absent_from(tokens, count) -> np.ndarray:
-    """Return the lowest ids that are not among some tokens."""
-    return np.setdiff1d(np.arange(len(tokens) + count), tokens)[:count]
 
 
 def _content_of(tokenizer: Tokenizer) -> dict:
@@ -625,50 +465,3 @@ def _first_tokens(merges, vocabulary, vocab_size) -> tuple[set[str], int]:
 
 def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     return [tokenizer.decode_bytes([index]) for index in range(tokenizer.vocab_size)]
-
-
-def _checked_ids(tokenizer: Tokenizer, ids) -> np.ndarray:
-    ids = np.asarray(ids)
-    if not ids.size:
-        ids = ids.astype(np.int64)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise InputError(
-            f"Token ids of shape (N,) were expected. Received: {ids.dtype} of shape "
-            f"{ids.shape}. Give the ids of one stream of tokens."
-        )
-    if ids.size:
-        tokenizer.check_ids([int(ids.min()), int(ids.max())])
-    return ids
-
-
-def _with_zero(offsets) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), offsets])
-
-
-def _text_of(tokenizer: Tokenizer, ids) -> list[bytes]:
-    """Return the bytes of each document in a stream."""
-    ends = np.flatnonzero(ids == tokenizer.end_of_text_id)
-    return [tokenizer.decode_bytes(part) for part in np.split(ids, ends)]
-
-
-def _check_same_text(teacher: list[bytes], student: list[bytes]) -> None:
-    if teacher == student:
-        return
-    sizes = [f"{sum(map(len, d))} bytes in {len(d)} parts" for d in (teacher, student)]
-    pairs = zip(teacher, student, strict=False)
-    where = next((i for i, (t, s) in enumerate(pairs) if t != s), None)
-    where = "one goes on longer" if where is None else f"part {where} differs"
-    raise InputError(
-        "Teacher and student tokens of the same text were expected, both or neither "
-        f"with ends of text. Received: {sizes[0]} and {sizes[1]}; {where}. Encode the "
-        "same documents with both tokenizers."
-    )
-
-
-def _check_aligned(student_ids, alignment: Alignment) -> None:
-    if len(student_ids) != len(alignment.teacher_index):
-        raise InputError(
-            f"The alignment of {len(student_ids)} student tokens was expected. "
-            f"Received: that of {len(alignment.teacher_index)}. Take what `align` "
-            "returned for these tokens."
-        )

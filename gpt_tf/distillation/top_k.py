@@ -2,9 +2,8 @@
 
 A record is the teacher's `k` most probable next tokens and `k + 1` codes: one byte for
 each of their probabilities and one for what remains of the mass. `SameVocabulary`,
-`DerivedVocabulary` and `SortedProbabilities` make records, the latter two for a student
-of another tokenizer; `logits_from_top_k` and `logits_from_sorted` complete what was
-read to whole distributions.
+`DerivedVocabulary` and `SortedProbabilities` make records; `logits_from_top_k` and
+`logits_from_sorted` complete what was read to whole distributions.
 """
 
 import numpy as np
@@ -21,9 +20,6 @@ _SCALE = 64.0
 _IMPROBABLE = 255
 # Log-probabilities from here down say that nothing is known of an entry.
 _UNKNOWN = -1e8
-
-# Probabilities that are carried to the student's tokens at once.
-_MAPPED_VALUES = 1 << 24
 
 
 def codes_of(probabilities) -> np.ndarray:
@@ -54,10 +50,7 @@ def codes_of(probabilities) -> np.ndarray:
 
 
 def log_probabilities_of(codes) -> tf.Tensor:
-    """Read codes, eagerly or in a graph.
-
-    Args:
-        codes: `(..., k + 1)` uint8.
+    """Read codes `(..., k + 1)`, eagerly or in a graph.
 
     Returns:
         Log-probabilities `(..., k + 1)` float32 that make up 1. Next to nothing is
@@ -80,12 +73,9 @@ def unknown(count: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
 class SameVocabulary:
     """Records of teacher and student with one tokenizer: a position is a position.
 
-    Args:
-        top_k: `k`, tokens to keep.
-        vocab_size: `V`, number of logits.
-
     Attributes:
         name: What the manifest calls it.
+        top_k: `k`, tokens to keep.
         vocab_size: Number of ids that the records may hold.
     """
 
@@ -96,11 +86,7 @@ class SameVocabulary:
         self.vocab_size = vocab_size
 
     def settled(self, position):
-        """Return how many records are final when the teacher has come to a position.
-
-        Records are made in the order of the text; those of the teacher's positions
-        before `position` are then all made.
-        """
+        """Return how many records are made of the teacher's positions before one."""
         return position
 
     def outputs(self, logits):
@@ -110,23 +96,17 @@ class SameVocabulary:
     def records(self, first, ids, values, rest):
         """Return ids `(n, k)` and codes `(n, k + 1)` of the next records.
 
-        Args:
-            first: Teacher position of the first row.
-            ids, values, rest: What `outputs` gave, cut to the text.
+        The first is of teacher position `first`; the rest is what `outputs` gave.
         """
         return ids, codes_of(np.concatenate([values, rest[:, None]], axis=1))
 
 
 class _OtherVocabulary:
-    """Records of the student's positions, told by a teacher of other tokens.
+    """Records of the student's positions, by a teacher of other tokens.
 
-    Args:
-        top_k: `k`, probabilities to keep.
-        alignment: Of the teacher's and the student's tokens.
-        nodes: What is seen of the teacher's token at each student position, `(N,)`;
-            -1 where nothing is to be said.
-        teacher_vocab_size: `V_t` of its tokenizer; a model may have more logits.
-        vocab_size: `V_s`.
+    The methods are those of `SameVocabulary`. `nodes` `(N,)` say what is seen of the
+    teacher's token at each student position, -1 where nothing is to be said;
+    `teacher_vocab_size` is of its tokenizer, a model may have more logits.
     """
 
     def __init__(
@@ -141,21 +121,21 @@ class _OtherVocabulary:
         self._reached = np.maximum.accumulate(self._index)
 
     def settled(self, position):
-        """As of `SameVocabulary`."""
         return int(np.searchsorted(self._reached, position))
 
-    def probabilities(self, logits):
-        """Return probabilities `(N, V_t)` of logits of a possibly padded vocabulary."""
-        return tf.nn.softmax(logits[:, : self.teacher_vocab_size])
-
     def records(self, first, *outputs):
-        """As of `SameVocabulary`, of the student's positions."""
         start, stop = self.settled(first), self.settled(first + len(outputs[0]))
         ids, codes = unknown(stop - start, self.top_k)
-        known = np.flatnonzero(self._nodes[start:stop] >= 0)
+        nodes = self._nodes[start:stop]
+        known = np.flatnonzero(nodes >= 0)
         rows = self._index[start:stop][known] - first
-        self._tell(ids, codes, known, rows, self._nodes[start:stop][known], outputs)
+        ids[known], values, rest = self._told(rows, nodes[known], *outputs)
+        codes[known] = codes_of(np.concatenate([values, rest[:, None]], axis=1))
         return ids, codes
+
+    def _probabilities(self, logits):
+        """Return probabilities `(N, V_t)` of logits of a possibly padded vocabulary."""
+        return tf.nn.softmax(logits[:, : self.teacher_vocab_size])
 
 
 class DerivedVocabulary(_OtherVocabulary):
@@ -174,19 +154,10 @@ class DerivedVocabulary(_OtherVocabulary):
         self._map = vocabulary_map
 
     def outputs(self, logits):
-        """As of `SameVocabulary`."""
-        return (self.probabilities(logits),)
+        return (self._probabilities(logits),)
 
-    def _tell(self, ids, codes, known, rows, nodes, outputs):
-        size = max(1, _MAPPED_VALUES // self.teacher_vocab_size)
-        for start in range(0, len(known), size):
-            part = slice(start, start + size)
-            found, values, rest = self._map.top_k(
-                outputs[0][rows[part]], nodes[part], self.top_k
-            )
-            ids[known[part]] = found
-            told = codes_of(np.concatenate([values, rest[:, None]], axis=1))
-            codes[known[part]] = told
+    def _told(self, rows, nodes, probabilities):
+        return self._map.top_k(probabilities, rows, nodes, self.top_k)
 
 
 class SortedProbabilities(_OtherVocabulary):
@@ -205,17 +176,14 @@ class SortedProbabilities(_OtherVocabulary):
         super().__init__(top_k, alignment, nodes, teacher_vocab_size, vocab_size)
 
     def outputs(self, logits):
-        """As of `SameVocabulary`."""
-        return _largest(self.probabilities(logits), self.top_k)[1:]
+        return _largest(self._probabilities(logits), self.top_k)[1:]
 
-    def _tell(self, ids, codes, known, rows, nodes, outputs):
-        values, rest = outputs
-        told = np.concatenate([values[rows], rest[rows, None]], axis=1)
-        codes[known] = codes_of(told)
+    def _told(self, rows, nodes, values, rest):
+        return 0, values[rows], rest[rows]
 
 
 def _largest(probabilities, k):
-    """Return the `k` largest of `(N, V)`, falling, and the sum of all others.
+    """Return ids and values of the `k` largest of `(N, V)`, and the sum of the others.
 
     `1 - sum` would leave nothing but rounding of a small remainder.
     """
@@ -225,22 +193,20 @@ def _largest(probabilities, k):
     values, ids = map(ops.keep, tf.math.top_k(probabilities, k))  # (N, k)
     smallest = values[:, -1:]
     below = tf.where(probabilities < smallest, probabilities, 0.0)
-    tied = _count(probabilities == smallest) - _count(values == smallest)
+    tied = tf.math.count_nonzero(
+        probabilities == smallest, axis=-1, dtype=tf.float32
+    ) - tf.math.count_nonzero(values == smallest, axis=-1, dtype=tf.float32)
     return ids, values, tf.reduce_sum(below, axis=-1) + tied * smallest[:, 0]
-
-
-def _count(where):
-    return tf.reduce_sum(tf.cast(where, tf.float32), axis=-1)
 
 
 def logits_from_top_k(ids, log_probs, student_logits):
     """Complete the largest probabilities of a teacher to whole distributions.
 
     The remaining mass is given the shape that the student's own distribution has over
-    the remaining tokens. So what was left out moves nothing among them: the gradient
-    of the forward KL is that of a divergence over `k + 1` outcomes, and the loss is
-    smaller than with the whole teacher by exactly `rest * KL(teacher || student)` of
-    the two distributions over the remaining tokens.
+    the remaining tokens, so that what was left out moves nothing among them: the
+    gradient of the forward KL is that of a divergence over `k + 1` outcomes, and the
+    loss is smaller than with the whole teacher by exactly
+    `rest * KL(teacher || student)` of the two distributions over the remaining tokens.
 
     Args:
         ids: `(B, T, k)` int32, token ids; those whose log-probability is at or below
@@ -270,11 +236,12 @@ def logits_from_top_k(ids, log_probs, student_logits):
 def logits_from_sorted(log_probs, width):
     """Complete sorted probabilities to distributions whose order alone counts.
 
-    The remaining mass is spread evenly over the tokens that are left.
+    The remaining mass is spread evenly over the tokens of a vocabulary of `width` that
+    are left.
 
     Args:
         log_probs: `(B, T, k + 1)` float32, falling, the last of the remaining mass.
-        width: Size of a vocabulary; at least `k + 1` entries are returned.
+        width: Size of the vocabulary.
 
     Returns:
         `(B, T, max(width, k + 1))` float32, log-probabilities.

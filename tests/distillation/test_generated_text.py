@@ -10,17 +10,15 @@ from gpt_tf.text.dataset import TokenFile
 
 
 @pytest.fixture
-def written(trained):
-    """Let the tiny trained model write."""
+def written(trained, monkeypatch):
+    """Let the tiny trained model write, which repeats itself a lot."""
     tokens = TokenFile.open(trained.out / "data" / "train.tokens").tokens
+    monkeypatch.setattr(generated_text, "_BATCH_SIZE", 4)
+    monkeypatch.setattr(generated_text, "_MAX_REPETITION", 1.0)
 
     def write(num_tokens, **options):
-        options = {"prompt_length": 8, "batch_size": 4, "max_repetition": 1.0} | options
-        return list(
-            written_documents(
-                trained.model, trained.tokenizer, tokens, num_tokens, **options
-            )
-        )
+        given = trained.model, trained.tokenizer, tokens, num_tokens
+        return list(written_documents(*given, **{"prompt_length": 8, **options}))
 
     return write
 
@@ -41,14 +39,12 @@ def test_each_document_begins_with_real_text(trained, written):
         assert trained.tokenizer.decode(start) in text
 
 
-def test_the_text_goes_on_as_the_teacher_would(trained, written):
-    document = written(20, seed=1, temperature=0.0)[0]
-    ids = trained.tokenizer.encode(document.text)
+def test_the_text_goes_on_as_the_teacher_would(trained, written, monkeypatch):
+    monkeypatch.setattr(generated_text, "_TOP_P", 1e-9)
+    ids = trained.tokenizer.encode(written(20, seed=1)[0].text)
     logits = trained.model.predict(np.array([ids]), verbose=0)[0]
-    likeliest = logits.argmax(-1)[8:-1]
-    assert (
-        likeliest == np.array(ids[9:])
-    ).mean() > 0.7  # but where tokens fell together
+    is_top_1 = logits.argmax(-1)[8:-1] == np.array(ids[9:])
+    assert is_top_1.mean() > 0.7  # but where tokens fell together
 
 
 def test_what_repeats_itself_is_left_out(written, monkeypatch):
@@ -60,7 +56,8 @@ def test_what_repeats_itself_is_left_out(written, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(generated_text, "repetition", next_share)
-    documents = written(200, seed=3, max_repetition=0.2)
+    monkeypatch.setattr(generated_text, "_MAX_REPETITION", 0.2)
+    documents = written(200, seed=3)
     assert len(documents) == sum(share <= 0.2 for share in seen)
     assert len(seen) > len(documents)
 
@@ -73,25 +70,12 @@ def test_repetition_is_the_share_of_runs_seen_before():
 
 def test_a_teacher_that_only_repeats_itself_ends_with_a_message(written, monkeypatch):
     monkeypatch.setattr(generated_text, "repetition", lambda ids: 1.0)
+    monkeypatch.setattr(generated_text, "_MAX_REPETITION", 0.2)
     with pytest.raises(InputError, match="repeats itself in over 20%"):
-        written(50, max_repetition=0.2)
+        written(50)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prompt_length": 0}, "`prompt_length`"),
-        ({"prompt_length": 32}, "shorter than the context"),
-        ({"max_repetition": 1.5}, "`max_repetition`"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(written, options, message):
-    with pytest.raises(InputError, match=message):
-        written(10, **options)
-
-
-def test_progress_rises(written):
-    seen = []
-    written(150, on_progress=seen.append)
-    assert all(a < b for a, b in itertools.pairwise(seen))
-    assert seen[-1] >= 150
+@pytest.mark.parametrize("prompt_length", [0, 32])
+def test_beginnings_of_another_length_are_refused(written, prompt_length):
+    with pytest.raises(InputError, match="shorter than the context"):
+        written(10, prompt_length=prompt_length)

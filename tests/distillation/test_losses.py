@@ -76,7 +76,8 @@ STATED = {
     losses.universal_logit_distance: stated_universal_logit,
 }
 EVERY = pytest.mark.parametrize("loss", STATED, ids=lambda loss: loss.__name__)
-DIVERGENCES = [loss for loss in STATED if loss is not losses.universal_logit_distance]
+# Without a corner where the two are equal.
+SMOOTH = [*STATED][:3] + [losses.skewed_kl, losses.skewed_reverse_kl]
 
 
 def pair_of(seed, rows=5, width=7, size=2.0):
@@ -147,7 +148,7 @@ def test_equal_logits_have_no_distance_and_a_gradient_of_nothing(loss):
     np.testing.assert_allclose(value, 0, atol=1e-6)
     gradient = tape.gradient(value, logits).numpy()
     assert np.isfinite(gradient).all()
-    if loss in DIVERGENCES and loss is not losses.total_variation:
+    if loss in SMOOTH:
         np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
@@ -161,12 +162,6 @@ def test_equal_logits_of_many_tokens_have_no_distance_when_softened(loss):
 def test_almost_equal_logits_have_a_distance_when_softened(loss):
     logits = tf.constant(pair_of(10, rows=3, width=20_000, size=3.0)[0], tf.float32)
     assert loss(logits, 1.1 * logits, 20.0).numpy().min() > 5e-4
-
-
-@pytest.mark.parametrize("loss", DIVERGENCES, ids=lambda loss: loss.__name__)
-def test_a_divergence_is_not_negative(loss):
-    teacher, student = pair_of(5, rows=200, size=4.0)
-    assert loss(teacher, student).numpy().min() >= -1e-6
 
 
 @EVERY
@@ -206,25 +201,6 @@ def test_the_gradient_keeps_its_size_as_the_temperature_grows(loss):
         return float(tf.norm(tape.gradient(value, student)))
 
     assert 0.3 < norm(20.0) / norm(1.0) < 3.0
-
-
-def test_near_its_ends_jensen_shannon_is_one_of_the_two():
-    teacher, student = pair_of(8)
-    for weight, loss in ((1e-4, losses.forward_kl), (1 - 1e-4, losses.reverse_kl)):
-        found = losses.jensen_shannon(teacher, student, weight=weight).numpy()
-        np.testing.assert_allclose(found / 1e-4, loss(teacher, student), rtol=2e-2)
-
-
-def test_with_little_skew_the_skewed_are_the_plain_ones():
-    teacher, student = pair_of(8)
-    for skewed, plain in (
-        (losses.skewed_kl, losses.forward_kl),
-        (losses.skewed_reverse_kl, losses.reverse_kl),
-    ):
-        wanted = plain(teacher, student)
-        near, far = (skewed(teacher, student, skew=skew) for skew in (1e-5, 0.1))
-        np.testing.assert_allclose(near, wanted, rtol=1e-2)
-        assert np.abs(far / wanted - 1).max() > 1e-1
 
 
 def test_sorted_probabilities_do_not_ask_for_their_tokens():
@@ -274,16 +250,6 @@ def test_attention_is_compared_with_heads_averaged():
     assert found.shape == (2, 5)
 
 
-def test_attention_notices_another_key():
-    teacher = outputs(1, 1, 4).attentions[0].numpy()
-    student = teacher.copy()
-    np.testing.assert_allclose(losses.attention_distance(teacher, student), 0)
-    student[0, :, 3, :2] = student[0, :, 3, 1::-1]
-    found = losses.attention_distance(teacher, student).numpy()
-    assert found[0, 3] > 1e-3
-    assert np.count_nonzero(found) == 1
-
-
 INNER = pytest.mark.parametrize(
     ("distance", "kind"),
     [
@@ -314,15 +280,6 @@ def test_inside_the_model_too_only_the_student_gets_a_finite_gradient(
     assert of_teacher is None
     assert np.isfinite(of_student).all()
     assert (value.numpy() == 0) == equal
-
-
-@INNER
-def test_inside_the_model_too_half_precision_is_computed_in_float32(distance, kind):
-    teacher, student = (getattr(outputs(seed, 1, 4), kind)[0] for seed in (1, 2))
-    halves = [tf.cast(x, tf.float16) for x in (teacher, student)]
-    found = distance(*halves)
-    assert found.dtype == tf.float32
-    np.testing.assert_allclose(found, distance(teacher, student), rtol=2e-2, atol=2e-3)
 
 
 def test_hidden_states_pass_through_learned_projections():
@@ -356,25 +313,6 @@ def test_projections_belong_to_one_pair():
         loss.build_for(TEACHER, {**STUDENT, "num_layers": 3})
 
 
-def test_equal_widths_begin_with_the_identity():
-    loss = losses.HiddenStates()
-    loss.build_for(TEACHER, {**STUDENT, "embedding_dim": 6})
-    np.testing.assert_array_equal(loss.trainable_weights[0], np.eye(6))
-
-
-@pytest.mark.parametrize(
-    ("kind", "pairs"),
-    [
-        (losses.HiddenStates, [(0, 0), (1, 2), (2, 4)]),
-        (losses.AttentionTransfer, [(0, 0), (1, 3)]),
-    ],
-)
-def test_evenly_spaced_the_last_stands_beside_the_last(kind, pairs):
-    loss = kind()
-    loss.build_for(TEACHER, STUDENT)
-    assert loss.pairs == pairs
-
-
 @pytest.mark.parametrize(
     ("total", "count", "taken"),
     [
@@ -401,9 +339,10 @@ def test_attention_is_compared_in_the_blocks_that_a_student_takes(
 
 def test_hidden_states_are_spaced_by_the_same_rule():
     states = losses.HiddenStates()
-    states.build_for({**TEACHER, "num_layers": 5}, STUDENT)
+    states.build_for({**TEACHER, "num_layers": 5}, {**STUDENT, "embedding_dim": 6})
     assert states.pairs == [*enumerate(losses.evenly_spaced(6, 3))]
     assert states.pairs == [(0, 0), (1, 3), (2, 5)]
+    np.testing.assert_array_equal(states.trainable_weights[0], np.eye(6))
 
 
 @pytest.mark.parametrize(
@@ -412,8 +351,6 @@ def test_hidden_states_are_spaced_by_the_same_rule():
         (losses.HiddenStates, [(3, 0)], "student from 0 to 2. Received: 3"),
         (losses.HiddenStates, {0: 5}, "teacher from 0 to 4. Received: 5"),
         (losses.AttentionTransfer, {1: 4}, "teacher from 0 to 3. Received: 4"),
-        (losses.AttentionTransfer, [(-1, 0)], "student"),
-        (losses.HiddenStates, [], "`layer_map` expects"),
         (losses.HiddenStates, "oddly", "`layer_map` expects"),
         (losses.HiddenStates, [(0.6, 1.7)], "`layer_map` expects"),
         (losses.HiddenStates, [(0, 1, 2)], "`layer_map` expects"),
@@ -457,28 +394,23 @@ def test_a_saved_loss_is_the_same_loss(loss):
 
 
 @pytest.mark.parametrize(
-    ("loss", "stated"),
+    ("loss", "function", "options"),
     [
-        ("forward_kl", stated_forward_kl),
-        (
-            losses.JensenShannon(0.3),
-            lambda a, b, t: stated_jensen_shannon(a, b, t, 0.3),
-        ),
-        (losses.SkewedKL(0.2), lambda a, b, t: stated_skewed_kl(a, b, t, 0.2)),
-        (
-            losses.SkewedReverseKL(0.2),
-            lambda a, b, t: stated_skewed_reverse_kl(a, b, t, 0.2),
-        ),
+        ("forward_kl", losses.forward_kl, {}),
+        (losses.JensenShannon(0.3), losses.jensen_shannon, {"weight": 0.3}),
+        (losses.SkewedKL(0.2), losses.skewed_kl, {"skew": 0.2}),
+        (losses.SkewedReverseKL(0.2), losses.skewed_reverse_kl, {"skew": 0.2}),
         (
             keras.losses.KLDivergence(),
             lambda a, b, t: kl(softmax(a, t), softmax(b, t)),
+            {},
         ),
     ],
 )
-def test_objects_compute_their_functions(loss, stated):
+def test_objects_compute_their_functions(loss, function, options):
     teacher, student = outputs(1, 4, 6), outputs(2, 2, 4)
     found = losses.get(loss)(teacher, student, 2.0)
-    wanted = stated(teacher.logits.numpy(), student.logits.numpy(), 2.0)
+    wanted = function(teacher.logits, student.logits, 2.0, **options)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -492,16 +424,6 @@ def test_a_sum_weighs_its_terms():
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-def test_every_name_is_a_loss():
-    for name, kind in losses.NAMES.items():
-        assert type(losses.get(name)) is kind
-
-
-def test_a_sum_wants_what_its_terms_want():
-    loss = losses.get([("forward_kl", 1.0), ("attention_transfer", 1.0)])
-    assert loss.wants == {"logits", "attentions"}
-
-
 # Bad input
 
 
@@ -509,34 +431,22 @@ def test_a_sum_wants_what_its_terms_want():
     ("make", "message"),
     [
         (lambda: losses.JensenShannon(1.0), "`weight`"),
-        (lambda: losses.SkewedKL(0.0), "`skew`"),
         (lambda: losses.SkewedReverseKL(float("nan")), "`skew`"),
         (lambda: losses.WeightedSum([("forward_kl", 0.0)]), "`weight`"),
         (lambda: losses.jensen_shannon([0.0], [0.0], weight=0.0), "`weight`"),
         (lambda: losses.skewed_kl([0.0], [0.0], skew=1.0), "`skew`"),
-        (lambda: losses.skewed_reverse_kl([0.0], [0.0], skew=2.0), "`skew`"),
+        (lambda: losses.forward_kl([0.0], [0.0], 0.0), "`temperature`"),
         (lambda: losses.WeightedSum([]), "pairs of a loss and a weight"),
         (lambda: losses.get(["forward_kl", "reverse_kl"]), "pairs of a loss"),
-        (lambda: losses.get([("forward_kl",)]), "pairs of a loss"),
-        (lambda: losses.get([1, 2]), "pairs of a loss"),
         (lambda: losses.get({"name": "forward_kl"}), "`class_name`"),
         (lambda: losses.get("no_loss"), "'no_loss'"),
+        (lambda: losses.get(3), "Received: int"),
+        (lambda: losses.OnProbabilities("kl"), "a loss of tf_keras"),
     ],
 )
-def test_values_out_of_range_are_refused(make, message):
+def test_what_is_no_loss_is_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
-
-
-def test_what_is_no_loss_is_refused():
-    with pytest.raises(InputTypeError, match="Received: int"):
-        losses.get(3)
-
-
-@pytest.mark.parametrize("loss", ["kl", None, keras.layers.Dense(1)])
-def test_what_is_no_loss_of_probabilities_is_refused(loss):
-    with pytest.raises(InputTypeError, match="a loss of tf_keras"):
-        losses.OnProbabilities(loss)
 
 
 @pytest.mark.parametrize("take", [losses.get, losses.OnProbabilities])

@@ -5,7 +5,7 @@ import tf_keras as keras
 from gpt_tf import GPTModel
 from gpt_tf.distillation import student
 from gpt_tf.distillation.student import layer_importance, make_student
-from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.errors import InputError
 from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.next_token import NextTokenLoss
 from gpt_tf.quantization.qat import quantize_aware
@@ -40,49 +40,16 @@ def loss_of(model, inputs, labels):
     return float(NextTokenLoss()(labels, model(inputs)))
 
 
-def silence(model, heads=(), units=(), channels=()):
-    """Let heads, units and channels of a GPT do nothing, wherever they stand."""
-    parts = parts_of(model)
-    silent = list(channels)
-    for block in parts.blocks:
-        output = block.output_kernel.numpy()
-        output.reshape(block.num_heads, block.head_dim, -1)[list(heads)] = 0
-        down, up = block.down_kernel.numpy(), block.up_kernel.numpy()
-        down[list(units)] = 0
-        qkv = block.qkv_kernel.numpy()
-        for values in (output.T, down.T, qkv, up):
-            values[silent] = 0
-        block.output_kernel.assign(output)
-        block.down_kernel.assign(down)
-        block.qkv_kernel.assign(qkv)
-        block.up_kernel.assign(up)
-
-
 # The whole, and parts that do nothing
 
 
-@pytest.mark.parametrize("layers", ["evenly", "first", "last", "importance"])
+@pytest.mark.parametrize("layers", ["evenly", "first", "importance"])
 def test_a_student_of_all_is_the_teacher(teacher, ids, layers):
     student = make_student(teacher, layers=layers, inputs=ids)
     np.testing.assert_array_equal(student(ids), teacher(ids))
     weight = parts_of(student).blocks[2].up_bias
     weight.assign(weight + 1e-2)
     assert np.abs(student(ids) - teacher(ids)).max() > 1e-4
-
-
-@pytest.mark.parametrize("with_inputs", [True, False])
-def test_heads_and_units_that_do_nothing_may_go(teacher, ids, with_inputs):
-    silence(teacher, heads=[1], units=range(0, 48, 3))
-    student = make_student(
-        teacher, num_heads=2, feedforward_dim=32, inputs=ids if with_inputs else None
-    )
-    # Two heads of the same width together are narrower than the model.
-    assert parts_of(student).blocks[0].head_dim == 6
-    wide = make_student(teacher, feedforward_dim=32, inputs=ids)
-    np.testing.assert_allclose(wide(ids), teacher(ids), atol=1e-4)
-    np.testing.assert_allclose(student(ids), teacher(ids), atol=1e-4)
-    other = make_student(teacher, feedforward_dim=31, inputs=ids)
-    assert np.abs(other(ids) - teacher(ids)).max() > 1e-3
 
 
 def test_dimensions_of_a_head_that_do_nothing_may_go(teacher, ids):
@@ -111,20 +78,6 @@ def test_dimensions_of_a_head_that_do_nothing_may_go(teacher, ids):
     assert np.abs(ours.output_kernel.numpy()).min() > 0
 
 
-def test_channels_that_say_nothing_may_go(teacher, ids):
-    parts = parts_of(teacher)
-    for norm in ("attention_norm", "feedforward_norm"):
-        for block in parts.blocks:
-            for part in ("gamma", "beta"):
-                weight = getattr(block, f"{norm}_{part}")
-                weight.assign(np.where(np.arange(12) == 5, 0, weight.numpy()))
-    student = make_student(teacher, embedding_dim=11, inputs=ids)
-    table = parts.embedding.token_table.numpy()
-    np.testing.assert_array_equal(
-        parts_of(student).embedding.token_table, np.delete(table, 5, axis=1)
-    )
-
-
 @pytest.mark.parametrize("with_inputs", [True, False])
 def test_channels_that_only_the_head_reads_stay(teacher, ids, with_inputs):
     parts = parts_of(teacher)
@@ -151,12 +104,16 @@ def teacher_with_gaps(make_model):
     model.set_weights(
         [w + generator.normal(0, 0.3, w.shape) for w in model.get_weights()]
     )
-    silence(model, heads=[1], units=range(0, 48, 3))
     gone = np.isin(np.arange(12), [2, 7, 8])
     parts = parts_of(model)
     writers = [parts.embedding.token_table, parts.embedding.position_table]
     norms = [parts.norm.gamma, parts.norm.beta]
     for block in parts.blocks:
+        output, down = block.output_kernel.numpy(), block.down_kernel.numpy()
+        output.reshape(block.num_heads, block.head_dim, -1)[1] = 0
+        down[::3] = 0
+        block.output_kernel.assign(output)
+        block.down_kernel.assign(down)
         writers += [block.output_kernel, block.output_bias]
         writers += [block.down_kernel, block.down_bias]
         norms += [block.attention_norm_gamma, block.attention_norm_beta]
@@ -226,12 +183,6 @@ def test_what_is_important_stays(trained, corpus_folder, monkeypatch, sizes):
     assert chosen < loss_where_stays(generator.permutation)
 
 
-def test_what_the_teacher_has_not_begins_as_nothing(teacher, ids):
-    student = make_student(teacher, feedforward_dim=60)
-    np.testing.assert_allclose(student(ids), teacher(ids), atol=1e-5)
-    assert np.abs(parts_of(student).blocks[0].up_kernel.numpy()).min() > 0
-
-
 def test_what_begins_as_nothing_learns(teacher, ids):
     """Heads 6 wide from heads 4 wide; 3 heads of 4 from 2 of 6; more units."""
     wide = make_student(teacher, num_layers=1, num_heads=2, feedforward_dim=60)
@@ -256,10 +207,7 @@ def test_what_begins_as_nothing_learns(teacher, ids):
         ("evenly", 2, [0, 3]),
         ("evenly", 3, [0, 2, 3]),
         ("evenly", 1, [0]),
-        ("every_second", 2, [0, 2]),
         ("first", 2, [0, 1]),
-        ("last", 3, [1, 2, 3]),
-        ("first_and_last", 3, [0, 1, 3]),
         ([1, 2], 2, [1, 2]),
     ],
 )
@@ -271,21 +219,14 @@ def test_the_layers_named_are_taken(teacher, layers, count, taken):
 
 
 def test_importance_is_the_growth_of_the_loss(teacher, ids):
-    labels = np.roll(ids, 1, axis=1)
-    found = layer_importance(teacher, ids, labels)
-    whole = loss_of(teacher, ids, labels)
+    tokens, labels = ids[:, :-1], ids[:, 1:]
+    found = layer_importance(teacher, ids)
+    whole = loss_of(teacher, tokens, labels)
     for index, growth in enumerate(found):
         rest = [i for i in range(4) if i != index]
         without = make_student(teacher, num_layers=3, layers=rest)
-        loss = loss_of(without, ids, labels)
+        loss = loss_of(without, tokens, labels)
         assert growth == pytest.approx(loss - whole, abs=1e-4)
-
-
-def test_labels_are_the_next_tokens_unless_given(teacher, ids):
-    found = layer_importance(teacher, ids)
-    np.testing.assert_array_equal(
-        found, layer_importance(teacher, ids[:, :-1], ids[:, 1:])
-    )
 
 
 def test_importance_is_the_same_in_whatever_pieces(teacher, ids, monkeypatch):
@@ -296,20 +237,6 @@ def test_importance_is_the_same_in_whatever_pieces(teacher, ids, monkeypatch):
     again = make_student(teacher, embedding_dim=8, inputs=ids).get_weights()
     for one, two in zip(cut, again, strict=True):
         np.testing.assert_array_equal(one, two)
-
-
-def test_a_block_that_does_nothing_may_go(teacher, ids):
-    block = parts_of(teacher).blocks[1]
-    for weight in (
-        *(block.output_kernel, block.output_bias),
-        *(block.down_kernel, block.down_bias),
-    ):
-        weight.assign(weight * 0)
-    assert layer_importance(teacher, ids)[1] == pytest.approx(0, abs=1e-6)
-    student = make_student(teacher, num_layers=3, layers=[0, 2, 3])
-    np.testing.assert_allclose(student(ids), teacher(ids), atol=1e-5)
-    block.down_bias.assign(np.arange(12) / 100)
-    assert np.abs(student(ids) - teacher(ids)).max() > 1e-3
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -389,48 +316,28 @@ def test_the_student_trains_and_the_teacher_stays(teacher, ids, tmp_path):
     [
         ({"num_layers": 5}, "`num_layers` expects .* 4. Received: 5"),
         ({"num_layers": 0}, "`num_layers` .* Received: 0"),
-        ({"num_layers": "2"}, "`num_layers` .* Received: '2'"),
         ({"embedding_dim": 16}, "`embedding_dim`"),
-        ({"embedding_dim": 0}, "`embedding_dim`"),
-        ({"embedding_dim": "8"}, "`embedding_dim`"),
-        ({"embedding_dim": 7.5}, "`embedding_dim`"),
-        ({"num_heads": 0}, "`num_heads`"),
-        ({"vocab_size": 0}, "`vocab_size`"),
-        ({"inputs": [[31]]}, "`inputs` expects ids from 0 to 30"),
-        ({"inputs": [[-1]]}, "`inputs` expects ids from 0 to 30"),
-        ({"inputs": [[0] * 17]}, "windows of at most 16"),
-        ({"inputs": [1, 2]}, r"\(N, T\)"),
-        ({"inputs": [[0.5]]}, r"\(N, T\)"),
+        ({"num_heads": 13}, "num_heads"),
         ({"vocab_size": 99}, "`vocab_size`"),
         ({"vocab_size": 20}, "`token_ids`"),
         ({"vocab_size": 3, "token_ids": [1, 2]}, "expects 3 integers"),
+        ({"inputs": [[31]]}, "`inputs` expects ids from 0 to 30"),
+        ({"inputs": [[0] * 17]}, "windows of at most 16"),
+        ({"inputs": [[0.5]]}, r"\(N, T\)"),
+        ({"layers": "importance", "inputs": [[1]]}, "of one token"),
         ({"layers": "middle"}, "'middle'"),
         ({"num_layers": 2, "layers": [0, 4]}, "from 0 to 3. Received: 4"),
         ({"num_layers": 2, "layers": [2, 1]}, "rising"),
-        ({"num_layers": 3, "layers": "every_second"}, "at most half"),
         ({"num_layers": 2, "layers": "importance"}, "`inputs`"),
         ({"init": "random"}, "`init` expects"),
-        ({"num_heads": 13}, "num_heads"),
+        ({"teacher": "a teacher"}, "expects a GPTModel"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(teacher, options, message):
     with pytest.raises(InputError, match=message):
-        make_student(teacher, **options)
-
-
-def test_importance_is_measured_on_ids_and_their_labels(teacher, ids):
-    with pytest.raises(InputError, match="more than none"):
-        layer_importance(teacher, ids[:, :1])
-    with pytest.raises(InputError, match="a next token for each"):
-        layer_importance(teacher, ids, ids[:, 1:])
-    with pytest.raises(InputError, match="`labels` expects ids"):
-        layer_importance(teacher, ids, ids + 31)
-    with pytest.raises(InputTypeError, match="`layer_importance`"):
-        layer_importance("a teacher", ids)
+        make_student(**{"teacher": teacher, **options})
 
 
 def test_only_a_float_gpt_is_cut(teacher):
     with pytest.raises(InputError, match="to_float"):
         make_student(quantize_aware(teacher))
-    with pytest.raises(InputTypeError, match="expects a GPTModel"):
-        make_student("a teacher")

@@ -1,6 +1,5 @@
 """Claims about a teacher's stored knowledge, and the windows that bring it."""
 
-import contextlib
 import json
 import shutil
 
@@ -15,18 +14,16 @@ from gpt_tf.distillation import teacher_cache
 from gpt_tf.distillation import top_k as records
 from gpt_tf.distillation.teacher_cache import (
     KnowledgeStore,
-    KnowledgeWindows,
     extract,
+    fill,
     fingerprint_of,
-    unfinished,
 )
 from gpt_tf.distillation.tokenizer_alignment import (
     VocabularyMap,
     align,
     derive_tokenizer,
 )
-from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
-from gpt_tf.quantization.qat import quantize_aware
+from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.text import dataset as datasets
 from gpt_tf.text.corpus import Document
 from gpt_tf.text.dataset import Windows, write_token_file
@@ -144,40 +141,19 @@ def test_the_store_says_what_it_is(made, teacher, token_file):
     assert made.manifest["offsets"][0] == 0
 
 
-def test_97_bytes_a_token_by_default(teacher, token_file, tmp_path):
-    store = extract(teacher, token_file, tmp_path / "store", tokenizer=BPE)
-    assert store.bytes_per_token == store.manifest["bytes_per_token"] == 97
-    assert store.context_length == 16
-
-
-@pytest.mark.parametrize("pass_index", [0, 1, 2])
-def test_the_store_holds_what_the_teacher_computes(
-    made, teacher, token_file, pass_index
-):
-    offset = made.manifest["offsets"][pass_index]
-    p = direct(teacher, token_file.tokens, offset)
-    assert len(p) % (4 * LENGTH)  # the last window is not full
-    ids, codes = made.read(pass_index, np.arange(len(p)))
-    assert (codes[:offset] == records.unknown(1, 5)[1]).all()
-    expected = expected_codes(p[offset:], 5)
-    assert np.abs(codes[offset:].astype(int) - expected).max() <= 1
-    assert (codes[offset:] == expected).mean() > 0.99
-    order = np.argsort(-p[offset:], axis=-1)[:, :5]
-    assert (ids[offset:] == order).mean() > 0.999
-    assert expected.std() > 20  # the teacher is not always equally sure
-
-
-def test_another_teacher_would_have_said_something_else(made, token_file):
-    p = direct(make_teacher(seed=1), token_file.tokens, 0)
-    codes = made.read(0, np.arange(len(p)))[1]
-    assert np.abs(codes.astype(int) - expected_codes(p, 5)).max() > 10
-
-
-def test_all_probabilities_may_be_kept(teacher, token_file, tmp_path):
-    store = extracted(teacher, token_file, tmp_path / "store", top_k=280)
-    ids, codes = store.read(0, np.arange(50))
-    assert (np.sort(ids, axis=-1) == np.arange(280)).all()
-    assert (codes[:, -1] == 255).all()
+def test_the_store_holds_what_the_teacher_computes(made, teacher, token_file):
+    for pass_index, offset in enumerate(made.manifest["offsets"]):
+        p = direct(teacher, token_file.tokens, offset)
+        assert len(p) % (4 * LENGTH)  # the last window is not full
+        ids, codes = made.read(pass_index, np.arange(len(p)))
+        assert (codes[:offset] == records.unknown(1, 5)[1]).all()
+        expected = expected_codes(p[offset:], 5)
+        assert np.abs(codes[offset:].astype(int) - expected).max() <= 1
+        assert (codes[offset:] == expected).mean() > 0.99
+        order = np.argsort(-p[offset:], axis=-1)[:, :5]
+        assert (ids[offset:] == order).mean() > 0.999
+    other = expected_codes(direct(make_teacher(seed=1), token_file.tokens, 0), 5)
+    assert np.abs(made.read(0, np.arange(len(p)))[1] - other.astype(int)).max() > 10
 
 
 def test_large_vocabularies_take_four_bytes_an_id(tmp_path):
@@ -191,16 +167,6 @@ def test_large_vocabularies_take_four_bytes_an_id(tmp_path):
     assert (ids[:, 0] == p.argmax(axis=-1)).mean() > 0.9
 
 
-def test_a_quantised_teacher_teaches_what_it_computes(teacher, token_file, tmp_path):
-    quantised = quantize_aware(teacher, {"weight_bits": 4})
-    quantised.calibrate(Windows(token_file, LENGTH, 4).batch(0)[0])
-    store = extracted(quantised, token_file, tmp_path / "store")
-    for model, same in ((quantised, True), (teacher, False)):
-        p = direct(model, token_file.tokens, 0)
-        codes = store.read(0, np.arange(len(p)))[1].astype(int)
-        assert ((codes == expected_codes(p, 5)).mean() > 0.97) == same
-
-
 def test_more_passes_begin_with_the_same_ones(made, teacher, tmp_path):
     file = write_token_file(tmp_path / "short", DOCUMENTS[:1], BPE)
     more = extracted(teacher, file, tmp_path / "store", passes=20)
@@ -211,7 +177,7 @@ def test_more_passes_begin_with_the_same_ones(made, teacher, tmp_path):
     assert other.manifest["offsets"] != offsets
 
 
-@pytest.mark.parametrize("count", [LENGTH + 1, LENGTH + 4, 2 * LENGTH, 3 * LENGTH + 5])
+@pytest.mark.parametrize("count", [LENGTH + 1, 3 * LENGTH + 5])
 def test_windows_of_short_texts_lie_within_the_text(teacher, tmp_path, count):
     text = BPE.decode(BPE.encode(DOCUMENTS[0].text)[: count - 1])
     file = write_token_file(tmp_path / "short", [Document("", text)], BPE)
@@ -227,7 +193,7 @@ def test_windows_of_short_texts_lie_within_the_text(teacher, tmp_path, count):
 # Interruption
 
 
-@pytest.mark.parametrize("stop", [1, 9, 17, 30])
+@pytest.mark.parametrize("stop", [9, 30])
 def test_an_interrupted_extraction_goes_on_to_the_same_bytes(
     made, teacher, token_file, tmp_path, monkeypatch, notices, stop
 ):
@@ -248,7 +214,7 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(
     store = extracted(
         teacher, token_file, path, passes=3, on_progress=lambda *d: calls.append(d)
     )
-    assert ("going on" in notices[-1]) == (stop > 2)
+    assert "going on" in notices[-1]
     assert bytes_of(path) == bytes_of(made.path)
     assert store.manifest == made.manifest
     assert sorted(file.name for file in tmp_path.iterdir()) == ["store"]
@@ -256,30 +222,6 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(
     saved = stop // 2 * 2
     assert len(calls[stop:]) == len(set(calls)) - saved
     assert calls[-1][0] == calls[-1][1] == calls[0][1]
-
-
-def test_another_teacher_starts_anew(
-    teacher, token_file, tmp_path, monkeypatch, notices
-):
-    monkeypatch.setattr(teacher_cache, "_PART_WINDOWS", 4)
-
-    def interrupt(done, total):
-        if done > 8:
-            raise KeyboardInterrupt
-
-    for options in ({"on_progress": interrupt}, {}):
-        model = teacher if options else make_teacher(seed=1)
-        with contextlib.suppress(KeyboardInterrupt):
-            store = extracted(model, token_file, tmp_path / "store", **options)
-    assert "starts anew" in notices[-1]
-    p = direct(model, token_file.tokens, 0)
-    codes = store.read(0, np.arange(len(p)))[1].astype(int)
-    assert np.abs(codes - expected_codes(p, 5)).max() <= 1
-
-
-def test_the_size_is_told_before_it_is_written(teacher, token_file, tmp_path, notices):
-    extracted(teacher, token_file, tmp_path / "store")
-    assert notices == ["16 bytes a token, 0.0 MB in all"]
 
 
 def test_a_store_gives_way_only_if_told_and_only_to_a_whole_one(
@@ -312,27 +254,20 @@ def change(file, **facts):
     file.write_text(json.dumps({**json.loads(file.read_text()), **facts}))
 
 
-DAMAGES = [
-    (lambda path: flip(path / "ids.bin"), "SHA-256", False),
-    (lambda path: flip(path / "codes.bin"), "SHA-256", False),
-    (lambda path: (path / "ids.bin").write_bytes(b"123"), "truncated", True),
-    (lambda path: (path / "codes.bin").unlink(), r"lacks its file codes\.bin", True),
-    (lambda path: change(path / "manifest.json", top_k=4), "was altered", True),
-    (lambda path: (path / "manifest.json").unlink(), "none is there", True),
-    (lambda path: shutil.rmtree(path), "none is there", True),
-]
-
-
-@pytest.mark.parametrize(("damage", "message", "at_once"), DAMAGES)
-def test_damaged_stores_are_refused(store, damage, message, at_once):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: flip(path / "codes.bin"), "SHA-256"),
+        (lambda path: (path / "ids.bin").write_bytes(b"123"), "truncated"),
+        (lambda path: (path / "codes.bin").unlink(), r"lacks its file codes\.bin"),
+        (lambda path: change(path / "manifest.json", top_k=4), "was altered"),
+        (lambda path: shutil.rmtree(path), "none is there"),
+    ],
+)
+def test_damaged_stores_are_refused(store, damage, message):
     damage(store.path)
     with pytest.raises(DamagedFileError, match=message):
         KnowledgeStore.open(store.path)
-    if at_once:
-        with pytest.raises(DamagedFileError, match=message):
-            KnowledgeStore.open(store.path, verify=False)
-    else:
-        KnowledgeStore.open(store.path, verify=False)
 
 
 @pytest.mark.parametrize(
@@ -340,8 +275,7 @@ def test_damaged_stores_are_refused(store, damage, message, at_once):
     [
         {"count": 9},
         {"offsets": [0]},
-        {"offsets": [0, 10**12]},
-        {"offsets": [0, 0.5]},
+        {"offsets": [0, 10**12, 1]},
         {"context_length": "8"},
         {"mapping": "sorted"},
         {"tokens_sha256": None},
@@ -362,37 +296,21 @@ def test_a_manifest_of_another_version_is_refused(store, facts):
 # What it fits
 
 
-def test_a_store_fits_what_it_was_made_from(made, teacher, token_file):
-    made.check_fits(
-        token_file=token_file, tokenizer=BPE, teacher=teacher, context_length=LENGTH
-    )
-    made.check_fits(token_file=token_file, tokenizer=BPE)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_a_store_of_something_else_is_refused(made, teacher, token_file, tmp_path):
+    right = {"token_file": token_file, "tokenizer": BPE, "teacher": teacher}
+    made.check_fits(**right, context_length=LENGTH)
+    file = write_token_file(tmp_path / "shorter", DOCUMENTS[:-1], BPE)
+    for change, message in (
         ({"tokenizer": DERIVED}, "another tokenizer"),
-        ({"token_file": "shorter"}, "another text"),
+        ({"token_file": file}, "another text"),
         ({"token_file": np.arange(100)}, "TokenFile"),
-        ({"teacher": "other"}, "another teacher"),
-        ({"context_length": 16}, "context_length=16"),
+        ({"teacher": make_teacher(seed=1)}, "another teacher"),
         ({"context_length": 8}, "windows of 12 tokens"),
-    ],
-)
-def test_a_store_of_something_else_is_refused(
-    made, token_file, tmp_path, change, message
-):
-    arguments = {"token_file": token_file, "tokenizer": BPE, **change}
-    if change.get("teacher"):
-        arguments["teacher"] = make_teacher(seed=1)
-    if isinstance(arguments["token_file"], str):
-        file = write_token_file(tmp_path / "shorter", DOCUMENTS[:-1], BPE)
-        arguments["token_file"] = file
+    ):
         with pytest.raises(InputError, match=message):
-            made.windows(file, 4)
-    with pytest.raises(InputError, match=message):
-        made.check_fits(**arguments)
+            made.check_fits(**{**right, **change})
+    with pytest.raises(InputError, match="another text"):
+        made.windows(file, 4)
 
 
 def test_fingerprints_tell_models_apart(teacher):
@@ -407,45 +325,27 @@ def test_fingerprints_tell_models_apart(teacher):
     assert fingerprint_of(teacher) != fingerprint_of(changed)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context_length": 17}, "from 1 to 16"),
-        ({"top_k": 281}, "at most 280"),
-        ({"top_k": 0}, "`top_k` expects"),
-        ({"passes": 0}, "`passes` expects"),
-        ({"seed": -1}, "`seed` expects"),
-        ({"tokenizer": DERIVED}, "tokenizer that it was written with"),
-        ({"student": (DERIVED, "same")}, "tokenizer that it was written with"),
-    ],
-)
-def test_what_cannot_be_extracted_is_refused(
-    teacher, token_file, tmp_path, options, message
-):
-    if "student" in options:
-        options = {"student": (DERIVED, token_file)}
-    with pytest.raises(InputError, match=message):
-        extracted(teacher, token_file, tmp_path / "store", **options)
-    assert not list(tmp_path.iterdir())
-
-
-def test_models_and_texts_that_do_not_belong_together_are_refused(
-    teacher, token_file, tmp_path
-):
-    with pytest.raises(InputError, match="at most the teacher's 31 tokens"):
-        extracted(make_teacher(vocab_size=31), token_file, tmp_path / "store")
-    with pytest.raises(InputTypeError, match="expects a GPTModel"):
-        extracted(lambda tokens: tokens, token_file, tmp_path / "store")
-    with pytest.raises(InputTypeError, match="TokenFile"):
-        extracted(teacher, np.arange(100), tmp_path / "store")
-    other = write_token_file(tmp_path / "other", DOCUMENTS[:-1], BPE)
-    with pytest.raises(InputError, match="other tokens"):
-        extracted(teacher, token_file, tmp_path / "store", student=(BPE, other))
+def test_what_cannot_be_extracted_is_refused(teacher, token_file, tmp_path):
+    file = write_token_file(tmp_path / "file", DOCUMENTS[:-1], BPE)
+    own = write_token_file(tmp_path / "own", DOCUMENTS[1:], DERIVED)
     broken = make_teacher()
     broken.set_weights([w * np.nan for w in broken.get_weights()])
-    with pytest.raises(InputError, match="NaN"):
-        extracted(broken, token_file, tmp_path / "store")
-    assert not (tmp_path / "store").exists()
+    for changes, message in (
+        ({"context_length": 17}, "from 1 to 16"),
+        ({"top_k": 281}, "at most 280"),
+        ({"tokenizer": DERIVED}, "tokenizer that it was written with"),
+        ({"student": (DERIVED, token_file)}, "tokenizer that it was written with"),
+        ({"student": (DERIVED, own)}, "same text"),
+        ({"student": (BPE, file)}, "other tokens"),
+        ({"token_file": np.arange(100)}, "TokenFile"),
+        ({"teacher": make_teacher(vocab_size=31)}, "at most the teacher's 31 tokens"),
+        ({"teacher": lambda tokens: tokens}, "expects a GPTModel"),
+        ({"teacher": broken}, "NaN"),
+    ):
+        options = {"teacher": teacher, "token_file": token_file, **changes}
+        with pytest.raises(InputError, match=message):
+            extracted(path=tmp_path / "store", **options)
+        assert not (tmp_path / "store").exists()
 
 
 # Windows
@@ -478,23 +378,9 @@ def _is_at(token_file, window):
     return (every == window).all(axis=-1)
 
 
-def test_the_dataset_is_ready_for_fit(made, token_file):
-    spec = made.windows(token_file, 4).dataset(num_shards=2, shard=1).element_spec
-    inputs, labels, weights = spec
-    assert {name: (s.shape, s.dtype) for name, s in inputs.items()} == {
-        "tokens": ((2, 12), tf.int32),
-        "teacher_ids": ((2, 12, 5), tf.int32),
-        "teacher_log_probs": ((2, 12, 6), tf.float32),
-    }
-    assert labels.dtype == tf.int32 and labels.shape == (2, 12)
-    assert weights.dtype == tf.float32 and weights.shape == (2, 12)
-
-
-@pytest.mark.parametrize("start", [0, 5])
-def test_the_dataset_yields_its_steps_and_shards(made, token_file, monkeypatch, start):
+def test_the_dataset_yields_its_steps_and_shards(made, token_file, monkeypatch):
     monkeypatch.setattr(datasets, "_CALL_TOKENS", 3 * 4 * LENGTH)
-    windows = made.windows(token_file, 4, seed=3)
-    assert isinstance(windows, KnowledgeWindows)
+    windows, start = made.windows(token_file, 4, seed=3), 5
     steps = start + 2 * windows.steps_per_epoch
     shards = [
         windows.dataset(start_step=start, num_steps=steps, num_shards=2, shard=shard)
@@ -512,14 +398,6 @@ def test_the_dataset_yields_its_steps_and_shards(made, token_file, monkeypatch, 
     assert count == steps
 
 
-def test_order_and_seed_are_those_of_plain_windows(made, token_file):
-    plain = Windows(token_file, LENGTH, 4, seed=9)
-    ours = made.windows(token_file, 4, seed=9)
-    assert ours.steps_per_epoch == plain.steps_per_epoch
-    one, two = (made.windows(token_file, 4, seed=s).batch(0)[0] for s in (9, 10))
-    assert (one["tokens"] != two["tokens"]).any()
-
-
 # Students with other tokenizers
 
 
@@ -528,6 +406,14 @@ def store_for(student, teacher, token_file, path, **options):
     options = {"student": (student, own), "passes": 2, **options}
     store = extracted(teacher, token_file, path / "store", **options)
     return store, own, align(token_file.tokens, own.tokens, BPE, student)
+
+
+def shares_of(vocabulary_map, rows, nodes):
+    """Return the probabilities of all student tokens."""
+    ids, values, _ = vocabulary_map.top_k(rows, np.arange(len(rows)), nodes, 264)
+    known = np.zeros(ids.shape)
+    np.put_along_axis(known, ids, values, axis=1)
+    return known
 
 
 def test_a_derived_student_gets_the_probabilities_of_its_own_tokens(
@@ -548,7 +434,7 @@ def test_a_derived_student_gets_the_probabilities_of_its_own_tokens(
         silent = index < offset
         assert silent.any() or not offset
         assert (codes[silent] == records.unknown(1, 5)[1]).all()
-        known, _ = vocabulary_map.to_student(p[index[~silent]], nodes[~silent])
+        known = shares_of(vocabulary_map, p[index[~silent]], nodes[~silent])
         expected = expected_codes(known, 5)
         told = codes[~silent].astype(int)
         # Beyond the last code, one is as good as none.
@@ -576,11 +462,8 @@ def test_windows_of_a_derived_student_are_cut_anywhere(teacher, token_file, tmp_
             np.testing.assert_allclose(inputs["teacher_log_probs"][0], found, rtol=1e-5)
 
 
-@pytest.mark.parametrize("student", [OTHER, CHARACTER], ids=["bpe", "character"])
-def test_any_other_student_gets_sorted_probabilities(
-    teacher, token_file, tmp_path, student
-):
-    store, own, alignment = store_for(student, teacher, token_file, tmp_path)
+def test_any_other_student_gets_sorted_probabilities(teacher, token_file, tmp_path):
+    store, own, alignment = store_for(CHARACTER, teacher, token_file, tmp_path)
     assert store.mapping == "sorted"
     assert store.bytes_per_token == 6
     assert not (store.path / "ids.bin").exists()
@@ -619,18 +502,6 @@ def test_they_go_on_after_an_interruption_too(
     assert bytes_of(path) == bytes_of(whole.path)
 
 
-def test_other_words_for_the_student_are_refused(teacher, token_file, tmp_path):
-    own = write_token_file(tmp_path / "own", DOCUMENTS[1:], DERIVED)
-    with pytest.raises(InputError, match="same text"):
-        extracted(teacher, token_file, tmp_path / "store", student=(DERIVED, own))
-
-
-def test_the_same_tokenizer_twice_is_no_mapping(made, teacher, token_file, tmp_path):
-    options = {"passes": 3, "student": (BPE, token_file)}
-    store = extracted(teacher, token_file, tmp_path / "store", **options)
-    assert bytes_of(store.path) == bytes_of(made.path)
-
-
 # Filled over several sittings
 
 SIZES = {"squares": 8, "names": 3}
@@ -641,61 +512,44 @@ def path(tmp_path):
     return tmp_path / "folder"
 
 
-def fill(path, *, stop=20, fail_at=None, every=4, power=2, **options):
-    """Write two records a step, and count them every few steps."""
-    with unfinished(path, {"power": power}, SIZES, **options) as folder:
-        begun = folder.steps
-        for step in range(begun, stop):
-            values = np.array([2 * step, 2 * step + 1])
-            names = np.stack([values.astype("u1")] * 3, axis=1)
-            folder.write(squares=values**2, names=names)
-            if step == fail_at:
-                raise KeyboardInterrupt
-            if (step + 1) % every == 0:
-                folder.save(step + 1)
-    return begun
+def fill_folder(path, fail_at=None, power=2):
+    """Write two records a step, and count them every four; return where it began."""
+    made = []
+
+    def make(step):
+        made.append(step)
+        values = np.array([2 * step, 2 * step + 1])
+        return {"squares": values**2, "names": np.stack([values.astype("u1")] * 3, 1)}
+
+    def tell(steps):
+        if steps - 1 == fail_at:
+            raise KeyboardInterrupt
+
+    fill(path, {"power": power}, SIZES, 20, make, every=4, tell=tell)
+    return made[0]
 
 
-def interrupted(path, fail_at, **options):
+def interrupted(path, fail_at):
     with pytest.raises(KeyboardInterrupt):
-        fill(path, fail_at=fail_at, **options)
+        fill_folder(path, fail_at)
 
 
-def content(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
-
-
-@pytest.mark.parametrize("fail_at", [0, 3, 4, 5, 18, 19])
+@pytest.mark.parametrize("fail_at", [0, 3, 18])
 def test_an_interrupted_folder_goes_on_to_the_same_bytes(
     tmp_path, path, notices, fail_at
 ):
-    fill(tmp_path / "whole")
+    fill_folder(tmp_path / "whole")
     interrupted(path, fail_at)
     assert not path.exists()
-    begun = fill(path)
-    assert begun == fail_at // 4 * 4
-    assert not begun or f"after {2 * begun} records" in notices[0]
-    assert len(notices) == (begun > 0)
-    assert content(path) == content(tmp_path / "whole")
+    begun = fill_folder(path)
+    assert begun == (fail_at + 1) // 4 * 4
+    assert [f"after {2 * begun} records" in notice for notice in notices] == (
+        [True] if begun else []
+    )
+    assert bytes_of(path) == bytes_of(tmp_path / "whole")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "whole"]
-    assert artifacts.check_manifest(path, "knowledge")["power"] == 2
     values = np.fromfile(path / "squares", np.int64)
     np.testing.assert_array_equal(values, np.arange(40) ** 2)
-
-
-def test_it_may_be_interrupted_again_and_again(path):
-    for fail_at in (5, 6, 11, 17):
-        interrupted(path, fail_at)
-    assert fill(path) == 16
-    values = np.fromfile(path / "squares", np.int64)
-    np.testing.assert_array_equal(values, np.arange(40) ** 2)
-
-
-def test_other_facts_start_anew(path, notices):
-    interrupted(path, 9)
-    assert fill(path, power=2.5) == 0
-    assert "starts anew" in notices[0]
-    assert len(np.fromfile(path / "squares", np.int64)) == 40
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
@@ -706,26 +560,25 @@ def test_a_damaged_file_starts_anew(path, notices, damage):
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:47])
-    assert fill(path) == 0
+    assert fill_folder(path) == 0
     assert "lacks" in notices[0]
     assert (path / "names").stat().st_size == 40 * 3
 
 
 def test_what_it_was_begun_with_does_not_come_along(path):
     interrupted(path, 9)
-    with unfinished(path, {}, {"cubes": 8}) as folder:
-        folder.write(cubes=np.arange(3))
-    assert content(path).keys() == {"cubes", "manifest.json"}
+    fill(path, {}, {"cubes": 8}, 1, lambda step: {"cubes": np.arange(3)}, every=1)
+    assert bytes_of(path).keys() == {"cubes", "manifest.json"}
 
 
-@pytest.mark.parametrize("progress", [None, "", "[1]", '{"steps": 3}'])
+@pytest.mark.parametrize("progress", [None, "", '{"steps": 3}'])
 def test_a_folder_killed_in_its_first_write_is_begun_anew(tmp_path, path, progress):
-    fill(tmp_path / "whole")
+    fill_folder(tmp_path / "whole")
     interrupted(path, 2)
     if progress is not None:
         (artifacts.partial_path(path) / "progress.json").write_text(progress)
-    assert fill(path) == 0
-    assert content(path) == content(tmp_path / "whole")
+    assert fill_folder(path) == 0
+    assert bytes_of(path) == bytes_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("link", ["soft", "hard"])
@@ -737,18 +590,9 @@ def test_links_among_what_was_begun_are_not_followed(tmp_path, path, link):
     planted = artifacts.partial_path(path) / "new" / "folder" / "names"
     planted.unlink()
     planted.symlink_to(mine) if link == "soft" else planted.hardlink_to(mine)
-    fill(path)
+    fill_folder(path)
     assert mine.read_text() == "precious"
     assert len(np.fromfile(path / "squares", np.int64)) == 40
-
-
-def test_two_cannot_fill_one_folder(path):
-    with (
-        unfinished(path, {}, SIZES),
-        pytest.raises(InputError, match="in use by another process"),
-        unfinished(path, {}, SIZES),
-    ):
-        pytest.fail("two filled it")
 
 
 @pytest.mark.parametrize("stranger", ["file", "folder", "json"])
@@ -761,13 +605,3 @@ def test_strangers_are_never_overwritten(path, stranger):
         (path / name).write_text("[1]")
     with pytest.raises(InputError, match="did not write"):
         teacher_cache._check_place(path, True)
-
-
-def test_an_old_folder_stands_until_the_new_one_is_whole(path):
-    fill(path)
-    before = content(path)
-    interrupted(path, 9, stop=10, overwrite=True)
-    assert content(path) == before
-    assert fill(path, stop=8, overwrite=True) == 8
-    assert (path / "squares").stat().st_size == 16 * 8
-    assert not artifacts.partial_path(path).exists()

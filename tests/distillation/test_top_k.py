@@ -7,11 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_tf.distillation import top_k as records
-from gpt_tf.distillation.tokenizer_alignment import (
-    VocabularyMap,
-    align,
-    derive_tokenizer,
-)
 from gpt_tf.distillation.top_k import (
     codes_of,
     log_probabilities_of,
@@ -20,12 +15,6 @@ from gpt_tf.distillation.top_k import (
 )
 from gpt_tf.errors import InputError
 from gpt_tf.models import ops
-from gpt_tf.text.tokenizer import BPETokenizer
-
-TEXT = "low lower lowest, the newest and the widest; slowly we knew that. " * 20
-BPE = BPETokenizer.train([TEXT], 280)
-DERIVED = derive_tokenizer(BPE, 262)
-OTHER = BPETokenizer.train(["wide west, new towel, slow lowland, there " * 20], 275)
 
 
 def error_of_codes(probabilities):
@@ -62,10 +51,6 @@ def test_a_probability_is_met_within_the_promised_error(probabilities):
     assert error_of_codes(np.array(probabilities)).max() <= 1.0 + 1e-9
 
 
-def test_the_promised_error_is_no_larger_than_needed():
-    assert error_of_codes(np.geomspace(2e-7, 1.0, 5000)).max() > 0.95
-
-
 def test_codes_fall_with_the_probability_and_use_all_bytes():
     codes = codes_of(np.geomspace(1e-9, 1.0, 100_000))
     assert (np.diff(codes.astype(int)) <= 0).all()
@@ -85,12 +70,6 @@ def test_what_is_read_makes_up_one_and_is_near_what_was_written(seed, sharpness)
     np.testing.assert_allclose(read.sum(axis=-1), 1.0, atol=1e-5)
     np.testing.assert_allclose(read, p, rtol=0.15, atol=1e-6)
     assert np.abs(read - p).max() < 0.02
-
-
-def test_codes_are_read_in_a_graph_as_they_are_eagerly():
-    codes = codes_of(distributions(4, 9)[1])
-    traced = tf.function(log_probabilities_of)(tf.constant(codes))
-    np.testing.assert_allclose(traced, log_probabilities_of(codes), atol=1e-6)
 
 
 def test_a_record_that_knows_nothing_leaves_all_to_the_rest():
@@ -146,69 +125,6 @@ def test_rows_are_not_sorted_for_it():
     code = compiled.experimental_get_compiler_ir(logits)(stage="optimized_hlo")
     assert "TopK" in code
     assert " sort(" not in code
-
-
-# Other tokenizers
-
-
-def aligned(student):
-    theirs, ours = np.array(BPE.encode(TEXT)), np.array(student.encode(TEXT))
-    return theirs, ours, align(theirs, ours, BPE, student)
-
-
-def told(mapping, theirs, parts=3, padding=4):
-    """Return the records of all positions, made in parts, and the probabilities."""
-    width = BPE.vocab_size
-    logits, _ = distributions(len(theirs) - 1, width + padding, sharpness=2.0)
-    p = softmax(logits[:, :width].astype(float))
-    made = [records.unknown(mapping.settled(0), mapping.top_k)]
-    for rows in np.array_split(np.arange(len(theirs) - 1), parts):
-        made.append(mapping.records(rows[0], *compiled(mapping, logits[rows])))
-    return *(np.concatenate(arrays) for arrays in zip(*made, strict=True)), p
-
-
-@pytest.mark.parametrize("rows_at_once", [1, 7, 10**6])
-def test_derived_records_are_the_mapped_probabilities(monkeypatch, rows_at_once):
-    monkeypatch.setattr(records, "_MAPPED_VALUES", rows_at_once * BPE.vocab_size)
-    theirs, ours, alignment = aligned(DERIVED)
-    vocabulary_map = VocabularyMap(BPE, DERIVED)
-    mapping = records.DerivedVocabulary(8, vocabulary_map, ours, alignment)
-    assert mapping.vocab_size == 262
-    ids, codes, p = told(mapping, theirs)
-    assert len(ids) == len(codes) == len(ours) - 1
-    nodes = vocabulary_map.nodes_for(ours, alignment)[:-1]
-    index = alignment.teacher_index[:-1]
-    known, rest = vocabulary_map.to_student(p[index], nodes)
-    largest = -np.sort(-known, axis=-1)[:, :8]
-    rest = rest + known.sum(-1) - largest.sum(-1)
-    inside = 0
-    for j in range(len(ids)):
-        if index[j] < 0:
-            assert codes[j].tolist() == [255] * 8 + [0]
-            continue
-        expected = codes_of([*largest[j], max(rest[j], 0)])
-        near = np.abs(codes[j].astype(int) - expected) <= 1
-        assert (near | (np.append(largest[j], rest[j]) < 1e-6)).all()
-        kept = largest[j] > 0
-        np.testing.assert_allclose(known[j][ids[j]][kept], largest[j][kept], rtol=1e-3)
-        assert len(set(ids[j])) == 8
-        inside += not alignment.at_boundary[j]
-    assert inside > 10
-
-
-def test_sorted_records_are_told_where_both_have_a_token_begin():
-    theirs, ours, alignment = aligned(OTHER)
-    mapping = records.SortedProbabilities(5, alignment, 280, 275)
-    assert mapping.vocab_size == 275
-    _, codes, p = told(mapping, theirs)
-    assert len(codes) == len(ours) - 1
-    boundary = alignment.at_boundary[:-1]
-    assert 10 < boundary.sum() < len(boundary) - 10
-    assert (codes[~boundary] == records.unknown(1, 5)[1]).all()
-    largest = -np.sort(-p[alignment.teacher_index[:-1][boundary]], axis=-1)[:, :5]
-    rest = 1 - largest.sum(-1, keepdims=True)
-    expected = codes_of(np.concatenate([largest, rest], -1))
-    assert np.abs(codes[boundary].astype(int) - expected).max() <= 1
 
 
 # Completion
@@ -293,28 +209,6 @@ def test_where_nothing_is_known_the_student_is_its_own_teacher(pair):
     values[..., -1] = 0.0
     found = logits_from_top_k(ids, values, student.astype("float32")).numpy()
     np.testing.assert_allclose(found, student, atol=1e-5)
-
-
-def test_entries_without_mass_may_repeat_others(pair):
-    teacher, student = pair
-    ids, values = top_k(teacher, 4)
-    wanted = logits_from_top_k(ids, values, student.astype("float32"))
-    more = np.concatenate([ids, np.repeat(ids[..., :1], 2, -1)], -1)
-    padded = np.insert(values, [4, 4], -1e9, axis=-1)
-    found = logits_from_top_k(more, padded, student.astype("float32"))
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-
-
-def test_it_works_under_xla(pair):
-    teacher, student = pair
-    ids, values = top_k(teacher, 4)
-    student = student.astype("float32")
-    compiled = tf.function(logits_from_top_k, jit_compile=True)
-    np.testing.assert_allclose(
-        compiled(ids, values, student),
-        logits_from_top_k(ids, values, student),
-        atol=1e-5,
-    )
 
 
 def test_sorted_probabilities_keep_their_mass(pair):

@@ -449,8 +449,6 @@ TARGETS = {
         {
             "num_tokens": whole(),
             "prompt_length": whole(1, 31),
-            "batch_size": count,
-            "max_repetition": share,
             "seed": seed64,
         },
         (cached_forward, "generate"),
