@@ -4,9 +4,8 @@ LiteRT believes what a file says of itself, and a wrong index in it can end the
 process. A hash is no help against who can compute it. But the whole graph follows
 from a few facts, so it is built here once more, without weights, and the file has to
 be the same in every operation, option, shape, type, index and size. What is free are
-the weights and how integers stand for real numbers, within limits.
-
-Old files stay readable for as long as the graph of their facts is the same.
+the weights and how integers stand for real numbers, within limits. Old files stay
+readable for as long as the graph of their facts is the same.
 """
 
 import math
