@@ -65,31 +65,6 @@ def test_litert_runs_what_was_written(model):
     assert two(x=np.array([[10]], np.float32))["y"].tolist() == [[13]]
 
 
-def test_signatures_inputs_and_outputs_are_read_back(model):
-    subgraph = model.subgraph("decode")
-    tokens = subgraph.input("tokens", (1, 3), Type.INT32)
-    cache = subgraph.input("cache", (1, 2, 5, 4), Type.INT8, params_of(0.5))
-    subgraph.output("cache", cache)
-    subgraph.output("ids", tokens)
-    adder(model, "other", np.zeros(2, np.float32))
-    data = model.to_bytes()
-    assert schema.Model.ModelBufferHasIdentifier(data, 0)
-    content = content_of(data)
-    assert (content.version, content.description) == (3, b"gpt_tf")
-    first, second = content.signatureDefs
-    assert (first.signatureKey, second.signatureKey) == (b"decode", b"other")
-    assert (first.subgraphIndex, second.subgraphIndex) == (0, 1)
-    graph = content.subgraphs[0]
-    found = [
-        (entry.name, graph.tensors[entry.tensorIndex].type) for entry in first.inputs
-    ]
-    assert found == [(b"tokens", Type.INT32), (b"cache", Type.INT8)]
-    assert [[*tensor.shape] for tensor in graph.tensors] == [[1, 3], [1, 2, 5, 4]]
-    assert [entry.name for entry in first.outputs] == [b"cache", b"ids"]
-    assert [*graph.inputs] == [tokens.index, cache.index]
-    assert [*graph.outputs] == [cache.index, tokens.index]
-
-
 @given(
     st.sampled_from(sorted(DTYPES, key=str)).flatmap(
         lambda dtype: nps.arrays(
@@ -106,43 +81,6 @@ def test_every_constant_is_read_back_bit_by_bit(array):
     assert tensor.type == DTYPES[array.dtype]
     assert tuple([] if tensor.shape is None else tensor.shape) == array.T.shape
     assert buffer_bytes(content, tensor) == array.T.tobytes()
-
-
-def test_scales_are_read_back(model, subgraph):
-    values = np.arange(6, dtype=np.int8).reshape(2, 3)
-    subgraph.constant(values, params_of(0.5, 0.25, zero_point=3))
-    subgraph.constant(values, params_of(0.5, 0.25, 0.125, axis=1))
-    subgraph.input("x", (4,), Type.INT16, params_of(0.1, zero_point=-7))
-    subgraph.input("plain", (4,))
-    *quantised, plain = content_of(model.to_bytes()).subgraphs[0].tensors
-    assert plain.quantization is None
-    assert [
-        (q.scale.tolist(), q.zeroPoint.tolist(), q.quantizedDimension)
-        for q in (tensor.quantization for tensor in quantised)
-    ] == [
-        ([0.5, 0.25], [3, 3], 0),
-        ([0.5, 0.25, 0.125], [0, 0, 0], 1),
-        ([np.float32(0.1)], [-7], 0),
-    ]
-
-
-def test_blocks_of_int4_are_read_back_with_their_scales(model, subgraph):
-    scales = np.array([[0.5, 1.0], [2.0, 4.0]], np.float16)
-    packed = np.arange(64, dtype=np.uint8)
-    quant = QuantParams(scales, np.zeros(1, np.int64), 0, block_size=32)
-    subgraph.constant(packed, quant, Type.INT4, (2, 64))
-    content = content_of(model.to_bytes())
-    (weights,) = (t for t in content.subgraphs[0].tensors if t.type == Type.INT4)
-    assert weights.shape.tolist() == [2, 64]
-    assert buffer_bytes(content, weights) == packed.tobytes()
-    details = weights.quantization.details
-    kind = schema.QuantizationDetails.BlockwiseQuantization
-    assert weights.quantization.detailsType == kind
-    assert details.blockSize == 32
-    stored = content.subgraphs[0].tensors[details.scales]
-    assert stored.type == Type.FLOAT16
-    assert stored.shape.tolist() == [2, 2]
-    assert buffer_bytes(content, stored) == scales.tobytes()
 
 
 def test_operations_keep_operands_options_and_versions(model, subgraph):
@@ -192,14 +130,6 @@ def test_options_that_read_alike_are_not_confused(model, subgraph):
         assert type(operation.builtinOptions).__name__ == f"{kind}OptionsT"
     assert last.builtinOptions.approximate
     assert not plain[4].builtinOptions.approximate
-
-
-def test_operators_are_counted_over_all_signatures(model):
-    adder(model, "one", np.zeros(1, np.float32))
-    two = adder(model, "two", np.zeros(1, np.float32))
-    two.op(Op.RSQRT, [two.inputs["x"]], (1,))
-    two.op(Op.ADD, [two.inputs["x"]] * 2, (1,), version=2)
-    assert model.operators() == {"ADD": 3, "RSQRT": 1}
 
 
 def test_equal_constants_share_one_buffer_over_all_signatures(model):
@@ -268,15 +198,6 @@ def test_buffers_are_aligned(model, subgraph, lengths):
     places = [table.Vector(table.Offset(4)) for table in tables if table.Offset(4)]
     assert len(places) == len(lengths) + 1
     assert not any(place % 64 for place in places)
-
-
-def test_metadata_is_stored_as_it_is(model):
-    model.add_metadata("one", b"first")
-    model.add_metadata("two", b"first")
-    content = content_of(model.to_bytes())
-    assert [entry.name for entry in content.metadata] == [b"one", b"two"]
-    for entry in content.metadata:
-        assert buffer_bytes(content, entry) == b"first"
 
 
 def test_more_than_two_gigabytes_are_refused(model, monkeypatch):
