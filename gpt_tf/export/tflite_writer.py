@@ -28,10 +28,7 @@ _TYPES = {
     np.dtype(np.float32): Type.FLOAT32,
     np.dtype(np.float16): Type.FLOAT16,
     np.dtype(np.int8): Type.INT8,
-    np.dtype(np.int16): Type.INT16,
     np.dtype(np.int32): Type.INT32,
-    np.dtype(np.int64): Type.INT64,
-    np.dtype(np.bool_): Type.BOOL,
 }
 
 
@@ -78,11 +75,11 @@ class Model:
 
     def __init__(self):
         self.subgraphs = []
-        self._buffers = [np.empty(0, np.uint8)]
+        self.buffers = [np.empty(0, np.uint8)]
         self._buffer_of = {}
         self._known = {}  # by identity, with the array, so that no other takes its id
-        self._codes = {}
-        self._metadata = []
+        self.codes = {}
+        self.metadata = []
 
     def subgraph(self, signature: str) -> "Subgraph":
         """Begin the subgraph of a signature."""
@@ -91,8 +88,8 @@ class Model:
 
     def add_metadata(self, name: str, content: bytes) -> None:
         """Add a metadata entry; its bytes are stored as they are."""
-        self._buffers.append(np.frombuffer(content, np.uint8))
-        self._metadata.append((name, len(self._buffers) - 1))
+        self.buffers.append(np.frombuffer(content, np.uint8))
+        self.metadata.append((name, len(self.buffers) - 1))
 
     def operators(self) -> dict[str, int]:
         """Return how often each operator occurs, by name."""
@@ -112,13 +109,13 @@ class Model:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         key = (data.nbytes, hashlib.sha256(data).digest())
         if key not in self._buffer_of:
-            self._buffer_of[key] = len(self._buffers)
-            self._buffers.append(data)
+            self._buffer_of[key] = len(self.buffers)
+            self.buffers.append(data)
         return self._buffer_of[key]
 
     def code(self, operator: int, version: int) -> int:
         """Return the index of an operator code."""
-        return self._codes.setdefault((operator, version), len(self._codes))
+        return self.codes.setdefault((operator, version), len(self.codes))
 
     def to_bytes(self) -> bytearray:
         """Return the file's content.
@@ -126,7 +123,7 @@ class Model:
         Raises:
             InputError: It would be larger than a flatbuffer may be, 2 GB.
         """
-        size = sum(len(data) + _ALIGNMENT for data in self._buffers)
+        size = sum(len(data) + _ALIGNMENT for data in self.buffers)
         if size > _LARGEST_BYTES:
             raise InputError(
                 f"A .tflite file expects at most 2 GB. Received: {size / 1e9:.1f} GB "
@@ -134,11 +131,6 @@ class Model:
                 "example."
             )
         return _Packer(size + (8 << 20)).pack(self)
-
-    @property
-    def parts(self):
-        """What a packer needs: buffers, operator codes and metadata."""
-        return self._buffers, list(self._codes), self._metadata
 
 
 class Subgraph:
@@ -205,7 +197,7 @@ class Subgraph:
 
     def results(self):
         """Yield the name of each operation's operator, and its outputs."""
-        _, codes, _ = self.model.parts
+        codes = list(self.model.codes)
         for code, _, outputs, _ in self.operations:
             yield _NAMES[codes[code][0]], outputs
 
@@ -236,17 +228,16 @@ class _Packer:
         return self.written[key]
 
     def pack(self, model):
-        buffers, codes, metadata = model.parts
-        packed_metadata = [self._metadata(*entry) for entry in metadata]
+        metadata = [self._metadata(*entry) for entry in model.metadata]
         packed = {
-            "Buffers": [self._buffer(data) for data in buffers],
-            "OperatorCodes": [self._code(*code) for code in codes],
+            "Buffers": [self._buffer(data) for data in model.buffers],
+            "OperatorCodes": [self._code(*code) for code in model.codes],
             "Subgraphs": [self._subgraph(graph) for graph in model.subgraphs],
             "SignatureDefs": [
                 self._signature(index, graph)
                 for index, graph in enumerate(model.subgraphs)
             ],
-            "Metadata": packed_metadata,
+            "Metadata": metadata,
         }
         vectors = {
             name: self._offsets(getattr(schema, f"ModelStart{name}Vector"), offsets)

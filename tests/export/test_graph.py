@@ -10,66 +10,6 @@ from tests.export.runner import TYPES, content_of, operations_of
 
 MODES = signatures.MODES
 
-# TensorFlow Lite's rule (op_version.cc), for what our graphs hold: operator and types
-# of its inputs to version. The rule knows no int4 beside float32; we write 13, so
-# that no runtime that is older than blocks of int4 takes the file.
-VERSIONS = {
-    ("ADD", "FLOAT32"): 1,
-    ("ADD", "INT16"): 3,
-    ("BATCH_MATMUL", "FLOAT32"): 1,
-    ("BATCH_MATMUL", "INT8"): 2,
-    ("CONCATENATION", "INT32"): 1,
-    ("DEQUANTIZE", "FLOAT16"): 3,
-    ("DEQUANTIZE", "INT16"): 3,
-    ("DEQUANTIZE", "INT8"): 2,
-    ("DYNAMIC_UPDATE_SLICE", "FLOAT32"): 1,
-    ("DYNAMIC_UPDATE_SLICE", "INT8"): 1,
-    ("EMBEDDING_LOOKUP", "FLOAT32"): 1,
-    ("EMBEDDING_LOOKUP", "INT8"): 4,
-    ("FULLY_CONNECTED", "FLOAT32", "FLOAT32"): 5,
-    ("FULLY_CONNECTED", "FLOAT32", "INT4"): 13,
-    ("FULLY_CONNECTED", "FLOAT32", "INT8"): 12,
-    ("FULLY_CONNECTED", "INT16", "INT8"): 11,
-    ("FULLY_CONNECTED", "INT8", "INT8"): 5,
-    ("GATHER", "FLOAT16"): 1,
-    ("GELU", "FLOAT32"): 1,
-    ("GELU", "INT8"): 2,
-    ("MEAN", "FLOAT32"): 1,
-    ("MUL", "FLOAT32"): 1,
-    ("QUANTIZE", "FLOAT32", "to INT16"): 2,
-    ("QUANTIZE", "FLOAT32", "to INT8"): 1,
-    ("QUANTIZE", "INT8", "to INT16"): 2,
-    ("RESHAPE", "FLOAT32"): 1,
-    ("RESHAPE", "INT16"): 1,
-    ("RESHAPE", "INT32"): 1,
-    ("RESHAPE", "INT8"): 1,
-    ("RSQRT", "FLOAT32"): 1,
-    ("SLICE", "INT32"): 1,
-    ("SOFTMAX", "FLOAT32"): 1,
-    ("SPLIT", "FLOAT32"): 1,
-    ("SUB", "FLOAT32"): 1,
-    ("TRANSPOSE", "FLOAT32"): 1,
-    ("TRANSPOSE", "INT16"): 5,
-    ("TRANSPOSE", "INT8"): 2,
-}
-
-
-def key_of(operator, inputs, outputs):
-    kinds = kinds_of(inputs)
-    if operator == "FULLY_CONNECTED":
-        return (operator, *kinds[:2])
-    if operator == "QUANTIZE":
-        return (operator, kinds[0], f"to {TYPES[outputs[0].type]}")
-    place = 1 if operator in ("SPLIT", "EMBEDDING_LOOKUP") else 0
-    return (operator, kinds[place])
-
-
-def versions_of(content):
-    return {
-        key_of(operator, inputs, outputs): version
-        for _, operator, version, inputs, outputs, _ in operations_of(content)
-    }
-
 
 @pytest.fixture(scope="module")
 def content(exported):
@@ -92,24 +32,6 @@ def operations(content):
 
 def kinds_of(tensors):
     return [TYPES[tensor.type] for tensor in tensors if tensor is not None]
-
-
-# Operators
-
-
-def test_every_operator_is_built_in_and_of_the_version_of_tensorflow_lites_rule(
-    content, export, model
-):
-    written = {}
-    for mode in MODES:
-        assert not any(code.customCode for code in content(mode).operatorCodes)
-        written |= versions_of(content(mode))
-    assert written == VERSIONS
-    # One scale per matrix needs no later version.
-    path = export(model, "dynamic_int8", per_channel=False).path
-    found = versions_of(content_of(path))
-    assert found["FULLY_CONNECTED", "FLOAT32", "INT8"] == 9
-    assert found["EMBEDDING_LOOKUP", "INT8"] == 1
 
 
 # What the signatures hold

@@ -16,10 +16,7 @@ DTYPES = {
     np.dtype("float32"): Type.FLOAT32,
     np.dtype("float16"): Type.FLOAT16,
     np.dtype("int8"): Type.INT8,
-    np.dtype("int16"): Type.INT16,
     np.dtype("int32"): Type.INT32,
-    np.dtype("int64"): Type.INT64,
-    np.dtype("bool"): Type.BOOL,
 }
 
 
