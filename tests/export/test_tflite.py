@@ -16,7 +16,6 @@ from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.export import integrity, signatures
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.quantization.calibration import calibrate
-from gpt_tf.quantization.weights import quantize_array
 from gpt_tf.text.tokenizer import BPETokenizer, load_tokenizer
 from tests.export.conftest import CONTEXT, FIXED_MODES, VOCAB_SIZE
 
@@ -200,22 +199,6 @@ def test_capacity_and_prefill_lengths_are_kept(export, model, text_ids):
 
 
 # What is stored
-
-
-@pytest.mark.parametrize("mode", ["dynamic_int8", "int8"])
-def test_the_integers_of_the_file_are_those_of_quantize_array(exported, mode):
-    """Difference 0: so the scales that were trained against are those that run."""
-    data, model = exported(mode).path.read_bytes(), exported(mode).model
-    table = model.get_layer("embedding").token_table.numpy()
-    assert data.count(quantize_array(table, 8, axis=0)[0].tobytes()) == 1
-    for index in range(model.num_layers):
-        block = model.get_layer(f"block_{index}")
-        for name in ("qkv", "output", "up", "down"):
-            kernel = getattr(block, f"{name}_kernel").numpy().T
-            integers = quantize_array(np.ascontiguousarray(kernel), 8, axis=0)[0]
-            count = 3 if name == "qkv" and mode != "dynamic_int8" else 1
-            for piece in np.split(integers, count):
-                assert data.count(piece.tobytes()) == 1, name
 
 
 @pytest.mark.parametrize("mode", SOME)
