@@ -41,7 +41,6 @@ class EdgeGPT:
             and goes on, as the Keras side does; `"stop"` ends there.
 
     Attributes:
-        metadata: All that the file's seal says of it.
         config: The model's sizes: `vocab_size`, `num_layers` and so on.
         mode: How it is quantised, `"dynamic_int8"` for example.
         context_length: Positions that it sees at once.
@@ -72,7 +71,6 @@ class EdgeGPT:
         )
         arguments.one_of("when_full", when_full, ("slide", "stop"))
         artefact = open_artefact(path, tokenizer)
-        self.metadata = artefact.facts
         self.config = artefact.facts["config"]
         self.mode = artefact.facts["mode"]
         self.tokenizer = artefact.tokenizer
@@ -157,21 +155,21 @@ class EdgeGPT:
             "slides": self.when_full == "slide",
         }
 
-    def score(self, prompt, *, overlap: int | None = None) -> np.ndarray:
+    def score(self, prompt) -> np.ndarray:
         """Return how likely each token of a text is after those before it.
+
+        A text longer than the context is read in windows, each of which has half of
+        its tokens in common with the one before.
 
         Args:
             prompt: A text of `N` tokens, read as by `generate`, or their ids.
-            overlap: Where a text is longer than the context, tokens that a window has
-                in common with the one before, from 0 to `context_length - 1`;
-                default: half the context.
 
         Returns:
             Log-probabilities in nats `(N - 1,)` float32, of every token but the
             first. Their mean, negated, is the text's loss.
 
         Raises:
-            InputError: The text is empty, or an argument cannot be used.
+            InputError: The text is empty, or cannot be read.
 
         Example:
             >>> perplexity = np.exp(-gpt.score("the quick brown fox").mean())
@@ -185,13 +183,11 @@ class EdgeGPT:
         (ids,) = rows
         sequence.check_rows(rows, self.config["vocab_size"])
         context = self.context_length
-        overlap = context // 2 if overlap is None else overlap
-        overlap = arguments.integer("overlap", overlap, 0, context - 1)
         scores = np.zeros(len(ids) - 1, np.float32)
         known = 0
         with self.one_thread:
             while known < len(scores):
-                begin = max(0, known - overlap)
+                begin = max(0, known - context // 2)
                 # Behind the last token nothing is asked for.
                 end = min(begin + context, len(scores))
                 self._session.reset()

@@ -279,16 +279,14 @@ def test_score_is_the_log_probability_that_keras_gives(gpt, exported, length):
     assert gpt.position == 0
 
 
-@pytest.mark.parametrize("overlap", [0, 1, 12, 23, None])
-def test_a_long_text_is_scored_in_overlapping_windows(gpt, exported, overlap):
-    ids = random_ids(70)
-    scores = gpt.score(ids, overlap=overlap)
-    overlap = CONTEXT // 2 if overlap is None else overlap
-    for begin in range(0, 69 - overlap, CONTEXT - overlap):
+def test_a_long_text_is_scored_in_overlapping_windows(gpt, exported):
+    ids, half = random_ids(70), CONTEXT // 2
+    scores = gpt.score(ids)
+    for begin in range(0, 69 - half, half):
         window = ids[begin : begin + CONTEXT + 1]
         logits = keras_logits(exported.model, window[:CONTEXT])
         expected = log_softmax_of(logits, window)
-        new = overlap if begin else 0
+        new = half if begin else 0
         np.testing.assert_allclose(
             scores[begin + new : begin + len(expected)], expected[new:], atol=3e-5
         )
@@ -316,7 +314,6 @@ def test_text_is_scored_as_its_ids(gpt):
         (lambda gpt: gpt.prefill([1, -1]), "Token ids run"),
         (lambda gpt: gpt.score([]), "is empty"),
         (lambda gpt: gpt.score(["a", "b"]), "one text"),
-        (lambda gpt: gpt.score([1, 2], overlap=CONTEXT), "0 to 23"),
         (lambda gpt: EdgeGPT("a.tflite", num_threads=0), "num_threads"),
         (lambda gpt: EdgeGPT("a.tflite", when_full="wrap"), "when_full"),
     ],
