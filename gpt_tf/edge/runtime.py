@@ -12,7 +12,7 @@ from gpt_tf.edge.loader import open_artefact
 from gpt_tf.edge.session import Executor, Session
 from gpt_tf.errors import InputError
 from gpt_tf.generation import sequence
-from gpt_tf.generation.sampler import Sampler, log_softmax
+from gpt_tf.generation.sampler import Sampler
 from gpt_tf.settings import arguments
 
 # More threads than this wait for the same memory.
@@ -182,23 +182,8 @@ class EdgeGPT:
             )
         (ids,) = rows
         sequence.check_rows(rows, self.config["vocab_size"])
-        context = self.context_length
-        scores = np.zeros(len(ids) - 1, np.float32)
-        known = 0
         with self.one_thread:
-            while known < len(scores):
-                begin = max(0, known - context // 2)
-                # Behind the last token nothing is asked for.
-                end = min(begin + context, len(scores))
-                self._session.reset()
-                self._session.prefill(ids[begin:known])
-                for logits in self._session.score(ids[known:end]):
-                    after = known + len(logits)
-                    rows = np.arange(len(logits)), ids[known + 1 : after + 1]
-                    scores[known:after] = log_softmax(logits)[rows]
-                    known = after
-            self._session.reset()
-        return scores
+            return self._session.log_probabilities(ids)
 
     @property
     def position(self) -> int:

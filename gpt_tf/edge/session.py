@@ -21,6 +21,7 @@ from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from gpt_tf.errors import DamagedFileError
 from gpt_tf.export import signatures
+from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.native_logs import end_quietly, quiet
 
 # Rows by which the capacity in use grows. GPT-2 small on 2 cores: a row that is not
@@ -182,6 +183,26 @@ class Session:
         """Append tokens; yield the logits of each, in pieces `(n, V)` float32."""
         for signature, chunk in self._chunks(ids, self._executor.scores):
             yield self.run(signature, chunk)
+
+    def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
+        """Return those of all tokens of a text but the first, `(N - 1,)` float32.
+
+        Of a text of any length; the cache is empty before and after.
+        """
+        scores, known = np.zeros(len(ids) - 1, np.float32), 0
+        while known < len(scores):
+            begin = max(0, known - self.limit // 2)
+            # Behind the last token nothing is asked for.
+            end = min(begin + self.limit, len(scores))
+            self.reset()
+            self.prefill(ids[begin:known])
+            for logits in self.score(ids[known:end]):
+                after = known + len(logits)
+                places = np.arange(len(logits)), ids[known + 1 : after + 1]
+                scores[known:after] = log_softmax(logits)[places]
+                known = after
+        self.reset()
+        return scores
 
     def plan(
         self, count: int, most: float = math.inf, by_length=None
