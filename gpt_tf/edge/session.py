@@ -52,8 +52,7 @@ class Executor:
 
     def __init__(self, model: str | bytes, facts: dict, num_threads: int, name: str):
         config = facts["config"]
-        self.limit = min(facts["capacity"], config["context_length"])
-        self.largest = facts["capacity"]
+        self.limit = facts["capacity"]
         self.dtype = np.dtype(facts["cache_dtype"])
         self.heads, self.head_dim = config["num_heads"], config["head_dim"]
         self.cache_names = signatures.caches(config["num_layers"])
@@ -85,7 +84,7 @@ class Executor:
         load = CompiledModel.from_file if is_file else CompiledModel.from_buffer
         self.model = load(self._data, environment=_environment(), options=options)
         found = {
-            name: _Signature(self.model, name, names, self.largest)
+            name: _Signature(self.model, name, names, self.limit)
             for name, names in self.model.get_signature_list().items()
         }
         self.decode = found[signatures.DECODE]
@@ -114,7 +113,7 @@ class Executor:
             return
         # Small ones are kept for other texts, half as many rows as are possible.
         kept = sorted([*self._pool, cache], key=lambda cache: cache.capacity)
-        while sum(cache.capacity for cache in kept) > self.largest // 2:
+        while sum(cache.capacity for cache in kept) > self.limit // 2:
             kept.pop()
         self._pool = kept
 
@@ -149,7 +148,7 @@ class Session:
         self.ids = []
         self.limit = executor.limit
         self._executor = executor
-        self._cache = executor.acquire(min(GROWTH, executor.largest))
+        self._cache = executor.acquire(min(GROWTH, executor.limit))
 
     @property
     def position(self) -> int:
@@ -260,7 +259,7 @@ class Session:
     def _reserve(self, rows):
         """Grow the cache, or shrink an empty one, to so many more rows."""
         rows += self.position
-        capacity = min(-(-rows // GROWTH) * GROWTH, self._executor.largest)
+        capacity = min(-(-rows // GROWTH) * GROWTH, self._executor.limit)
         if capacity > self.capacity or (not self.position and capacity < self.capacity):
             old, new = self._cache, self._executor.acquire(capacity)
             if self.position:
