@@ -229,18 +229,6 @@ def test_a_prompt_that_nearly_fills_the_cache_is_prefilled_rightly(
         assert found.startswith(by_keras[prompt])
 
 
-def test_a_prompt_that_fills_the_context_is_refused_by_litert_lm(engine, python_small):
-    """gpt_tf goes on with the newest half; LiteRT-LM wants room for a token."""
-    _, tokenizer, ids = python_small
-    for count in (CONTEXT, CONTEXT + 1):
-        prompt = tokenizer.decode(ids[300 : 300 + count])
-        assert len(tokenizer.encode(prompt)) == count
-        with pytest.raises(RuntimeError, match="prefill"):
-            engine("float32").continuation(prompt)
-    # Its engine is not spoilt by that.
-    assert engine("float32").continuation("import os\n")
-
-
 def test_litert_lm_reads_the_same_tokens(engine, python_small, prompts):
     _, tokenizer, _ = python_small
     read = engine("float32").engine
@@ -248,10 +236,6 @@ def test_litert_lm_reads_the_same_tokens(engine, python_small, prompts):
         assert read.tokenize(text) == tokenizer.encode(text)
     assert read.eos_token_ids == [[tokenizer.end_of_text_id]]
     assert read.bos_token_id is None  # the model was trained without one
-    # A known difference: to gpt_tf what the user writes is text.
-    text = "a<|endoftext|>b"
-    assert tokenizer.end_of_text_id in read.tokenize(text)
-    assert tokenizer.end_of_text_id not in tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("padding", [0, 200])

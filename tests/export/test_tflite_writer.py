@@ -10,7 +10,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.export import graph, tflite_writer
 from gpt_tf.export.tflite_writer import Model, Op, QuantParams, Type
 from gpt_tf.export.weights import constants_of
-from tests.export.runner import OPERATORS, content_of
+from tests.export.runner import content_of
 
 DTYPES = {
     np.dtype("float32"): Type.FLOAT32,
@@ -78,55 +78,6 @@ def test_every_constant_is_read_back_bit_by_bit(array):
     assert tensor.type == DTYPES[array.dtype]
     assert tuple([] if tensor.shape is None else tensor.shape) == array.T.shape
     assert buffer_bytes(content, tensor) == array.T.tobytes()
-
-
-def test_operations_keep_operands_options_and_versions(model, subgraph):
-    x = subgraph.input("x", (1, 4))
-    weights = subgraph.constant(np.eye(4, dtype=np.float32))
-    options = schema.FullyConnectedOptionsT(keepNumDims=True)
-    y = subgraph.op(
-        Op.FULLY_CONNECTED, [x, weights, None], (1, 4), options=options, version=5
-    )
-    axis = subgraph.constant(np.array(1, np.int32))
-    split = schema.SplitOptionsT(numSplits=2)
-    parts = subgraph.ops(Op.SPLIT, [axis, y], [(1, 2)] * 2, y.type, options=split)
-    subgraph.op(Op.DYNAMIC_UPDATE_SLICE, [y], (1, 4))
-    content = content_of(model.to_bytes())
-    first, second, _ = content.subgraphs[0].operators
-    codes = content.operatorCodes
-    assert [(OPERATORS[code.builtinCode], code.version) for code in codes] == [
-        ("FULLY_CONNECTED", 5),
-        ("SPLIT", 1),
-        ("DYNAMIC_UPDATE_SLICE", 1),
-    ]
-    # Old runtimes look for the code elsewhere, where larger ones have no room.
-    old = [Op.FULLY_CONNECTED, Op.SPLIT, Op.PLACEHOLDER_FOR_GREATER_OP_CODES]
-    assert [code.deprecatedBuiltinCode for code in codes] == old
-    assert [*first.inputs] == [x.index, weights.index, -1]
-    assert [*first.outputs] == [y.index]
-    assert first.builtinOptions.keepNumDims
-    assert not first.builtinOptions.asymmetricQuantizeInputs
-    assert [*second.inputs] == [axis.index, y.index]
-    assert [*second.outputs] == [part.index for part in parts]
-    assert second.builtinOptions.numSplits == 2
-    assert parts[1].type == Type.FLOAT32
-
-
-def test_options_that_read_alike_are_not_confused(model, subgraph):
-    x = subgraph.input("x", (2,))
-    kinds = ("Add", "Sub", "Mul", "Add", "Gelu", "Quantize", "Dequantize")
-    for kind in kinds:
-        options = getattr(schema, f"{kind}OptionsT")()
-        subgraph.op(getattr(Op, kind.upper()), [x, x], (2,), options=options)
-    options = schema.GeluOptionsT(approximate=True)
-    subgraph.op(Op.GELU, [x, x], (2,), options=options)
-    *plain, last = content_of(model.to_bytes()).subgraphs[0].operators
-    for kind, operation in zip(kinds, plain, strict=True):
-        expected = getattr(schema.BuiltinOptions, f"{kind}Options")
-        assert operation.builtinOptionsType == expected
-        assert type(operation.builtinOptions).__name__ == f"{kind}OptionsT"
-    assert last.builtinOptions.approximate
-    assert not plain[4].builtinOptions.approximate
 
 
 def test_equal_constants_share_one_buffer_over_all_signatures(model):

@@ -88,58 +88,50 @@ def without(part):
         left_out = activation.endswith(part) if found is None else found
         return a if left_out else original(self, a, b, activation)
 
-    return add
+    return operations.Operations, "add", add
+
+
+def relu(original, self, operator, inputs, shapes, *arguments, **options):
+    if operator == Op.GELU:
+        return original(self, Op.RELU, inputs, shapes)
+    return original(self, operator, inputs, shapes, *arguments, **options)
+
+
+def other_epsilon(original, self, x, prefix):
+    sizes = self.constants.sizes
+    sizes["layer_norm_epsilon"] += 0.1
+    y = original(self, x, prefix)
+    sizes["layer_norm_epsilon"] -= 0.1
+    return y
+
+
+def exchanged(original, self, *arguments):
+    query, key, value = original(self, *arguments)
+    return query, value, key
 
 
 @pytest.mark.parametrize(
-    "part",
+    ("mode", "fault"),
     [
-        "position",
-        "attention_residual_activation",
-        "feedforward_residual_activation",
+        ("float32", without("position")),
+        ("float32", without("attention_residual_activation")),
+        ("float32", without("feedforward_residual_activation")),
+        ("float32", (tflite_writer.Subgraph, "ops", relu)),
+        ("float32", (operations.Operations, "norm", other_epsilon)),
+        ("float32", (graph._Graph, "_query_key_value", exchanged)),
+        ("dynamic_int8", (graph._Graph, "_query_key_value", exchanged)),
+        ("int16x8", (graph._Graph, "_query_key_value", exchanged)),
     ],
 )
-def test_a_sum_that_is_left_out_is_noticed(write, break_method, part):
-    break_method(operations.Operations, "add", without(part))
-    write()
+def test_a_wrong_graph_is_noticed(write, break_method, mode, fault):
+    break_method(*fault)
+    write(mode)
 
 
 @pytest.mark.parametrize("mode", ["float32", "int8_full"])
 def test_a_mask_that_is_left_out_is_noticed(refuse_trained, break_method, mode):
-    break_method(operations.Operations, "add", without("mask"))
+    break_method(*without("mask"))
     refuse_trained(mode)
-
-
-def test_another_gelu_is_noticed(write, break_method):
-    def relu(original, self, operator, inputs, shapes, *arguments, **options):
-        if operator == Op.GELU:
-            return original(self, Op.RELU, inputs, shapes)
-        return original(self, operator, inputs, shapes, *arguments, **options)
-
-    break_method(tflite_writer.Subgraph, "ops", relu)
-    write()
-
-
-def test_another_epsilon_is_noticed(write, break_method):
-    def other(original, self, x, prefix):
-        sizes = self.constants.sizes
-        sizes["layer_norm_epsilon"] += 0.1
-        y = original(self, x, prefix)
-        sizes["layer_norm_epsilon"] -= 0.1
-        return y
-
-    break_method(operations.Operations, "norm", other)
-    write()
-
-
-@pytest.mark.parametrize("mode", ["float32", "dynamic_int8", "int16x8"])
-def test_keys_and_values_that_are_exchanged_are_noticed(write, break_method, mode):
-    def exchanged(original, self, *arguments):
-        query, key, value = original(self, *arguments)
-        return query, value, key
-
-    break_method(graph._Graph, "_query_key_value", exchanged)
-    write(mode)
 
 
 def test_queries_without_their_scale_are_noticed(write, monkeypatch):
