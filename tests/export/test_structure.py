@@ -96,31 +96,38 @@ def rescale(content, operator, scale):
 @pytest.fixture(scope="module")
 def small(build_model, export):
     """The bytes of a file of few parts."""
-    model = build_model(num_layers=1)
-    return export(model, "int8", prefill_lengths=[1]).path.read_bytes()
+
+    def small(mode):
+        model = build_model(num_layers=1)
+        return export(model, mode, prefill_lengths=[1]).path.read_bytes()
+
+    return small
 
 
 def test_no_field_that_the_schema_knows_steers_the_runtime_otherwise(small):
     """Each is altered; what is not refused says nothing that steers."""
-    generator, refused = random.Random(4), set()
-    kinds = forged.objects_of(forged.unpack(small), {})
+    sound, generator, refused = small("int8"), random.Random(4), set()
+    kinds = forged.objects_of(forged.unpack(sound), {})
     fields = [(kind, name) for kind in kinds for name in vars(kind())]
     for kind, name in fields:
-        content = forged.unpack(small)
+        content = forged.unpack(sound)
         thing = forged.objects_of(content, {})[kind][0]
-        setattr(thing, name, forged.another(getattr(thing, name), generator))
-        try:
-            data = forged.pack(content)
-        except Exception:  # the format has no place for such a value
+        before = getattr(thing, name)
+        for _ in range(5):  # the format may have no place for a value
+            setattr(thing, name, forged.another(before, generator))
+            with contextlib.suppress(Exception):
+                data = forged.pack(content)
+                break
+        else:
             continue
         try:
             check(data)
         except (BrokenError, DamagedFileError):
             refused.add(f"{kind.__name__}.{name}")
         else:
-            assert forged.changes(small, data) <= forged.FREE, (kind, name)
-    assert {"TensorT.shape", "OperatorT.inputs", "SubGraphT.outputs"} <= refused
-    assert len(refused) > len(fields) / 2
+            assert forged.changes(sound, data) <= forged.FREE, (kind, name)
+    assert {"TensorT.type", "OperatorT.inputs", "SubGraphT.outputs"} <= refused
+    assert len(refused) > len(fields) * 2 / 3
 
 
 def test_indices_and_numbers_of_things_cannot_be_altered(small):
@@ -129,7 +136,7 @@ def test_indices_and_numbers_of_things_cannot_be_altered(small):
         lambda c: c.subgraphs[0].tensors.append(c.subgraphs[0].tensors[0]),
         lambda c: c.subgraphs[0].operators.pop(),
     ):
-        content = forged.unpack(small)
+        content = forged.unpack(small("int8"))
         alter(content)
         with pytest.raises(BrokenError):
             check(forged.pack(content))
@@ -174,8 +181,8 @@ def test_scales_of_blocks_are_numbers_above_0(written):
 
 @pytest.mark.parametrize("part", [None, "config"])
 def test_no_fact_may_be_another_one_or_missing(small, part):
-    missing = object()
-    sound = integrity.read_seal(small)
+    data, missing = small("int8"), object()
+    sound = integrity.read_seal(data)
     for name, before in (sound[part] if part else sound).items():
         for value in (missing, *forged.VALUES, 41, [4, 1], [1, 1], 10**400):
             facts = copy.deepcopy(sound)
@@ -188,16 +195,16 @@ def test_no_fact_may_be_another_one_or_missing(small, part):
             kind = {"tokenizer_fingerprint": str, "tie_embeddings": bool}.get(name, ())
             if is_free or isinstance(value, kind) or repr(value) == repr(before):
                 with contextlib.suppress(BrokenError):
-                    structure.check(small, facts)
+                    structure.check(data, facts)
             else:
                 with pytest.raises(BrokenError):
-                    structure.check(small, facts)
+                    structure.check(data, facts)
                     pytest.fail(f"{name}: {value!r:.80}")
 
 
 @pytest.mark.parametrize("mode", ["float32", "int8_full", "int4"])
-def test_a_number_overwritten_is_refused_or_steers_nothing(written, mode):
-    sound = written(mode)
+def test_a_number_overwritten_is_refused_or_steers_nothing(small, mode):
+    sound = small(mode)
     refused = 0
     for what, data in forged.forgeries(sound, 40, 1, [forged.overwrite]):
         try:
