@@ -43,7 +43,9 @@ def test_sessions_do_not_disturb_each_other(gpt):
 # Texts
 
 
-@pytest.mark.parametrize(("kind", "options"), zip(KINDS, OPTIONS, strict=True), ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options"), list(zip(KINDS, OPTIONS, strict=True)), ids=str
+)
 def test_texts_are_those_that_each_request_has_alone(gpt, kind, options):
     # Long enough for the oldest half to be dropped.
     options = {"max_new_tokens": 30, **options}
