@@ -44,7 +44,7 @@ def opened(exported, monkeypatch):
             return cache
 
         monkeypatch.setattr(session.Executor, "_new_cache", counted)
-        session._plan.cache_clear()  # so that all runs are alike
+        session.plan.cache_clear()  # so that all runs are alike
         with EdgeGPT(exported.litertlm, num_threads=1) as gpt:
             yield gpt
             caches = [gpt._session._cache, *gpt._executor._pool]
