@@ -155,9 +155,9 @@ def params(**fields):
         params(scale=[1e-42]),  # below normal numbers
         params(scale=[0.123]),  # two for one tensor
         params(zeroPoint=[128]),
-        lambda c: rescale(c, Op.FULLY_CONNECTED, 1e-6),  # scaled up too far
-        lambda c: rescale(c, Op.ADD, 1e-6),
-        lambda c: rescale(c, Op.BATCH_MATMUL, 1e-9),
+        lambda c: rescale(c, Op.FULLY_CONNECTED, 1e-12),  # scaled up too far
+        lambda c: rescale(c, Op.ADD, 1e-12),
+        lambda c: rescale(c, Op.BATCH_MATMUL, 1e-12),
         lambda c: vars(constant_of(c, Type.FLOAT32, [32])).update(data=[0] * 124),
     ],
 )
