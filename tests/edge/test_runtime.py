@@ -340,7 +340,7 @@ def test_the_context_ends_where_the_cache_ends(exported):
 
 def test_a_closed_model_says_so(exported):
     gpt = EdgeGPT(exported.tflite)
-    stream = gpt.stream([1], max_new_tokens=5)
+    stream = gpt.stream("abc", max_new_tokens=6, seed=1)
     next(stream)
     gpt.close()
     gpt.close()
