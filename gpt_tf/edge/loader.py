@@ -37,8 +37,7 @@ _HEADER_BLOCK = 1 << 14
 _TIME = b"creation_timestamp"
 
 # Kinds of sections, `AnySectionDataType` of the schema.
-_MODEL = 3
-_TOKENIZER = 6
+_NEEDED = {3: "model", 6: "Hugging Face tokenizer"}
 
 # No tokenizer is larger; what claims to be is damaged.
 _LARGEST_TOKENIZER_BYTES = 1 << 28
@@ -50,16 +49,10 @@ _SECTION = {1: U64, 2: U64, 3: U8}
 
 
 class Artefact(NamedTuple):
-    """A file that was found sound.
+    """A file that was found sound."""
 
-    Attributes:
-        model: Name of the `.tflite`, or the bytes of one that is part of a file.
-        facts: What its seal says of it.
-        tokenizer: Its tokenizer, or None.
-    """
-
-    model: str | bytes
-    facts: dict
+    model: str | bytes  # name of the `.tflite`, or the bytes of one inside a file
+    facts: dict  # what its seal says of it
     tokenizer: Tokenizer | None
 
 
@@ -70,9 +63,6 @@ def open_artefact(path: str | os.PathLike, tokenizer=None) -> Artefact:
         path: The file. If `<file name>.json` is beside it, that is checked first.
         tokenizer: A `Tokenizer`, or the path of one, to be used instead of the file's
             own or of the `tokenizer.json` beside it.
-
-    Returns:
-        Model, facts and tokenizer.
 
     Raises:
         InputError: There is no such file, or tokenizer and model do not belong
@@ -88,39 +78,50 @@ def open_artefact(path: str | os.PathLike, tokenizer=None) -> Artefact:
         )
     artifacts.check_file_manifest(path)
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not size:
+        if not os.fstat(file.fileno()).st_size:
             read_seal(b"", str(path))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data[4:8] == _TFLITE_MAGIC:
-                facts = read_seal(data, str(path))
-                _check_structure(data, facts, path)
-                model, own = str(path), _tokenizer_beside(path)
-            else:
-                sections = read_sections(data, str(path))
-                # Files with a time in their header have a seal of the model only.
-                is_sealed = data.find(_TIME, 0, _HEADER_BLOCK) < 0
-                if is_sealed:
-                    read_seal(data, str(path), BUNDLE_PREFIX)
-                begin, end = _section(sections, _MODEL, path)
-                # LiteRT takes the model as `bytes`, so this copy is what it keeps.
-                model = data[begin:end]
-                facts = read_seal(model, str(path), verify=not is_sealed)
-                _check_structure(model, facts, path)
-                begin, end = _section(sections, _TOKENIZER, path)
-                own = data[begin:end]
+            model, facts, own = _contents(data, path)
+    beside = path.with_name(FILE_NAME)
+    if tokenizer is None and own is None and beside.is_file():
+        tokenizer = beside
     name = str(path)
-    if tokenizer is None:
-        if isinstance(own, bytes):
-            tokenizer = _unpack_tokenizer(own, name)
-        elif own is not None:
-            tokenizer, name = _load_tokenizer(own), str(own)
-    elif not isinstance(tokenizer, Tokenizer):
+    if tokenizer is None and own is not None:
+        tokenizer = _unpack_tokenizer(own, name)
+    elif not isinstance(tokenizer, Tokenizer | None):
         name = str(arguments.path("tokenizer", tokenizer))
-        tokenizer = _load_tokenizer(tokenizer)
+        tokenizer = _named(lambda: load_tokenizer(name), name)
     if tokenizer is not None:
         _check_pair(facts, tokenizer, path, name)
     return Artefact(model, facts, tokenizer)
+
+
+def _contents(data, path):
+    """Check a file's bytes; return the model, its facts, and a packed tokenizer."""
+    if data[4:8] == _TFLITE_MAGIC:
+        model, tokenizer = str(path), None
+        facts = read_seal(data, str(path))
+    else:
+        sections = read_sections(data, str(path))
+        # Files with a time in their header have a seal of the model only.
+        is_sealed = data.find(_TIME, 0, _HEADER_BLOCK) < 0
+        if is_sealed:
+            read_seal(data, str(path), BUNDLE_PREFIX)
+        # LiteRT takes the model as `bytes`, so this copy is what it keeps.
+        model, tokenizer = (
+            data[slice(*_section(sections, kind, path))] for kind in _NEEDED
+        )
+        data = model
+        facts = read_seal(model, str(path), verify=not is_sealed)
+    try:
+        structure.check(data, facts)
+    except BrokenError as error:
+        raise DamagedFileError(
+            f"Expected in {path} the graph that gpt_tf writes. Received: {error}. The "
+            "file was altered, or a version of gpt_tf with another graph exported it: "
+            "export the model again."
+        ) from None
+    return model, facts, tokenizer
 
 
 def read_sections(data, name: str) -> dict[int, tuple[int, int]]:
@@ -148,9 +149,7 @@ def read_sections(data, name: str) -> dict[int, tuple[int, int]]:
         found = _find_sections(Flatbuffer(data[_HEADER_BEGIN:end], strict=False))
         for begin, end in found.values():
             if not _HEADER_BEGIN < begin < end <= len(data):
-                raise BrokenError(
-                    f"a section from {begin} to {end} of {len(data)} bytes"
-                )
+                raise BrokenError(f"a section from {begin} to {end} of {len(data)}")
     except (BrokenError, struct.error) as error:
         raise DamagedFileError(
             f"Expected a sound header in {name}. Received: {error}. The file is "
@@ -167,30 +166,18 @@ def _find_sections(header):
     for position in header.table(root[1], _SECTIONS).get(0, ()):
         section = {1: 0, 2: 0, 3: 0} | header.table(position, _SECTION)
         kind = section[3]
-        if kind in (_MODEL, _TOKENIZER):
+        if kind in _NEEDED:
             if kind in found:
                 raise BrokenError(f"several sections of kind {kind}")
             found[kind] = section[1], section[2]
     return found
 
 
-def _check_structure(model, facts, path):
-    try:
-        structure.check(model, facts)
-    except BrokenError as error:
-        raise DamagedFileError(
-            f"Expected in {path} the graph that gpt_tf writes. Received: {error}. The "
-            "file was altered, or a version of gpt_tf with another graph exported it: "
-            "export the model again."
-        ) from None
-
-
 def _section(sections, kind, path):
     if kind not in sections:
-        what = {_MODEL: "model", _TOKENIZER: "Hugging Face tokenizer"}[kind]
         raise DamagedFileError(
-            f"Expected a {what} in {path}. Received: none. gpt_tf did not export it, "
-            "or it was altered."
+            f"Expected a {_NEEDED[kind]} in {path}. Received: none. gpt_tf did not "
+            "export it, or it was altered."
         )
     return sections[kind]
 
@@ -211,19 +198,10 @@ def _unpack_tokenizer(data, name):
             f"The tokenizer in {name} cannot be unpacked: {error}. The file is "
             "truncated or was altered; export or copy it again."
         ) from None
-    return _make(lambda: tokenizer_from_json(text, f"the tokenizer in {name}"), name)
+    return _named(lambda: tokenizer_from_json(text, f"the tokenizer in {name}"), name)
 
 
-def _tokenizer_beside(path):
-    beside = path.with_name(FILE_NAME)
-    return beside if beside.is_file() else None
-
-
-def _load_tokenizer(path):
-    return _make(lambda: load_tokenizer(path), os.fspath(path))
-
-
-def _make(load, name):
+def _named(load, name):
     """Load a tokenizer so that whatever goes wrong names the file."""
     try:
         return load()
@@ -231,13 +209,6 @@ def _make(load, name):
         if name in str(error):
             raise
         raise type(error)(f"{name}: {error}") from None
-    except BaseException as error:
-        # How a defect of the library's native code shows itself.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise DamagedFileError(
-            f"{name} cannot be read as a tokenizer: {error}."
-        ) from None
 
 
 def _check_pair(facts, tokenizer, path, name):

@@ -53,11 +53,9 @@ class EdgeScheduler:
     - at most `max_active` requests have a cache, the others wait in order of arrival.
 
     The request whose work was interrupted, by Ctrl-C or for want of memory, fails; the
-    others go on.
-
-    Every request gets the text that `EdgeGPT` alone would give for the same seed. With
-    a `max_chunk` smaller than the file's longest prefill the same sums are rounded in
-    other kernels, as with any other length of prefill.
+    others go on. Every request gets the text that `EdgeGPT` alone would give for the
+    same seed. With a `max_chunk` smaller than the file's longest prefill the same sums
+    are rounded in other kernels, as with any other length of prefill.
 
     Args:
         source: A `.tflite` or `.litertlm`, or an open `EdgeGPT`, which may be used
@@ -94,8 +92,9 @@ class EdgeScheduler:
         num_threads: int | None = None,
         when_full: str = "slide",
     ):
-        self.max_chunk = arguments.integer("max_chunk", max_chunk, 1)
+        max_chunk = arguments.integer("max_chunk", max_chunk, 1)
         self.chunked = arguments.switch("chunked", chunked)
+        self.max_chunk = max_chunk if self.chunked else math.inf
         self.max_active = arguments.integer("max_active", max_active, 1)
         self.patience = arguments.integer("patience", patience, 1)
         arguments.integer("num_threads", num_threads, 1, or_none=True)
@@ -133,25 +132,13 @@ class EdgeScheduler:
     ) -> "Request":
         """Ask for the continuation of one prompt; nothing is computed yet.
 
-        Args:
-            prompt: A text, or token ids.
-            max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop:
-                As for `EdgeGPT.generate`.
-
-        Returns:
-            The request.
-
-        Raises:
-            InputError: The prompt or an option cannot be used.
+        Args and errors are those of `EdgeGPT.generate`.
         """
-        gpt = self.gpt
-        sampler = gpt.sampler(temperature, top_k, top_p, repetition_penalty, seed)
-        with gpt.one_thread:
-            gpt.check_open()
+        sampling = temperature, top_k, top_p, repetition_penalty, seed
+        with self.gpt.one_thread:
             (state,), _ = sequence.begin(
                 prompt,
-                sampler,
-                **gpt.limits,
+                **self.gpt.options_for(sampling),
                 max_new_tokens=max_new_tokens,
                 stop=stop,
                 stream=True,
@@ -168,7 +155,6 @@ class EdgeScheduler:
             What was done, or None where nothing is left to do.
         """
         with self.gpt.one_thread:
-            self.gpt.check_open()
             request = self._next(self._admitted())
             if request is None:
                 return None
@@ -236,12 +222,9 @@ class EdgeScheduler:
 
     def _plan(self, request):
         """Choose the calls that prefill a request's window into its emptied cache."""
-        most = self.max_chunk if self.chunked else None
         request._session.reset()
-        request._prefilled = 0
-        request._calls = collections.deque(
-            request._session.plan(len(request._state.pending) - 1, most)
-        )
+        calls = request._session.plan(request.unread, self.max_chunk)
+        request._calls = collections.deque(calls)
 
     def _next(self, admitted):
         """Return the request to work for, or None."""
@@ -269,13 +252,11 @@ class EdgeScheduler:
 
     def _prefill(self, request):
         """Prefill a chunk, or a whole prompt."""
-        most = self.max_chunk if self.chunked else math.inf
-        count = 0
-        while request._calls and (not count or count + request._calls[0] <= most):
-            length = request._calls.popleft()
-            ids = request._state.pending[request._prefilled : -1][:length]
-            request._session.step(ids, length)
-            request._prefilled += len(ids)
+        calls, session, count = request._calls, request._session, 0
+        while calls and (not count or count + calls[0] <= self.max_chunk):
+            length = calls.popleft()
+            ids = request._state.pending[session.position : -1][:length]
+            session.step(ids, length)
             count += len(ids)
         self._chunk_step = next(self._steps)
         return Work(request, "prefill", count)
@@ -317,7 +298,6 @@ class Request:
         self._scheduler = scheduler
         self._state = state
         self._session = self._calls = None
-        self._prefilled = 0
         self._token_step = -1  # the step of its last token
         self._pieces = collections.deque()
         self._working = False  # still True after it: an interruption
@@ -332,7 +312,8 @@ class Request:
         """Tokens of its prompt that are still to be prefilled."""
         if not self._state.needs_prefill:
             return 0
-        return len(self._state.pending) - 1 - self._prefilled
+        read = 0 if self._session is None else self._session.position
+        return len(self._state.pending) - 1 - read
 
     @property
     def done(self) -> bool:

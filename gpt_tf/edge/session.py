@@ -7,7 +7,6 @@ input and output of every signature. A loaded model may have several sessions, t
 with a cache each.
 """
 
-import contextlib
 import ctypes
 import functools
 import math
@@ -22,6 +21,7 @@ from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from gpt_tf.errors import DamagedFileError
 from gpt_tf.export import signatures
+from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.native_logs import end_quietly, quiet
 
 # Rows by which the capacity in use grows. GPT-2 small on 2 cores: a row that is not
@@ -48,35 +48,53 @@ class Executor:
         facts: The file's own facts, from its seal.
         num_threads: Threads that compute.
         name: How messages call the file.
-
-    Attributes:
-        limit: Largest number of positions of a session.
-        lengths: Lengths of the prefill signatures, ascending.
     """
 
     def __init__(self, model: str | bytes, facts: dict, num_threads: int, name: str):
         config = facts["config"]
-        self.limit = min(facts["capacity"], config["context_length"])
-        self.largest = facts["capacity"]
+        self.limit = facts["capacity"]
         self.dtype = np.dtype(facts["cache_dtype"])
+        self.heads, self.head_dim = config["num_heads"], config["head_dim"]
         self.cache_names = signatures.caches(config["num_layers"])
         # LiteRT goes on reading it.
         self._data = model
-        with quiet(), _refused(name):
-            self.model = _load(model, num_threads)
-            self._signatures = self._find_signatures(name)
-            self.decode = self._signatures[signatures.DECODE]
-            shape = self.decode.shape_of(self.cache_names[0])
-            _, self.heads, _, self.head_dim = shape
-            self.prefills = self._by_length("prefill", signatures.prefill)
-            self.scores = self._by_length("score", signatures.score)
-            self.lengths = tuple(self.prefills)
-            self._pool = []
-            # The first run sets up what later ones use.
-            session = self.session()
-            session.run(self.decode, self.decode.tokens[:1])
-            session.close()
+        self._pool = []
+        try:
+            with quiet():
+                self._load(num_threads)
+                # The first run sets up what later ones use.
+                session = self.session()
+                session.run(self.decode, [0])
+                session.close()
+        except RuntimeError as error:
+            raise DamagedFileError(
+                f"LiteRT cannot open {name}: {error}. Export it again, or install the "
+                "version of ai-edge-litert that it was exported with."
+            ) from None
         end_quietly()
+
+    def _load(self, num_threads):
+        options = Options(
+            HardwareAccelerator.CPU,
+            cpu_options=CpuOptions(
+                num_threads=num_threads, xnnpack_weight_cache_path=_SHARED_WEIGHTS
+            ),
+        )
+        is_file = isinstance(self._data, str)
+        load = CompiledModel.from_file if is_file else CompiledModel.from_buffer
+        self.model = load(self._data, environment=_environment(), options=options)
+        found = {
+            name: _Signature(self.model, name, names, self.limit)
+            for name, names in self.model.get_signature_list().items()
+        }
+        self.decode = found[signatures.DECODE]
+        # By their lengths, ascending.
+        lengths = signatures.lengths_of(found)
+        self.prefills = {
+            length: found[signatures.prefill(length)] for length in lengths
+        }
+        lengths = signatures.lengths_of(found, "score")
+        self.scores = {length: found[signatures.score(length)] for length in lengths}
 
     def session(self) -> "Session":
         """Begin a session with an empty cache."""
@@ -95,33 +113,14 @@ class Executor:
             return
         # Small ones are kept for other texts, half as many rows as are possible.
         kept = sorted([*self._pool, cache], key=lambda cache: cache.capacity)
-        while sum(cache.capacity for cache in kept) > self.largest // 2:
+        while sum(cache.capacity for cache in kept) > self.limit // 2:
             kept.pop()
         self._pool = kept
 
     def close(self) -> None:
         """Free model and buffers; the sessions are of no use afterwards."""
         self._pool = self.model = self._data = None
-        self._signatures = self.prefills = self.scores = self.decode = None
-
-    def _find_signatures(self, name):
-        found = {}
-        for key, names in self.model.get_signature_list().items():
-            found[key] = _Signature(self.model, key, names, self.largest)
-        wanted = {*self.cache_names, signatures.TOKENS, signatures.MASK}
-        if signatures.DECODE not in found or not wanted <= set(
-            found[signatures.DECODE].inputs
-        ):
-            raise DamagedFileError(
-                f"Expected the signature {signatures.DECODE} with "
-                f"{len(self.cache_names)} caches in {name}. Received: "
-                f"{', '.join(sorted(found))}. Export the model again."
-            )
-        return found
-
-    def _by_length(self, kind, name_of):
-        lengths = signatures.lengths_of(self._signatures, kind)
-        return {length: self._signatures[name_of(length)] for length in lengths}
+        self.prefills = self.scores = self.decode = None
 
     def _new_cache(self, capacity):
         self.decode.resize(capacity)
@@ -141,15 +140,24 @@ class Session:
         executor: The model that runs it.
 
     Attributes:
-        position: Number of positions in the cache.
-        limit: Largest number of positions.
+        ids: The tokens in the cache; what was interrupted is not among them.
+        limit: Largest number of them.
     """
 
     def __init__(self, executor: Executor):
-        self.position = 0
+        self.ids = []
         self.limit = executor.limit
         self._executor = executor
-        self._cache = executor.acquire(min(GROWTH, executor.largest))
+        self._cache = executor.acquire(min(GROWTH, executor.limit))
+
+    @property
+    def position(self) -> int:
+        """Number of tokens in the cache; a smaller one may be set, to go on from."""
+        return len(self.ids)
+
+    @position.setter
+    def position(self, value):
+        del self.ids[value:]
 
     @property
     def capacity(self) -> int:
@@ -158,7 +166,7 @@ class Session:
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.position = 0
+        self.ids = []
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Append tokens to the cache; they must have room in it."""
@@ -175,32 +183,45 @@ class Session:
         for signature, chunk in self._chunks(ids, self._executor.scores):
             yield self.run(signature, chunk)
 
-    def plan(self, count: int, most: int | None = None) -> list[int]:
+    def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
+        """Return those of all tokens of a text but the first, `(N - 1,)` float32.
+
+        Of a text of any length; the cache is empty before and after.
+        """
+        scores, known = np.zeros(len(ids) - 1, np.float32), 0
+        while known < len(scores):
+            begin = max(0, known - self.limit // 2)
+            # Behind the last token nothing is asked for.
+            end = min(begin + self.limit, len(scores))
+            self.reset()
+            self.prefill(ids[begin:known])
+            for logits in self.score(ids[known:end]):
+                after = known + len(logits)
+                places = np.arange(len(logits)), ids[known + 1 : after + 1]
+                scores[known:after] = log_softmax(logits)[places]
+                known = after
+        self.reset()
+        return scores
+
+    def plan(
+        self, count: int, most: float = math.inf, by_length=None
+    ) -> tuple[int, ...]:
         """Make room for tokens and return the lengths of the calls for them.
 
         Args:
-            count: Number of tokens that are to be prefilled.
-            most: Largest length that may be chosen, at least 1; None: any.
+            count: Number of tokens.
+            most: Largest length that may be chosen, at least 1.
+            by_length: Signatures by their lengths; those that prefill unless given.
         """
-        lengths = [n for n in self._executor.lengths if most is None or n <= most]
-        chosen = plan(count, self.limit - self.position, lengths)
-        self._reserve(_rows_for(count, chosen, self.limit - self.position))
+        by_length = self._executor.prefills if by_length is None else by_length
+        free = self.limit - self.position
+        chosen = plan(count, free, tuple(n for n in by_length if n <= most))
+        # The next token has its row too, so that it does not make the cache grow.
+        self._reserve(max(min(count + 1, free), sum(chosen)))
         return chosen
 
-    def _reserve(self, rows: int) -> None:
-        """Grow the cache, or shrink an empty one, to so many more rows."""
-        rows += self.position
-        capacity = min(-(-rows // GROWTH) * GROWTH, self._executor.largest)
-        if capacity > self.capacity or (not self.position and capacity < self.capacity):
-            self._enter(capacity)
-
     def step(self, ids: Sequence[int], length: int) -> None:
-        """Append tokens with one of the calls that `plan` chose.
-
-        Args:
-            ids: Token ids `(n,)`, `n` from 1 to `length`.
-            length: The call's length.
-        """
+        """Append tokens, at most `length`, by one of the calls that `plan` chose."""
         executor = self._executor
         self.run(executor.prefills.get(length, executor.decode), ids)
 
@@ -216,7 +237,7 @@ class Session:
         signature.position_buffer.write(signature.positions)
         call.mask_buffer.write(call.mask)
         self._executor.model.run_by_index(signature.index, call.inputs, call.outputs)
-        self.position += count
+        self.ids += chunk
         return signature.read(count)
 
     def close(self) -> None:
@@ -227,21 +248,24 @@ class Session:
 
     def _chunks(self, ids, by_length):
         """Cut tokens into pieces, each with the signature that runs it."""
-        free = self.limit - self.position
-        lengths = plan(len(ids), free, by_length)
-        self._reserve(_rows_for(len(ids), lengths, free))
         begin = 0
-        for length in lengths:
-            chunk = ids[begin : begin + length]
-            yield by_length.get(length, self._executor.decode), chunk
-            begin += len(chunk)
+        for length in self.plan(len(ids), by_length=by_length):
+            yield (
+                by_length.get(length, self._executor.decode),
+                ids[begin : begin + length],
+            )
+            begin += length
 
-    def _enter(self, capacity):
-        old, new = self._cache, self._executor.acquire(capacity)
-        if self.position:
-            self._copy_rows(old, new)
-        self._cache = new
-        self._executor.release(old)
+    def _reserve(self, rows):
+        """Grow the cache, or shrink an empty one, to so many more rows."""
+        rows += self.position
+        capacity = min(-(-rows // GROWTH) * GROWTH, self._executor.limit)
+        if capacity > self.capacity or (not self.position and capacity < self.capacity):
+            old, new = self._cache, self._executor.acquire(capacity)
+            if self.position:
+                self._copy_rows(old, new)
+            self._cache = new
+            self._executor.release(old)
 
     def _copy_rows(self, old, new):
         executor = self._executor
@@ -260,20 +284,8 @@ class Session:
         return cache.calls[signature.name]
 
 
-def _rows_for(count: int, lengths: Sequence[int], free: int) -> int:
-    """Return how many rows calls need for so many tokens.
-
-    The next token has its row too, so that it does not make the cache grow.
-
-    Args:
-        count: Number of tokens.
-        lengths: Lengths of the calls, as `plan` chose them.
-        free: Positions that are free.
-    """
-    return max(min(count + 1, free), sum(lengths))
-
-
-def plan(count: int, free: int, lengths: Sequence[int]) -> list[int]:
+@functools.lru_cache(maxsize=1024)
+def plan(count: int, free: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
     """Choose lengths of calls that process tokens at the least cost.
 
     A call computes all of its length; a last one may be longer than what is left.
@@ -288,13 +300,9 @@ def plan(count: int, free: int, lengths: Sequence[int]) -> list[int]:
 
     Example:
         >>> plan(75, 100, (1, 8, 64))
-        [64, 8, 1, 1, 1]
+        (64, 8, 1, 1, 1)
     """
-    return list(_plan(count, free - count, tuple(sorted({1, *lengths}))))
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(count, spare, lengths):
+    lengths = sorted({1, *lengths})
     largest = lengths[-1]
     whole = max(0, count // largest - 1)
     # The cheapest way for each number of tokens that may be left, from none on.
@@ -304,7 +312,7 @@ def _plan(count, spare, lengths):
             min(
                 (1 + length * _COST_PER_POSITION + cost, (length, *rest))
                 for length in lengths
-                if length - left <= spare
+                if length - left <= free - count
                 for cost, rest in [best[max(0, left - length)]]
             )
         )
@@ -342,9 +350,6 @@ class _Signature:
             self.logits_buffer = model.create_output_buffer_by_name(
                 name, signatures.LOGITS
             )
-
-    def shape_of(self, name):
-        return self._shapes[self.inputs.index(name)]
 
     def input_buffer(self, name):
         return self._model.create_input_buffer_by_name(self.name, name)
@@ -401,30 +406,6 @@ class _Call:
             positions = np.arange(position, position + length)
             self.mask[:] = signatures.mask(positions, capacity)[0, 0]
         self._position = position
-
-
-def _load(model, num_threads):
-    options = Options(
-        HardwareAccelerator.CPU,
-        cpu_options=CpuOptions(
-            num_threads=num_threads, xnnpack_weight_cache_path=_SHARED_WEIGHTS
-        ),
-    )
-    load = (
-        CompiledModel.from_file if isinstance(model, str) else CompiledModel.from_buffer
-    )
-    return load(model, environment=_environment(), options=options)
-
-
-@contextlib.contextmanager
-def _refused(name):
-    try:
-        yield
-    except RuntimeError as error:
-        raise DamagedFileError(
-            f"LiteRT cannot open {name}: {error}. Export it again, or install the "
-            "version of ai-edge-litert that it was exported with."
-        ) from None
 
 
 @functools.cache

@@ -14,18 +14,11 @@ INT4_BLOCK = 32
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matrix:
-    """A weight matrix as the file stores it.
+    """A weight matrix as the file stores it."""
 
-    Attributes:
-        values: Its numbers; int4 ones packed, two to a byte.
-        kind: A `TensorType`.
-        shape: (outputs, inputs), or (rows, width) of a table.
-        quant: Its `QuantParams`, or None.
-    """
-
-    values: np.ndarray
-    kind: int
-    shape: tuple
+    values: np.ndarray  # int4 ones packed, two to a byte
+    kind: int  # a `TensorType`
+    shape: tuple  # (outputs, inputs), or (rows, width) of a table
     quant: QuantParams | None
 
     @property
@@ -47,8 +40,7 @@ class Constants:
         vectors: float32 `(n,)` by name; `"head/mask"`, where token ids are ruled out,
             is added to the logits.
         ranges: (minimum, maximum) of activations by name.
-        quant_params: Parameters of activations that were asked for, so that one
-            activation has the same in all graphs.
+        quant_params: Those asked for so far, so that all graphs have the same.
     """
 
     mode: Mode
@@ -67,8 +59,8 @@ class Constants:
     def activation_params(self, name: str) -> QuantParams:
         """Return how an activation is quantised, int8 or int16 as the mode has it.
 
-        The residual of `full` is int16. int8 represents 0 exactly, as
-        TensorFlow's fake quantisation does; int16 is symmetric.
+        int8 represents 0 exactly, as TensorFlow's fake quantisation does; int16 is
+        symmetric.
 
         Raises:
             InputError: The activation's range is not known or not finite.
@@ -92,7 +84,7 @@ class Constants:
             )
         low, high = min(low, 0.0), max(high, 0.0)
         if self.integer_of(name) == Type.INT16:
-            return symmetric(max(-low, high) / 32767)
+            return per_tensor(_never_zero(max(-low, high) / 32767), 0)
         scale = _never_zero((high - low) / 255)
         return per_tensor(scale, int(np.clip(np.rint(-low / scale), 0, 255)) - 128)
 
@@ -116,11 +108,6 @@ def per_tensor(scale: float, zero_point: int) -> QuantParams:
     return QuantParams(np.array([scale], np.float32), np.array([zero_point], np.int64))
 
 
-def symmetric(scale: float) -> QuantParams:
-    """Return parameters with one scale and zero point 0."""
-    return per_tensor(_never_zero(scale), 0)
-
-
 def _never_zero(scale):
     return scale if scale >= SMALLEST_SCALE else 1.0
 
@@ -136,7 +123,7 @@ class _Outline(Constants):
 
 
 def outline(mode: str, sizes: dict, per_channel: bool, masked: bool) -> Constants:
-    """Return the constants of a model without their values.
+    """Return the constants of a model of these sizes without their values.
 
     A graph of them has every name, shape and type of the model's own.
 

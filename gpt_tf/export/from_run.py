@@ -99,8 +99,7 @@ def _text_of(source, tokenizer, corpus):
             raise InputError(
                 f"`corpus` expects a tokenizer to read it with; none lies in {source}."
             )
-        is_open = isinstance(corpus, Corpus)
-        opened = corpus if is_open else open_corpus(corpus)
+        opened = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
         needed = _REPRESENTATIVE_WINDOWS * _LONGEST_WINDOW
         return {
             split: _encoded(opened.documents(split), tokenizer, needed)

@@ -80,63 +80,37 @@ def export_litertlm(
             file.flush()
             with mmap.mmap(file.fileno(), 0) as data:
                 integrity.seal(data, BUNDLE_PREFIX)
-        kept = {
-            key: value
-            for key, value in inner.items()
-            if key
-            not in ("kind", "versions", "size_bytes", "sha256", "manifest_sha256")
-        }
-        return artifacts.write_file_manifest(
-            new / path.name, "litertlm", **kept, tflite_sha256=inner["sha256"]
-        )
+        inner["tflite_sha256"] = inner.pop("sha256")
+        for key in ("kind", "versions", "size_bytes", "manifest_sha256"):
+            del inner[key]
+        return artifacts.write_file_manifest(new / path.name, "litertlm", **inner)
 
 
 def _bundle(folder, manifest, tokenizer, stream):
     import litert_lm_builder as builder
     from litert_lm_builder import litertlm_builder
 
-    (folder / "metadata.textproto").write_text(
-        _metadata_of(manifest, tokenizer), "utf-8"
-    )
-    (folder / "template.jinja").write_text(_TEMPLATE, "utf-8")
-    bundle = builder.LitertLmFileBuilder()
-    kinds = builder.DType
-    with contextlib.ExitStack() as stack:
+    # It names no start token: the model was trained without one.
+    about = f"max_num_tokens: {manifest['capacity']}\n"
+    about += "llm_model_type { generic_model {} }\n"
+    if tokenizer.end_of_text_id is not None:
+        about += f"stop_tokens {{ token_ids {{ ids: {tokenizer.end_of_text_id} }} }}\n"
+    metadata, template = folder / "metadata.textproto", folder / "template.jinja"
+    metadata.write_text(about, "utf-8")
+    template.write_text(_TEMPLATE, "utf-8")
+    seal = integrity.blank_seal(BUNDLE_PREFIX)
+    with (
         # The builder prints what it adds, and adds a random id and the time.
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(
-            mock.patch.object(litertlm_builder, "populate_system_metadata", list)
-        )
-        bundle.add_system_metadata(
-            builder.Metadata(key="Authors", value="gpt_tf", dtype=kinds.STRING)
-        )
-        bundle.add_system_metadata(
-            builder.Metadata(
-                "gpt_tf", integrity.blank_seal(BUNDLE_PREFIX), kinds.STRING
-            )
-        )
-        bundle.add_llm_metadata(
-            str(folder / "metadata.textproto"),
-            jinja_prompt_template_path=str(folder / "template.jinja"),
-        )
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(litertlm_builder, "populate_system_metadata", list),
+    ):
+        bundle = builder.LitertLmFileBuilder()
+        for key, value in (("Authors", "gpt_tf"), ("gpt_tf", seal)):
+            entry = builder.Metadata(key, value, builder.DType.STRING)
+            bundle.add_system_metadata(entry)
+        bundle.add_llm_metadata(str(metadata), jinja_prompt_template_path=str(template))
         bundle.add_hf_tokenizer(str(folder / "tokenizer.json"))
         bundle.add_tflite_model(
             str(folder / "model.tflite"), builder.TfLiteModelType.PREFILL_DECODE
         )
         bundle.build(stream)
-
-
-def _metadata_of(manifest, tokenizer):
-    """Return LiteRT-LM's metadata in protobuf's text format.
-
-    It names no start token: the model was trained without one.
-    """
-    lines = [
-        f"max_num_tokens: {manifest['capacity']}",
-        "llm_model_type { generic_model {} }",
-    ]
-    if tokenizer.end_of_text_id is not None:
-        lines.append(
-            f"stop_tokens {{ token_ids {{ ids: {tokenizer.end_of_text_id} }} }}"
-        )
-    return "\n".join(lines) + "\n"

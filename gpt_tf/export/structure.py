@@ -4,9 +4,8 @@ LiteRT believes what a file says of itself, and a wrong index in it can end the
 process. A hash is no help against who can compute it. But the whole graph follows
 from a few facts, so it is built here once more, without weights, and the file has to
 be the same in every operation, option, shape, type, index and size. What is free are
-the weights and how integers stand for real numbers, within limits.
-
-Old files stay readable for as long as the graph of their facts is the same.
+the weights and how integers stand for real numbers, within limits. Old files stay
+readable for as long as the graph of their facts is the same.
 """
 
 import math
@@ -137,8 +136,8 @@ class _Outline(tflite_writer.Model):
     """A model whose buffers are arrays; that equal ones are one, only a file shows."""
 
     def _buffer_with(self, array):
-        self._buffers.append(array)
-        return len(self._buffers) - 1
+        self.buffers.append(array)
+        return len(self.buffers) - 1
 
 
 def _same(what, expected, received):
@@ -169,10 +168,10 @@ class _Comparison:
         prefix = signatures.SEAL_PREFIX
         _same("metadata", prefix, self.data[begin : begin + len(prefix)])
         expected = self._expected(root[2])
-        _same("operators", expected.parts[1], self.codes)
+        _same("operators", list(expected.codes), self.codes)
         _same("the number of subgraphs", len(expected.subgraphs), len(root[2]))
         _same("the number of signatures", len(expected.subgraphs), len(root[7]))
-        self.expected_buffers = expected.parts[0]
+        self.expected_buffers = expected.buffers
         for index, subgraph in enumerate(expected.subgraphs):
             self._compare_subgraph(subgraph, root[2][index])
             self._compare_signature(subgraph, index, root[7][index])

@@ -16,18 +16,11 @@ from gpt_tf.models.gpt import GPTModel
 from gpt_tf.native_logs import quiet
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings import arguments
+from gpt_tf.text.tokenizer import FILE_NAME, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 SCORE_LENGTH = 64
-
-# Why modes that one may look for are not there.
-_NO_MODE = {
-    "int8_per_tensor": "it is `int8` with `per_channel=False`, and costs accuracy",
-    "int4x8": "weights of int4 are multiplied with real activations only",
-    "bfloat16": "float16 has the same size and more digits",
-    "int2": "weights have 4 bits at least",
-}
 
 
 def export_tflite(
@@ -46,9 +39,8 @@ def export_tflite(
 ) -> dict:
     """Write a GPT as one `.tflite` with prefill, decode and a key-value cache.
 
-    The signatures are those of `gpt_tf.export.signatures`; they share one copy of the
-    weights, the tied token table included. The file is opened and run before it
-    gets its name, and a manifest with what was measured is written beside it.
+    The signatures are those of `gpt_tf.export.signatures`. The file is opened and run
+    before it gets its name, and a manifest with what was measured is written beside it.
 
     | mode | weights | activations |
     |---|---|---|
@@ -65,8 +57,8 @@ def export_tflite(
             then used.
         path: Where to write; a file that stands there is replaced.
         mode: One of the above.
-        context_length: `S`, capacity of the cache, at most the model's; the model's
-            unless given.
+        context_length: `S`, capacity of the cache; the model's unless given, and at
+            most that.
         prefill_lengths: Lengths of the prefill signatures. Those longer than the
             context are left out.
         tokenizer: The model's tokenizer. Its fingerprint is put into the file, and
@@ -77,8 +69,8 @@ def export_tflite(
             `int8_full` and `int16x8`.
         representative: Instead of ranges: token ids `(N, T)` to measure them on.
         per_channel: Whether int8 weights have a scale per output channel. Default:
-            yes, or as a quantisation-aware model was trained. One scale per matrix
-            costs accuracy; it is there to be compared with.
+            yes, or as a quantisation-aware model was trained. One per matrix costs
+            accuracy.
         verify_on: Token ids `(N,)` of a text on which the file is run and compared
             with Keras. Default: the first row of `representative`, else random ids.
         allow_untrained: Whether a model whose biases are all 0 still may be written.
@@ -101,11 +93,6 @@ def export_tflite(
     Reference: article 3.2; TensorFlow Lite's 8-bit quantisation specification.
     """
     path = arguments.path("path", path)
-    if isinstance(mode, str) and mode in _NO_MODE:
-        raise InputError(
-            f"`mode` expects one of {', '.join(MODES)}. Received: {mode!r}, "
-            f"which cannot be had: {_NO_MODE[mode]}."
-        )
     arguments.one_of("mode", mode, MODES)
     if path.suffix != ".tflite":
         raise InputError(
@@ -116,39 +103,39 @@ def export_tflite(
     if per_channel is not None:
         per_channel = arguments.switch("per_channel", per_channel)
     plain, ranges = _source_of(model, mode, ranges, representative)
-    if not allow_untrained:
-        _refuse_untrained(plain)
-    capacity = _capacity(plain, context_length)
-    lengths = _lengths(prefill_lengths, capacity)
+    if not allow_untrained and looks_untrained(plain):
+        raise InputError(
+            "Exporting expects a trained model. Received: one whose biases are all 0, "
+            "as before the first step. Train it, load its weights, or pass "
+            "`allow_untrained=True`."
+        )
+    capacity = plain.context_length
+    if context_length is not None:
+        capacity = arguments.integer("context_length", context_length, 2, capacity)
+    lengths = sorted(arguments.integers("prefill_lengths", prefill_lengths, 1))
+    if not lengths:
+        arguments.refuse("prefill_lengths", lengths, "one or more integers")
+    # LiteRT-LM needs a small one for what is left of a prompt.
+    lengths = [1, *(length for length in lengths if 1 < length <= capacity)]
     logger.info(f"storing {plain.count_params():,} parameters as {mode}")
     if per_channel is None:
         per_channel = plain is model or model.quantization.per_channel
     suppressed = ids_without_token(tokenizer, plain.vocab_size)
     constants = weights.constants_of(plain, mode, ranges, per_channel, suppressed)
-    score_length = min(SCORE_LENGTH, capacity)
-    written = tflite_writer.Model()
-    graph.build_all(written, constants, capacity, lengths, [score_length])
     facts = {
         "mode": mode,
         "per_channel": per_channel,
         "config": constants.sizes,
         "capacity": capacity,
         "prefill_lengths": lengths,
-        "score_lengths": [score_length],
+        "score_lengths": [min(SCORE_LENGTH, capacity)],
         "cache_dtype": "int8" if constants.mode.full else "float32",
         "tokenizer_fingerprint": tokenizer.fingerprint() if tokenizer else None,
     }
-    written.add_metadata(
-        signatures.METADATA_NAME,
-        integrity.blank_seal(**facts, versions=artifacts.versions()),
-    )
-    data = written.to_bytes()
-    integrity.seal(data)
+    written, data = _built(constants, facts)
     ids, text = _verification_text(verify_on, representative, plain, capacity)
-    beside = [
-        artifacts.file_manifest_path(path).name,
-        *_tokenizer_beside(path, tokenizer),
-    ]
+    more = _tokenizer_beside(path, tokenizer)
+    beside = [artifacts.file_manifest_path(path).name, *more]
     with artifacts.replaced(path, *beside) as new:
         place = new / path.name
         with open(place, "wb") as file:
@@ -157,7 +144,7 @@ def export_tflite(
         logger.info("running every signature and comparing with Keras")
         with quiet():
             measured = verify.verify(place, written, constants, mode, model, ids)
-        for name in beside[1:]:
+        for name in more:
             tokenizer.save(new / name)
         return artifacts.write_file_manifest(
             place, "tflite", **facts, verification={**measured, "text": text}
@@ -204,28 +191,16 @@ def _source_of(model, mode, ranges, representative):
     return model, ranges
 
 
-def _refuse_untrained(model):
-    if looks_untrained(model):
-        raise InputError(
-            "Exporting expects a trained model. Received: one whose biases are all 0, "
-            "as before the first step. Train it, load its weights, or pass "
-            "`allow_untrained=True`."
-        )
-
-
-def _capacity(model, context_length):
-    if context_length is None:
-        return model.context_length
-    most = model.context_length
-    return arguments.integer("context_length", context_length, 2, most)
-
-
-def _lengths(prefill_lengths, capacity):
-    lengths = sorted(arguments.integers("prefill_lengths", prefill_lengths, 1))
-    if not lengths:
-        arguments.refuse("prefill_lengths", lengths, "one or more integers")
-    # LiteRT-LM needs a small one for what is left of a prompt.
-    return [1, *(length for length in lengths if 1 < length <= capacity)]
+def _built(constants, facts):
+    """Return a model of all signatures, and the bytes of its file, sealed."""
+    written = tflite_writer.Model()
+    lengths = facts["prefill_lengths"], facts["score_lengths"]
+    graph.build_all(written, constants, facts["capacity"], *lengths)
+    seal = integrity.blank_seal(**facts, versions=artifacts.versions())
+    written.add_metadata(signatures.METADATA_NAME, seal)
+    data = written.to_bytes()
+    integrity.seal(data)
+    return written, data
 
 
 def _verification_text(verify_on, representative, model, capacity):
@@ -238,19 +213,14 @@ def _verification_text(verify_on, representative, model, capacity):
     ids = np.asarray(verify_on).reshape(-1)
     good = len(ids) and ids.dtype.kind in "iu"
     if not good or ids.min() < 0 or ids.max() >= model.vocab_size:
-        raise InputError(
-            f"`verify_on` expects token ids from 0 to {model.vocab_size - 1}. "
-            f"Received: {len(ids)} numbers of {ids.dtype}"
-            + (f" from {ids.min()} to {ids.max()}." if len(ids) else ".")
-            + " Use the model's own tokenizer."
-        )
+        expected = f"token ids from 0 to {model.vocab_size - 1}"
+        repair = "Use the model's own tokenizer."
+        arguments.refuse("verify_on", verify_on, expected, repair)
     return ids, "given text"
 
 
 def _tokenizer_beside(path, tokenizer):
     """Return the names of what is to stand beside a file and does not yet."""
-    from gpt_tf.text.tokenizer import FILE_NAME, load_tokenizer
-
     if tokenizer is None:
         return []
     beside = path.parent / FILE_NAME

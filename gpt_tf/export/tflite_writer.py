@@ -1,10 +1,9 @@
 """Write a TFLite model as the flatbuffer that it is.
 
-A converter would have to be talked into what a GPT's file needs: one copy of the
-weights for all signatures, the token table shared by embedding and head, scales per
-row, no operation beyond the built-in ones. Here a subgraph is put together operation
-by operation, and what is written is what was meant. Constants with the same bytes
-share one buffer, and quantisation parameters are stored once, over all subgraphs.
+A subgraph is put together operation by operation, and what is written is what was
+meant: one copy of the weights for all signatures, the token table shared by embedding
+and head, scales per row. Constants with the same bytes share one buffer, and
+quantisation parameters are stored once, over all subgraphs.
 
 Reference: TensorFlow Lite's `schema.fbs`, version 3.
 """
@@ -29,10 +28,7 @@ _TYPES = {
     np.dtype(np.float32): Type.FLOAT32,
     np.dtype(np.float16): Type.FLOAT16,
     np.dtype(np.int8): Type.INT8,
-    np.dtype(np.int16): Type.INT16,
     np.dtype(np.int32): Type.INT32,
-    np.dtype(np.int64): Type.INT64,
-    np.dtype(np.bool_): Type.BOOL,
 }
 
 
@@ -66,19 +62,12 @@ class QuantParams:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor of a subgraph.
-
-    Attributes:
-        index: Its place in the subgraph.
-        shape: Tuple of integers.
-        type: A `TensorType`.
-        quant: Its `QuantParams`, or None for real numbers.
-    """
+    """A tensor of a subgraph: its place there, and what it holds."""
 
     index: int
     shape: tuple
-    type: int
-    quant: QuantParams | None
+    type: int  # a `TensorType`
+    quant: QuantParams | None  # None for real numbers
 
 
 class Model:
@@ -86,11 +75,11 @@ class Model:
 
     def __init__(self):
         self.subgraphs = []
-        self._buffers = [np.empty(0, np.uint8)]
+        self.buffers = [np.empty(0, np.uint8)]
         self._buffer_of = {}
         self._known = {}  # by identity, with the array, so that no other takes its id
-        self._codes = {}
-        self._metadata = []
+        self.codes = {}
+        self.metadata = []
 
     def subgraph(self, signature: str) -> "Subgraph":
         """Begin the subgraph of a signature."""
@@ -99,8 +88,8 @@ class Model:
 
     def add_metadata(self, name: str, content: bytes) -> None:
         """Add a metadata entry; its bytes are stored as they are."""
-        self._buffers.append(np.frombuffer(content, np.uint8))
-        self._metadata.append((name, len(self._buffers) - 1))
+        self.buffers.append(np.frombuffer(content, np.uint8))
+        self.metadata.append((name, len(self.buffers) - 1))
 
     def operators(self) -> dict[str, int]:
         """Return how often each operator occurs, by name."""
@@ -120,13 +109,13 @@ class Model:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         key = (data.nbytes, hashlib.sha256(data).digest())
         if key not in self._buffer_of:
-            self._buffer_of[key] = len(self._buffers)
-            self._buffers.append(data)
+            self._buffer_of[key] = len(self.buffers)
+            self.buffers.append(data)
         return self._buffer_of[key]
 
     def code(self, operator: int, version: int) -> int:
         """Return the index of an operator code."""
-        return self._codes.setdefault((operator, version), len(self._codes))
+        return self.codes.setdefault((operator, version), len(self.codes))
 
     def to_bytes(self) -> bytearray:
         """Return the file's content.
@@ -134,7 +123,7 @@ class Model:
         Raises:
             InputError: It would be larger than a flatbuffer may be, 2 GB.
         """
-        size = sum(len(data) + _ALIGNMENT for data in self._buffers)
+        size = sum(len(data) + _ALIGNMENT for data in self.buffers)
         if size > _LARGEST_BYTES:
             raise InputError(
                 f"A .tflite file expects at most 2 GB. Received: {size / 1e9:.1f} GB "
@@ -142,11 +131,6 @@ class Model:
                 "example."
             )
         return _Packer(size + (8 << 20)).pack(self)
-
-    @property
-    def parts(self):
-        """What a packer needs: buffers, operator codes and metadata."""
-        return self._buffers, list(self._codes), self._metadata
 
 
 class Subgraph:
@@ -173,12 +157,8 @@ class Subgraph:
     def constant(self, array, quant=None, kind=None, shape=None) -> Tensor:
         """Return the constant tensor of these values.
 
-        Args:
-            array: Values; int4 ones come packed two to a byte, with `kind` and
-                `shape`.
-            quant: Their `QuantParams`, or None.
-            kind: Their `TensorType`; that of the array unless given.
-            shape: Their shape; that of the array unless given.
+        Type and shape are those of the array unless given: int4 values come packed,
+        two to a byte.
         """
         array = np.asarray(array)
         kind = _TYPES[array.dtype] if kind is None else kind
@@ -201,7 +181,7 @@ class Subgraph:
             kind: Its type; that of the first input unless given.
             quant: Its `QuantParams`, or None.
             options: The operator's options, an object of the schema, or None.
-            version: Version of the operator.
+            version: The operator's.
         """
         return self.ops(operator, inputs, [shape], kind, quant, options, version)[0]
 
@@ -217,7 +197,7 @@ class Subgraph:
 
     def results(self):
         """Yield the name of each operation's operator, and its outputs."""
-        _, codes, _ = self.model.parts
+        codes = list(self.model.codes)
         for code, _, outputs, _ in self.operations:
             yield _NAMES[codes[code][0]], outputs
 
@@ -239,23 +219,25 @@ class _Packer:
 
     def __init__(self, initial_bytes):
         self.builder = flatbuffers.Builder(initial_bytes)
-        self.shared = {}
-        self.strings = {}
-        self.tensors = {}
-        self.operations = {}
+        self.written = {}
+
+    def _once(self, key, write):
+        """Return what was written under this key, and write it the first time."""
+        if key not in self.written:
+            self.written[key] = write()
+        return self.written[key]
 
     def pack(self, model):
-        buffers, codes, metadata = model.parts
-        packed_metadata = [self._metadata(*entry) for entry in metadata]
+        metadata = [self._metadata(*entry) for entry in model.metadata]
         packed = {
-            "Buffers": [self._buffer(data) for data in buffers],
-            "OperatorCodes": [self._code(*code) for code in codes],
+            "Buffers": [self._buffer(data) for data in model.buffers],
+            "OperatorCodes": [self._code(*code) for code in model.codes],
             "Subgraphs": [self._subgraph(graph) for graph in model.subgraphs],
             "SignatureDefs": [
                 self._signature(index, graph)
                 for index, graph in enumerate(model.subgraphs)
             ],
-            "Metadata": packed_metadata,
+            "Metadata": metadata,
         }
         vectors = {
             name: self._offsets(getattr(schema, f"ModelStart{name}Vector"), offsets)
@@ -285,11 +267,11 @@ class _Packer:
         return schema.BufferEnd(builder)
 
     def _code(self, operator, version):
-        code = schema.OperatorCodeT()
-        code.builtinCode = operator
-        code.deprecatedBuiltinCode = min(operator, Op.PLACEHOLDER_FOR_GREATER_OP_CODES)
-        code.version = version
-        return code.Pack(self.builder)
+        # Where old runtimes look for it, an operator has to fit into 7 bits.
+        old = min(operator, Op.PLACEHOLDER_FOR_GREATER_OP_CODES)
+        return schema.OperatorCodeT(
+            deprecatedBuiltinCode=old, builtinCode=operator, version=version
+        ).Pack(self.builder)
 
     def _metadata(self, name, buffer):
         text = self._string(name)
@@ -320,12 +302,16 @@ class _Packer:
 
     def _tensor(self, tensor, buffer, name, scales_index):
         key = (tensor.shape, tensor.type, id(tensor.quant), buffer, name, scales_index)
-        if key not in self.tensors:
-            self.tensors[key] = self._new_tensor(tensor, buffer, name, scales_index)
-        return self.tensors[key]
+        return self._once(
+            key, lambda: self._new_tensor(tensor, buffer, name, scales_index)
+        )
 
     def _new_tensor(self, tensor, buffer, name, scales_index):
-        quant = self._quantization(tensor.quant, scales_index)
+        quant = tensor.quant
+        if quant is not None:
+            pack = self._affine if scales_index is None else self._blockwise
+            key = (id(quant), scales_index)
+            quant = self._once(key, lambda: pack(tensor.quant, scales_index))
         shape = self._vector(np.array(tensor.shape, np.int32))
         name = self._string(name or "")
         schema.TensorStart(self.builder)
@@ -338,18 +324,7 @@ class _Packer:
         schema.TensorAddHasRank(self.builder, True)
         return schema.TensorEnd(self.builder)
 
-    def _quantization(self, quant, scales_index):
-        if quant is None:
-            return None
-        key = (id(quant), scales_index)
-        if key not in self.shared:
-            if scales_index is None:
-                self.shared[key] = self._affine(quant)
-            else:
-                self.shared[key] = self._blockwise(quant, scales_index)
-        return self.shared[key]
-
-    def _affine(self, quant):
+    def _affine(self, quant, _):
         scales = self._vector(quant.scales.astype(np.float32))
         zero_points = self._vector(quant.zero_points.astype(np.int64))
         schema.QuantizationParametersStart(self.builder)
@@ -359,22 +334,19 @@ class _Packer:
         return schema.QuantizationParametersEnd(self.builder)
 
     def _blockwise(self, quant, scales_index):
-        details = schema.BlockwiseQuantizationT()
-        details.scales = scales_index
-        details.zeroPoints = -1
-        details.blockSize = quant.block_size
-        parameters = schema.QuantizationParametersT()
-        parameters.detailsType = schema.QuantizationDetails.BlockwiseQuantization
-        parameters.details = details
-        parameters.quantizedDimension = quant.axis
-        return parameters.Pack(self.builder)
+        details = schema.BlockwiseQuantizationT(scales_index, -1, quant.block_size)
+        return schema.QuantizationParametersT(
+            detailsType=schema.QuantizationDetails.BlockwiseQuantization,
+            details=details,
+            quantizedDimension=quant.axis,
+        ).Pack(self.builder)
 
     def _operation(self, code, inputs, outputs, options):
         inputs = tuple(-1 if t is None else t.index for t in inputs)
         outputs = tuple(tensor.index for tensor in outputs)
         kind, options, content = self._options(options)
-        key = (code, inputs, outputs, content)
-        if key not in self.operations:
+
+        def write():
             operands = [
                 self._vector(np.array(indices, np.int32))
                 for indices in (inputs, outputs)
@@ -386,8 +358,9 @@ class _Packer:
             if options is not None:
                 schema.OperatorAddBuiltinOptionsType(self.builder, kind)
                 schema.OperatorAddBuiltinOptions(self.builder, options)
-            self.operations[key] = schema.OperatorEnd(self.builder)
-        return self.operations[key]
+            return schema.OperatorEnd(self.builder)
+
+        return self._once((code, inputs, outputs, content), write)
 
     def _options(self, options):
         """Return kind, offset and content of an operation's options."""
@@ -396,46 +369,31 @@ class _Packer:
         # The object is called AddOptionsT, its kind in the union AddOptions.
         name = type(options).__name__[:-1]
         content = (name, repr(sorted(vars(options).items())))
-        if content not in self.shared:
-            self.shared[content] = options.Pack(self.builder)
-        return getattr(schema.BuiltinOptions, name), self.shared[content], content
+        offset = self._once(content, lambda: options.Pack(self.builder))
+        return getattr(schema.BuiltinOptions, name), offset, content
 
     def _signature(self, index, graph):
-        signature = schema.SignatureDefT()
-        signature.signatureKey = graph.signature
-        signature.subgraphIndex = index
-        signature.inputs = _tensor_maps(graph.inputs)
-        signature.outputs = _tensor_maps(graph.outputs)
-        return signature.Pack(self.builder)
+        inputs, outputs = (
+            [schema.TensorMapT(name, tensor.index) for name, tensor in side.items()]
+            for side in (graph.inputs, graph.outputs)
+        )
+        return schema.SignatureDefT(inputs, outputs, graph.signature, index).Pack(
+            self.builder
+        )
 
     def _vector(self, values):
         """Write a vector of numbers, once for all that ask for the same one."""
-        values = np.asarray(values)
         key = (values.dtype.str, values.tobytes())
-        if key not in self.shared:
-            self.shared[key] = self.builder.CreateNumpyVector(values)
-        return self.shared[key]
+        return self._once(key, lambda: self.builder.CreateNumpyVector(values))
 
     def _indices(self, tensors):
         return self._vector(np.array([t.index for t in tensors.values()], np.int32))
 
     def _string(self, text):
-        if text not in self.strings:
-            self.strings[text] = self.builder.CreateString(text)
-        return self.strings[text]
+        return self._once(text, lambda: self.builder.CreateString(text))
 
     def _offsets(self, start, offsets):
         start(self.builder, len(offsets))
         for offset in reversed(offsets):
             self.builder.PrependUOffsetTRelative(offset)
         return self.builder.EndVector()
-
-
-def _tensor_maps(tensors):
-    maps = []
-    for name, tensor in tensors.items():
-        entry = schema.TensorMapT()
-        entry.name = name
-        entry.tensorIndex = tensor.index
-        maps.append(entry)
-    return maps

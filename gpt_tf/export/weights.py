@@ -20,16 +20,19 @@ def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
         values: Its numbers.
         form: A form.
         name: What an error calls it.
-        per_channel: Whether an int8 matrix has a scale per output channel; if not,
-            one scale.
+        per_channel: Whether an int8 matrix has a scale per output channel, or one.
 
     Raises:
-        InputError: A value is NaN or infinite.
+        InputError: A value is NaN, infinite or too large, or the shape does not fit.
     """
     values = np.ascontiguousarray(values, np.float32)
     _refuse_infinite(values, name)
-    if form in ("float16", "int4"):
-        _refuse_large(values, form, name)
+    largest, most = np.abs(values).max(initial=0.0), float(np.finfo(np.float16).max)
+    if form in ("float16", "int4") and largest > most:
+        raise InputError(
+            f"The mode {form} expects weights up to {most:.0f}, the largest number of "
+            f"float16. Received: {largest:.3g} in {name}. Use float32 or dynamic_int8."
+        )
     if form == "float32":
         return Matrix(values, Type.FLOAT32, values.shape, None)
     if form == "float16":
@@ -55,16 +58,6 @@ def _refuse_infinite(values, name):
         raise InputError(
             f"Exporting expects finite weights. Received: NaN or infinity in {name}. "
             "Train with a lower learning rate, or in float32."
-        )
-
-
-def _refuse_large(values, form, name):
-    most = float(np.finfo(np.float16).max)
-    if np.abs(values).max(initial=0.0) > most:
-        raise InputError(
-            f"The mode {form} expects weights up to {most:.0f}, the largest number of "
-            f"float16. Received: {np.abs(values).max():.3g} in {name}. Use float32 or "
-            "dynamic_int8."
         )
 
 
@@ -108,13 +101,13 @@ def _int4(values):
 def constants_of(
     model, mode: str, ranges=None, per_channel=True, suppressed=()
 ) -> Constants:
-    """Take the weights out of a float model, in the form of a mode.
+    """Take the weights out of a `GPTModel`, in the form of a mode.
 
     The queries' share of the QKV product is divided by the root of the head width
     here, so that no graph has to.
 
     Args:
-        model: A `GPTModel`.
+        model: The model.
         mode: A key of `MODES`.
         ranges: (minimum, maximum) by activation, for modes with fixed activations.
         per_channel: As for `store`.
@@ -126,9 +119,8 @@ def constants_of(
     form = MODES[mode]
     parts = parts_of(model)
     first = parts.blocks[0]
-    sizes = {
-        key: value for key, value in model.get_config().items() if key != "name"
-    } | {"head_dim": first.head_dim}
+    sizes = model.get_config() | {"head_dim": first.head_dim}
+    del sizes["name"]
     matrices, vectors = {}, {}
     inner = first.num_heads * first.head_dim
 

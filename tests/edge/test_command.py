@@ -19,13 +19,12 @@ finally:
 """
 
 
-def run(*options, stdin=""):
+def run(*options):
     """Run `gpt-tf generate`; return status, output, errors and what it imported."""
     result = subprocess.run(
         [sys.executable, "-c", CODE, "generate", *map(str, options)],
         capture_output=True,
         text=True,
-        input=stdin,
         env={"PYTHONPATH": ":".join(sys.path), "PYTHONUTF8": "1"},
     )
     output, _, imported = result.stdout.rpartition("\0")
@@ -44,15 +43,6 @@ def test_it_continues_a_prompt_without_tensorflow(exported, kind):
     )
     assert (status, errors, imported) == (0, "", [])
     assert output == f"abc{expected}"
-
-
-def test_without_a_prompt_it_answers_line_by_line(exported):
-    status, output, errors, _ = run(
-        *("--model", exported.litertlm, "--seed", 7, "--max-new-tokens", 5),
-        stdin="abc\nfox\n\n",
-    )
-    assert status == 0 and errors == "Type a beginning; an empty line ends.\n"
-    assert "> abc" in output and "> fox" in output
 
 
 def test_a_file_it_cannot_use_is_one_line_and_status_2(copied, tmp_path):

@@ -44,7 +44,7 @@ def opened(exported, monkeypatch):
             return cache
 
         monkeypatch.setattr(session.Executor, "_new_cache", counted)
-        session._plan.cache_clear()  # so that all runs are alike
+        session.plan.cache_clear()  # so that all runs are alike
         with EdgeGPT(exported.litertlm, num_threads=1) as gpt:
             yield gpt
             caches = [gpt._session._cache, *gpt._executor._pool]
@@ -180,43 +180,36 @@ def test_a_model_interrupted_at_any_moment_goes_on_with_right_texts(
     sweep(try_at, count, *FILES)
 
 
-def check_keras(model, tokenizer, alone, count, cold=False):
-    def try_at(interruption):
-        if cold:
-            model.__dict__.pop("_decoding_functions", None)
-        with contextlib.suppress(*ERRORS), interruption:
-            gpt_tf.generate(model, tokenizer=tokenizer, **REQUESTS[2])
-            gpt_tf.generate(model, tokenizer=tokenizer, **BATCH)
-        for options, text in zip([BATCH, *REQUESTS[2:3]], alone, strict=True):
-            assert gpt_tf.generate(model, tokenizer=tokenizer, **options) == text
-
-    sweep(try_at, count, "models/", "generation/")
-
-
 # Windows slide, one after the other.
 BATCH = {"prompt": [random_ids(20), [3], [5, 3]], "max_new_tokens": 30, "seed": 4}
 
 
-@pytest.fixture
-def alone_in_keras(exported):
-    return [
-        gpt_tf.generate(exported.model, tokenizer=exported.tokenizer, **options)
-        for options in (BATCH, REQUESTS[2])
-    ]
-
-
-@pytest.mark.parametrize("count", [6, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "cold"),
+    [
+        (6, False),
+        pytest.param(120, False, marks=pytest.mark.slow),
+        pytest.param(20, True, marks=pytest.mark.slow),  # while it is traced
+    ],
+)
 def test_keras_interrupted_at_any_moment_goes_on_with_right_texts(
-    exported, alone_in_keras, count
+    exported, count, cold
 ):
-    check_keras(exported.model, exported.tokenizer, alone_in_keras, count)
+    def generate(options):
+        return gpt_tf.generate(exported.model, tokenizer=exported.tokenizer, **options)
 
+    both = BATCH, REQUESTS[2]
+    alone = [generate(options) for options in both]
 
-@pytest.mark.slow
-def test_keras_interrupted_while_it_is_traced_goes_on_with_right_texts(
-    exported, alone_in_keras
-):
-    check_keras(exported.model, exported.tokenizer, alone_in_keras, 20, cold=True)
+    def try_at(interruption):
+        if cold:
+            exported.model.__dict__.pop("_decoding_functions", None)
+        with contextlib.suppress(*ERRORS), interruption:
+            for options in both:
+                generate(options)
+        assert [generate(options) for options in both] == alone
+
+    sweep(try_at, count, "models/", "generation/")
 
 
 # Threads

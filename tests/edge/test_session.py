@@ -41,7 +41,7 @@ def test_calls_are_few_and_little_is_computed_in_vain(count, expected):
 
 def test_where_no_room_is_left_no_call_is_too_long():
     assert sum(plan(62, 62, (1, 8, 64))) == 62
-    assert plan(7, 7, (1, 8)) == [1] * 7
+    assert plan(7, 7, (1, 8)) == (1,) * 7
 
 
 def test_a_plan_has_the_least_cost():

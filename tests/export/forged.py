@@ -6,17 +6,15 @@ opens every file of a folder, each in a process of its own, and prints a line of
 for each: its name and what happened.
 """
 
-import contextlib
+import collections
 import copy
 import functools
 import itertools
 import json
-import os
+import multiprocessing
 import random
-import signal
 import struct
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -24,14 +22,15 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from gpt_tf.edge.loader import read_sections
-from gpt_tf.export import constants, graph, integrity, tflite_writer
+from gpt_tf.export import integrity
 from gpt_tf.export.signatures import BUNDLE_PREFIX, SEAL_DIGITS, SEAL_PREFIX
 
 SECONDS = 30
-PROMPT = list(range(1, 14))
 INTEGERS = (0, 1, -1, 2, 3, 5, 64, 127, -128, 255, 10**6, 2**31 - 1, -(2**31), 2**32)
 FLOATS = (0.0, -1.0, 1.0, 1e-45, 1e-38, 1e30, 3e38, float("inf"), float("nan"))
 FACTORS = (1e-38, 1.2e-38, 1e-30, 1e-12, 1e-6, 1e-3, 0.5, 2.0, 1e3, 1e6, 1e12, 1e30)
+VALUES = (None, True, False, "", "int8", "int4", "float16", [], {}, [1], [[]], [1, 2])
+VALUES += ([64, 1], [10**9], 10**6, 10**30, 2**31, 1e308, 1.5, 0, 1, -1, 2)
 
 # What a file may say that gpt_tf did not write: nothing that steers a program.
 FREE = {
@@ -49,72 +48,13 @@ FREE = {
 # Files
 
 
-class Ranges(dict):
-    """A range for every activation."""
-
-    def __contains__(self, name):
-        return True
-
-    def __missing__(self, name):
-        return -1.0 - len(name) % 7, 1.0 + len(name) % 5
-
-
-def written(mode, layers=1, width=32, heads=2, capacity=24, lengths=(1, 4)):
-    """Write a `.tflite` with random weights, without a model."""
-    generator = np.random.default_rng(5)
-    sizes = {
-        "vocab_size": 40,
-        "embedding_dim": width,
-        "num_layers": layers,
-        "num_heads": heads,
-        "head_dim": width // heads,
-        "context_length": capacity,
-        "feedforward_dim": 2 * width,
-        "tie_embeddings": True,
-        "layer_norm_epsilon": 1e-5,
-    }
-    outline = constants.outline(mode, sizes, True, False)
-
-    def filled(array):
-        if array.dtype.kind in "iu":
-            return generator.integers(0, 120, array.shape).astype(array.dtype)
-        return generator.uniform(0.01, 0.1, array.shape).astype(array.dtype)
-
-    for name, matrix in outline.matrices.items():
-        quant = matrix.quant
-        if quant is not None:
-            quant = constants.dataclasses.replace(quant, scales=filled(quant.scales))
-        outline.matrices[name] = constants.Matrix(
-            filled(matrix.values), matrix.kind, matrix.shape, quant
-        )
-    vectors = {name: filled(vector) for name, vector in outline.vectors.items()}
-    parts = constants.Constants(
-        outline.mode, sizes, outline.matrices, vectors, Ranges()
-    )
-    model = tflite_writer.Model()
-    graph.build_all(model, parts, capacity, lengths, [min(4, capacity)])
-    facts = {
-        "mode": mode,
-        "per_channel": True,
-        "config": sizes,
-        "capacity": capacity,
-        "prefill_lengths": list(lengths),
-        "score_lengths": [min(4, capacity)],
-        "cache_dtype": "int8" if parts.mode.full else "float32",
-        "tokenizer_fingerprint": None,
-    }
-    model.add_metadata("gpt_tf", integrity.blank_seal(**facts))
-    return resealed(model.to_bytes())
-
-
 def resealed(data, prefix=SEAL_PREFIX):
     """Return bytes with the right hash in their last seal, if they have one."""
     data = bytearray(data)
     place = data.rfind(prefix) + len(prefix)
-    if place >= len(prefix):
+    if len(prefix) <= place <= len(data) - SEAL_DIGITS:
         data[place : place + SEAL_DIGITS] = b"0" * SEAL_DIGITS
-        with contextlib.suppress(integrity.InputError):
-            integrity.seal(data, prefix)
+        integrity.seal(data, prefix)
     return bytes(data)
 
 
@@ -156,10 +96,8 @@ def pack(content):
         schema.BufferStart(builder)
         if vector is not None:
             schema.BufferAddData(builder, vector)
-        if self.offset:
-            schema.BufferAddOffset(builder, self.offset)
-        if self.size:
-            schema.BufferAddSize(builder, self.size)
+        schema.BufferAddOffset(builder, self.offset)
+        schema.BufferAddSize(builder, self.size)
         return schema.BufferEnd(builder)
 
     builder = schema.flatbuffers.Builder(1 << 20)
@@ -168,8 +106,36 @@ def pack(content):
     return resealed(builder.Output())
 
 
+def facts_of(content):
+    """Return the seal's buffer, and what it says but for its own format and hash."""
+    buffer = content.buffers[content.metadata[0].buffer]
+    facts = json.loads(bytes(buffer.data))
+    del facts["format"], facts["sha256"]
+    return buffer, facts
+
+
+def state(content, facts):
+    """Let the seal say something else."""
+    text = integrity.blank_seal(**facts)
+    content.buffers[content.metadata[0].buffer].data = np.frombuffer(text, np.uint8)
+
+
 def parts_of(data):
-    """Yield name and value of all that a `.tflite` says."""
+    """Return all that a `.tflite` says: lists of values by their name."""
+    found = collections.defaultdict(list)
+
+    def collect(thing, name=""):
+        if hasattr(thing, "Pack"):
+            for field, value in vars(thing).items():
+                collect(value, f"{type(thing).__name__}.{field}")
+        elif isinstance(thing, list) and thing and hasattr(thing[0], "Pack"):
+            found[name].append(len(thing))
+            for item in thing:
+                collect(item, name)
+        else:
+            is_array = hasattr(thing, "tobytes")
+            found[name].append(thing.tobytes() if is_array else repr(thing))
+
     content = unpack(data)
     steering = {
         tensor.buffer
@@ -178,37 +144,21 @@ def parts_of(data):
         if tensor.type == schema.TensorType.INT32 and tensor.quantization is None
     }
     for index, buffer in enumerate(content.buffers):
-        values = b"" if buffer.data is None else bytes(buffer.data)
+        name = "indices" if index in steering else "weights"
         if index == content.metadata[0].buffer:
-            facts = json.loads(values)
-            facts |= facts.pop("config")
-            del facts["sha256"]
-            yield from ((f"fact {name}", value) for name, value in facts.items())
+            facts = json.loads(bytes(buffer.data)) | {"sha256": None}
+            for key, value in (facts | facts.pop("config")).items():
+                found[f"fact {key}"].append(value)
         else:
-            yield ("indices" if index in steering else "weights"), values
+            found[name].append(b"" if buffer.data is None else bytes(buffer.data))
     content.buffers = None
-    yield from parts_of_object(content, "")
-
-
-def parts_of_object(thing, name):
-    if hasattr(thing, "Pack"):
-        for field, value in vars(thing).items():
-            yield from parts_of_object(value, f"{type(thing).__name__}.{field}")
-    elif isinstance(thing, list) and thing and hasattr(thing[0], "Pack"):
-        yield name, len(thing)
-        for item in thing:
-            yield from parts_of_object(item, name)
-    else:
-        yield name, thing.tobytes() if hasattr(thing, "tobytes") else repr(thing)
+    collect(content)
+    return found
 
 
 def changes(sound, altered):
     """Return the names of what one `.tflite` says differently from another."""
-    groups = {}, {}
-    for group, data in zip(groups, (sound, altered), strict=True):
-        for name, value in parts_of(data):
-            group.setdefault(name, []).append(value)
-    one, other = groups
+    one, other = parts_of(sound), parts_of(altered)
     return {name for name in one | other if one.get(name) != other.get(name)}
 
 
@@ -302,24 +252,19 @@ def alter_an_object(data, generator):
 def alter_a_constant(data, generator):
     """Change one value of a constant, or all of them."""
     content = unpack(data)
-    known = {None, content.metadata[0].buffer}
-    filled = [
-        buffer
-        for index, buffer in enumerate(content.buffers)
-        if index not in known and buffer.data is not None
-    ]
+    seal, _ = facts_of(content)
+    filled = [b for b in content.buffers if b.data is not None and b is not seal]
     buffer = generator.choice(filled)
-    values = bytearray(bytes(buffer.data))
     patterns = [struct.pack("<I", value % 2**32) for value in INTEGERS]
     patterns += [struct.pack("<f", value) for value in FLOATS]
     pattern = generator.choice([*patterns, b"\xff" * 4, b"\x80" * 4, b"\0|" * 2])
-    if generator.random() < 0.5:
-        values[:] = (pattern * len(values))[: len(values)]
-    else:
-        place = generator.randrange(0, len(values), 4 if len(values) > 3 else 1)
-        values[place : place + 4] = pattern[: len(values) - place]
-    buffer.data = np.frombuffer(bytes(values), np.uint8)
-    return pack(content), f"a constant of {len(values)} bytes has {pattern!r}"
+    values, size = np.array(buffer.data, np.uint8), len(buffer.data)
+    altered = np.resize(np.frombuffer(pattern, np.uint8), size)
+    place = generator.randrange(0, size, 4 if size > 3 else 1)
+    span = generator.choice([slice(size), slice(place, place + 4)])
+    values[span] = altered[span]
+    buffer.data = values
+    return pack(content), f"a constant of {size} bytes has {pattern!r}"
 
 
 def alter_scales(data, generator):
@@ -352,21 +297,17 @@ def alter_scales(data, generator):
 def alter_a_fact(data, generator):
     """Change what the seal says."""
     content = unpack(data)
-    buffer = content.buffers[content.metadata[0].buffer]
-    facts = json.loads(bytes(buffer.data))
-    del facts["format"], facts["sha256"]
+    _, facts = facts_of(content)
     inner = generator.choice([facts, facts["config"]])
     name = generator.choice(sorted(inner))
-    value = inner[name]
-    others = [None, True, False, "", "int8", "int4", "float16", [], {}, [1], [[]], 1.5]
-    others += [[1, 2], [64, 1], [10**9], 10**6, 10**30, 2**31, 1e308, 0, 1, -1, 2]
+    value, others = inner[name], VALUES
     if isinstance(value, int) and generator.random() < 0.5:
         others = [value + 1, value - 1, value * 2, value // 2]
     if generator.random() < 0.1:
         del inner[name]
     else:
         inner[name] = generator.choice(others)
-    buffer.data = np.frombuffer(integrity.blank_seal(**facts), np.uint8)
+    state(content, facts)
     return pack(content), f"the fact {name} is {inner.get(name)!r:.60}"
 
 
@@ -403,7 +344,7 @@ def use(path):
 
     try:
         with EdgeGPT(path, num_threads=1) as gpt:
-            prompt = [token % gpt.config["vocab_size"] for token in PROMPT]
+            prompt = [token % gpt.config["vocab_size"] for token in range(1, 14)]
             prompt = prompt[: max(1, gpt.context_length - 5)]
             ids = gpt.generate(prompt, max_new_tokens=4, temperature=0)
             gpt.score(prompt + ids)
@@ -419,26 +360,17 @@ def use(path):
 
 def outcome_of(path):
     """Return what becomes of a process that opens a file."""
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.write(write, use(path).encode("utf-8", "replace")[:2000])
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as stream:
-        end = time.monotonic() + SECONDS
-        done = status = 0
-        while not done and time.monotonic() < end:
-            done, status = os.waitpid(child, os.WNOHANG)
-            time.sleep(0.002)
-        if not done:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return f"hang of {SECONDS} seconds"
-        if os.WIFSIGNALED(status):
-            return f"crash by {signal.Signals(os.WTERMSIG(status)).name}"
-        return stream.read().decode("utf-8", "replace")
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(use(path)[:2000]))
+    child.start()
+    child.join(SECONDS)
+    if child.is_alive():
+        child.kill()
+        return f"hang of {SECONDS} seconds"
+    if child.exitcode:
+        return f"crash with status {child.exitcode}"
+    return receiver.recv()
 
 
 def main(folder, *options):

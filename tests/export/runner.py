@@ -1,4 +1,4 @@
-"""Runs exported files for the tests, by LiteRT's two interfaces.
+"""Runs exported files for the tests, by LiteRT's plain interpreter.
 
 Masks and positions are written out here once more, so that a fault of
 `gpt_tf.export.signatures` or of `verify` is not mended by itself.
@@ -6,7 +6,6 @@ Masks and positions are written out here once more, so that a fault of
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
-from ai_edge_litert.compiled_model import CompiledModel
 from ai_edge_litert.interpreter import Interpreter
 
 OPERATORS = {v: k for k, v in vars(schema.BuiltinOperator).items() if k[0] != "_"}
@@ -93,58 +92,3 @@ class Runner:
             padded = chunk + [filler] * (span - len(chunk))
             rows.append(self.run(name, padded, len(chunk))[: len(chunk)])
         return np.concatenate(rows)
-
-
-class BoundRunner:
-    """Decodes by `CompiledModel`, with memory of its own or the same in and out."""
-
-    def __init__(self, path, *, same_memory=False, capacity=None):
-        self.model = CompiledModel.from_file(str(path))
-        details = self.model.get_input_tensor_details("decode")
-        self.names = [name for name in details if name.startswith("kv_cache")]
-        shape = list(details["kv_cache_k_0"]["shape"])
-        self.dtype = np.dtype(details["kv_cache_k_0"]["dtype"])
-        self.vocab_size = self.model.get_output_tensor_details("decode")["logits"][
-            "shape"
-        ][-1]
-        if capacity is not None:
-            shape[2] = capacity
-            self.resize("mask", [1, 1, 1, capacity])
-            for name in self.names:
-                self.resize(name, shape)
-        self.shape, self.capacity = shape, shape[2]
-        signature = self.model.get_signature_list()["decode"]
-        self.inputs = {
-            name: self.model.create_input_buffer_by_name("decode", name)
-            for name in signature["inputs"]
-        }
-        self.outputs = {
-            name: self.inputs[name]
-            if same_memory and name in self.names
-            else self.model.create_output_buffer_by_name("decode", name)
-            for name in signature["outputs"]
-        }
-        self.same_memory = same_memory
-        for name in self.names:
-            self.inputs[name].write(np.zeros(shape, self.dtype))
-            if not same_memory:
-                self.outputs[name].write(np.zeros(shape, self.dtype))
-
-    def resize(self, name, shape):
-        self.model.resize_input_tensor_by_name("decode", name, shape, strict=False)
-
-    def decode(self, ids):
-        rows = []
-        for place, token in enumerate(ids):
-            self.inputs["tokens"].write(np.array([[token]], np.int32))
-            self.inputs["input_pos"].write(np.array([place], np.int32))
-            self.inputs["mask"].write(mask_of(place, 1, self.capacity))
-            self.model.run_by_name("decode", self.inputs, self.outputs)
-            rows.append(self.outputs["logits"].read(self.vocab_size, np.float32))
-            if not self.same_memory:
-                for name in self.names:
-                    self.inputs[name], self.outputs[name] = (
-                        self.outputs[name],
-                        self.inputs[name],
-                    )
-        return np.stack(rows)

@@ -5,20 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_tf.errors import InputError
-from gpt_tf.export import constants as constants_module
 from gpt_tf.export.constants import MODES, Constants, outline
 from gpt_tf.export.tflite_writer import Type
-from gpt_tf.export.weights import constants_of
 
 FINITE = st.floats(-1e3, 1e3, width=32)
 
 
-def with_ranges(mode="int8", **ranges):
-    ranges = {f"block_0/{name}": limits for name, limits in ranges.items()}
-    return Constants(MODES[mode], {}, {}, {}, ranges)
+def params_of(low, high, mode="int8", name="block_0/up_activation"):
+    ranges = {"block_0/up_activation": (low, high)}
+    return Constants(MODES[mode], {}, {}, {}, ranges).activation_params(name)
 
 
-# Grids of activations
+# Activations
 
 
 @given(FINITE, FINITE, st.lists(FINITE, min_size=1, max_size=20))
@@ -26,9 +24,7 @@ def test_quantisation_is_that_of_tensorflows_fake_quantisation(low, high, values
     low, high = min(low, high, 0.0), max(low, high, 0.0)
     if high - low < 1e-3:
         return
-    quant = with_ranges(up_activation=(low, high)).activation_params(
-        "block_0/up_activation"
-    )
+    quant = params_of(low, high)
     assert -128 <= quant.zero_point <= 127
     values = np.array(values, np.float32)
     integers = np.rint(values / quant.scale) + quant.zero_point
@@ -47,11 +43,9 @@ def test_quantisation_is_that_of_tensorflows_fake_quantisation(low, high, values
 @given(FINITE, FINITE)
 def test_zero_is_exact_and_the_range_is_covered(low, high):
     low, high = min(low, high), max(low, high)
-    constants = with_ranges(up_activation=(low, high))
-    quant = constants.activation_params("block_0/up_activation")
+    quant = params_of(low, high)
     assert quant.scale > 0
-    lowest = (-128 - quant.zero_point) * quant.scale
-    highest = (127 - quant.zero_point) * quant.scale
+    lowest, highest = ((end - quant.zero_point) * quant.scale for end in (-128, 127))
     assert lowest <= min(low, 0.0) + 0.51 * quant.scale
     assert highest >= max(high, 0.0) - 0.51 * quant.scale
 
@@ -59,8 +53,7 @@ def test_zero_is_exact_and_the_range_is_covered(low, high):
 @given(FINITE, FINITE)
 def test_the_quantisation_of_int16_is_symmetric(low, high):
     low, high = min(low, high), max(low, high)
-    constants = with_ranges("int16x8", up_activation=(low, high))
-    quant = constants.activation_params("block_0/up_activation")
+    quant = params_of(low, high, "int16x8")
     assert quant.zero_point == 0
     assert quant.scale > 0
     assert quant.scale * 32767 >= max(-low, high, 0.0) * (1 - 1e-6)
@@ -71,12 +64,11 @@ def test_the_quantisation_of_int16_is_symmetric(low, high):
 @pytest.mark.parametrize("mode", ["int8", "int16x8"])
 @pytest.mark.parametrize("high", [0.0, 1e-45, 1e-40])
 def test_an_activation_that_is_always_zero_is_quantised(mode, high):
-    constants = with_ranges(mode, up_activation=(0.0, high))
-    assert constants.activation_params("block_0/up_activation").scale == 1.0
+    assert params_of(0.0, high, mode).scale == 1.0
 
 
 def test_residuals_and_embedding_have_sixteen_bits():
-    constants = with_ranges("int8_full")
+    constants = Constants(MODES["int8_full"], {}, {}, {}, {})
     for name in (
         "embedding/embedding_activation",
         "block_0/attention_residual_activation",
@@ -84,57 +76,20 @@ def test_residuals_and_embedding_have_sixteen_bits():
     ):
         assert constants.integer_of(name) == Type.INT16
     assert constants.integer_of("block_0/up_activation") == Type.INT8
-    assert with_ranges("int16x8").integer_of("block_0/up_activation") == Type.INT16
 
 
 def test_a_quantisation_is_one_object_however_often_it_is_asked_for():
-    constants = with_ranges(up_activation=(-1.0, 1.0))
     name = "block_0/up_activation"
+    constants = Constants(MODES["int8"], {}, {}, {}, {name: (-1.0, 1.0)})
     assert constants.activation_params(name) is constants.activation_params(name)
 
 
-def test_a_missing_range_is_named():
+def test_a_range_that_is_missing_or_none_is_named():
     with pytest.raises(InputError, match=r"block_0/down_activation.*calibrate"):
-        with_ranges(up_activation=(0.0, 1.0)).activation_params(
-            "block_0/down_activation"
-        )
-
-
-@pytest.mark.parametrize(
-    "limits",
-    [(np.nan, 1.0), (0.0, np.inf), (-np.inf, 0.0), (1.0, -1.0), (np.nan, np.nan)],
-)
-def test_a_range_that_is_none_is_refused(limits):
-    with pytest.raises(InputError, match=r"block_0/up_activation.*Calibrate again"):
-        with_ranges(up_activation=limits).activation_params("block_0/up_activation")
-
-
-def test_the_block_of_int4_is_the_one_that_litert_has():
-    assert constants_module.INT4_BLOCK == 32
-
-
-# Outlines
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("per_channel", [True, False])
-def test_an_outline_has_the_names_and_shapes_of_the_weights(
-    build_model, model, mode, per_channel
-):
-    for one, suppressed in ((model, [3]), (build_model(tie_embeddings=False), [])):
-        expected = constants_of(one, mode, {}, per_channel, suppressed)
-        found = outline(mode, expected.sizes, per_channel, bool(suppressed))
-        assert found.matrices.keys() == expected.matrices.keys()
-        for name, matrix in found.matrices.items():
-            other = expected.matrices[name]
-            assert (matrix.kind, matrix.shape) == (other.kind, other.shape)
-            assert matrix.values.nbytes == other.values.nbytes
-            assert (matrix.quant is None) == (other.quant is None)
-            if matrix.quant is not None:
-                assert matrix.quant.scales.shape == other.quant.scales.shape
-        assert {name: vector.shape for name, vector in found.vectors.items()} == {
-            name: vector.shape for name, vector in expected.vectors.items()
-        }
+        params_of(0.0, 1.0, name="block_0/down_activation")
+    for limits in ((np.nan, 1.0), (0.0, np.inf), (-np.inf, 0.0), (1.0, -1.0)):
+        with pytest.raises(InputError, match="block_0/up_activation"):
+            params_of(*limits)
 
 
 def test_an_outline_of_any_size_takes_no_memory():
