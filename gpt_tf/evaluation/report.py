@@ -188,33 +188,30 @@ def new_report(entries, **parts) -> dict:
         entries: Dicts as `new_entry` makes them.
         **parts: Any other part of a report; those not given are None or empty.
 
-    Returns:
-        The report.
-
     Raises:
         InputError: Two entries have the same name, or a part is unknown.
     """
     for part in parts:
         arguments.one_of("part", part, Report.model_fields)
-    report = dict.fromkeys(Report.model_fields) | {
-        "kind": REPORT_KIND,
-        "format": REPORT_FORMAT,
-        "made_at": datetime.datetime.now(datetime.timezone.utc).isoformat(
-            timespec="seconds"
-        ),
-        "versions": artifacts.versions(),
-        "budgets": dict.fromkeys(BUDGETS),
-        "entries": list(entries),
-        "stages": [],
-        "notes": [],
-    }
-    report.update(parts)
-    if name := _repeated([entry["name"] for entry in report["entries"]]):
+    entries = list(entries)
+    if name := _repeated([entry["name"] for entry in entries]):
         raise InputError(
             f"The entries of a report expect a name each. Received: {name!r} twice. "
             "Give one of the files another name."
         )
-    return report
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        **dict.fromkeys(Report.model_fields),
+        "kind": REPORT_KIND,
+        "format": REPORT_FORMAT,
+        "made_at": now.isoformat(timespec="seconds"),
+        "versions": artifacts.versions(),
+        "budgets": dict.fromkeys(BUDGETS),
+        "entries": entries,
+        "stages": [],
+        "notes": [],
+        **parts,
+    }
 
 
 def _repeated(names):
@@ -226,10 +223,8 @@ def new_entry(described: dict, **parts) -> dict:
 
     Args:
         described: That dict.
-        **parts: `made_from`, `accuracy`, `latency`, or another name.
-
-    Returns:
-        The entry; what is not given is None.
+        **parts: `made_from`, `accuracy`, `latency`, or another name; what is not given
+            is None.
     """
     for part in parts:
         arguments.one_of("part", part, Entry.model_fields)
@@ -237,12 +232,7 @@ def new_entry(described: dict, **parts) -> dict:
 
 
 def path_in_report(path: str | os.PathLike, folder: str | os.PathLike) -> str:
-    """Return a path as an entry states it: relative to the report where it lies below.
-
-    Args:
-        path: Of the file or model.
-        folder: That of the report.
-    """
+    """Return a path as an entry states it: relative to the report's folder below it."""
     path, folder = Path(path).resolve(), Path(folder).resolve()
     below = path.is_relative_to(folder)
     return path.relative_to(folder).as_posix() if below else str(path)
@@ -296,12 +286,8 @@ def read_report(path: str | os.PathLike) -> dict:
     Args:
         path: The file, or the folder that holds it.
 
-    Returns:
-        The report.
-
     Raises:
-        DamagedFileError: It is missing, no report, incomplete, or two entries have the
-            same name.
+        DamagedFileError: It is missing, or as for `check_report`.
         InputError: Another version of gpt_tf wrote it in another format.
     """
     path = Path(path)
@@ -312,11 +298,10 @@ def read_report(path: str | os.PathLike) -> dict:
     if is_report and report.get("format") != REPORT_FORMAT:
         versions = report.get("versions")
         known = versions if isinstance(versions, dict) else {}
-        version = known.get("gpt-tf", "unknown")
         raise InputError(
             f"Expected a report of format {REPORT_FORMAT} in {path}. Received: format "
-            f"{report.get('format')!r}, of gpt_tf {version}. Measure again with this "
-            f"version, {artifacts.versions().get('gpt-tf', 'unknown')}."
+            f"{report.get('format')!r}, of gpt_tf {known.get('gpt-tf', 'unknown')}. "
+            "Measure again with this version."
         )
     check_report(report, path)
     return report
@@ -377,17 +362,14 @@ def join_reports(reports: Sequence[dict]) -> dict:
     for report in filter(None, (speed, accuracy, *reports)):
         # Of the same file a report has an entry for each engine that it was timed with.
         known = {entry["sha256"] for entry in entries}
-        names = {entry["name"] for entry in entries}
-        for entry in report["entries"]:
-            if entry["sha256"] in known:
-                continue
-            if entry["name"] in names:
-                raise InputError(
-                    "Reports that are joined expect a name for each file. Received: "
-                    f"{entry['name']!r} for two that differ. Measure one of them "
-                    "under another name."
-                )
-            entries.append(entry if report is speed else entry | {"latency": None})
+        new = [entry for entry in report["entries"] if entry["sha256"] not in known]
+        parts = {} if report is speed else {"latency": None}
+        entries += [entry | parts for entry in new]
+    if name := _repeated([entry["name"] for entry in entries]):
+        raise InputError(
+            f"Reports that are joined expect a name for each file. Received: {name!r} "
+            "for two that differ. Measure one of them under another name."
+        )
     judged = accuracy["entries"] if accuracy else []
     accuracies = {entry["sha256"]: entry["accuracy"] for entry in reversed(judged)}
     references = {e["sha256"] for e in judged if e["name"] == accuracy["reference"]}

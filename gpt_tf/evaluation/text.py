@@ -30,20 +30,14 @@ _TOKENS_AT_ONCE = 1 << 16
 class HeldOutText:
     """Documents to judge a model by.
 
-    Attributes:
-        name: Of the corpus.
-        split: `"validation"`, or `"all"` of it.
-        documents: The documents, none empty.
-
     Example:
-        >>> text = HeldOutText.of("to be or not to be")
-        >>> text.size_bytes
+        >>> HeldOutText.of("to be or not to be").size_bytes
         18
     """
 
-    name: str
-    split: str
-    documents: tuple[Document, ...]
+    name: str  # of the corpus
+    split: str  # "validation", or "all" of it
+    documents: tuple[Document, ...]  # none empty
 
     @classmethod
     def of(cls, text) -> "HeldOutText":
@@ -55,11 +49,8 @@ class HeldOutText:
         if isinstance(text, cls):
             return text
         texts = [text] if isinstance(text, str | Document) else text
-        if isinstance(texts, Iterable):
-            texts = list(texts)
-        if not isinstance(texts, list) or not all(
-            isinstance(item, str | Document) for item in texts
-        ):
+        texts = list(texts) if isinstance(texts, Iterable) else [None]
+        if not all(isinstance(item, str | Document) for item in texts):
             raise InputError(
                 "Judging a model expects a text, a list of texts or a HeldOutText. "
                 f"Received: {type(text).__name__}. Read what lies at a path with "
@@ -107,9 +98,6 @@ def held_out_text(
         most_bytes: Of more text than this, documents are left out evenly.
         notes: What is worth knowing about the text is appended here, for a report;
             it is logged too.
-
-    Returns:
-        The text.
 
     Raises:
         InputError: There is no such corpus, or no text in it.
@@ -176,12 +164,10 @@ def _text_of_run(folder):
     def documents():
         begin = 0
         for index, stop in enumerate([*ends, len(tokens)]):
-            starts = range(begin, stop, _TOKENS_AT_ONCE)
+            own = tokens[begin:stop]
             parts = (
-                tokenizer.decode_bytes(
-                    tokens[first : min(first + _TOKENS_AT_ONCE, stop)]
-                )
-                for first in starts
+                tokenizer.decode_bytes(own[first : first + _TOKENS_AT_ONCE])
+                for first in range(0, len(own), _TOKENS_AT_ONCE)
             )
             for text in codecs.iterdecode(parts, "utf-8", "replace"):
                 yield Document(f"document {index}", text, ends=False)

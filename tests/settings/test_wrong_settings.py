@@ -659,7 +659,7 @@ TARGETS = {
     "measure_files": Target(
         lambda **o: latency.measure_files(**{"paths": ["a.tflite"], **o}),
         measured,
-        (latency, "describe_files"),
+        (latency, "_describe_files"),
     ),
     "find_prompts": Target(
         lambda **o: parsings.find_prompts("text", **o),
