@@ -53,8 +53,8 @@ def recommend(
     """Choose the file to ship among those of a report.
 
     Keras models are references and never chosen. What has a budget and was not measured
-    rules a file out. Latencies are compared by their medians, as they are drawn. What
-    is chosen for accuracy or latency is on the Pareto frontier of both.
+    rules a file out. What is chosen for accuracy or latency is on the Pareto frontier
+    of both.
 
     Args:
         report: As `gpt_tf.evaluation.report.read_report` returns it.
@@ -78,13 +78,12 @@ def recommend(
           most, `"not measured"` or `"not shippable"`) and `sentence`;
         - `dominated`: of `ranking`: `name`, `by` and `sentence`;
         - `nearest_miss`: where there is no choice: `name`, `excess` (0.1: a tenth over
-          the budget), `changes` (budgets that would admit it, by name; None: only
-          none at all), `options` (the same for the command line) and `sentence`.
+          the budget), `options` (of the command line, that would admit it) and
+          `sentence`.
 
     Raises:
-        InputError: A budget cannot be used, or the scenario or what to prefer is
-            unknown.
-        DamagedFileError: A number in the report is none.
+        InputError: A budget, the scenario or the preference cannot be used.
+        DamagedFileError: The report is not of the shape that it should be.
 
     Example:
         >>> recommend(read_report("report.json"), Budgets("3%", 15, 8))["choice"]
@@ -127,12 +126,7 @@ def recommend(
 
 
 def print_recommendation(result: dict, console=None) -> None:
-    """Print a recommendation: the choice and why, the runner-up, and the others.
-
-    Args:
-        result: As `recommend` returns it.
-        console: Where to write; standard output unless given.
-    """
+    """Print what `recommend` returned: the choice and why, and the others."""
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
@@ -224,23 +218,20 @@ def _ties(candidates, best, objective, given):
 
 
 def _dominated(fitting):
-    """Return of every dominated candidate which other one dominates it."""
-
-    def is_dominated_by(one, other):
-        is_comparable = one.known() == other.known()
-        return is_comparable and dominates(other.costs(), one.costs())
-
+    """Return of every dominated candidate the best one that dominates it."""
     found = []
     for index, one in enumerate(fitting):
-        # What dominates it is ranked before it; the best of them is named.
-        ahead = (other for other in fitting[:index] if is_dominated_by(one, other))
-        by = next(ahead, None)
-        if by is not None:
-            better = [name for name in MEASURES if by.cost(name) < one.cost(name)]
-            # What nobody would notice is told only where there is nothing else.
-            facts = _compared(by, one, _noticed(by, one) or better)
-            sentence = f"It is dominated by {by.name}, which is {', '.join(facts)}."
-            found.append({"name": one.name, "by": by.name, "sentence": sentence})
+        for by in fitting[:index]:  # what dominates it is ranked before it
+            is_comparable = all(
+                bool(one.values[name]) == bool(by.values[name]) for name in MEASURES
+            )
+            if is_comparable and dominates(by.costs(), one.costs()):
+                better = [name for name in MEASURES if by.cost(name) < one.cost(name)]
+                # What nobody would notice is told only where there is nothing else.
+                facts = ", ".join(_compared(by, one, _noticed(by, one) or better))
+                sentence = f"It is dominated by {by.name}, which is {facts}."
+                found.append({"name": one.name, "by": by.name, "sentence": sentence})
+                break
     return found
 
 
@@ -277,12 +268,6 @@ def _why(fitting, ties, objective, given):
             "ahead of it."
         )
     sentences += [_budget_sentence(best, name, given[name]) for name in given]
-    limit, p99 = given.get("max_latency_ms"), best.values["p99"]
-    if limit and p99 and p99.number > limit:
-        sentences.append(
-            f"One token in a hundred takes longer than {number(limit)} ms: the 99th "
-            f"percentile is {number(p99.number)} ms."
-        )
     unknown = [_what(name) for name in ("accuracy", "latency") if not best.values[name]]
     if unknown:
         sentences.append(
@@ -391,7 +376,7 @@ def _nearest_miss(shippable, given):
     most = excess(nearest)[0]
     beyond = number(100 * most, digits=2)
     sentences = [f"The nearest miss is {nearest.name}, {beyond} % beyond a budget."]
-    changes, options, without = {}, [], []
+    options, without = [], []
     for name in nearest.broken(given):
         kind, found = KINDS[name], nearest.of(name).number
         sentences.append(_budget_sentence(nearest, name, given[name]))
@@ -399,12 +384,10 @@ def _nearest_miss(shippable, given):
         rounding = decimal.ROUND_FLOOR if kind.is_least else decimal.ROUND_CEILING
         context = decimal.Context(prec=3, rounding=rounding)
         limit = context.create_decimal(repr(float(found)))
+        scale, sign = (100, "%") if kind.unit == "%" else (1, "")
         if kind.unit == "%" and limit >= 1:  # would be refused
-            changes[name] = None
             without.append(f"without a budget of {kind.what}")
         else:
-            changes[name] = float(limit)
-            scale, sign = (100, "%") if kind.unit == "%" else (1, "")
             options.append(f"{option(name)} {(limit * scale).normalize():f}{sign}")
     ways = [f"with {' '.join(options)}"] if options else []
     sentences.append(
@@ -414,7 +397,6 @@ def _nearest_miss(shippable, given):
     return {
         "name": nearest.name,
         "excess": most,
-        "changes": changes,
         "options": " ".join(options),
         "sentence": " ".join(sentences),
     }

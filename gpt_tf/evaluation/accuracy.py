@@ -310,8 +310,8 @@ def evaluate_files(
             for name, path in names.items()
         ]
     judged = next(iter(found.values()))  # the reference, if there is one
-    corpus = {part: judged[part] for part in ("tokens", "bytes")}
-    corpus |= {"name": text.name, "split": text.split}
+    corpus = {"name": text.name, "split": text.split}
+    corpus |= {part: judged[part] for part in ("tokens", "bytes")}
     return report.new_report(entries, corpus=corpus, reference=compared, notes=notes)
 
 
