@@ -119,9 +119,6 @@ def measure_files(
 
     Returns:
         The report, with an entry for each file and engine.
-
-    Raises:
-        InputError, WorkerFailedError: As for `compare_latencies`.
     """
     paths = [str(path) for path in arguments.paths("paths", paths)]
     arguments.one_of("engine", engine, (*ENGINES, "both"))
@@ -162,18 +159,11 @@ def measure_files(
 
 
 class _Plan(NamedTuple):
-    """What is to be measured.
+    """What is to be measured."""
 
-    Attributes:
-        facts: What `gpt_tf.evaluation.models.describe` says of each file.
-        jobs: Of each file what its process is asked for, as `worker.measure` takes it.
-        thread_counts: Other numbers of threads.
-        rounds: Turns of each.
-    """
-
-    facts: list[dict]
-    jobs: list[dict]
-    thread_counts: list[int]
+    facts: list[dict]  # what `models.describe` says of each file
+    jobs: list[dict]  # of each what its process is asked for, by `worker.measure`
+    thread_counts: list[int]  # other numbers of threads
     rounds: int
 
 
@@ -237,19 +227,12 @@ def _describe_files(paths):
 
 
 def _check_fits(job, context_length):
-    prompt_tokens, new_tokens = job["prompt_tokens"], job["new_tokens"]
-    if prompt_tokens + new_tokens > context_length:
-        raise InputError(
-            f"Prompt and new tokens expect to fit the context of {context_length} "
-            f"tokens of {job['path']}. Received: {prompt_tokens} + {new_tokens}. Ask "
-            "for fewer."
-        )
-    for length in job["contexts"]:
-        if length + CONTEXT_TOKENS > context_length:
+    requests = [(length, CONTEXT_TOKENS) for length in job["contexts"]]
+    for prompt, new in [(job["prompt_tokens"], job["new_tokens"]), *requests]:
+        if prompt + new > context_length:
             raise InputError(
-                f"`contexts` expects at most {context_length - CONTEXT_TOKENS} for "
-                f"{job['path']}: its context has {context_length} tokens, and "
-                f"{CONTEXT_TOKENS} are generated. Received: {length}."
+                f"Prompt and new tokens expect to fit the context of {context_length} "
+                f"tokens of {job['path']}. Received: {prompt} + {new}. Ask for fewer."
             )
 
 
@@ -320,11 +303,8 @@ def _measure(plan, read_bytes_per_s, on_progress):
 def _summary(job, measured, by_threads, read_s):
     """Return a file's latency from what its processes measured.
 
-    Args:
-        job: What they were asked for.
-        measured: What each of them returned.
-        by_threads: The same, by number of threads.
-        read_s: Seconds that reading the weights takes at the rate of memory.
+    `by_threads` is the same by number of threads; `read_s` are the seconds that
+    reading the weights takes at the rate of memory.
     """
 
     def of(name, processes=measured):

@@ -83,7 +83,6 @@ def held_out_text(
     validation_fraction: float = 0.1,
     validation: str | os.PathLike | None = None,
     separator: str | None = None,
-    most_bytes: int = MOST_BYTES,
     notes: list[str] | None = None,
 ) -> HeldOutText:
     """Read text that was held out of training.
@@ -95,7 +94,6 @@ def held_out_text(
             seen. If not, it is the part that training on this corpus does not see.
         validation_fraction, validation, separator: As for `open_corpus`, and as
             training had them.
-        most_bytes: Of more text than this, documents are left out evenly.
         notes: What is worth knowing about the text is appended here, for a report;
             it is logged too.
 
@@ -109,7 +107,6 @@ def held_out_text(
         True
     """
     notes = [] if notes is None else notes
-    most_bytes = arguments.integer("most_bytes", most_bytes, 1, 2**63 - 1)
     whole = arguments.switch("whole", whole)
     folder = Path(source) if isinstance(source, str | os.PathLike) else None
     if folder is not None and is_run(folder):
@@ -134,7 +131,7 @@ def held_out_text(
         )
         name, split = corpus.name, "all" if whole else "validation"
         documents = corpus.documents("validation")
-    kept = _thinned(documents, most_bytes, name, notes)
+    kept = _thinned(documents, name, notes)
     if corpus is not None:
         notes += corpus.notices
     return HeldOutText(name, split, _with_text(kept, name))
@@ -176,7 +173,7 @@ def _text_of_run(folder):
     return str(file.manifest.get("corpus", folder.name)), documents()
 
 
-def _thinned(documents, most_bytes, name, notes):
+def _thinned(documents, name, notes):
     """Keep every document, or every second, or every fourth, so that they fit."""
     kept, stride, kept_bytes, all_bytes = [], 1, 0, 0
     for index, piece in enumerate(_pieces(documents)):
@@ -186,7 +183,7 @@ def _thinned(documents, most_bytes, name, notes):
             continue
         kept.append(piece)
         kept_bytes += size
-        while kept_bytes > most_bytes and len(kept) > 1:
+        while kept_bytes > MOST_BYTES and len(kept) > 1:
             kept, stride = kept[::2], stride * 2
             kept_bytes = sum(map(_size_of, kept))
     if kept_bytes < all_bytes:

@@ -550,7 +550,7 @@ TARGETS = {
     ),
     "held_out_text": Target(
         held_out_text,
-        {"most_bytes": whole(1, 2**63 - 1), "whole": switch},
+        {"whole": switch},
         (corpora, "_without_copies"),
     ),
     "generate": Target(
