@@ -1,8 +1,7 @@
 """Which file to ship: the best at what matters among those that keep the budgets.
 
 `RULE` states the order, in which measured files alone are ranked. So the order of the
-entries does not matter, the runner-up is what would be chosen without the choice, and a
-dominated file is never chosen.
+entries does not matter, and the runner-up is what would be chosen without the choice.
 """
 
 import dataclasses
@@ -76,7 +75,6 @@ def recommend(
         - `ranking`: the names of all that keep the budgets, best first;
         - `ruled_out`: of the others `name`, `constraint` (the budget that is broken
           most, `"not measured"` or `"not shippable"`) and `sentence`;
-        - `dominated`: of `ranking`: `name`, `by` and `sentence`;
         - `nearest_miss`: where there is no choice: `name`, `excess` (0.1: a tenth over
           the budget), `options` (of the command line, that would admit it) and
           `sentence`.
@@ -120,7 +118,6 @@ def recommend(
         "runner_up_cost": _runner_up_cost(*fitting[:2]) if fitting else None,
         "ranking": [one.name for one in fitting],
         "ruled_out": [_ruled_out(one, given) for one in others],
-        "dominated": _dominated(fitting),
         "nearest_miss": None if fitting else _nearest_miss(shippable, given),
     }
 
@@ -151,11 +148,11 @@ def print_recommendation(result: dict, console=None) -> None:
     style = "red" if choice is None else "green"
     console.print(Panel(Text("\n".join(lines)), title=Text(title), border_style=style))
     console.print(Text(wanted))
-    table = Table(title="The others")
+    table = Table(title="Ruled out")
     for heading in ("file", "because of", "in numbers"):
         table.add_column(heading, overflow="fold")
-    for one in result["ruled_out"] + result["dominated"]:
-        reason = one.get("constraint", "dominated")
+    for one in result["ruled_out"]:
+        reason = one["constraint"]
         reason = option(reason) if reason in KINDS else reason
         table.add_row(*map(Text, (one["name"], reason, one["sentence"])))
     if table.rows:
@@ -215,24 +212,6 @@ def _ties(candidates, best, objective, given):
 
     others = [one for one in candidates if one is not best]
     return [one.name for one in others if is_chosen_if_better(one)]
-
-
-def _dominated(fitting):
-    """Return of every dominated candidate the best one that dominates it."""
-    found = []
-    for index, one in enumerate(fitting):
-        for by in fitting[:index]:  # what dominates it is ranked before it
-            is_comparable = all(
-                bool(one.values[name]) == bool(by.values[name]) for name in MEASURES
-            )
-            if is_comparable and dominates(by.costs(), one.costs()):
-                better = [name for name in MEASURES if by.cost(name) < one.cost(name)]
-                # What nobody would notice is told only where there is nothing else.
-                facts = ", ".join(_compared(by, one, _noticed(by, one) or better))
-                sentence = f"It is dominated by {by.name}, which is {facts}."
-                found.append({"name": one.name, "by": by.name, "sentence": sentence})
-                break
-    return found
 
 
 def _noticed(one, other):

@@ -133,7 +133,7 @@ def test_in_any_order_the_runner_up_is_chosen_without_the_choice(
 
 @settings(max_examples=60)
 @given(entries_strategy(), limits_strategy, scenarios)
-def test_what_is_dominated_is_never_chosen_and_is_named(entries, limits, scenario):
+def test_what_is_dominated_in_all_measures_is_never_chosen(entries, limits, scenario):
     result = recommend(new_report(entries), limits, scenario)
     by_name = {one["name"]: one for one in entries}
 
@@ -142,14 +142,13 @@ def test_what_is_dominated_is_never_chosen_and_is_named(entries, limits, scenari
         costs.append(speed and -speed)  # more is better
         return tuple(math.inf if cost is None else cost for cost in costs)
 
-    def is_dominated(name, by):
-        known = [[math.isinf(cost) for cost in costs(one)] for one in (name, by)]
-        return known[0] == known[1] and dominates(costs(by), costs(name))
-
-    ranked = result["ranking"]
-    found = {a for a in ranked if any(is_dominated(a, b) for b in ranked)}
-    assert result["choice"] not in found
-    assert set(names(result["dominated"])) == found
+    ranked = [costs(name) for name in result["ranking"]]
+    # The choice is ranked first. What was not measured of it may still be better.
+    known = [list(map(math.isinf, one)) for one in ranked]
+    assert not any(
+        known[0] == own and dominates(one, ranked[0])
+        for one, own in zip(ranked, known, strict=True)
+    )
 
 
 @settings(max_examples=60)
@@ -234,14 +233,6 @@ def test_a_budget_rules_out_and_the_sentence_has_both_numbers(changes, budget, l
 def test_a_difference_that_rounding_would_hide_is_shown():
     result = recommend(new_report([entry("a", mb=8.0004)]), {"max_size_mb": 8})
     assert "8.0004 MB" in result["ruled_out"][0]["sentence"]
-
-
-def test_what_is_broken_most_is_the_constraint():
-    report = new_report([entry("a", increase=0.06, p95=30)])
-    limits = {"max_perplexity_increase": 0.03, "max_latency_ms": 5}
-    ruled_out = recommend(report, limits)["ruled_out"][0]
-    assert ruled_out["constraint"] == "max_latency_ms"
-    assert "6 %" in ruled_out["sentence"]
 
 
 def test_an_increase_follows_from_the_reference_or_was_not_measured():
@@ -454,29 +445,15 @@ def test_what_another_measurement_may_choose_ties_and_nothing_else_does():
     assert (result["choice"], result["ties"]) == ("worse", ["exact"])
 
 
-def test_differences_within_measurement_error_are_not_told():
-    one = entry("one", 0.0100, 2.000, 4.0)
-    for other, differs in (
-        (entry("like", 0.0104, 2.001, 5.0), False),
-        (entry("unlike", 0.0117, 2.200, 5.0), True),
-    ):
-        result = recommend(new_report([one, other]), {"max_size_mb": 8})
-        told = [result["runner_up_cost"], result["dominated"][0]["sentence"]]
-        for sentence in told:
-            assert "4 MB" in sentence
-            assert ("1.8 ms" in sentence) == ("1 %" in sentence) == differs
-
-
-def test_the_runner_up_and_dominated_files_are_told_in_numbers():
-    worse = entry("worse", 0.05, 7.0, 3.0, memory_mb=80, speed=130, together=140)
-    result = recommend(new_report([*ALL, worse]), None, "phone")
+def test_the_runner_up_is_told_in_numbers_that_differ_beyond_measurement_error():
+    result = recommend(new_report(ALL), None, "phone")
     assert result["runner_up"] == "small"
     cost = result["runner_up_cost"]
     # What it costs stands before what it wins.
     assert cost.index("5.4 ms instead of 1.8 ms") < cost.index("2 MB instead of 9 MB")
-    (dominated,) = result["dominated"]
-    assert (dominated["name"], dominated["by"]) == ("worse", "small")
-    assert "2 MB instead of 3 MB" in dominated["sentence"]
+    like = entry("like", 0.0104, 2.001, 5.0)
+    cost = recommend(new_report([entry("one", 0.01, 2.0), like]))["runner_up_cost"]
+    assert "4 MB" in cost and "1.8 ms" not in cost and "1 %" not in cost
 
 
 def test_no_budget_is_proposed_that_would_be_refused():
