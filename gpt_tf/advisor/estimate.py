@@ -110,17 +110,13 @@ def estimate_modes(
     Args:
         path: As for `read_sizes`; neither TensorFlow nor LiteRT runs anything.
         machine: As for `estimate`.
-        budgets: They come before the scenario's.
-        scenario: A key of `gpt_tf.advisor.constraints.SCENARIOS`.
+        budgets, scenario: As for `gpt_tf.advisor.ranking.recommend`.
 
     Returns:
         `basis`, which is `"estimated"`; `path`, `parameters`, `machine`, `scenario`,
         `budgets`; and under `modes` what `estimate` returns for each, with `breaks`,
         the names of budgets that its file cannot keep, and `fits`: `"no"` where there
         are any, `"yes"` where only the size has a budget, else `"perhaps"`.
-
-    Raises:
-        InputError, DamagedFileError: As `estimate` and `read_sizes`.
 
     Example:
         >>> estimate_modes("runs/teacher", describe_machine())["modes"][0]["size_bytes"]

@@ -185,20 +185,11 @@ def new_report(entries, **parts) -> dict:
     """Put a report together.
 
     Args:
-        entries: Dicts as `new_entry` makes them.
+        entries: Dicts as `new_entry` makes them, each of another name.
         **parts: Any other part of a report; those not given are None or empty.
-
-    Raises:
-        InputError: Two entries have the same name, or a part is unknown.
     """
     for part in parts:
         arguments.one_of("part", part, Report.model_fields)
-    entries = list(entries)
-    if name := _repeated([entry["name"] for entry in entries]):
-        raise InputError(
-            f"The entries of a report expect a name each. Received: {name!r} twice. "
-            "Give one of the files another name."
-        )
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         **dict.fromkeys(Report.model_fields),
@@ -207,7 +198,7 @@ def new_report(entries, **parts) -> dict:
         "made_at": now.isoformat(timespec="seconds"),
         "versions": artifacts.versions(),
         "budgets": dict.fromkeys(BUDGETS),
-        "entries": entries,
+        "entries": list(entries),
         "stages": [],
         "notes": [],
         **parts,
@@ -272,11 +263,7 @@ def place_of_report(out: str | os.PathLike) -> Path:
 
 
 def write_report(path: str | os.PathLike, report: dict) -> None:
-    """Write report.json, whole or not at all.
-
-    Raises:
-        InputError: A number in it is not finite.
-    """
+    """Write report.json, whole or not at all, unless a number is not finite."""
     artifacts.write_json(path, report)
 
 
@@ -315,11 +302,10 @@ def check_report(report: dict, path: str | os.PathLike = "the report") -> Report
         path: Where it is from.
 
     Returns:
-        The report as a `Report`, in which what is missing is None.
+        The report as a `Report`, in which what may be missing and is, is None.
 
     Raises:
-        DamagedFileError: A part is missing or of another type, a number is out of its
-            range, or two entries have the same name.
+        DamagedFileError: It has another shape, or two entries of one name.
     """
     try:
         return Report.model_validate(report)
