@@ -214,17 +214,6 @@ def _ties(candidates, best, objective, given):
     return [one.name for one in others if is_chosen_if_better(one)]
 
 
-def _noticed(one, other):
-    """Return the measures known of both in which they differ by more than a tie."""
-    found = []
-    for measure in MEASURES:
-        if one.values[measure] and other.values[measure]:
-            low, high = sorted((one.cost(measure), other.cost(measure)))
-            if high > low + _tie(measure, low):
-                found.append(measure)
-    return found
-
-
 # Sentences
 
 
@@ -278,12 +267,8 @@ def _objective_sentence(fitting, objective, given):
     first = min(fitting, key=lambda one: (one.cost(objective), one.name))
     if first.cost(objective) == best.cost(objective):
         return f"{best.name} has {fact}.{but}"
-    # What decided between those that tie.
-    better = [name for name in _noticed(best, first) if name in _DECIDING]
-    better = [name for name in better if best.cost(name) < first.cost(name)]
-    facts = " and ".join(_compared(best, first, better)) or "smaller"
-    other = f"{_text(objective, first)} of {first.name}"
-    return f"{best.name} ties for {fact}, {other}; it is {facts}.{but}"
+    least = _text(objective, first)
+    return f"{best.name} ties for {fact}, where {first.name} has {least}.{but}"
 
 
 def _budget_sentence(candidate, name, limit):
@@ -321,24 +306,20 @@ def _ruled_out(candidate, given):
 def _runner_up_cost(best, second=None):
     if second is None:
         return "No other file keeps the budgets."
-    # What it costs first, then what it wins.
-    noticed = _noticed(second, best)
-    noticed.sort(key=lambda name: second.cost(name) < best.cost(name))
-    facts = ", ".join(_compared(second, best, noticed))
-    if not facts:
-        facts = "as good in everything that was measured"
+    costs, gains = [], []
+    for measure in MEASURES:
+        if second.values[measure] and best.values[measure]:
+            low, high = sorted((best.cost(measure), second.cost(measure)))
+            if high > low + _tie(measure, low):  # else nobody would notice
+                is_gain = second.cost(measure) == low
+                numbers = (one.values[measure].number for one in (second, best))
+                own, others = _told_apart(KINDS[BUDGET_OF[measure]], *numbers)
+                word = _WORSE_OR_BETTER[measure][is_gain]
+                (gains if is_gain else costs).append(
+                    f"{word} ({own} instead of {others})"
+                )
+    facts = ", ".join(costs + gains) or "as good in everything that was measured"
     return f"The runner-up {second.name} would be {facts}."
-
-
-def _compared(one, other, measures):
-    """Return in what one differs from another: "smaller (3 MB instead of 8 MB)"."""
-    facts = []
-    for measure in measures:
-        word = _WORSE_OR_BETTER[measure][one.cost(measure) < other.cost(measure)]
-        numbers = (each.values[measure].number for each in (one, other))
-        own, others = _told_apart(KINDS[BUDGET_OF[measure]], *numbers)
-        facts.append(f"{word} ({own} instead of {others})")
-    return facts
 
 
 def _nearest_miss(shippable, given):
