@@ -325,20 +325,20 @@ def test_a_budget_judges_no_more_than_it_says_but_one_block():
 
 def test_a_seed_decides_everything_and_progress_ends_with_all_blocks():
     def found(seed):
-        calls = []
         models = {"a": Bigrams(1), "b": Bigrams(2)}
-        measured = measure_accuracies(
+        return measure_accuracies(
             *(models, "b", text_of(3000)),
             max_tokens=600,
             seed=seed,
             on_progress=lambda *done: calls.append(done),
         )
-        total = 2 * measured["a"]["blocks"]
-        assert calls == [(done, total) for done in range(1, total + 1)]
-        return measured
 
-    assert found(4) == found(4)
-    assert found(4)["a"]["perplexity"] != found(5)["a"]["perplexity"]
+    calls = []
+    first = found(4)
+    total = 2 * first["a"]["blocks"]
+    assert calls == [(done, total) for done in range(1, total + 1)]
+    assert found(4) == first
+    assert found(5)["a"]["perplexity"] != first["a"]["perplexity"]
 
 
 # Intervals

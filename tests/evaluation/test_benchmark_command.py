@@ -111,31 +111,28 @@ def test_it_measures_a_file_on_a_device(tmp_path):
 
 
 def test_without_options_it_measures_what_the_help_says(run):
-    result, asked = run("a.tflite", "b", measured=made_report("a", "b"))
-    assert (result.status, result.err) == (0, "")
-    expected = {
-        "paths": ["a.tflite", "b"],
-        "engine": "gpt_tf",
-        "prompt_tokens": 64,
-        "new_tokens": 64,
-        "repetitions": 20,
-        "rounds": 5,
-        # Chosen by what the files and the machine can do.
-        **dict.fromkeys(("contexts", "thread_counts", "threads")),
-        "requests": (1, 2, 4, 8),
-    }
-    assert {name: asked[name] for name in expected} == expected
-    _, asked = run(
-        *("a.tflite", "--quick", "--new-tokens", 5, "--contexts", "8,32"),
-        *("--requests", "", "--engine", "both"),
-        measured=made_report("a"),
-    )
-    expected = {
-        **{"engine": "both", "prompt_tokens": 16, "new_tokens": 5},
-        **{"repetitions": 10, "rounds": 2, "contexts": [8, 32]},
-        **{"thread_counts": (), "requests": []},
-    }
-    assert {name: asked[name] for name in expected} == expected
+    for options, expected in (
+        (
+            ("a.tflite", "b"),
+            {
+                **{"engine": "gpt_tf", "prompt_tokens": 64, "new_tokens": 64},
+                **{"repetitions": 20, "rounds": 5, "requests": (1, 2, 4, 8)},
+                # Chosen by what the files and the machine can do.
+                **dict.fromkeys(("contexts", "thread_counts", "threads")),
+            },
+        ),
+        (
+            ("a", "--quick", "--new-tokens", 5, "--contexts", "8,32", "--requests", ""),
+            {
+                **{"prompt_tokens": 16, "new_tokens": 5, "repetitions": 10},
+                **{"rounds": 2, "contexts": [8, 32], "requests": []},
+                "thread_counts": (),
+            },
+        ),
+    ):
+        result, asked = run(*options, measured=made_report("a", "b"))
+        assert (result.status, result.err) == (0, "")
+        assert asked.items() >= expected.items()
 
 
 def test_the_status_says_whether_something_got_worse(run, tmp_path):

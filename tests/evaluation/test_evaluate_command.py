@@ -132,11 +132,3 @@ def test_what_it_cannot_use_is_one_line_and_status_2(evaluate, options, message)
     assert result.status == 2 and result.out == ""
     assert result.err.startswith("gpt-tf: ") and result.err.count("\n") == 1
     assert message in result.err
-
-
-def test_a_model_without_tokenizer_is_named(evaluate, trained, tmp_path):
-    path = tmp_path / "model.keras"
-    path.write_bytes((trained.out / "model" / "model.keras").read_bytes())
-    result = evaluate(path)
-    assert result.status == 2
-    assert "Judging model.keras" in result.err and "tokenizer.json" in result.err

@@ -11,7 +11,6 @@ from gpt_tf.evaluation.accuracy import measure_accuracies
 from gpt_tf.evaluation.code_validity import measure_code_validity
 from gpt_tf.evaluation.models import KerasGPT, describe, open_model, unique_names
 from gpt_tf.explain.attribution import explain
-from gpt_tf.explain.faithfulness import deletion_test
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.text.tokenizer import CharacterTokenizer
@@ -98,7 +97,6 @@ def test_what_is_no_model_is_refused(tmp_path):
     "measure",
     [
         lambda subject: explain(subject, "def"),
-        lambda subject: deletion_test(subject, ["def f"] * 50, ["lime"]),
         lambda subject: measure_accuracies({"a": subject}, None, "def main():"),
         lambda subject: measure_code_validity(subject, "def main():"),
     ],
