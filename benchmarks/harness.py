@@ -118,10 +118,10 @@ def take_turns(contenders, rounds, repetitions, warm_up=2):
                 console.print(f"  {contender.name}: {error}")
                 continue
             stack.enter_context(work)
-            measured.first_seconds = work.prepare_s
+            measured.first_seconds = work.start_s
             work.ask(warm_up)
             turns.append(functools.partial(_turn, measured, work, repetitions))
-            console.print(f"  {contender.name}: ready after {work.prepare_s:.1f} s")
+            console.print(f"  {contender.name}: ready after {work.start_s:.1f} s")
         timing.take_turns(turns, rounds)
     return results
 
