@@ -15,6 +15,7 @@ within a statement it is refused as well: its share is what can be reached.
 
 import ast
 import codecs
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -147,11 +148,8 @@ def is_accepted(prompt: str, completion: str, is_whole: bool = False) -> bool:
     lines = completion.split("\n")
     if not is_whole:
         lines.pop()
-    block = lines[:1]
-    for line in lines[1:]:
-        if _is_at_margin(line):
-            break
-        block.append(line)
+    own = itertools.takewhile(lambda line: not _is_at_margin(line), lines[1:])
+    block = [*lines[:1], *own]
     code = [line for line in block[1:] if line.strip() and line.strip()[0] != "#"]
     return bool(code) and _parse(prompt + "\n".join(block) + "\n") is not None
 
