@@ -167,9 +167,16 @@ def test_sizes_are_read_wherever_they_are_stated(trained):
         assert read_sizes(path) == sizes
 
 
-@pytest.mark.parametrize("name", ["model.keras", "gpt.keras", "gpt.litertlm"])
-def test_what_states_no_sizes_is_damaged(tmp_path, name):
-    (tmp_path / name).write_bytes(b"PK no archive")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.keras", b"PK no archive"),
+        ("gpt.keras", b"PK no archive"),
+        ("gpt.litertlm", b"LITERTLM but short"),
+    ],
+)
+def test_what_states_no_sizes_is_damaged(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(DamagedFileError):
         read_sizes(tmp_path if name == "model.keras" else tmp_path / name)
 
