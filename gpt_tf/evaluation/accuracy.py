@@ -237,7 +237,7 @@ def evaluate_files(
             the reference and `paths` held out, or else python-stdlib.
         whole, separator: As for `held_out_text`.
         reference: One to compare with, among `paths` or not.
-        max_tokens: As for `measure_accuracy`.
+        max_tokens: As for `measure_accuracies`.
         parse: Whether completions are parsed as Python; default: if the text is.
         completions: How many.
         seed: Decides what is judged, the draws, and the completions.
@@ -246,9 +246,6 @@ def evaluate_files(
 
     Returns:
         A report with an entry per file, the reference first.
-
-    Raises:
-        InputError: As for `open_model`, `held_out_text` and `measure_accuracy`.
 
     Example:
         >>> made = evaluate_files(["int8.litertlm"], reference="runs/quickstart")

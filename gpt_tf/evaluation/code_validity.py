@@ -60,9 +60,7 @@ def measure_code_validity(
     Args:
         model: An `EdgeGPT` or `KerasGPT` with its tokenizer.
         prompts: Those that `find_prompts` found in held-out Python files.
-        max_new_tokens: Tokens that the model generates at most, at least 1.
-        temperature: Of its choices.
-        seed: Decides the choices.
+        max_new_tokens, temperature, seed: As for `generate`.
         name: How messages call the model.
         on_progress: Called with completions done and all of them.
 

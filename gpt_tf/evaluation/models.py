@@ -27,8 +27,7 @@ def open_model(path: str | os.PathLike, *, num_threads: int | None = None):
 
     Args:
         path: A `.tflite`, a `.litertlm`, a run's or model's folder, or a `.keras` file.
-        num_threads: Threads that compute, of a file; of a Keras model TensorFlow's
-            own, which cannot be changed once it has begun.
+        num_threads: Threads that compute, of a file alone.
 
     Returns:
         An `EdgeGPT` or a `KerasGPT`.

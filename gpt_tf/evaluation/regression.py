@@ -71,10 +71,6 @@ def read_baseline(path: str | os.PathLike, **settings) -> dict:
 def compare_with_baseline(report: dict, baseline: dict) -> dict:
     """Compare a report with a stored one, entry by entry.
 
-    Args:
-        report: The new one.
-        baseline: The stored one.
-
     Returns:
         `rows`, a list of dicts: `entry`, `metric`, `before`, `after`, `ratio` (after
         over before, or None) and `change`, which is `"worse"`, `"better"`, `"none"`

@@ -331,9 +331,8 @@ def join_reports(reports: Sequence[dict]) -> dict:
         reports: As `read_report` returns them, at least one.
 
     Returns:
-        A report without a recommendation. An entry has its name in the report that its
-        speed is from, or else its accuracy. Of a budget that several reports have, the
-        last one counts.
+        A report without a recommendation. Of names and budgets that differ between
+        reports, the name beside the speed and the last budget count.
 
     Raises:
         InputError: Different files have the same name, or there is no report.
