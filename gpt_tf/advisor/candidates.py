@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from gpt_tf.advisor.constraints import KINDS
 from gpt_tf.evaluation.report import check_report
 
 # The order in which equals are told apart. All but throughput should be small.
-MEASURES = ("accuracy", "latency", "size", "memory", "first_token", "throughput")
+MEASURES = tuple(kind.measure for kind in KINDS.values())
 BUDGET_OF = {kind.measure: name for name, kind in KINDS.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """A measured quantity of an entry, and its 95 % interval if there is one."""
 
     number: float
@@ -25,7 +25,7 @@ class Candidate:
     """An entry with its quantities by the names of `MEASURES`; None was not measured.
 
     Accuracy is the increase of perplexity, and latency the median, as the pictures show
-    it; among the quantities are `"perplexity"`, `"p95"` and `"p99"` too.
+    it; among the quantities are `"perplexity"` and `"p95"` too.
     """
 
     name: str
@@ -41,11 +41,7 @@ class Candidate:
 
     def costs(self) -> tuple:
         """Return the costs of all measures, in their order."""
-        return tuple(self.cost(measure) for measure in MEASURES)
-
-    def known(self) -> list[str]:
-        """Return the names of those that were measured."""
-        return [measure for measure in MEASURES if self.values[measure]]
+        return tuple(map(self.cost, MEASURES))
 
     @property
     def place(self) -> tuple[float, float]:
@@ -58,17 +54,14 @@ class Candidate:
         return self.values["p95" if measure == "latency" else measure]
 
     def worsened(self, share: float) -> "Candidate":
-        """Return what a measurement that came out worse by a share would have found.
-
-        Accuracy and size are the same in every measurement.
-        """
-        factors = dict.fromkeys(("accuracy", "perplexity", "size"), 1)
-        factors["throughput"] = 1 / (1 + share)
+        """Return what a measurement that came out worse by a share would have found."""
+        # Accuracy and size are the same in every measurement.
+        factors = {"accuracy": 1, "size": 1, "throughput": 1 / (1 + share)}
         values = dict(self.values)
         for name, value in values.items():
             if value is not None:
                 number = value.number * factors.get(name, 1 + share)
-                values[name] = dataclasses.replace(value, number=number)
+                values[name] = value._replace(number=number)
         return dataclasses.replace(self, values=values)
 
     def share(self, name: str, limit: float) -> float:
@@ -114,7 +107,7 @@ def candidates_of(report: dict, concurrent: bool) -> list[Candidate]:
             if not, that of one request.
 
     Raises:
-        DamagedFileError: A number is none, not finite, or not above 0 where it has to.
+        DamagedFileError: The report is not of the shape that it should be.
     """
     check_report(report)
     found = []
@@ -131,7 +124,6 @@ def candidates_of(report: dict, concurrent: bool) -> list[Candidate]:
             "accuracy": _value(accuracy.get("perplexity_increase")),
             "latency": _value(step.get("median")),
             "p95": _value(step.get("p95")),
-            "p99": _value(step.get("p99")),
             "size": _value(entry["size_bytes"], 1e-6),
             "memory": _value(latency.get("peak_memory_bytes"), 1e-6),
             "first_token": _value(first.get("median")),
@@ -153,4 +145,4 @@ def _value(found, scale=1):
         return None
     if isinstance(found, dict):
         return Value(found["value"], found["low"], found["high"])
-    return Value(found * scale, found * scale, found * scale)
+    return Value(*[found * scale] * 3)

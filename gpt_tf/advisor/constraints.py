@@ -24,31 +24,19 @@ from gpt_tf.settings import arguments
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a budget is about.
+    """What a budget is about."""
 
-    Args:
-        what: Its name in a sentence.
-        measure: The name of the quantity, as `gpt_tf.advisor.candidates` reads it.
-        unit: Unit of the number.
-        is_least: Whether it is the least that is wanted and not the most.
-    """
-
-    what: str
-    measure: str
+    what: str  # in a sentence
+    measure: str  # the quantity, as `gpt_tf.advisor.candidates` names it
     unit: str
-    is_least: bool = False
+    is_least: bool = False  # whether the least is wanted and not the most
 
     def is_broken(self, value: float, limit: float) -> bool:
         """Whether a value is beyond the budget."""
         return value < limit if self.is_least else value > limit
 
     def text(self, value: float, digits: int = 3) -> str:
-        """Return a value with its unit, to so many significant digits.
-
-        Example:
-            >>> KINDS["max_perplexity_increase"].text(0.0312)
-            '3.12 %'
-        """
+        """Return a value with its unit, to so many significant digits."""
         scaled = value * 100 if self.unit == "%" else value
         return f"{formatting.number(scaled, digits=digits)} {self.unit}"
 
@@ -102,11 +90,7 @@ class Budgets:
 
     @classmethod
     def of(cls, value) -> "Budgets":
-        """Return budgets from some, from a dict of them, or from None.
-
-        Raises:
-            InputError: A name in the dict is unknown, or a value cannot be used.
-        """
+        """Return budgets from some, from a dict of them, or from None."""
         if value is None or isinstance(value, cls):
             return value or cls()
         if not isinstance(value, dict) or not value.keys() <= KINDS.keys():
@@ -141,25 +125,12 @@ class Scenario:
 
 
 def scenario_of(name: str) -> Scenario:
-    """Return the scenario of that name.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Return the scenario of that name, or refuse it."""
     return SCENARIOS[arguments.one_of("scenario", name, SCENARIOS)]
 
 
 def objective_of(scenario: str, prefer: str | None = None) -> str:
-    """Return what is best among the files that keep the budgets.
-
-    Args:
-        scenario: A key of `SCENARIOS`.
-        prefer: One of `PREFERENCES`, which comes before the scenario's own objective,
-            or None.
-
-    Raises:
-        InputError: There is no such scenario, or nothing of that name to prefer.
-    """
+    """Return what is to be best: one of `PREFERENCES`, or the scenario's objective."""
     own = scenario_of(scenario).objective
     return own if prefer is None else arguments.one_of("prefer", prefer, PREFERENCES)
 

@@ -15,7 +15,7 @@ import math
 import os
 from pathlib import Path
 
-from gpt_tf import artifacts, formatting
+from gpt_tf import formatting
 from gpt_tf.advisor.constraints import KINDS, Budgets, option, scenario_of
 from gpt_tf.errors import InputError
 from gpt_tf.export.constants import INT4_BLOCK, outline
@@ -24,6 +24,7 @@ from gpt_tf.export.tflite_writer import Type
 from gpt_tf.models import sizes
 from gpt_tf.settings import arguments
 
+CACHES = "/sys/devices/system/cpu/cpu0/cache"
 _DEFAULT_THREADS = 4
 # NumPy cannot describe larger matrices.
 _MOST_PARAMETERS = 2**60
@@ -55,7 +56,7 @@ def estimate(
     Args:
         config: The GPT's sizes, as `GPTModel.get_config` states them.
         mode: One of `gpt_tf.export.signatures.MODES`.
-        machine: As `gpt_tf.evaluation.hardware.describe_machine` describes it.
+        machine: As `describe_machine` describes it.
         threads: Threads that compute; default: the physical cores, at most 4.
         kind: `"litertlm"`, with the tokenizer in it, or `"tflite"`.
 
@@ -106,22 +107,16 @@ def estimate_modes(
 ) -> dict:
     """Estimate the file of every mode of a model and compare it with budgets.
 
-    Only the model's sizes are read: neither TensorFlow nor LiteRT runs anything.
-
     Args:
-        path: As for `read_sizes`.
+        path: As for `read_sizes`; neither TensorFlow nor LiteRT runs anything.
         machine: As for `estimate`.
-        budgets: They come before the scenario's.
-        scenario: A key of `gpt_tf.advisor.constraints.SCENARIOS`.
+        budgets, scenario: As for `gpt_tf.advisor.ranking.recommend`.
 
     Returns:
         `basis`, which is `"estimated"`; `path`, `parameters`, `machine`, `scenario`,
         `budgets`; and under `modes` what `estimate` returns for each, with `breaks`,
         the names of budgets that its file cannot keep, and `fits`: `"no"` where there
         are any, `"yes"` where only the size has a budget, else `"perhaps"`.
-
-    Raises:
-        InputError, DamagedFileError: As `estimate` and `read_sizes`.
 
     Example:
         >>> estimate_modes("runs/teacher", describe_machine())["modes"][0]["size_bytes"]
@@ -147,12 +142,7 @@ def estimate_modes(
 
 
 def print_estimates(result: dict, console=None) -> None:
-    """Print a table of each mode's size and bound.
-
-    Args:
-        result: As `estimate_modes` returns it.
-        console: Where to write; standard output unless given.
-    """
+    """Print a table of each mode's size and bound, as `estimate_modes` returns them."""
     from rich.console import Console
     from rich.table import Table
 
@@ -178,22 +168,15 @@ def print_estimates(result: dict, console=None) -> None:
     )
 
 
-def refuse_impossible(
-    budgets: Budgets, config: dict, machine: dict, *, threads: int | None = None
-) -> None:
+def refuse_impossible(budgets: Budgets, config: dict, machine: dict) -> None:
     """Refuse budgets that no file of a model of these sizes can keep.
-
-    Args:
-        budgets: The limits.
-        config, machine, threads: As for `estimate`.
 
     Raises:
         InputError: The smallest file exceeds `max_size_mb` or `max_memory_mb`, or
             reading its weights from memory takes longer than a budget of time allows.
     """
-    options = {"threads": threads, "kind": "tflite"}
     modes = modes_of(config)
-    files = [estimate(config, mode, machine, **options) for mode in modes]
+    files = [estimate(config, mode, machine, kind="tflite") for mode in modes]
     broken = [_broken(file, budgets) for file in files]
     for name, limit in budgets.given().items():
         if all(name in one for one in broken):
@@ -262,69 +245,44 @@ def read_rate(machine: dict, threads: int) -> float:
     return float(known[max(fewer) if fewer else min(known)])
 
 
-def last_level_cache_bytes(
-    folder: str = "/sys/devices/system/cpu/cpu0/cache",
-) -> int | None:
+def last_level_cache_bytes(folder: str | os.PathLike = CACHES) -> int | None:
     """Return the size of the processor's largest cache, or None if it does not say."""
     try:
         found = [path.read_text() for path in Path(folder).glob("index*/size")]
-        return max(
-            (int(text.strip().rstrip("K")) << 10 for text in found), default=None
-        )
+        return max(int(text.strip().rstrip("K")) << 10 for text in found)
     except (OSError, ValueError):
         return None
 
 
 def read_sizes(path: str | os.PathLike) -> dict:
-    """Read the sizes of a model where they are stated.
+    """Read the configuration of a model where it is stated.
 
     Args:
-        path: A run's folder or its run.json, a model's folder, a `.keras` file, or a
-            `.tflite` or `.litertlm` that gpt_tf exported.
-
-    Returns:
-        The configuration of the GPT.
+        path: A run's or model's folder, a `.keras` file, or a `.tflite` or `.litertlm`
+            that gpt_tf exported.
 
     Raises:
-        InputError: There is no such thing, or the model's sizes are not settled yet.
+        InputError: There is no such thing.
         DamagedFileError: A file is not what it should be.
     """
     path = Path(path)
-    folder = path.parent if path.name == "run.json" else path
-    places = [folder / name / "model.keras" for name in ("model", "", "initial")]
+    places = [path / name / "model.keras" for name in ("model", "", "initial")]
     file = next((place for place in places if place.is_file()), path)
-    if file.suffix == ".keras" and file.is_file():
+    if not file.is_file():
+        raise InputError(
+            f"Expected a model or an exported file at {path}; there is none. Name the "
+            "folder of a run that `gpt-tf train` finished, or a .litertlm."
+        )
+    if file.suffix == ".keras":
         from gpt_tf.models.keras_file import read_config
 
         config = read_config(file)
-    elif path.is_file() and path.name != "run.json":
+    else:
         from gpt_tf.edge.loader import open_artefact
 
-        config = open_artefact(path).facts["config"]
-    else:
-        config = _sizes_of_run(folder)
+        config = open_artefact(file).facts["config"]
     config = config.get("gpt", config)
     sizes_of(config)
-    return config
-
-
-def _sizes_of_run(folder):
-    """Return the sizes of the model that a run has not made yet."""
-    if not (folder / "run.json").is_file():
-        raise InputError(
-            f"Expected a run, a model or an exported file at {folder}; there is none. "
-            "Name the folder that `gpt-tf train` wrote, or a .litertlm."
-        )
-    config = artifacts.read_json(folder / "run.json", {"config": dict})["config"]
-    if config.get("init_from") or config.get("distillation"):
-        raise InputError(
-            f"The run in {folder} takes its sizes from another model and has not got "
-            "it yet. Name that model, or wait until the run has begun."
-        )
-    if (folder / "tokenizer.json").is_file():
-        from gpt_tf.text.tokenizer import load_tokenizer
-
-        config = config | {"vocab_size": load_tokenizer(folder).vocab_size}
     return config
 
 

@@ -6,31 +6,9 @@ from gpt_tf.advisor.candidates import candidates_of, dominates
 
 
 def budgets_of(report: dict) -> dict:
-    """Return the budgets that the choice was made by, those that are numbers.
-
-    Args:
-        report: As `gpt_tf.evaluation.report` states it.
-    """
+    """Return the limits that a report's choice was made by."""
     budgets = (report["recommendation"] or {}).get("budgets") or report["budgets"]
     return {name: value for name, value in budgets.items() if value is not None}
-
-
-def outside_of(report: dict) -> set[str]:
-    """Return the names of the files that the budgets exclude.
-
-    These are what the recommendation rules out or, without one, the files whose
-    measured numbers exceed a budget.
-
-    Args:
-        report: As `gpt_tf.evaluation.report` states it.
-
-    Raises:
-        DamagedFileError: A number in the report is none.
-    """
-    if report["recommendation"]:
-        return {row["name"] for row in report["recommendation"].get("ruled_out") or []}
-    budgets, candidates = budgets_of(report), candidates_of(report, concurrent=False)
-    return {one.name for one in candidates if one.broken(budgets)}
 
 
 def pareto_points(report: dict) -> tuple[list[dict], bool]:
@@ -45,19 +23,21 @@ def pareto_points(report: dict) -> tuple[list[dict], bool]:
         else it is perplexity. A point is a dict: `name`; `x`, the median inter-token
         latency in ms; `p95` of the same; `y`; its `interval`, `(low, high)`;
         `size_mb`; and whether it `is_outside` the budgets, `is_choice`, and
-        `is_reference`.
+        `is_reference`. What the recommendation ruled out is outside or, without one,
+        what exceeds a budget.
 
     Raises:
-        DamagedFileError: A number in the report is none.
+        DamagedFileError: The report is not of the shape that it should be.
     """
+    candidates = candidates_of(report, concurrent=False)
+    said, budgets = report["recommendation"], budgets_of(report)
+    outside = {one.name for one in candidates if one.broken(budgets)}
+    if said:
+        outside = {row["name"] for row in said.get("ruled_out") or []}
     measured = [
-        one
-        for one in candidates_of(report, concurrent=False)
-        if one.values["latency"] and one.values["perplexity"]
+        one for one in candidates if one.values["latency"] and one.values["perplexity"]
     ]
     is_increase = bool(measured) and all(one.values["accuracy"] for one in measured)
-    outside = outside_of(report)
-    choice = (report["recommendation"] or {}).get("choice")
     points = []
     for one in measured:
         found = one.values["accuracy" if is_increase else "perplexity"]
@@ -68,13 +48,10 @@ def pareto_points(report: dict) -> tuple[list[dict], bool]:
                 "x": median.number,
                 "p95": max(p95.number if p95 else 0, median.number),
                 "y": found.number + is_increase,
-                "interval": (
-                    min(found.low, found.number) + is_increase,
-                    max(found.high, found.number) + is_increase,
-                ),
+                "interval": (found.low + is_increase, found.high + is_increase),
                 "size_mb": size.number if size else 0,
                 "is_outside": one.name in outside,
-                "is_choice": one.name == choice,
+                "is_choice": bool(said) and one.name == said.get("choice"),
                 "is_reference": one.name == report["reference"],
             }
         )
@@ -94,12 +71,6 @@ def frontier_of(points: Iterable[dict]) -> list[dict]:
 
     Returns:
         Those on the frontier, by `x`; equal ones in the order in which they came.
-
-    Example:
-        >>> places = [(2, 2), (3, 3), (1, 5)]
-        >>> points = [{"x": x, "y": y, "is_outside": False} for x, y in places]
-        >>> [(point["x"], point["y"]) for point in frontier_of(points)]
-        [(1, 5), (2, 2)]
     """
     points = list(points)
     points = [point for point in points if not point["is_outside"]] or points

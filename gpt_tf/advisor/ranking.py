@@ -1,8 +1,7 @@
 """Which file to ship: the best at what matters among those that keep the budgets.
 
 `RULE` states the order, in which measured files alone are ranked. So the order of the
-entries does not matter, the runner-up is what would be chosen without the choice, and a
-dominated file is never chosen.
+entries does not matter, and the runner-up is what would be chosen without the choice.
 """
 
 import dataclasses
@@ -53,8 +52,8 @@ def recommend(
     """Choose the file to ship among those of a report.
 
     Keras models are references and never chosen. What has a budget and was not measured
-    rules a file out. Latencies are compared by their medians, as they are drawn. What
-    is chosen for accuracy or latency is on the Pareto frontier of both.
+    rules a file out. What is chosen for accuracy or latency is on the Pareto frontier
+    of both.
 
     Args:
         report: As `gpt_tf.evaluation.report.read_report` returns it.
@@ -76,15 +75,13 @@ def recommend(
         - `ranking`: the names of all that keep the budgets, best first;
         - `ruled_out`: of the others `name`, `constraint` (the budget that is broken
           most, `"not measured"` or `"not shippable"`) and `sentence`;
-        - `dominated`: of `ranking`: `name`, `by` and `sentence`;
         - `nearest_miss`: where there is no choice: `name`, `excess` (0.1: a tenth over
-          the budget), `changes` (budgets that would admit it, by name; None: only
-          none at all), `options` (the same for the command line) and `sentence`.
+          the budget), `options` (of the command line, that would admit it) and
+          `sentence`.
 
     Raises:
-        InputError: A budget cannot be used, or the scenario or what to prefer is
-            unknown.
-        DamagedFileError: A number in the report is none.
+        InputError: A budget, the scenario or the preference cannot be used.
+        DamagedFileError: The report is not of the shape that it should be.
 
     Example:
         >>> recommend(read_report("report.json"), Budgets("3%", 15, 8))["choice"]
@@ -121,18 +118,12 @@ def recommend(
         "runner_up_cost": _runner_up_cost(*fitting[:2]) if fitting else None,
         "ranking": [one.name for one in fitting],
         "ruled_out": [_ruled_out(one, given) for one in others],
-        "dominated": _dominated(fitting),
         "nearest_miss": None if fitting else _nearest_miss(shippable, given),
     }
 
 
 def print_recommendation(result: dict, console=None) -> None:
-    """Print a recommendation: the choice and why, the runner-up, and the others.
-
-    Args:
-        result: As `recommend` returns it.
-        console: Where to write; standard output unless given.
-    """
+    """Print what `recommend` returned: the choice and why, and the others."""
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
@@ -157,11 +148,11 @@ def print_recommendation(result: dict, console=None) -> None:
     style = "red" if choice is None else "green"
     console.print(Panel(Text("\n".join(lines)), title=Text(title), border_style=style))
     console.print(Text(wanted))
-    table = Table(title="The others")
+    table = Table(title="Ruled out")
     for heading in ("file", "because of", "in numbers"):
         table.add_column(heading, overflow="fold")
-    for one in result["ruled_out"] + result["dominated"]:
-        reason = one.get("constraint", "dominated")
+    for one in result["ruled_out"]:
+        reason = one["constraint"]
         reason = option(reason) if reason in KINDS else reason
         table.add_row(*map(Text, (one["name"], reason, one["sentence"])))
     if table.rows:
@@ -223,38 +214,6 @@ def _ties(candidates, best, objective, given):
     return [one.name for one in others if is_chosen_if_better(one)]
 
 
-def _dominated(fitting):
-    """Return of every dominated candidate which other one dominates it."""
-
-    def is_dominated_by(one, other):
-        is_comparable = one.known() == other.known()
-        return is_comparable and dominates(other.costs(), one.costs())
-
-    found = []
-    for index, one in enumerate(fitting):
-        # What dominates it is ranked before it; the best of them is named.
-        ahead = (other for other in fitting[:index] if is_dominated_by(one, other))
-        by = next(ahead, None)
-        if by is not None:
-            better = [name for name in MEASURES if by.cost(name) < one.cost(name)]
-            # What nobody would notice is told only where there is nothing else.
-            facts = _compared(by, one, _noticed(by, one) or better)
-            sentence = f"It is dominated by {by.name}, which is {', '.join(facts)}."
-            found.append({"name": one.name, "by": by.name, "sentence": sentence})
-    return found
-
-
-def _noticed(one, other):
-    """Return the measures known of both in which they differ by more than a tie."""
-    found = []
-    for measure in MEASURES:
-        if one.values[measure] and other.values[measure]:
-            low, high = sorted((one.cost(measure), other.cost(measure)))
-            if high > low + _tie(measure, low):
-                found.append(measure)
-    return found
-
-
 # Sentences
 
 
@@ -277,12 +236,6 @@ def _why(fitting, ties, objective, given):
             "ahead of it."
         )
     sentences += [_budget_sentence(best, name, given[name]) for name in given]
-    limit, p99 = given.get("max_latency_ms"), best.values["p99"]
-    if limit and p99 and p99.number > limit:
-        sentences.append(
-            f"One token in a hundred takes longer than {number(limit)} ms: the 99th "
-            f"percentile is {number(p99.number)} ms."
-        )
     unknown = [_what(name) for name in ("accuracy", "latency") if not best.values[name]]
     if unknown:
         sentences.append(
@@ -314,12 +267,8 @@ def _objective_sentence(fitting, objective, given):
     first = min(fitting, key=lambda one: (one.cost(objective), one.name))
     if first.cost(objective) == best.cost(objective):
         return f"{best.name} has {fact}.{but}"
-    # What decided between those that tie.
-    better = [name for name in _noticed(best, first) if name in _DECIDING]
-    better = [name for name in better if best.cost(name) < first.cost(name)]
-    facts = " and ".join(_compared(best, first, better)) or "smaller"
-    other = f"{_text(objective, first)} of {first.name}"
-    return f"{best.name} ties for {fact}, {other}; it is {facts}.{but}"
+    least = _text(objective, first)
+    return f"{best.name} ties for {fact}, where {first.name} has {least}.{but}"
 
 
 def _budget_sentence(candidate, name, limit):
@@ -357,24 +306,20 @@ def _ruled_out(candidate, given):
 def _runner_up_cost(best, second=None):
     if second is None:
         return "No other file keeps the budgets."
-    # What it costs first, then what it wins.
-    noticed = _noticed(second, best)
-    noticed.sort(key=lambda name: second.cost(name) < best.cost(name))
-    facts = ", ".join(_compared(second, best, noticed))
-    if not facts:
-        facts = "as good in everything that was measured"
+    costs, gains = [], []
+    for measure in MEASURES:
+        if second.values[measure] and best.values[measure]:
+            low, high = sorted((best.cost(measure), second.cost(measure)))
+            if high > low + _tie(measure, low):  # else nobody would notice
+                is_gain = second.cost(measure) == low
+                numbers = (one.values[measure].number for one in (second, best))
+                own, others = _told_apart(KINDS[BUDGET_OF[measure]], *numbers)
+                word = _WORSE_OR_BETTER[measure][is_gain]
+                (gains if is_gain else costs).append(
+                    f"{word} ({own} instead of {others})"
+                )
+    facts = ", ".join(costs + gains) or "as good in everything that was measured"
     return f"The runner-up {second.name} would be {facts}."
-
-
-def _compared(one, other, measures):
-    """Return in what one differs from another: "smaller (3 MB instead of 8 MB)"."""
-    facts = []
-    for measure in measures:
-        word = _WORSE_OR_BETTER[measure][one.cost(measure) < other.cost(measure)]
-        numbers = (each.values[measure].number for each in (one, other))
-        own, others = _told_apart(KINDS[BUDGET_OF[measure]], *numbers)
-        facts.append(f"{word} ({own} instead of {others})")
-    return facts
 
 
 def _nearest_miss(shippable, given):
@@ -391,7 +336,7 @@ def _nearest_miss(shippable, given):
     most = excess(nearest)[0]
     beyond = number(100 * most, digits=2)
     sentences = [f"The nearest miss is {nearest.name}, {beyond} % beyond a budget."]
-    changes, options, without = {}, [], []
+    options, without = [], []
     for name in nearest.broken(given):
         kind, found = KINDS[name], nearest.of(name).number
         sentences.append(_budget_sentence(nearest, name, given[name]))
@@ -399,12 +344,10 @@ def _nearest_miss(shippable, given):
         rounding = decimal.ROUND_FLOOR if kind.is_least else decimal.ROUND_CEILING
         context = decimal.Context(prec=3, rounding=rounding)
         limit = context.create_decimal(repr(float(found)))
+        scale, sign = (100, "%") if kind.unit == "%" else (1, "")
         if kind.unit == "%" and limit >= 1:  # would be refused
-            changes[name] = None
             without.append(f"without a budget of {kind.what}")
         else:
-            changes[name] = float(limit)
-            scale, sign = (100, "%") if kind.unit == "%" else (1, "")
             options.append(f"{option(name)} {(limit * scale).normalize():f}{sign}")
     ways = [f"with {' '.join(options)}"] if options else []
     sentences.append(
@@ -414,7 +357,6 @@ def _nearest_miss(shippable, given):
     return {
         "name": nearest.name,
         "excess": most,
-        "changes": changes,
         "options": " ".join(options),
         "sentence": " ".join(sentences),
     }

@@ -130,11 +130,11 @@ def measure_accuracies(
     blocks = _blocks(readings, block_bytes)
     blocks = _chosen(blocks, readings[first], max_tokens, seed)
     if len(blocks) == 1:
-        notes.append(
+        _note(
+            notes,
             "the text is one block, so that the intervals are points: they say "
-            "nothing. Give more text, or smaller blocks"
+            "nothing. Give more text, or smaller blocks",
         )
-        logger.info(notes[-1])
     comparable = [
         name
         for name in order
@@ -173,20 +173,17 @@ def block_bootstrap(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return a statistic of sums over blocks with its 95 % interval.
+    """Return a statistic of sums over blocks as `value`, and its 95 % interval.
 
     Blocks are drawn with replacement, as many as there are; what belongs to a block
-    stays together. The interval is between percentiles, which for fewer than some 30
-    blocks is rather too narrow.
+    stays together. The interval is between percentiles, `low` to `high`, which for
+    fewer than some 30 blocks is rather too narrow.
 
     Args:
         totals: What was added up in each block, `(blocks, quantities)`.
         statistic: Takes sums over blocks, `(..., quantities)`, and returns `(...)`.
         samples: Number of draws, at least 1.
         seed: Decides the draws: for as many blocks the same blocks are drawn.
-
-    Returns:
-        `value`, `low` and `high`.
 
     Raises:
         InputError: There are no blocks.
@@ -240,7 +237,7 @@ def evaluate_files(
             the reference and `paths` held out, or else python-stdlib.
         whole, separator: As for `held_out_text`.
         reference: One to compare with, among `paths` or not.
-        max_tokens: As for `measure_accuracy`.
+        max_tokens: As for `measure_accuracies`.
         parse: Whether completions are parsed as Python; default: if the text is.
         completions: How many.
         seed: Decides what is judged, the draws, and the completions.
@@ -250,18 +247,11 @@ def evaluate_files(
     Returns:
         A report with an entry per file, the reference first.
 
-    Raises:
-        InputError: As for `open_model`, `held_out_text` and `measure_accuracy`.
-
     Example:
         >>> made = evaluate_files(["int8.litertlm"], reference="runs/quickstart")
         >>> write_report("report.json", made)
     """
     notes = []
-
-    def note(line):
-        notes.append(line)
-        logger.info(line)
 
     def counted(what):
         return functools.partial(on_progress, what) if on_progress else None
@@ -284,7 +274,7 @@ def evaluate_files(
         runs = [path for path in names.values() if is_run(path)]
         corpus = runs[0] if runs else DEFAULT_CORPUS
         if runs:
-            note(f"judged on the text that {runs[0]} held out")
+            _note(notes, f"judged on the text that {runs[0]} held out")
     with contextlib.ExitStack() as stack:
         opened = {
             name: stack.enter_context(open_model(path)) for name, path in names.items()
@@ -302,7 +292,7 @@ def evaluate_files(
         if text.is_python if parse is None else parse:
             prompts = code_validity.find_prompts(text, completions, seed)
             if not prompts:
-                note(f"{text.name} has no Python functions: nothing was parsed")
+                _note(notes, f"{text.name} has no Python functions: nothing was parsed")
             for name in opened if prompts else ():
                 found[name]["parsed"] = code_validity.measure_code_validity(
                     opened[name],
@@ -316,18 +306,10 @@ def evaluate_files(
             | {"name": name, "path": report.path_in_report(path, folder or ".")}
             for name, path in names.items()
         ]
-    judged = found[compared if compared is not None else next(iter(names))]
-    return report.new_report(
-        entries,
-        corpus={
-            "name": text.name,
-            "split": text.split,
-            "tokens": judged["tokens"],
-            "bytes": judged["bytes"],
-        },
-        reference=compared,
-        notes=notes,
-    )
+    judged = next(iter(found.values()))  # the reference, if there is one
+    corpus = {"name": text.name, "split": text.split}
+    corpus |= {part: judged[part] for part in ("tokens", "bytes")}
+    return report.new_report(entries, corpus=corpus, reference=compared, notes=notes)
 
 
 # Which bytes are judged
@@ -342,17 +324,11 @@ class _Block(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """The documents in a tokenizer's tokens.
+    """The documents in a tokenizer's tokens."""
 
-    Attributes:
-        ids: Of each document, `(before + N,)`, those before it first.
-        ends: Where each of its `N` tokens ends, in bytes.
-        before: Number of tokens that stand before a document.
-    """
-
-    ids: list[np.ndarray]
-    ends: list[np.ndarray]
-    before: int
+    ids: list[np.ndarray]  # of each document (before + N,)
+    ends: list[np.ndarray]  # where each of its N tokens ends, in bytes
+    before: int  # tokens that stand before a document
 
     def tokens_of(self, block: _Block) -> tuple[np.ndarray, int, int]:
         """Return a document's ids, and where in them the block begins and ends."""
@@ -529,11 +505,11 @@ def _has_tokens_of(model, reference, name, notes):
         if ours != theirs
         else f"{sizes[0]} tokens where the reference has {sizes[1]}"
     )
-    notes.append(
+    _note(
+        notes,
         f"{name} has {what}: its increase of perplexity is over the same bytes, "
-        "per token of the reference; divergence and agreement are left out"
+        "per token of the reference; divergence and agreement are left out",
     )
-    logger.info(notes[-1])
     return False
 
 
@@ -544,17 +520,19 @@ def _summary(sums, reference, is_comparable, sizes, samples, seed):
     sizes = np.array(sizes, np.float64)[:, None]
     others = np.zeros((len(sums), 2)) if reference is None else reference
     totals = np.hstack([sums, others[:, [_NATS, _TOKENS]], sizes])
-    interval = functools.partial(block_bootstrap, totals, samples=samples, seed=seed)
+
+    def interval(statistic):
+        return block_bootstrap(totals, statistic, samples=samples, seed=seed)
 
     def per_token(quantity):
         return interval(lambda s: s[..., quantity] / s[..., _TOKENS])
 
+    def perplexity(s):
+        return np.exp(np.minimum(s[..., _NATS] / s[..., _TOKENS], _MOST_NATS))
+
     def increase(s):
         more = (s[..., _NATS] - s[..., _REFERENCE_NATS]) / s[..., _REFERENCE_TOKENS]
         return np.expm1(np.minimum(more, _MOST_NATS))
-
-    def perplexity(s):
-        return np.exp(np.minimum(s[..., _NATS] / s[..., _TOKENS], _MOST_NATS))
 
     return {
         "tokens": int(sums[:, _TOKENS].sum()),
@@ -568,6 +546,11 @@ def _summary(sums, reference, is_comparable, sizes, samples, seed):
         "top1_agreement": per_token(_AGREED) if is_comparable else None,
         "parsed": None,
     }
+
+
+def _note(notes, line):
+    notes.append(line)
+    logger.info(line)
 
 
 def _check(models, reference, max_tokens, block_bytes, samples, seed):

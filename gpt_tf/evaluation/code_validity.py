@@ -15,6 +15,7 @@ within a statement it is refused as well: its share is what can be reached.
 
 import ast
 import codecs
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -38,12 +39,7 @@ _Z = 1.959964  # of 95 %
 
 
 class Prompt(NamedTuple):
-    """The beginning of a function, and how it goes on.
-
-    Attributes:
-        text: The beginning, without a line break at its end.
-        rest: The function's own text after it.
-    """
+    """The beginning of a function, and the function's own text after it."""
 
     text: str
     rest: str
@@ -64,9 +60,7 @@ def measure_code_validity(
     Args:
         model: An `EdgeGPT` or `KerasGPT` with its tokenizer.
         prompts: Those that `find_prompts` found in held-out Python files.
-        max_new_tokens: Tokens that the model generates at most, at least 1.
-        temperature: Of its choices.
-        seed: Decides the choices.
+        max_new_tokens, temperature, seed: As for `generate`.
         name: How messages call the model.
         on_progress: Called with completions done and all of them.
 
@@ -75,7 +69,7 @@ def measure_code_validity(
         `of_true_text`, the share of the functions' own text; and `count`.
 
     Raises:
-        InputError: There are no prompts, or an argument is out of its range.
+        InputError: There are no prompts.
 
     Example:
         >>> prompts = find_prompts(held_out_text("python-stdlib"))
@@ -120,14 +114,8 @@ def find_prompts(documents, count: int = COUNT, seed: int = 0) -> list[Prompt]:
 
     Args:
         documents: Text as for `measure_accuracies`; what is no Python is left out.
-        count: Number of prompts, at least 1.
+        count: Number of prompts, at least 1; fewer are found where there are no more.
         seed: Decides which.
-
-    Returns:
-        The prompts, fewer where there are no more.
-
-    Raises:
-        InputError: `count` is too small, or there is no text.
     """
     arguments.integer("count", count, 1)
     arguments.integer("seed", seed)
@@ -154,32 +142,18 @@ def is_accepted(prompt: str, completion: str, is_whole: bool = False) -> bool:
     Example:
         >>> is_accepted("def f(x):\\n    y = x", "\\n    return y\\n\\nf(1)")
         True
-        >>> is_accepted("def f(x):\\n    y = x", "\\n    return (\\n")
-        False
-        >>> is_accepted("def f(x):\\n    y = x", "\\n\\ndef g():")
-        False
     """
     lines = completion.split("\n")
     if not is_whole:
         lines.pop()
-    block = lines[:1]
-    for line in lines[1:]:
-        if _is_at_margin(line):
-            break
-        block.append(line)
+    own = itertools.takewhile(lambda line: not _is_at_margin(line), lines[1:])
+    block = [*lines[:1], *own]
     code = [line for line in block[1:] if line.strip() and line.strip()[0] != "#"]
     return bool(code) and _parse(prompt + "\n".join(block) + "\n") is not None
 
 
 def wilson_interval(successes: int, count: int) -> dict[str, float]:
-    """Return a share with its 95 % interval after Wilson.
-
-    Args:
-        successes: From 0 to `count`.
-        count: At least 1.
-
-    Returns:
-        `value`, `low` and `high`.
+    """Return a share as `value` with its 95 % interval after Wilson, `low` to `high`.
 
     Example:
         >>> round(wilson_interval(0, 10)["high"], 3)

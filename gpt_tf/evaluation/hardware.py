@@ -51,10 +51,8 @@ def describe_machine(*, seconds: float = 2.0) -> dict:
         rates = {str(n): measure_read_rate(n, seconds=share) for n in counts}
     return {
         "cpu": _cpu_name(),
-        "cores": len(cores),
-        "physical_cores": min(
-            psutil.cpu_count(logical=False) or len(cores), len(cores)
-        ),
+        "cores": cores,
+        "physical_cores": min(psutil.cpu_count(logical=False) or cores, cores),
         "memory_bytes": psutil.virtual_memory().total,
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -62,9 +60,17 @@ def describe_machine(*, seconds: float = 2.0) -> dict:
     }
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    try:
+        return len(psutil.Process().cpu_affinity())
+    except AttributeError:  # not on macOS
+        return psutil.cpu_count() or 1
+
+
 def thread_counts() -> list[int]:
     """Return numbers of threads worth measuring: powers of two, and all cores."""
-    cores = len(usable_cores())
+    cores = usable_cores()
     return sorted({*(2**n for n in range(cores.bit_length())), cores})
 
 
@@ -77,12 +83,6 @@ def measure_read_rate(threads: int = 1, *, seconds: float = 1.0) -> float:
     Args:
         threads: How many, at least 1.
         seconds: About how long to measure; at least three passes are made.
-
-    Returns:
-        Bytes per second.
-
-    Raises:
-        InputError: `threads` is less than 1.
     """
     threads = arguments.integer("threads", threads, 1, arguments.MOST_THREADS)
     seconds = arguments.number("seconds", seconds, least=0, most=_MOST_SECONDS)
@@ -103,20 +103,14 @@ def measure_read_rate(threads: int = 1, *, seconds: float = 1.0) -> float:
 
 
 def peak_memory_bytes() -> int | None:
-    """Return the most memory that this process has had resident, or None.
+    """Return the most memory that this process has had resident; None if not on Linux.
 
-    On Linux it is what the process itself has had: `ru_maxrss` also knows that of the
-    one that started it.
+    `ru_maxrss` will not do: it also knows that of the process that started this one.
     """
-    for line in (_content(Path("/proc/self/status")) or "").splitlines():
+    for line in _content("/proc/self/status").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) << 10
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak << 10
+    return None
 
 
 class EnergyMeter:
@@ -128,10 +122,6 @@ class EnergyMeter:
     Args:
         folder: Where the counters lie, `intel-rapl:0` and so on (AMD's, too).
 
-    Example:
-        >>> meter = EnergyMeter()
-        >>> joules = meter.joules()
-
     Reference: Linux, Documentation/power/powercap/powercap.rst.
     """
 
@@ -141,52 +131,41 @@ class EnergyMeter:
             # `psys` contains the processors, and a processor its cores; memory is
             # apart.
             is_part = zone.name.count(":") > 1
-            name = _content(zone / "name") or ""
-            if name.startswith("dram" if is_part else "package"):
+            if _content(zone / "name").startswith("dram" if is_part else "package"):
                 self._zones.append(zone)
-        self._before = _numbers(self._zones, "energy_uj")
+        self._before = self._read("energy_uj")
 
     def joules(self) -> float | None:
         """Return what was used, or None where the machine does not tell.
 
         A counter may have begun again once, not oftener.
         """
-        after = _numbers(self._zones, "energy_uj")
-        ranges = _numbers(self._zones, "max_energy_range_uj")
+        after, ranges = self._read("energy_uj"), self._read("max_energy_range_uj")
         if not (self._before and after and ranges):
             return None
         counts = zip(self._before, after, ranges, strict=True)
         return sum((now - before) % range_ for before, now, range_ in counts) / 1e6
 
-
-def _numbers(zones, name):
-    """Return the number in a file of each zone, or None where one cannot be read."""
-    try:
-        return [int((zone / name).read_text()) for zone in zones]
-    except (OSError, ValueError):
-        return None
+    def _read(self, name):
+        """Return a number of each zone; of none where one cannot be read."""
+        try:
+            return [int(_content(zone / name)) for zone in self._zones]
+        except ValueError:
+            return []
 
 
 def _content(file):
-    """Return the text of a file, or None where it cannot be read."""
+    """Return the text of a file, nothing where it cannot be read."""
     try:
-        return file.read_text("utf-8")
+        return Path(file).read_text("utf-8")
     except OSError:
-        return None
-
-
-def usable_cores() -> list[int]:
-    """Return the numbers of the cores that this process may use."""
-    try:
-        return sorted(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return list(range(os.cpu_count() or 1))
+        return ""
 
 
 def _cpu_name(cpuinfo="/proc/cpuinfo"):
     """Return the processor's name, and its widest vectors."""
     facts = {}
-    for line in (_content(Path(cpuinfo)) or "").splitlines():
+    for line in _content(cpuinfo).splitlines():
         key, _, value = line.partition(":")
         facts.setdefault(key.strip().lower(), value.strip())
     # On ARM the flags are called features, and the name is often missing.

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_tf import errors
 from gpt_tf.errors import InputError, WorkerFailedError
 
 _FAILED = 70  # EX_SOFTWARE of sysexits.h
@@ -27,14 +26,9 @@ _PERCENTS = {"median": 50, "p95": 95, "p99": 99, "q1": 25, "q3": 75}
 
 
 def spread(rounds: Sequence[Sequence[float]]) -> dict:
-    """Return how measurements are spread, as a report states it.
+    """Return how measurements are spread over rounds, as a report's `Spread`.
 
-    Args:
-        rounds: What was measured in each round, at least one number in each.
-
-    Returns:
-        `median`, `p95`, `p99`, `q1`, `q3`, interpolated between measurements; `worst`,
-        the largest; `count`; and `rounds`, the median of each.
+    Percentiles are interpolated between measurements; `rounds` has each one's median.
     """
     values = np.concatenate([np.asarray(one, float) for one in rounds])
     found = np.percentile(values, list(_PERCENTS.values()))
@@ -47,15 +41,7 @@ def spread(rounds: Sequence[Sequence[float]]) -> dict:
 
 
 def take_turns(turns: Sequence[Callable[[], object]], rounds: int) -> list[list]:
-    """Let everyone have a turn in every round.
-
-    Args:
-        turns: What each does in its turn.
-        rounds: How often.
-
-    Returns:
-        Of each what its turns returned.
-    """
+    """Let everyone have a turn in every round; return of each what its turns gave."""
     found = [[] for _ in turns]
     for _ in range(rounds):
         for turn, results in zip(turns, found, strict=True):
@@ -114,21 +100,15 @@ class Worker:
         self.start_s = time.perf_counter() - began
 
     def ask(self, *request):
-        """Do the work once, with these arguments; return its result.
-
-        Raises:
-            InputError, ModuleNotFoundError, WorkerFailedError: As of the class.
-        """
+        """Do the work once, with these arguments; return its result."""
         try:
             pickle.dump(request, self._process.stdin)
             self._process.stdin.flush()
             kind, value = pickle.load(self._process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             raise self._failure() from None
-        if kind == "refused":
-            raise getattr(errors, value[0], InputError)(value[1])
-        if kind == "missing":
-            raise ModuleNotFoundError(value[0], name=value[1])
+        if kind == "raised":
+            raise value
         if kind == "failed":
             what = f"The process that measured {self.name} failed: {value}"
             raise WorkerFailedError(what, _FAILED)
@@ -144,17 +124,15 @@ class Worker:
         last = "it wrote nothing"
         if self._remarks is not None:
             self._remarks.seek(0)
-            lines = self._remarks.read().decode("utf-8", "replace").split("\n")
-            lines = [line.strip() for line in lines if line.strip()]
-            last = f"its last line was: {lines[-1]}" if lines else last
-        what = f"The process that measured {self.name} "
-        if status >= 0:
-            return WorkerFailedError(
-                f"{what}ended with status {status}; {last}", _FAILED
-            )
-        with contextlib.suppress(ValueError):
-            what += f"was killed by {signal.Signals(-status).name}; "
-        return WorkerFailedError(what + last, 128 - status)
+            text = self._remarks.read().decode("utf-8", "replace").strip()
+            last = f"its last line was: {text.splitlines()[-1]}" if text else last
+        how = f"ended with status {status}"
+        if status < 0:
+            how = f"was killed by {signal.Signals(-status).name}"
+        return WorkerFailedError(
+            f"The process that measured {self.name} {how}; {last}",
+            _FAILED if status >= 0 else 128 - status,
+        )
 
     def close(self) -> None:
         """End the process: a library's own farewell may take long."""
@@ -185,13 +163,11 @@ def serve() -> None:
             return
         try:
             if work is None:
-                work, answer = _made(*request), ("done", None)
+                work, answer = _make(*request), ("done", None)
             else:
                 answer = "done", work(*request)
-        except ModuleNotFoundError as error:
-            answer = "missing", (str(error), error.name)
-        except InputError as error:
-            answer = "refused", (type(error).__name__, str(error))
+        except (InputError, ModuleNotFoundError) as error:
+            answer = "raised", error
         except Exception as error:
             traceback.print_exc()
             answer = "failed", f"{type(error).__name__}: {error}"
@@ -199,7 +175,7 @@ def serve() -> None:
         answers.flush()
 
 
-def _made(main, work):
+def _make(main, work):
     if main is not None:  # a script, whose functions are pickled as those of `__main__`
         sys.modules["__main__"] = __import__(main, fromlist=["*"])
     make, arguments = pickle.loads(work)
@@ -208,6 +184,4 @@ def _made(main, work):
 
 def _name_of_main():
     main = sys.modules["__main__"]
-    if main.__spec__ is not None:
-        return main.__spec__.name
-    return Path(main.__file__).stem
+    return main.__spec__.name if main.__spec__ else Path(main.__file__).stem

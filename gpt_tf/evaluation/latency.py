@@ -23,15 +23,18 @@ Reference: article 6.1, the assessment of real-time performance.
 
 import functools
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import hardware, report
 from gpt_tf.evaluation.harness import Worker, spread, take_turns
+from gpt_tf.evaluation.models import unique_names
 from gpt_tf.evaluation.worker import (
     CONTEXT_TOKENS,
     WARM_UP,
@@ -49,21 +52,17 @@ REPETITIONS = 20
 def compare_latencies(
     paths: Sequence[str | os.PathLike],
     *,
-    engines: Sequence[str] | None = None,
     on_progress: Callable[[int, int, str], None] | None = None,
-    read_bytes_per_s=None,
+    read_bytes_per_s: dict | None = None,
     **settings,
 ) -> list[dict]:
     """Measure several files in turn, each in a new process every round.
 
     Args:
         paths: `.tflite`, `.litertlm`, a run's or model's folder, or a `.keras` file.
-        engines: `"gpt_tf"` or `"litert-lm"` for each path; default: ours. LiteRT-LM
-            times itself, and states of each request's further tokens their mean: its
-            spread is that of the means.
         on_progress: Called with turns done, turns in all and what comes.
-        read_bytes_per_s: What memory gives: a number, or a dict by number of threads
-            as `describe_machine` measures it; what is missing is measured.
+        read_bytes_per_s: What memory gives by number of threads, as `describe_machine`
+            measures it; what is missing is measured.
         **settings: What is asked of each file:
 
             - `prompt_tokens`: length of the prompt, at least 1; 64.
@@ -82,8 +81,7 @@ def compare_latencies(
               Keras model nor of LiteRT-LM; (1, 2, 4, 8).
 
     Returns:
-        Latency of each path, in their order, as `gpt_tf.evaluation.report` describes
-        it.
+        A `Latency` of `gpt_tf.evaluation.report` for each path, in their order.
 
     Raises:
         InputError: A file or an option cannot be used.
@@ -93,32 +91,8 @@ def compare_latencies(
         >>> teacher, student = compare_latencies(["teacher.litertlm", "gpt.litertlm"])
     """
     paths = [str(path) for path in arguments.paths("paths", paths)]
-    engines = ["gpt_tf"] * len(paths) if engines is None else list(engines)
-    if len(engines) != len(paths):
-        raise InputError(
-            f"`engines` expects one for each of {len(paths)} paths. Received: "
-            f"{len(engines)}."
-        )
-    plan = _plan(list(zip(paths, engines, strict=True)), **settings)
-    return _measure(*plan, read_bytes_per_s, on_progress)
-
-
-def describe_files(paths: Sequence[str | os.PathLike]) -> list[dict]:
-    """Open files in a process of its own and say what they are.
-
-    Args:
-        paths: As for `compare_latencies`.
-
-    Returns:
-        Of each what `gpt_tf.evaluation.models.describe` says, and `threads`, the
-        number that it computes with unless told otherwise.
-
-    Raises:
-        InputError, WorkerFailedError: As for `compare_latencies`.
-    """
-    paths = [str(path) for path in arguments.paths("paths", paths)]
-    with Worker(describe_models, (paths,), name=", ".join(paths)) as worker:
-        return worker.ask()
+    plan = _plan([(path, "gpt_tf") for path in paths], **settings)
+    return _measure(plan, read_bytes_per_s, on_progress)
 
 
 def measure_files(
@@ -134,8 +108,9 @@ def measure_files(
 
     Args:
         paths: As for `compare_latencies`.
-        engine: `"gpt_tf"`, `"litert-lm"`, or `"both"`, which measures each
-            `.litertlm` in both.
+        engine: `"gpt_tf"`; `"litert-lm"`, of a `.litertlm`; or `"both"`. LiteRT-LM
+            times itself, and states of each request's further tokens their mean: its
+            spread is that of the means.
         out: Where the report will be written; paths are stated relative to it.
         command: The command line, for the report.
         on_progress: As for `compare_latencies`.
@@ -144,41 +119,33 @@ def measure_files(
 
     Returns:
         The report, with an entry for each file and engine.
-
-    Raises:
-        InputError, WorkerFailedError: As for `compare_latencies`.
     """
-    from gpt_tf.evaluation import models
-
     paths = [str(path) for path in arguments.paths("paths", paths)]
     arguments.one_of("engine", engine, (*ENGINES, "both"))
     if not paths:
         raise InputError("Measuring expects at least one file. Received: none.")
-    names = dict(zip(paths, models.unique_names(paths), strict=True))
+    names = dict(zip(paths, unique_names(paths), strict=True))
     pairs = [
         (path, one) for path in paths for one in ENGINES if engine in (one, "both")
     ]
     if engine == "both":
         pairs = [(p, one) for p, one in pairs if one == "gpt_tf" or _is_litertlm(p)]
-    fitting = {"contexts": None, "thread_counts": None}
-    plan = _plan(pairs, **fitting | settings)
-    every_facts, _, _, rounds = plan
+    plan = _plan(pairs, **{"contexts": None, "thread_counts": None} | settings)
     machine = hardware.describe_machine()
-    latencies = _measure(*plan, machine["read_bytes_per_s"], on_progress)
+    latencies = _measure(plan, machine["read_bytes_per_s"], on_progress)
     folder = Path(out or "report.json").resolve().parent
     entries = []
-    for (path, one), facts, latency in zip(pairs, every_facts, latencies, strict=True):
-        described = {k: v for k, v in facts.items() if k != "threads"}
-        described["name"] = names[path] + (f" ({one})" if one != "gpt_tf" else "")
-        described["path"] = report.path_in_report(path, folder)
-        entries.append(report.new_entry(described, latency=latency))
+    for (path, one), facts, latency in zip(pairs, plan.facts, latencies, strict=True):
+        name = names[path] + (f" ({one})" if one != "gpt_tf" else "")
+        place = report.path_in_report(path, folder)
+        entries.append(report.new_entry(facts, name=name, path=place, latency=latency))
     return report.new_report(
         entries,
         machine=machine,
         command=command,
         notes=[
             f"Latency: {latencies[0]['repetitions']} requests of each file counted, in "
-            f"{rounds} rounds, in which the files took turns in new processes; "
+            f"{plan.rounds} rounds, in which the files took turns in new processes; "
             f"{WARM_UP} requests of each process were not counted. Greedy, the same "
             "random ids every time.",
             "The share of the bandwidth takes a token to read the file's size, of a "
@@ -189,6 +156,15 @@ def measure_files(
 
 
 # What is to be measured
+
+
+class _Plan(NamedTuple):
+    """What is to be measured."""
+
+    facts: list[dict]  # what `models.describe` says of each file
+    jobs: list[dict]  # of each what its process is asked for, by `worker.measure`
+    thread_counts: list[int]  # other numbers of threads
+    rounds: int
 
 
 def _plan(
@@ -203,21 +179,15 @@ def _plan(
     requests=REQUESTS,
     rounds=ROUNDS,
 ):
-    """Check what is asked, before minutes are spent.
-
-    Returns:
-        For each path with its engine what `describe_files` says, and the job of a
-        process; other numbers of threads; and the number of rounds.
-    """
+    """Check what is asked of paths with their engines, before minutes are spent."""
     repetitions = arguments.integer("repetitions", repetitions, 1)
     rounds = min(arguments.integer("rounds", rounds, 1), repetitions)
+    most = arguments.MOST_THREADS
     asked = {
         "prompt_tokens": arguments.integer("prompt_tokens", prompt_tokens, 1),
         "new_tokens": arguments.integer("new_tokens", new_tokens, 2),
         "count": -(-repetitions // rounds),  # as many in each round
-        "threads": arguments.integer(
-            "threads", threads, 1, arguments.MOST_THREADS, or_none=True
-        ),
+        "threads": arguments.integer("threads", threads, 1, most, or_none=True),
         "requests": arguments.integers("requests", requests, 1),
     }
     if contexts is not None:
@@ -225,11 +195,11 @@ def _plan(
     if thread_counts is not None:
         thread_counts = arguments.integers("thread_counts", thread_counts, 1)
     for path, engine in pairs:
-        _check_engine(path, engine)
-    paths = list(dict.fromkeys(path for path, _ in pairs))
-    described = dict(zip(paths, describe_files(paths), strict=True))
+        if engine == "litert-lm":
+            _check_litert_lm(path)
+    described = _describe_files(list(dict.fromkeys(path for path, _ in pairs)))
     if contexts is None:
-        shortest = min(facts["context_length"] for facts in described.values())
+        shortest = min(facts["context_length"] for facts, _ in described.values())
         most = shortest - CONTEXT_TOKENS
         contexts = [length for length in (16, 64, 256, 1024) if length <= most]
     if thread_counts is None:
@@ -237,39 +207,36 @@ def _plan(
         thread_counts = counts if len(counts) > 1 else []
     jobs = []
     for path, engine in pairs:
-        facts = described[path]
-        own = {
+        facts, own_threads = described[path]
+        job = asked | {
             "path": path,
             "engine": engine,
-            "threads": asked["threads"] or facts["threads"],
+            "threads": asked["threads"] or own_threads,
             "contexts": contexts,
             "vocab_size": facts["config"]["vocab_size"],
         }
-        jobs.append(asked | own)
-        _check_fits(jobs[-1], facts["context_length"])
-    return [described[path] for path, _ in pairs], jobs, thread_counts, rounds
+        _check_fits(job, facts["context_length"])
+        jobs.append(job)
+    return _Plan([described[path][0] for path, _ in pairs], jobs, thread_counts, rounds)
+
+
+def _describe_files(paths):
+    """Open files in a process of its own; return of each its facts and threads."""
+    with Worker(describe_models, (paths,), name=", ".join(paths)) as worker:
+        return dict(zip(paths, worker.ask(), strict=True))
 
 
 def _check_fits(job, context_length):
-    prompt_tokens, new_tokens = job["prompt_tokens"], job["new_tokens"]
-    if prompt_tokens + new_tokens > context_length:
-        raise InputError(
-            f"Prompt and new tokens expect to fit the context of {context_length} "
-            f"tokens of {job['path']}. Received: {prompt_tokens} + {new_tokens}. Ask "
-            "for fewer."
-        )
-    for length in job["contexts"]:
-        if length + CONTEXT_TOKENS > context_length:
+    requests = [(length, CONTEXT_TOKENS) for length in job["contexts"]]
+    for prompt, new in [(job["prompt_tokens"], job["new_tokens"]), *requests]:
+        if prompt + new > context_length:
             raise InputError(
-                f"`contexts` expects at most {context_length - CONTEXT_TOKENS} for "
-                f"{job['path']}: its context has {context_length} tokens, and "
-                f"{CONTEXT_TOKENS} are generated. Received: {length}."
+                f"Prompt and new tokens expect to fit the context of {context_length} "
+                f"tokens of {job['path']}. Received: {prompt} + {new}. Ask for fewer."
             )
 
 
-def _check_engine(path, engine):
-    if arguments.one_of("engine", engine, ENGINES) != "litert-lm":
-        return
+def _check_litert_lm(path):
     if not _is_litertlm(path):
         raise InputError(
             f"LiteRT-LM's engine expects a .litertlm. Received: {path}. Export the "
@@ -289,68 +256,55 @@ def _is_litertlm(path):
 # Measuring
 
 
-def _measure(every_facts, jobs, thread_counts, rounds, read_bytes_per_s, on_progress):
+def _measure(plan, read_bytes_per_s, on_progress):
     """Let the jobs take turns; return the latency of each."""
-    done = 0
-    keys = [(index, job["threads"]) for index, job in enumerate(jobs)]
+    keys = [(index, job["threads"]) for index, job in enumerate(plan.jobs)]
     keys += [
         (index, count)
-        for index, job in enumerate(jobs)
-        for count in thread_counts
+        for index, job in enumerate(plan.jobs)
+        for count in plan.thread_counts
         if count != job["threads"]
     ]
+    done = itertools.count()
 
-    def tell(what):
+    def tell(done, what):
         if on_progress is not None:
-            on_progress(done, len(keys) * rounds, what)
+            on_progress(done, len(keys) * plan.rounds, what)
 
     def turn(index, threads):
-        nonlocal done
-        job = jobs[index]
+        job, number = plan.jobs[index], next(done)
         if threads != job["threads"]:
             job = job | {"threads": threads, "contexts": [], "requests": []}
-        what = f"round {done // len(keys) + 1} of {rounds}: "
+        what = f"round {number // len(keys) + 1} of {plan.rounds}: "
         what += f"{Path(job['path']).name}, {threads} threads"
-        tell(what + (f", {job['engine']}" if job["engine"] != "gpt_tf" else ""))
+        tell(number, what + (f", {job['engine']}" * (job["engine"] != "gpt_tf")))
         with Worker(open_runner, (job,), name=job["path"]) as worker:
-            measured = worker.ask() | {"cold_ms": worker.start_s * 1e3}
-        done += 1
-        return measured
+            return worker.ask() | {"cold_ms": worker.start_s * 1e3}
 
-    rates = {
-        job["threads"]: _read_rate(job["threads"], read_bytes_per_s) for job in jobs
-    }
+    rates = dict(read_bytes_per_s or {})
+    for threads in {job["threads"] for job in plan.jobs}:
+        if not rates.get(str(threads)):
+            rates[str(threads)] = hardware.measure_read_rate(threads, seconds=0.7)
     turns = [functools.partial(turn, *key) for key in keys]
-    found = dict(zip(keys, take_turns(turns, rounds), strict=True))
-    tell("measured")
+    found = dict(zip(keys, take_turns(turns, plan.rounds), strict=True))
+    tell(next(done), "measured")
     results = []
-    for index, (job, facts) in enumerate(zip(jobs, every_facts, strict=True)):
-        threads = job["threads"]
-        counts = {threads, *thread_counts} if thread_counts else ()
+    for index, (job, facts) in enumerate(zip(plan.jobs, plan.facts, strict=True)):
+        own = job["threads"]
+        counts = {own, *plan.thread_counts} if plan.thread_counts else ()
         by_threads = {count: found[index, count] for count in sorted(counts)}
         is_keras = facts["kind"] == "keras"
         read_bytes = 4 * facts["parameters"] if is_keras else facts["size_bytes"]
-        read_s = read_bytes / rates[threads]
-        results.append(_summary(job, found[index, threads], by_threads, read_s))
+        read_s = read_bytes / rates[str(own)]
+        results.append(_summary(job, found[index, own], by_threads, read_s))
     return results
-
-
-def _read_rate(threads, known):
-    """Return what memory gives to so many threads, measured where it is not known."""
-    if isinstance(known, int | float):
-        return known
-    rate = (known or {}).get(str(threads))
-    return rate or hardware.measure_read_rate(threads, seconds=0.7)
 
 
 def _summary(job, measured, by_threads, read_s):
     """Return a file's latency from what its processes measured.
 
-    Args:
-        job: What they were asked for.
-        measured: What each of them returned.
-        by_threads: The same, by number of threads.
-        read_s: Seconds that reading the weights takes at the rate of memory.
+    `by_threads` is the same by number of threads; `read_s` are the seconds that
+    reading the weights takes at the rate of memory.
     """
 
     def of(name, processes=measured):
@@ -360,19 +314,24 @@ def _summary(job, measured, by_threads, read_s):
     repetitions = sum(len(one["first_ms"]) for one in measured)
     joules = [one["joules"] for one in measured]
     peaks = [one["peak_memory_bytes"] for one in measured]
-    contexts = [
-        (length, [one["contexts"][index] for one in measured])
-        for index, length in enumerate(job["contexts"])
-    ]
-    rates = [
-        spread([[rate] for rate in rates])
-        for rates in zip(*(one["throughput"] for one in measured), strict=True)
-    ]
+    by_context, throughput = [], []
+    for index, length in enumerate(job["contexts"]):
+        own = [one["contexts"][index] for one in measured]
+        by_context.append(
+            {
+                "context": length,
+                "time_to_first_token_ms": of("first_ms", own),
+                "inter_token_latency_ms": of("gaps_ms", own),
+            }
+        )
+    every_rate = zip(*(one["throughput"] for one in measured), strict=True)
+    for count, rates in zip(job["requests"], every_rate, strict=False):
+        found = spread([[rate] for rate in rates])
+        parts = {part: found[part] for part in ("q1", "q3", "count", "rounds")}
+        throughput.append({"requests": count, "tokens_per_s": found["median"], **parts})
     return {
         "engine": measured[0]["engine"],
-        "threads": job["threads"],
-        "prompt_tokens": job["prompt_tokens"],
-        "new_tokens": job["new_tokens"],
+        **{part: job[part] for part in ("threads", "prompt_tokens", "new_tokens")},
         "repetitions": repetitions,
         "time_to_first_token_ms": of("first_ms"),
         "inter_token_latency_ms": gaps,
@@ -385,27 +344,10 @@ def _summary(job, measured, by_threads, read_s):
         "energy_j_per_token": None
         if None in joules
         else sum(joules) / (repetitions * job["new_tokens"]),
-        "by_context": [
-            {
-                "context": length,
-                "time_to_first_token_ms": of("first_ms", processes),
-                "inter_token_latency_ms": of("gaps_ms", processes),
-            }
-            for length, processes in contexts
-        ],
+        "by_context": by_context,
         "by_threads": [
-            {
-                "threads": count,
-                "inter_token_latency_ms": of("gaps_ms", processes),
-            }
+            {"threads": count, "inter_token_latency_ms": of("gaps_ms", processes)}
             for count, processes in by_threads.items()
         ],
-        "throughput": [
-            {
-                "requests": count,
-                "tokens_per_s": found["median"],
-                **{part: found[part] for part in ("q1", "q3", "count", "rounds")},
-            }
-            for count, found in zip(job["requests"], rates, strict=False)
-        ],
+        "throughput": throughput,
     }

@@ -27,8 +27,7 @@ def open_model(path: str | os.PathLike, *, num_threads: int | None = None):
 
     Args:
         path: A `.tflite`, a `.litertlm`, a run's or model's folder, or a `.keras` file.
-        num_threads: Threads that compute, of a file; of a Keras model TensorFlow's
-            own, which cannot be changed once it has begun.
+        num_threads: Threads that compute, of a file alone.
 
     Returns:
         An `EdgeGPT` or a `KerasGPT`.
@@ -51,17 +50,7 @@ def open_model(path: str | os.PathLike, *, num_threads: int | None = None):
 
 
 def check_open(model) -> None:
-    """Refuse what is not open yet: a path, or a Keras model by itself.
-
-    Args:
-        model: What `open_model` returns, or what has its methods.
-
-    Raises:
-        InputError: It has neither sizes nor a tokenizer.
-
-    Example:
-        >>> check_open(KerasGPT(model, tokenizer))
-    """
+    """Refuse what is not open yet: a path, or a Keras model by itself."""
     if hasattr(model, "config") or hasattr(model, "tokenizer"):
         return
     repair = "`KerasGPT(model, tokenizer)`, or `open_model(path)`"
@@ -85,14 +74,12 @@ def is_keras(path: str | os.PathLike) -> bool:
 def unique_names(paths) -> list[str]:
     """Name each of several paths by as much of its end as tells it from the others.
 
-    Args:
-        paths: Paths of models.
-
-    Returns:
-        A name per path: `gpt.litertlm`, or `a/gpt.litertlm` beside `b/gpt.litertlm`.
-
     Raises:
         InputError: One is named twice.
+
+    Example:
+        >>> unique_names(["a/gpt.litertlm", "b/gpt.litertlm"])
+        ['a/gpt.litertlm', 'b/gpt.litertlm']
     """
     parts = [Path(path).absolute().parts for path in paths]
     for index, one in enumerate(parts):
@@ -110,16 +97,7 @@ def unique_names(paths) -> list[str]:
 
 
 def describe(path: str | os.PathLike, model) -> dict:
-    """Say what a model is, as an entry of a report begins.
-
-    Args:
-        path: Where it was opened.
-        model: What `open_model` returned.
-
-    Returns:
-        `name`, `path`, `kind`, `mode`, `parameters`, `size_bytes`, `sha256`,
-        `context_length` and `config`: see `gpt_tf.evaluation.report`.
-    """
+    """Say what the model of a path is: the beginning of a report's `Entry`."""
     path = Path(path)
     if isinstance(model, EdgeGPT):
         file, kind = path, path.suffix.lstrip(".") or "tflite"
@@ -143,14 +121,11 @@ def describe(path: str | os.PathLike, model) -> dict:
 class KerasGPT:
     """A Keras model with the methods of `EdgeGPT`, one text at a time in its cache.
 
+    Its `mode` is `"keras"`, or `"keras_qat"` of a quantisation-aware model.
+
     Args:
         model: A `GPTModel`, or a quantisation-aware one.
         tokenizer: Its `Tokenizer`, or None; ids work without.
-
-    Attributes:
-        model: The Keras model.
-        config, mode, context_length, tokenizer: As of `EdgeGPT`; the mode is
-            `"keras"`, or `"keras_qat"` of a quantisation-aware model.
 
     Example:
         >>> gpt = KerasGPT(model, tokenizer)

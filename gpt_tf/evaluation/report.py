@@ -185,36 +185,24 @@ def new_report(entries, **parts) -> dict:
     """Put a report together.
 
     Args:
-        entries: Dicts as `new_entry` makes them.
+        entries: Dicts as `new_entry` makes them, each of another name.
         **parts: Any other part of a report; those not given are None or empty.
-
-    Returns:
-        The report.
-
-    Raises:
-        InputError: Two entries have the same name, or a part is unknown.
     """
     for part in parts:
         arguments.one_of("part", part, Report.model_fields)
-    report = dict.fromkeys(Report.model_fields) | {
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        **dict.fromkeys(Report.model_fields),
         "kind": REPORT_KIND,
         "format": REPORT_FORMAT,
-        "made_at": datetime.datetime.now(datetime.timezone.utc).isoformat(
-            timespec="seconds"
-        ),
+        "made_at": now.isoformat(timespec="seconds"),
         "versions": artifacts.versions(),
         "budgets": dict.fromkeys(BUDGETS),
         "entries": list(entries),
         "stages": [],
         "notes": [],
+        **parts,
     }
-    report.update(parts)
-    if name := _repeated([entry["name"] for entry in report["entries"]]):
-        raise InputError(
-            f"The entries of a report expect a name each. Received: {name!r} twice. "
-            "Give one of the files another name."
-        )
-    return report
 
 
 def _repeated(names):
@@ -226,10 +214,8 @@ def new_entry(described: dict, **parts) -> dict:
 
     Args:
         described: That dict.
-        **parts: `made_from`, `accuracy`, `latency`, or another name.
-
-    Returns:
-        The entry; what is not given is None.
+        **parts: `made_from`, `accuracy`, `latency`, or another name; what is not given
+            is None.
     """
     for part in parts:
         arguments.one_of("part", part, Entry.model_fields)
@@ -237,12 +223,7 @@ def new_entry(described: dict, **parts) -> dict:
 
 
 def path_in_report(path: str | os.PathLike, folder: str | os.PathLike) -> str:
-    """Return a path as an entry states it: relative to the report where it lies below.
-
-    Args:
-        path: Of the file or model.
-        folder: That of the report.
-    """
+    """Return a path as an entry states it: relative to the report's folder below it."""
     path, folder = Path(path).resolve(), Path(folder).resolve()
     below = path.is_relative_to(folder)
     return path.relative_to(folder).as_posix() if below else str(path)
@@ -282,11 +263,7 @@ def place_of_report(out: str | os.PathLike) -> Path:
 
 
 def write_report(path: str | os.PathLike, report: dict) -> None:
-    """Write report.json, whole or not at all.
-
-    Raises:
-        InputError: A number in it is not finite.
-    """
+    """Write report.json, whole or not at all, unless a number is not finite."""
     artifacts.write_json(path, report)
 
 
@@ -296,12 +273,8 @@ def read_report(path: str | os.PathLike) -> dict:
     Args:
         path: The file, or the folder that holds it.
 
-    Returns:
-        The report.
-
     Raises:
-        DamagedFileError: It is missing, no report, incomplete, or two entries have the
-            same name.
+        DamagedFileError: It is missing, or as for `check_report`.
         InputError: Another version of gpt_tf wrote it in another format.
     """
     path = Path(path)
@@ -312,11 +285,10 @@ def read_report(path: str | os.PathLike) -> dict:
     if is_report and report.get("format") != REPORT_FORMAT:
         versions = report.get("versions")
         known = versions if isinstance(versions, dict) else {}
-        version = known.get("gpt-tf", "unknown")
         raise InputError(
             f"Expected a report of format {REPORT_FORMAT} in {path}. Received: format "
-            f"{report.get('format')!r}, of gpt_tf {version}. Measure again with this "
-            f"version, {artifacts.versions().get('gpt-tf', 'unknown')}."
+            f"{report.get('format')!r}, of gpt_tf {known.get('gpt-tf', 'unknown')}. "
+            "Measure again with this version."
         )
     check_report(report, path)
     return report
@@ -330,11 +302,10 @@ def check_report(report: dict, path: str | os.PathLike = "the report") -> Report
         path: Where it is from.
 
     Returns:
-        The report as a `Report`, in which what is missing is None.
+        The report as a `Report`, in which what may be missing and is, is None.
 
     Raises:
-        DamagedFileError: A part is missing or of another type, a number is out of its
-            range, or two entries have the same name.
+        DamagedFileError: It has another shape, or two entries of one name.
     """
     try:
         return Report.model_validate(report)
@@ -360,9 +331,8 @@ def join_reports(reports: Sequence[dict]) -> dict:
         reports: As `read_report` returns them, at least one.
 
     Returns:
-        A report without a recommendation. An entry has its name in the report that its
-        speed is from, or else its accuracy. Of a budget that several reports have, the
-        last one counts.
+        A report without a recommendation. Of names and budgets that differ between
+        reports, the name beside the speed and the last budget count.
 
     Raises:
         InputError: Different files have the same name, or there is no report.
@@ -377,17 +347,14 @@ def join_reports(reports: Sequence[dict]) -> dict:
     for report in filter(None, (speed, accuracy, *reports)):
         # Of the same file a report has an entry for each engine that it was timed with.
         known = {entry["sha256"] for entry in entries}
-        names = {entry["name"] for entry in entries}
-        for entry in report["entries"]:
-            if entry["sha256"] in known:
-                continue
-            if entry["name"] in names:
-                raise InputError(
-                    "Reports that are joined expect a name for each file. Received: "
-                    f"{entry['name']!r} for two that differ. Measure one of them "
-                    "under another name."
-                )
-            entries.append(entry if report is speed else entry | {"latency": None})
+        new = [entry for entry in report["entries"] if entry["sha256"] not in known]
+        parts = {} if report is speed else {"latency": None}
+        entries += [entry | parts for entry in new]
+    if name := _repeated([entry["name"] for entry in entries]):
+        raise InputError(
+            f"Reports that are joined expect a name for each file. Received: {name!r} "
+            "for two that differ. Measure one of them under another name."
+        )
     judged = accuracy["entries"] if accuracy else []
     accuracies = {entry["sha256"]: entry["accuracy"] for entry in reversed(judged)}
     references = {e["sha256"] for e in judged if e["name"] == accuracy["reference"]}

@@ -30,20 +30,14 @@ _TOKENS_AT_ONCE = 1 << 16
 class HeldOutText:
     """Documents to judge a model by.
 
-    Attributes:
-        name: Of the corpus.
-        split: `"validation"`, or `"all"` of it.
-        documents: The documents, none empty.
-
     Example:
-        >>> text = HeldOutText.of("to be or not to be")
-        >>> text.size_bytes
+        >>> HeldOutText.of("to be or not to be").size_bytes
         18
     """
 
-    name: str
-    split: str
-    documents: tuple[Document, ...]
+    name: str  # of the corpus
+    split: str  # "validation", or "all" of it
+    documents: tuple[Document, ...]  # none empty
 
     @classmethod
     def of(cls, text) -> "HeldOutText":
@@ -55,11 +49,8 @@ class HeldOutText:
         if isinstance(text, cls):
             return text
         texts = [text] if isinstance(text, str | Document) else text
-        if isinstance(texts, Iterable):
-            texts = list(texts)
-        if not isinstance(texts, list) or not all(
-            isinstance(item, str | Document) for item in texts
-        ):
+        texts = list(texts) if isinstance(texts, Iterable) else [None]
+        if not all(isinstance(item, str | Document) for item in texts):
             raise InputError(
                 "Judging a model expects a text, a list of texts or a HeldOutText. "
                 f"Received: {type(text).__name__}. Read what lies at a path with "
@@ -92,7 +83,6 @@ def held_out_text(
     validation_fraction: float = 0.1,
     validation: str | os.PathLike | None = None,
     separator: str | None = None,
-    most_bytes: int = MOST_BYTES,
     notes: list[str] | None = None,
 ) -> HeldOutText:
     """Read text that was held out of training.
@@ -104,12 +94,8 @@ def held_out_text(
             seen. If not, it is the part that training on this corpus does not see.
         validation_fraction, validation, separator: As for `open_corpus`, and as
             training had them.
-        most_bytes: Of more text than this, documents are left out evenly.
         notes: What is worth knowing about the text is appended here, for a report;
             it is logged too.
-
-    Returns:
-        The text.
 
     Raises:
         InputError: There is no such corpus, or no text in it.
@@ -121,7 +107,6 @@ def held_out_text(
         True
     """
     notes = [] if notes is None else notes
-    most_bytes = arguments.integer("most_bytes", most_bytes, 1, 2**63 - 1)
     whole = arguments.switch("whole", whole)
     folder = Path(source) if isinstance(source, str | os.PathLike) else None
     if folder is not None and is_run(folder):
@@ -146,7 +131,7 @@ def held_out_text(
         )
         name, split = corpus.name, "all" if whole else "validation"
         documents = corpus.documents("validation")
-    kept = _thinned(documents, most_bytes, name, notes)
+    kept = _thinned(documents, name, notes)
     if corpus is not None:
         notes += corpus.notices
     return HeldOutText(name, split, _with_text(kept, name))
@@ -176,12 +161,10 @@ def _text_of_run(folder):
     def documents():
         begin = 0
         for index, stop in enumerate([*ends, len(tokens)]):
-            starts = range(begin, stop, _TOKENS_AT_ONCE)
+            own = tokens[begin:stop]
             parts = (
-                tokenizer.decode_bytes(
-                    tokens[first : min(first + _TOKENS_AT_ONCE, stop)]
-                )
-                for first in starts
+                tokenizer.decode_bytes(own[first : first + _TOKENS_AT_ONCE])
+                for first in range(0, len(own), _TOKENS_AT_ONCE)
             )
             for text in codecs.iterdecode(parts, "utf-8", "replace"):
                 yield Document(f"document {index}", text, ends=False)
@@ -190,7 +173,7 @@ def _text_of_run(folder):
     return str(file.manifest.get("corpus", folder.name)), documents()
 
 
-def _thinned(documents, most_bytes, name, notes):
+def _thinned(documents, name, notes):
     """Keep every document, or every second, or every fourth, so that they fit."""
     kept, stride, kept_bytes, all_bytes = [], 1, 0, 0
     for index, piece in enumerate(_pieces(documents)):
@@ -200,7 +183,7 @@ def _thinned(documents, most_bytes, name, notes):
             continue
         kept.append(piece)
         kept_bytes += size
-        while kept_bytes > most_bytes and len(kept) > 1:
+        while kept_bytes > MOST_BYTES and len(kept) > 1:
             kept, stride = kept[::2], stride * 2
             kept_bytes = sum(map(_size_of, kept))
     if kept_bytes < all_bytes:

@@ -17,29 +17,23 @@ _SEED = 20_240_601
 
 
 class Timed(NamedTuple):
-    """What one request took.
+    """What one request took, in seconds."""
 
-    Attributes:
-        first_s: Seconds to its first token.
-        gaps_s: Seconds of each further token, or their mean alone.
-        response_s: Seconds of all of it.
-    """
-
-    first_s: float
-    gaps_s: list[float]
+    first_s: float  # to its first token
+    gaps_s: list[float]  # of each further token, or their mean alone
     response_s: float
 
 
 def describe_models(paths: Sequence[str]):
-    """Prepare to describe files: each as `models.describe` does, and its threads."""
+    """Prepare to describe files, as `models.describe` does, each with its threads."""
     from gpt_tf.evaluation import models
 
     def describe():
         found = []
         for path in paths:
             with models.open_model(path) as model:
-                threads = model.num_threads or len(hardware.usable_cores())
-                found.append({**models.describe(path, model), "threads": threads})
+                threads = model.num_threads or hardware.usable_cores()
+                found.append((models.describe(path, model), threads))
         return found
 
     return describe
@@ -69,11 +63,11 @@ def open_runner(job: dict):
 
 def measure(runner, job: dict) -> dict:
     """Measure all that a job asks for; the first request of the process has been."""
-    prompt_tokens, new_tokens = job["prompt_tokens"], job["new_tokens"]
+    request = job["prompt_tokens"], job["new_tokens"]
     for _ in range(WARM_UP - 1):
-        runner.request(prompt_tokens, new_tokens)
+        runner.request(*request)
     meter = hardware.EnergyMeter()
-    timed = [runner.request(prompt_tokens, new_tokens) for _ in range(job["count"])]
+    timed = [runner.request(*request) for _ in range(job["count"])]
     joules = meter.joules()
     found = {
         "engine": runner.engine,
@@ -90,7 +84,7 @@ def measure(runner, job: dict) -> dict:
         runner.request(length, CONTEXT_TOKENS)
         timed = [runner.request(length, CONTEXT_TOKENS) for _ in range(job["count"])]
         found["contexts"].append(_milliseconds(timed))
-    found["throughput"] = runner.throughput(job["requests"], prompt_tokens, new_tokens)
+    found["throughput"] = runner.throughput(job["requests"], *request)
     return found
 
 

@@ -118,27 +118,22 @@ def test_another_constraint_never_admits_what_was_ruled_out(entries, limits, mor
 
 
 @settings(max_examples=50)
-@given(entries_strategy(), limits_strategy, scenarios)
-def test_without_the_choice_the_runner_up_is_chosen(entries, limits, scenario):
+@given(entries_strategy(), limits_strategy, scenarios, st.randoms())
+def test_in_any_order_the_runner_up_is_chosen_without_the_choice(
+    entries, limits, scenario, random
+):
     result = recommend(new_report(entries), limits, scenario)
+    random.shuffle(entries)
+    assert recommend(new_report(entries), limits, scenario) == result
     rest = [one for one in entries if one["name"] != result["choice"]]
     again = recommend(new_report(rest), limits, scenario)
     assert again["choice"] == result["runner_up"]
     assert again["ranking"] == result["ranking"][1:]
 
 
-@settings(max_examples=50)
-@given(entries_strategy(), limits_strategy, scenarios, st.randoms())
-def test_the_order_of_the_entries_does_not_matter(entries, limits, scenario, random):
-    result = recommend(new_report(entries), limits, scenario)
-    shuffled = list(entries)
-    random.shuffle(shuffled)
-    assert recommend(new_report(shuffled), limits, scenario) == result
-
-
 @settings(max_examples=60)
 @given(entries_strategy(), limits_strategy, scenarios)
-def test_what_is_dominated_is_never_chosen_and_is_named(entries, limits, scenario):
+def test_what_is_dominated_in_all_measures_is_never_chosen(entries, limits, scenario):
     result = recommend(new_report(entries), limits, scenario)
     by_name = {one["name"]: one for one in entries}
 
@@ -147,14 +142,13 @@ def test_what_is_dominated_is_never_chosen_and_is_named(entries, limits, scenari
         costs.append(speed and -speed)  # more is better
         return tuple(math.inf if cost is None else cost for cost in costs)
 
-    def is_dominated(name, by):
-        known = [[math.isinf(cost) for cost in costs(one)] for one in (name, by)]
-        return known[0] == known[1] and dominates(costs(by), costs(name))
-
-    ranked = result["ranking"]
-    found = {a for a in ranked if any(is_dominated(a, b) for b in ranked)}
-    assert result["choice"] not in found
-    assert set(names(result["dominated"])) == found
+    ranked = [costs(name) for name in result["ranking"]]
+    # The choice is ranked first. What was not measured of it may still be better.
+    known = [list(map(math.isinf, one)) for one in ranked]
+    assert not any(
+        known[0] == own and dominates(one, ranked[0])
+        for one, own in zip(ranked, known, strict=True)
+    )
 
 
 @settings(max_examples=60)
@@ -174,9 +168,8 @@ def test_the_nearest_miss_is_nearest_and_fits_once_its_options_are_taken(
     words = miss["options"].split()  # as they are to be typed
     options = [word[2:].replace("-", "_") for word in words[::2]]
     typed = dict(zip(options, words[1::2], strict=True))
-    for changes in (miss["changes"], typed):
-        relaxed = recommend(report, limits | changes, scenario)
-        assert miss["name"] in relaxed["ranking"]
+    relaxed = recommend(report, limits | typed, scenario)
+    assert miss["name"] in relaxed["ranking"]
 
 
 # Budgets
@@ -188,18 +181,15 @@ def test_an_increase_is_a_fraction_or_per_cent(given):
 
 
 @pytest.mark.parametrize("name", ["max_latency_ms", "max_perplexity_increase"])
-@pytest.mark.parametrize(
-    "value", [0, -1, math.nan, "nan", "15 ms", "", "1,5", True, [1], "0%", "300%"]
-)
+@pytest.mark.parametrize("value", [0, math.nan, "15 ms", "1,5", True, [1], "300%"])
 def test_a_budget_out_of_its_range_is_refused(name, value):
     with pytest.raises(InputError, match=name):
         Budgets(**{name: value})
 
 
-@pytest.mark.parametrize(("value", "meant"), [("3", "3%"), (1.5, "1.5%")])
-def test_an_increase_above_1_is_met_with_what_may_be_meant(value, meant):
-    with pytest.raises(InputError, match=meant):
-        Budgets(value)
+def test_an_increase_above_1_is_met_with_what_may_be_meant():
+    with pytest.raises(InputError, match="3%"):
+        Budgets("3")
 
 
 @pytest.mark.parametrize(
@@ -245,14 +235,6 @@ def test_a_difference_that_rounding_would_hide_is_shown():
     assert "8.0004 MB" in result["ruled_out"][0]["sentence"]
 
 
-def test_what_is_broken_most_is_the_constraint():
-    report = new_report([entry("a", increase=0.06, p95=30)])
-    limits = {"max_perplexity_increase": 0.03, "max_latency_ms": 5}
-    ruled_out = recommend(report, limits)["ruled_out"][0]
-    assert ruled_out["constraint"] == "max_latency_ms"
-    assert "6 %" in ruled_out["sentence"]
-
-
 def test_an_increase_follows_from_the_reference_or_was_not_measured():
     def of(name, perplexity, kind="litertlm"):
         interval = dict.fromkeys(("value", "low", "high"), perplexity)
@@ -261,27 +243,19 @@ def test_an_increase_follows_from_the_reference_or_was_not_measured():
     entries = [of("teacher", 10.0, "keras"), of("a", 10.2), of("b", 10.5)]
     limits = {"max_perplexity_increase": 0.03}
     assert recommend(new_report(entries, reference="teacher"), limits)["choice"] == "a"
-    alone = recommend(new_report(entries), limits)["ruled_out"]
-    constraints = {one["constraint"] for one in alone}
+    alone = recommend(new_report(entries), limits)
+    constraints = {one["constraint"] for one in alone["ruled_out"]}
     assert constraints == {"not measured", "not shippable"}
+    assert alone["nearest_miss"] is None
 
 
 @pytest.mark.parametrize("increase", [0.025, 0.035])
 def test_an_interval_that_straddles_a_budget_is_told(increase):
-    def told(margin):
+    for margin in (0.01, 0.001):
         report = new_report([entry("a", increase, margin=margin)])
         result = recommend(report, {"max_perplexity_increase": 0.03})
-        assert result["choice"] == ("a" if increase < 0.03 else None)
-        return why(result) + str(result["ruled_out"])
-
-    assert "interval" in told(0.01)
-    assert "interval" not in told(0.001)
-
-
-def test_a_99th_percentile_beyond_the_budget_is_told():
-    report = new_report([entry("a", p95=10)])
-    assert "99th" in why(recommend(report, {"max_latency_ms": 12}))
-    assert "99th" not in why(recommend(report, {"max_latency_ms": 15}))
+        told = why(result) + str(result["ruled_out"])
+        assert ("interval" in told) == (margin == 0.01)
 
 
 # What is best
@@ -334,15 +308,6 @@ def test_a_server_weighs_throughput_of_concurrent_requests_against_perplexity():
     # and of what ties the most accurate is taken.
     assert choice(126) == "base"
     assert choice(131) == "other"
-
-
-def test_the_throughput_preferred_is_the_scenarios():
-    alone = entry("alone", 0.0, speed=500, together=500)
-    crowd = entry("crowd", 0.0, speed=50, together=900)
-    report = new_report([alone, crowd])
-    for scenario, choice in (("custom", "alone"), ("server", "crowd")):
-        result = recommend(report, {}, scenario, prefer="throughput")
-        assert result["choice"] == choice
 
 
 def test_what_is_preferred_and_was_not_measured_comes_last_and_is_told():
@@ -480,45 +445,22 @@ def test_what_another_measurement_may_choose_ties_and_nothing_else_does():
     assert (result["choice"], result["ties"]) == ("worse", ["exact"])
 
 
-def test_equals_are_told_apart_by_name():
-    report = new_report([entry("b"), entry("a"), entry("c")])
-    result = recommend(report, {"max_size_mb": 8})
-    assert result["ranking"] == ["a", "b", "c"]
-    assert result["dominated"] == []
-
-
-def test_differences_within_measurement_error_are_not_told():
-    one = entry("one", 0.0100, 2.000, 4.0)
-    for other, differs in (
-        (entry("like", 0.0104, 2.001, 5.0), False),
-        (entry("unlike", 0.0117, 2.200, 5.0), True),
-    ):
-        result = recommend(new_report([one, other]), {"max_size_mb": 8})
-        told = [result["runner_up_cost"], result["dominated"][0]["sentence"]]
-        for sentence in told:
-            assert "4 MB" in sentence
-            assert ("1.8 ms" in sentence) == ("1 %" in sentence) == differs
-
-
-def test_the_runner_up_and_dominated_files_are_told_in_numbers():
-    worse = entry("worse", 0.05, 7.0, 3.0, memory_mb=80, speed=130, together=140)
-    result = recommend(new_report([*ALL, worse]), None, "phone")
+def test_the_runner_up_is_told_in_numbers_that_differ_beyond_measurement_error():
+    result = recommend(new_report(ALL), None, "phone")
     assert result["runner_up"] == "small"
     cost = result["runner_up_cost"]
     # What it costs stands before what it wins.
     assert cost.index("5.4 ms instead of 1.8 ms") < cost.index("2 MB instead of 9 MB")
-    (dominated,) = result["dominated"]
-    assert (dominated["name"], dominated["by"]) == ("worse", "small")
-    assert "2 MB instead of 3 MB" in dominated["sentence"]
+    like = entry("like", 0.0104, 2.001, 5.0)
+    cost = recommend(new_report([entry("one", 0.01, 2.0), like]))["runner_up_cost"]
+    assert "4 MB" in cost and "1.8 ms" not in cost and "1 %" not in cost
 
 
 def test_no_budget_is_proposed_that_would_be_refused():
     report = new_report([entry("a", 1.5, mb=1)])
     limits = {"max_perplexity_increase": 0.03, "max_size_mb": 0.5}
     miss = recommend(report, limits)["nearest_miss"]
-    assert miss["changes"] == {"max_perplexity_increase": None, "max_size_mb": 1}
-    assert miss["options"] == "--max-size-mb 1"
-    assert recommend(report, limits | miss["changes"])["choice"] == "a"
+    assert miss["options"] == "--max-size-mb 1" and "without" in miss["sentence"]
 
 
 def test_a_recommendation_is_printed_with_brackets_in_names_intact():

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import types
 from pathlib import Path
 
 import hypothesis
@@ -133,7 +132,7 @@ def test_perplexity_is_that_of_the_models_own_logits(model):
     assert again["perplexity"]["value"] != pytest.approx(perplexity, rel=1e-5)
 
 
-@pytest.mark.parametrize("block_bytes", [1, 7, 40, 1000])
+@pytest.mark.parametrize("block_bytes", [1, 40, 1000])
 def test_each_token_is_judged_once_with_half_a_context_before_it(block_bytes):
     gpt = Bigrams(1)
     text = text_of(150)
@@ -229,16 +228,12 @@ def test_other_tokens_are_compared_on_the_same_bytes(pieces):
 
 def test_blocks_end_where_tokens_of_all_tokenizers_end(pieces):
     others = BPETokenizer.train([text_of(3000, seed=5)], 290)
-    text = accuracy.HeldOutText.of(text_of(2000))
     subjects = {"a": Bigrams(1, pieces), "b": Bigrams(1, others)}
-    readings = accuracy._readings(subjects, text)
+    readings = accuracy._readings(subjects, accuracy.HeldOutText.of(text_of(2000)))
     ends = [set(readings[name].ends[0].tolist()) for name in "ab"]
     assert ends[0] - ends[1] and ends[1] - ends[0]
     blocks = accuracy._blocks(readings, 10)
     assert {block.stop for block in blocks} <= ends[0] & ends[1]
-    for name in "ab":
-        counts = [readings[name].count(block) for block in blocks]
-        assert sum(counts) == len(readings[name].ends[0]) and min(counts) > 0
 
 
 def test_a_larger_vocabulary_of_the_same_tokens_is_no_crash():
@@ -301,24 +296,21 @@ def test_cuts_cover_all_bytes_between_tokens(sizes, block_bytes):
     assert all(stop - start <= max(block_bytes, max(sizes)) for start, stop in cuts)
 
 
-@pytest.mark.parametrize("max_tokens", [300, 1000, 3000])
+@pytest.mark.parametrize("max_tokens", [300, 3000])
 def test_a_budget_is_kept_and_spread_evenly(max_tokens):
     text = accuracy.HeldOutText.of([text_of(4000, seed=i) for i in range(3)])
     readings = accuracy._readings({"a": Bigrams(1)}, text)
     blocks = accuracy._blocks(readings, 20)
-    places = {block: place for place, block in enumerate(blocks)}
-
-    def chosen(seed):
-        found = accuracy._chosen(blocks, readings["a"], max_tokens, seed)
-        return [places[block] for block in found]
-
-    found = chosen(0)
-    judged = sum(readings["a"].count(blocks[place]) for place in found)
+    chosen, again, other = (
+        accuracy._chosen(blocks, readings["a"], max_tokens, seed) for seed in (0, 0, 1)
+    )
+    assert chosen == again != other
+    judged = sum(map(readings["a"].count, chosen))
     assert max_tokens - 20 < judged <= max_tokens
+    found = [blocks.index(block) for block in chosen]
     gaps = np.diff([*found, found[0] + len(blocks)])
     # At random the largest gap would be some six times the mean, and more.
     assert gaps.min() > 0 and gaps.max() <= 2.5 * gaps.mean()
-    assert chosen(0) == found != chosen(1)
 
 
 def test_a_budget_judges_no_more_than_it_says_but_one_block():
@@ -333,20 +325,20 @@ def test_a_budget_judges_no_more_than_it_says_but_one_block():
 
 def test_a_seed_decides_everything_and_progress_ends_with_all_blocks():
     def found(seed):
-        calls = []
         models = {"a": Bigrams(1), "b": Bigrams(2)}
-        measured = measure_accuracies(
+        return measure_accuracies(
             *(models, "b", text_of(3000)),
             max_tokens=600,
             seed=seed,
             on_progress=lambda *done: calls.append(done),
         )
-        total = 2 * measured["a"]["blocks"]
-        assert calls == [(done, total) for done in range(1, total + 1)]
-        return measured
 
-    assert found(4) == found(4)
-    assert found(4)["a"]["perplexity"] != found(5)["a"]["perplexity"]
+    calls = []
+    first = found(4)
+    total = 2 * first["a"]["blocks"]
+    assert calls == [(done, total) for done in range(1, total + 1)]
+    assert found(4) == first
+    assert found(5)["a"]["perplexity"] != first["a"]["perplexity"]
 
 
 # Intervals
@@ -413,30 +405,25 @@ def test_a_paired_interval_is_far_narrower_than_one_of_each():
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "message"),
+    ("text", "message"),
     [
-        (" \n", {}, "text"),
-        ("a", {}, "two tokens"),
-        ("abc?", {}, r"ours.*'\?'"),
-        ("abc", {"max_tokens": 1}, "max_tokens"),
-        ("abc", {"block_bytes": 0}, "block_bytes"),
-        ("abc", {"samples": 0}, "samples"),
-        ("abc", {"seed": -1}, "seed"),
-        (Path("a.py"), {}, "Path"),
-        ([1, 2], {}, "list"),
+        (" \n", "text"),
+        ("a", "two tokens"),
+        ("abc?", r"ours.*'\?'"),
+        (Path("a.py"), "Path"),
+        ([1, 2], "list"),
     ],
 )
-def test_what_cannot_be_judged_is_said(text, options, message):
+def test_what_cannot_be_judged_is_said(text, message):
     with pytest.raises(InputError, match=message):
-        measure_accuracy(Bigrams(1), text, name="ours", **options)
+        measure_accuracy(Bigrams(1), text, name="ours")
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_logits_with_nan_or_inf_are_an_error_that_names_the_file(value):
+def test_logits_with_nan_or_inf_are_an_error_that_names_the_file():
     gpt = Bigrams(1)
-    gpt.table[3, 5] = value
+    gpt.table[3, 5] = np.nan
     models = {"good.litertlm": Bigrams(2), "bad.litertlm": gpt}
-    with pytest.raises(InputError, match=rf"bad\.litertlm.*finite.*{value}"):
+    with pytest.raises(InputError, match=r"bad\.litertlm.*finite.*nan"):
         measure_accuracies(models, "good.litertlm", text_of(300))
 
 
@@ -445,11 +432,7 @@ def test_a_model_without_tokenizer_or_an_unknown_reference_is_refused():
     with pytest.raises(InputError, match=r"one of a. Received: 'b'"):
         measure_accuracies({"a": gpt}, "b", "abc")
     with pytest.raises(InputError, match="at least one file"):
-        measure_accuracies({}, None, "abc")
-    with pytest.raises(InputError, match="at least one file"):
         evaluate_files([])
-    with pytest.raises(InputError, match=r"list of files. Received: 'a\.tfli"):
-        evaluate_files("a.tflite")
     with pytest.raises(InputError, match="at least one block"):
         block_bootstrap(np.zeros((0, 2)), mean)
     gpt.tokenizer = None
@@ -458,14 +441,8 @@ def test_a_model_without_tokenizer_or_an_unknown_reference_is_refused():
 
 
 def test_a_tokenizer_that_changes_text_is_refused():
-    changing = types.SimpleNamespace(
-        encode_batch=lambda texts: [CHARACTERS.encode(text[1:]) for text in texts],
-        decode_bytes=CHARACTERS.decode_bytes,
-        **{
-            name: getattr(CHARACTERS, name)
-            for name in ("fingerprint", "end_of_text_id", "vocab_size")
-        },
-    )
+    changing = CharacterTokenizer.train([LETTERS])
+    changing.encode_batch = lambda texts: [CHARACTERS.encode(t[1:]) for t in texts]
     with pytest.raises(InputError, match=r"gives back the text. Received: 2 of"):
         measure_accuracy(Bigrams(1, changing), "abc")
 

@@ -1,6 +1,6 @@
 """`gpt-tf benchmark`: progress, tables, the report, the baseline and exit statuses."""
 
-import copy
+import io
 import json
 import os
 import subprocess
@@ -111,31 +111,28 @@ def test_it_measures_a_file_on_a_device(tmp_path):
 
 
 def test_without_options_it_measures_what_the_help_says(run):
-    result, asked = run("a.tflite", "b", measured=made_report("a", "b"))
-    assert (result.status, result.err) == (0, "")
-    expected = {
-        "paths": ["a.tflite", "b"],
-        "engine": "gpt_tf",
-        "prompt_tokens": 64,
-        "new_tokens": 64,
-        "repetitions": 20,
-        "rounds": 5,
-        # Chosen by what the files and the machine can do.
-        **dict.fromkeys(("contexts", "thread_counts", "threads")),
-        "requests": (1, 2, 4, 8),
-    }
-    assert {name: asked[name] for name in expected} == expected
-    _, asked = run(
-        *("a.tflite", "--quick", "--new-tokens", 5, "--contexts", "8,32"),
-        *("--requests", "", "--engine", "both"),
-        measured=made_report("a"),
-    )
-    expected = {
-        **{"engine": "both", "prompt_tokens": 16, "new_tokens": 5},
-        **{"repetitions": 10, "rounds": 2, "contexts": [8, 32]},
-        **{"thread_counts": (), "requests": []},
-    }
-    assert {name: asked[name] for name in expected} == expected
+    for options, expected in (
+        (
+            ("a.tflite", "b"),
+            {
+                **{"engine": "gpt_tf", "prompt_tokens": 64, "new_tokens": 64},
+                **{"repetitions": 20, "rounds": 5, "requests": (1, 2, 4, 8)},
+                # Chosen by what the files and the machine can do.
+                **dict.fromkeys(("contexts", "thread_counts", "threads")),
+            },
+        ),
+        (
+            ("a", "--quick", "--new-tokens", 5, "--contexts", "8,32", "--requests", ""),
+            {
+                **{"prompt_tokens": 16, "new_tokens": 5, "repetitions": 10},
+                **{"rounds": 2, "contexts": [8, 32], "requests": []},
+                "thread_counts": (),
+            },
+        ),
+    ):
+        result, asked = run(*options, measured=made_report("a", "b"))
+        assert (result.status, result.err) == (0, "")
+        assert asked.items() >= expected.items()
 
 
 def test_the_status_says_whether_something_got_worse(run, tmp_path):
@@ -157,9 +154,7 @@ def test_the_status_says_whether_something_got_worse(run, tmp_path):
     [
         (["nowhere.tflite"], "Received: nothing"),
         (["no-model.litertlm"], "no-model.litertlm"),
-        ([FILE, "--prompt-tokens", 128], "Received: 128 + 64"),
         ([FILE, "--threads", 0], "`--threads` expects"),
-        (["gpt.tflite", "--engine", "litert-lm"], "expects a .litertlm"),
         ([FILE, "--contexts", "4,x"], "--contexts expects whole numbers with commas"),
         ([FILE, "--out", f"{__file__}/today"], "report.json cannot be written"),
         ([FILE, "--baseline", "other.json"], "format 99, of gpt_tf"),
@@ -189,35 +184,16 @@ def test_a_process_that_breaks_down_is_one_line(run, tmp_path, monkeypatch):
     assert "was killed by SIGKILL; its last line was: out of memory" in result.err
 
 
-# Tables
-
-
-def printed(show, value, width=100):
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    with console.file:
-        show(value, console)
-        return console.export_text()
-
-
-def test_files_stand_side_by_side_and_names_are_no_markup():
-    report = made_report("a[b]", "other")
-    report["entries"][1] = copy.deepcopy(report["entries"][1])
-    report["entries"][1]["latency"]["throughput"] = []
-    text = printed(tables.print_latency, report)
-    (names,) = [line.split() for line in text.splitlines() if "a[b]" in line]
-    assert names == ["a[b]", "other"]
-    (rates,) = [line.split() for line in text.splitlines() if "4 requests" in line]
-    assert rates[-2:] == ["70", "\N{EN DASH}"]
+def test_files_stand_side_by_side_or_below_and_names_are_no_markup():
+    names = ["a[b]", *(f"file{index}" for index in range(4))]
+    report = made_report(*names)
+    console = Console(width=80, record=True, file=io.StringIO())
+    tables.print_latency(report, console)
+    text = console.export_text()
+    heads = [line.split() for line in text.splitlines() if "file" in line]
+    assert heads == [names[:2], names[2:4], names[4:]]
     assert "1 (0.99-1.01)" in text and "share of bandwidth" in text and "43.7 %" in text
     assert "5 GB/s to 1 thread, 9 GB/s to 2 threads" in text
     assert "a note [about] it" in text
     # What no file has is left out.
     assert "cold start" not in text and "joules" not in text
-
-
-def test_more_files_than_have_room_go_below(width=80):
-    names = [f"file{index}" for index in range(5)]
-    text = printed(tables.print_latency, made_report(*names), width)
-    heads = [line.split() for line in text.splitlines() if "file" in line]
-    assert heads == [names[:2], names[2:4], names[4:]]
-    assert all(len(line) <= width for line in text.splitlines())

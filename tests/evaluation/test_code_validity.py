@@ -131,17 +131,9 @@ def test_prompts_of_the_standard_library_are_of_many_files():
         ast.parse(prompt.text)
         assert is_accepted(prompt.text, prompt.rest, is_whole=True)
     # At most three of a file.
-    assert (
-        len(
-            {
-                document
-                for document in text.documents
-                for prompt in found
-                if prompt.text.splitlines()[0] in document.text
-            }
-        )
-        > 15
-    )
+    begins = [prompt.text.splitlines()[0] for prompt in found]
+    files = [one for one in text.documents if any(map(one.text.__contains__, begins))]
+    assert len(files) > 15
     assert find_prompts(text, 64) == found != find_prompts(text, 64, seed=1)
 
 
@@ -203,10 +195,6 @@ def test_wilsons_interval_is_that_of_the_score_test():
 
 
 def test_what_cannot_be_measured_is_said():
-    with pytest.raises(InputError, match="`count` expects"):
-        find_prompts(FILE, 0)
-    with pytest.raises(InputError, match="`max_new_tokens` expects"):
-        measure_code_validity(Writer(""), prompts(1), max_new_tokens=0)
     for text in ("to be or not to be", "x = 1\n", "def f():\r\n    a = 1\r\n    b = 2"):
         assert find_prompts(text) == []
     with pytest.raises(InputError, match="Python functions"):

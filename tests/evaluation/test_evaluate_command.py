@@ -80,17 +80,16 @@ def test_files_are_compared_with_the_reference(evaluate, tmp_path):
     assert "parsed" not in result.out and "compared with" in result.out
 
 
-def test_the_same_seed_gives_the_same_numbers(evaluate, tmp_path):
+def test_the_same_seed_gives_the_same_numbers(tmp_path):
     functions = [f"def f{i}(x):\n    y = x + {i}\n    return y\n" for i in range(99)]
     (tmp_path / "code.py").write_text("\n".join(functions))
-    reports = []
-    for seed in (3, 3, 4):
-        options = ("--max-tokens", 300, "--completions", 3, "--seed", seed)
-        options += ("--corpus", tmp_path / "code.py", "--whole", "--out", tmp_path)
-        assert evaluate(FILE, *options).status == 0
-        reports.append(read_report(tmp_path)["entries"])
-    assert reports[0][0]["accuracy"]["parsed"]["count"] == 3
-    assert reports[0] == reports[1] != reports[2]
+    options = {"corpus": tmp_path / "code.py", "whole": True}
+    options |= {"max_tokens": 300, "completions": 3}
+    first, again, other = (
+        evaluate_files([FILE], seed=seed, **options)["entries"] for seed in (3, 3, 4)
+    )
+    assert first[0]["accuracy"]["parsed"]["count"] == 3
+    assert first == again != other
 
 
 def test_a_run_is_judged_by_its_own_text(trained, notices):
@@ -112,40 +111,24 @@ def test_tensorflow_is_silent_where_it_reads_a_runs_text(
     assert calls == ["quietly"]
 
 
-def test_what_is_no_python_is_parsed_only_if_asked(evaluate, corpus_folder):
-    options = ("--corpus", corpus_folder, "--max-tokens", 60)
-    result = evaluate(FILE, *options, "--parse")
-    assert result.status == 0 and "has no Python functions" in result.out
-    result = evaluate(FILE, *options)
-    assert result.status == 0 and "parsed" not in result.out
+def test_what_is_no_python_is_parsed_only_if_asked(corpus_folder):
+    options = {"corpus": corpus_folder, "max_tokens": 60}
+    assert evaluate_files([FILE], **options)["notes"] == []
+    (note,) = evaluate_files([FILE], parse=True, **options)["notes"]
+    assert "has no Python functions" in note
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ((FILE, "--corpus", "nowhere"), "nowhere"),
-        ((FILE, "--corpus", "EMPTY"), "empty"),
         ((FILE, "--completions", 0), "at least 1"),
-        ((FILE, FILE), "twice"),
         ((FILE, "--reference", "missing.tflite"), "missing.tflite"),
-        ((FILE, "--corpus", FILE), "binary"),
         ((FILE, "--out", f"{FILE}/a.json"), "a.json cannot be written"),
     ],
 )
-def test_what_it_cannot_use_is_one_line_and_status_2(
-    evaluate, tmp_path, options, message
-):
-    empty = tmp_path / "empty.txt"
-    empty.touch()
-    result = evaluate(*(empty if option == "EMPTY" else option for option in options))
+def test_what_it_cannot_use_is_one_line_and_status_2(evaluate, options, message):
+    result = evaluate(*options)
     assert result.status == 2 and result.out == ""
     assert result.err.startswith("gpt-tf: ") and result.err.count("\n") == 1
     assert message in result.err
-
-
-def test_a_model_without_tokenizer_is_named(evaluate, trained, tmp_path):
-    path = tmp_path / "model.keras"
-    path.write_bytes((trained.out / "model" / "model.keras").read_bytes())
-    result = evaluate(path)
-    assert result.status == 2
-    assert "Judging model.keras" in result.err and "tokenizer.json" in result.err

@@ -6,13 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-from gpt_tf.errors import InputError
 from gpt_tf.evaluation import hardware
 
 
 def test_a_machine_is_described_and_its_memory_measured(monkeypatch):
     monkeypatch.setattr(hardware, "_LARGEST_ARRAY_BYTES", 1 << 20)
-    monkeypatch.setattr(hardware, "usable_cores", lambda: [0, 1, 2])
+    monkeypatch.setattr(hardware, "usable_cores", lambda: 3)
     found = hardware.describe_machine(seconds=0.03)
     assert set(found) == {
         *("cpu", "cores", "physical_cores", "memory_bytes", "os", "python"),
@@ -26,19 +25,17 @@ def test_a_machine_is_described_and_its_memory_measured(monkeypatch):
 
 def test_numbers_of_threads_are_powers_of_two_and_all_cores(monkeypatch):
     for cores, counts in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])):
-        monkeypatch.setattr(hardware, "usable_cores", lambda n=cores: list(range(n)))
+        monkeypatch.setattr(hardware, "usable_cores", lambda n=cores: n)
         assert hardware.thread_counts() == counts
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_the_read_rate_is_all_bytes_over_the_best_pass(monkeypatch, threads):
     """Passes of 4, 2 and 8 seconds: the best one counts, and every byte does."""
     monkeypatch.setattr(hardware, "_LARGEST_ARRAY_BYTES", 8 << 10)
     moments = itertools.chain([0, 10, 14, 20, 22, 30, 38], itertools.repeat(99))
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(moments))
     assert hardware.measure_read_rate(threads, seconds=0.0) == (8 << 10) / 2
-    with pytest.raises(InputError, match=r"`threads` expects .* Received: 0"):
-        hardware.measure_read_rate(0)
 
 
 def test_the_peak_memory_is_the_process_own():
@@ -83,46 +80,39 @@ def test_a_processor_is_named_with_its_widest_vectors(tmp_path, content, name):
 def counters(tmp_path):
     """Make counters of energy; return the function that moves them."""
 
-    def set_counter(zone, name, microjoules, largest=1_000_000):
-        folder = tmp_path / zone
-        folder.mkdir(exist_ok=True)
-        (folder / "name").write_text(name + "\n")
-        (folder / "energy_uj").write_text(f"{microjoules}\n")
-        (folder / "max_energy_range_uj").write_text(f"{largest}\n")
-
     def move(package, core=0, memory=0, platform=0):
-        set_counter("intel-rapl:0", "package-0", package)
-        set_counter("intel-rapl:0:0", "core", core)
-        set_counter("intel-rapl:0:1", "dram", memory)
-        set_counter("intel-rapl:1", "package-1", 10 * package % 1_000_000)
-        set_counter("intel-rapl:2", "psys", platform)
-        # The same processor by another way.
-        set_counter("intel-rapl-mmio:0", "package-0", package)
+        for zone, name, microjoules in (
+            ("intel-rapl:0", "package-0", package),
+            ("intel-rapl:0:0", "core", core),
+            ("intel-rapl:0:1", "dram", memory),
+            ("intel-rapl:1", "package-1", 10 * package % 1_000_000),
+            ("intel-rapl:2", "psys", platform),
+            # The same processor by another way.
+            ("intel-rapl-mmio:0", "package-0", package),
+        ):
+            folder = tmp_path / zone
+            folder.mkdir(exist_ok=True)
+            (folder / "name").write_text(name + "\n")
+            (folder / "energy_uj").write_text(f"{microjoules}\n")
+            (folder / "max_energy_range_uj").write_text("1000000\n")
 
-    move(1000)
     return move
 
 
 def test_energy_is_that_of_processors_and_memory_each_once(counters, tmp_path):
-    meter = hardware.EnergyMeter(tmp_path)
-    counters(3000, core=500_000, memory=70, platform=900_000)
-    assert meter.joules() == pytest.approx((2000 + 20_000 + 70) / 1e6)
-
-
-def test_a_counter_that_began_again_is_understood(counters, tmp_path):
     counters(999_000, memory=500)
     meter = hardware.EnergyMeter(tmp_path)
-    counters(4000, memory=600)
-    # 1000 to the end and 4000 more; of the other processor 990 000 to 40 000.
+    counters(4000, core=500_000, memory=600, platform=900_000)
+    # A counter began again: 1000 to the end and 4000 more; of the other processor
+    # 990 000 to 40 000.
     assert meter.joules() == pytest.approx((5000 + 50_000 + 100) / 1e6)
 
 
 def test_a_machine_that_does_not_tell_is_passed_over_in_silence(counters, tmp_path):
     assert hardware.EnergyMeter(tmp_path / "nowhere").joules() is None
+    counters(1000)
     meter = hardware.EnergyMeter(tmp_path)
     counter = tmp_path / "intel-rapl:1" / "energy_uj"
-    counter.write_text("not a number")
-    assert meter.joules() is None
     counter.unlink()
     counter.mkdir()  # who may not read a counter gets an OSError as well
     assert meter.joules() is None

@@ -1,7 +1,6 @@
 import collections
 import contextlib
 import importlib.util
-import json
 import subprocess
 from pathlib import Path
 
@@ -22,7 +21,7 @@ SPREADS = (
     *("time_to_first_token_ms", "inter_token_latency_ms", "response_time_ms"),
     *("load_ms", "cold_start_ms"),
 )
-SMALL = {"prompt_tokens": 5, "new_tokens": 4, "read_bytes_per_s": 1e9}
+SMALL = {"prompt_tokens": 5, "new_tokens": 4, "read_bytes_per_s": {"1": 1e6, "2": 1e9}}
 
 
 class Clockwork:
@@ -87,14 +86,18 @@ def test_a_request_is_a_prefill_and_then_token_after_token():
 
 def test_what_is_measured_is_what_the_clock_says():
     gpt = Clockwork(decode_s=(3.0, 5.0, 7.0, 5.0))
-    found = measured(gpt)
+    found = measured(gpt, contexts=[20])
     assert found["first_ms"] == [4000.0] * 3
     assert found["gaps_ms"] == [5000.0, 7000.0, 5000.0] * 3
     assert found["response_ms"] == [21_000.0] * 3
     assert found["rates"] == [pytest.approx(3 / 17)] * 3
     assert found["throughput"] == [] and found["engine"] == "keras"
+    (context,) = found["contexts"]
+    assert context["first_ms"] == [19 * 250 + 3000] * 3
+    assert len(context["gaps_ms"]) == 3 * (CONTEXT_TOKENS - 1)
     # Every request has the same ids of the vocabulary.
     prompts = [call[1] for call in gpt.calls if call[0] == "prefill"]
+    prompts = [prompt for prompt in prompts if len(prompt) == 4]
     assert len(prompts) == 3 + WARM_UP
     assert all(prompt == prompts[0] for prompt in prompts)
     assert len(set(prompts[0])) > 1 and set(prompts[0]) <= set(range(50))
@@ -110,13 +113,6 @@ def test_the_warm_up_is_not_counted_but_what_follows_is():
     assert worst(0) == worst(1) == [4 * 0.25 + 2, 29 * 0.25 + 2]
     assert worst(WARM_UP) == [4 * 0.25 + 2, 29 * 0.25 + 102]
     assert worst(WARM_UP + 1)[0] == 4 * 0.25 + 102
-
-
-def test_contexts_are_prompts_of_their_length():
-    found = measured(Clockwork(), contexts=[20, 84])
-    for row, length in zip(found["contexts"], (20, 84), strict=True):
-        assert row["first_ms"] == [(length - 1) * 250 + 2000] * 3
-        assert len(row["gaps_ms"]) == 3 * (CONTEXT_TOKENS - 1)
 
 
 # Taking turns
@@ -139,7 +135,7 @@ def recorded(monkeypatch):
 
         def ask(self):
             if isinstance(self.given, list):
-                return list(map(described, self.given))
+                return [(described(path), 2) for path in self.given]
             return answer(self.given, len(jobs))
 
     def described(path):
@@ -150,7 +146,6 @@ def recorded(monkeypatch):
             "config": {"vocab_size": 50},
             "size_bytes": sizes[path],
             "parameters": 500,
-            "threads": 2,
         }
 
     def answer(job, number):
@@ -177,6 +172,7 @@ def recorded(monkeypatch):
 
 def test_files_take_turns_and_keep_what_is_theirs(recorded):
     """A B A B, whatever else is measured of them; each has its own processes."""
+    told = []
     first, second = compare_latencies(
         ["a.tflite", "b.litertlm"],
         **SMALL,
@@ -185,7 +181,10 @@ def test_files_take_turns_and_keep_what_is_theirs(recorded):
         contexts=[16],
         thread_counts=[1, 2],
         requests=[1, 4],
+        on_progress=lambda *progress: told.append(progress),
     )
+    assert [progress[:2] for progress in told] == [(done, 8) for done in range(9)]
+    assert told[4][2] == "round 2 of 2: a.tflite, 2 threads"
     turns = [(job["path"], job["threads"]) for job in recorded]
     files = ("a.tflite", "b.litertlm")
     assert turns == 2 * [(file, threads) for threads in (2, 1) for file in files]
@@ -226,27 +225,13 @@ def test_repetitions_are_shared_among_the_rounds(recorded, repetitions, rounds, 
 
 
 def test_the_share_of_the_bandwidth_is_that_of_the_threads(recorded):
-    options = {**SMALL, "read_bytes_per_s": {"1": 1e6, "2": 4e6}}
-    options |= {"rounds": 1, "repetitions": 1}
-    (found,) = compare_latencies(["a.tflite"], **options)
-    assert found["threads"] == 2
-    assert found["bandwidth_share"] == pytest.approx(1000 / (4e6 * 1e-3))
-    recorded.clear()
     # Of a Keras model a parameter is four bytes, whatever its file holds.
-    (found,) = compare_latencies(["k"], **options, threads=1)
-    assert found["bandwidth_share"] == pytest.approx(2000 / (1e6 * 1e-3))
-
-
-def test_progress_counts_the_turns(recorded):
-    told = []
-    compare_latencies(
-        *(["a.tflite", "k"],),
-        **SMALL,
-        rounds=2,
-        on_progress=lambda *progress: told.append(progress),
-    )
-    assert [progress[:2] for progress in told] == [(done, 4) for done in range(5)]
-    assert told[2][2] == "round 2 of 2: a.tflite, 2 threads"
+    for path, threads, share in (("a.tflite", 2, 1000 / 1e9), ("k", 1, 2000 / 1e6)):
+        recorded.clear()
+        options = {**SMALL, "threads": threads, "rounds": 1, "repetitions": 1}
+        (found,) = compare_latencies([path], **options)
+        assert found["threads"] == threads
+        assert found["bandwidth_share"] == pytest.approx(share / 1e-3)
 
 
 # Real processes
@@ -326,42 +311,19 @@ def no_process(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("measure", "options", "message"),
+    ("options", "message"),
     [
-        (compare_latencies, {"threads": 0}, "`threads` expects .* Received: 0"),
-        (compare_latencies, {"new_tokens": 1}, "`new_tokens` expects .* Received: 1"),
-        (compare_latencies, {"thread_counts": [0]}, "`thread_counts` .* Received: 0"),
-        (compare_latencies, {"engines": ["onnx"]}, "litert-lm. Received: 'onnx'"),
-        (compare_latencies, {"engines": []}, "for each of 1 paths. Received: 0"),
-        (compare_latencies, {"engines": ["litert-lm"]}, "Received: gpt.tflite"),
-        (compare_latencies, {"paths": FILE}, "list of files. Received: .*python-small"),
-        (measure_files, {"paths": "a.tflite"}, "list of files. Received: 'a.tflite'"),
-        (measure_files, {"paths": ["a", "b", "a"]}, "Received: a twice"),
-        (measure_files, {"paths": []}, "at least one file. Received: none"),
-        (measure_files, {"engine": "all"}, "both. Received: 'all'"),
-        (measure_files, {"engine": "litert-lm"}, "expects a .litertlm"),
-        (measure_files, {"threads": -1}, "`threads` expects .* Received: -1"),
+        ({"new_tokens": 1}, "`new_tokens` expects .* Received: 1"),
+        ({"thread_counts": [0]}, "`thread_counts` .* Received: 0"),
+        ({"paths": ["a", "b", "a"]}, "Received: a twice"),
+        ({"paths": []}, "at least one file. Received: none"),
+        ({"engine": "all"}, "both. Received: 'all'"),
+        ({"engine": "litert-lm"}, "expects a .litertlm"),
     ],
 )
-def test_bad_options_are_refused_before_anything_starts(
-    no_process, measure, options, message
-):
+def test_bad_options_are_refused_before_anything_starts(no_process, options, message):
     with pytest.raises(InputError, match=message):
-        measure(**{"paths": ["gpt.tflite"], **options})
-
-
-def test_numbers_of_numpy_reach_another_process(recorded):
-    compare_latencies(
-        ["a.tflite"],
-        prompt_tokens=np.int64(8),
-        repetitions=np.int64(3),
-        threads=np.int64(1),
-        contexts=np.array([8, 16]),
-        thread_counts=np.array([1, 2]),
-        read_bytes_per_s=1e9,
-    )
-    jobs = [json.loads(json.dumps(job)) for job in recorded]
-    assert jobs[0]["contexts"] == [8, 16] and jobs[0]["threads"] == 1
+        measure_files(**{"paths": ["gpt.tflite"], **options})
 
 
 def test_a_report_has_contexts_and_threads_that_fit_where_none_are_given(
@@ -382,22 +344,17 @@ def test_a_report_has_contexts_and_threads_that_fit_where_none_are_given(
 def test_an_engine_that_is_not_installed_is_named(no_process, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install litert-lm"):
-        compare_latencies([FILE], engines=["litert-lm"])
+        measure_files([FILE], engine="litert-lm")
 
 
 def test_a_request_longer_than_the_context_is_refused(recorded):
     with pytest.raises(InputError, match=r"100 tokens of b.litertlm.*: 90 \+ 11"):
         compare_latencies(["b.litertlm"], prompt_tokens=90, new_tokens=11)
-    compare_latencies(
-        ["b.litertlm"], prompt_tokens=90, new_tokens=10, read_bytes_per_s=1e9
-    )
-    with pytest.raises(InputError, match="`contexts` expects at most 84"):
+    with pytest.raises(InputError, match=r": 85 \+ 16"):
         compare_latencies(["b.litertlm"], **SMALL, contexts=[85])
 
 
 def test_a_file_that_is_no_model_comes_back_as_its_process_says(tmp_path):
-    with pytest.raises(InputError, match=r"Received: nothing"):
-        compare_latencies([tmp_path / "nothing.tflite"])
     broken = tmp_path / "broken.litertlm"
     broken.write_bytes(FILE.read_bytes()[:-1])
     with pytest.raises(DamagedFileError) as caught:

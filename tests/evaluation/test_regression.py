@@ -61,12 +61,7 @@ def test_a_time_that_grew_by_a_fifth_is_worse_and_the_reverse_better():
             assert found.pop(metric) == change
             assert set(found.values()) == {"none", None}
             assert whole["regressed"] == (change == "worse")
-
-
-def test_the_same_report_has_not_changed():
-    found, whole = changed()
-    assert set(found.values()) == {"none", None} and not whole["regressed"]
-    assert {(row["entry"], row["ratio"]) for row in whole["rows"]} == {("gpt", 1.0)}
+    assert not changed()[1]["regressed"]
 
 
 @pytest.mark.parametrize(
@@ -112,11 +107,13 @@ def test_equal_processes_are_rarely_a_change_and_a_third_more_nearly_always_is()
     assert found.count("worse") > 0.9 * 200 and not found.count("better")
 
 
-def test_percentiles_in_the_tail_and_few_rounds_are_shown_and_not_judged():
+def test_the_tail_energy_and_few_rounds_are_shown_and_not_judged():
     tail = times(rounds=2) | {"p95": 7.0, "p99": 9.0}
-    found, whole = changed(inter_token_latency_ms=tail)
+    energy = "energy_j_per_token"
+    found, whole = changed({energy: 1.0}, inter_token_latency_ms=tail, **{energy: 9.0})
     for part in ("", " p95", " p99"):
         assert found[f"inter_token_latency_ms{part}"] is None
+    assert found[energy] is None
     assert not whole["regressed"] and "fewer than 5 rounds" in whole["notes"][0]
     (row,) = [row for row in whole["rows"] if row["metric"].endswith("p95")]
     assert row["after"] == 7.0 and row["ratio"] == pytest.approx(7.0, rel=0.02)
@@ -135,17 +132,14 @@ def test_contexts_threads_and_requests_are_compared_where_both_have_them():
         )
 
     found, _ = changed(with_rows(1, 4, 8), **with_rows(2, 4, scale=1.5))
-    expected = {
+    assert {name: found[name] for name in found if ", " in name} == {
         "inter_token_latency_ms, prompt 4": "worse",
         "time_to_first_token_ms, prompt 4": "none",
         "inter_token_latency_ms, threads 4": "worse",
         "tokens_per_s, requests 4": "worse",  # fewer of them
     }
-    assert {name: found[name] for name in expected} == expected
-    assert sum(", " in name for name in found) == len(expected)
     # A list that only one report has is left out.
-    found, _ = changed(with_rows(4))
-    assert not any(", " in name for name in found)
+    assert not any(", " in name for name in changed(with_rows(4))[0])
 
 
 def test_bytes_may_grow_a_little():
@@ -160,22 +154,6 @@ def test_bytes_may_grow_a_little():
         factors = (1 + 0.9 * least, 1 + 1.1 * least)
         assert [change(part, factor) for factor in factors] == ["none", "worse"]
         assert [change(part, 1 / factor) for factor in factors] == ["none", "better"]
-
-
-def test_energy_is_judged_beside_the_noise_of_the_times():
-    def change(factor, width):
-        gaps = times() | {"q1": 1 - width / 2, "median": 1.0, "q3": 1 + width / 2}
-        before, after = (
-            {"energy_j_per_token": joules, "inter_token_latency_ms": gaps}
-            for joules in (1.0, factor)
-        )
-        return changed(before, **after)[0]["energy_j_per_token"]
-
-    assert change(1.14, 0.01) == "none" and change(1.16, 0.01) == "worse"
-    # Quartiles 20 % apart in both: 28 % together.
-    assert change(1.27, 0.2) == "none" and change(1.3, 0.2) == "worse"
-    assert change(1 / 1.3, 0.2) == "better"
-    assert "energy_j_per_token" not in changed()[0]  # the machine does not tell
 
 
 def test_accuracy_changes_if_its_intervals_do_not_overlap():
@@ -200,29 +178,24 @@ def test_accuracy_changes_if_its_intervals_do_not_overlap():
     assert found["perplexity"] == "better" and found["top1_agreement"] == "worse"
 
 
-def test_accuracy_beside_another_reference_is_not_compared():
+def test_accuracy_beside_another_reference_or_text_is_not_compared():
     relative = ("perplexity_increase", "divergence_nats", "top1_agreement")
     part = dict.fromkeys((*relative, "perplexity"), interval(0.2))
     worse = part | dict.fromkeys(relative[:2], interval(9.0))
     stored = new_report([entry(accuracy=part)], reference="teacher")
-    found = compare_with_baseline(
-        new_report([entry(accuracy=worse)], reference="student"), stored
-    )
+
+    def compared(**parts):
+        new = new_report([entry(accuracy=worse)], **{"reference": "teacher"} | parts)
+        found = compare_with_baseline(new, stored)
+        return {row["metric"] for row in found["rows"]}, found
+
+    metrics, found = compared()
+    assert found["regressed"] and not found["notes"] and metrics >= set(relative)
+    metrics, found = compared(reference="student")
     assert not found["regressed"] and "student" in found["notes"][0]
-    assert not {row["metric"] for row in found["rows"]} & set(relative)
-    found = compare_with_baseline(
-        new_report([entry(accuracy=worse)], reference="teacher"), stored
-    )
-    assert found["regressed"] and not found["notes"]
-
-
-def test_accuracy_on_another_text_is_not_compared():
-    part = {"perplexity": interval(10.0)}
-    before = new_report([entry(accuracy=part)], corpus={"name": "one"})
-    after = new_report([entry(accuracy=part)], corpus={"name": "two"})
-    found = compare_with_baseline(after, before)
-    assert [row["metric"] for row in found["rows"]] == ["size_bytes"]
-    assert len(found["notes"]) == 1
+    assert metrics == {"size_bytes", "perplexity"}
+    metrics, found = compared(corpus={"name": "two"})
+    assert metrics == {"size_bytes"} and len(found["notes"]) == 1
 
 
 def test_entries_are_matched_by_name_and_others_are_named():
@@ -243,25 +216,17 @@ def test_entries_are_matched_by_name_and_others_are_named():
         compare(entry("a"), entry("b"))
 
 
-def test_what_only_one_report_measured_is_left_out():
-    found, _ = changed({"load_ms": None, "cold_start_ms": None})
-    assert "load_ms" not in found and "response_time_ms" in found
-    found, _ = compare(entry(), entry(latency=latency()))
-    assert list(found) == ["size_bytes"]
-
-
 def test_another_machine_is_said():
     ours = {"cpu": "one", "cores": 2}
     before = new_report([entry()], machine=ours)
     after = new_report([entry()], machine=ours | {"cpu": "other"})
     (note,) = compare_with_baseline(after, before)["notes"]
     assert "cpu one" in note and "other" in note
-    assert compare_with_baseline(before, before)["notes"] == []
 
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("threads", 1), ("prompt_tokens", 16), ("new_tokens", 8), ("engine", "keras")],
+    [("threads", 1), ("engine", "keras")],
 )
 def test_other_settings_are_refused(part, value):
     with pytest.raises(InputError, match=f"{part} = {value}. Received: "):
@@ -286,12 +251,10 @@ def test_a_baseline_is_read_and_seen_to_fit_before_anything_is_measured(tmp_path
             read_baseline(path, **sizes)
 
 
-def test_what_a_baseline_does_not_have_is_not_compared(tmp_path):
-    path = tmp_path / "report.json"
-    few = latency(inter_token_latency_ms={"median": 1.0}, energy_j_per_token=1.0)
-    write_report(path, new_report([entry(latency=few)]))
-    baseline = read_baseline(path, prompt_tokens=64)
-    found = compare_with_baseline(new_report([entry(latency=latency())]), baseline)
-    rows = {row["metric"]: row for row in found["rows"]}
-    assert rows["inter_token_latency_ms"]["change"] is None
-    assert not {"inter_token_latency_ms p95", "energy_j_per_token"} & rows.keys()
+def test_what_a_report_does_not_have_is_not_compared():
+    few = entry(latency=latency(inter_token_latency_ms={"median": 1.0}, load_ms=None))
+    found, _ = compare(few, entry(latency=latency(energy_j_per_token=1.0)))
+    assert found["inter_token_latency_ms"] is None
+    missing = ("load_ms", "inter_token_latency_ms p95", "energy_j_per_token")
+    assert not {*missing} & found.keys() and "response_time_ms" in found
+    assert list(compare(entry(), few)[0]) == ["size_bytes"]

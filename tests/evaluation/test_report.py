@@ -95,11 +95,7 @@ def test_a_file_that_two_engines_ran_has_one_accuracy_and_two_speeds():
         ("value", {"accuracy": {"perplexity_increase": INCREASE | {"value": -1.5}}}),
         ("value", {"accuracy": {"perplexity": INCREASE | {"value": 0}}}),
         ("p95", {"latency": {"inter_token_latency_ms": {"p95": True}}}),
-        ("rounds", {"latency": {"load_ms": {"rounds": 3}}}),
-        ("throughput", {"latency": {"throughput": 7}}),
-        ("latency", {"latency": [1, 2]}),
         ("size_bytes", {"size_bytes": 0}),
-        ("name", {"name": 3}),
     ],
 )
 def test_a_part_of_another_type_or_range_is_damage_that_is_named(
@@ -131,10 +127,9 @@ def test_a_report_of_another_format_is_refused(tmp_path, versions):
         read_report(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", "nothing"])
+@pytest.mark.parametrize("text", ["{", "[]"])
 def test_what_is_no_report_is_damage(tmp_path, text):
-    if text != "nothing":
-        (tmp_path / "report.json").write_text(text)
+    (tmp_path / "report.json").write_text(text)
     with pytest.raises(DamagedFileError):
         read_report(tmp_path)
 
@@ -144,8 +139,6 @@ def test_what_cannot_be_joined_or_made_is_refused():
         join_reports([ACCURACY, new_report([entry("c", "exact", p95=3.0)])])
     with pytest.raises(InputError, match="at least one"):
         join_reports([])
-    with pytest.raises(InputError, match=r"'a\.litertlm' twice"):
-        new_report([entry("a"), entry("a")])
     for make in (new_report, new_entry):
         with pytest.raises(InputError, match="Received: 'unknown'"):
             make({}, unknown=1)

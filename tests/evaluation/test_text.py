@@ -88,20 +88,21 @@ def test_training_and_judging_divide_a_corpus_alike(tmp_path):
     assert not said
 
 
-def test_too_much_text_is_thinned_evenly(tmp_path):
+def test_too_much_text_is_thinned_evenly(tmp_path, monkeypatch):
     path = tmp_path / "large.txt"
     path.write_text("".join(f"{number:07}\n" for number in range(400_000)))
     notices = []
-    found = held_out_text(path, whole=True, most_bytes=1_000_000, notes=notices)
+    # What fits is kept whole, and in order.
+    everything = held_out_text(path, whole=True, notes=notices)
+    assert notices == []
+    assert "".join(texts_of(everything.documents)) == path.read_text()
+    monkeypatch.setattr("gpt_tf.evaluation.text.MOST_BYTES", 1_000_000)
+    found = held_out_text(path, whole=True, notes=notices)
     assert 500_000 <= found.size_bytes <= 1_000_000
     assert len(notices) == 1 and "3.2 MB" in notices[0] and "one in 4" in notices[0]
     begins = np.array([int(text[:7]) for text in texts_of(found.documents)])
     assert np.ptp(np.diff(begins)) < 0.3 * np.diff(begins).mean()
     assert begins.min() == 0 and begins.max() > 250_000
-    # What fits is kept whole, and in order.
-    everything = held_out_text(path, whole=True, notes=notices)
-    assert len(notices) == 1
-    assert "".join(texts_of(everything.documents)) == path.read_text()
 
 
 def test_what_holds_no_text_is_refused(trained, tmp_path):

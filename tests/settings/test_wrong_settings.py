@@ -546,7 +546,7 @@ TARGETS = {
     ),
     "held_out_text": Target(
         held_out_text,
-        {"most_bytes": whole(1, 2**63 - 1), "whole": switch},
+        {"whole": switch},
         (corpora, "_without_copies"),
     ),
     "generate": Target(
@@ -655,7 +655,7 @@ TARGETS = {
     "measure_files": Target(
         lambda **o: latency.measure_files(**{"paths": ["a.tflite"], **o}),
         measured,
-        (latency, "describe_files"),
+        (latency, "_describe_files"),
     ),
     "find_prompts": Target(
         lambda **o: parsings.find_prompts("text", **o),
