@@ -106,6 +106,7 @@ def svg_of(figure, name: str, title: str) -> str:
     # In texts and attributes "<" is escaped, so this finds elements alone.
     text = re.sub('<g id="tooltip:([^"]*)">', r"<g><title>\1</title>", text)
     text = re.sub('<g id="[^"]*"', "<g", text)  # to which nothing refers
+    text = text.replace(' xlink:href="#', ' href="#')  # needs no name space
     box, content = re.search('(?s)<svg [^>]*(viewBox="[^"]*")[^>]*>(.*)', text).groups()
     return f'<svg {box} role="img" aria-label="{escape(title)}">{content}'
 
