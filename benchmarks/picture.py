@@ -311,14 +311,16 @@ def explanation():
         left.set_title(f"Last token kept, {share:.0%} taken away")
         left.set_xlabel("probability lost, more than with random ones")
         compared = content["compression"]
-        for part, marker, colour, label in (
-            ("rank_correlation", "o", OURS, "float32 and int8"),
-            ("ceiling", "s", THEIRS, "float32, another seed"),
+        places = np.arange(len(compared))
+        for part, shift, colour, label in (
+            ("rank_correlation", -0.1, OURS, "float32 and int8"),
+            ("ceiling", 0.1, THEIRS, "float32, another seed"),
         ):
             found = [one[part] for one in compared.values()]
-            style = {"fmt": marker, "color": colour, "capsize": 4, "label": label}
+            style = {"fmt": "o", "color": colour, "capsize": 4, "label": label}
             values = [one["value"] for one in found]
-            right.errorbar(list(compared), values, yerr=distances(found), **style)
+            right.errorbar(places + shift, values, yerr=distances(found), **style)
+        right.set_xticks(places, compared)
         right.set_xlim(-0.5, len(compared) - 0.5)
         right.set_ylim(0, 1)
         right.set_title("Rank correlation of scores")

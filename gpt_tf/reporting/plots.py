@@ -20,7 +20,7 @@ from gpt_tf.advisor.frontier import budgets_of, frontier_of, pareto_points
 
 # Told apart by people who see few colours: Okabe and Ito, Color Universal Design, 2008.
 BLUE, VERMILION = "#0072b2", "#d55e00"
-INK, GREY, PALE = "#1f2933", "#5c6773", "#b4bdc8"
+INK, GREY, PALE = "#1f2933", "#5c6773", "#929da9"
 _TEXT, _SMALL = 9, 8  # points
 _LARGEST_AREA = 700.0  # of a point, in square points
 # More points than this are numbered, or names longer than this, with a key below.

@@ -29,32 +29,24 @@ class Additive(Known):
         self.prompt = self.tokenizer.encode(PROMPT)
         self.scored = 0
 
-    def value(self, same):
-        return self.base + self.weights[: len(same)] @ same
-
     def logits(self, ids):
         self.scored += 1
         same = np.array(ids[: len(self.prompt)]) == self.prompt[: len(ids)]
-        value = self.value(same)
+        value = self.base + self.weights[: len(same)] @ same
         others = np.log(-np.expm1(value)) - np.log(self.config["vocab_size"] - 1)
         logits = np.full((len(ids), self.config["vocab_size"]), others)
         logits[:, self.target] = value
         return logits
 
 
-def order_of(scores):
-    return np.argsort(scores).tolist()
-
-
 # Scores
 
 
-@pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS[::-1]])
-def test_lime_finds_the_order_of_the_weights(weights):
-    explanation = explain(Additive(weights), PROMPT, target="p", method="lime")
-    assert order_of(explanation.scores) == order_of(weights)
-    assert (np.sign(explanation.scores) == np.sign(weights))[weights != 0].all()
-    assert explanation.order()[0] == np.argmax(weights)
+def test_lime_finds_the_order_of_the_weights():
+    explanation = explain(Additive(), PROMPT, target="p", method="lime")
+    assert (np.argsort(explanation.scores) == np.argsort(WEIGHTS)).all()
+    assert (np.sign(explanation.scores) == np.sign(WEIGHTS))[WEIGHTS != 0].all()
+    assert explanation.order()[0] == np.argmax(WEIGHTS)
 
 
 def test_shap_finds_the_weights_themselves():
@@ -64,19 +56,6 @@ def test_shap_finds_the_weights_themselves():
     expected = Additive.base + WEIGHTS.sum()
     assert explanation.log_probability == pytest.approx(expected)
     assert explanation.probability == pytest.approx(np.exp(expected))
-
-
-def test_base_and_shapley_values_add_up_where_tokens_work_together():
-    class Together(Additive):
-        def value(self, same):
-            return super().value(same) + 2.0 * (same[1] and same[4])
-
-    explanation = explain(Together(), PROMPT, target="p", method="shap", num_samples=18)
-    total = explanation.base_value + explanation.scores.sum()
-    assert total == pytest.approx(explanation.log_probability, abs=1e-9)
-    # Each of the two has half of what they do together.
-    expected = WEIGHTS + [0, 1, 0, 0, 1, 0, 0, 0]
-    np.testing.assert_allclose(explanation.scores, expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["lime", "shap"])
