@@ -117,18 +117,20 @@ def take_turns(contenders, rounds, repetitions, warm_up=2):
                 console.print(f"  {contender.name}: {error}")
                 continue
             stack.enter_context(work)
-            measured.first_seconds = work.prepare_s
+            seconds = measured.first_seconds = work.ask()
             work.ask(warm_up)
             turns.append(functools.partial(_turn, measured, work, repetitions))
-            console.print(f"  {contender.name}: ready after {work.prepare_s:.1f} s")
+            console.print(f"  {contender.name}: ready after {seconds:.1f} s")
         timing.take_turns(turns, rounds)
     return results
 
 
 def _first_done(contender):
+    began = time.perf_counter()
     repeat = contender.make(*contender.arguments)
     repeat(1)
-    return repeat
+    first_seconds = time.perf_counter() - began
+    return lambda count=None: first_seconds if count is None else repeat(count)
 
 
 def _turn(measured, work, repetitions):

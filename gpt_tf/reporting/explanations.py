@@ -93,27 +93,15 @@ def explanation_html(explanation: Explanation) -> str:
     from gpt_tf.reporting.render import render
 
     tokens, strongest = _tokens(explanation)
-    facts = {
-        "probability": f"{explanation.probability:.1%}",
-        "log-probability": f"{explanation.log_probability:.3f} nats",
-    }
-    if explanation.base_value is not None:
-        facts["all tokens taken away"] = f"{explanation.base_value:.3f} nats"
-    if explanation.method == "gradient":
-        facts["steps"] = f"{explanation.num_samples:,}"
-    elif explanation.num_samples is not None:
-        facts["masked prompts"] = f"{explanation.num_samples:,}"
-        facts["seed"] = str(explanation.seed)
     return render(
         "explanation.html.j2",
+        found=explanation,
         target=_quoted(explanation.target_text),
         tokens=tokens,
         strongest=strongest,
         faintest=_FAINTEST,
         is_signed=_is_signed(explanation),
-        method=explanation.method,
         unit=_SAID_OF[explanation.method],
-        facts=facts,
     )
 
 
