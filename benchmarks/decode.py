@@ -23,10 +23,10 @@ from generation import Task
 from harness import (
     Contender,
     console,
+    finish,
     gpt_tf_model,
     print_machine,
     read_rate,
-    save,
     take_turns,
 )
 
@@ -128,7 +128,7 @@ def main():
     report = {}
     for threads in arguments.threads:
         report[threads] = measure(task, fitted, folder, threads, arguments)
-    save(
+    finish(
         "decode",
         {
             "task": dataclasses.asdict(task),
@@ -166,18 +166,12 @@ def measure(task, fitted, folder, threads, arguments):
         )
     results = take_turns(contenders, arguments.rounds, 1, warm_up=1)
     rows = [peers.summary(measured) for measured in results]
-    peers.print_summaries(
-        f"GPT-2 small, {task.prompt_tokens} prompt tokens, {task.new_tokens} new, "
-        f"cache of {task.context_length}, {threads} threads",
-        rows,
-    )
     speeds = {row["name"]: row.get("tokens_per_second") for row in rows}
     for row in rows[1:]:
         if "tokens_per_second" in row:
             # At equal capacity ours is the one with that capacity.
             ours = speeds[mine if row["name"] == theirs else rows[0]["name"]]
             row["ours_over_this"] = ours / row["tokens_per_second"]
-            console.print(f"  {row['ours_over_this']:.2f} times {row['name']}")
     return {
         "read_gigabytes_per_second": bandwidth / 1e9,
         "floor_tokens_per_second": floor,

@@ -24,22 +24,17 @@ from pathlib import Path
 import numpy as np
 from harness import (
     RESULTS,
+    ROOT,
     Contender,
     console,
     cut_windows,
-    draw_bars,
     file_log_probs,
+    finish,
     print_machine,
-    print_table,
     provenance,
-    save,
+    repeat,
     take_turns,
 )
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-ROOT = Path(__file__).parent.parent
-OURS, THEIRS = "#c2410c", "#8fa8c8"
 
 TEACHER = {
     "vocab_size": 1024,
@@ -392,7 +387,6 @@ def study_text(name, corpus, arguments):
     teacher |= {"name": "teacher", "parameters": study.teacher.count_params()}
     speeds = decode_speeds(study)
     summary = summarise(teacher, rows, speeds)
-    report(name, teacher, rows, summary)
     found = {
         "teacher": teacher,
         "rows": rows,
@@ -486,20 +480,6 @@ def int8_files(study, whole, others, seeds, num_windows=250):
             nats = nats_of(way, "int8", seed)
             ratio = math.exp(nats - base)
             rows.append({"name": name, "seed": seed, "nats": nats, "ratio": ratio})
-    lines = []
-    for name in files:
-        ratios = [row["ratio"] for row in rows if row["name"] == name]
-        nats = [row["nats"] for row in rows if row["name"] == name]
-        lines.append(
-            (
-                name,
-                f"{np.exp(nats).mean():.3f}",
-                f"{np.mean(ratios):.4f}",
-                f"{np.ptp(ratios) / 2:.4f}",
-            )
-        )
-    title = f"int8 files, equal steps, seeds: {seeds}, {windows[:, 1:].size:,} tokens"
-    print_table(title, ("", "perplexity", "of the float student's", "±"), lines)
     return rows
 
 
@@ -527,7 +507,6 @@ def study_article(corpus, arguments):
     teacher = study.measure(study.teacher, study.tokenizer, study.teacher_run)
     teacher |= {"name": "teacher", "parameters": study.teacher.count_params()}
     summary = summarise(teacher, rows, None)
-    report("the article's pair", teacher, rows, summary)
     return {
         "teacher": teacher,
         "rows": rows,
@@ -537,24 +516,15 @@ def study_article(corpus, arguments):
     }
 
 
-def untrained_pair():
-    """Return a teacher and a student of the sizes that are trained here."""
-    import gpt_tf
-
-    sizes = ("vocab_size", "embedding_dim", "num_layers", "num_heads")
-    teacher = gpt_tf.GPTModel(
-        *(TEACHER[name] for name in sizes), context_length=TEACHER["context_length"]
-    )
-    return teacher, gpt_tf.make_student(teacher, **STUDENT)
-
-
 def training_step(kind):
     """Return a function that trains the student so many steps, and their seconds."""
     import tensorflow as tf
 
     import gpt_tf
 
-    teacher, student = untrained_pair()
+    sizes = ("vocab_size", "embedding_dim", "num_layers", "num_heads", "context_length")
+    teacher = gpt_tf.GPTModel(**{name: TEACHER[name] for name in sizes})
+    student = gpt_tf.make_student(teacher, **STUDENT)
     generator = np.random.default_rng(1)
     shape = (COURSE["batch_size"], COURSE["context_length"])
     tokens, labels = generator.integers(0, 1024, (2, *shape)).astype("int32")
@@ -572,16 +542,7 @@ def training_step(kind):
         }
     model.compile(optimizer=gpt_tf.AdamW(1e-4))
     tensors = tf.nest.map_structure(tf.constant, (inputs, labels))
-
-    def repeat(count):
-        seconds = []
-        for _ in range(count):
-            began = time.perf_counter()
-            model.train_on_batch(*tensors)
-            seconds.append(time.perf_counter() - began)
-        return seconds
-
-    return repeat
+    return repeat(lambda: model.train_on_batch(*tensors))
 
 
 def step_times():
@@ -596,22 +557,6 @@ def step_times():
         measured.name: {**measured.as_dict(), "p10_ms": measured.percentile_ms(10)}
         for measured in found
     }
-    # Floor: 6 operations per parameter and token forward and back, 2 forward alone.
-    teacher, student = (model.count_params() for model in untrained_pair())
-    work = {"alone": 6 * student, "live": 6 * student + 2 * teacher}
-    work["stored"] = work["alone"]
-    lines = []
-    for kind, row in rows.items():
-        times = [
-            f"{row[key]:.0f} ({rows['live'][key] / row[key]:.2f})"
-            for key in ("p10_ms", "median_ms", "p95_ms")
-        ]
-        lines.append((kind, *times, f"{work['live'] / work[kind]:.2f}"))
-    print_table(
-        "A training step of 2048 tokens, ms (times as fast as live)",
-        ("", "p10", "median", "p95", "by operations"),
-        lines,
-    )
     return rows
 
 
@@ -683,63 +628,6 @@ def summarise(teacher, rows, speeds):
     return {"ways": ways, "speeds": speeds}
 
 
-def report(name, teacher, rows, summary):
-    parameters = {row["name"]: row["parameters"] for row in rows}
-    itself = {"perplexity": teacher["perplexity"], "seeds": 1, "bits_of_teacher": 1.0}
-    itself |= {"bits_per_byte": teacher["bits_per_byte"]}
-    lines = []
-    for way, found in {"teacher": itself, **summary["ways"]}.items():
-        size = parameters.get(way, teacher["parameters"])
-        spread = ""
-        if found["seeds"] > 1:
-            spread = f" ± {found['perplexity_spread'] / 2:.2f}"
-        agreement, ratio = found.get("agreement"), found.get("of_teacher")
-        lines.append(
-            (
-                way,
-                str(found["seeds"]),
-                f"{size / 1e6:.2f} M",
-                f"{found['perplexity']:.2f}{spread}",
-                "" if ratio is None else f"{ratio:.3f}",
-                f"{found['bits_per_byte']:.4f}",
-                f"{found['bits_of_teacher']:.3f}",
-                "" if agreement is None else f"{agreement:.1%}",
-            )
-        )
-    head = ("", "seeds", "parameters", "perplexity", "of teacher's")
-    print_table(name, (*head, "bits/byte", "bits of teacher's", "same top-1"), lines)
-    speeds = summary["speeds"]
-    if speeds is None:
-        return
-    lines = []
-    for kind, title in (("keras", "Keras"), ("int8", "int8 file, no TensorFlow")):
-        large, small = speeds[f"{kind}/teacher"], speeds[f"{kind}/student"]
-        lines.append((title, f"{large:.0f}", f"{small:.0f}", f"{small / large:.2f}"))
-    megabytes = [speeds["int8_bytes"][who] / 1e6 for who in ("teacher", "student")]
-    sizes = [f"{value:.1f}" for value in megabytes]
-    lines.append(("int8 file, MB", *sizes, f"{megabytes[1] / megabytes[0]:.2f}"))
-    head = ("", "teacher", "student", "student : teacher")
-    print_table(f"{name}: tokens per second in decoding", head, lines)
-
-
-def draw(studies):
-    """Draw perplexity above the teacher's, a panel per text."""
-    panels = {k: v for k, v in studies.items() if k != "article"}
-    figure = Figure(figsize=(6.4 * max(1, len(panels)), 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for index, (name, study) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        ways = sorted(
-            study["summary"]["ways"].items(), key=lambda w: -w[1]["of_teacher"]
-        )
-        values = [100 * (found["of_teacher"] - 1) for _, found in ways]
-        colours = [THEIRS if way.startswith("alone") else OURS for way, _ in ways]
-        draw_bars(axes, [way for way, _ in ways], values, colours)
-        axes.set_title(name, fontsize=10, loc="left")
-        axes.set_xlabel("perplexity above the teacher's, %")
-    figure.savefig(RESULTS / "distillation.png", dpi=110)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", default="shakespeare", help="a file, offline")
@@ -770,8 +658,7 @@ def main():
             studies[part] = study_text(part, corpus, arguments)
         if part in studies:  # the others may be of earlier runs
             studies[part]["commit"] = provenance()["commit"]
-        save("distillation", {"studies": studies, "steps": steps})
-    draw(studies)
+        finish("distillation", {"studies": studies, "steps": steps})
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from harness import RESULTS, console, print_machine, print_table, save
+from harness import console, finish, print_machine
 
 MODEL = Path(__file__).parent.parent / "saved_models" / "python-small"
 CORPUS = "python-stdlib"
@@ -34,18 +33,11 @@ PROMPTS, SEED = 60, 1
 # the tokens one after the other in 4 orders, there and back.
 LENGTH, SAMPLES = 32, 4 * (2 * 32 + 1)
 QUICK_LENGTH, QUICK_SAMPLES = 12, 2 * (2 * 12 + 1)
-FRACTION, CURVE = 0.2, (0.03, 0.06, 0.1, 0.4)
+FRACTION = 0.2
 KERAS_METHODS = ("lime", "shap", "gradient", "attention")
 FILE_METHODS = ("lime", "shap")
 # Enough of each file for prompts from all of them.
 CHARACTERS = 8000
-
-COLOURS = {
-    "lime": "#d95f02",
-    "shap": "#7570b3",
-    "gradient": "#1b9e77",
-    "attention": "#e7298a",
-}
 
 
 def held_out_prompts(tokenizer, length):
@@ -83,7 +75,6 @@ def measure(paths, prompts, samples):
             prompts,
             methods,
             fraction=FRACTION,
-            curve=CURVE,
             keep_last=True,
             seed=SEED,
             num_samples=samples,
@@ -105,132 +96,6 @@ def measure(paths, prompts, samples):
     for subject in subjects.values():
         subject.close()
     return tests, compression
-
-
-def shown(interval):
-    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
-
-
-def print_tests(tests, compression):
-    for title, part in (
-        (f"Probability lost with {FRACTION:.0%} of the tokens", lambda test: test),
-        ("The same, last token kept", lambda test: test["last_kept"]),
-    ):
-        print_table(
-            title,
-            ("", "highest", "random", "difference", "holds", "nearest"),
-            [
-                (
-                    f"{name} {method}",
-                    shown(facts["drop"]),
-                    shown(facts["random_drop"]),
-                    shown(facts["difference"]),
-                    "yes" if facts["holds"] else "NO",
-                    f"{part(test)['nearest_drop']['value']:.3f}",
-                )
-                for name, test in tests.items()
-                for method, facts in part(test)["methods"].items()
-            ],
-        )
-    print_table(
-        "Rank correlation of the tokens' scores",
-        ("", "float32 and int8", "float32, another seed"),
-        [
-            (method, shown(facts["rank_correlation"]), shown(facts["ceiling"]))
-            for method, facts in compression.items()
-        ],
-    )
-
-
-def draw(tests, compression, path):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    curves, bars, ranks = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
-    draw_curves(curves, tests["keras"])
-    draw_differences(bars, tests)
-    draw_ranks(ranks, compression)
-    for axes in (curves, bars, ranks):
-        axes.title.set_fontsize(10)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=110)
-    console.print(f"wrote {path.relative_to(Path(__file__).parent.parent)}")
-
-
-def draw_curves(axes, test):
-    parts = sorted([*test["curve"], test], key=lambda part: part["fraction"])
-    shares = [100 * part["fraction"] for part in parts]
-    for method, colour in COLOURS.items():
-        drops = [part["methods"][method]["drop"]["value"] for part in parts]
-        axes.plot(shares, drops, "o-", color=colour, label=method, markersize=4)
-    first = next(iter(test["methods"]))
-    random = [part["methods"][first]["random_drop"]["value"] for part in parts]
-    nearest = [part["nearest_drop"]["value"] for part in parts]
-    axes.plot(shares, nearest, "--", color="#555555", label="nearest")
-    axes.plot(shares, random, ":", color="#555555", label="random")
-    axes.set_title("Keras: highest tokens taken away")
-    axes.set_xlabel("taken away, % of the prompt")
-    axes.set_ylabel("probability lost")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-
-
-def draw_differences(axes, tests):
-    rows = [
-        (f"{name} {method}", method, facts["difference"])
-        for name, test in tests.items()
-        for method, facts in test["last_kept"]["methods"].items()
-    ][::-1]
-    values = np.array([[d["value"], d["low"], d["high"]] for _, _, d in rows])
-    errors = np.abs(values[:, 1:] - values[:, :1]).T
-    axes.barh(
-        [label for label, _, _ in rows],
-        values[:, 0],
-        xerr=errors,
-        color=[COLOURS[method] for _, method, _ in rows],
-        height=0.65,
-    )
-    axes.axvline(0, color="#555555", linewidth=0.8)
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set_title(f"Last token kept, {FRACTION:.0%} taken")
-    axes.set_xlabel("probability lost, more than with random ones")
-
-
-def draw_ranks(axes, compression):
-    for place, facts in enumerate(compression.values()):
-        for offset, key, colour in (
-            (-0.12, "rank_correlation", "#c2410c"),
-            (0.12, "ceiling", "#8fa8c8"),
-        ):
-            found = facts[key]
-            spread = [
-                [found["value"] - found["low"]],
-                [found["high"] - found["value"]],
-            ]
-            axes.errorbar(
-                place + offset,
-                found["value"],
-                yerr=spread,
-                fmt="o",
-                color=colour,
-                capsize=4,
-                label=None
-                if place
-                else {
-                    "rank_correlation": "float32 and int8",
-                    "ceiling": "float32, another seed",
-                }[key],
-            )
-    axes.set_xticks(range(len(compression)), list(compression))
-    axes.set_xlim(-0.5, len(compression) - 0.5)
-    axes.set_ylim(0, 1)
-    axes.set_title("Rank correlation of scores")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def main():
@@ -257,12 +122,9 @@ def main():
             or export(arguments.model, folder / "int8.litertlm", "dynamic_int8"),
         }
         tests, compression = measure(paths, prompts, samples)
-    print_tests(tests, compression)
     seconds = time.perf_counter() - began
     console.print(f"{seconds:.0f} s")
-    if arguments.quick:
-        return
-    save(
+    finish(
         "explanation",
         {
             "model": arguments.model.name,
@@ -273,8 +135,8 @@ def main():
             "tests": tests,
             "compression": compression,
         },
+        keep=not arguments.quick,
     )
-    draw(tests, compression, RESULTS / "explanation.png")
 
 
 if __name__ == "__main__":

@@ -24,19 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from harness import (
-    RESULTS,
-    console,
-    draw_bars,
-    print_machine,
-    print_table,
-    save,
-)
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-ROOT = Path(__file__).parent.parent
-OURS, THEIRS, AGAINST = "#c2410c", "#8fa8c8", "#555555"
+from harness import ROOT, console, finish, print_machine
 
 COURSE = {
     "validation_fraction": 0.9,
@@ -337,80 +325,6 @@ def verdict(name, changes):
     return "harms" if (changes > 0).all() else "unclear"
 
 
-def report(study, summary):
-    for when, title in (("best", "stopped in time"), ("last", "at the end")):
-        lines = []
-        for name, row in summary.items():
-            step = row["best_step"] if when == "best" else study.course["steps"]
-            cells = [name, f"{step:.0f}", f"{row[f'train, {when}']['mean']:.3f}"]
-            for where in ("held-out", "other"):
-                found = row[f"{where}, {when}"]
-                cells.append(f"{found['mean']:.3f} ± {found['spread']:.3f}")
-                change = f"{found['change_percent']:+.1f} % {found['verdict']}"
-                cells.append("" if name == NONE else change)
-            lines.append(cells)
-        columns = ("", "step", "its text", "held-out", "change", "other kind", "change")
-        title = f"{study.text.name}, {title}: bits per byte, ± half the seeds' range"
-        print_table(title, columns, lines)
-
-
-def draw(results, path):
-    """Draw how the text is learnt by heart, and what each way changes."""
-    figure = Figure(figsize=(13.5, 3.9 * len(results)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(results), 3, squeeze=False)
-    for row, (name, result) in zip(grid, results.items(), strict=True):
-        _draw_course(row[0], name, result["cells"])
-        for axes, where in zip(row[1:], ("held-out", "other"), strict=True):
-            _draw_changes(axes, where, result)
-    figure.suptitle(
-        "Trained on 10 % of a text, stopped in time; bars: mean of the seeds and their "
-        "range. Orange: better with every seed, dark: worse with every seed, light: "
-        "the seeds disagree",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=110)
-    console.print(f"wrote {path.relative_to(ROOT)}")
-
-
-def _draw_course(axes, name, cells):
-    lines = (
-        (NONE, "train", THEIRS, "--"),
-        (NONE, "held-out", THEIRS, "-"),
-        ("all but the teacher's", "train", OURS, "--"),
-        ("all but the teacher's", "held-out", OURS, "-"),
-    )
-    for way, where, colour, style in lines:
-        found = [cell["points"] for cell in cells if cell["name"] == way]
-        means = np.mean([[p[where] for p in points] for points in found], 0)
-        steps = [point["step"] for point in found[0]]
-        label = f"{way}, {'training text' if where == 'train' else where}"
-        axes.plot(steps, means, style, color=colour, linewidth=1.5, label=label)
-    axes.set_title(f"Trained on {name}", fontsize=10, loc="left")
-    axes.set_xlabel("steps")
-    axes.set_ylabel("bits per byte")
-    axes.legend(frameon=False, fontsize=7)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _draw_changes(axes, where, result):
-    ways = [name for name in result["summary"] if name != NONE][::-1]
-    found = [result["summary"][name][f"{where}, best"] for name in ways]
-    colours = {"helps": OURS, "harms": AGAINST, "unclear": THEIRS}
-    draw_bars(
-        axes,
-        ways,
-        [row["change_percent"] for row in found],
-        [colours[row["verdict"]] for row in found],
-        [row["change_spread"] for row in found],
-    )
-    axes.tick_params(labelsize=8)
-    what = "the other nine tenths" if where == "held-out" else result["other"]
-    axes.set_title(f"Tested on {what}", fontsize=10, loc="left")
-    axes.set_xlabel("bits per byte, change in % (left is better)")
-
-
 def _slug(name):
     return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower()
 
@@ -452,14 +366,8 @@ def main():
             "summary": summarise(cells[name]),
             "cells": cells[name],
         }
-        report(study, results[name]["summary"])
-    if only:
-        return
-    if arguments.quick:
-        draw(results, folder / "generalisation.png")
-        return
-    save("generalisation", {"course": course, "seeds": seeds, "texts": results})
-    draw(results, RESULTS / "generalisation.png")
+    content = {"course": course, "seeds": seeds, "texts": results}
+    finish("generalisation", content, keep=not only and not arguments.quick)
 
 
 if __name__ == "__main__":

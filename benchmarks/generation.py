@@ -9,18 +9,17 @@ memory is a yardstick, no bound.
 
 import argparse
 import dataclasses
-import time
 
 import numpy as np
 from harness import (
     Contender,
     console,
+    finish,
     gpt_tf_model,
     keras_hub_gpt2,
     print_machine,
-    print_table,
     read_rate,
-    save,
+    repeat,
     take_turns,
 )
 
@@ -61,7 +60,7 @@ def gpt_tf_generate(task):
         )
         _require(len(ids), task.new_tokens)
 
-    return _repeat(once)
+    return repeat(once)
 
 
 def keras_hub_generate(task):
@@ -78,24 +77,12 @@ def keras_hub_generate(task):
         )
         _require(outputs["token_ids"].shape[1], total)
 
-    return _repeat(once)
+    return repeat(once)
 
 
 def _require(found, expected):
     if found != expected:
         raise RuntimeError(f"{expected} tokens were expected. Received: {found}.")
-
-
-def _repeat(once):
-    def repeat(count):
-        seconds = []
-        for _ in range(count):
-            began = time.perf_counter()
-            once()
-            seconds.append(time.perf_counter() - began)
-        return seconds
-
-    return repeat
 
 
 def main():
@@ -120,30 +107,14 @@ def main():
         1,
         warm_up=1,
     )
-    rows, report = [], []
+    report = []
     for measured in results:
         row = measured.as_dict()
+        if not measured.failure:
+            rate = task.new_tokens / measured.median_ms * 1e3
+            row |= {"tokens_per_second": rate, "share_of_floor": rate / floor}
         report.append(row)
-        if measured.failure:
-            rows.append((measured.name, measured.failure.splitlines()[-1], "", "", ""))
-            continue
-        rate = task.new_tokens / measured.median_ms * 1e3
-        row |= {"tokens_per_second": rate, "share_of_floor": rate / floor}
-        rows.append(
-            (
-                measured.name,
-                f"{rate:.1f}",
-                f"{1e3 / rate:.1f}",
-                f"{rate / floor:.0%}",
-                f"{measured.first_seconds:.1f}",
-            )
-        )
-    print_table(
-        f"Greedy, {task.prompt_tokens} prompt tokens and {task.new_tokens} new ones",
-        ("", "tokens/s", "ms a token", "of the floor", "first s"),
-        rows,
-    )
-    save(
+    finish(
         "generation",
         {
             "task": dataclasses.asdict(task),

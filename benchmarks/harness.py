@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders, tables and pictures.
+"""What the benchmarks share: contenders, peers' models, and where results go.
 
 Processes, turns and percentiles are those of `gpt_tf.evaluation.harness`, as of
 `gpt-tf benchmark`. Ratios hold; absolute times are this machine's.
@@ -17,9 +17,9 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import numbers_page
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from gpt_tf.errors import InputError, WorkerFailedError
 from gpt_tf.evaluation import harness as timing
@@ -30,8 +30,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-# In a file, a table is not folded for want of a terminal's width.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+console = Console(highlight=False, soft_wrap=True)
 
 
 class NotHere(InputError):
@@ -118,23 +117,39 @@ def take_turns(contenders, rounds, repetitions, warm_up=2):
                 console.print(f"  {contender.name}: {error}")
                 continue
             stack.enter_context(work)
-            measured.first_seconds = work.start_s
+            seconds = measured.first_seconds = work.ask()
             work.ask(warm_up)
             turns.append(functools.partial(_turn, measured, work, repetitions))
-            console.print(f"  {contender.name}: ready after {work.start_s:.1f} s")
+            console.print(f"  {contender.name}: ready after {seconds:.1f} s")
         timing.take_turns(turns, rounds)
     return results
 
 
 def _first_done(contender):
+    began = time.perf_counter()
     repeat = contender.make(*contender.arguments)
     repeat(1)
-    return repeat
+    first_seconds = time.perf_counter() - began
+    return lambda count=None: first_seconds if count is None else repeat(count)
 
 
 def _turn(measured, work, repetitions):
     measured.seconds += work.ask(repetitions)
     console.print(f"  {measured.name} {measured.median_ms:.1f} ms")
+
+
+def repeat(work):
+    """Return what works so many times, and returns the seconds of each."""
+
+    def measured(count):
+        seconds = []
+        for _ in range(count):
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    return measured
 
 
 # Floors
@@ -157,17 +172,13 @@ def _tensorflow_product(size):
     import tensorflow as tf
 
     a = tf.random.normal([size, size])
-
-    def repeat(count):
-        return [_seconds(lambda: tf.matmul(a, a).numpy()) for _ in range(count)]
-
-    return repeat
+    return repeat(lambda: tf.matmul(a, a).numpy())
 
 
 def _torch_product(size):
     torch = import_torch()
     a = torch.randn(size, size)
-    return lambda count: [_seconds(lambda: torch.mm(a, a)) for _ in range(count)]
+    return repeat(lambda: torch.mm(a, a))
 
 
 def read_rate(workers=None):
@@ -177,13 +188,7 @@ def read_rate(workers=None):
     return measure_read_rate(workers or os.cpu_count() or 1)
 
 
-def _seconds(work):
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-# Telling
+# Models
 
 
 def import_or_not_here(name):
@@ -248,21 +253,7 @@ def file_log_probs(gpt, windows):
     return np.stack(pieces)
 
 
-def draw_bars(axes, labels, values, colours, errors=None, digits=1):
-    """Draw values in per cent as bars from 0, each with its number."""
-    axes.barh(labels, values, xerr=errors, color=colours, height=0.65)
-    axes.axvline(0, color="#555555", linewidth=0.8)
-    for place, value in enumerate(values):
-        axes.annotate(
-            f"{value:+.{digits}f}",
-            (max(value, 0) + (errors[place] if errors else 0), place),
-            textcoords="offset points",
-            xytext=(4, -3),
-            fontsize=8,
-        )
-    axes.margins(x=0.18)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+# Results
 
 
 _PACKAGES = (
@@ -323,20 +314,18 @@ def print_machine():
     console.print(", ".join(parts))
 
 
-def print_table(title, columns, rows):
-    """Print rows of text, the first column to the left and the others to the right."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+def finish(name, value, keep=True):
+    """Show results as docs/numbers.md does, and keep them beside where they are from.
 
-
-def save(name, value):
-    """Keep results as `benchmarks/results/NAME.json`, beside where they are from."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    Args:
+        name: They are kept as `benchmarks/results/NAME.json`.
+        value: The results.
+        keep: Whether they are kept; not those of a part or a try.
+    """
     content = {"date": time.strftime("%Y-%m-%d"), **provenance(), **value}
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    console.print(f"wrote {path.relative_to(ROOT)}")
+    text = json.dumps(content, indent=2) + "\n"
+    console.print(numbers_page.tables_of(name, json.loads(text)), markup=False)
+    if keep:
+        path = RESULTS / f"{name}.json"
+        path.write_text(text, "utf-8")
+        console.print(f"wrote {path.relative_to(ROOT)}")

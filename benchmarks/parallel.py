@@ -18,18 +18,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 from harness import (
-    RESULTS,
     Contender,
     console,
+    finish,
     gpt_tf_model,
     print_machine,
-    print_table,
-    save,
     take_turns,
 )
 from training import Shape, fit_by_steps, token_ids
@@ -244,91 +240,6 @@ def work(text):
     os._exit(0)
 
 
-# Rates of this machine
-
-
-def product(size, threads):
-    import tensorflow as tf
-
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    a = tf.random.normal([size, size])
-
-    def repeat(count):
-        seconds = []
-        for _ in range(count):
-            began = time.perf_counter()
-            tf.matmul(a, a).numpy()
-            seconds.append(time.perf_counter() - began)
-        return seconds
-
-    return repeat
-
-
-def all_reduce(num_bytes, devices):
-    """Add up a tensor over logical devices, as MirroredStrategy does."""
-    import tensorflow as tf
-
-    import gpt_tf
-
-    gpt_tf.split_cpu(devices)
-    strategy = gpt_tf.make_strategy("mirrored")
-    values = strategy.run(lambda: tf.ones([num_bytes // FLOAT]))
-
-    @tf.function
-    def add(values):
-        def inside(value):
-            context = tf.distribute.get_replica_context()
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, value)[:1]
-
-        return strategy.run(inside, (values,))
-
-    def repeat(count):
-        seconds = []
-        for _ in range(count):
-            began = time.perf_counter()
-            result = add(values)
-            _ = [v.numpy() for v in strategy.experimental_local_results(result)]
-            seconds.append(time.perf_counter() - began)
-        return seconds
-
-    return repeat
-
-
-def measure_rates(rounds):
-    products = take_turns(
-        [
-            Contender("a product, 1 thread", product, (1536, 1)),
-            Contender("a product, all threads", product, (1536, 0)),
-        ],
-        rounds,
-        10,
-    )
-    one, every = (2 * 1536**3 / min(m.seconds) / 1e9 for m in products)
-    sizes = [(1 << exponent, k) for k in (2, 4) for exponent in (12, 20, 24, 26)]
-    reduced = take_turns(
-        [
-            Contender(f"{size / 1e6:.3g} MB, {k} devices", all_reduce, (size, k))
-            for size, k in sizes
-        ],
-        rounds,
-        5,
-    )
-    return {
-        "matrix_product_gflops_1_core": one,
-        "matrix_product_gflops": every,
-        "all_reduce": [
-            {
-                "bytes": size,
-                "devices": k,
-                "between": "logical devices",
-                "seconds": measured.median_ms / 1e3,
-            }
-            for (size, k), measured in zip(sizes, reduced, strict=True)
-            if not measured.failure
-        ],
-    }
-
-
 # What follows from sizes alone
 
 
@@ -374,17 +285,12 @@ def main():
         return
     only = arguments.only.split(",") if arguments.only else list(GROUPS)
     print_machine()
-    report = {"shape": dataclasses.asdict(SHAPE), "rates": {}, "rows": []}
-    if not arguments.only:
-        report["rates"] = measure_rates(arguments.rounds)
+    report = {"shape": dataclasses.asdict(SHAPE), "rows": []}
     for name in only:
         console.print(f"\n{name}: {SHAPE}")
         rows = measure_group(GROUPS[name], arguments)
         report["rows"] += [{"group": name, **row} for row in rows]
-        _print(name, rows)
-    if not arguments.only:
-        save("parallel", report)
-        draw(report)
+    finish("parallel", report, keep=not arguments.only)
 
 
 def measure_group(ways, arguments):
@@ -433,85 +339,6 @@ def measure_group(ways, arguments):
             }
         )
     return rows
-
-
-def _print(name, rows):
-    cells = [
-        (row["label"], row["failure"].splitlines()[-1][:60], *[""] * 6)
-        if "failure" in row
-        else (
-            row["label"],
-            f"{row['step_ms']:.0f}",
-            f"{row['p95_ms']:.0f}",
-            f"{row['of_one_device']:.2f} ({row['of_one_device_p10']:.2f})",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['communicated_bytes_per_step'] / 1e6:.1f}",
-            f"{row['memory_bytes_per_device'] / 1e6:.0f}",
-            f"{row['peak_bytes_of_process'] / 1e6:.0f}",
-        )
-        for row in rows
-    ]
-    print_table(
-        f"{name}: a step of {SHAPE.tokens} tokens",
-        (
-            "",
-            "median ms",
-            "p95",
-            "of one device (p10)",
-            "tokens/s",
-            "sent MB",
-            "state MB/device",
-            "process MB",
-        ),
-        cells,
-    )
-
-
-def draw(report):
-    """Draw every way's step time against the undivided model's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [
-        row
-        for row in report["rows"]
-        if "failure" not in row and row["way"] != "one_device"
-    ]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 0.36 * len(rows) + 1.2), sharey=True, layout="constrained"
-    )
-    places = np.arange(len(rows))[::-1]
-    colours = dict(
-        zip(GROUPS, ("#2b6cb0", "#2f855a", "#b7791f", "#805ad5"), strict=True)
-    )
-    for axes, key, unit, title in (
-        (left, "of_one_device", 1, "step time, of the undivided model's"),
-        (right, "memory_bytes_per_device", 1e6, "weights, gradients, moments: MB"),
-    ):
-        values = [row[key] / unit for row in rows]
-        axes.barh(
-            places, values, color=[colours[row["group"]] for row in rows], height=0.66
-        )
-        for place, value in zip(places, values, strict=True):
-            text = f"{value:.2f}" if unit == 1 else f"{value:.0f}"
-            axes.annotate(
-                text,
-                (value, place),
-                textcoords="offset points",
-                xytext=(4, -3),
-                fontsize=8,
-            )
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.margins(x=0.12)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    left.axvline(1, color="#555555", linewidth=0.8)
-    left.set_yticks(places, [row["label"] for row in rows], fontsize=9)
-    figure.savefig(RESULTS / "parallel.png", dpi=150)
-    plt.close(figure)
-    console.print("wrote benchmarks/results/parallel.png")
 
 
 if __name__ == "__main__":

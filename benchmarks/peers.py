@@ -1,7 +1,5 @@
 """Other runtimes at the task of decode.py: GPT-2 small, random weights, greedy.
 
-    python benchmarks/peers.py [--threads N] [--rounds N] [--litertlm FILE]
-
 Every peer is a function `make(task, threads, folder)`. It builds its model in the
 folder unless it is there, loads it, and returns `repeat(count)`, which returns a dict
 per repetition: `first_token_seconds`, from the prompt's arrival to the first new token
@@ -11,14 +9,11 @@ ONNX Runtime, llama.cpp and PyTorch get the same weights, so that their logits c
 compared.
 """
 
-import argparse
 import functools
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from generation import Task
 from harness import (
     Contender,
     NotHere,
@@ -26,9 +21,6 @@ from harness import (
     import_or_not_here,
     import_torch,
     keras_hub_gpt2,
-    print_machine,
-    print_table,
-    take_turns,
 )
 
 EPSILON = 1e-5
@@ -629,52 +621,3 @@ def summary(measured):
         "fastest_first_token_ms": min(firsts) * 1e3,
         "repetitions": len(measured.seconds),
     }
-
-
-def print_summaries(title, summaries):
-    rows = []
-    for row in summaries:
-        if "failure" in row:
-            reason = row["failure"].strip().splitlines()[-1]
-            rows.append((row["name"], reason, "", "", ""))
-            continue
-        rows.append(
-            (
-                row["name"],
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['fastest_tokens_per_second']:.1f}",
-                f"{row['first_token_ms']:.1f}",
-                f"{row['fastest_first_token_ms']:.1f}",
-            )
-        )
-    columns = ("", "tokens/s", "at best", "first token, ms", "at best")
-    print_table(title, columns, rows)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="keeps the models")
-    parser.add_argument("--litertlm", type=Path, help="a file for LiteRT-LM's engine")
-    arguments = parser.parse_args()
-    task = Task(prompt_tokens=64, new_tokens=64)
-    folder = arguments.folder or Path(tempfile.gettempdir()) / "gpt-tf-peers"
-    contenders = [
-        contender(name, make, task, arguments.threads, folder)
-        for name, make in PEERS.items()
-    ]
-    if arguments.litertlm:
-        path = arguments.litertlm
-        contenders.append(
-            contender("LiteRT-LM", litert_lm, task, arguments.threads, folder, path)
-        )
-    print_machine()
-    results = take_turns(contenders, arguments.rounds, 1, warm_up=1)
-    title = f"GPT-2 small, {task.prompt_tokens} prompt tokens, {task.new_tokens} new"
-    title += f", {arguments.threads} threads"
-    print_summaries(title, [summary(measured) for measured in results])
-
-
-if __name__ == "__main__":
-    main()

@@ -16,12 +16,11 @@ The loss is over the whole held-out tenth. Without `--text` the text is download
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
-from harness import console, print_machine, print_table, save
+from harness import console, finish, print_machine
 
 PUBLISHED_LOSS = 1.88
 
@@ -85,22 +84,8 @@ def main():
         ]
         for name in names
     }
-    rows = [("nanoGPT, published", f"{PUBLISHED_LOSS:.2f}", "", "")]
-    for name, results in runs.items():
-        losses = [result["loss"] for result in results]
-        rows.append(
-            (
-                name,
-                f"{statistics.mean(losses):.4f}",
-                f"{max(losses):.4f}",
-                str(len(losses)),
-            )
-        )
-    print_table(
-        "Validation loss, nats per character", ("", "mean", "worst", "seeds"), rows
-    )
-    if not changes and not arguments.only:
-        save("quality", {"published_loss": PUBLISHED_LOSS, "runs": runs})
+    content = {"published_loss": PUBLISHED_LOSS, "runs": runs}
+    finish("quality", content, keep=not changes and not arguments.only)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,14 @@ from pathlib import Path
 
 import numpy as np
 from harness import (
-    RESULTS,
     console,
     cut_windows,
-    draw_bars,
     file_log_probs,
+    finish,
     print_machine,
-    print_table,
-    save,
 )
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-OURS, THEIRS = "#c2410c", "#8fa8c8"
 WIDE = {
     "corpus": "python-stdlib",
     "vocab_size": 1024,
@@ -190,7 +184,6 @@ def study(name, source, folder, course, num_tokens):
         # What was trained further is compared with float32 trained as long.
         own = "float32" if variant.model == "float" else AS_LONG
         row |= ratio(losses[variant.name], losses[own], "ratio_to_own_float32")
-    report(name, rows)
     return {
         "sizes": model.get_config(),
         "tokens": count * context,
@@ -198,48 +191,6 @@ def study(name, source, folder, course, num_tokens):
         "made_from": artifacts.sha256_of(run_folder.model_file(source)),
         "rows": rows,
     }
-
-
-def report(name, rows):
-    print_table(
-        f"{name}: what each file costs in accuracy",
-        ("", "MB", "perplexity", "of float32", "of its own", "KL", "same top-1"),
-        [
-            (
-                row["name"],
-                f"{row['tflite_bytes'] / 1e6:.2f}",
-                f"{row['perplexity']:.3f}",
-                f"{row['perplexity_ratio']:.4f}",
-                f"{row['ratio_to_own_float32']:.4f} "
-                f"± {row['ratio_to_own_float32_standard_error']:.4f}",
-                f"{row['divergence_nats']:.5f}",
-                f"{row['top1_agreement']:.1%}",
-            )
-            for row in rows
-        ],
-    )
-
-
-def draw(studies):
-    """Draw size against cost, a panel per model."""
-    figure = Figure(figsize=(6.2 * len(studies), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    for index, (name, result) in enumerate(studies.items()):
-        axes = figure.add_subplot(1, len(studies), index + 1)
-        rows = [row for row in result["rows"] if not row["name"].startswith("float32")]
-        rows.sort(key=lambda row: row["ratio_to_own_float32"], reverse=True)
-        values = [100 * (row["ratio_to_own_float32"] - 1) for row in rows]
-        errors = [100 * row["ratio_to_own_float32_standard_error"] for row in rows]
-        colours = [OURS if "QAT" in row["name"] else THEIRS for row in rows]
-        names = [row["name"].replace(" of that", ", trained on") for row in rows]
-        sizes = [row["tflite_bytes"] / 1e6 for row in rows]
-        labels = [
-            f"{name} ({size:.2f} MB)" for name, size in zip(names, sizes, strict=True)
-        ]
-        draw_bars(axes, labels, values, colours, errors, digits=2)
-        axes.set_title(name, fontsize=10, loc="left")
-        axes.set_xlabel("perplexity above float32 trained as long, %")
-    figure.savefig(RESULTS / "quantization.png", dpi=110)
 
 
 def main():
@@ -288,8 +239,7 @@ def main():
         }
         name = "6 layers, 512 wide"
         studies[name] = study(name, source, folder / "wide", course, arguments.tokens)
-    save("quantization", {"studies": studies})
-    draw(studies)
+    finish("quantization", {"studies": studies})
 
 
 if __name__ == "__main__":

@@ -15,17 +15,13 @@ import math
 from pathlib import Path
 
 import numpy as np
-from harness import RESULTS, console, print_machine, print_table, save
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from harness import console, finish, print_machine
 
 import gpt_tf
 from gpt_tf.quantization.weights import STRATEGIES, channel_axis
 
 MODEL = Path(__file__).parent.parent / "saved_models/python-small"
 BITS = (8, 6, 4)
-COLOURS = {8: "#1e3a5f", 6: "#6d93bd", 4: "#c2410c"}
-FLOOR = "#555555"
 BATCH_SIZE = 16
 
 
@@ -118,67 +114,6 @@ def channel_spread(model):
     return spread
 
 
-def as_text(row):
-    first = row["bits"] == 32
-    return (
-        row["strategy"],
-        str(row["bits"]),
-        "" if first else f"{row['snr_db']:.1f}",
-        "" if first else f"{row['smallest_snr_db']:.1f}",
-        f"{row['perplexity']:.3f}",
-        "1" if first else f"{row['ratio']:.5f} ± {row['ratio_standard_error']:.5f}",
-        f"{row['size_bytes']:,}",
-    )
-
-
-def draw(rows, facts, path):
-    """Draw the weights' signal-to-noise ratio and the perplexity per strategy."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    title = {"loc": "left", "fontsize": 10}
-    for bits in BITS:
-        chosen = [row for row in rows if row["bits"] == bits]
-        for axes, values in (
-            (left, [row["snr_db"] for row in chosen]),
-            (right, [100 * (row["ratio"] - 1) for row in chosen]),
-        ):
-            axes.plot(values, "o-", color=COLOURS[bits], label=f"{bits} bits", lw=1.2)
-            for place, value in enumerate(values):
-                axes.annotate(
-                    f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}",
-                    (place, value),
-                    (0, 6),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8,
-                )
-    left.set_title("Weights: signal-to-noise ratio, dB (more is better)", **title)
-    left.set_ylim(0, 1.15 * max(row.get("snr_db", 0) for row in rows))
-    right.set_title("Perplexity above float32, per cent (less is better)", **title)
-    right.set_yscale("symlog", linthresh=0.01)
-    right.set_ylim(min(0, *(100 * (row["ratio"] - 1) for row in rows)), 1000)
-    right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    right.legend(frameon=False, fontsize=9, loc="upper right")
-    for axes in (left, right):
-        axes.set_xticks(
-            range(len(STRATEGIES)), [name.replace("_", "\n") for name in STRATEGIES]
-        )
-        axes.set_xlim(-0.4, len(STRATEGIES) - 0.6)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        axes.tick_params(labelsize=9)
-    figure.suptitle(
-        f"{facts['model']}, {facts['parameters'] / 1e6:.2f} million parameters, "
-        f"float32 perplexity {rows[0]['perplexity']:.3f} over "
-        f"{facts['tokens']:,} held-out tokens",
-        fontsize=9,
-        color=FLOOR,
-    )
-    figure.savefig(path, dpi=110)
-    console.print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -196,18 +131,8 @@ def main():
         "context_length": model.context_length,
     }
     rows = measure(model, Meter(model, x, y))
-    print_table(
-        f"{facts['model']}, {facts['tokens']:,} held-out tokens",
-        ("", "bits", "SNR dB", "worst", "perplexity", "ratio to float32", "bytes"),
-        [as_text(row) for row in rows],
-    )
     spread = channel_spread(model)
-    console.print(
-        "A matrix's largest weight over that of its median channel: "
-        f"{min(spread.values()):.1f} to {max(spread.values()):.1f}"
-    )
-    draw(rows, facts, RESULTS / "quantization_strategies.png")
-    save(
+    finish(
         "quantization_strategies",
         {**facts, "channel_spread": spread, "results": rows},
     )

@@ -30,15 +30,13 @@ from pathlib import Path
 import numpy as np
 from generation import Task
 from harness import (
-    RESULTS,
     Contender,
     Measured,
     console,
+    finish,
     gpt_tf_model,
     print_machine,
-    print_table,
     read_rate,
-    save,
     take_turns,
 )
 
@@ -50,8 +48,6 @@ SHORT_NEW_TOKENS = 8
 ARRIVALS_S = tuple(0.025 + 0.05 * index for index in range(8))
 REQUESTS = (1, 2, 4, 8)
 NEW_TOKENS = 32
-
-OTHERS = "#7a8b5a"
 
 
 class Seconds(float):
@@ -283,102 +279,6 @@ def weight_bytes(task, folder):
     )
 
 
-# Telling
-
-
-def print_response(rows, threads):
-    print_table(
-        f"First token of short requests beside a prompt of {LONG_TOKENS} tokens, "
-        f"{threads} threads",
-        ("", "median, ms", "p95", "worst", "the long one's", "all done"),
-        [
-            (
-                row["name"],
-                f"{row['short_median_ms']:.0f}",
-                f"{row['short_p95_ms']:.0f}",
-                f"{row['short_worst_ms']:.0f}",
-                f"{row['long_ms']:.0f}",
-                f"{row['total_ms']:.0f}",
-            )
-            for row in rows
-        ],
-    )
-
-
-def print_throughput(rows):
-    print_table(
-        "New tokens per second of all requests together: median, at best",
-        ("", *(f"{count} at once" for count in REQUESTS)),
-        [
-            (
-                row["name"],
-                *(
-                    f"{row['tokens_per_second'][count]:.0f}, "
-                    f"{row['fastest_tokens_per_second'][count]:.0f}"
-                    for count in REQUESTS
-                ),
-            )
-            for row in rows
-        ],
-    )
-
-
-def draw(report, path):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from picture import FLOOR, OURS, THEIRS
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    rows = report["response"]
-    for place, row in enumerate(rows):
-        colour = OURS if place else THEIRS
-        values = row["short_ms"]
-        left.scatter(values, [place] * len(values), s=14, color=colour, alpha=0.35)
-        median = row["short_median_ms"]
-        left.scatter([median], [place], marker="|", s=420, color=colour, linewidth=2.5)
-        left.annotate(
-            f"{median:.0f}",
-            (median, place),
-            textcoords="offset points",
-            xytext=(0, 13),
-            ha="center",
-            fontsize=9,
-        )
-        left.scatter([row["long_ms"]], [place], marker="x", s=36, color=FLOOR)
-    left.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    left.set_ylim(len(rows) - 0.4, -0.6)
-    left.set_xlim(0)
-    left.set_xlabel("ms to the first token (bar: median; x: the long prompt's own)")
-    left.set_title(
-        f"Short requests beside a prompt of {LONG_TOKENS} tokens",
-        fontsize=10,
-        loc="left",
-    )
-    styles = ((OURS, ":"), (OURS, "-"), (OTHERS, ":"), (OTHERS, "-"))
-    for (colour, line), row in zip(styles, report["throughput"], strict=True):
-        right.plot(
-            range(len(REQUESTS)),
-            list(row["tokens_per_second"].values()),
-            marker="o",
-            markersize=4,
-            color=colour,
-            linestyle=line,
-            label=row["name"],
-        )
-    right.axhline(report["floor_tokens_per_second"], color=FLOOR, linestyle=":")
-    right.set_xticks(range(len(REQUESTS)), REQUESTS)
-    right.set_ylim(0)
-    right.set_xlabel("requests at once (dotted: what reading the weights allows)")
-    right.set_title("New tokens per second", fontsize=10, loc="left")
-    right.legend(fontsize=8, frameon=False, loc="lower left")
-    for axes in (left, right):
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -406,7 +306,6 @@ def main():
     ]
     response = take_turns(contenders, arguments.rounds, 1, warm_up=1)
     response = [response_of(measured) for measured in response]
-    print_response(response, threads)
     bandwidth = {count: read_rate(count) for count in (1, 2)}
     size = weight_bytes(task, folder)
     floor = bandwidth[2] / size
@@ -423,8 +322,7 @@ def main():
     ]
     throughput = take_turns_anew(contenders, arguments.series, 2)
     throughput = [throughput_of(measured) for measured in throughput]
-    print_throughput(throughput)
-    report = {
+    content = {
         "task": dataclasses.asdict(task),
         "mode": MODE,
         "threads": threads,
@@ -437,8 +335,7 @@ def main():
         "floor_tokens_per_second": floor,
         "throughput": throughput,
     }
-    save("serving", report)
-    draw(report, RESULTS / "serving.png")
+    finish("serving", content)
 
 
 if __name__ == "__main__":

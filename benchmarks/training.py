@@ -16,13 +16,12 @@ import numpy as np
 from harness import (
     Contender,
     console,
+    finish,
     gpt_tf_model,
     import_torch,
     keras_hub_gpt2,
     print_machine,
-    print_table,
     product_rate,
-    save,
     take_turns,
 )
 
@@ -264,9 +263,7 @@ def main():
             "floor_ms": floor_ms,
             "results": [_row(m, shape, floor_ms) for m in results],
         }
-        _print(name, shape, floor_ms, results)
-    if not arguments.only and not arguments.shape:
-        save("training", report)
+    finish("training", report, keep=not arguments.only and not arguments.shape)
 
 
 def _row(measured, shape, floor_ms):
@@ -275,30 +272,6 @@ def _row(measured, shape, floor_ms):
         row["tokens_per_second"] = shape.tokens / measured.median_ms * 1e3
         row["model_flop_utilisation"] = floor_ms / measured.median_ms
     return row
-
-
-def _print(name, shape, floor_ms, results):
-    ours = results[0].median_ms
-    rows = [
-        (m.name, m.failure.splitlines()[-1], *[""] * 6)
-        if m.failure
-        else (
-            m.name,
-            f"{m.median_ms:.1f}",
-            f"{m.percentile_ms(95):.1f}",
-            f"{m.percentile_ms(99):.1f}",
-            f"{shape.tokens / m.median_ms * 1e3:,.0f}",
-            f"{floor_ms / m.median_ms:.0%}",
-            f"{ours / m.median_ms:.2f}",
-            f"{m.first_seconds:.1f}",
-        )
-        for m in results
-    ]
-    print_table(
-        f"A training step, {name}: products alone would take {floor_ms:.1f} ms",
-        ("", "median ms", "p95", "p99", "tokens/s", "MFU", "ours / this", "first s"),
-        rows,
-    )
 
 
 if __name__ == "__main__":

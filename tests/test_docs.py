@@ -377,31 +377,6 @@ def test_a_changed_number_changes_the_page(tmp_path):
     assert "| 4321 |" in after and "| 4321 |" not in before
 
 
-def test_a_result_without_tables_of_its_own_is_shown_as_it_is(tmp_path):
-    content = {
-        "date": "2031-02-03",
-        "command": "python benchmarks/new.py --all",
-        "commit": "0123abcd-dirty",
-        "machine": {"cpu": "abacus", "cores": 1, "torch": "not installed"},
-        "builds": {"torch": "USE_ABACUS=1"},
-        "share": 0.1234567,
-        "found": {"yes": True, "name": "x|y"},
-        "rows": [{"way": "a", "loss": 1.5}, {"way": "b", "nested": {"left": "out"}}],
-    }
-    (tmp_path / "new_thing.json").write_text(json.dumps(content))
-
-    page = numbers.make_page(tmp_path)
-
-    assert "## New thing" in page
-    assert "- command: `python benchmarks/new.py --all`" in page
-    assert "- date: 2031-02-03\n- commit: `0123abcd-dirty`\n" in page
-    assert "- machine: abacus, 1 cores\n- build of torch: `USE_ABACUS=1`\n" in page
-    assert "| commit |" not in page and "| builds, torch |" not in page
-    assert "| share | 0.1235 |" in page
-    assert "| found, yes | yes |" in page and r"| found, name | x\|y |" in page
-    assert "| a | 1.5 |\n| b | - |" in page
-
-
 def test_a_date_stays_as_long_as_the_result_has_the_same_bytes(tmp_path):
     path = tmp_path / "decode.json"
     content = json.loads((numbers.RESULTS / "decode.json").read_text("utf-8"))

@@ -4,17 +4,17 @@ What is explained is the log-probability of one next token, the target. A token 
 taken away by putting a neutral one in its place, so that all others keep their
 positions. The methods:
 
-- `lime`: hides random tokens and fits a linear model to what that did, near the
-  whole prompt. The `lime` library samples, weighs and fits.
-- `shap`: Shapley values of the tokens by `shap.PermutationExplainer`. Scores and base
-  value add up to the model's answer. On `saved_models/python-small`, with 520 masked
-  prompts of 32 tokens, its ranks under two seeds correlate with 0.90, those of
+- `lime`: hides random tokens and fits a linear model to what that did, near the whole
+  prompt.
+- `shap`: Shapley values by `shap.PermutationExplainer`; scores and base value add up to
+  the model's answer. On `saved_models/python-small`, with 520 masked prompts of 32
+  tokens, its ranks under two seeds correlate with 0.90, those of
   `shap.KernelExplainer` with 0.80, of `lime` with 0.64.
 - `attention`: what the last position pays each token, mean over layers and heads. It
   is never negative and does not depend on the target. Attention rollout piles up on
-  early tokens in a causal model and does worse: with the last token kept, a fifth of
-  24 tokens taken away by rollout cost 0.08 [0.02, 0.13] of probability more than
-  random ones, by the mean 0.20 [0.15, 0.25].
+  early tokens in a causal model: with the last token kept, a fifth of 24 tokens taken
+  away by rollout cost 0.08 [0.02, 0.13] of probability more than random ones, by the
+  mean 0.20 [0.15, 0.25].
 - `gradient`: integrated gradients of the target's log-probability, from the neutral
   token's embedding to each token's own. They add up as Shapley values do.
 
@@ -47,10 +47,6 @@ KERAS_METHODS = ("attention", "gradient")
 # Whose scores depend on the seed.
 SAMPLING_METHODS = ("lime", "shap")
 
-_SAMPLES = 512
-_SAMPLES_PER_TOKEN = 8
-_STEPS = 64
-_FEWEST_STEPS = 8
 _MOST_SAMPLES = 1 << 20
 _BATCH_SIZE = 64
 _END_OF_TEXT = "<|endoftext|>"
@@ -60,37 +56,23 @@ _END_OF_TEXT = "<|endoftext|>"
 class Explanation:
     """What each token of a prompt did for a target.
 
-    Attributes:
-        method: One of `METHODS`.
-        ids: The prompt's `T` token ids.
-        texts: What they stand for; bytes that are no text are written as `\\xe4`.
-        target_id: The token whose probability is explained.
-        target_text: What it stands for.
-        probability: The target's, after the whole prompt.
-        log_probability: The same in nats.
-        scores: `(T,)` float64, in nats; of `attention` shares that add up to 1.
-            Positive pushes the target up.
-        base_value: Of `shap` and `gradient` what the scores start from: the
-            log-probability with all tokens neutral. Base and scores add up to
-            `log_probability`, for `gradient` nearly. None for the others.
-        neutral_id: The token that stands for one that is taken away; None for
-            `attention`.
-        num_samples: Masked prompts that were asked for, or steps of the integral; None
-            for `attention`.
-        seed: What the samples were drawn with.
+    Base value and scores add up to the log-probability; for `gradient` nearly.
     """
 
-    method: str
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
-    target_id: int
+    method: str  # one of `METHODS`
+    ids: tuple[int, ...]  # the prompt's `T` token ids
+    texts: tuple[str, ...]  # what they stand for; bytes that are no text as `\xe4`
+    target_id: int  # the token whose probability is explained
     target_text: str
-    probability: float
-    log_probability: float
+    probability: float  # the target's, after the whole prompt
+    log_probability: float  # the same in nats
+    # (T,) float64, in nats; of `attention` shares that add up to 1. Positive pushes the
+    # target up.
     scores: np.ndarray
+    # Of `shap` and `gradient` the log-probability with all tokens neutral.
     base_value: float | None
-    neutral_id: int | None
-    num_samples: int | None
+    neutral_id: int | None  # stands for one that is taken away; not for `attention`
+    num_samples: int | None  # masked prompts, or steps of the integral
     seed: int
 
     def order(self) -> np.ndarray:
@@ -128,9 +110,6 @@ def explain(
         neutral: The token that stands for one that is taken away, its text or id;
             default: a space. See `neutral_token`.
 
-    Returns:
-        The explanation.
-
     Raises:
         InputError: The prompt, the target or an option cannot be used, or a file was
             to be looked into.
@@ -139,8 +118,6 @@ def explain(
         >>> with open_model("gpt.litertlm") as gpt:
         ...     explanation = explain(gpt, "import os\\nos.", method="shap")
         >>> explanation.texts[explanation.order()[0]]
-
-    Reference: see the module.
     """
     check_method(gpt, method)
     seed = arguments.integer("seed", seed, most=2**32 - 1)
@@ -169,13 +146,12 @@ def explain(
 
 
 class MaskedPrompt:
-    """A prompt of which tokens can be taken away.
+    """A prompt of which tokens can be taken away, for the token `neutral`.
 
     Args:
         gpt: The model.
         ids: The prompt's `T` token ids.
-        neutral: Id of the token that is put in the place of one taken away; None if
-            none will be.
+        neutral: The id; None if none will be taken away.
     """
 
     def __init__(self, gpt, ids: Sequence[int], neutral: int | None):
@@ -240,13 +216,8 @@ def prompt_ids(gpt, prompt) -> list[int]:
             f"Explaining expects one prompt. Received: a list of {len(rows)}. Explain "
             "them one by one."
         )
-    ids = rows[0]
-    if not ids:
-        raise InputError(
-            "The prompt is empty: there is no token to explain by. Give it at least "
-            "one."
-        )
-    sequence.check_rows([ids], gpt.config["vocab_size"])
+    sequence.check_rows(rows, gpt.config["vocab_size"])
+    (ids,) = rows
     if len(ids) > gpt.context_length:
         warnings.warn(
             f"The prompt of {len(ids)} tokens is longer than the context of "
@@ -432,10 +403,9 @@ def _samples(method, num_samples, num_tokens):
             f"num_samples={arguments.shown(num_samples)}. Leave it out."
         )
     if method == "gradient":
-        default, fewest, what = _STEPS, _FEWEST_STEPS, "steps of the integral"
+        default, fewest, what = 64, 8, "steps of the integral"
     else:
-        default = max(_SAMPLES, _SAMPLES_PER_TOKEN * num_tokens)
-        fewest = 2 * num_tokens + 2
+        default, fewest = max(512, 8 * num_tokens), 2 * num_tokens + 2
         what = f"masked prompts for {num_tokens} tokens"
     if num_samples is None:
         return default

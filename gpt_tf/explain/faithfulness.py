@@ -3,8 +3,7 @@
 A faithful explanation names the tokens that the prediction depends on. The deletion
 test takes the highest tokens of each prompt away, all at once, and the target's
 probability must fall further than when as many random ones are. All methods are judged
-by the same removal, a neutral token in the place; `lime`, `shap` and `gradient` use it
-too, `attention` uses none.
+by the same removal, a neutral token in the place.
 
 Reference: Samek et al., "Evaluating the Visualization of What a Deep Neural Network
 has Learned", arXiv:1509.06321, section III; DeYoung et al., "ERASER", arXiv:1911.03429,
@@ -35,15 +34,9 @@ _RANDOM_DRAWS = 16
 def prompts_of(
     tokens: Sequence[int], count: int = 60, num_tokens: int = 32
 ) -> list[list[int]]:
-    """Cut prompts out of held-out text, evenly spaced.
+    """Cut `count` prompts of `num_tokens` ids out of a text's, evenly spaced.
 
-    Args:
-        tokens: Ids of the text.
-        count: Number of prompts.
-        num_tokens: Length of each.
-
-    Returns:
-        `count` lists of `num_tokens` ids, which do not overlap.
+    They do not overlap.
 
     Raises:
         InputError: The text is too short for so many.
@@ -67,11 +60,9 @@ def deletion_test(
     methods: Sequence[str],
     *,
     fraction: float = 0.2,
-    curve: Sequence[float] = (),
     keep_last: bool = False,
     seed: int = 0,
     num_samples: int | None = None,
-    neutral: int | str | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict:
     """Compare taking away the highest tokens with taking away random ones.
@@ -84,13 +75,11 @@ def deletion_test(
         methods: Some of `gpt_tf.explain.attribution.METHODS`.
         fraction: Share of each prompt's tokens that is taken away, above 0 and below
             1; at least one is, and one stays.
-        curve: Further shares to take away, for a picture.
         keep_last: Judge the methods a second time, with the last token always kept:
             the harder test, for without that one hardly any prediction stands, and
             any method that names it passes.
         seed: The same seed gives the same numbers.
         num_samples: For `lime` and `shap`, as of `explain`.
-        neutral: As of `explain`.
         on_step: Called with the prompts that are done, and all.
 
     Returns:
@@ -99,8 +88,8 @@ def deletion_test(
         probability, their `difference`, each an INTERVAL over the prompts, and
         `holds`: whether all of the difference's interval is above 0; `nearest_drop`,
         when the prompt's last tokens are taken, which needs no explanation; with
-        `curve` a list of these three for its shares; with `keep_last` such a dict,
-        `last_kept`; `compression`, empty, for what `compare_explanations` returns.
+        `keep_last` a dict of these three, `last_kept`; `compression`, empty, for what
+        `compare_explanations` returns.
 
     Raises:
         InputError: There are too few prompts, or something cannot be used.
@@ -110,15 +99,11 @@ def deletion_test(
     """
     _check_methods(gpt, methods)
     rows = _rows_of(gpt, prompts, FEWEST_PROMPTS)
-    fractions = [arguments.number("fraction", fraction, above=0, below=1)]
-    fractions += [
-        arguments.number("curve", share, above=0, below=1)
-        for share in arguments.items("curve", curve)
-    ]
+    fraction = arguments.number("fraction", fraction, above=0, below=1)
     keep_last = arguments.switch("keep_last", keep_last)
     seed = arguments.integer("seed", seed, most=2**32 - 1)
-    neutral = neutral_token(gpt, neutral)
-    ways = [(share, False) for share in fractions] + [(fraction, True)] * keep_last
+    neutral = neutral_token(gpt)
+    ways = (False, True) if keep_last else (False,)
     fallen = []
     for index, ids in enumerate(rows):
         scorer = MaskedPrompt(gpt, ids, neutral)
@@ -137,38 +122,37 @@ def deletion_test(
                 neutral=neutral,
             )
             orders.append(explanation.order())
-        fallen.append(_drops(scorer, target, orders, ways))
+        fallen.append([_drops(scorer, target, orders, fraction, way) for way in ways])
         if on_step is not None:
             on_step(index + 1, len(rows))
-    facts = []
     # (prompts, ways, orders) -> (ways, orders, prompts)
-    for (share, _), drops in zip(ways, np.moveaxis(fallen, 0, -1), strict=True):
-        random_drop = drops[:_RANDOM_DRAWS].mean(axis=0)
-        nearest, *of_methods = drops[_RANDOM_DRAWS:]
-        judged = {}
-        for method, drop in zip(methods, of_methods, strict=True):
-            difference = _mean(drop - random_drop, seed)
-            judged[method] = {
-                "drop": _mean(drop, seed),
-                "random_drop": _mean(random_drop, seed),
-                "difference": difference,
-                "holds": difference["low"] > 0,
-            }
-        facts.append(
-            {
-                "fraction": float(share),
-                "nearest_drop": _mean(nearest, seed),
-                "methods": judged,
-            }
-        )
+    facts = [
+        {"fraction": float(fraction), **_judged(drops, methods, seed)}
+        for drops in np.moveaxis(fallen, 0, -1)
+    ]
     return {
         "prompts": len(rows),
         "prompt_tokens": float(np.mean([len(ids) for ids in rows])),
         **facts[0],
-        **({"curve": facts[1 : len(fractions)]} if curve else {}),
         **({"last_kept": facts[-1]} if keep_last else {}),
         "compression": {},
     }
+
+
+def _judged(drops, methods, seed):
+    """Return what drops `(orders, prompts)` say of the methods."""
+    random_drop = drops[:_RANDOM_DRAWS].mean(axis=0)
+    nearest, *of_methods = drops[_RANDOM_DRAWS:]
+    judged = {}
+    for method, drop in zip(methods, of_methods, strict=True):
+        difference = _mean(drop - random_drop, seed)
+        judged[method] = {
+            "drop": _mean(drop, seed),
+            "random_drop": _mean(random_drop, seed),
+            "difference": difference,
+            "holds": difference["low"] > 0,
+        }
+    return {"nearest_drop": _mean(nearest, seed), "methods": judged}
 
 
 def compare_explanations(
@@ -179,7 +163,6 @@ def compare_explanations(
     *,
     seed: int = 0,
     num_samples: int | None = None,
-    neutral: int | str | None = None,
     names: tuple[str, str] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict:
@@ -194,11 +177,8 @@ def compare_explanations(
         gpt_b: The other one, of the same vocabulary.
         prompts: Texts, or lists of ids, of 2 or more tokens.
         method: One of `gpt_tf.explain.attribution.METHODS`.
-        seed: The same seed gives the same numbers.
-        num_samples: As of `explain`.
-        neutral: As of `explain`.
+        seed, num_samples, on_step: As of `deletion_test`.
         names: What `a` and `b` are to be called; default: their modes.
-        on_step: Called with the prompts that are done, and all.
 
     Returns:
         `a` and `b`, names; `prompts`, those whose tokens are ranked by both, which a
@@ -211,9 +191,6 @@ def compare_explanations(
 
     Example:
         >>> compare_explanations(float32, int8, prompts_of(tokens), "shap")
-
-    Reference: Spearman, "The Proof and Measurement of Association between Two
-    Things", 1904.
     """
     seed = arguments.integer("seed", seed, most=2**32 - 2)
     for gpt in (gpt_a, gpt_b):
@@ -225,7 +202,7 @@ def compare_explanations(
             f"{sizes[0]:,} and {sizes[1]:,} tokens."
         )
     rows = _rows_of(gpt_a, prompts, 1)
-    neutral = neutral_token(gpt_a, neutral)
+    neutral = neutral_token(gpt_a)
     found = []
     for index, ids in enumerate(rows):
         options = {"method": method, "num_samples": num_samples, "neutral": neutral}
@@ -253,19 +230,14 @@ def compare_explanations(
 
 
 def _mean(values, seed):
-    """Return the mean of one number a prompt, with its 95 % bootstrap interval."""
+    """Return the mean over prompts, with its 95 % bootstrap interval."""
     values = np.asarray(values, np.float64)[:, np.newaxis]
     count = len(values)
     return block_bootstrap(values, lambda sums: sums[..., 0] / count, seed=seed)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Spearman's rank correlation, NaN where all of a row are equal.
-
-    Example:
-        >>> rank_correlation([1, 2, 3], [10, 20, 15])
-        0.5
-    """
+    """Return Spearman's rank correlation, NaN where all of a row are equal."""
     # Here, since it takes a second.
     from scipy.stats import spearmanr
 
@@ -274,25 +246,17 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(spearmanr(a, b).statistic)
 
 
-def _drops(scorer, target, orders, ways):
-    """Return how far the probability falls, `(ways, orders)`.
-
-    A way is the share of tokens that is taken away, in the order given, and whether
-    the last one stays in any case.
-    """
+def _drops(scorer, target, orders, fraction, keep_last):
+    """Return how far the probability falls without the first tokens of each order."""
     length = len(scorer.ids)
-    kept = np.ones((len(ways), len(orders), length), bool)
-    for way, (fraction, keep_last) in enumerate(ways):
-        count = min(max(1, round(fraction * length)), length - 1)
-        for index, order in enumerate(orders):
-            order = np.asarray(order)
-            if keep_last:
-                order = order[order != length - 1]
-            kept[way, index, order[:count]] = False
-    masks = kept.reshape(-1, length)
-    whole = np.ones((1, length), bool)
-    probabilities = np.exp(scorer.values(np.concatenate([whole, masks]), target))
-    return (probabilities[0] - probabilities[1:]).reshape(kept.shape[:2])
+    count = min(max(1, round(fraction * length)), length - 1)
+    kept = np.ones((1 + len(orders), length), bool)  # first the whole prompt
+    for row, order in zip(kept[1:], orders, strict=True):
+        if keep_last:
+            order = order[order != length - 1]
+        row[order[:count]] = False
+    whole, *others = np.exp(scorer.values(kept, target))
+    return whole - np.array(others)
 
 
 def _rows_of(gpt, prompts, fewest):

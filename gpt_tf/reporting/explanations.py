@@ -9,6 +9,7 @@ the depth of a colour follows the square root of the score. Bars are to scale.
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.color import Color, blend_rgb
@@ -52,10 +53,10 @@ def print_explanation(
     """
     top = arguments.integer("top", top)
     console = console or Console()
-    strengths = _strengths(explanation)
+    tokens, strongest = _tokens(explanation)
     text = Text()
-    for token, depth in zip(explanation.texts, _depths(explanation), strict=True):
-        text.append(_visible(token), _terminal_style(depth))
+    for token in tokens:
+        text.append(token.visible, _terminal_style(token.depth))
     console.print(text)
     target = Text("-> ").append(_quoted(explanation.target_text), Style(bold=True))
     target.append(f"  probability {explanation.probability:.1%}")
@@ -64,9 +65,9 @@ def print_explanation(
         target.append(f", {explanation.base_value:.2f} with all tokens taken away")
     console.print(target)
     legend = Text()
-    if _signed(explanation):
+    if _is_signed(explanation):
         legend.append(" down ", _terminal_style(-1.0)).append(" ")
-    up = " up " if _signed(explanation) else " looked at "
+    up = " up " if _is_signed(explanation) else " looked at "
     legend.append(up, _terminal_style(1.0))
     legend.append(f"  {explanation.method}: {_SAID_OF[explanation.method]}")
     console.print(legend)
@@ -74,15 +75,11 @@ def print_explanation(
     for name, justify in (("position", "right"), ("token", "left"), ("score", "right")):
         table.add_column(name, justify=justify)
     table.add_column("", no_wrap=True, min_width=_BAR_WIDTH)
-    for position in _strongest(explanation)[:top]:
-        strength = strengths[position]
-        bar = "\u2588" * max(1, round(abs(strength) * _BAR_WIDTH))
-        table.add_row(
-            str(position),
-            Text(_quoted(explanation.texts[position])),
-            _written(explanation, position),
-            Text(bar, Style(color=_colour(strength))),
-        )
+    for token in strongest[:top]:
+        bar = "\u2588" * max(1, round(abs(token.strength) * _BAR_WIDTH))
+        colour = Style(color=_colour(token.strength))
+        row = (str(token.position), Text(token.quoted), token.score, Text(bar, colour))
+        table.add_row(*row)
     console.print(table)
 
 
@@ -95,43 +92,16 @@ def explanation_html(explanation: Explanation) -> str:
     # The terminal does without Jinja.
     from gpt_tf.reporting.render import render
 
-    strengths, depths = _strengths(explanation), _depths(explanation)
-    tokens = []
-    for position, text in enumerate(explanation.texts):
-        depth, strength = depths[position], strengths[position]
-        side = "up" if strength > 0 else "down"
-        tokens.append(
-            {
-                "position": position,
-                "visible": _visible(text),
-                "quoted": _quoted(text),
-                "score": _written(explanation, position),
-                "depth": f"{abs(depth):.2f}",
-                "side": "none" if abs(depth) < _FAINTEST else side,
-                "sign": side,
-                "width": f"{abs(strength):.1%}",
-            }
-        )
-    facts = {
-        "probability": f"{explanation.probability:.1%}",
-        "log-probability": f"{explanation.log_probability:.3f} nats",
-    }
-    if explanation.base_value is not None:
-        facts["all tokens taken away"] = f"{explanation.base_value:.3f} nats"
-    if explanation.method == "gradient":
-        facts["steps"] = f"{explanation.num_samples:,}"
-    elif explanation.num_samples is not None:
-        facts["masked prompts"] = f"{explanation.num_samples:,}"
-        facts["seed"] = str(explanation.seed)
+    tokens, strongest = _tokens(explanation)
     return render(
         "explanation.html.j2",
+        found=explanation,
         target=_quoted(explanation.target_text),
         tokens=tokens,
-        strongest=[tokens[position] for position in _strongest(explanation)],
-        is_signed=_signed(explanation),
-        method=explanation.method,
+        strongest=strongest,
+        faintest=_FAINTEST,
+        is_signed=_is_signed(explanation),
         unit=_SAID_OF[explanation.method],
-        facts=facts,
     )
 
 
@@ -147,9 +117,10 @@ def draw_explanation(
         top: Number of bars.
     """
     top = arguments.integer("top", top, 1)
-    cells = _cells(explanation)
+    tokens, strongest = _tokens(explanation)
+    cells = _cells(tokens)
     lines = 1 + max((row for row, *_ in cells), default=0)
-    shown = _strongest(explanation)[:top][::-1]
+    shown = strongest[:top][::-1]
     heights = (0.2 * lines + 0.2, 0.27 * len(shown) + 0.7)
     figure = plots.new_figure(sum(heights) + 0.9, width=8)
     above, below = figure.subplots(2, height_ratios=heights)
@@ -161,42 +132,38 @@ def draw_explanation(
     )
     above.set(xlim=(0, _COLUMNS), ylim=(lines, 0))
     above.axis("off")
+    font = {"family": "monospace", "fontsize": 8}
     for row, column, character, depth in cells:
         if abs(depth) >= _FAINTEST:
-            ends, alpha = [column, column + 1], _opacity(depth)
-            above.fill_between(
-                ends, row + 0.05, row + 0.95, color=_colour(depth), alpha=alpha, lw=0
-            )
-        above.text(
-            *(column + 0.5, row + 0.52, character),
-            **{"family": "monospace", "fontsize": 8, "ha": "center", "va": "center"},
-        )
-    scores = explanation.scores[shown]
+            colour, ends = (_colour(depth), _opacity(depth)), [column, column + 1]
+            above.fill_between(ends, row + 0.05, row + 0.95, color=colour, lw=0)
+        place = column + 0.5, row + 0.52
+        above.text(*place, character, ha="center", va="center", **font)
+    scores = [explanation.scores[token.position] for token in shown]
     below.barh(range(len(shown)), scores, color=list(map(_colour, scores)), height=0.7)
     below.axvline(0, color=plots.GREY, linewidth=0.8)
-    labels = [f"{_quoted(explanation.texts[p])}  {p}" for p in shown]
-    below.set_yticks(range(len(shown)), labels, family="monospace", fontsize=8)
+    labels = [f"{token.quoted}  {token.position}" for token in shown]
+    below.set_yticks(range(len(shown)), labels, **font)
     below.set_xlabel(_SAID_OF[explanation.method], fontsize=8)
     below.tick_params(axis="x", labelsize=8)
     below.spines["left"].set_visible(False)
     plots.save(figure, path)
 
 
-def _cells(explanation):
+def _cells(tokens):
     """Return row, column, character and depth of all that the picture shows.
 
     A line has at most `_COLUMNS` characters; a token is broken only if it has more.
     """
     cells, row, column = [], 0, 0
-    for text, depth in zip(explanation.texts, _depths(explanation), strict=True):
-        text = _visible(text)
-        if column and column + len(text.partition("\n")[0]) > _COLUMNS:
+    for token in tokens:
+        if column and column + len(token.visible.partition("\n")[0]) > _COLUMNS:
             row, column = row + 1, 0
-        for character in text:
+        for character in token.visible:
             if character == "\n" or column == _COLUMNS:
                 row, column = row + 1, 0
             if character != "\n":
-                cells.append((row, column, character, depth))
+                cells.append((row, column, character, token.depth))
                 column += 1
     return cells
 
@@ -246,53 +213,55 @@ def write_explanation(explanation: Explanation, out: str | os.PathLike) -> list[
     return paths
 
 
-def _write_html(explanation, path):
-    path.write_text(explanation_html(explanation), "utf-8")
+_WRITERS = {
+    ".html": lambda found, path: path.write_text(explanation_html(found), "utf-8"),
+    ".png": draw_explanation,
+    ".json": lambda found, path: artifacts.write_json(path, found.as_dict()),
+}
 
 
-def _write_json(explanation, path):
-    artifacts.write_json(path, explanation.as_dict())
+class _Token(NamedTuple):
+    position: int
+    visible: str  # its text, with tabs and line breaks marked
+    quoted: str  # the same on one line, within marks that show its spaces
+    score: str
+    strength: float  # from -1 to 1; the strongest token has one of these
+    depth: float  # of its colour, from -1 to 1
 
 
-_WRITERS = {".html": _write_html, ".png": draw_explanation, ".json": _write_json}
-
-
-def _strengths(explanation):
-    """Return scores from -1 to 1; the strongest is one of these."""
+def _tokens(explanation):
+    """Return the prompt's tokens, in order and by strength."""
     scores = explanation.scores
-    return scores / max(np.abs(scores).max(), np.finfo(np.float64).tiny)
-
-
-def _depths(explanation):
-    """Return how deep the colours are, from -1 to 1."""
-    strengths = _strengths(explanation)
-    return np.sign(strengths) * np.sqrt(np.abs(strengths))
-
-
-def _strongest(explanation):
-    return np.argsort(-np.abs(explanation.scores), kind="stable")
-
-
-def _written(explanation, position):
-    """Return a score with its sign, if any, and digits enough for the strongest."""
-    strongest = float(np.abs(explanation.scores).max()) or 1.0
+    strongest = float(np.abs(scores).max()) or 1.0
+    # Digits enough for the strongest.
     digits = min(max(2 - math.floor(math.log10(strongest)), 3), 9)
-    sign = "+" if _signed(explanation) else ""
-    return f"{explanation.scores[position]:{sign}.{digits}f}"
+    sign = "+" if _is_signed(explanation) else ""
+    tokens = [
+        _Token(
+            position,
+            _visible(text),
+            _quoted(text),
+            f"{score:{sign}.{digits}f}",
+            strength=score / strongest,
+            depth=math.copysign(math.sqrt(abs(score / strongest)), score),
+        )
+        for position, (text, score) in enumerate(
+            zip(explanation.texts, scores.tolist(), strict=True)
+        )
+    ]
+    return tokens, sorted(tokens, key=lambda token: -abs(token.strength))
 
 
-def _signed(explanation):
+def _is_signed(explanation):
     return explanation.method != "attention"
 
 
 def _visible(token):
-    """Mark tabs and line breaks, and leave the latter."""
     lines = token.replace("\t", "\u2192   ").split("\n")
     return "\u23ce\n".join(map(_printable, lines))
 
 
 def _quoted(token):
-    """Put a token on one line, within marks that show its spaces."""
     shown = _printable(token)
     mark = '"' if "'" in shown else "'"
     return f"{mark}{shown}{mark}"

@@ -20,8 +20,14 @@ from gpt_tf.evaluation.report import write_report
 from gpt_tf.formatting import NOT_MEASURED
 from gpt_tf.reporting import plots
 
+_TITLES = {
+    "pareto": "Perplexity against latency of the files",
+    "latency": "Latency of each file; the numbers are in the table below",
+    "accuracy": "Accuracy of each file with intervals, as in the table",
+}
 
-def publish(report: dict, folder: str | os.PathLike) -> list[Path]:
+
+def publish(report: dict, folder: str | os.PathLike) -> None:
     """Write a report for programs and for people into a folder.
 
     Each file is written whole or not at all. A plot of an earlier report for which this
@@ -31,9 +37,6 @@ def publish(report: dict, folder: str | os.PathLike) -> list[Path]:
         report: As `gpt_tf.evaluation.report` states it.
         folder: Where `report.json`, the plots as PNG and `report.html` go.
 
-    Returns:
-        The paths of what was written.
-
     Raises:
         InputError: A number in the report is not finite.
 
@@ -41,38 +44,37 @@ def publish(report: dict, folder: str | os.PathLike) -> list[Path]:
         >>> publish(report, "runs/optimized")
     """
     folder = Path(folder)
-    written = [folder / "report.json"]
-    write_report(written[0], report)
-    figures = _figures(report)
-    for name in plots.PLOTS:
+    write_report(folder / "report.json", report)
+    figures = {name: plots.figure_of(name, report) for name in plots.PLOTS}
+    for name, figure in figures.items():
         path = folder / f"{name}.png"
-        if name in figures:
-            plots.save(figures[name], path)
-            written.append(path)
-        else:
+        if figure is None:
             path.unlink(missing_ok=True)
-    write_page(report, folder / "report.html", figures)
-    return [*written, folder / "report.html"]
+        else:
+            plots.save(figure, path)
+    with artifacts.atomic_file(folder / "report.html", "w") as file:
+        file.write(page_of(report, figures))
 
 
-def write_page(
-    report: dict, path: str | os.PathLike, figures: dict | None = None
-) -> None:
-    """Write report.html, whole or not at all.
+def page_of(report: dict, figures: dict) -> str:
+    """Return report.html.
 
     Args:
         report: As `gpt_tf.evaluation.report` states it.
-        path: The file.
-        figures: The plots by name, as `plots.figure_of` returns them; None draws them.
-
-    Example:
-        >>> write_page(read_report("runs/optimized"), "report.html")
+        figures: The plots by name, as `plots.figure_of` returns them.
     """
-    if figures is None:
-        figures = _figures(report)
-    context = _context(report, figures, Path(path).parent)
-    with artifacts.atomic_file(path, "w") as file:
-        file.write(render("report.html.j2", **context))
+    points, _ = pareto_points(report)
+    return render(
+        "report.html.j2",
+        report=report,
+        plots={
+            name: Markup(plots.svg_of(figure, name, _TITLES[name]))
+            for name, figure in figures.items()
+            if figure is not None
+        },
+        frontier=[point["name"] for point in frontier_of(points)],
+        rule=RULE,
+    )
 
 
 def render(template: str, **context) -> str:
@@ -83,11 +85,6 @@ def render(template: str, **context) -> str:
         context: What it shows; texts are escaped.
     """
     return _environment().get_template(template).render(context)
-
-
-def _figures(report):
-    figures = {name: plots.figure_of(name, report) for name in plots.PLOTS}
-    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 @functools.cache
@@ -107,10 +104,10 @@ def _environment():
         *(formatting.number, formatting.quantity, formatting.percent),
         *(formatting.megabytes, formatting.milliseconds, formatting.duration),
         *(formatting.count, formatting.moment),
-        *(_interval, _spread, _plain, _sentence, _command),
+        *(_interval, _spread, _plain, _facts, _change),
     ):
         environment.filters[function.__name__.lstrip("_")] = _filter(function)
-    environment.filters["anchor"] = lambda text: "-".join(text.lower().split())
+    environment.filters["shell"] = shlex.join
     return environment
 
 
@@ -166,167 +163,26 @@ def _plain(value):
     if isinstance(value, float):
         return formatting.number(value)
     if isinstance(value, dict):
-        parts = (f"{_words(key)} {_plain(part)}" for key, part in value.items())
-        return ", ".join(parts)
+        return ", ".join(f"{name} {_plain(v)}" for name, v in _facts(value).items())
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
     return str(value)
 
 
-def _words(key):
-    return str(key).replace("_", " ")
+def _facts(values):
+    """Facts by their names in words, sizes in megabytes; what is None is left out."""
+    facts = {}
+    for key, value in (values or {}).items():
+        if key == "read_bytes_per_s" and isinstance(value, dict):
+            facts["memory bandwidth"] = formatting.bandwidth(value)
+        elif key.endswith("bytes") and isinstance(value, int | float):
+            name = key.removesuffix("_bytes").replace("_", " ")
+            facts[name] = formatting.megabytes(value)
+        elif value is not None:
+            facts[str(key).replace("_", " ")] = value
+    return facts
 
 
-def _sentence(said):
-    """A sentence, of a text or of a dict that has one."""
-    if not isinstance(said, dict):
-        return str(said or "")
-    return str(said.get("sentence") or said.get("name") or "")
-
-
-def _command(command):
-    if not command:
-        return NOT_MEASURED
-    return shlex.join(command) if isinstance(command, list) else command
-
-
-def _context(report, figures, folder):
-    """Return what report.html.j2 shows."""
-    points, _ = pareto_points(report)
-    titles = {
-        "pareto": f"Perplexity against latency of {len(points)} files",
-        "latency": "Latency of each file; the numbers are in the table below",
-        "sizes": "Size and peak memory of each file, as in the table",
-        "accuracy": "Accuracy of each file with intervals, as in the table",
-    }
-    corpus, machine = (
-        {_words(key): value for key, value in (report[part] or {}).items()}
-        for part in ("corpus", "machine")
-    )
-    rates = machine.pop("read bytes per s", None)
-    for facts, part, name in (
-        (corpus, "bytes", "bytes"),
-        (machine, "memory bytes", "memory"),
-        (machine, "cache bytes", "cache"),
-    ):
-        if isinstance(facts.get(part), int | float):
-            facts[name] = formatting.megabytes(facts.pop(part))
-    if isinstance(rates, dict):
-        machine["memory bandwidth"] = formatting.bandwidth(rates)
-    return {
-        "report": report,
-        "answer": _answer(report, folder),
-        "plots": {
-            name: Markup(plots.svg_of(figure, name, titles[name]))
-            for name, figure in figures.items()
-        },
-        "frontier": [point["name"] for point in frontier_of(points)],
-        "rule": RULE,
-        "corpus": corpus,
-        "machine": machine,
-    }
-
-
-def _answer(report, folder):
-    """Return the first thing that is read: the recommended file, before and after."""
-    entries, said = report["entries"], report["recommendation"]
-    by_name = {entry["name"]: entry for entry in entries}
-    answer = {"eyebrow": "gpt-tf report"}
-    if said:
-        chosen = by_name.get(said.get("choice"))
-        if chosen:
-            answer["eyebrow"] = "Recommended file"
-        if said.get("scenario") not in (None, "custom"):
-            answer["eyebrow"] += f" for a {said['scenario']}"
-        if not chosen:
-            files = formatting.count(len(entries), "file")
-            return answer | {
-                "title": "Nothing fits the budgets",
-                "what": f"Of {files} no one is within all budgets.",
-                "warning": _sentence(said.get("nearest_miss")),
-            }
-        if said.get("basis") not in (None, "measured"):
-            answer["warning"] = f"The choice is {said['basis']}."
-    elif len(entries) == 1:
-        answer["eyebrow"], chosen = "Measured file", entries[0]
-    else:
-        title = f"{formatting.count(len(entries), 'file')} measured"
-        return answer | {"title": title, "bests": _bests(entries)}
-    before = by_name.get(report["reference"])
-    before = None if before is chosen else before
-    path = str(chosen["path"] or chosen["name"])
-    prompt = ((said or {}).get("sample") or {}).get("prompt") or "def"
-    command = ["gpt-tf", "generate", "--model", path, "--prompt", prompt]
-    return answer | {
-        "title": chosen["name"],
-        "entry": chosen,
-        "names": [f"before: {before['name']}", "after"] if before else ["measured"],
-        "compared": _compared(before, chosen),
-        "command": shlex.join(command),
-        # Paths of what lies elsewhere are as they were given.
-        "is_below": not os.path.isabs(path) and (folder / path).exists(),
-    }
-
-
-# What the answer compares: how it is read off an entry and written, and what more and
-# less of it are called.
-_QUANTITIES = (
-    (
-        "Size",
-        lambda entry: entry["size_bytes"],
-        *(formatting.megabytes, "larger", "smaller"),
-    ),
-    (
-        "Tokens per second",
-        lambda entry: (entry["latency"] or {}).get("tokens_per_s"),
-        *(formatting.number, "faster", "slower"),
-    ),
-    (
-        "Perplexity",
-        lambda entry: (entry["accuracy"] or {}).get("perplexity"),
-        _interval,
-    ),
-)
-
-
-def _compared(before, after):
-    """Return size, speed and perplexity of two files, the first of which may be None.
-
-    Each is a dict of `label`, `before` and `after` as they are written, and, where both
-    were measured, `change` and whether it `is_better`.
-    """
-    rows = []
-    for label, value_of, write, *words in _QUANTITIES:
-        values = [entry and value_of(entry) for entry in (before, after)]
-        written = [
-            "not measured" if value is None else write(value) for value in values
-        ]
-        row = {"label": label, "before": written[0], "after": written[1]}
-        if words and all(values):
-            ratio = values[1] / values[0]
-            row["change"] = formatting.times(ratio, *words)
-            row["is_better"] = ratio > 1 if "faster" in words else ratio < 1
-        rows.append(row)
-    increase = before and (after["accuracy"] or {}).get("perplexity_increase")
-    if increase:
-        rows[-1]["change"] = _interval(increase, "%", signed=True)
-        rows[-1]["is_better"] = increase["value"] <= 0
-    return rows
-
-
-def _bests(entries):
-    """Return rows of what is best in each way, where nothing is recommended."""
-
-    def key(row):
-        value, _ = row
-        return value["value"] if isinstance(value, dict) else value
-
-    rows = []
-    for label, value_of, write, *words in _QUANTITIES:
-        measured = [(value_of(entry), entry["name"]) for entry in entries]
-        measured = [row for row in measured if row[0] is not None]
-        if measured:
-            best = max if "faster" in words else min
-            value, name = best(measured, key=key)
-            rows.append([label.lower(), name, write(value)])
-    return rows
+def _change(after, before, more, less):
+    """How many times as much it is, where both were measured."""
+    return formatting.times(after / before, more, less) if before and after else ""

@@ -31,17 +31,6 @@ _MARKS = {
     "better": Text("better", "green"),
     "none": Text("="),
 }
-_LABELS = {
-    "time_to_first_token_ms": "first token, ms",
-    "inter_token_latency_ms": "between tokens, ms",
-    "response_time_ms": "response, ms",
-    "load_ms": "loading, ms",
-    "cold_start_ms": "cold start, ms",
-    "tokens_per_s": "tokens/s",
-    "peak_memory_bytes": "peak memory, bytes",
-    "size_bytes": "size, bytes",
-    "energy_j_per_token": "joules a token",
-}
 # Heading in two lines, part of an entry's accuracy, scale, and whether it is a change.
 _ACCURACY = (
     ("perplexity", "perplexity", 1, False),
@@ -54,7 +43,7 @@ _ACCURACY = (
 )
 
 
-class MeasurementProgress:
+class MeasurementProgress(Progress):
     """Bars of a measurement on standard error, gone once it is done.
 
     Nothing is shown where that is no terminal.
@@ -66,7 +55,7 @@ class MeasurementProgress:
 
     def __init__(self):
         console = Console(stderr=True)
-        self._progress = Progress(
+        super().__init__(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
@@ -76,29 +65,17 @@ class MeasurementProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._tasks = {}
-
-    def __enter__(self):
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception):
-        self._progress.stop()
+        self._bars = {}
 
     def count(self, what: str, done: int, total: int) -> None:
         """Say how far one of several counts is; each has its own bar."""
-        self._update(what, done, total, what)
+        self.turn(done, total, what, bar=what)
 
-    def turn(self, done: int, total: int, what: str) -> None:
+    def turn(self, done: int, total: int, what: str, bar: str = "turn") -> None:
         """Say how many turns are done, and what comes; all turns share a bar."""
-        self._update("turn", done, total, what)
-
-    def _update(self, task, done, total, what):
-        if task not in self._tasks:
-            self._tasks[task] = self._progress.add_task(what)
-        self._progress.update(
-            self._tasks[task], completed=done, total=total, description=what
-        )
+        if bar not in self._bars:
+            self._bars[bar] = self.add_task(what)
+        self.update(self._bars[bar], completed=done, total=total, description=what)
 
 
 def print_accuracy(report: dict, console: Console | None = None) -> None:
@@ -225,10 +202,7 @@ def print_baseline(comparison: dict, console: Console | None = None) -> None:
                 ratio = NOT_MEASURED if row["ratio"] is None else f"{row['ratio']:.3f}"
                 values = (number(row["before"]), number(row["after"]), ratio)
                 mark = _MARKS.get(row["change"], "")
-                metric, *rest = row["metric"].split(" ")
-                label = _LABELS.get(metric.rstrip(","), metric.rstrip(","))
-                label += "," * metric.endswith(",")
-                table.add_row(" ".join([label, *rest]), *values, mark)
+                table.add_row(row["metric"].replace("_", " "), *values, mark)
         console.print(table)
     for line in comparison["notes"]:
         console.print(Text(line))

@@ -8,6 +8,21 @@ from gpt_tf.text.tokenizer import CharacterTokenizer
 LETTERS = "abcdefghijklmnop <>&\n"
 
 
+class Known:
+    """A model of which the answer is known, with what explaining asks for."""
+
+    mode = "made"
+    context_length = 12
+
+    def __init__(self):
+        self.tokenizer = CharacterTokenizer.train([LETTERS])
+        self.config = {"vocab_size": self.tokenizer.vocab_size}
+        self.target = self.tokenizer.encode("p")[0]
+
+    def reset(self):
+        pass
+
+
 def jolted(model):
     generator = np.random.default_rng(8)
     for weight in model.weights:

@@ -12,60 +12,41 @@ from gpt_tf.explain.attribution import (
 )
 from gpt_tf.generation.sequence import GenerationNotice
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
-from tests.explain.conftest import LETTERS, export, jolted
+from tests.explain.conftest import Known, export, jolted
 
 PROMPT = "abcdefgh"
 WEIGHTS = np.array([0.5, -1.0, 3.0, 0.25, 1.5, -0.3, 0.0, 0.9])
 
 
-class Additive:
-    """A model of which the answer is known.
+class Additive(Known):
+    """A token of `PROMPT` in its place adds its weight to the target's answer."""
 
-    A token of `PROMPT` in its place adds its weight to the target's log-probability;
-    the target is "p".
-    """
-
-    mode = "made"
-    context_length = 12
     base = -7.0
 
     def __init__(self, weights=WEIGHTS):
-        self.tokenizer = CharacterTokenizer.train([LETTERS])
-        self.config = {"vocab_size": self.tokenizer.vocab_size}
+        super().__init__()
         self.weights = weights
-        self.target = self.tokenizer.encode("p")[0]
         self.prompt = self.tokenizer.encode(PROMPT)
         self.scored = 0
-
-    def reset(self):
-        pass
-
-    def value(self, same):
-        return self.base + self.weights[: len(same)] @ same
 
     def logits(self, ids):
         self.scored += 1
         same = np.array(ids[: len(self.prompt)]) == self.prompt[: len(ids)]
-        value = self.value(same)
+        value = self.base + self.weights[: len(same)] @ same
         others = np.log(-np.expm1(value)) - np.log(self.config["vocab_size"] - 1)
         logits = np.full((len(ids), self.config["vocab_size"]), others)
         logits[:, self.target] = value
         return logits
 
 
-def order_of(scores):
-    return np.argsort(scores).tolist()
-
-
 # Scores
 
 
-@pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS[::-1]])
-def test_lime_finds_the_order_of_the_weights(weights):
-    explanation = explain(Additive(weights), PROMPT, target="p", method="lime")
-    assert order_of(explanation.scores) == order_of(weights)
-    assert (np.sign(explanation.scores) == np.sign(weights))[weights != 0].all()
-    assert explanation.order()[0] == np.argmax(weights)
+def test_lime_finds_the_order_of_the_weights():
+    explanation = explain(Additive(), PROMPT, target="p", method="lime")
+    assert (np.argsort(explanation.scores) == np.argsort(WEIGHTS)).all()
+    assert (np.sign(explanation.scores) == np.sign(WEIGHTS))[WEIGHTS != 0].all()
+    assert explanation.order()[0] == np.argmax(WEIGHTS)
 
 
 def test_shap_finds_the_weights_themselves():
@@ -75,19 +56,6 @@ def test_shap_finds_the_weights_themselves():
     expected = Additive.base + WEIGHTS.sum()
     assert explanation.log_probability == pytest.approx(expected)
     assert explanation.probability == pytest.approx(np.exp(expected))
-
-
-def test_base_and_shapley_values_add_up_where_tokens_work_together():
-    class Together(Additive):
-        def value(self, same):
-            return super().value(same) + 2.0 * (same[1] and same[4])
-
-    explanation = explain(Together(), PROMPT, target="p", method="shap", num_samples=18)
-    total = explanation.base_value + explanation.scores.sum()
-    assert total == pytest.approx(explanation.log_probability, abs=1e-9)
-    # Each of the two has half of what they do together.
-    expected = WEIGHTS + [0, 1, 0, 0, 1, 0, 0, 0]
-    np.testing.assert_allclose(explanation.scores, expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["lime", "shap"])
@@ -136,12 +104,6 @@ def test_integrated_gradients_add_up_the_better_the_more_steps(keras_subject):
     assert gap(64, other) > 0.1
 
 
-def test_a_token_that_is_neutral_has_no_gradient_to_go(keras_subject):
-    explanation = explain(keras_subject, IDS, method="gradient", neutral=9)
-    assert (explanation.scores[3:5] == 0).all()
-    assert (np.delete(explanation.scores, [3, 4]) != 0).all()
-
-
 def test_attention_is_what_the_last_position_pays_in_all_layers(keras_subject):
     from gpt_tf.distillation.distiller import outputs_of
 
@@ -160,7 +122,7 @@ def test_attention_is_what_the_last_position_pays_in_all_layers(keras_subject):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["attention", "gradient", "shap"])
+@pytest.mark.parametrize("method", ["attention", "gradient"])
 def test_a_quantisation_aware_model_is_explained_nearly_as_its_float_one(
     keras_subject, method
 ):
@@ -201,10 +163,9 @@ def test_masked_prompts_are_scored_as_from_the_beginning(file_subject, kind):
     assert np.ptp(values) > 0.1
 
 
-@pytest.mark.parametrize("method", ["lime", "shap"])
-def test_a_file_is_explained_as_the_model_it_was_made_of(file_subject, method):
+def test_a_file_is_explained_as_the_model_it_was_made_of(file_subject):
     gpt, model = file_subject
-    options = {"method": method, "num_samples": 40}
+    options = {"method": "shap", "num_samples": 40}
     of_file = explain(gpt, PROMPT, **options)
     of_model = explain(KerasGPT(model, gpt.tokenizer), PROMPT, **options)
     assert of_file.target_id == of_model.target_id
@@ -233,15 +194,12 @@ def test_the_target_is_the_top_1_token_unless_named():
         (["ab", "cd"], {}, "list of 2"),
         ([0, 99], {}, "0 to 21"),
         (PROMPT, {"method": "magic"}, "'magic'"),
-        (PROMPT, {"method": "attention"}, "Name the Keras model"),
         (PROMPT, {"method": "gradient"}, "Name the Keras model"),
         (PROMPT, {"target": "pb"}, "begins with 'p'"),
         (PROMPT, {"target": ""}, "of 0 tokens"),
         (PROMPT, {"target": 22}, "from 0 to 21"),
         (PROMPT, {"num_samples": 17}, "at least 18"),
         (PROMPT, {"neutral": "ab"}, "neutral"),
-        (PROMPT, {"neutral": 99}, "neutral"),
-        (PROMPT, {"seed": 1 << 32, "method": "shap"}, "seed"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(prompt, options, message):
@@ -260,12 +218,6 @@ def test_of_a_prompt_longer_than_the_context_the_end_is_explained():
     with pytest.warns(GenerationNotice, match="14 tokens.*context of 12"):
         explanation = explain(Additive(), "ab" + "cdefghijklmn", method="shap")
     assert "".join(explanation.texts) == "cdefghijklmn"
-
-
-@pytest.mark.parametrize("method", ["lime", "shap"])
-def test_a_prompt_of_one_token_is_explained(method):
-    explanation = explain(Additive(), "a", target="p", method=method)
-    assert explanation.scores.shape == (1,) and explanation.scores[0] > 0
 
 
 def test_a_removed_token_becomes_a_space_unless_named():

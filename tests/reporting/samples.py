@@ -6,19 +6,21 @@ from gpt_tf.advisor.ranking import recommend
 from gpt_tf.evaluation.report import new_entry, new_report
 
 LONG_NAME = "student-of-four-layers-distilled-int8-{:02d}"  # 40 characters
+MACHINE = {
+    "cpu": "Some Processor avx2",
+    "cores": 2,
+    "physical_cores": 2,
+    "memory_bytes": 8_300_000_000,
+    "os": "Linux",
+    "python": "3.11",
+    "read_bytes_per_s": {"1": 18.7e9, "2": 31.9e9},
+}
+_SPREAD = {"median": 1, "p95": 1.2, "p99": 1.3, "worst": 2.5, "q1": 0.95, "q3": 1.05}
 
 
 def spread(median):
     """Measurements around a median."""
-    return {
-        "median": median,
-        "p95": 1.2 * median,
-        "p99": 1.3 * median,
-        "worst": 2.5 * median,
-        "q1": 0.95 * median,
-        "q3": 1.05 * median,
-        "count": 640,
-    }
+    return {part: times * median for part, times in _SPREAD.items()} | {"count": 640}
 
 
 def interval(value, width=0.01):
@@ -27,14 +29,15 @@ def interval(value, width=0.01):
 
 def latency_of(median, with_details=True):
     """The latency of a file whose tokens come every so many milliseconds."""
+    first, between = "time_to_first_token_ms", "inter_token_latency_ms"
     latency = {
         "engine": "gpt_tf",
         "threads": 2,
         "prompt_tokens": 64,
         "new_tokens": 32,
         "repetitions": 20,
-        "time_to_first_token_ms": spread(7 * median),
-        "inter_token_latency_ms": spread(median),
+        first: spread(7 * median),
+        between: spread(median),
         "response_time_ms": spread(39 * median),
         "tokens_per_s": 1000 / median,
         "load_ms": spread(31.7),
@@ -48,23 +51,14 @@ def latency_of(median, with_details=True):
     }
     if with_details:
         latency["by_context"] = [
-            {
-                "context": context,
-                "time_to_first_token_ms": spread(median * context / 8),
-                "inter_token_latency_ms": spread(median * (1 + context / 999)),
-            }
-            for context in (16, 64, 112)
+            {"context": n, first: spread(n * median), between: spread((1 + n) * median)}
+            for n in (16, 64)
         ]
         latency["by_threads"] = [
-            {
-                "threads": threads,
-                "inter_token_latency_ms": spread(median * 1.9 / threads),
-            }
-            for threads in (1, 2)
+            {"threads": n, between: spread(1.9 * median / n)} for n in (1, 2)
         ]
         latency["throughput"] = [
-            {"requests": requests, "tokens_per_s": 1000 / median * requests**0.3}
-            for requests in (1, 4)
+            {"requests": n, "tokens_per_s": 1000 / median * n**0.3} for n in (1, 4)
         ]
     return latency
 
@@ -123,49 +117,21 @@ def report_of(count, seed=0, name=LONG_NAME, **parts):
     return new_report(entries, **{"reference": name.format(0), **parts})
 
 
-MACHINE = {
-    "cpu": "Some Processor avx2",
-    "cores": 2,
-    "physical_cores": 2,
-    "memory_bytes": 8_300_000_000,
-    "os": "Linux",
-    "python": "3.11",
-    "read_bytes_per_s": {"1": 18.7e9, "2": 31.9e9},
-}
-CONFIG = {
-    "vocab_size": 512,
-    "embedding_dim": 64,
-    "num_layers": 2,
-    "num_heads": 2,
-    "context_length": 128,
-}
-ESTIMATE = {
-    "basis": "estimated",
-    "size_bytes": 1_600_000,
-    "latency_ms": 1.4,
-    "first_token_ms": 9.0,
-    "tokens_per_s": 700.0,
-    "memory_bytes": 80_000_000,
-}
+def _judged(drop, random_drop):
+    return {
+        "drop": interval(drop, 0.03),
+        "random_drop": interval(random_drop, 0.02),
+        "difference": interval(drop - random_drop, 0.03),
+        "holds": drop - random_drop > 0.03,
+    }
+
+
 EXPLANATIONS = {
     "prompts": 60,
     "prompt_tokens": 32.0,
     "fraction": 0.2,
     "nearest_drop": interval(0.2468, 0.03),
-    "methods": {
-        "lime": {
-            "drop": interval(0.3127, 0.03),
-            "random_drop": interval(0.1131, 0.02),
-            "difference": interval(0.1996, 0.03),
-            "holds": True,
-        },
-        "attention": {
-            "drop": interval(0.1212, 0.03),
-            "random_drop": interval(0.1131, 0.02),
-            "difference": interval(0.0081, 0.03),
-            "holds": False,
-        },
-    },
+    "methods": {"lime": _judged(0.3127, 0.1131), "attention": _judged(0.1212, 0.1131)},
     "compression": {
         "lime": {
             "a": "float32",
@@ -188,14 +154,11 @@ def full_report():
         entry_of("student-fat", 3.3, accuracy_of(5.12, reference), latency_of(1.4)),
     ]
     for entry in entries:
-        entry["estimate"] = dict(ESTIMATE)
         entry["made_from"] = "the teacher, distilled"
-        entry["accuracy"]["parsed"] = {
-            "share": interval(0.4131, 0.05),
-            "of_true_text": 0.6217,
-            "count": 73,
-        }
+        parsed = {"share": interval(0.4131, 0.05), "of_true_text": 0.6217, "count": 73}
+        entry["accuracy"]["parsed"] = parsed
         entry["latency"]["energy_j_per_token"] = 0.0372
+    train = "gpt-tf train --steps 9"
     report = new_report(
         entries,
         command="gpt-tf optimize --max-latency-ms 3",
@@ -209,12 +172,7 @@ def full_report():
         reference="teacher-float32",
         explanations=EXPLANATIONS,
         stages=[
-            {
-                "name": "teacher",
-                "command": "gpt-tf train --steps 9",
-                "seconds": 251.3,
-                "reused": False,
-            },
+            {"name": "teacher", "command": train, "seconds": 251.3, "reused": False},
             {"name": "accuracy", "command": None, "seconds": 8.25, "reused": True},
         ],
         notes=["Energy was not to be had."],
@@ -230,7 +188,6 @@ def full_report():
 
 def reports():
     """Reports of every kind by name."""
-    full = full_report()
     nothing = full_report()
     nothing["budgets"]["max_size_mb"] = 0.5
     nothing["recommendation"] = recommend(nothing)
@@ -239,17 +196,15 @@ def reports():
     kept = latency["entries"][0]["latency"]
     for part in ("load_ms", "cold_start_ms", "peak_memory_bytes", "bandwidth_share"):
         kept[part] = None
+    perplexities = {"a": 5.0, "b": 6.0}
     accuracy = new_report(
-        [
-            entry_of("a", accuracy=accuracy_of(5.0)),
-            entry_of("b", accuracy=accuracy_of(6)),
-        ]
+        [entry_of(name, accuracy=accuracy_of(p)) for name, p in perplexities.items()]
     )
     bare = new_report([entry_of("bare")], versions=None)
     for part in ("size_bytes", "parameters", "config", "sha256", "context_length"):
         bare["entries"][0][part] = None
     return {
-        "full": full,
+        "full": full_report(),
         "nothing": nothing,
         "latency": latency,
         "accuracy": accuracy,

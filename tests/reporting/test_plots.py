@@ -2,6 +2,7 @@
 
 import itertools
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -20,37 +21,32 @@ def labels_of(figure):
     """The labels of the Pareto plot, and their boxes."""
     texts = [text for text in figure.axes[0].texts if text.get_text()]
     renderer = figure.canvas.get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in texts]
-    return texts, boxes
+    return texts, [text.get_window_extent(renderer) for text in texts]
 
 
 def words_of(figure):
-    legends = [text.get_text() for key in figure.legends for text in key.get_texts()]
-    return legends + [text.get_text() for axes in figure.axes for text in axes.texts]
+    words = [text.get_text() for key in figure.legends for text in key.get_texts()]
+    for axes in figure.axes:
+        words += [text.get_text() for text in axes.texts]
+    return words
 
 
 def test_what_was_measured_decides_what_is_drawn(tmp_path):
-    def drawn(**parts):
-        report = new_report([entry_of("one", **parts)])
+    def drawn(report):
         path = tmp_path / "folder" / "plot.png"
         return {name for name in plots.PLOTS if plots.draw(name, report, path)}
 
-    assert drawn() == {"sizes"}
+    latency, accuracy = latency_of(2.0, False), accuracy_of(5.0)
+    assert drawn(new_report([])) == drawn(new_report([entry_of("one")])) == set()
+    assert not (tmp_path / "folder").exists()
+    assert drawn(new_report([entry_of("one", latency=latency)])) == {"latency"}
     assert (tmp_path / "folder" / "plot.png").read_bytes()[:4] == b"\x89PNG"
-    assert drawn(latency=latency_of(2.0, False)) == {"sizes", "latency"}
-    assert drawn(accuracy=accuracy_of(5.0)) == {"sizes", "accuracy"}
-    both = drawn(accuracy=accuracy_of(5.0), latency=latency_of(2.0, False))
-    assert both == set(plots.PLOTS)
-    assert not any(
-        plots.draw(name, new_report([]), tmp_path / "none.png") for name in plots.PLOTS
-    )
-    assert not (tmp_path / "none.png").exists()
+    assert drawn(new_report([entry_of("one", accuracy=accuracy)])) == {"accuracy"}
+    both = entry_of("one", accuracy=accuracy, latency=latency)
+    assert drawn(new_report([both])) == set(plots.PLOTS)
 
 
-@pytest.mark.parametrize(
-    ("count", "name"),
-    [(1, LONG_NAME), (6, LONG_NAME), (9, "int8-{}"), (10, "{}-student"), (20, "{}")],
-)
+@pytest.mark.parametrize(("count", "name"), [(9, "int8-{}"), (20, LONG_NAME)])
 def test_labels_neither_overlap_nor_leave_the_plot(count, name):
     figure = plots.figure_of("pareto", report_of(count, 1, name))
     _, boxes = labels_of(figure)
@@ -63,14 +59,14 @@ def test_labels_neither_overlap_nor_leave_the_plot(count, name):
         assert frame.y0 - 1 <= box.y0 < box.y1 <= frame.y1 + 1
 
 
-def test_many_files_or_long_names_are_numbered_and_named_below():
-    report = report_of(11, name="int8-{}")
-    for entries in (report["entries"], report_of(2)["entries"]):
-        figure = plots.figure_of("pareto", new_report(entries))
-        texts = [text.get_text() for text in labels_of(figure)[0]]
-        assert texts == [str(number + 1) for number in range(len(entries))]
-        for number, entry in enumerate(entries, 1):
-            assert f"{number}  {entry['name']}" in words_of(figure)
+@pytest.mark.parametrize("report", [report_of(11, name="int8-{}"), report_of(2)])
+def test_many_files_or_long_names_are_numbered_and_named_below(report):
+    figure = plots.figure_of("pareto", new_report(report["entries"]))
+    texts = [text.get_text() for text in labels_of(figure)[0]]
+    numbers = [str(number) for number in range(1, 1 + len(report["entries"]))]
+    assert texts == numbers
+    for number, entry in zip(numbers, report["entries"], strict=True):
+        assert f"{number}  {entry['name']}" in words_of(figure)
 
 
 def test_the_recommended_file_and_budgets_are_marked():
@@ -94,16 +90,6 @@ def test_the_recommended_file_and_budgets_are_marked():
     assert any("budget 500 ms" in word for word in words_of(figure))
 
 
-def test_the_area_of_a_point_is_proportional_to_the_files_size():
-    entries = [
-        entry_of(f"of-{size}", size, accuracy_of(5.0 + size), latency_of(2.0))
-        for size in (2, 8)
-    ]
-    figure = plots.figure_of("pareto", new_report(entries))
-    areas = [float(disc.get_sizes()[0]) for disc in figure.axes[0].collections]
-    assert max(areas) == pytest.approx(4 * min(areas))
-
-
 def test_names_are_drawn_as_they_are(tmp_path):
     names = ["$x^2$ {", "_hidden", "模型-int8", "a\nb\tc", "<b>"]
     report = new_report(
@@ -117,15 +103,11 @@ def test_names_are_drawn_as_they_are(tmp_path):
     figure = plots.figure_of("pareto", report)
     texts = [text.get_text() for text in labels_of(figure)[0]]
     assert texts == [*names[:3], "a b c", names[4]]
-    words = " ".join(words_of(plots.figure_of("latency", report)))
-    assert "_hidden" in words and "$x^2$ {" in words
     svg = plots.svg_of(figure, "pareto", 'a "title" <b>')
     assert "&lt;b&gt;" in svg and "<b>" not in svg and "xmlns" not in svg
 
 
 def test_neither_a_users_style_nor_the_plots_randomness_gets_through(tmp_path):
-    import matplotlib
-
     report, paths = report_of(2, name="{}"), [tmp_path / "one", tmp_path / "other"]
     np.random.seed(3)
     state = np.random.get_state()[1].copy()

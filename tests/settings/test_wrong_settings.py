@@ -677,7 +677,6 @@ TARGETS = {
         deleted,
         {
             "fraction": real(above=0, below=1),
-            "curve": many(real(above=0, below=1)),
             "keep_last": switch,
             "seed": seed32,
         },
