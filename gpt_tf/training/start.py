@@ -132,12 +132,7 @@ def run_with_text(config, tokenizer):
 def in_tokens_of(tokenizer, config, folder, text=None, token_file=None):
     """Return the training text in a tokenizer's tokens.
 
-    Args:
-        tokenizer: A tokenizer.
-        config: The `TrainingConfig` of the text.
-        folder: Where to write them, if neither `token_file` nor a run has them.
-        text: The text, if it is open.
-        token_file: The training text in some tokens.
+    They are those of `token_file` or of an earlier run, or are written to the folder.
     """
     fingerprint = tokenizer.fingerprint()
     if token_file and token_file.manifest["tokenizer_fingerprint"] == fingerprint:
@@ -157,11 +152,7 @@ def written_tokens(config):
 
 
 def add_written_text(config, start, text, tokenizer, folder):
-    """Write `train.tokens` in a folder anew, with a teacher's text after the real one.
-
-    Returns:
-        The `TokenFile`.
-    """
+    """Write the tokens to train on anew, with a teacher's text after the real one."""
     count = written_tokens(config)
     path = folder / "data" / "train.tokens"
     teacher, reads = start.writer or (start.teacher, start.teacher_tokenizer)

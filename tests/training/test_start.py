@@ -57,14 +57,11 @@ def test_the_student_is_a_gpt_by_itself(trained, student):
     manifest = artifacts.check_manifest(student.out / "model", "model")
     teacher_file = trained.out / "model" / "model.keras"
     assert manifest["made_from"]["teacher"] == artifacts.sha256_of(teacher_file)
-
-
-def test_the_history_tells_the_students_own_loss_and_its_nearness(student):
+    # The history tells the student's own loss, and how near it is.
     validation = student.history["validations"][-1]
     assert validation["loss"] == student.validation_loss
     assert 0 <= validation["teacher_agreement"] <= 1
     assert validation["kl_divergence"] > 0
-    assert student.validation_perplexity == pytest.approx(np.exp(validation["loss"]))
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_student(
@@ -146,16 +143,6 @@ def test_any_two_tokenizers_go_together_with_sorted_probabilities(
     result = distil(trained, tmp_path / "student", wanted, **options)
     assert KnowledgeStore.open(result.out / "knowledge").mapping == "sorted"
     assert result.history["steps"][-1]["distillation_loss"] > 0
-
-
-@pytest.mark.slow
-def test_a_student_may_learn_from_augmented_text(
-    trained, student, have_same_weights, tmp_path
-):
-    fields = {"bpe_dropout": 0.2, "token_replacement": 0.2, "mix_documents": 0.5}
-    result = distil(trained, tmp_path / "noisy", augmentation=fields)
-    assert not have_same_weights(result, student)
-    assert np.isfinite(result.validation_loss)
 
 
 def test_a_student_may_be_made_ready_for_integers_at_once(trained, tmp_path):
