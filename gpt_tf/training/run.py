@@ -100,9 +100,8 @@ class Run:
             config.distillation
         )
         self.own_loss = "loss" if self.distillation is None else "student_loss"
-        self.windows = {
-            split: self._windows(split) for split in ("train", "validation")
-        }
+        splits = ("train", "validation")
+        self.windows = {split: self._open_windows(split) for split in splits}
         self.knowledge = self._open_knowledge()
         if self.knowledge is not None:
             self.windows["train"] = self.knowledge.windows(

@@ -135,7 +135,7 @@ def in_tokens_of(tokenizer, config, folder, text=None, token_file=None):
     They are those of `token_file` or of an earlier run, or are written to the folder.
     """
     fingerprint = tokenizer.fingerprint()
-    if token_file and token_file.manifest["tokenizer_fingerprint"] == fingerprint:
+    if token_file and token_file.manifest.get("tokenizer_fingerprint") == fingerprint:
         return token_file
     source = run_with_text(config, tokenizer)
     if source is not None:
