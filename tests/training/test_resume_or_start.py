@@ -222,7 +222,7 @@ def test_training_that_stopped_early_does_not_go_on(
     start, config, have_same_weights, tmp_path
 ):
     early = dataclasses.replace(
-        config, steps=30, patience=1, learning_rate=1e-9, checkpoint_every=3
+        config, steps=30, patience=1, learning_rate=1e-12, checkpoint_every=3
     )
     result, steps, _ = start(early, tmp_path / "early")
     assert steps < 30
