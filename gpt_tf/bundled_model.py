@@ -8,15 +8,9 @@ NAME = "python-student.litertlm"
 
 
 def shipped_model() -> Path:
-    """Return the file of the model that comes with gpt_tf.
+    """Return the file of the model that comes with gpt_tf, in the package or the clone.
 
     It writes what looks like Python; `saved_models/README.md` says how it was made.
-
-    Returns:
-        Its path, within the installed package or in the clone that it is used from.
-
-    Raises:
-        InputError: It is not there.
 
     Example:
         >>> gpt = gpt_tf.EdgeGPT(shipped_model())

@@ -11,12 +11,9 @@ _MINUS = "\N{MINUS SIGN}"
 
 
 def number(value: float | None, signed: bool = False, digits: int = 3) -> str:
-    """Return some significant digits, without an exponent where it can be avoided.
+    """Return `digits` significant digits, without an exponent where it can be avoided.
 
-    Args:
-        value: Any finite number, or None.
-        signed: Whether a plus is written too.
-        digits: How many; those before the decimal point are always written.
+    Digits before the decimal point are always written; `signed` writes a plus too.
 
     Example:
         >>> number(0.071234)
@@ -59,11 +56,6 @@ def percent(share: float | None, signed: bool = False) -> str:
 def interval(found: dict, scale: float = 1.0, signed: bool = False) -> tuple:
     """Return value, low and high, with as many digits as their width is worth.
 
-    Args:
-        found: An INTERVAL of `gpt_tf.evaluation.report`.
-        scale: What they are multiplied by, 100 for percent.
-        signed: Whether a plus is written too.
-
     Example:
         >>> interval({"value": 5.8312, "low": 5.7712, "high": 5.8912})
         ('5.83', '5.77', '5.89')
@@ -84,12 +76,7 @@ def megabytes(size_bytes: float | None) -> str:
 
 
 def bandwidth(rates: dict[str, float | None]) -> str:
-    """Return how fast memory is read by numbers of threads, in bytes per second.
-
-    Example:
-        >>> bandwidth({"1": 18.7e9})
-        '18.7 GB/s to 1 thread'
-    """
+    """Return how fast memory is read, from bytes per second by numbers of threads."""
     return ", ".join(
         f"{quantity(rate / 1e9, 'GB/s')} to {count(int(threads), 'thread')}"
         for threads, rate in rates.items()
@@ -105,12 +92,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds, as minutes and hours where these are many.
-
-    Example:
-        >>> duration(251.3)
-        '4 min 11 s'
-    """
+    """Return seconds, as minutes and hours where these are many."""
     if seconds is None or seconds < 60:
         return quantity(seconds, "s")
     minutes, rest = divmod(round(seconds), 60)
@@ -120,25 +102,14 @@ def duration(seconds: float | None) -> str:
 
 
 def count(value: int | None, one: str) -> str:
-    """Return how many there are of something.
-
-    Example:
-        >>> count(2, "token")
-        '2 tokens'
-    """
+    """Return how many there are of something, "2 tokens" for example."""
     if value is None:
         return NOT_MEASURED
     return f"{value:,} {one if value == 1 else one + 's'}"
 
 
 def times(ratio: float, more: str, less: str) -> str:
-    """Return how many times as much something is: the ratio, or its inverse.
-
-    Args:
-        ratio: A number above 0.
-        more: What it is called where the ratio is above 1, "faster" for example.
-        less: What it is called below.
-    """
+    """Return how many times as much something is, as `more`, or as `less` below 1."""
     if 1 / 1.05 < ratio < 1.05:
         return "within 5 %"
     factor, word = (ratio, more) if ratio > 1 else (1 / ratio, less)

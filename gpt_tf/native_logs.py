@@ -27,9 +27,7 @@ def quiet():
 def held_back(passes: Callable[[bytes, bool], bool]) -> Iterator[None]:
     """Hold back what native code writes to standard error while the block runs.
 
-    Args:
-        passes: Called with each line and whether the block failed; says which lines
-            follow at the end.
+    `passes` says of each line, and of whether the block failed, if it follows then.
     """
     with _lock, contextlib.ExitStack() as stack:
         with contextlib.suppress(AttributeError, OSError, ValueError):

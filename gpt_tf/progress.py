@@ -32,11 +32,7 @@ def current_console() -> Console:
 
 
 class StepProgress:
-    """A progress bar for work in steps whose number is known once it begins.
-
-    Args:
-        unit: What the steps are called.
-        console: Where to write; standard output unless given.
+    """A progress bar for work in steps, called `unit`, begun by the first `update`.
 
     Example:
         >>> with StepProgress("windows") as progress:
@@ -65,13 +61,7 @@ class StepProgress:
         self.close()
 
     def update(self, done, total, **shown):
-        """Say how far the work is.
-
-        Args:
-            done: Number of steps that are done.
-            total: Number of all.
-            **shown: `description` in place of the unit; `note`, a text after the count.
-        """
+        """Say how many steps are done; `note` is shown after the count."""
         if self.task is None:
             self.task = self.progress.add_task(self.unit, total=total, note="")
             self.progress.start()
@@ -86,44 +76,34 @@ class StepProgress:
 
 
 def print_result(result, console=None):
-    """Print a table of what a training run reached.
-
-    Args:
-        result: A `gpt_tf.training.run.TrainingResult`.
-        console: Where to write; standard output unless given.
-    """
-    table = Table(title="Trained", show_header=False)
-    table.add_row("parameters", f"{result.model.count_params():,}")
-    table.add_row("vocabulary", f"{result.tokenizer.vocab_size:,} tokens")
+    """Print what a training run reached, a `gpt_tf.training.run.TrainingResult`."""
+    rows = {
+        "parameters": f"{result.model.count_params():,}",
+        "vocabulary": f"{result.tokenizer.vocab_size:,} tokens",
+    }
     if result.validation_loss is not None:
-        table.add_row("validation loss", f"{result.validation_loss:.4f} nats a token")
-        table.add_row("validation perplexity", f"{result.validation_perplexity:.2f}")
-    # A path may hold brackets; none of it is rich's markup.
-    table.add_row("model", Text(str(result.out / "model")))
-    table.add_row("loss curve", Text(str(result.out / "loss.png")))
-    (console or Console()).print(table)
+        rows["validation loss"] = f"{result.validation_loss:.4f} nats a token"
+        rows["validation perplexity"] = f"{result.validation_perplexity:.2f}"
+    rows["model"] = result.out / "model"
+    rows["loss curve"] = result.out / "loss.png"
+    _print_table("Trained", rows, console)
 
 
 def print_knowledge(store, console=None):
-    """Print a table of what a store of knowledge holds.
-
-    Args:
-        store: A `gpt_tf.distillation.teacher_cache.KnowledgeStore`.
-        console: Where to write; standard output unless given.
-    """
-    manifest = store.manifest
-    table = Table(title="Knowledge extracted", show_header=False)
-    table.add_row("store", Text(str(store.path)))
-    table.add_row("tokens", f"{manifest['count']:,}, {store.passes} times")
-    table.add_row("of each", f"the {store.top_k} most likely next tokens, and the rest")
-    table.add_row("size", f"{store.size_bytes / 1e6:,.1f} MB")
-    table.add_row("a token", f"{store.bytes_per_token} bytes")
-    table.add_row("vocabularies", manifest["mapping"])
-    (console or Console()).print(table)
+    """Print what a `KnowledgeStore` holds."""
+    rows = {
+        "store": store.path,
+        "tokens": f"{store.manifest['count']:,}, {store.passes} times",
+        "of each": f"the {store.top_k} most likely next tokens, and the rest",
+        "size": f"{store.size_bytes / 1e6:,.1f} MB",
+        "a token": f"{store.bytes_per_token} bytes",
+        "vocabularies": store.mapping,
+    }
+    _print_table("Knowledge extracted", rows, console)
 
 
 def print_export(manifest, path, console=None):
-    """Print a table of what an exported file is and how it was found to compute.
+    """Print what an exported file is and how it was found to compute.
 
     Args:
         manifest: As `export_tflite` returns it.
@@ -131,17 +111,23 @@ def print_export(manifest, path, console=None):
         console: Where to write; standard output unless given.
     """
     measured = manifest["verification"]
-    table = Table(title="Exported and verified", show_header=False)
-    table.add_row("file", Text(str(path)))
-    table.add_row("mode", manifest["mode"])
-    table.add_row("size", f"{manifest['size_bytes'] / 1e6:,.2f} MB")
-    table.add_row("context", f"{manifest['capacity']:,} tokens")
-    table.add_row("signatures", ", ".join(measured["signatures"]))
-    table.add_row(
-        "against Keras",
-        f"divergence {measured['divergence_nats']:.2g} nats, same top-1 token "
-        f"in {measured['top1_agreement']:.1%} of {measured['positions']} places",
-    )
+    rows = {
+        "file": path,
+        "mode": manifest["mode"],
+        "size": f"{manifest['size_bytes'] / 1e6:,.2f} MB",
+        "context": f"{manifest['capacity']:,} tokens",
+        "signatures": ", ".join(measured["signatures"]),
+        "against Keras": f"divergence {measured['divergence_nats']:.2g} nats, same "
+        f"top-1 token in {measured['top1_agreement']:.1%} of "
+        f"{measured['positions']} places",
+    }
+    _print_table("Exported and verified", rows, console)
+
+
+def _print_table(title, rows, console):
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, Text(str(value)))  # its brackets are none of rich's markup
     (console or Console()).print(table)
 
 
@@ -152,43 +138,22 @@ def draw_history(history, path):
         history: As in a run's `history.json`.
         path: PNG to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    steps, validations = history["steps"], history["validations"]
-    axes.plot(
-        [row["step"] for row in steps],
-        [row["loss"] for row in steps],
-        color="#8fa8c8",
-        label="training (mean of 10 steps)",
+    axes = figure.add_subplot(
+        title="Training", xlabel="step", ylabel="loss, nats per token"
     )
-    axes.plot(
-        [row["step"] for row in validations],
-        [row["loss"] for row in validations],
-        color="#c2410c",
-        marker="o",
-        markersize=4,
-        label="validation",
-    )
-    if validations:
-        last = validations[-1]
-        axes.annotate(
-            f"{last['loss']:.3f} (perplexity {last['perplexity']:.1f})",
-            (last["step"], last["loss"]),
-            textcoords="offset points",
-            xytext=(-6, 12),
-            ha="right",
-            color="#c2410c",
+    for part, style, color, label in (
+        ("steps", "-", "#8fa8c8", "training (mean of 10 steps)"),
+        ("validations", "o-", "#c2410c", "validation"),
+    ):
+        rows = history[part]
+        losses = [row["loss"] for row in rows]
+        axes.plot(
+            [row["step"] for row in rows], losses, style, color=color, label=label
         )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    axes.set_title("Training")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     with artifacts.atomic_file(Path(path)) as file:
         figure.savefig(file, format="png", dpi=110)

@@ -18,24 +18,18 @@ from gpt_tf.training.run import TrainingResult
 
 @pytest.fixture
 def console():
-    return Console(file=io.StringIO(), width=100)
+    return Console(file=io.StringIO(), width=300)
 
 
 def text_of(console):
     return console.file.getvalue()
 
 
-def test_steps_are_shown_once_their_number_is_known(console):
-    with StepProgress("windows", console) as progress:
-        progress.update(3, 10)
-    assert "windows" in text_of(console)
-    assert "3/10" in text_of(console)
-
-
 def test_a_notice_goes_to_the_console_whose_bar_is_drawn(console, capsys):
     with StepProgress("windows", console) as progress:
         progress.update(3, 10)
         notice("[5] tokens")
+    assert "windows" in text_of(console) and "3/10" in text_of(console)
     assert "[5] tokens" in text_of(console)
     notice("[6] tokens")
     assert "[6]" not in text_of(console) and "[6] tokens" in capsys.readouterr().out
@@ -44,26 +38,25 @@ def test_a_notice_goes_to_the_console_whose_bar_is_drawn(console, capsys):
 def test_a_store_of_knowledge_is_a_table(console, tmp_path):
     store = SimpleNamespace(
         path=tmp_path / "knowledge",
-        manifest={"count": 1234, "mapping": "derived"},
+        manifest={"count": 1234},
+        mapping="derived",
         passes=2,
         top_k=32,
         size_bytes=5_000_000,
         bytes_per_token=97,
     )
     print_knowledge(store, console)
-    for part in (
-        "1,234, 2 times",
-        "the 32 most likely",
-        "5.0 MB",
-        "97 bytes",
-        "derived",
-    ):
+    for part in ("1,234, 2 times", "the 32 most", "5.0 MB", "97 bytes", "derived"):
         assert part in text_of(console)
 
 
-def test_the_result_is_a_table(trained, console):
+def test_the_result_is_a_table(trained, console, tmp_path):
+    out = tmp_path / "a [bold]name[/x]"
+    result = TrainingResult(trained.model, trained.tokenizer, {}, out, None)
+    print_result(result, console)
+    assert "validation" not in text_of(console)
+    assert str(out / "model") in text_of(console)
     print_result(trained, console)
-    text = text_of(console)
     for part in (
         f"{trained.model.count_params():,}",
         "300 tokens",
@@ -71,23 +64,16 @@ def test_the_result_is_a_table(trained, console):
         f"{trained.validation_perplexity:.2f}",
         "loss.png",
     ):
-        assert part in text, part
+        assert part in text_of(console), part
 
 
-def test_a_result_without_validation_says_nothing_of_it(trained, console, tmp_path):
-    out = tmp_path / "a [bold]name[/x]"
-    result = TrainingResult(trained.model, trained.tokenizer, {}, out, None)
-    print_result(result, Console(file=console.file, width=300))
-    assert "validation" not in text_of(console)
-    assert str(out / "model") in text_of(console)
-
-
+NAN = float("nan")
 STEPS = [{"step": step, "loss": 5.0 / step} for step in (1, 10, 20)]
-VALIDATIONS = [{"step": step, "loss": 2.0, "perplexity": 7.4} for step in (10, 20)]
+VALIDATIONS = [{"step": step, "loss": 2.0} for step in (10, 20)]
 
 
-@pytest.mark.parametrize("steps", [STEPS, []])
-@pytest.mark.parametrize("validations", [VALIDATIONS, VALIDATIONS[:1], []])
+@pytest.mark.parametrize("steps", [STEPS, [{"step": 1, "loss": NAN}], []])
+@pytest.mark.parametrize("validations", [VALIDATIONS, []])
 def test_the_history_is_drawn_as_a_png(tmp_path, steps, validations):
     path = tmp_path / "loss.png"
     draw_history({"steps": steps, "validations": validations}, path)
@@ -95,14 +81,6 @@ def test_the_history_is_drawn_as_a_png(tmp_path, steps, validations):
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">II", data[16:24]) == (880, 495)
     assert os.listdir(tmp_path) == ["loss.png"]
-
-
-def test_a_history_of_nan_is_drawn_too(tmp_path):
-    nan = float("nan")
-    rows = [{"step": step, "loss": nan, "perplexity": nan} for step in (1, 2)]
-    path = tmp_path / "loss.png"
-    draw_history({"steps": rows, "validations": rows}, path)
-    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_curves_are_of_the_history(tmp_path):

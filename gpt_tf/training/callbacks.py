@@ -8,20 +8,23 @@ import warnings
 import numpy as np
 import tf_keras as keras
 
-from gpt_tf.models.cached_forward import generate
-from gpt_tf.parallel.mesh_gpt import MeshGPT
 from gpt_tf.progress import StepProgress
 from gpt_tf.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-class Recorder(keras.callbacks.Callback):
-    """Count steps, record losses, and decide on stopping: early, or with an error."""
-
+class _RunCallback(keras.callbacks.Callback):
     def __init__(self, run):
         super().__init__()
         self.run = run
+
+
+class Recorder(_RunCallback):
+    """Count steps, record losses, and decide on stopping: early, or with an error."""
+
+    def __init__(self, run):
+        super().__init__(run)
         self.began = self.now = (0.0, 0)
         self.sums = {}
 
@@ -94,68 +97,53 @@ class Recorder(keras.callbacks.Callback):
             run.best = {"loss": loss, "step": run.step, "waited": 0}
         else:
             run.best["waited"] += 1
-        if not run.config.patience:
-            return
-        if better:
+        patience = run.config.patience
+        if patience and better:
             run.best_weights = run.trained.get_weights()
-        elif run.best["waited"] >= run.config.patience:
-            logger.info(
-                "validation has not improved for %d rounds: stopping",
-                run.config.patience,
-            )
+        elif patience and run.best["waited"] >= patience:
+            logger.info("validation has not improved for %d rounds: stopping", patience)
             self.model.stop_training = True
 
 
-class Checkpointer(keras.callbacks.Callback):
+class Checkpointer(_RunCallback):
     """Write checkpoints; where a validation is due, after it."""
-
-    def __init__(self, run):
-        super().__init__()
-        self.run = run
-
-    def _is_due(self):
-        every, step = self.run.config.checkpoint_every, self.run.step
-        return step == self.run.config.steps or bool(every and step % every == 0)
 
     def on_train_batch_end(self, batch, logs=None):
         step, config = self.run.step, self.run.config
-        epoch_goes_on = step % config.validate_every and step != config.steps
-        if epoch_goes_on and self._is_due():
-            checkpoint.save(self.run)
+        if step % config.validate_every and step != config.steps:
+            self._save_if_due()
 
     def on_epoch_end(self, epoch, logs=None):
-        if self._is_due():
+        self._save_if_due()
+
+    def _save_if_due(self):
+        every, step = self.run.config.checkpoint_every, self.run.step
+        if step == self.run.config.steps or (every and step % every == 0):
             checkpoint.save(self.run)
 
 
-class Sampler(keras.callbacks.Callback):
+class Sampler(_RunCallback):
     """Generate a little text every so many steps, to see what was learnt."""
-
-    def __init__(self, run):
-        super().__init__()
-        self.run = run
 
     def on_train_batch_end(self, batch, logs=None):
         run = self.run
         if run.step % run.config.sample_every:
             return
         checkpoint.state_of(run)  # nothing is drawn from NaN
-        is_mesh = isinstance(run.trained, MeshGPT)
+        prompt = run.config.sample_prompt
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            text = generate(
-                run.trained.to_model() if is_mesh else run.trained,
-                run.config.sample_prompt,
+            text = run.trained.generate(
+                prompt,
                 tokenizer=run.tokenizer,
                 max_new_tokens=min(64, run.config.context_length),
                 temperature=0.8,
                 seed=run.config.seed,
             )
-        prompt = run.config.sample_prompt
         logger.info("step %d writes:\n%s%s\n", run.step, prompt, text)
 
 
-class TrainingProgress(keras.callbacks.Callback):
+class TrainingProgress(_RunCallback):
     """Show a bar with loss, tokens per second and time left, and a line a validation.
 
     Args:
@@ -164,17 +152,14 @@ class TrainingProgress(keras.callbacks.Callback):
     """
 
     def __init__(self, run, console=None):
-        super().__init__()
-        self.run = run
+        super().__init__(run)
         self.progress = StepProgress("loss   -  ", console)
         self.console = self.progress.console
         self.began = None
-        self.is_announced = False
 
     def on_train_begin(self, logs=None):
-        if self.is_announced:
+        if self.progress.task is not None:  # an earlier `fit` of the run began it
             return
-        self.is_announced = True
         model, config = self.run.trained, self.run.config
         self.console.print(
             f"training {model.count_params():,} parameters on "
@@ -193,8 +178,6 @@ class TrainingProgress(keras.callbacks.Callback):
             speed = tokens / max(now - self.began[0], 1e-9)
             shown["note"] = f"{speed:,.0f} tokens/s"
         self.progress.update(step, self.run.config.steps, **shown)
-        if step >= self.run.config.steps or self.model.stop_training:
-            self.close()
 
     def on_epoch_end(self, epoch, logs=None):
         if logs and "val_loss" in logs:

@@ -25,11 +25,7 @@ HISTORY = {key: [{"step": int, str: float}] for key in ("steps", "validations")}
 
 
 def state_of(run):
-    """Return the variables that decide the following steps, as arrays by name.
-
-    Raises:
-        TrainingDivergedError: They contain NaN or infinity.
-    """
+    """Return the arrays that decide the following steps, or refuse NaN and infinity."""
     # A mesh has some variables in other shapes than checkpoints have.
     is_mesh = isinstance(run.model, MeshGPT)
     state = {
@@ -43,12 +39,7 @@ def state_of(run):
 
 
 def save(run):
-    """Write a checkpoint of this step, then remove those that are too many.
-
-    Raises:
-        InputError: The disk is full or fails.
-        TrainingDivergedError: The state contains NaN or infinity.
-    """
+    """Write a checkpoint of this step, then remove those that are too many."""
     folder = _folder(run, run.step)
     if folder.exists():
         return
@@ -87,12 +78,7 @@ def restore_newest(run):
 
 
 def diverged(run, received):
-    """Return the error to raise when numbers are no longer finite.
-
-    Args:
-        run: The run.
-        received: Where they are.
-    """
+    """Return the error to raise when numbers, `received`, are no longer finite."""
     kept = _kept(run)
     last = f"The last checkpoint, {kept[-1]}, stays as it is. " if kept else ""
     return TrainingDivergedError(
@@ -142,6 +128,9 @@ def _remove_old(run):
 
 def _restore_newest_whole(run):
     folders = _kept(run)[::-1]
+    if not folders:
+        logger.info("no checkpoint was written yet: starting from step 0")
+        return
     for folder in folders:
         try:
             _restore(run, folder)
@@ -152,12 +141,10 @@ def _restore_newest_whole(run):
         if folder == folders[0]:  # a process may have been killed in this
             _remove_old(run)
         return
-    if folders:
-        raise DamagedFileError(
-            f"None of the {len(folders)} checkpoints in {folders[0].parent} is "
-            "whole. Start again with --overwrite."
-        )
-    logger.info("no checkpoint was written yet: starting from step 0")
+    raise DamagedFileError(
+        f"None of the {len(folders)} checkpoints in {folders[0].parent} is "
+        "whole. Start again with --overwrite."
+    )
 
 
 def _restore(run, folder):
@@ -168,27 +155,25 @@ def _restore(run, folder):
         "best": {"loss": (float, None), "step": int, "waited": int},
     }
     artifacts.check_shape(manifest, shape, folder / artifacts.MANIFEST_NAME)
-    config = run.trained.get_config()
-    if manifest["config"] != config:
-        raise InputError(
-            f"The checkpoint in {folder} is of another shape: "
-            f"{differences(manifest['config'], config)}. "
-            "Resume the run that wrote it."
-        )
     state = read_safetensors(folder / "state.safetensors")
     is_mesh = isinstance(run.model, MeshGPT)
     variables = _variables(run.model)
-    for name, variable in variables.items():
-        shape = run.model.outer_shape(variable) if is_mesh else tuple(variable.shape)
-        expected = f"{variable.dtype.name} {shape}"
-        found = "nothing"
-        if name in state:
-            found = f"{state[name].dtype} {state[name].shape}"
-        if found != expected:
-            raise InputError(
-                f"The checkpoint in {folder} does not fit this model: {name} "
-                f"expects {expected}. Received: {found}."
-            )
+    expected = {
+        name: f"{v.dtype.name} {run.model.outer_shape(v) if is_mesh else v.shape}"
+        for name, v in variables.items()
+    }
+    found = {
+        name: f"{array.dtype} {array.shape}"
+        for name, array in state.items()
+        if name in expected
+    }
+    config = run.trained.get_config()
+    wrong = differences(manifest["config"], config) or differences(found, expected)
+    if wrong:
+        raise InputError(
+            f"The checkpoint in {folder} is of another shape: {wrong}. "
+            "Resume the run that wrote it."
+        )
     name = first_not_finite(state)
     if name is not None:
         raise DamagedFileError(

@@ -1,9 +1,6 @@
-"""The settings of a training run, and the presets.
+"""The settings of a training run, and the presets; read without TensorFlow."""
 
-They are read without TensorFlow, so that the command line can state them at once.
-"""
-
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,8 +23,7 @@ from gpt_tf.settings.configuration import (
 from gpt_tf.text.config import AugmentationConfig
 from gpt_tf.text.corpus import check_separator
 
-_MOST_POSITIONS = 2**20
-_WIDEST = 2**20
+_Size = Annotated[int, Field(ge=1, le=2**20)]
 
 
 @configuration
@@ -73,23 +69,18 @@ class TrainingConfig(Configuration):
         description="Trained run or model to go on from; sizes and tokenizer are then "
         "that model's.",
     )
-    embedding_dim: int = Field(256, ge=1, le=_WIDEST, description="Width.")
+    embedding_dim: _Size = Field(256, description="Width.")
     num_layers: int = Field(4, ge=1, le=MOST_LAYERS, description="Blocks.")
     num_heads: Count = Field(4, description="Attention heads.")
-    context_length: int = Field(
-        128,
-        ge=1,
-        le=_MOST_POSITIONS,
-        description="Tokens per window, and positions of the model.",
+    context_length: _Size = Field(
+        128, description="Tokens per window, and positions of the model."
     )
     feedforward_dim: Count | None = Field(
         None, description="Feed-forward width; 4 x the width if not given."
     )
     dropout: Rate = Field(0.0, description="Dropout rate.")
     tie_embeddings: bool = Field(True, description="Score with the token table.")
-    batch_size: int = Field(
-        16, ge=1, le=2**20, description="Windows per step over all replicas."
-    )
+    batch_size: _Size = Field(16, description="Windows per step over all replicas.")
     gradient_accumulation_steps: Count = Field(
         1, description="Parts in which a batch is computed."
     )
@@ -162,9 +153,12 @@ class TrainingConfig(Configuration):
     )
 
     def __post_init__(self):
-        width = self.embedding_dim
+        width, parts = self.embedding_dim, self.gradient_accumulation_steps
         self._check(
             "num_heads", self.num_heads <= width, f"at most `embedding_dim`, {width}"
+        )
+        self._check(
+            "batch_size", self.batch_size % parts == 0, f"a multiple of {parts}"
         )
         check_separator(self.separator)
         for name, kind in (
@@ -176,57 +170,41 @@ class TrainingConfig(Configuration):
                 fields = kind.of(getattr(self, name)).get_config()
                 object.__setattr__(self, name, fields)
         self._check_division()
-        parts = self.gradient_accumulation_steps
-        self._check(
-            "batch_size", self.batch_size % parts == 0, f"a multiple of {parts}"
-        )
         if self.distillation is not None:
             named = self.distillation["teacher"]
             self._check("distillation", named, "that names a teacher")
         if self.quantization is not None:
             source = self.init_from or self.distillation
             self._check("init_from", source, "that names a trained model")
-            whole = self.precision == "float32"
-            self._check("precision", whole, "of float32 beside `quantization`")
+            is_whole = self.precision == "float32"
+            self._check("precision", is_whole, "of float32 beside `quantization`")
         if self.augmentation is not None and self.distillation is not None:
-            self._check_augmentation()
-
-    def _check_augmentation(self):
-        """Refuse what a teacher cannot follow."""
-        if self.distillation["knowledge"] is not None:
-            raise InputError(
-                "Stored knowledge is of the text as it stood. Received: `augmentation` "
-                "beside it. Let the teacher run along, or leave out one of the two."
-            )
-        if self.augmentation["written_tokens"]:
-            raise InputError(
-                "In distillation it is the student's teacher that writes. Received: "
-                "`written_tokens` in `augmentation`. Give it in `distillation`."
-            )
+            if self.distillation["knowledge"] is not None:
+                raise InputError(
+                    "Stored knowledge is of the text as it stood. Received: "
+                    "`augmentation` beside it. Let the teacher run along, or leave out "
+                    "one of the two."
+                )
+            if self.augmentation["written_tokens"]:
+                raise InputError(
+                    "In distillation it is the student's teacher that writes. "
+                    "Received: `written_tokens` in `augmentation`. Give it in "
+                    "`distillation`."
+                )
 
     def _check_division(self):
         """Refuse what does not go with layers, weights or positions in parts."""
-        if self.mesh is not None:
-            parse_mesh(self.mesh)
-        name = "mesh" if self.mesh is not None else "pipeline_stages"
-        if self.mesh is None and self.pipeline_stages == 1:
+        is_mesh = self.mesh is not None
+        if not is_mesh and self.pipeline_stages == 1:
             return
-        self._check(
-            "strategy",
-            self.strategy in ("auto", "one_device"),
-            f"of auto beside `{name}`, which places the model itself",
-        )
-        self._check(
-            "gradient_accumulation_steps",
-            self.gradient_accumulation_steps == 1,
-            f"of 1 beside `{name}`",
-        )
-        if self.mesh is not None:
-            self._check(
-                "pipeline_stages", self.pipeline_stages == 1, "of 1 beside `mesh`"
-            )
-            whole = self.precision == "float32"
-            self._check("precision", whole, "of float32 beside `mesh`")
+        name = "mesh" if is_mesh else "pipeline_stages"
+        good = {"strategy": ("auto", "one_device"), "gradient_accumulation_steps": (1,)}
+        if is_mesh:
+            parse_mesh(self.mesh)
+            good |= {"pipeline_stages": (1,), "precision": ("float32",)}
+        for field, values in good.items():
+            expected = f"of {values[0]} beside `{name}`"
+            self._check(field, getattr(self, field) in values, expected)
         others = self.quantization or self.distillation
         self._check(name, not others, "left out in quantisation and in distillation")
 
@@ -270,11 +248,9 @@ PRESETS = {
         steps=2000,
         learning_rate=4e-3,
         final_learning_rate=0.0,
-        warmup_steps=100,
         validate_every=250,
         validation_batches=None,
         checkpoint_every=500,
-        sample_prompt="\n",
     ),
     "small": TrainingConfig(
         vocab_size=10000,
@@ -282,7 +258,6 @@ PRESETS = {
         num_layers=6,
         num_heads=8,
         context_length=256,
-        batch_size=16,
         steps=5000,
         learning_rate=6e-4,
         warmup_steps=200,

@@ -8,7 +8,6 @@ checkpoint exactly as if nothing had happened. `run_folder` lists all that is in
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 from collections.abc import Callable
@@ -59,12 +58,10 @@ def train(
     Args:
         config: The settings; `TrainingConfig()` unless given.
         out: Folder of the run.
-        resume: Go on with the run in `out`, from its newest checkpoint. The
-            configuration is the run's own, but for `steps`: with more than the run's
-            it goes on up to these, even if it was finished. From there on the learning
-            rate is that of a run of so many steps, so it may rise again; nothing that
-            was computed before is computed anew. A run that `patience` has ended stays
-            ended.
+        resume: Go on with the run in `out`, from its newest checkpoint and with its own
+            configuration. With more `steps` than the run's it goes on up to these, even
+            if it was finished; the learning rate then is that of a run of so many
+            steps, so it may rise again. A run that `patience` has ended stays ended.
         resume_or_start: Go on with the run in `out` if there is one, of this very
             configuration; else start it. A run that is finished is only loaded. So a
             command that is started again after every failure comes to its end.
@@ -73,9 +70,6 @@ def train(
         callbacks: More tf_keras callbacks.
         verbose: Whether progress is shown.
         **changes: Fields of `TrainingConfig` to replace.
-
-    Returns:
-        A `TrainingResult`.
 
     Raises:
         InputError: The corpus, the configuration or the folder cannot be used.
@@ -101,20 +95,7 @@ def train(
             f"{'--resume' if resume else '--overwrite'} with it. Choose one."
         )
     if resume:
-        others = changes.keys() - {*PLACEMENT, "steps"}
-        if others:
-            raise InputError(
-                "A resumed run keeps its own configuration, but for `steps` and what "
-                f"says where it is computed: `{'`, `'.join(PLACEMENT)}`. "
-                f"Received: `{'`, `'.join(sorted(others))}`. Start a new run for these."
-            )
-        before = read_run(out)
-        config = dataclasses.replace(before, **changes)
-        if config.steps < before.steps:
-            raise InputError(
-                f"`steps` of a resumed run expects {before.steps}, the run's own, or "
-                f"more. Received: {config.steps}. Start a new run for fewer."
-            )
+        config = _config_to_resume(out, changes)
     else:
         config = dataclasses.replace(TrainingConfig.of(config), **changes)
         if resume_or_start and (finished := _finished(config, out)) is not None:
@@ -130,22 +111,24 @@ def train(
         contextlib.ExitStack() as stack,
     ):
         replicas = strategy.num_replicas_in_sync
-        if config.batch_size % (replicas * config.gradient_accumulation_steps):
-            raise InputError(
-                "`batch_size` is divided among replicas and accumulation steps. "
-                f"Received: {config.batch_size} for {replicas} replicas and "
-                f"{config.gradient_accumulation_steps} accumulation steps. "
-                "Use a multiple of their product."
-            )
+        parts = replicas * config.gradient_accumulation_steps
+        if config.batch_size % parts:
+            expected = f"a multiple of {parts}, for {replicas} replicas"
+            arguments.refuse("batch_size", config.batch_size, expected)
+
+        def begin():
+            stack.enter_context(artifacts.locked(out, OWN_ENTRIES))
+            if resume:
+                _extend(out, config.steps)
+            elif resume_or_start and (out / "run.json").is_file():
+                _check_same(config, out)
+            else:
+                # A folder of nothing but our own files has lost its run.json.
+                is_ours = artifacts.entries(out) <= set(OWN_ENTRIES)
+                replace = overwrite or (resume_or_start and is_ours)
+                preparation.prepare(config, out, replace)
+
         # Of several workers the chief keeps other processes out of the folder.
-        lock = artifacts.locked(out, OWN_ENTRIES)
-        strategies.on_chief(strategy, lambda: stack.enter_context(lock))
-        if resume_or_start:
-            begin = functools.partial(_start_unless_there, config, out)
-        elif resume:
-            begin = functools.partial(_extend, out, config.steps)
-        else:
-            begin = functools.partial(preparation.prepare, config, out, overwrite)
         strategies.on_chief(strategy, begin)
         if not (out / "run.json").is_file():
             raise InputError(
@@ -187,9 +170,7 @@ def quantize(
         A `TrainingResult` whose model is a `QuantizationAwareGPT`.
 
     Raises:
-        InputError: There is no trained model, or as for `train`.
-        TrainingDivergedError: As for `train`.
-        DamagedFileError: As for `train`.
+        InputError: There is no trained model. For this and all else see `train`.
 
     Example:
         >>> result = quantize("runs/tiny", "runs/tiny-qat", steps=10)
@@ -244,10 +225,8 @@ def distil(
         A `TrainingResult` whose model is the student.
 
     Raises:
-        InputError: There is no teacher, teacher and student do not fit each other, or
-            as for `train`.
-        TrainingDivergedError: As for `train`.
-        DamagedFileError: As for `train`.
+        InputError: There is no teacher, or teacher and student do not fit each other.
+            For all else see `train`.
 
     Example:
         >>> result = distil("runs/tiny", "runs/student", {"num_layers": 1})
@@ -296,14 +275,11 @@ def extract_knowledge(
         path: Folder of the store.
         vocab_size: Size of the student's vocabulary, with a tokenizer derived from the
             teacher's; the teacher's own unless given.
-        top_k: As for `gpt_tf.distillation.teacher_cache.extract`.
-        passes: As for `gpt_tf.distillation.teacher_cache.extract`.
-        overwrite: Whether a store that stands at `path` is replaced.
-        on_progress: As for `gpt_tf.distillation.teacher_cache.extract`.
+        top_k: As for `gpt_tf.distillation.teacher_cache.extract`, like the next three.
+        passes: See there.
+        overwrite: See there.
+        on_progress: See there.
         **changes: Fields of `TrainingConfig` to set: `corpus`, `context_length`.
-
-    Returns:
-        The store, opened.
 
     Raises:
         InputError: There is no teacher or no text, or a number is out of its range.
@@ -318,9 +294,8 @@ def extract_knowledge(
     wanted = DistillationConfig(teacher=path_of_teacher, vocab_size=vocab_size)
     settings = {"init_from": None, "augmentation": None}
     settings["distillation"] = wanted.get_config()
-    config = dataclasses.replace(before, **{**settings, **changes})
     return preparation.store_knowledge(
-        config,
+        dataclasses.replace(before, **{**settings, **changes}),
         path,
         top_k=top_k,
         passes=passes,
@@ -360,18 +335,13 @@ def _division_of(config):
 
 def _config_of(source, changes, what, role="model"):
     """Return the configuration of the run that trained a model."""
-    if source is None:
-        raise InputError(
-            f"{what} expects a trained {role}. Received: none. Name the folder "
-            "that `gpt-tf train` wrote."
-        )
-    source = arguments.path("source", source)
-    if (source / "run.json").is_file():
+    source = arguments.path("source", source, or_none=True)
+    if source is not None and (source / "run.json").is_file():
         before = read_run(source)
         if "corpus" in changes:  # what its own text was divided by goes with it
             return dataclasses.replace(before, validation=None, separator=None)
         return before
-    if not model_file(source).is_file():
+    if source is None or not model_file(source).is_file():
         raise InputError(
             f"{what} expects a trained {role}. Received: {source}; there is none. "
             "Name the folder that `gpt-tf train` wrote."
@@ -390,14 +360,21 @@ def _changed(config, settings, options):
     return dataclasses.replace(config, **{**settings, **own})
 
 
-def _start_unless_there(config, out):
-    """Prepare the run if none stands in its folder."""
-    if (out / "run.json").is_file():
-        _check_same(config, out)
-        return
-    # A folder of nothing but our own files has lost its run.json.
-    is_ours = artifacts.entries(out) <= set(OWN_ENTRIES)
-    preparation.prepare(config, out, is_ours)
+def _config_to_resume(out, changes):
+    """Return the configuration of a run, with the changes that one that goes on has."""
+    others = changes.keys() - {*PLACEMENT, "steps"}
+    if others:
+        raise InputError(
+            "A resumed run keeps its own configuration, but for `steps` and what "
+            f"says where it is computed: `{'`, `'.join(PLACEMENT)}`. "
+            f"Received: `{'`, `'.join(sorted(others))}`. Start a new run for these."
+        )
+    before = read_run(out)
+    config = dataclasses.replace(before, **changes)
+    if config.steps < before.steps:
+        expected = f"{before.steps}, the run's own, or more"
+        arguments.refuse("steps", config.steps, expected, "Or start a new run.")
+    return config
 
 
 def _extend(out, steps):

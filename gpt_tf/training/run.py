@@ -64,11 +64,9 @@ class TrainingResult:
 
     @property
     def validation_perplexity(self):
-        return (
-            None
-            if self.validation_loss is None
-            else math.exp(min(self.validation_loss, 700.0))
-        )
+        if self.validation_loss is None:
+            return None
+        return math.exp(min(self.validation_loss, 700.0))
 
 
 class Run:
@@ -98,13 +96,12 @@ class Run:
         run = artifacts.read_json(out / "run.json", {"made_from?": {str: str}})
         self.made_from = run.get("made_from", {})
         self.tokenizer = load_tokenizer(out)
-        self.windows = {
-            split: self._open_windows(split) for split in ("train", "validation")
-        }
         self.distillation = config.distillation and DistillationConfig.of(
             config.distillation
         )
         self.own_loss = "loss" if self.distillation is None else "student_loss"
+        splits = ("train", "validation")
+        self.windows = {split: self._open_windows(split) for split in splits}
         self.knowledge = self._open_knowledge()
         if self.knowledge is not None:
             self.windows["train"] = self.knowledge.windows(
@@ -138,16 +135,14 @@ class Run:
                 f"Received: another one in {self.out}. Put the right tokenizer.json "
                 "back, or start again with --overwrite."
             )
-        is_train = split == "train"
-        return windows_of(token_file, self.config, is_train, self.tokenizer)
+        return windows_of(token_file, self.config, split == "train", self.tokenizer)
 
     def _open_knowledge(self):
-        if self.distillation is None:
-            return None
-        path = self.distillation.knowledge
-        if path is None and (self.out / "knowledge").is_dir():
-            path = self.out / "knowledge"
-        if path is None:
+        """Open what the teacher predicts, where it is stored."""
+        path = self.out / "knowledge"
+        if self.distillation is not None and self.distillation.knowledge is not None:
+            path = self.distillation.knowledge
+        elif self.distillation is None or not path.is_dir():
             return None
         knowledge = KnowledgeStore.open(path)
         knowledge.check_fits(
@@ -209,11 +204,7 @@ class Run:
         return model
 
     def _load_teacher(self):
-        """Load the teacher under the strategy's scope, unless its knowledge is stored.
-
-        Raises:
-            InputError: It is not the one that the student began with.
-        """
+        """Load the teacher that the student began with, where it has to run along."""
         if self.knowledge is not None:
             return None
         path = self.distillation.teacher
@@ -226,15 +217,7 @@ class Run:
         return copy_of(load_model(path)[0])
 
     def train(self, callbacks, verbose):
-        """Train to the last step, and write the results.
-
-        Args:
-            callbacks: More Keras callbacks.
-            verbose: Whether progress is shown.
-
-        Returns:
-            A `TrainingResult`.
-        """
+        """Train to the last step, and write the results; return a `TrainingResult`."""
         own = [Recorder(self), Checkpointer(self)]
         if self.config.sample_every:
             own.append(Sampler(self))
@@ -244,7 +227,8 @@ class Run:
                 keras.callbacks.TensorBoard(logs, update_freq=10, profile_batch=0)
             )
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_keras_not_comparing_speeds())
+            tf.get_logger().addFilter(_is_no_remark_on_speed)
+            stack.callback(tf.get_logger().removeFilter, _is_no_remark_on_speed)
             if verbose and self.is_chief:
                 own.append(TrainingProgress(self))
                 stack.callback(own[-1].close)
@@ -253,13 +237,8 @@ class Run:
 
     def _fit(self, callbacks):
         config = self.config
-        validation = self._distribute(
-            lambda shards, shard: self.windows["validation"].dataset(
-                repeat=False,
-                num_steps=self.validation_steps,
-                num_shards=shards,
-                shard=shard,
-            )
+        validation = self._dataset(
+            "validation", repeat=False, num_steps=self.validation_steps
         )
         self.model.stop_training = False
         if 0 < config.patience <= self.best["waited"]:
@@ -270,11 +249,7 @@ class Run:
         ):
             first = start // config.validate_every
             self.model.fit(
-                self._distribute(
-                    lambda shards, shard, start=start: self.windows["train"].dataset(
-                        start_step=start, num_shards=shards, shard=shard
-                    )
-                ),
+                self._dataset("train", start_step=start),
                 initial_epoch=first,
                 epochs=first + (stop - start) // length,
                 steps_per_epoch=length,
@@ -286,8 +261,13 @@ class Run:
             if self.model.stop_training:
                 break
 
-    def _distribute(self, make):
-        """Give `fit` a dataset of global batches, or each worker its part."""
+    def _dataset(self, split, **options):
+        """Return a dataset of global batches, or of each worker's part of them."""
+
+        def make(shards, shard):
+            windows = self.windows[split]
+            return windows.dataset(num_shards=shards, shard=shard, **options)
+
         if self.strategy.cluster_resolver is None or isinstance(
             self.strategy, tf.distribute.TPUStrategy
         ):
@@ -316,10 +296,9 @@ class Run:
                 file.write(self.run_json)
         artifacts.write_json(self.out / "history.json", self.history)
         draw_history(self.history, self.out / "loss.png")
-        # A copy without the optimiser, which would take twice the model's bytes and
-        # stands in the checkpoints; under several workers Keras cannot save it.
         made_from = {"run": hashlib.sha256(self.run_json).hexdigest()} | self.made_from
-        # The last thing: with it the run is finished.
+        # The last thing: with it the run is finished. A copy without the optimiser,
+        # which would take twice the model's bytes and stands in the checkpoints.
         save_model(
             copy_of(self.trained),
             self.tokenizer,
@@ -336,31 +315,15 @@ def _epochs(step, total, every):
     An epoch ends where a validation is due; only the first and the last one may be
     shorter.
     """
-    if step < total and step % every:
+    while step < total:
         stop = min(total, (step // every + 1) * every)
-        yield step, stop, stop - step
+        length = stop - step
+        if length == every:
+            stop = total // every * every
+        yield step, stop, length
         step = stop
-    whole = (total - step) // every * every
-    if whole:
-        yield step, step + whole, every
-        step += whole
-    if step < total:
-        yield step, total, total - step
 
 
-@contextlib.contextmanager
-def _keras_not_comparing_speeds():
-    """Keep Keras from remarking that a callback takes longer than a step.
-
-    With a small model, drawing progress or writing a checkpoint does.
-    """
-
-    def keep(record):
-        return "is slow compared to the batch time" not in record.getMessage()
-
-    keras_logger = tf.get_logger()
-    keras_logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        keras_logger.removeFilter(keep)
+def _is_no_remark_on_speed(record):
+    # Keras's, where drawing progress or a checkpoint takes longer than a small step.
+    return "is slow compared to the batch time" not in record.getMessage()

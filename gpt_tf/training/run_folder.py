@@ -53,12 +53,12 @@ OWN_ENTRIES = (
     "logs",
 )
 
-
 # All that run.json had before it had a hash of its own.
 _UNSEALED = {"kind", "config", "corpus", "made_from", "versions"}
 
 
 def read_run(out):
+    """Return the configuration of the run in a folder."""
     if not (out / "run.json").is_file():
         raise InputError(
             f"Expected an interrupted run in {out}; there is no run.json. "
@@ -96,8 +96,8 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
         path: A run's folder, a model's folder, or a `.keras` file.
 
     Returns:
-        The model, a `GPTModel` or `QuantizationAwareGPT`, and its tokenizer or None
-        where none lies beside it.
+        The `GPTModel` or `QuantizationAwareGPT`, and its tokenizer, or None where none
+        lies beside it.
 
     Raises:
         InputError: There is no model.
@@ -126,6 +126,7 @@ def _quantization_aware(**config):
 
 
 def model_file(path):
+    """Return the `.keras` file of a run's folder, of a model's folder, or itself."""
     path = Path(path)
     if path.suffix == ".keras" or path.is_file():
         return path
@@ -133,14 +134,7 @@ def model_file(path):
 
 
 def save_model(model, tokenizer, folder: str | Path, **facts) -> None:
-    """Write model, tokenizer and manifest to a folder, whole or not at all.
-
-    Args:
-        model: A `GPTModel` or `QuantizationAwareGPT`.
-        tokenizer: Its tokenizer.
-        folder: Where to write; a folder that stands there is replaced.
-        **facts: More to record in the manifest, as JSON values.
-    """
+    """Write model, tokenizer and manifest, with `facts`, in place of an old folder."""
     folder = Path(folder)
     with artifacts.atomic_folder(folder, replace=True) as temporary:
         model.save(temporary / "model.keras")

@@ -3,31 +3,18 @@
 import dataclasses
 import shutil
 
-import numpy as np
 import pytest
 import tf_keras as keras
 
-from gpt_tf import artifacts, cli
+from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.training import loop
-from gpt_tf.training.config import PRESETS
 from gpt_tf.training.run_folder import read_run
 
 
 @pytest.fixture(scope="module")
-def config(corpus_folder):
-    return dataclasses.replace(
-        PRESETS["tiny"],
-        corpus=str(corpus_folder),
-        vocab_size=270,
-        context_length=16,
-        num_layers=1,
-        steps=6,
-        validate_every=3,
-        checkpoint_every=2,
-        jit_compile="off",
-        strategy="one_device",
-    )
+def config(tiny):
+    return dataclasses.replace(tiny, steps=6, validate_every=3, checkpoint_every=2)
 
 
 class Counter(keras.callbacks.Callback):
@@ -44,23 +31,16 @@ def start(notices):
     def run(config, out, function=loop.train, callbacks=(), **options):
         counter = Counter()
         notices.clear()
-        result = function(
-            config,
-            out,
-            resume_or_start=True,
-            callbacks=[counter, *callbacks],
-            verbose=False,
-            **options,
-        )
+        options |= {"resume_or_start": True, "verbose": False}
+        result = function(config, out, callbacks=[counter, *callbacks], **options)
         return result, counter.steps, notices
 
     return run
 
 
 @pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    return loop.train(config, out, verbose=False)
+def finished(config, run, tmp_path_factory):
+    return run(config, tmp_path_factory.mktemp("runs") / "finished")
 
 
 @pytest.fixture
@@ -76,33 +56,28 @@ def cut(out, *, keep):
             shutil.rmtree(folder)
 
 
-def assert_same_weights(result, finished):
-    pairs = zip(result.model.get_weights(), finished.model.get_weights(), strict=True)
-    for a, b in pairs:
-        np.testing.assert_array_equal(a, b)
-
-
-def test_it_starts_where_no_run_stands(start, config, finished, tmp_path):
+def test_it_starts_where_no_run_stands(
+    start, config, finished, have_same_weights, tmp_path
+):
     result, steps, _ = start(config, tmp_path / "run")
     assert steps == 6
-    assert_same_weights(result, finished)
+    assert have_same_weights(result, finished)
     other, _, _ = start(dataclasses.replace(config, seed=2), tmp_path / "other")
-    with pytest.raises(AssertionError):
-        assert_same_weights(other, finished)
+    assert not have_same_weights(other, finished)
 
 
 def test_it_goes_on_from_the_newest_checkpoint(
-    start, config, finished, copy_of_finished
+    start, config, finished, have_same_weights, copy_of_finished
 ):
     cut(copy_of_finished, keep=["step-00000002", "step-00000004"])
     result, steps, notices = start(config, copy_of_finished)
     assert steps == 2
     assert "going on from step 4" in notices
-    assert_same_weights(result, finished)
+    assert have_same_weights(result, finished)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(
-    start, config, finished, copy_of_finished
+    start, config, finished, have_same_weights, copy_of_finished
 ):
     cut(copy_of_finished, keep=[])
     before = (copy_of_finished / "run.json").stat().st_ino
@@ -110,18 +85,18 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_step_0(
     assert steps == 6
     assert any("starting from step 0" in line for line in notices)
     assert (copy_of_finished / "run.json").stat().st_ino == before
-    assert_same_weights(result, finished)
+    assert have_same_weights(result, finished)
 
 
 def test_a_run_killed_while_it_was_prepared_is_prepared_anew(
-    start, config, finished, copy_of_finished
+    start, config, finished, have_same_weights, copy_of_finished
 ):
     cut(copy_of_finished, keep=[])
     (copy_of_finished / "run.json").unlink()
     (copy_of_finished / "data" / "train.tokens").write_bytes(b"half")
     result, steps, _ = start(config, copy_of_finished)
     assert steps == 6
-    assert_same_weights(result, finished)
+    assert have_same_weights(result, finished)
 
 
 def test_what_is_no_run_stays(start, config, tmp_path):
@@ -133,8 +108,11 @@ def test_what_is_no_run_stays(start, config, tmp_path):
 
 
 def test_a_finished_run_is_returned_without_training(
-    start, config, finished, copy_of_finished
+    start, config, finished, have_same_weights, copy_of_finished, monkeypatch
 ):
+    # Nor does it wait for workers that are gone.
+    strategies = loop.strategies
+    monkeypatch.setattr(strategies, "make_strategy", lambda *_: pytest.fail("joined"))
     times = {
         path: path.stat().st_mtime_ns
         for path in copy_of_finished.rglob("*")
@@ -143,37 +121,42 @@ def test_a_finished_run_is_returned_without_training(
     result, steps, notices = start(config, copy_of_finished)
     assert steps == 0
     assert notices == [f"the run in {copy_of_finished} is finished"]
-    assert_same_weights(result, finished)
+    assert have_same_weights(result, finished)
     assert result.validation_loss == finished.validation_loss
     assert result.history == finished.history
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 def test_what_a_killed_process_left_in_a_finished_run_is_cleared_away(
-    start, config, finished, copy_of_finished
+    start, config, copy_of_finished
 ):
     before = sorted(copy_of_finished.rglob("*"))
     (copy_of_finished / artifacts.LOCK_NAME).touch()
     (artifacts.partial_path(copy_of_finished / "model") / "new").mkdir(parents=True)
-    result, steps, _ = start(config, copy_of_finished)
+    _, steps, _ = start(config, copy_of_finished)
     assert steps == 0
-    assert_same_weights(result, finished)
     assert sorted(copy_of_finished.rglob("*")) == before
 
 
 def test_a_damaged_model_is_made_again_from_the_last_checkpoint(
-    start, config, finished, copy_of_finished
+    start, config, finished, have_same_weights, copy_of_finished
 ):
     (copy_of_finished / "model" / "model.keras").write_bytes(b"half")
     result, steps, notices = start(config, copy_of_finished)
     assert steps == 0
     assert "going on from step 6" in notices
-    assert_same_weights(result, finished)
+    assert have_same_weights(result, finished)
     artifacts.check_manifest(copy_of_finished / "model", "model")
 
 
-@pytest.mark.parametrize("place", ["checkpoints", "logs/train", "history.json"])
-@pytest.mark.parametrize("how", ["resume", "resume_or_start", "overwrite"])
+@pytest.mark.parametrize(
+    ("how", "place"),
+    [
+        ("resume", "checkpoints"),
+        ("resume_or_start", "logs/train"),
+        ("overwrite", "history.json"),
+    ],
+)
 def test_a_run_is_not_written_through_links(
     config, copy_of_finished, tmp_path, place, how
 ):
@@ -192,37 +175,28 @@ def test_a_run_is_not_written_through_links(
 
 
 def test_a_run_on_another_disk_is_a_link_as_a_whole(
-    start, config, finished, copy_of_finished, tmp_path
+    start, config, finished, have_same_weights, copy_of_finished, tmp_path
 ):
     cut(copy_of_finished, keep=["step-00000004"])
     (tmp_path / "link").symlink_to(copy_of_finished)
     result, steps, _ = start(config, tmp_path / "link")
     assert steps == 2
-    assert_same_weights(result, finished)
+    assert have_same_weights(result, finished)
     assert (copy_of_finished / "model").is_dir()
 
 
 def test_a_run_whose_configuration_is_removed_meanwhile_is_finished(
-    start, config, finished, tmp_path
+    start, config, finished, have_same_weights, tmp_path
 ):
-    class Removal(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            (tmp_path / "run" / "run.json").unlink(missing_ok=True)
-
-    result, _, _ = start(config, tmp_path / "run", callbacks=[Removal()])
-    assert_same_weights(result, finished)
-    again, steps, notices = start(config, tmp_path / "run")
-    assert steps == 0 and "is finished" in notices[0]
-    assert_same_weights(again, finished)
-
-
-def test_a_finished_run_does_not_wait_for_workers_that_are_gone(
-    start, config, copy_of_finished, monkeypatch
-):
-    monkeypatch.setattr(
-        loop.strategies, "make_strategy", lambda *_: pytest.fail("joined")
+    removal = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: (tmp_path / "run" / "run.json").unlink(
+            missing_ok=True
+        )
     )
-    start(config, copy_of_finished)
+    result, _, _ = start(config, tmp_path / "run", callbacks=[removal])
+    assert have_same_weights(result, finished)
+    _, steps, notices = start(config, tmp_path / "run")
+    assert steps == 0 and "is finished" in notices[0]
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
@@ -239,53 +213,31 @@ def test_another_configuration_is_refused_and_shown(
 
 
 @pytest.mark.parametrize("other", ["resume", "overwrite"])
-def test_what_contradicts_it_is_refused(start, config, tmp_path, other):
+def test_what_contradicts_it_is_refused(config, tmp_path, other):
     with pytest.raises(InputError, match=f"--{other}"):
         loop.train(config, tmp_path, resume_or_start=True, **{other: True})
 
 
 def test_training_that_stopped_early_does_not_go_on(
-    start, config, copy_of_finished, tmp_path
+    start, config, have_same_weights, tmp_path
 ):
     early = dataclasses.replace(
-        config, steps=30, patience=1, learning_rate=1e-9, checkpoint_every=3
+        config, steps=30, patience=1, learning_rate=1e-12, checkpoint_every=3
     )
     result, steps, _ = start(early, tmp_path / "early")
     assert steps < 30
     shutil.rmtree(tmp_path / "early" / "model")
     again, more, _ = start(early, tmp_path / "early")
     assert more == 0
-    assert_same_weights(again, result)
+    assert have_same_weights(again, result)
 
 
-def test_a_run_that_starts_from_a_model_is_recognised(
-    start, config, finished, tmp_path
-):
-    wanted = {"steps": 4, "checkpoint_every": 2}
-    _, steps, _ = start(
-        finished.out, tmp_path / "qat", function=loop.quantize, **wanted
-    )
+def test_a_run_that_starts_from_a_model_is_recognised(start, finished, tmp_path):
+    wanted = {"function": loop.quantize, "checkpoint_every": 2}
+    _, steps, _ = start(finished.out, tmp_path / "qat", steps=4, **wanted)
     assert steps == 4
     cut(tmp_path / "qat", keep=["step-00000002"])
-    _, steps, _ = start(
-        finished.out, tmp_path / "qat", function=loop.quantize, **wanted
-    )
+    _, steps, _ = start(finished.out, tmp_path / "qat", steps=4, **wanted)
     assert steps == 2
     with pytest.raises(InputError, match="steps=4 instead of 5"):
-        start(finished.out, tmp_path / "qat", function=loop.quantize, steps=5)
-
-
-@pytest.mark.parametrize("verb", ["train", "quantize", "distil"])
-def test_the_command_line_hands_it_on(monkeypatch, verb):
-    caught = {}
-
-    def stop(*arguments, **options):
-        caught.update(options)
-        raise InputError("enough")
-
-    monkeypatch.setattr(loop, verb, stop)
-    words = ["gpt-tf", verb, "--resume-or-start"]
-    monkeypatch.setattr("sys.argv", words)
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert caught["resume_or_start"] is True
+        start(finished.out, tmp_path / "qat", steps=5, **wanted)
