@@ -1,23 +1,45 @@
-"""Options of commands, made from the configurations that they fill.
+"""Options of commands, made from the settings that they fill.
 
-A field's type, default and description are stated in its configuration; here they
+A setting's type, default and description are stated in its configuration; here they
 become an option of the same name, with `-` for `_`.
 """
 
+import dataclasses
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from pydantic.fields import FieldInfo
 
+from gpt_tf.advisor.constraints import PREFERENCES, SCENARIOS, Budgets
 from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.settings.configuration import fields_of
 from gpt_tf.text.config import AugmentationConfig
-from gpt_tf.training.config import TrainingConfig
+from gpt_tf.training.config import RunOptions, TrainingConfig
 from gpt_tf.workflow.config import OptimizationConfig
+
+# What several commands have.
+MODEL_OR_FILE = "A .tflite or .litertlm, or a run's or model's folder."
+Files = Annotated[list[Path], typer.Argument(help=MODEL_OR_FILE)]
+Report = Annotated[
+    Path | None, typer.Option("--out", help="Write the report there, as JSON.")
+]
+Scenario = Annotated[
+    str, typer.Option(help=f"{', '.join(SCENARIOS)}; all but the last have budgets.")
+]
+Prefer = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What is to be best within the budgets: {', '.join(PREFERENCES)}. The "
+        "scenario's if not given."
+    ),
+]
 
 # The panels of `--help`, each with the first of its fields.
 _PANELS = {
@@ -35,6 +57,8 @@ _PANELS = {
         "model": "Models",
         "evaluated_tokens": "Measurements",
     },
+    RunOptions: {"workers": "Workers"},
+    Budgets: {"max_perplexity_increase": "Budgets"},
 }
 
 
@@ -43,18 +67,18 @@ def options_of(
     parameter: str,
     names: Iterable[str] | None = None,
     *,
-    renamed: dict[str, str] | None = None,
+    spelled: dict[str, str] | None = None,
     helps: dict[str, str] | None = None,
     defaults: bool = True,
 ) -> Callable:
     """Give a command the options that fill a configuration.
 
     Args:
-        kind: The configuration.
+        kind: The configuration, or a dataclass whose docstring describes its fields.
         parameter: Parameter of the command that takes a dict of the fields that were
             given.
         names: Fields that are options; all but dicts unless given.
-        renamed: Names of options that are not their field's.
+        spelled: Options that are not called as their field: `{"modes": "--mode"}`.
         helps: Help of options that is not their field's description.
         defaults: Whether the fields' defaults are those of the command.
 
@@ -63,23 +87,23 @@ def options_of(
         ... @options_of(TrainingConfig, "course")
         ... def train(out: Path, course: dict): ...
     """
-    renamed, helps = renamed or {}, helps or {}
-    panels = _PANELS.get(kind, {})
-    panel, options, field_of = None, [], {}
-    for name, field in fields_of(kind).items():
+    spelled, helps = spelled or {}, helps or {}
+    stated, panels = _stated(kind), _PANELS.get(kind, {})
+    panel, options = None, []
+    for name, field in stated.items():
         panel = panels.get(name, panel)
         read = _type_of(field.annotation)
         if read is dict or (names is not None and name not in names):
             continue
         option = typer.Option(
+            *([spelled[name]] if name in spelled else []),
             help=helps.get(name) or _help_of(field),
             show_default=_shown(field.default) if defaults else False,
             rich_help_panel=panel,
         )
-        field_of[renamed.get(name, name)] = name
         options.append(
             inspect.Parameter(
-                renamed.get(name, name),
+                name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
                 annotation=Annotated[read | None, option],
@@ -89,9 +113,9 @@ def options_of(
     def decorate(command):
         @functools.wraps(command)
         def run(**given):
-            values = {field: given.pop(name) for name, field in field_of.items()}
+            values = {option.name: given.pop(option.name) for option in options}
             fields = {
-                name: _value_of(kind, name, value)
+                name: _value_of(stated[name], value)
                 for name, value in values.items()
                 if value is not None and value != []
             }
@@ -104,6 +128,22 @@ def options_of(
         return run
 
     return decorate
+
+
+def _stated(kind):
+    """Return what is stated of each field; of a dataclass, its docstring describes."""
+    if hasattr(kind, "__pydantic_fields__"):
+        return fields_of(kind)
+    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(kind), re.M)
+    described = {name: " ".join(text.split()) for name, text in entries}
+    return {
+        field.name: FieldInfo(
+            annotation=field.type,
+            default=field.default,
+            description=described[field.name],
+        )
+        for field in dataclasses.fields(kind)
+    }
 
 
 def _alternatives(annotation):
@@ -127,12 +167,12 @@ def _type_of(annotation):
     return str if typing.get_origin(first) is Literal else first
 
 
-def _value_of(kind, name, value):
+def _value_of(field, value):
     """Return a field's value; one of several that may be one is that one."""
     if not isinstance(value, list):
         return value
-    several_only = typing.get_origin(_alternatives(fields_of(kind)[name].annotation)[0])
-    return value[0] if len(value) == 1 and several_only is not tuple else tuple(value)
+    is_tuple = typing.get_origin(_alternatives(field.annotation)[0]) is tuple
+    return tuple(value) if is_tuple or len(value) > 1 else value[0]
 
 
 def _help_of(field):

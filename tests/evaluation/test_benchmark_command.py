@@ -160,7 +160,7 @@ def test_the_status_says_whether_something_got_worse(run, tmp_path):
         ([FILE, "--prompt-tokens", 128], "Received: 128 + 64"),
         ([FILE, "--threads", 0], "`--threads` expects"),
         (["gpt.tflite", "--engine", "litert-lm"], "expects a .litertlm"),
-        ([FILE, "--contexts", "4,x"], "--contexts expects whole numbers with commas"),
+        ([FILE, "--contexts", "4,x"], "`--contexts` expects whole numbers"),
         ([FILE, "--out", f"{__file__}/today"], "report.json cannot be written"),
         ([FILE, "--baseline", "other.json"], "format 99, of gpt_tf"),
         ([FILE, "--baseline", "stored.json", "--quick"], "prompt_tokens = 64"),

@@ -8,8 +8,6 @@ import warnings
 import pytest
 
 from gpt_tf.generation.sequence import GenerationNotice
-from gpt_tf.text.tokenizer import CharacterTokenizer
-from tests.explain.conftest import LETTERS
 
 
 @pytest.fixture
@@ -49,20 +47,11 @@ def test_it_writes_page_picture_and_numbers(explain, file, tmp_path):
         assert (tmp_path / f"a{suffix}").read_bytes() == of_folder.read_bytes()
 
 
-def test_a_target_may_be_named_by_its_id(explain, file):
-    options = (file, "--prompt", "abc", "--samples", 20)
-    by_text = explain(*options, "--target", "d")
-    target = CharacterTokenizer.train([LETTERS]).encode("d")[0]
-    assert explain(*options, "--target-id", target) == by_text
-    assert "-> 'd'" in by_text[1]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--prompt", ""], "--prompt expects a value"),
         (["--prompt", "abc", "--target", "de"], "It begins with 'd'"),
-        (["--prompt", "a", "--target", "b", "--target-id", "1"], "Leave out one"),
         (["--prompt", "abc", "--method", "magic"], "Received: 'magic'"),
         (["--prompt", "abc", "--method", "attention"], "Name the Keras model"),
         (["--prompt", "abc", "--samples", "7"], "at least 8"),

@@ -432,8 +432,8 @@ def test_rates_out_of_range_are_refused_in_one_line(name, rate):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"replacement": "bigram"}, "`replacement` expects one of unigram"),
-        ({"random_offsets": 1}, "`random_offsets` expects True or False"),
+        ({"replacement": "bigram"}, "`replacement` expects 'unigram' or"),
+        ({"random_offsets": 1}, "`random_offsets` expects a valid boolean"),
         ({"written_tokens": -1, "teacher": "a"}, "`written_tokens` expects"),
         ({"written_tokens": 10}, "Give both or none"),
         ({"teacher": "runs/a"}, "Give both or none"),
