@@ -140,7 +140,7 @@ def _stated(kind):
         field.name: FieldInfo(
             annotation=field.type,
             default=field.default,
-            description=described[field.name],
+            description=described.get(field.name, ""),
         )
         for field in dataclasses.fields(kind)
     }
