@@ -4,22 +4,19 @@ A setting's type, default and description are stated in its configuration; here 
 become an option of the same name, with `-` for `_`.
 """
 
-import dataclasses
 import functools
 import inspect
 import re
-import types
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+import pydantic
 import typer
-from pydantic.fields import FieldInfo
 
 from gpt_tf.advisor.constraints import PREFERENCES, SCENARIOS, Budgets
 from gpt_tf.distillation.config import DistillationConfig
-from gpt_tf.settings.configuration import fields_of
 from gpt_tf.text.config import AugmentationConfig
 from gpt_tf.training.config import RunOptions, TrainingConfig
 from gpt_tf.workflow.config import OptimizationConfig
@@ -92,13 +89,13 @@ def options_of(
     panel, options = None, []
     for name, field in stated.items():
         panel = panels.get(name, panel)
-        read = _type_of(field.annotation)
+        read = _type_of(field)
         if read is dict or (names is not None and name not in names):
             continue
         option = typer.Option(
             *([spelled[name]] if name in spelled else []),
             help=helps.get(name) or _help_of(field),
-            show_default=_shown(field.default) if defaults else False,
+            show_default=_shown(field["default"]) if defaults else False,
             rich_help_panel=panel,
         )
         options.append(
@@ -130,61 +127,54 @@ def options_of(
     return decorate
 
 
+_TYPES = {
+    "boolean": bool,
+    "integer": int,
+    "number": float,
+    "object": dict,
+    "string": str,
+}
+
+
 def _stated(kind):
-    """Return what is stated of each field; of a dataclass, its docstring describes."""
-    if hasattr(kind, "__pydantic_fields__"):
-        return fields_of(kind)
+    """Return the JSON schema of each field; a docstring may describe it too."""
     entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(kind), re.M)
     described = {name: " ".join(text.split()) for name, text in entries}
+    schema = pydantic.TypeAdapter(kind).json_schema()
     return {
-        field.name: FieldInfo(
-            annotation=field.type,
-            default=field.default,
-            description=described.get(field.name, ""),
-        )
-        for field in dataclasses.fields(kind)
+        name: {"description": described.get(name, ""), **field}
+        for name, field in schema["properties"].items()
     }
 
 
-def _alternatives(annotation):
-    """Return the types that a field may have, without their limits and None."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return _alternatives(parts[0])
-    if origin in (typing.Union, types.UnionType):
-        return [kind for part in parts for kind in _alternatives(part)]
-    return [] if annotation is type(None) else [annotation]
+def _alternatives(field):
+    return [one for one in field.get("anyOf", [field]) if one["type"] != "null"]
 
 
-def _type_of(annotation):
-    """Return what the command line reads: lists for tuples, texts for choices."""
-    first, *others = _alternatives(annotation)
-    for several in (first, *others):
-        if typing.get_origin(several) is tuple:
-            item = _type_of(typing.get_args(several)[0])
-            if several is first or item is first:
-                return list[item]
-    return str if typing.get_origin(first) is Literal else first
+def _type_of(field):
+    """Return what the command line reads: a list where there may be several."""
+    first, *others = _alternatives(field)
+    of_items = [one["items"]["type"] for one in others if one["type"] == "array"]
+    is_list = first["type"] == "array" or first["type"] in of_items
+    read = _TYPES[first.get("items", first)["type"]]
+    return list[read] if is_list else read
 
 
 def _value_of(field, value):
     """Return a field's value; one of several that may be one is that one."""
     if not isinstance(value, list):
         return value
-    is_tuple = typing.get_origin(_alternatives(field.annotation)[0]) is tuple
-    return tuple(value) if is_tuple or len(value) > 1 else value[0]
+    is_several = _alternatives(field)[0]["type"] == "array"
+    return tuple(value) if is_several or len(value) > 1 else value[0]
 
 
 def _help_of(field):
-    text = field.description
-    for kind in _alternatives(field.annotation):
-        item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
-        if typing.get_origin(item) is Literal:
-            *some, last = typing.get_args(item)
-            text = f"{text[:-1]}: {', '.join(some)} or {last}."
-    if typing.get_origin(_type_of(field.annotation)) is list:
-        text += " May be repeated."
-    return text
+    text = field["description"]
+    for one in _alternatives(field):
+        if names := one.get("items", one).get("enum"):
+            text = f"{text[:-1]}: {', '.join(names[:-1])} or {names[-1]}."
+    several = typing.get_origin(_type_of(field)) is list
+    return text + " May be repeated." * several
 
 
 def _shown(default):
@@ -192,5 +182,5 @@ def _shown(default):
         return False
     if isinstance(default, bool):
         return "yes" if default else "no"
-    several = default if isinstance(default, tuple) else [default]
+    several = default if isinstance(default, list) else [default]
     return ", ".join(repr(v) if v != str(v).strip() else str(v) for v in several)

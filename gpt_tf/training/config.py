@@ -235,10 +235,6 @@ class TrainingConfig(Configuration):
 class RunOptions(Configuration):
     """How a run is started, and where; what it computes is in `TrainingConfig`.
 
-    Raises:
-        InputError: A value is of another type, or out of its range, or does not go
-            with another.
-
     Example:
         >>> RunOptions(workers=2).max_restarts
         3
