@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
+import typer
 import yaml
 
 import gpt_tf
@@ -151,7 +151,7 @@ def test_commands_and_options_on_a_page_exist(page):
 
 @pytest.mark.parametrize("line", ["trian", "train --none=3", "train --out", "export"])
 def test_a_command_that_does_not_exist_is_found(line):
-    with pytest.raises((KeyError, click.UsageError)):
+    with pytest.raises((KeyError, typer.BadParameter.__base__)):  # `UsageError`
         parse(line)
 
 
