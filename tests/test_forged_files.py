@@ -21,7 +21,7 @@ from gpt_tf.progress import draw_history
 from gpt_tf.text.dataset import TokenFile
 from gpt_tf.training.checkpoint import HISTORY
 from gpt_tf.training.run_folder import read_run
-from gpt_tf.workflow.steps import Step, Steps
+from gpt_tf.workflow.steps import Steps
 from tests.reporting.samples import full_report
 
 FORGED = (None, "x", "", -1, 0, 1.5, True, [], {}, [1], {"a": 1}, 10**30)
@@ -144,15 +144,15 @@ def test_forged_records_of_stages_are_done_again(put, tmp_path):
     def count():
         (tmp_path / "count").write_text("1")
 
-    step = Step("count", "", lambda: {"text": "a"}, ["count"], count)
-    Steps(tmp_path, 1).run(step)
+    step = ("count", "", {"text": "a"}, ["count"], count)
+    Steps(tmp_path, 1).run(*step)
     record = artifacts.read_json(tmp_path / "stages" / "count.json")
 
     def use(forged):
         put("stages/count.json", forged)
         again = Steps(tmp_path, 1)
-        again.run(step)
-        assert isinstance(again.done[0].seconds, int | float)
+        again.run(*step)
+        assert isinstance(again.done[0]["seconds"], int | float)
 
     found, _ = wrong(record, use)
     assert found == []

@@ -29,7 +29,7 @@ import pytest
 
 from gpt_tf import artifacts
 from gpt_tf.distillation.teacher_cache import fill
-from gpt_tf.workflow.steps import Step, Steps
+from gpt_tf.workflow.steps import Steps
 
 COUNT = int(os.environ.get("GPT_TF_KILLS", 500))
 _KILLED = {-signal.SIGKILL, -signal.SIGALRM}
@@ -338,8 +338,8 @@ def _do_steps(folder, word):
         steps = Steps(folder, 2)
         inputs = {"word": word}
         remove = {"begin": lambda: artifacts.remove(folder / "made")}
-        steps.run(Step("first", "", lambda: inputs, ["made/first"], first, **remove))
-        steps.run(Step("second", "", lambda: inputs, ["second"], second))
+        steps.run("first", "", inputs, ["made/first"], first, **remove)
+        steps.run("second", "", inputs, ["second"], second)
 
 
 def _state_of_steps(folder):

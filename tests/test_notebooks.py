@@ -1,6 +1,5 @@
 """The tutorials run, and the notebooks that are kept show what they did."""
 
-import json
 import os
 import re
 import subprocess
@@ -14,91 +13,47 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 TUTORIALS = sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.py"))
+SMALL = {
+    "vocab_size": 300,
+    "context_length": 32,
+    "batch_size": 4,
+    "embedding_dim": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "steps": 10,
+    "jit_compile": "off",
+}
 TINY = {
     "01_text_and_tokens": {
-        "vocab_size": 300,
-        "other_vocab_sizes": (257, 280),
-        "context_length": 32,
-        "batch_size": 4,
-        "embedding_dim": 16,
-        "num_layers": 1,
-        "num_heads": 2,
-        "steps": 4,
-        "validate_every": 2,
-        "jit_compile": "off",
-        "max_new_tokens": 12,
+        **SMALL,
+        **{"other_vocab_sizes": (257, 280), "num_layers": 1, "embedding_dim": 16},
+        **{"steps": 4, "validate_every": 2, "max_new_tokens": 12},
     },
     "02_train_in_parallel": {
-        "vocab_size": 300,
-        "context_length": 16,
-        "batch_size": 8,
-        "embedding_dim": 16,
-        "num_layers": 2,
-        "num_heads": 4,
-        "steps": 4,
-        "steps_per_epoch": 2,
-        "timed_rounds": 1,
+        **{"vocab_size": 300, "context_length": 16, "batch_size": 8},
+        **{"embedding_dim": 16, "num_layers": 2, "num_heads": 4},
+        **{"steps": 4, "steps_per_epoch": 2, "timed_rounds": 1},
     },
     "03_quantise": {
-        "vocab_size": 300,
-        "context_length": 32,
-        "batch_size": 4,
-        "embedding_dim": 32,
-        "num_layers": 1,
-        "num_heads": 2,
-        "steps": 10,
-        "qat_steps": 4,
-        "bits_to_try": (8, 4),
-        "num_windows": 4,
-        "jit_compile": "off",
+        **SMALL,
+        **{"num_layers": 1, "qat_steps": 4, "bits_to_try": (8, 4), "num_windows": 4},
     },
     "04_distil": {
-        "vocab_size": 300,
-        "context_length": 32,
-        "batch_size": 4,
-        "embedding_dim": 16,
-        "num_layers": 2,
-        "student_layers": 1,
-        "num_heads": 2,
-        "steps": 10,
-        "student_steps": 5,
-        "jit_compile": "off",
+        **SMALL,
+        **{"embedding_dim": 16, "student_layers": 1, "student_steps": 5},
         "max_new_tokens": 8,
     },
-    "05_export_and_run": {
-        "vocab_size": 300,
-        "context_length": 32,
-        "batch_size": 4,
-        "embedding_dim": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-        "steps": 10,
-        "jit_compile": "off",
-        "max_new_tokens": 8,
-    },
+    "05_export_and_run": {**SMALL, "max_new_tokens": 8},
     "06_measure_and_choose": {
-        "vocab_size": 300,
-        "context_length": 32,
-        "batch_size": 4,
-        "embedding_dim": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-        "steps": 10,
-        "jit_compile": "off",
-        "students": (1,),
-        "student_steps": 4,
-        "modes": ("dynamic_int8",),
-        "evaluated_tokens": 400,
-        "prompt_tokens": 4,
-        "new_tokens": 4,
+        **SMALL,
+        **{"students": (1,), "student_steps": 4, "modes": ("dynamic_int8",)},
+        **{"evaluated_tokens": 400, "prompt_tokens": 4, "new_tokens": 4},
         "repetitions": 1,
     },
-    "07_explain": {
-        "num_prompts": 50,
-        "prompt_tokens": 4,
-        "num_samples": 10,
-    },
+    "07_explain": {"num_prompts": 50, "prompt_tokens": 4, "num_samples": 10},
 }
+# They train several models each, and run one after another.
+LONG = ("02_train_in_parallel", "04_distil")
 # A path of a machine, in a text or a link: `/home/...`, `C:\Users\...`.
 MACHINE_PATH = re.compile(
     r"(?<![\w.])/(?:root|home|tmp|usr|opt|mnt|Users|private|var)/|[A-Z]:\\\\?Users"
@@ -117,10 +72,6 @@ def run_execute(*arguments, folder=NOTEBOOKS):
     )
 
 
-def sources_of(notebook):
-    return [(cell.cell_type, cell.source) for cell in notebook.cells]
-
-
 def outputs_of(notebook):
     return [
         output
@@ -130,20 +81,69 @@ def outputs_of(notebook):
     ]
 
 
-def read_tutorial(name):
-    return jupytext.read(NOTEBOOKS / f"{name}.py")
+def sources_of(notebook):
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
 def first_cell(name, cell_type):
-    cells = read_tutorial(name).cells
+    cells = jupytext.read(NOTEBOOKS / f"{name}.py").cells
     return next(cell.source for cell in cells if cell.cell_type == cell_type)
 
 
-def index_rows():
-    """Return title and row of every tutorial in the index, by the notebook's name."""
+def assert_shows_a_good_run(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = outputs_of(notebook)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert not LOG_NOISE.search("".join(output.get("text", "") for output in outputs))
+
+
+# The tutorials
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [])
+        for name in TUTORIALS
+    ],
+)
+def test_tutorial_runs_from_top_to_bottom(name, corpus_folder, tmp_path):
+    parameters = {"corpus": str(corpus_folder), **TINY[name]}
+    changes = [f"--set={key}={value}" for key, value in parameters.items()]
+    result = run_execute(name, *changes, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_shows_a_good_run(nbformat.read(tmp_path / f"{name}.ipynb", as_version=4))
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_kept_notebook_shows_a_good_run_of_its_source(name):
+    kept = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    assert sources_of(kept) == sources_of(jupytext.read(NOTEBOOKS / f"{name}.py"))
+    assert kept.metadata.jupytext.formats == "ipynb,py:percent"
+    assert_shows_a_good_run(kept)
+    for output in outputs_of(kept):
+        # The letters of an encoded picture may look like anything.
+        output.get("data", {}).pop("image/png", None)
+    assert not MACHINE_PATH.search(nbformat.writes(kept))
+
+
+def test_tutorials_open_with_their_end_and_chapter_and_are_in_the_index():
     text = (NOTEBOOKS / "README.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d) \| \[(.+?)\]\((\w+)\.ipynb\) (.+)$", text, re.M)
-    return {name: (number, title, rest) for number, title, name, rest in rows}
+    assert [name for _, _, name, _ in rows] == TUTORIALS == list(TINY)
+    for number, title, name, rest in rows:
+        opening = first_cell(name, "markdown")
+        assert opening.splitlines()[0] == f"# {number}. {title}"
+        _, end, article = re.split(r"\*\*At the end you|\*\*The article", opening)
+        assert end and re.search(r"chapter \d\.\d", article)
+        # A chapter that the index names is one that the tutorial names.
+        assert set(re.findall(r"\d\.\d", rest)) <= set(re.findall(r"\d\.\d", article))
+
+
+# The cell that installs
 
 
 def run_installing_cell(folder, answer="", path=()):
@@ -168,20 +168,28 @@ def run_installing_cell(folder, answer="", path=()):
     return result.stdout
 
 
-def make_clone(folder):
-    (folder / "gpt_tf").mkdir(parents=True)
-    (folder / "gpt_tf" / "__init__.py").touch()
-    return folder
+# In the second, `import gpt_tf` finds something: an empty namespace.
+@pytest.mark.parametrize(
+    ("clone", "place"), [("clone", "clone/notebooks"), ("content/gpt_tf", "content")]
+)
+def test_installing_cell_takes_the_clone_that_is_there(tmp_path, clone, place):
+    clone = tmp_path / clone
+    (clone / "gpt_tf").mkdir(parents=True)
+    (clone / "gpt_tf" / "__init__.py").touch()
+    wanted = f"gpt-tf[train,explain] @ {clone.resolve().as_uri()}"
+    said = run_installing_cell(tmp_path / place)
+    assert said == f"pip {['install', '--quiet', wanted]}\n"
+    # What is installed is left alone.
+    assert run_installing_cell(tmp_path / place, path=[clone]) == ""
 
 
-def assert_shows_a_good_run(notebook):
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = outputs_of(notebook)
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not [output for output in outputs if output.output_type == "error"]
-    assert not [output for output in outputs if output.get("name") == "stderr"]
-    assert not LOG_NOISE.search("".join(output.get("text", "") for output in outputs))
+def test_installing_cell_asks_for_an_address_where_there_is_no_clone(tmp_path):
+    said = run_installing_cell(tmp_path, "https://a.example/gpt_tf.git\n")
+    assert "@ git+https://a.example/gpt_tf.git'" in said
+    assert len({first_cell(name, "code") for name in TUTORIALS}) == 1
+
+
+# execute.py
 
 
 @pytest.fixture
@@ -194,117 +202,6 @@ def house(tmp_path):
     return folder
 
 
-def test_every_tutorial_has_tiny_parameters():
-    assert TUTORIALS
-    assert set(TUTORIALS) == set(TINY)
-
-
-# They train several models each, and run one after another.
-LONG = ("02_train_in_parallel", "04_distil")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [])
-        for name in TUTORIALS
-    ],
-)
-def test_tutorial_runs_from_top_to_bottom(name, corpus_folder, tmp_path):
-    parameters = {"corpus": str(corpus_folder), **TINY[name]}
-    changes = [f"--set={key}={value}" for key, value in parameters.items()]
-    result = run_execute(name, *changes, "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert_shows_a_good_run(nbformat.read(tmp_path / f"{name}.ipynb", as_version=4))
-
-
-@pytest.mark.parametrize("name", TUTORIALS)
-def test_tutorial_opens_with_its_end_and_the_articles_chapter(name):
-    opening = first_cell(name, "markdown")
-    assert opening.startswith(f"# {int(name[:2])}. ")
-    end, article = (
-        opening.index(words)
-        for words in ("**At the end you will have**", "**The article**")
-    )
-    assert end < article
-    assert re.search(r"chapter \d\.\d", opening[article:])
-
-
-@pytest.mark.parametrize("name", TUTORIALS)
-def test_index_has_the_tutorial_with_its_title_and_chapter(name):
-    number, title, rest = index_rows()[name]
-    opening = first_cell(name, "markdown")
-    assert opening.splitlines()[0] == f"# {number}. {title}"
-    # A chapter that the index names is one that the tutorial names.
-    for chapter in re.findall(r"\d\.\d", rest):
-        assert chapter in opening
-
-
-def test_index_lists_seven_tutorials_in_order():
-    assert [number for number, *_ in index_rows().values()] == list("1234567")
-    assert all(name.startswith(f"0{row[0]}_") for name, row in index_rows().items())
-
-
-@pytest.mark.parametrize("name", TUTORIALS)
-def test_every_tutorial_begins_with_the_same_installing_cell(name):
-    assert first_cell(name, "code") == first_cell(TUTORIALS[0], "code")
-
-
-def test_installing_cell_takes_the_clone_that_the_notebook_lies_in(tmp_path):
-    clone = make_clone(tmp_path / "clone")
-    wanted = f"gpt-tf[train,explain] @ {clone.resolve().as_uri()}"
-    said = run_installing_cell(clone / "notebooks")
-    assert said == f"pip {['install', '--quiet', wanted]}\n"
-
-
-def test_installing_cell_takes_a_clone_beside_the_notebook(tmp_path):
-    # Its name makes `import gpt_tf` find something there: an empty namespace.
-    clone = make_clone(tmp_path / "content" / "gpt_tf")
-    said = run_installing_cell(tmp_path / "content")
-    assert f"gpt-tf[train,explain] @ {clone.resolve().as_uri()}" in said
-
-
-def test_installing_cell_asks_for_an_address_where_there_is_no_clone(tmp_path):
-    said = run_installing_cell(tmp_path, "https://a.example/gpt_tf.git\n")
-    assert "@ git+https://a.example/gpt_tf.git'" in said
-
-
-def test_installing_cell_leaves_an_installed_package_alone(tmp_path):
-    clone = make_clone(tmp_path / "clone")
-    assert run_installing_cell(clone / "notebooks", path=[clone]) == ""
-
-
-@pytest.mark.parametrize("name", TUTORIALS)
-def test_kept_notebook_has_the_cells_of_its_source(name):
-    source = read_tutorial(name)
-    kept = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    assert sources_of(kept) == sources_of(source)
-    assert kept.metadata.jupytext.formats == "ipynb,py:percent"
-
-
-@pytest.mark.parametrize("name", TUTORIALS)
-def test_kept_notebook_shows_a_good_run(name):
-    assert_shows_a_good_run(nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4))
-
-
-@pytest.mark.parametrize("name", TUTORIALS)
-def test_kept_notebook_names_no_path_of_a_machine(name):
-    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            # The letters of an encoded picture may look like anything.
-            output.get("data", {}).pop("image/png", None)
-    assert not MACHINE_PATH.search(nbformat.writes(notebook))
-
-
-@pytest.mark.parametrize(
-    "text", ["in /home/me/gpt", '"/tmp/x"', "File:/opt/me/a.py", r"C:\Users\me"]
-)
-def test_paths_of_machines_are_recognised(text):
-    assert MACHINE_PATH.search(json.dumps(text))
-    assert not MACHINE_PATH.search("runs/work/home/ and https://a.example/home/")
-
-
 def test_a_failing_cell_stops_and_leaves_the_old_notebook(house):
     tutorial = '# %%\nprint("began")\n\n# %%\nraise ValueError("on purpose")\n'
     (house / "07_fails.py").write_text(tutorial, "utf-8")
@@ -314,10 +211,8 @@ def test_a_failing_cell_stops_and_leaves_the_old_notebook(house):
     assert "07_fails failed" in result.stderr
     assert "on purpose" in result.stderr
     assert (house / "07_fails.ipynb").read_text("utf-8") == "old"
-    assert sorted(path.name for path in house.glob("*07*")) == [
-        "07_fails.ipynb",
-        "07_fails.py",
-    ]
+    names = sorted(path.name for path in house.glob("*07*"))
+    assert names == ["07_fails.ipynb", "07_fails.py"]
 
 
 def test_kernel_is_this_python_and_the_same_run_gives_the_same_bytes(house):
@@ -340,7 +235,6 @@ def test_kernel_is_this_python_and_the_same_run_gives_the_same_bytes(house):
     ("arguments", "message"),
     [
         (["--set", "stepz=4", "--out", "{out}"], r"parameters are .*steps.*stepz"),
-        (["--set", "steps", "--out", "{out}"], "expected name=value"),
         (["--set", "steps=4"], "--set expects --out"),
         (["02_no_such"], "tutorials are .*02_no_such"),
     ],

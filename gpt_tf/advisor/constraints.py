@@ -77,7 +77,7 @@ class Budgets:
         0.03
     """
 
-    max_perplexity_increase: float | None = None
+    max_perplexity_increase: str | float | None = None
     max_latency_ms: float | None = None
     max_size_mb: float | None = None
     max_memory_mb: float | None = None

@@ -9,22 +9,17 @@ from typing import Annotated
 import typer
 
 from gpt_tf.bundled_model import shipped_model
-from gpt_tf.cli.common import app, import_tensorflow
+from gpt_tf.cli.common import import_tensorflow
 from gpt_tf.errors import InputError
+from gpt_tf.quantization.modes import MODES
 
 
-@app.command()
 def export(
     model: Annotated[Path, typer.Option(help="A run's or model's folder.")],
     out: Annotated[
         Path, typer.Option(help="File to write, .litertlm or .tflite.")
     ] = Path("gpt.litertlm"),
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="float32, float16, dynamic_int8, int8, int8_full, int16x8 or int4."
-        ),
-    ] = "dynamic_int8",
+    mode: Annotated[str, typer.Option(help=f"{', '.join(MODES)}.")] = "dynamic_int8",
     corpus: Annotated[
         list[str] | None,
         typer.Option(help="Typical text; a run brings its own. As for train."),
@@ -32,9 +27,12 @@ def export(
     context_length: Annotated[
         int | None, typer.Option(help="Tokens that the cache holds at most.")
     ] = None,
-    prefill_length: Annotated[
+    prefill_lengths: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens a prefill takes at once; may be repeated."),
+        typer.Option(
+            "--prefill-length",
+            help="Tokens a prefill takes at once; may be repeated.",
+        ),
     ] = None,
     allow_untrained: Annotated[
         bool, typer.Option(help="Write a model that was never trained too.")
@@ -45,19 +43,19 @@ def export(
     from gpt_tf.export.from_run import export_trained
     from gpt_tf.progress import print_export
 
-    options = {"context_length": context_length, "prefill_lengths": prefill_length}
+    options = {"prefill_lengths": prefill_lengths} if prefill_lengths else {}
     manifest = export_trained(
         model,
         out,
         mode,
         corpus=corpus or None,
+        context_length=context_length,
         allow_untrained=allow_untrained,
-        **{name: value for name, value in options.items() if value is not None},
+        **options,
     )
     print_export(manifest, out)
 
 
-@app.command()
 def generate(
     model: Annotated[
         Path | None,
@@ -96,8 +94,7 @@ def generate(
             f"`model` expects a file or a folder. Received: {model}; there is none. "
             "Check the path."
         )
-    open_model = _open_edge if _is_edge(model) else _open_keras
-    stream, tokenizer = open_model(model)
+    stream, tokenizer = _open(model)
 
     def answer(text):
         if text.endswith(" ") and tokenizer.kind == "bpe":
@@ -125,44 +122,30 @@ def generate(
         answer(prompt)
         return
     typer.echo("Type a beginning; an empty line ends.", err=True)
-    while line := _ask():
-        answer(line)
+    try:
+        while line := input("> "):
+            answer(line)
+    except EOFError:
+        return
 
 
-def _is_edge(model):
-    if model.suffix in (".tflite", ".litertlm"):
-        return True
-    return model.is_file() and model.suffix not in (".keras", ".h5")
+def _open(model):
+    """Return the function that continues a prompt, and the tokenizer."""
+    if model.suffix in (".keras", ".h5") or model.is_dir():
+        import_tensorflow()
+        from gpt_tf.models import cached_forward
+        from gpt_tf.training.loop import load_model
 
+        gpt, tokenizer = load_model(model)
+        stream = functools.partial(cached_forward.stream, gpt, tokenizer=tokenizer)
+    else:
+        from gpt_tf.edge import EdgeGPT
 
-def _open_edge(model):
-    from gpt_tf.edge import EdgeGPT
-
-    gpt = EdgeGPT(model)
-    _require_tokenizer(gpt.tokenizer, model, "the file that `gpt-tf export` wrote")
-    return gpt.stream, gpt.tokenizer
-
-
-def _open_keras(model):
-    import_tensorflow()
-    from gpt_tf.models import cached_forward
-    from gpt_tf.training.loop import load_model
-
-    gpt, tokenizer = load_model(model)
-    _require_tokenizer(tokenizer, model, "the folder that `gpt-tf train` wrote")
-    return functools.partial(cached_forward.stream, gpt, tokenizer=tokenizer), tokenizer
-
-
-def _require_tokenizer(tokenizer, model, instead):
+        gpt = EdgeGPT(model)
+        stream, tokenizer = gpt.stream, gpt.tokenizer
     if tokenizer is None:
         raise InputError(
             f"Expected tokenizer.json with the model {model}. Put it there, or name "
-            f"{instead}."
+            "what `gpt-tf train` or `gpt-tf export` wrote."
         )
-
-
-def _ask():
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
+    return stream, tokenizer

@@ -1,22 +1,17 @@
-"""The command that says how fast files are."""
+"""The command that says how fast files are: benchmark."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gpt_tf.cli.common import app, notice
+from gpt_tf.cli.common import command_line, notice
+from gpt_tf.cli.options import Files, Report
 from gpt_tf.errors import InputError
 
 
-@app.command()
 def benchmark(
-    file: Annotated[
-        list[Path],
-        typer.Argument(help="A .tflite or .litertlm, or a run's or model's folder."),
-    ],
+    file: Files,
     prompt_tokens: Annotated[
         int | None, typer.Option(help="Length of the prompt; 64, or 16 if --quick.")
     ] = None,
@@ -33,9 +28,11 @@ def benchmark(
         str | None,
         typer.Option(help="Lengths of other prompts: 16,64. None if --quick."),
     ] = None,
-    by_threads: Annotated[
+    thread_counts: Annotated[
         str | None,
-        typer.Option(help="Other numbers of threads: 1,2,4. None if --quick."),
+        typer.Option(
+            "--by-threads", help="Other numbers of threads: 1,2,4. None if --quick."
+        ),
     ] = None,
     requests: Annotated[
         str | None,
@@ -49,9 +46,7 @@ def benchmark(
         Path | None,
         typer.Option(help="A stored report; status 1 if something got worse."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the report there, as JSON.")
-    ] = None,
+    out: Report = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Less of everything: a first look.")
     ] = False,
@@ -62,52 +57,59 @@ def benchmark(
     from gpt_tf.evaluation.report import place_of_report, write_report
     from gpt_tf.reporting import tables
 
-    tokens = 16 if quick else 64
-    sizes = {
-        "prompt_tokens": tokens if prompt_tokens is None else prompt_tokens,
-        "new_tokens": tokens if new_tokens is None else new_tokens,
+    settings = {
+        "prompt_tokens": 16 if quick else 64,
+        "new_tokens": 16 if quick else 64,
+        "repetitions": 10 if quick else REPETITIONS,
+        # A comparison takes the medians of as many processes.
+        "rounds": 2 if quick and baseline is None else ROUNDS,
+        "contexts": () if quick else None,
+        "thread_counts": () if quick else None,
+        "requests": (1, 4) if quick else REQUESTS,
     }
-    if repetitions is None:
-        repetitions = 10 if quick else REPETITIONS
-    others = () if quick else None
+    given = {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "repetitions": repetitions,
+        "contexts": _numbers("contexts", contexts),
+        "thread_counts": _numbers("thread_counts", thread_counts),
+        "requests": _numbers("requests", requests),
+    }
+    settings |= {name: value for name, value in given.items() if value is not None}
     if out is not None:
         out = place_of_report(out)
-    stored = None if baseline is None else read_baseline(baseline, **sizes)
+    if baseline is not None:
+        sizes = {name: settings[name] for name in ("prompt_tokens", "new_tokens")}
+        stored = read_baseline(baseline, **sizes)
     with tables.MeasurementProgress() as progress:
         made = measure_files(
             file,
-            **sizes,
-            repetitions=repetitions,
-            # A comparison takes the medians of as many processes.
-            rounds=2 if quick and stored is None else ROUNDS,
+            **settings,
             threads=threads,
-            contexts=_numbers("--contexts", contexts, others),
-            thread_counts=_numbers("--by-threads", by_threads, others),
-            requests=_numbers("--requests", requests, (1, 4) if quick else REQUESTS),
             engine=engine,
             out=out,
-            command=shlex.join(["gpt-tf", *sys.argv[1:]]),
+            command=command_line(),
             on_progress=progress.turn,
         )
     tables.print_latency(made)
     if out is not None:
         write_report(out, made)
         notice(f"report: {out}")
-    if stored is not None:
+    if baseline is not None:
         compared = compare_with_baseline(made, stored)
         tables.print_baseline(compared)
         if compared["regressed"]:
             raise typer.Exit(1)
 
 
-def _numbers(option, text, default):
+def _numbers(name, text):
     """Return the numbers of a list with commas; none of an empty one."""
-    if text is None:
-        return default
+    if not text:
+        return text if text is None else []
     try:
-        return [int(part) for part in text.split(",")] if text else []
+        return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"{option} expects whole numbers with commas between, 16,64 for example. "
+            f"`{name}` expects whole numbers with commas between, 16,64 for example. "
             f"Received: {text!r}."
         ) from None

@@ -1,7 +1,9 @@
-"""What the commands share: the program itself, options, notices, TensorFlow."""
+"""What the commands share: the program itself, notices, TensorFlow."""
 
 import logging
 import os
+import shlex
+import sys
 from typing import Annotated
 
 import typer
@@ -12,19 +14,12 @@ import gpt_tf
 from gpt_tf.native_logs import held_back
 from gpt_tf.progress import current_console
 
-# The order in which `--help` names the commands: the way of the data.
-_ORDER = (
-    *("optimize", "train", "distil", "quantize", "export", "generate"),
-    *("evaluate", "benchmark", "recommend", "explain"),
-)
+# Exit status: nothing that was measured fits the budgets; what comes nearest was told.
+NOTHING_FITS = 3
 
 
 class _Commands(typer.core.TyperGroup):
     """Commands that say that they were interrupted, whatever version typer has."""
-
-    def list_commands(self, context):
-        names = super().list_commands(context)
-        return sorted(names, key=lambda name: [*_ORDER, name].index(name))
 
     def invoke(self, context):
         try:
@@ -39,7 +34,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Train a GPT, make it fast, and ship it to an edge device.",
 )
 
 
@@ -70,44 +64,9 @@ def _main(
     app.command_run = context.command.get_command(context, context.invoked_subcommand)
 
 
-# Options that several commands have.
-Resume = Annotated[
-    bool,
-    typer.Option(
-        help="Go on with the interrupted run in --out; with more --steps than its own, "
-        "up to these."
-    ),
-]
-Overwrite = Annotated[bool, typer.Option(help="Replace the run that stands in --out.")]
-ResumeOrStart = Annotated[
-    bool,
-    typer.Option("--resume-or-start", help="Go on with the run in --out, or start it."),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        help="Train with so many workers, started by Ray and started again if one is "
-        "lost.",
-        rich_help_panel="Workers",
-    ),
-]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(
-        help="host:port of the Ray cluster of the workers; this machine unless given.",
-        rich_help_panel="Workers",
-    ),
-]
-MaxRestarts = Annotated[
-    int,
-    typer.Option(
-        help="Starts after a worker was lost, from the newest checkpoint.",
-        rich_help_panel="Workers",
-    ),
-]
-VirtualDevices = Annotated[
-    int | None, typer.Option(help="Split the CPU into so many logical devices.")
-]
+def command_line() -> str:
+    """Return the command as it was typed, for a report."""
+    return shlex.join(["gpt-tf", *sys.argv[1:]])
 
 
 def notice(line):

@@ -1,4 +1,4 @@
-"""The command that says why a model said what it said."""
+"""The command that says why a model said what it said: explain."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,35 +6,28 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from gpt_tf.cli.common import app, import_tensorflow, notice
-from gpt_tf.errors import InputError
+from gpt_tf.cli.common import import_tensorflow, notice
+from gpt_tf.cli.options import MODEL_OR_FILE
 
 
-@app.command()
 def explain(
-    file: Annotated[
-        Path,
-        typer.Argument(help="A .tflite or .litertlm, or a run's or model's folder."),
-    ],
+    file: Annotated[Path, typer.Argument(help=MODEL_OR_FILE)],
     prompt: Annotated[str, typer.Option(help="What the model read.")],
     target: Annotated[
         str | None,
         typer.Option(help="The next token to explain; default: the most likely."),
     ] = None,
-    target_id: Annotated[int | None, typer.Option(help="The same by its id.")] = None,
     method: Annotated[
         str,
         typer.Option(help="lime or shap; of a Keras model attention or gradient too."),
     ] = "lime",
-    samples: Annotated[
+    num_samples: Annotated[
         int | None,
-        typer.Option(help="Masked prompts to score, or steps of the gradient."),
+        typer.Option(
+            "--samples", help="Masked prompts to score, or steps of the gradient."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same scores.")] = 0,
-    neutral: Annotated[
-        str | None,
-        typer.Option(help="Token in the place of one taken away; default: a space."),
-    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Write it there: .html, .png, or a folder for both."),
@@ -42,36 +35,25 @@ def explain(
 ):
     """Say which tokens of a prompt made a model say the next one."""
     from gpt_tf.evaluation.models import is_keras, open_model
-    from gpt_tf.explain.attribution import check_method
-    from gpt_tf.explain.attribution import explain as explained
-    from gpt_tf.reporting.explanations import (
-        check_place,
-        print_explanation,
-        write_explanation,
-    )
+    from gpt_tf.explain import attribution
+    from gpt_tf.reporting import explanations
 
-    if target is not None and target_id is not None:
-        raise InputError(
-            "A target is named by its text or by its id. Received: --target and "
-            "--target-id. Leave out one."
-        )
     if out is not None:
-        check_place(out)
+        explanations.check_place(out)
     if is_keras(file):
         import_tensorflow()
-    with open_model(file) as subject:
-        check_method(subject, method)
+    with open_model(file) as model:
+        attribution.check_method(model, method)
         with Console(stderr=True).status(f"{method}: scoring prompts"):
-            explanation = explained(
-                subject,
+            explanation = attribution.explain(
+                model,
                 prompt,
-                target=target if target_id is None else target_id,
+                target=target,
                 method=method,
-                num_samples=samples,
+                num_samples=num_samples,
                 seed=seed,
-                neutral=neutral,
             )
-    print_explanation(explanation)
+    explanations.print_explanation(explanation)
     if out is not None:
-        for path in write_explanation(explanation, out):
+        for path in explanations.write_explanation(explanation, out):
             notice(f"wrote {path}")

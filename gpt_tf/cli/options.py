@@ -1,23 +1,42 @@
-"""Options of commands, made from the configurations that they fill.
+"""Options of commands, made from the settings that they fill.
 
-A field's type, default and description are stated in its configuration; here they
+A setting's type, default and description are stated in its configuration; here they
 become an option of the same name, with `-` for `_`.
 """
 
 import functools
 import inspect
-import types
+import re
 import typing
 from collections.abc import Callable, Iterable
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated
 
+import pydantic
 import typer
 
+from gpt_tf.advisor.constraints import PREFERENCES, SCENARIOS, Budgets
 from gpt_tf.distillation.config import DistillationConfig
-from gpt_tf.settings.configuration import fields_of
 from gpt_tf.text.config import AugmentationConfig
-from gpt_tf.training.config import TrainingConfig
+from gpt_tf.training.config import RunOptions, TrainingConfig
 from gpt_tf.workflow.config import OptimizationConfig
+
+# What several commands have.
+MODEL_OR_FILE = "A .tflite or .litertlm, or a run's or model's folder."
+Files = Annotated[list[Path], typer.Argument(help=MODEL_OR_FILE)]
+Report = Annotated[
+    Path | None, typer.Option("--out", help="Write the report there, as JSON.")
+]
+Scenario = Annotated[
+    str, typer.Option(help=f"{', '.join(SCENARIOS)}; all but the last have budgets.")
+]
+Prefer = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What is to be best within the budgets: {', '.join(PREFERENCES)}. The "
+        "scenario's if not given."
+    ),
+]
 
 # The panels of `--help`, each with the first of its fields.
 _PANELS = {
@@ -35,6 +54,8 @@ _PANELS = {
         "model": "Models",
         "evaluated_tokens": "Measurements",
     },
+    RunOptions: {"workers": "Workers"},
+    Budgets: {"max_perplexity_increase": "Budgets"},
 }
 
 
@@ -43,18 +64,18 @@ def options_of(
     parameter: str,
     names: Iterable[str] | None = None,
     *,
-    renamed: dict[str, str] | None = None,
+    spelled: dict[str, str] | None = None,
     helps: dict[str, str] | None = None,
     defaults: bool = True,
 ) -> Callable:
     """Give a command the options that fill a configuration.
 
     Args:
-        kind: The configuration.
+        kind: The configuration, or a dataclass whose docstring describes its fields.
         parameter: Parameter of the command that takes a dict of the fields that were
             given.
         names: Fields that are options; all but dicts unless given.
-        renamed: Names of options that are not their field's.
+        spelled: Options that are not called as their field: `{"modes": "--mode"}`.
         helps: Help of options that is not their field's description.
         defaults: Whether the fields' defaults are those of the command.
 
@@ -63,23 +84,23 @@ def options_of(
         ... @options_of(TrainingConfig, "course")
         ... def train(out: Path, course: dict): ...
     """
-    renamed, helps = renamed or {}, helps or {}
-    panels = _PANELS.get(kind, {})
-    panel, options, field_of = None, [], {}
-    for name, field in fields_of(kind).items():
+    spelled, helps = spelled or {}, helps or {}
+    stated, panels = _stated(kind), _PANELS.get(kind, {})
+    panel, options = None, []
+    for name, field in stated.items():
         panel = panels.get(name, panel)
-        read = _type_of(field.annotation)
+        read = _type_of(field)
         if read is dict or (names is not None and name not in names):
             continue
         option = typer.Option(
+            *([spelled[name]] if name in spelled else []),
             help=helps.get(name) or _help_of(field),
-            show_default=_shown(field.default) if defaults else False,
+            show_default=_shown(field["default"]) if defaults else False,
             rich_help_panel=panel,
         )
-        field_of[renamed.get(name, name)] = name
         options.append(
             inspect.Parameter(
-                renamed.get(name, name),
+                name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
                 annotation=Annotated[read | None, option],
@@ -89,9 +110,9 @@ def options_of(
     def decorate(command):
         @functools.wraps(command)
         def run(**given):
-            values = {field: given.pop(name) for name, field in field_of.items()}
+            values = {option.name: given.pop(option.name) for option in options}
             fields = {
-                name: _value_of(kind, name, value)
+                name: _value_of(stated[name], value)
                 for name, value in values.items()
                 if value is not None and value != []
             }
@@ -106,45 +127,54 @@ def options_of(
     return decorate
 
 
-def _alternatives(annotation):
-    """Return the types that a field may have, without their limits and None."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return _alternatives(parts[0])
-    if origin in (typing.Union, types.UnionType):
-        return [kind for part in parts for kind in _alternatives(part)]
-    return [] if annotation is type(None) else [annotation]
+_TYPES = {
+    "boolean": bool,
+    "integer": int,
+    "number": float,
+    "object": dict,
+    "string": str,
+}
 
 
-def _type_of(annotation):
-    """Return what the command line reads: lists for tuples, texts for choices."""
-    first, *others = _alternatives(annotation)
-    for several in (first, *others):
-        if typing.get_origin(several) is tuple:
-            item = _type_of(typing.get_args(several)[0])
-            if several is first or item is first:
-                return list[item]
-    return str if typing.get_origin(first) is Literal else first
+def _stated(kind):
+    """Return the JSON schema of each field; a docstring may describe it too."""
+    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(kind), re.M)
+    described = {name: " ".join(text.split()) for name, text in entries}
+    schema = pydantic.TypeAdapter(kind).json_schema()
+    return {
+        name: {"description": described.get(name, ""), **field}
+        for name, field in schema["properties"].items()
+    }
 
 
-def _value_of(kind, name, value):
+def _alternatives(field):
+    return [one for one in field.get("anyOf", [field]) if one["type"] != "null"]
+
+
+def _type_of(field):
+    """Return what the command line reads: a list where there may be several."""
+    first, *others = _alternatives(field)
+    of_items = [one["items"]["type"] for one in others if one["type"] == "array"]
+    is_list = first["type"] == "array" or first["type"] in of_items
+    read = _TYPES[first.get("items", first)["type"]]
+    return list[read] if is_list else read
+
+
+def _value_of(field, value):
     """Return a field's value; one of several that may be one is that one."""
     if not isinstance(value, list):
         return value
-    several_only = typing.get_origin(_alternatives(fields_of(kind)[name].annotation)[0])
-    return value[0] if len(value) == 1 and several_only is not tuple else tuple(value)
+    is_several = _alternatives(field)[0]["type"] == "array"
+    return tuple(value) if is_several or len(value) > 1 else value[0]
 
 
 def _help_of(field):
-    text = field.description
-    for kind in _alternatives(field.annotation):
-        item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
-        if typing.get_origin(item) is Literal:
-            *some, last = typing.get_args(item)
-            text = f"{text[:-1]}: {', '.join(some)} or {last}."
-    if typing.get_origin(_type_of(field.annotation)) is list:
-        text += " May be repeated."
-    return text
+    text = field["description"]
+    for one in _alternatives(field):
+        if names := one.get("items", one).get("enum"):
+            text = f"{text[:-1]}: {', '.join(names[:-1])} or {names[-1]}."
+    several = typing.get_origin(_type_of(field)) is list
+    return text + " May be repeated." * several
 
 
 def _shown(default):
@@ -152,5 +182,5 @@ def _shown(default):
         return False
     if isinstance(default, bool):
         return "yes" if default else "no"
-    several = default if isinstance(default, tuple) else [default]
+    several = default if isinstance(default, list) else [default]
     return ", ".join(repr(v) if v != str(v).strip() else str(v) for v in several)

@@ -6,14 +6,13 @@ from typing import Annotated
 import typer
 
 from gpt_tf import artifacts
-from gpt_tf.cli.common import app
+from gpt_tf.advisor.constraints import Budgets
+from gpt_tf.cli.common import NOTHING_FITS
+from gpt_tf.cli.options import Prefer, Scenario, options_of
 from gpt_tf.errors import InputError
 
-# Nothing fits the budgets; what comes nearest was printed.
-NOTHING_FITS = 3
 
-
-@app.command()
+@options_of(Budgets, "budgets")
 def recommend(
     report: Annotated[
         list[Path] | None,
@@ -22,35 +21,8 @@ def recommend(
             "speed are each that of the last one that has it."
         ),
     ] = None,
-    scenario: Annotated[
-        str,
-        typer.Option(help="phone, board or server, with their budgets, or custom."),
-    ] = "custom",
-    prefer: Annotated[
-        str | None,
-        typer.Option(
-            help="What is to be best within the budgets: accuracy, latency, size, "
-            "memory, first_token, throughput or balance. The scenario's if not given."
-        ),
-    ] = None,
-    max_perplexity_increase: Annotated[
-        str | None, typer.Option(help="Over the reference's: 3% or 0.03.")
-    ] = None,
-    max_latency_ms: Annotated[
-        str | None, typer.Option(help="Between two tokens, 95th percentile.")
-    ] = None,
-    max_size_mb: Annotated[
-        str | None, typer.Option(help="Of the file, in 10^6 bytes.")
-    ] = None,
-    max_memory_mb: Annotated[
-        str | None, typer.Option(help="Of a process that runs it, in 10^6 bytes.")
-    ] = None,
-    max_first_token_ms: Annotated[
-        str | None, typer.Option(help="From the prompt to the first token, median.")
-    ] = None,
-    min_tokens_per_s: Annotated[
-        str | None, typer.Option(help="Of one request; of a server's together.")
-    ] = None,
+    scenario: Scenario = "custom",
+    prefer: Prefer = None,
     estimate: Annotated[
         Path | None,
         typer.Option(
@@ -62,6 +34,8 @@ def recommend(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON and nothing else.")
     ] = False,
+    *,
+    budgets: dict,
 ):
     """Choose the file to ship among those of a report, and say why.
 
@@ -81,16 +55,6 @@ def recommend(
             f"`prefer` expects a report to choose from. Received: {prefer!r} with "
             "--estimate, which lists every mode. Leave one out."
         )
-    from gpt_tf.advisor.constraints import Budgets
-
-    budgets = Budgets(
-        max_perplexity_increase,
-        max_latency_ms,
-        max_size_mb,
-        max_memory_mb,
-        max_first_token_ms,
-        min_tokens_per_s,
-    )
     if estimate is not None:
         from gpt_tf.advisor.estimate import estimate_modes, print_estimates
         from gpt_tf.evaluation.hardware import describe_machine
@@ -103,8 +67,7 @@ def recommend(
 
         reports = [read_report(path) for path in report]
         joined = reports[0] if len(reports) == 1 else join_reports(reports)
-        chosen = budgets if budgets.given() else None
-        result = ranking.recommend(joined, chosen, scenario, prefer)
+        result = ranking.recommend(joined, budgets or None, scenario, prefer)
         show, fits = ranking.print_recommendation, result["choice"] is not None
     if as_json:
         typer.echo(

@@ -5,35 +5,19 @@ from typing import Annotated
 
 import typer
 
-from gpt_tf.cli.common import (
-    MaxRestarts,
-    Overwrite,
-    RayAddress,
-    Resume,
-    ResumeOrStart,
-    VirtualDevices,
-    Workers,
-    app,
-    import_tensorflow,
-    show_notices,
-)
+from gpt_tf.cli.common import import_tensorflow, show_notices
 from gpt_tf.cli.options import options_of
 from gpt_tf.distillation.config import DistillationConfig
-from gpt_tf.errors import InputError
 from gpt_tf.quantization.config import QuantizationConfig
-from gpt_tf.settings.configuration import fields_of
+from gpt_tf.settings import arguments
 from gpt_tf.text.config import AugmentationConfig
-from gpt_tf.training.config import PRESETS, TrainingConfig
+from gpt_tf.training.config import PRESETS, RunOptions, TrainingConfig
 
 # Of a run that follows another one: what is not given is the other run's.
 _SOURCES_TEXT = {"corpus": "As for train; the source's own. May be repeated."}
-_AUGMENTATION = (
-    *("bpe_dropout", "token_dropout", "token_replacement", "replacement"),
-    *("mix_documents", "random_offsets"),
-)
 
 
-@app.command()
+@options_of(RunOptions, "run")
 @options_of(AugmentationConfig, "augmentation")
 @options_of(TrainingConfig, "course")
 def train(
@@ -42,39 +26,20 @@ def train(
         str | None,
         typer.Option(help=f"{', '.join(PRESETS)}; the defaults below without one."),
     ] = None,
-    resume: Resume = False,
-    resume_or_start: ResumeOrStart = False,
-    overwrite: Overwrite = False,
-    workers: Workers = None,
-    ray_address: RayAddress = None,
-    max_restarts: MaxRestarts = 3,
-    virtual_devices: VirtualDevices = None,
     *,
     course: dict,
     augmentation: dict,
+    run: dict,
 ):
     """Train a GPT on text and leave a folder to generate from."""
-    if preset is not None and preset not in PRESETS:
-        raise InputError(
-            f"A preset is one of {', '.join(PRESETS)}. Received: {preset!r}."
-        )
-    _train(
-        "train",
-        PRESETS.get(preset),
-        out=out,
-        resume=resume,
-        resume_or_start=resume_or_start,
-        overwrite=overwrite,
-        workers=workers,
-        ray_address=ray_address,
-        max_restarts=max_restarts,
-        virtual_devices=virtual_devices,
-        **course,
-        **({"augmentation": augmentation} if augmentation else {}),
-    )
+    if preset is not None:
+        arguments.one_of("preset", preset, PRESETS)
+    if augmentation:
+        course["augmentation"] = augmentation
+    _train("train", PRESETS.get(preset), run, out=out, **course)
 
 
-@app.command()
+@options_of(RunOptions, "run")
 @options_of(
     TrainingConfig,
     "course",
@@ -103,54 +68,37 @@ def quantize(
     full: Annotated[
         bool, typer.Option(help="Residual, softmax and logits in integers too.")
     ] = False,
-    resume: Resume = False,
-    resume_or_start: ResumeOrStart = False,
-    overwrite: Overwrite = False,
-    workers: Workers = None,
-    ray_address: RayAddress = None,
-    max_restarts: MaxRestarts = 3,
-    virtual_devices: VirtualDevices = None,
     *,
     course: dict,
+    run: dict,
 ):
     """Make a trained model ready for integers, by training it a little further."""
-    if method not in _QUANTIZE_METHODS:
-        raise InputError(
-            f"`--method` expects one of {', '.join(_QUANTIZE_METHODS)}. "
-            f"Received: {method!r}."
-        )
-    _train(
-        "quantize",
-        model,
-        out=out,
-        quantization=QuantizationConfig.full() if full else None,
-        resume=resume,
-        resume_or_start=resume_or_start,
-        overwrite=overwrite,
-        workers=workers,
-        ray_address=ray_address,
-        max_restarts=max_restarts,
-        virtual_devices=virtual_devices,
-        **course,
-    )
+    arguments.one_of("method", method, ["qat"])
+    quantization = QuantizationConfig.full() if full else None
+    _train("quantize", model, run, out=out, quantization=quantization, **course)
 
 
-_QUANTIZE_METHODS = ("qat",)
-
-
-@app.command()
-@options_of(AugmentationConfig, "augmentation", _AUGMENTATION)
+@options_of(RunOptions, "run")
+@options_of(
+    AugmentationConfig,
+    "augmentation",
+    (
+        *("bpe_dropout", "token_dropout", "token_replacement", "replacement"),
+        *("mix_documents", "random_offsets"),
+    ),
+)
 @options_of(
     TrainingConfig,
     "course",
     (
-        *("corpus", "validation", "separator", "init_from", "steps", "learning_rate"),
-        *("dropout", "batch_size", "validate_every", "checkpoint_every", "strategy"),
-        "seed",
+        *("corpus", "validation", "separator", "init_from", "context_length", "steps"),
+        *("learning_rate", "dropout", "batch_size", "validate_every"),
+        *("checkpoint_every", "strategy", "seed"),
     ),
     helps={
         **_SOURCES_TEXT,
         "init_from": "Trained student to go on with instead.",
+        "context_length": "Tokens per window; the teacher's.",
         "steps": "Optimiser steps; the teacher's.",
         "learning_rate": "At its peak; the teacher's.",
         "dropout": "Of the student; 0.",
@@ -161,20 +109,15 @@ _QUANTIZE_METHODS = ("qat",)
 @options_of(
     DistillationConfig,
     "student",
-    [name for name in fields_of(DistillationConfig) if name != "teacher"],
-    renamed={
-        "num_layers": "student_layers",
-        "num_heads": "student_heads",
-        **{
-            name: f"student_{name}"
-            for name in ("embedding_dim", "feedforward_dim", "vocab_size")
-        },
+    spelled={
+        "num_layers": "--student-layers",
+        "num_heads": "--student-heads",
+        "embedding_dim": "--student-embedding-dim",
+        "feedforward_dim": "--student-feedforward-dim",
+        "vocab_size": "--student-vocab-size",
     },
 )
 def distil(
-    teacher: Annotated[
-        Path | None, typer.Option(help="Folder of the teacher's run or model.")
-    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the student's run.")] = Path(
         "runs/gpt-student"
     ),
@@ -188,46 +131,26 @@ def distil(
     quantize: Annotated[
         bool, typer.Option(help="Make the student ready for integers at once.")
     ] = False,
-    resume: Resume = False,
-    resume_or_start: ResumeOrStart = False,
-    overwrite: Overwrite = False,
-    workers: Workers = None,
-    ray_address: RayAddress = None,
-    max_restarts: MaxRestarts = 3,
-    virtual_devices: VirtualDevices = None,
     *,
     student: dict,
     course: dict,
     augmentation: dict,
+    run: dict,
 ):
     """Train a small student on what a large teacher knows, or store that first."""
+    teacher = student.pop("teacher", None)
     if augmentation:
         course["augmentation"] = augmentation
     if extract is None:
         if quantize:
             course["quantization"] = QuantizationConfig().get_config()
-        _train(
-            "distil",
-            teacher,
-            out=out,
-            distillation=None if resume else student,
-            resume=resume,
-            resume_or_start=resume_or_start,
-            overwrite=overwrite,
-            workers=workers,
-            ray_address=ray_address,
-            max_restarts=max_restarts,
-            virtual_devices=virtual_devices,
-            **course,
-        )
+        _train("distil", teacher, run, out=out, distillation=student or None, **course)
         return
-    import_tensorflow()
-    from gpt_tf.parallel.data import split_cpu
+    run = RunOptions(**run)
+    _prepare_devices(run.virtual_devices)
     from gpt_tf.progress import StepProgress, print_knowledge
     from gpt_tf.training import loop
 
-    if virtual_devices is not None:
-        split_cpu(virtual_devices)
     of_the_text = ("corpus", "validation", "separator", "seed", "augmentation")
     with StepProgress("windows") as progress:
         store = loop.extract_knowledge(
@@ -236,45 +159,50 @@ def distil(
             vocab_size=student.get("vocab_size"),
             top_k=top_k,
             passes=passes,
-            overwrite=overwrite,
+            overwrite=run.overwrite,
             on_progress=progress.update,
             **{name: course[name] for name in of_the_text if name in course},
         )
     print_knowledge(store)
 
 
-def _train(verb, *arguments, workers, ray_address, max_restarts, **options):
+def _train(verb, source, run, **options):
     """Call the verb of `gpt_tf.training.loop` here, or in the workers of a cluster."""
-    if workers is None:
-        if ray_address is not None:
-            raise InputError(
-                "--ray-address expects --workers, the number of workers to start there."
-            )
-        _train_here(verb, *arguments, **options)
+    run = RunOptions(**run)
+    for name in ("resume", "resume_or_start", "overwrite", "virtual_devices"):
+        options[name] = getattr(run, name)
+    if run.workers is None:
+        _train_here(verb, source, **options)
         return
     from gpt_tf.parallel import cluster
 
     cluster.run(
         _train_here,
         verb,
-        *arguments,
-        workers=workers,
-        address=ray_address,
-        max_restarts=max_restarts,
+        source,
+        workers=run.workers,
+        address=run.ray_address,
+        max_restarts=run.max_restarts,
         **options,
     )
 
 
-def _train_here(verb, *arguments, virtual_devices, **options):
+def _train_here(verb, source, *, virtual_devices, **options):
     """Call the verb of `gpt_tf.training.loop`, and print what came out."""
     show_notices()  # in a worker too, where only this is called
-    import_tensorflow()
-    from gpt_tf.parallel.data import split_cpu
+    _prepare_devices(virtual_devices)
     from gpt_tf.progress import print_result
     from gpt_tf.training import loop
 
-    if virtual_devices is not None:
-        split_cpu(virtual_devices)
-    result = getattr(loop, verb)(*arguments, **options)
+    result = getattr(loop, verb)(source, **options)
     if options.get("verbose", True):
         print_result(result)
+
+
+def _prepare_devices(count):
+    """Import TensorFlow, and split the CPU before it is used otherwise."""
+    import_tensorflow()
+    if count is not None:
+        from gpt_tf.parallel.data import split_cpu
+
+        split_cpu(count)

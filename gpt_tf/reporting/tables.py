@@ -113,7 +113,27 @@ def print_accuracy(report: dict, console: Console | None = None) -> None:
         size = quantity(entry["size_bytes"] / 1e6, "MB")
         # A name may hold brackets; none of it is rich's markup.
         table.add_row(Text(f"{entry['name']}\n{entry['mode']}\n{size}"), *cells)
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    for line in _what_was_judged(report):
+        console.print(Text(line))
+
+
+def _what_was_judged(report):
+    entries, corpus = report["entries"], report["corpus"]
+    blocks = entries[0]["accuracy"]["blocks"]
+    compared = f"; compared with {report['reference']}" if report["reference"] else ""
+    yield (
+        f"{corpus['tokens']:,} tokens, {corpus['bytes']:,} bytes in {blocks} blocks of "
+        f"{corpus['name']} ({corpus['split']}){compared}"
+    )
+    parsed = [entry["accuracy"]["parsed"] for entry in entries]
+    if any(parsed):
+        shares = sorted({f"{found['of_true_text']:.0%}" for found in parsed if found})
+        yield (
+            f"parsed: {parsed[0]['count']} functions completed; of their own text, cut "
+            f"likewise, {' or '.join(shares)}"
+        )
 
 
 def print_latency(report: dict, console: Console | None = None) -> None:

@@ -1,7 +1,8 @@
 """The check of one argument: what it is to be, and what is said where it is not.
 
 Whole configurations are checked by `gpt_tf.settings.configuration`, in these words;
-here is what functions and constructors call, on a device too. NumPy's numbers are
+here is what functions and constructors call, on a device too. Each returns the value as
+Python's own, or raises an `InputError` that names the argument. NumPy's numbers are
 numbers, and True and False are none.
 """
 
@@ -26,23 +27,13 @@ _TOLD_UP_TO = 1024
 _LONGEST_SHOWN = 80
 # Of file systems.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096
+_DEEPEST = 300  # folders; Python makes them by calls within calls
 
 
 def integer(
     name: str, value, least: int = 0, most: int = LARGEST, *, or_none=False, repair=""
 ):
-    """Return an integer as Python's own, or refuse what is none.
-
-    Args:
-        name: Of the argument.
-        value: Any integer, NumPy's too.
-        least: The smallest that is good.
-        most: The largest.
-        or_none: Whether None is good as well.
-        repair: A sentence on how to mend it.
-
-    Raises:
-        InputError: It is no integer, or out of its range.
+    """Return an integer from `least` to `most`; `repair` says how to mend another.
 
     Example:
         >>> integer("rounds", np.int64(3), 1)
@@ -58,16 +49,7 @@ def integer(
 
 
 def number(name: str, value, *, or_none=False, **limits: float):
-    """Return a finite number as Python's own, or refuse what is none.
-
-    Args:
-        name: Of the argument.
-        value: Any number, NumPy's too.
-        or_none: Whether None is good as well.
-        **limits: `least`, `most`, `above` or `below`.
-
-    Raises:
-        InputError: It is no number, NaN or infinite, or out of its range.
+    """Return a finite number within `least`, `most`, `above` and `below`.
 
     Example:
         >>> number("temperature", 1, above=0)
@@ -90,11 +72,7 @@ def number(name: str, value, *, or_none=False, **limits: float):
 
 
 def items(name: str, values: Iterable, expected: str = "a list") -> list:
-    """Return what a list or the like holds, or refuse what is none, as a text is.
-
-    Raises:
-        InputError: It is none.
-    """
+    """Return what a list or the like holds; a text is none."""
     try:
         if not isinstance(values, str | bytes):
             return list(values)
@@ -104,10 +82,7 @@ def items(name: str, values: Iterable, expected: str = "a list") -> list:
 
 
 def integers(name: str, values: Iterable[int], least: int = 0, most: int = LARGEST):
-    """Return several integers, each once, or refuse them.
-
-    Raises:
-        InputError: They are no list, or one of them is no integer or out of its range.
+    """Return several integers, each once.
 
     Example:
         >>> integers("requests", (1, 4, 4), 1)
@@ -118,11 +93,7 @@ def integers(name: str, values: Iterable[int], least: int = 0, most: int = LARGE
 
 
 def ids(values: Iterable[int]) -> list[int]:
-    """Return token ids as Python's integers, of any size, or refuse what is none.
-
-    Raises:
-        InputError: They are no list, or one of them is no integer.
-    """
+    """Return token ids, of any size."""
     try:
         return [operator.index(token) for token in items("ids", values)]
     except TypeError:
@@ -130,11 +101,7 @@ def ids(values: Iterable[int]) -> list[int]:
 
 
 def one_of(name: str, value, choices: Iterable[str]) -> str:
-    """Return a value that is one of some texts, or refuse it.
-
-    Raises:
-        InputError: It is none of them.
-    """
+    """Return a value that is one of some texts."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
         refuse(name, value, f"one of {', '.join(choices)}")
@@ -142,34 +109,21 @@ def one_of(name: str, value, choices: Iterable[str]) -> str:
 
 
 def switch(name: str, value) -> bool:
-    """Return True or False, NumPy's too, or refuse what is neither.
-
-    Raises:
-        InputError: It is neither.
-    """
+    """Return True or False."""
     if type(value).__name__ not in ("bool", "bool_") or getattr(value, "shape", ()):
         refuse(name, value, "True or False")
     return bool(value)
 
 
 def text(name: str, value, *, or_none=False):
-    """Return a text, or refuse what is none.
-
-    Raises:
-        InputError: It is none.
-    """
+    """Return a text."""
     if not (isinstance(value, str) or (value is None and or_none)):
         refuse(name, value, "a text" + ", or None" * or_none)
     return value
 
 
 def path(name: str, value, *, or_none=False):
-    """Return the path of a file or folder, or refuse what is none.
-
-    Raises:
-        InputError: It is no text and no path, is empty, or is what no file system
-            takes.
-    """
+    """Return the path of a file or folder that a file system takes."""
     if value is None and or_none:
         return None
     given = os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -183,30 +137,17 @@ def _is_path(value):
         parts = os.fsencode(value).split(b"/")
     except UnicodeError:
         return False
-    longest = max(map(len, parts))
     whole = 0 < len(value) < _LONGEST_PATH and "\0" not in value
-    return whole and longest <= _LONGEST_NAME
+    return whole and len(parts) <= _DEEPEST and max(map(len, parts)) <= _LONGEST_NAME
 
 
 def paths(name: str, values: Iterable[str | os.PathLike]) -> list[Path]:
-    """Return several paths, or refuse a single one, whose letters are no paths.
-
-    Raises:
-        InputError: They are no list, or one of them is no path.
-
-    Example:
-        >>> paths("paths", ["a.litertlm"])
-        [PosixPath('a.litertlm')]
-    """
+    """Return several paths; of a single one, the letters are no paths."""
     return [path(name, value) for value in items(name, values, "a list of files")]
 
 
 def texts(name: str, values: str | Iterable[str]) -> list[str]:
-    """Return texts, or one, as a list, or refuse what is none.
-
-    Raises:
-        InputError: It is neither a text nor several.
-    """
+    """Return texts, or one, as a list."""
     expected = "a text, or a list of texts"
     found = [values] if isinstance(values, str) else items(name, values, expected)
     if not all(isinstance(value, str) for value in found):
@@ -215,11 +156,7 @@ def texts(name: str, values: str | Iterable[str]) -> list[str]:
 
 
 def instance(name: str, value, kind: type, expected: str, *, or_none=False):
-    """Return an object of a class, or refuse another.
-
-    Raises:
-        InputTypeError: It is of another.
-    """
+    """Return an object of a class; another is an `InputTypeError`."""
     if not (isinstance(value, kind) or (value is None and or_none)):
         expected += ", or None" * or_none
         raise InputTypeError(f"`{name}` expects {expected}. Received: {shown(value)}.")
@@ -270,14 +207,7 @@ def shown(value) -> str:
 
 
 def refuse(name: str, value, expected: str, repair: str = ""):
-    """Raise the `InputError` of an argument that cannot be used.
-
-    Args:
-        name: Of the argument.
-        value: What came.
-        expected: What was expected, in words.
-        repair: A sentence on how to mend it.
-    """
+    """Raise the `InputError` of an argument that cannot be used."""
     raise InputError(
         f"`{name}` expects {expected}. Received: {shown(value)}. {repair}".rstrip()
     )

@@ -8,13 +8,12 @@ the command line (`gpt_tf.cli.options`).
 import dataclasses
 import functools
 import os
-import types
-import typing
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import pydantic
 from pydantic import Field
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.settings import arguments
@@ -36,18 +35,7 @@ def _path(value, info):
 PathText = Annotated[str, pydantic.AfterValidator(_path)]
 
 _STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-_ONE = {
-    int: "an integer",
-    float: "a number",
-    bool: "True or False",
-    str: "a text",
-    dict: "a dict",
-    tuple: "a list",
-}
 _JSON = (bool, int, float, str, dict, type(None))
-_SEVERAL = {int: "integers", str: "texts"}
-# What pydantic calls a limit, and what `arguments.phrase` does.
-_LIMITS = {"ge": "least", "le": "most", "gt": "above", "lt": "below"}
 
 
 def differences(old: dict, new: dict) -> str:
@@ -78,7 +66,7 @@ def configuration(cls):
             check(self, *values, **fields)
         except pydantic.ValidationError as error:
             given = dict(zip(fields_of(cls), values, strict=False)) | fields
-            raise _refusal(cls, given, error.errors()[0]) from None
+            raise _refusal(cls, given, error.errors()) from None
 
     cls.__init__ = __init__
     return cls
@@ -111,7 +99,7 @@ class Configuration:
         if hasattr(value, "item") and not hasattr(value, "__len__"):
             value = value.item()  # a number of NumPy's, and no array
         if not isinstance(value, _JSON):  # pydantic takes whatever has a `__float__`
-            raise ValueError
+            raise PydanticCustomError("json", "Input should be a value of JSON")
         return value
 
     @classmethod
@@ -136,19 +124,24 @@ class Configuration:
             arguments.refuse(name, getattr(self, name), f"a value {expected}")
 
 
-def _refusal(cls, given, found):
-    """Return the error of ours for what pydantic found first."""
-    cause = found.get("ctx", {}).get("error")
+def _refusal(cls, given, errors):
+    """Return the error of ours for the field that pydantic refused first."""
+    cause = errors[0].get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return cause
-    name = found["loc"][0]
+    name = errors[0]["loc"][0]
     if name not in given or name not in fields_of(cls):
         return _unknown(cls, f"`{name}`")
-    field, value = fields_of(cls)[name], given[name]
-    expected = ", or ".join(_expected(field.annotation, value, field.metadata))
-    return InputError(
-        f"`{name}` expects {expected}. Received: {arguments.shown(value)}."
-    )
+    said = (error["msg"] for error in errors if error["loc"][0] == name)
+    expected = ", or ".join(dict.fromkeys(map(_in_our_words, said)))
+    received = arguments.shown(given[name])
+    return InputError(f"`{name}` expects {expected}. Received: {received}.")
+
+
+def _in_our_words(message):
+    """Return what pydantic says that an input should be, as what is expected."""
+    expected = message.removeprefix("Input should be ").replace("tuple", "list")
+    return expected if expected.startswith(("a ", "'")) else f"a value {expected}"
 
 
 def _unknown(cls, received):
@@ -156,26 +149,3 @@ def _unknown(cls, received):
         f"{cls.title} expects a {cls.__name__} or a dict of its fields, "
         f"{', '.join(sorted(fields_of(cls)))}. Received: {received}."
     )
-
-
-def _expected(kind, value, facts=(), words=_ONE):
-    """Return what a type with limits expects, a phrase for each of its alternatives."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return _expected(parts[0], value, [*facts, *parts[1:]], words)
-    if origin in (typing.Union, types.UnionType):
-        return [said for p in parts for said in _expected(p, value, facts, words)]
-    if origin is Literal:
-        return [f"one of {', '.join(parts)}"]
-    if origin is tuple:
-        return [f"a list of {_expected(parts[0], value, facts, _SEVERAL)[0]}"]
-    if kind is type(None):
-        return ["None"]
-    facts = [f for fact in facts for f in getattr(fact, "metadata", [fact])]
-    limits = {
-        said: getattr(fact, name)
-        for fact in facts
-        for name, said in _LIMITS.items()
-        if hasattr(fact, name)
-    }
-    return [arguments.phrase(words[kind], value, **limits)]

@@ -209,6 +209,48 @@ class TrainingConfig(Configuration):
         self._check(name, not others, "left out in quantisation and in distillation")
 
 
+@configuration
+class RunOptions(Configuration):
+    """How a run is started, and where; what it computes is in `TrainingConfig`.
+
+    Example:
+        >>> RunOptions(workers=2).max_restarts
+        3
+    """
+
+    title: ClassVar[str] = "Run options"
+
+    resume: bool = Field(
+        False,
+        description="Go on with the interrupted run in --out; with more --steps than "
+        "its own, up to these.",
+    )
+    resume_or_start: bool = Field(
+        False, description="Go on with the run in --out, or start it."
+    )
+    overwrite: bool = Field(False, description="Replace the run that stands in --out.")
+    virtual_devices: Count | None = Field(
+        None, description="Split the CPU into so many logical devices."
+    )
+    workers: Count | None = Field(
+        None,
+        description="Train with so many workers, started by Ray and started again if "
+        "one is lost.",
+    )
+    ray_address: str | None = Field(
+        None,
+        description="host:port of the Ray cluster of the workers; this machine unless "
+        "given.",
+    )
+    max_restarts: CountOrZero = Field(
+        3, description="Starts after a worker was lost, from the newest checkpoint."
+    )
+
+    def __post_init__(self):
+        alone = self.ray_address is not None and self.workers is None
+        self._check("ray_address", not alone, "beside `workers`, the number to start")
+
+
 PRESETS = {
     "quickstart": TrainingConfig(
         vocab_size=1024,

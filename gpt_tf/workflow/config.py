@@ -24,10 +24,6 @@ from gpt_tf.training.config import PRESETS
 class OptimizationConfig(Configuration):
     """Everything that decides what is made and measured; budgets only choose.
 
-    Raises:
-        InputError: A value is of another type, or out of its range, or does not go
-            with another.
-
     Example:
         >>> OptimizationConfig(modes=("int8", "int4")).students is None
         True

@@ -1,7 +1,7 @@
 """The whole way as one command: train, distil, quantise, export, measure, choose.
 
 A folder holds it all; `steps` knows what of it is done, `plan` what is to be made. Here
-is `optimize`, and a function for each step that returns what it needs, does and leaves.
+is `optimize`, and a function for each step, with its inputs, its work and its outputs.
 
 optimize.json       the configuration, but for the budgets, which may change
 runs/               teacher, student-2, student-2-int8, ...: each a run's folder
@@ -14,7 +14,6 @@ gpt.litertlm        the file that was chosen
 
 import contextlib
 import hashlib
-import itertools
 import logging
 import os
 import shlex
@@ -46,7 +45,7 @@ from gpt_tf.training.run_folder import model_file
 from gpt_tf.workflow.config import OptimizationConfig
 from gpt_tf.workflow.plan import REFERENCE, TEXT, Plan, silenced
 from gpt_tf.workflow.steps import FOLDER as STEPS_FOLDER
-from gpt_tf.workflow.steps import Step, Steps
+from gpt_tf.workflow.steps import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -133,9 +132,8 @@ def optimize(
 
 def _refuse_foreign_folder(out):
     """Refuse a folder in which something lies that is not an optimisation's."""
-    if not out.is_dir() or (out / CONFIG_NAME).is_file():
-        return
-    others = artifacts.entries(out) - set(_OWN_ENTRIES)
+    is_own = not out.is_dir() or (out / CONFIG_NAME).is_file()
+    others = () if is_own else artifacts.entries(out) - set(_OWN_ENTRIES)
     if others:
         raise InputError(
             f"The folder {out} already holds something else, {min(others)} for "
@@ -145,46 +143,53 @@ def _refuse_foreign_folder(out):
 
 def _refuse_other_options(out, config):
     """Refuse a folder that has another configuration, and say in what it differs."""
-    path = out / CONFIG_NAME
-    if not path.is_file():
+    if not (out / CONFIG_NAME).is_file():
         return
-    there = artifacts.read_json(path, dict)
-    # As JSON gives it back, tuples are lists.
-    asked = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in config.get_config().items()
-    }
-    if differences(there, asked):  # a field that is missing there was not known then
+    # As JSON gives it back, where tuples are lists.
+    asked = artifacts.parse_json(artifacts.to_json(config.get_config()))
+    if found := differences(artifacts.read_json(out / CONFIG_NAME, dict), asked):
         raise InputError(
             f"The optimisation in {out} expects the options that it was started with. "
-            f"Received: others. It has {differences(there, asked)}. Give these again, "
-            "add --update to do what the change concerns, or --overwrite to begin anew."
+            f"Received: others. It has {found}. Give these again, add --update to do "
+            "what the change concerns, or --overwrite to begin anew."
         )
 
 
 def _run(plan, budgets, scenario, prefer, command):
     """Do what is not done; return the report."""
-    trained = [] if plan.config.model else [train_teacher(plan)]
+    config = plan.config
+    in_integers = "int8" in config.modes
+    steps = Steps(
+        plan.out,
+        (config.model is None)
+        + len(plan.students) * (1 + in_integers)
+        + len(plan.files)
+        + (3 if config.explained_prompts else 2),
+    )
+    if config.model is None:
+        train_teacher(plan, steps)
     for count in plan.students:
-        trained.append(distil_student(plan, count))
-        if "int8" in plan.config.modes:
-            trained.append(quantize_student(plan, count))
-    measured = 3 if plan.config.explained_prompts else 2
-    steps = Steps(plan.out, len(trained) + len(plan.files) + measured)
-    for step in trained:
-        steps.run(step)
+        distil_student(plan, steps, count)
+        if in_integers:
+            quantize_student(plan, steps, count)
     for file in list(plan.files):
         try:
-            steps.run(export_file(plan, file))
+            export_file(plan, steps, file)
         except InputError as error:
             if file.name == REFERENCE:
                 raise
-            steps.skip()
             plan.files.remove(file)
-            _note(plan, f"{file.name} could not be exported: {error}")
-    text = _held_out_text(plan)
-    accuracies = _measured(plan, steps, measure_accuracy(plan, text))
-    latencies = _measured(plan, steps, measure_latency(plan))
+            _skip(plan, steps, f"{file.name} could not be exported: {error}")
+    # Text that no model of ours has learnt from.
+    is_own = config.model is None or config.corpus is None
+    text = held_out_text(
+        plan.teacher if is_own else plan.training.corpus,
+        validation_fraction=plan.training.validation_fraction,
+        validation=plan.training.validation,
+        separator=plan.training.separator,
+    )
+    accuracies = measure_accuracy(plan, steps, text)
+    latencies = measure_latency(plan, steps)
     report = reports.new_report(
         [_entry(plan, file, accuracies, latencies) for file in plan.files],
         command=command,
@@ -193,140 +198,144 @@ def _run(plan, budgets, scenario, prefer, command):
         budgets={name: getattr(budgets, name) for name in reports.BUDGETS},
         reference=REFERENCE,
     )
-    report["recommendation"] = recommend(
-        report, budgets=budgets, scenario=scenario, prefer=prefer
-    )
-    chosen = report["recommendation"]["choice"]
-    chosen = next((file for file in plan.files if file.name == chosen), None)
-    sample = _keep_the_chosen(plan, chosen, text)
-    if sample is not None:
-        report["recommendation"]["sample"] = sample
-    report["explanations"] = _explanations(plan, steps, chosen, text)
-    report["stages"] = [done._asdict() for done in steps.done]
+    recommendation = recommend(report, budgets, scenario, prefer)
+    report["recommendation"] = recommendation
+    chosen = [file for file in plan.files if file.name == recommendation["choice"]]
+    if chosen:
+        recommendation["sample"] = _keep_the_chosen(plan, *chosen, text)
+    else:
+        # Not the choice of another budget under the name of this one.
+        artifacts.file_manifest_path(plan.out / CHOSEN_NAME).unlink(missing_ok=True)
+        (plan.out / CHOSEN_NAME).unlink(missing_ok=True)
+    if chosen and config.explained_prompts:
+        report["explanations"] = explain_chosen(plan, steps, *chosen, text)
+    elif config.explained_prompts:
+        _skip(plan, steps, "No file was chosen, so that none was explained.")
+    report["stages"] = steps.done
     report["notes"] = plan.notes
     publish(report, plan.out)
     return report
 
 
+def _skip(plan, steps, why):
+    """Leave a step out, and say so."""
+    steps.skip()
+    plan.notes.append(why)
+    logger.info(why)
+
+
 # Making
 
 
-def train_teacher(plan: Plan) -> Step:
+def train_teacher(plan: Plan, steps: Steps) -> None:
     """Train the teacher."""
-    run = plan.run_of("teacher")
     training = plan.training
-    return _training_step(
+    asked = {name: getattr(training, name) for name in (*TEXT, "steps", "seed")}
+    _train(
         plan,
+        steps,
         "teacher",
         "the teacher",
-        lambda: {"course": training.get_config(), "corpus": plan.text_hash},
-        lambda: loop.train(training, run, resume_or_start=True),
-        f"gpt-tf train --preset {plan.config.preset} {_words(training)}"
-        f"--steps {training.steps} --seed {plan.config.seed} --out {_word(run)}",
+        {"course": training.get_config(), "corpus": plan.text_hash},
+        lambda run: loop.train(training, run, resume_or_start=True),
+        _command("train", preset=plan.config.preset, **asked),
     )
 
 
-def distil_student(plan: Plan, count: int) -> Step:
+def distil_student(plan: Plan, steps: Steps, count: int) -> None:
     """Distil a student of so many blocks from the teacher."""
     config, teacher = plan.config, plan.teacher
-    run = plan.run_of(f"student-{count}")
     own = {"steps": plan.student_steps, "seed": config.seed}
-    of_text, text = {}, ""
+    of_text = {}
     if config.model is not None and config.corpus is not None:
         of_text = {name: getattr(config, name) for name in TEXT}
-        text = _words(plan.training)
     if config.model is not None and not (teacher / "run.json").is_file():
         # There are no settings to take over: windows that the model has room for.
         length = min(TrainingConfig.context_length, plan.training.context_length)
         of_text["context_length"] = length
-        text += f"--context-length {length} "
-    return _training_step(
+    inputs = {"teacher": artifacts.sha256_of(model_file(teacher)), "blocks": count}
+    student = {"num_layers": count}
+    asked = {"teacher": teacher, "student_layers": count, **of_text, **own}
+    _train(
         plan,
+        steps,
         f"student-{count}",
         f"a student of {count} of its {plan.training.num_layers} blocks",
-        lambda: {
-            "teacher": artifacts.sha256_of(model_file(teacher)),
-            "blocks": count,
-            "corpus": plan.text_hash,
-            **own,
-        },
-        lambda: loop.distil(
-            teacher, run, {"num_layers": count}, resume_or_start=True, **own, **of_text
+        {**inputs, "corpus": plan.text_hash, **own},
+        lambda run: loop.distil(
+            teacher, run, student, resume_or_start=True, **own, **of_text
         ),
-        f"gpt-tf distil --teacher {_word(teacher)} --student-layers {count} "
-        f"{text}--steps {plan.student_steps} --seed {config.seed} --out {_word(run)}",
+        _command("distil", **asked),
     )
 
 
-def quantize_student(plan: Plan, count: int) -> Step:
+def quantize_student(plan: Plan, steps: Steps, count: int) -> None:
     """Fine-tune a student with quantisation-aware training."""
     source = plan.run_of(f"student-{count}")
-    run = plan.run_of(f"student-{count}-int8")
-    return _training_step(
+    _train(
         plan,
-        run.name,
+        steps,
+        f"{source.name}-int8",
         f"{source.name}, fine-tuned with QAT",
-        lambda: {"student": artifacts.sha256_of(model_file(source))},
-        lambda: loop.quantize(source, run, resume_or_start=True),
-        f"gpt-tf quantize --model {_word(source)} --method qat --out {_word(run)}",
+        {"student": artifacts.sha256_of(model_file(source))},
+        lambda run: loop.quantize(source, run, resume_or_start=True),
+        _command("quantize", model=source, method="qat"),
     )
 
 
-def _training_step(plan, name, title, inputs, work, command):
+def _train(plan, steps, name, title, inputs, work, command):
     """Train in a run's folder, from its newest checkpoint where it was begun."""
-    return Step(
+    run = plan.run_of(name)
+    steps.run(
         name,
         title,
         inputs,
         [f"runs/{name}/model/{file}" for file in _MODEL_FILES],
-        work,
-        begin=lambda: artifacts.remove(plan.run_of(name)),
-        command=command,
+        lambda: work(run),
+        begin=lambda: artifacts.remove(run),
+        command=f"{command} --out {shlex.quote(str(run))}",
     )
 
 
-def export_file(plan: Plan, file) -> Step:
+def export_file(plan: Plan, steps: Steps, file) -> None:
     """Export a file and verify it."""
-    source = plan.run_of(file.source)
+    source, path = plan.run_of(file.source), plan.out / file.path
+    inputs = {"model": artifacts.sha256_of(model_file(source)), "mode": file.mode}
+    text = {}
     is_run = (source / "data" / "train.tokens").is_file()
-    text = "" if is_run else _words(plan.training, ["corpus"])
-
-    def inputs():
-        found = {"model": artifacts.sha256_of(model_file(source)), "mode": file.mode}
-        # Ranges are measured on this text.
-        return found if is_run else found | {"corpus": plan.text_hash}
+    if not is_run:  # ranges are measured on the text that is named
+        inputs["corpus"] = plan.text_hash
+        text["corpus"] = plan.training.corpus
 
     def work():
         with silenced():
             typical = None if is_run else open_text(plan.training)
-            export_trained(source, plan.out / file.path, file.mode, corpus=typical)
+            export_trained(source, path, file.mode, corpus=typical)
 
-    return Step(
+    steps.run(
         f"file-{file.name}",
         f"{file.name}, exported and verified",
         inputs,
         [file.path, f"{file.path}.json"],
         work,
-        command=f"gpt-tf export --model {_word(source)} --mode {file.mode} "
-        f"{text}--out {_word(plan.out / file.path)}",
+        command=_command("export", model=source, mode=file.mode, **text, out=path),
     )
+
+
+def _command(verb, **options):
+    """Return a command line, which may be copied."""
+    words = ["gpt-tf", verb]
+    for name, value in options.items():
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                words += ["--" + name.replace("_", "-"), str(one)]
+    return shlex.join(words)
 
 
 # Measuring
 
 
-def _held_out_text(plan):
-    """Return text that no model of ours has learnt from."""
-    is_own = plan.config.model is None or plan.config.corpus is None
-    return held_out_text(
-        plan.teacher if is_own else plan.training.corpus,
-        validation_fraction=plan.training.validation_fraction,
-        validation=plan.training.validation,
-        separator=plan.training.separator,
-    )
-
-
-def measure_accuracy(plan: Plan, text) -> Step:
+def measure_accuracy(plan: Plan, steps: Steps, text) -> dict:
     """Measure how well every file predicts held-out text."""
     config = plan.config
 
@@ -348,28 +357,30 @@ def measure_accuracy(plan: Plan, text) -> Step:
             )
             is_python = _is_python(plan, text)
             functions = find_prompts(text, seed=config.seed) if is_python else []
-            for name, subject in opened.items() if functions else ():
+            for name, gpt in opened.items() if functions else ():
                 found[name]["parsed"] = measure_code_validity(
-                    subject, functions, seed=config.seed, name=name
+                    gpt, functions, seed=config.seed, name=name
                 )
-        return {
-            "corpus": {
-                "name": text.name,
-                "split": text.split,
-                "bytes": found[REFERENCE]["bytes"],
-                "tokens": found[REFERENCE]["tokens"],
-            },
-            "entries": found,
-        }
+        judged = {name: found[REFERENCE][name] for name in ("bytes", "tokens")}
+        corpus = {"name": text.name, "split": text.split, **judged}
+        return {"corpus": corpus, "entries": found}
 
-    def inputs():
-        asked = {"tokens": config.evaluated_tokens, "seed": config.seed}
-        return {"text": _hash_of(text), **asked, "files": _hashes(plan)}
+    return _measure(
+        plan,
+        steps,
+        "accuracy",
+        "accuracy of every file",
+        {
+            "text": _hash_of(text),
+            "tokens": config.evaluated_tokens,
+            "seed": config.seed,
+            "files": _hashes(plan),
+        },
+        measure,
+    )
 
-    return _measuring_step(plan, "accuracy", "accuracy of every file", inputs, measure)
 
-
-def measure_latency(plan: Plan) -> Step:
+def measure_latency(plan: Plan, steps: Steps) -> dict:
     """Measure how fast every file answers a request."""
     machine = plan.machine
     prompt_tokens, new_tokens = plan.request
@@ -390,54 +401,93 @@ def measure_latency(plan: Plan) -> Step:
         names = [file.name for file in plan.files]
         return dict(zip(names, found, strict=True))
 
-    def inputs():
-        on = {"cpu": machine["cpu"], "cores": machine["cores"]}
-        return {**on, **request, "files": _hashes(plan)}
-
-    return _measuring_step(plan, "latency", "speed of every file", inputs, measure)
+    on = {"cpu": machine["cpu"], "cores": machine["cores"]}
+    inputs = {**on, **request, "files": _hashes(plan)}
+    return _measure(plan, steps, "latency", "speed of every file", inputs, measure)
 
 
-def explain_chosen(plan: Plan, file, text) -> Step:
-    """Test whether explanations of the chosen file, and of its model, are any good."""
+def explain_chosen(plan: Plan, steps: Steps, file, text) -> dict | None:
+    """Test whether explanations of the chosen file, and of its model, are any good.
+
+    None where their libraries are not installed.
+    """
     config = plan.config
-    run = plan.run_of(file.source.removesuffix("-int8"))
-
-    def inputs():
-        return {
-            "file": artifacts.sha256_of(plan.out / file.path),
-            "model": artifacts.sha256_of(model_file(run)),
-            "text": _hash_of(text),
-            "prompts": config.explained_prompts,
-            "seed": config.seed,
-        }
+    run, path = plan.run_of(file.source.removesuffix("-int8")), plan.out / file.path
 
     def measure():
-        with open_model(run) as model, EdgeGPT(plan.out / file.path) as gpt:
-            return _faithfulness(
-                model, gpt, file.name, text, config.explained_prompts, config.seed
-            )
+        with open_model(run) as model, EdgeGPT(path) as gpt:
+            return _faithfulness(model, gpt, file.name, text, config)
 
+    inputs = {
+        "file": artifacts.sha256_of(path),
+        "model": artifacts.sha256_of(model_file(run)),
+        "text": _hash_of(text),
+        "prompts": config.explained_prompts,
+        "seed": config.seed,
+    }
     title = f"explanations of {file.name} put to the test"
-    return _measuring_step(plan, "explanations", title, inputs, measure)
+    try:
+        return _measure(plan, steps, "explanations", title, inputs, measure)
+    except ModuleNotFoundError as error:
+        if error.name not in ("lime", "shap"):
+            raise
+        _skip(
+            plan,
+            steps,
+            f"Explanations were left out: they expect the package {error.name}. "
+            "Install it with: pip install 'gpt-tf[explain]'",
+        )
+        return None
 
 
-def _measuring_step(plan, name, title, inputs, measure):
+def _faithfulness(model, gpt, name, text, config):
+    length = min(_EXPLAINED_TOKENS, gpt.context_length)
+    tokens, wanted = [], _EXPLAINED_FROM * config.explained_prompts * length
+    for document in text.documents:
+        tokens += gpt.tokenizer.encode(document.text)
+        if len(tokens) >= wanted:
+            break
+    prompts = prompts_of(tokens, config.explained_prompts, length)
+    with StepProgress("prompts") as progress:
+        options = {"seed": config.seed, "on_step": progress.update}
+        found = deletion_test(model, prompts, ["attention", "gradient"], **options)
+        of_file = deletion_test(gpt, prompts, ["lime", "shap"], **options)
+        found["methods"] |= of_file["methods"]
+        names = ("its model in Keras", name)
+        for method in ("lime", "shap"):
+            found["compression"][method] = compare_explanations(
+                model, gpt, prompts, method, names=names, **options
+            )
+    return found
+
+
+def _measure(plan, steps, name, title, inputs, measure):
     """Measure, unless these very files were measured in the same way."""
-    path = f"measurements/{name}.json"
-
-    def work():
-        artifacts.write_json(plan.out / path, measure())
-
-    return Step(name, title, inputs, [path], work)
-
-
-def _measured(plan, steps, step):
-    steps.run(step)
-    return artifacts.read_json(plan.out / step.outputs[0])
+    place = f"measurements/{name}.json"
+    path = plan.out / place
+    steps.run(
+        name, title, inputs, [place], lambda: artifacts.write_json(path, measure())
+    )
+    return artifacts.read_json(path)
 
 
 def _hashes(plan):
     return {file.name: artifacts.sha256_of(plan.out / file.path) for file in plan.files}
+
+
+def _hash_of(text):
+    digest = hashlib.sha256()
+    for document in text.documents:
+        digest.update(f"{document.name}\0{document.text}\0".encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
+def _is_python(plan, text):
+    # A run's text has lost the names of its files.
+    return text.is_python or plan.training.corpus == DEFAULT_CORPUS
+
+
+# Choosing
 
 
 def _entry(plan, file, accuracies, latencies):
@@ -453,23 +503,17 @@ def _entry(plan, file, accuracies, latencies):
     )
 
 
-# Choosing
-
-
 def _keep_the_chosen(plan, file, text):
     """Copy the chosen file to its place; return a sample of what it generates."""
-    place = plan.out / CHOSEN_NAME
+    place, chosen = plan.out / CHOSEN_NAME, plan.out / file.path
     beside = artifacts.file_manifest_path(place)
-    if file is None:
-        # Not the choice of another budget under the name of this one.
-        beside.unlink(missing_ok=True)
-        place.unlink(missing_ok=True)
-        return None
-    chosen = plan.out / file.path
     with artifacts.replaced(place, beside.name) as new:
         shutil.copyfile(chosen, new / place.name)
         shutil.copyfile(artifacts.file_manifest_path(chosen), new / beside.name)
-    prompt = _PYTHON_PROMPT if _is_python(plan, text) else _beginning_of(text)
+    prompt = _PYTHON_PROMPT
+    if not _is_python(plan, text):  # the first words of the text
+        beginning = text.documents[0].text[:_PROMPT_CHARACTERS]
+        prompt = beginning.rsplit(" ", 1)[0] or beginning[:1]
     with EdgeGPT(place) as gpt:
         written = gpt.generate(
             prompt,
@@ -478,89 +522,3 @@ def _keep_the_chosen(plan, file, text):
             seed=plan.config.seed,
         )
     return {"prompt": prompt, "text": written}
-
-
-def _explanations(plan, steps, file, text):
-    """Return what the test of explanations found, or None where there was none."""
-    if not plan.config.explained_prompts:
-        return None
-    if file is None:
-        steps.skip()
-        plan.notes.append("No file was chosen, so that none was explained.")
-        return None
-    try:
-        return _measured(plan, steps, explain_chosen(plan, file, text))
-    except ModuleNotFoundError as error:
-        if error.name not in ("lime", "shap"):
-            raise
-        steps.skip()
-        _note(
-            plan,
-            f"Explanations were left out: they expect the package {error.name}. "
-            "Install it with: pip install 'gpt-tf[explain]'",
-        )
-        return None
-
-
-def _faithfulness(model, gpt, name, text, count, seed):
-    length = min(_EXPLAINED_TOKENS, gpt.context_length)
-    tokens = []
-    for document in text.documents:
-        tokens += gpt.tokenizer.encode(document.text)
-        if len(tokens) >= _EXPLAINED_FROM * count * length:
-            break
-    prompts = prompts_of(tokens, count, length)
-    with StepProgress("prompts") as progress:
-        steps = itertools.count(1)  # of several tests, on one bar
-
-        def on_step(done, total):
-            progress.update(next(steps), 4 * len(prompts))
-
-        options = {"seed": seed, "on_step": on_step}
-        found = deletion_test(model, prompts, ["attention", "gradient"], **options)
-        of_file = deletion_test(gpt, prompts, ["lime", "shap"], **options)
-        found["methods"] |= of_file["methods"]
-        names = ("its model in Keras", name)
-        for method in ("lime", "shap"):
-            found["compression"][method] = compare_explanations(
-                model, gpt, prompts, method, names=names, **options
-            )
-    return found
-
-
-def _note(plan, line):
-    plan.notes.append(line)
-    logger.info(line)
-
-
-def _is_python(plan, text):
-    # A run's text has lost the names of its files.
-    return text.is_python or plan.training.corpus == DEFAULT_CORPUS
-
-
-def _hash_of(text):
-    digest = hashlib.sha256()
-    for document in text.documents:
-        digest.update(f"{document.name}\0{document.text}\0".encode("utf-8", "replace"))
-    return digest.hexdigest()
-
-
-def _beginning_of(text):
-    """Return the first words of a text, to be continued."""
-    words = text.documents[0].text[:_PROMPT_CHARACTERS].rsplit(" ", 1)
-    return words[0] or text.documents[0].text[:1]
-
-
-def _words(training, names=TEXT):
-    """Return the text of a run as the command line takes it."""
-    words = ""
-    for name in names:
-        value = getattr(training, name)
-        values = value if isinstance(value, tuple) else (value,)
-        words += "".join(f"--{name} {_word(v)} " for v in values if v is not None)
-    return words
-
-
-def _word(path):
-    """Return a path as the command line takes it: it may have spaces."""
-    return shlex.quote(str(path))

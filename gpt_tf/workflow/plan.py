@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt_tf import artifacts
-from gpt_tf.advisor.estimate import count_parameters, refuse_impossible
+from gpt_tf.advisor.estimate import refuse_impossible
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.models import open_model
+from gpt_tf.settings.configuration import fields_of
 from gpt_tf.training.config import PRESETS, TrainingConfig
 from gpt_tf.training.preparation import open_text
 from gpt_tf.training.run_folder import model_file, read_run
@@ -27,14 +28,12 @@ class File(NamedTuple):
         name: Of the file and of its entry in the report.
         source: Name of the run that it is exported from.
         mode: How it is quantised.
-        num_layers: Blocks of its model.
         made_from: A sentence about its model.
     """
 
     name: str
     source: str
     mode: str
-    num_layers: int
     made_from: str
 
     @property
@@ -78,31 +77,23 @@ class Plan:
         self.students = self._students()
         self.student_steps = config.student_steps or max(1, self.training.steps // 3)
         self.files = self._files()
-        smallest = min(map(self.sizes_of, self.files), key=count_parameters)
-        refuse_impossible(budgets, smallest, machine)
+        smallest = min([self.training.num_layers, *self.students])
+        sizes = dataclasses.asdict(self.training) | {"num_layers": smallest}
+        refuse_impossible(budgets, sizes, machine)
         self.text_hash = self._hash_of_text()
 
     def run_of(self, source) -> Path:
         """Return the folder of a run: the teacher's may be anywhere."""
         return self.teacher if source == "teacher" else self.out / "runs" / source
 
-    def sizes_of(self, file) -> dict:
-        """Return what the model of a file will be, before there is one."""
-        sizes = dataclasses.asdict(self.training)
-        sizes["feedforward_dim"] = (
-            sizes["feedforward_dim"] or 4 * sizes["embedding_dim"]
-        )
-        return sizes | {"num_layers": file.num_layers}
-
     def _training(self):
         config = self.config
-        given = {name: getattr(config, name) for name in TEXT}
-        given = {} if config.corpus is None else given
+        asked = {} if config.corpus is None else {n: getattr(config, n) for n in TEXT}
         if config.model is None:
             if config.steps is not None:
-                given["steps"] = config.steps
+                asked["steps"] = config.steps
             preset = PRESETS[config.preset]
-            return dataclasses.replace(preset, seed=config.seed, **given)
+            return dataclasses.replace(preset, seed=config.seed, **asked)
         if config.steps is not None:
             raise InputError(
                 "`steps` are those of a teacher that is trained. Received: a trained "
@@ -114,17 +105,16 @@ class Plan:
                 "folder that `gpt-tf train` finished."
             )
         if (self.teacher / "run.json").is_file():
-            return dataclasses.replace(read_run(self.teacher), **given)
+            return dataclasses.replace(read_run(self.teacher), **asked)
         if config.corpus is None:
             raise InputError(
                 f"A model without its run expects a corpus. Received: none, with "
                 f"{self.teacher}. Name one, python-stdlib for example."
             )
-        with open_model(self.teacher) as subject:
-            sizes = subject.config
-        known = {field.name for field in dataclasses.fields(TrainingConfig)}
-        shape = {name: sizes[name] for name in known & sizes.keys()}
-        return TrainingConfig(**{**shape, **given})
+        with open_model(self.teacher) as model:
+            sizes = model.config
+        shape = {name: sizes[name] for name in fields_of(TrainingConfig).keys() & sizes}
+        return TrainingConfig(**{**shape, **asked})
 
     def _request(self):
         asked = (self.config.prompt_tokens, self.config.new_tokens)
@@ -146,30 +136,29 @@ class Plan:
                 self.notes.append(
                     "The teacher has one block: no smaller student was distilled."
                 )
-        for count in wanted:
-            if count > blocks:
-                raise InputError(
-                    f"A student expects at most the teacher's {blocks} blocks. "
-                    f"Received: {count}. Choose fewer."
-                )
+        if max(wanted, default=0) > blocks:
+            raise InputError(
+                f"A student expects at most the teacher's {blocks} blocks. "
+                f"Received: {max(wanted)}. Choose fewer."
+            )
         return wanted
 
     def _files(self):
-        own = self.training.num_layers
-        made = [File(REFERENCE, "teacher", "float32", own, "the teacher itself")]
-        for mode in self.config.modes:
+        modes = self.config.modes
+        made = [File(REFERENCE, "teacher", "float32", "the teacher itself")]
+        for mode in modes:
             if mode != "float32":
                 sentence = "the teacher, quantised after training"
-                made.append(File(f"teacher-{mode}", "teacher", mode, own, sentence))
+                made.append(File(f"teacher-{mode}", "teacher", mode, sentence))
         for count in self.students:
             student = f"student-{count}"
             blocks = "1 block" if count == 1 else f"{count} blocks"
-            for mode in self.config.modes:
+            for mode in modes:
                 source, sentence = student, f"a student of {blocks}, distilled"
                 if mode == "int8":
                     source = f"{student}-int8"
                     sentence += ", then fine-tuned with QAT"
-                made.append(File(f"{student}-{mode}", source, mode, count, sentence))
+                made.append(File(f"{student}-{mode}", source, mode, sentence))
         return made
 
     def _hash_of_text(self):

@@ -6,13 +6,11 @@ it made. Running the same steps again, after a kill or a week later, does those 
 inputs changed or whose outputs are gone, and no others.
 """
 
-import dataclasses
 import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from gpt_tf import __version__, artifacts
 from gpt_tf.errors import DamagedFileError
@@ -20,48 +18,6 @@ from gpt_tf.errors import DamagedFileError
 logger = logging.getLogger(__name__)
 
 FOLDER = "stages"  # as folders of before have it
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A step of work in a folder.
-
-    Attributes:
-        name: Its name.
-        title: What to call it in the line that is logged.
-        inputs: Returns JSON values that decide what comes out; called when its turn
-            has come, so that it can hash what earlier steps made.
-        outputs: Files that it leaves, relative to the folder.
-        work: Does it. What it finds was left by a call with these very inputs, or by
-            one before `begin`.
-        begin: Called first where it was not begun with these inputs, to remove what
-            it must not go on with.
-        command: The command line that does the same alone, or None.
-    """
-
-    name: str
-    title: str
-    inputs: Callable[[], dict]
-    outputs: Sequence[str]
-    work: Callable[[], None]
-    begin: Callable[[], None] = lambda: None
-    command: str | None = None
-
-
-class Done(NamedTuple):
-    """A step that is done.
-
-    Attributes:
-        name: Its name.
-        command: The command line that does the same alone, or None.
-        seconds: What it took when it was done.
-        reused: Whether it had been done before.
-    """
-
-    name: str
-    command: str | None
-    seconds: float
-    reused: bool
 
 
 class Steps:
@@ -72,46 +28,68 @@ class Steps:
         total: How many steps there are to be, for the lines that are logged.
 
     Attributes:
-        done: The steps so far.
+        done: A dict of each step so far: its `name` and `command`, the `seconds` that
+            it took when it was done, and whether it was `reused`, done before.
 
     Example:
         >>> steps = Steps("out", 1)
-        >>> inputs = {"text": text}
-        >>> steps.run(Step("count", "words", lambda: inputs, ["count.json"], count))
+        >>> steps.run("count", "words", {"text": text}, ["count.json"], count)
     """
 
     def __init__(self, folder: Path, total: int):
         self.folder = Path(folder)
         self.total = total
-        self.done: list[Done] = []
+        self.done: list[dict] = []
 
-    def run(self, step: Step) -> None:
-        """Do a step, unless it was done with these inputs."""
-        record_path = self.folder / FOLDER / f"{step.name}.json"
-        inputs = step.inputs()
-        key = _key(inputs)
-        record = _read_record(record_path)
-        line = f"[{len(self.done) + 1}/{self.total}] {step.title}"
-        same = record.get("key") == key
-        if same and self._is_whole(record):
-            logger.info("%s: done before", line)
-            self.done.append(Done(step.name, step.command, record["seconds"], True))
-            return
-        logger.info(line)
-        if not same:
-            step.begin()
-            artifacts.write_json(record_path, {"key": key, "inputs": inputs})
-        began = time.perf_counter()
-        step.work()
-        seconds = round(time.perf_counter() - began, 2)
-        outputs = {
-            output: artifacts.sha256_of(self.folder / output) for output in step.outputs
-        }
-        artifacts.write_json(
-            record_path,
-            {"key": key, "inputs": inputs, "seconds": seconds, "outputs": outputs},
-        )
-        self.done.append(Done(step.name, step.command, seconds, False))
+    def run(
+        self,
+        name: str,
+        title: str,
+        inputs: dict,
+        outputs: Sequence[str],
+        work: Callable[[], None],
+        *,
+        begin: Callable[[], None] = lambda: None,
+        command: str | None = None,
+    ) -> None:
+        """Do a step, unless it was done with these inputs.
+
+        Args:
+            name: Its name.
+            title: What to call it in the line that is logged.
+            inputs: JSON values that decide what comes out.
+            outputs: Files that it leaves, relative to the folder.
+            work: Does it. What it finds was left by a call with these very inputs, or
+                by one before `begin`.
+            begin: Called first where it was not begun with these inputs, to remove what
+                it must not go on with.
+            command: The command line that does the same alone, or None.
+        """
+        path = self.folder / FOLDER / f"{name}.json"
+        content = artifacts.to_json([__version__, inputs], sort_keys=True)
+        key = hashlib.sha256(content.encode("utf-8")).hexdigest()
+        record = _read_record(path)
+        is_begun = record.get("key") == key
+        is_done = is_begun and self._is_whole(record)
+        line = f"[{len(self.done) + 1}/{self.total}] {title}"
+        logger.info("%s: done before" if is_done else "%s", line)
+        if not is_begun:
+            begin()
+            artifacts.write_json(path, {"key": key, "inputs": inputs})
+        if not is_done:
+            began = time.perf_counter()
+            work()
+            record = {
+                "key": key,
+                "inputs": inputs,
+                "seconds": round(time.perf_counter() - began, 2),
+                "outputs": {
+                    one: artifacts.sha256_of(self.folder / one) for one in outputs
+                },
+            }
+            artifacts.write_json(path, record)
+        done = {"name": name, "command": command, "seconds": record["seconds"]}
+        self.done.append({**done, "reused": is_done})
 
     def skip(self) -> None:
         """Count one step less: it turned out to have nothing to do."""
@@ -133,8 +111,3 @@ def _read_record(path):
         return artifacts.read_json(path, (done, {"key": str, "outputs?": None}))
     except DamagedFileError:
         return {}
-
-
-def _key(inputs):
-    content = artifacts.to_json([__version__, inputs], sort_keys=True)
-    return hashlib.sha256(content.encode("utf-8")).hexdigest()

@@ -155,7 +155,7 @@ def test_the_status_says_whether_something_got_worse(run, tmp_path):
         (["nowhere.tflite"], "Received: nothing"),
         (["no-model.litertlm"], "no-model.litertlm"),
         ([FILE, "--threads", 0], "`--threads` expects"),
-        ([FILE, "--contexts", "4,x"], "--contexts expects whole numbers with commas"),
+        ([FILE, "--contexts", "4,x"], "`--contexts` expects whole numbers"),
         ([FILE, "--out", f"{__file__}/today"], "report.json cannot be written"),
         ([FILE, "--baseline", "other.json"], "format 99, of gpt_tf"),
         ([FILE, "--baseline", "stored.json", "--quick"], "prompt_tokens = 64"),

@@ -8,6 +8,7 @@ import pytest
 
 from gpt_tf.text.tokenizer import CharacterTokenizer
 from tests.explain.conftest import LETTERS
+from gpt_tf.generation.sequence import GenerationNotice
 
 
 @pytest.fixture
@@ -36,20 +37,13 @@ def test_it_shows_the_strongest_tokens_and_writes_page_picture_and_numbers(
     assert (facts["seed"], facts["num_samples"], len(facts["scores"])) == (4, 20, 7)
 
 
-def test_a_target_may_be_named_by_its_id(explain, file):
-    options = (file, "--prompt", "abc", "--samples", 20)
-    by_text = explain(*options, "--target", "d")
-    target = CharacterTokenizer.train([LETTERS]).encode("d")[0]
-    assert explain(*options, "--target-id", target) == by_text
-    assert "-> 'd'" in by_text[1]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--prompt", ""], "--prompt expects a value"),
         (["--prompt", "abc", "--target", "de"], "It begins with 'd'"),
         (["--prompt", "a", "--target", "b", "--target-id", "1"], "Leave out one"),
+        (["--prompt", "abc", "--method", "magic"], "Received: 'magic'"),
         (["--prompt", "abc", "--method", "attention"], "Name the Keras model"),
         (["--prompt", "abc", "--out", f"{__file__}/why.png"], "Not a directory"),
     ],

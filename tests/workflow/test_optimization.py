@@ -1,7 +1,6 @@
 """One command makes the files, measures and chooses; a second does what is left."""
 
 import dataclasses
-import json
 import os
 import shlex
 import shutil
@@ -102,6 +101,14 @@ def test_it_leaves_the_report_the_pictures_and_the_chosen_file(finished):
         assert entry["size_bytes"] == path.stat().st_size
         assert entry["accuracy"]["perplexity"]["value"] > 1
         assert entry["latency"]["inter_token_latency_ms"]["count"] >= 1
+    # Smaller each, and the reference is compared with itself.
+    sizes = {entry["name"]: entry["size_bytes"] for entry in report["entries"]}
+    assert sizes["student-1-int8"] < sizes["teacher-int8"] < sizes["teacher-float32"]
+    assert report["reference"] == "teacher-float32"
+    first, *_, last = (entry["accuracy"] for entry in report["entries"])
+    assert first["perplexity_increase"]["value"] == 0
+    assert first["top1_agreement"]["value"] == 1
+    assert last["divergence_nats"]["value"] > 0
     chosen = report["recommendation"]["choice"]
     path = next(e["path"] for e in report["entries"] if e["name"] == chosen)
     copy = finished / "gpt.litertlm"
@@ -113,20 +120,6 @@ def test_it_leaves_the_report_the_pictures_and_the_chosen_file(finished):
     assert all(name in page for name in NAMES)
     assert list(finished.glob("*.png"))
     assert [stage["reused"] for stage in report["stages"]] == [False] * 10
-
-
-def test_a_student_is_smaller_and_an_integer_file_too(finished):
-    sizes = {e["name"]: e["size_bytes"] for e in read_report(finished)["entries"]}
-    assert sizes["student-1-int8"] < sizes["teacher-int8"] < sizes["teacher-float32"]
-
-
-def test_the_reference_is_compared_with_itself(finished):
-    report = read_report(finished)
-    first = report["entries"][0]["accuracy"]
-    assert report["reference"] == "teacher-float32"
-    assert first["perplexity_increase"]["value"] == 0
-    assert first["top1_agreement"]["value"] == 1
-    assert report["entries"][-1]["accuracy"]["divergence_nats"]["value"] > 0
 
 
 def test_the_commands_of_the_report_can_be_copied(finished):
@@ -154,14 +147,7 @@ def test_a_second_start_does_nothing_again(options, out, made, notices):
     assert made == []
     assert [stage["reused"] for stage in after["stages"]] == [True] * 10
     assert sum("done before" in line for line in notices) == 10
-    assert after["entries"] == before["entries"] or _but_estimates(
-        after["entries"]
-    ) == _but_estimates(before["entries"])
-
-
-def _but_estimates(entries):
-    # They depend on how fast memory was read a moment ago.
-    return [entry | {"estimate": None} for entry in entries]
+    assert after["entries"] == before["entries"]
 
 
 def test_other_budgets_choose_anew_and_make_nothing(options, out, made):
@@ -175,25 +161,6 @@ def test_other_budgets_choose_anew_and_make_nothing(options, out, made):
     assert read_report(out)["budgets"]["max_size_mb"] == 0.05
     optimize(options, out, budgets={"max_size_mb": 5})
     assert (out / "gpt.litertlm").is_file()
-
-
-def test_what_is_preferred_chooses_anew_and_makes_nothing(options, out, made):
-    limits = {"max_perplexity_increase": 0.99, "max_latency_ms": 900, "max_size_mb": 5}
-    wanted = {"budgets": limits}
-    for prefer, number in (
-        ("size", lambda entry: entry["size_bytes"]),
-        ("accuracy", lambda entry: entry["accuracy"]["perplexity"]["value"]),
-    ):
-        report = optimize(options, out, prefer=prefer, **wanted)
-        assert made == []
-        ranking = report["recommendation"]["ranking"]
-        numbers = {
-            entry["name"]: number(entry)
-            for entry in report["entries"]
-            if entry["name"] in ranking
-        }
-        assert len(numbers) > 1
-        assert numbers[ranking[0]] == min(numbers.values())
 
 
 def test_other_options_are_refused_with_the_difference(options, out, made):
@@ -365,18 +332,11 @@ def test_a_folder_of_something_else_is_refused(options, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preset": "huge"}, "`preset`"),
-        ({"modes": ("int3",)}, "`modes`"),
         ({"modes": ("int8", "int8")}, "`modes`"),
-        ({"students": (1, 1)}, "`students`"),
-        ({"students": (0,)}, "`students`"),
         ({"students": (3,)}, "at most the teacher's 2 blocks"),
-        ({"steps": 0}, "`steps`"),
         ({"model": "nowhere"}, "`steps` are those"),
-        ({"model": "nowhere", "steps": None}, "no"),
-        ({"prompt_tokens": 1}, "`prompt_tokens`"),
+        ({"model": "nowhere", "steps": None}, "there is none"),
         ({"explained_prompts": 49}, "`explained_prompts`"),
-        ({"depth": 3}, "dict of its fields"),
     ],
 )
 def test_what_cannot_be_made_is_refused(options, tmp_path, changes, message):
@@ -391,9 +351,3 @@ def test_budgets_that_nothing_can_keep_are_refused_before_any_training(
     with pytest.raises(InputError, match="max_size_mb"):
         optimize(options, tmp_path, budgets={"max_size_mb": 0.001})
     assert made == []
-
-
-def test_a_configuration_survives_json():
-    config = OptimizationConfig(students=(2, 1), corpus=("a", "b"))
-    again = OptimizationConfig.of(json.loads(json.dumps(config.get_config())))
-    assert again == config
