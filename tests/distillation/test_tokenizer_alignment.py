@@ -23,6 +23,7 @@ from gpt_tf.text.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
     CharacterTokenizer,
+    load_tokenizer,
     tokenizer_from_json,
 )
 

@@ -6,10 +6,6 @@ import sys
 
 import pytest
 
-from gpt_tf.text.tokenizer import CharacterTokenizer
-from tests.explain.conftest import LETTERS
-from gpt_tf.generation.sequence import GenerationNotice
-
 
 @pytest.fixture
 def explain(command):
@@ -42,7 +38,6 @@ def test_it_shows_the_strongest_tokens_and_writes_page_picture_and_numbers(
     [
         (["--prompt", ""], "--prompt expects a value"),
         (["--prompt", "abc", "--target", "de"], "It begins with 'd'"),
-        (["--prompt", "a", "--target", "b", "--target-id", "1"], "Leave out one"),
         (["--prompt", "abc", "--method", "magic"], "Received: 'magic'"),
         (["--prompt", "abc", "--method", "attention"], "Name the Keras model"),
         (["--prompt", "abc", "--out", f"{__file__}/why.png"], "Not a directory"),
