@@ -151,6 +151,8 @@ def _batches(inputs, batch_size, model):
     elif isinstance(inputs, (np.ndarray, tf.Tensor)):
         starts = range(0, len(inputs), batch_size)
         inputs = [inputs[start : start + batch_size] for start in starts]
+    if not hasattr(inputs, "__iter__"):
+        arguments.refuse("inputs", inputs, "token ids (N, T) or batches of them")
     for batch in inputs:
         ids = np.asarray(batch[0] if isinstance(batch, (tuple, list)) else batch)
         checks.check_shape_of_ids(ids, "inputs")

@@ -134,6 +134,7 @@ def test_each_activation_is_calibrated_for_its_own_type(make_model, windows_of):
         (np.zeros(8, "int32"), r"\(B, T\)"),
         ([np.zeros(8, "int32")], r"\(B, T\)"),
         (tf.data.Dataset.from_tensors(np.zeros((2, 8), "int32")).repeat(), "for ever"),
+        (5, "`inputs` expects token ids"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused(make_model, inputs, message):
