@@ -161,9 +161,6 @@ def command(monkeypatch, capsys):
     """Run the command line in this process; return status, output and errors."""
     from gpt_tf import cli
 
-    logger = logging.getLogger("gpt_tf")
-    handlers, level = [*logger.handlers], logger.level
-
     def run(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["gpt-tf", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -177,7 +174,15 @@ def command(monkeypatch, capsys):
         written = capsys.readouterr()
         return SimpleNamespace(status=status, out=written.out, err=written.err)
 
-    yield run
+    return run
+
+
+@pytest.fixture(autouse=True)
+def notices_stay_in_their_test():
+    """Take away what the command line has added to the package's logger."""
+    logger = logging.getLogger("gpt_tf")
+    handlers, level = [*logger.handlers], logger.level
+    yield
     logger.handlers[:] = handlers
     logger.setLevel(level)
 

@@ -143,7 +143,9 @@ def test_the_status_says_whether_something_got_worse(run, tmp_path):
             measured=made_report("gpt", scale=scale),
         )
         assert (result.status, result.err) == (status, "")
-        (line,) = [line for line in result.out.splitlines() if "response, ms" in line]
+        (line,) = [
+            line for line in result.out.splitlines() if "response time ms" in line
+        ]
         assert line.split()[-1] == mark and f"{scale:.3f}" in line
         # The report is written all the same.
         assert read_report(tmp_path / "new.json")["entries"]
