@@ -509,3 +509,21 @@ def test_what_is_made_of_a_model_is_built_beside_it(make_model, windows_of, make
 def test_options_out_of_their_range_are_refused(pair, options, message):
     with pytest.raises(InputError, match=message):
         distiller_of(pair, **options)
+
+
+def test_callbacks_and_checkpoints_of_keras_work(pair, windows_of, tmp_path):
+    x, y = windows_of(8, 16)
+    path = str(tmp_path / "best.weights.h5")
+    best = keras.callbacks.ModelCheckpoint(
+        path, monitor="val_student_loss", save_best_only=True, save_weights_only=True
+    )
+    stop = keras.callbacks.EarlyStopping("val_kl_divergence", patience=1)
+    distiller = distiller_of(pair)
+    found = distiller.fit(
+        x, y, validation_data=(x, y), epochs=3, callbacks=[best, stop], verbose=0
+    )
+    distiller.student.set_weights([w * 0 for w in distiller.student.get_weights()])
+    distiller.load_weights(path)
+    measured = distiller.evaluate(x, y, verbose=0, return_dict=True)
+    wanted = min(found.history["val_student_loss"])
+    assert measured["student_loss"] == pytest.approx(wanted, rel=1e-5)

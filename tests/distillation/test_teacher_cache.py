@@ -24,6 +24,7 @@ from gpt_tf.distillation.tokenizer_alignment import (
     derive_tokenizer,
 )
 from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.quantization.qat import quantize_aware
 from gpt_tf.text import dataset as datasets
 from gpt_tf.text.corpus import Document
 from gpt_tf.text.dataset import Windows, write_token_file
@@ -165,6 +166,16 @@ def test_large_vocabularies_take_four_bytes_an_id(tmp_path):
     ids = store.read(0, np.arange(LENGTH))[0]
     assert ids.dtype == np.int32
     assert (ids[:, 0] == p.argmax(axis=-1)).mean() > 0.9
+
+
+def test_a_quantised_teacher_teaches_what_it_computes(teacher, token_file, tmp_path):
+    quantised = quantize_aware(teacher, {"weight_bits": 4})
+    quantised.calibrate(Windows(token_file, LENGTH, 4).batch(0)[0])
+    store = extracted(quantised, token_file, tmp_path / "store")
+    for model, same in ((quantised, True), (teacher, False)):
+        p = direct(model, token_file.tokens, 0)
+        codes = store.read(0, np.arange(len(p)))[1].astype(int)
+        assert ((codes == expected_codes(p, 5)).mean() > 0.97) == same
 
 
 def test_more_passes_begin_with_the_same_ones(made, teacher, tmp_path):
