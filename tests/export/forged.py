@@ -151,6 +151,12 @@ def parts_of(data):
                 found[f"fact {key}"].append(value)
         else:
             found[name].append(b"" if buffer.data is None else bytes(buffer.data))
+    # Another buffer of as many bytes is only other weights.
+    for subgraph in content.subgraphs:
+        for tensor in subgraph.tensors:
+            data = content.buffers[tensor.buffer].data
+            data = b"" if data is None else bytes(data)
+            tensor.buffer = data if tensor.buffer in steering else len(data)
     content.buffers = None
     collect(content)
     return found
