@@ -148,12 +148,9 @@ def notices():
     lines, handler = [], logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = logging.getLogger("gpt_tf")
-    level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    return lines
 
 
 @pytest.fixture
@@ -179,7 +176,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture(autouse=True)
 def notices_stay_in_their_test():
-    """Take away what the command line has added to the package's logger."""
+    """Take away what a test has added to the package's logger."""
     logger = logging.getLogger("gpt_tf")
     handlers, level = [*logger.handlers], logger.level
     yield

@@ -15,6 +15,7 @@ from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.export import integrity, tflite
 from gpt_tf.export.signatures import BUNDLE_PREFIX
+from gpt_tf.models.language_model import check_language_model
 from gpt_tf.settings import arguments
 from gpt_tf.text.tokenizer import Tokenizer
 
@@ -62,7 +63,7 @@ def export_litertlm(
         raise InputError(
             f"`path` expects a name that ends in .litertlm. Received: {path.name!r}."
         )
-    tflite.refuse_other_models(model)
+    check_language_model(model, "model")
     expected = "the tokenizer that the model was trained with"
     arguments.instance("tokenizer", tokenizer, Tokenizer, expected)
     if tokenizer.vocab_size > model.vocab_size:

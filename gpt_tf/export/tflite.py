@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpt_tf import artifacts
-from gpt_tf.errors import InputError, InputTypeError
+from gpt_tf.errors import InputError
 from gpt_tf.export import graph, integrity, signatures, tflite_writer, verify, weights
 from gpt_tf.generation.sequence import ids_without_token
 from gpt_tf.models.cached_forward import looks_untrained
-from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.gpt import GPTModel
+from gpt_tf.models.language_model import check_language_model
 from gpt_tf.native_logs import quiet
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings import arguments
@@ -151,24 +151,9 @@ def export_tflite(
         )
 
 
-def refuse_other_models(model) -> None:
-    """Refuse what is neither a `GPTModel` nor a quantisation-aware one."""
-    refuse_keras_3(model, "model")
-    if isinstance(model, GPTModel):
-        return
-    from gpt_tf.quantization import qat
-
-    if not isinstance(model, qat.QuantizationAwareGPT):
-        raise InputTypeError(
-            "Exporting expects a GPTModel or what `quantize_aware` made of one. "
-            f"Received: {type(model).__module__}.{type(model).__name__}. "
-            "Build it with `gpt_tf.GPTModel(...)`."
-        )
-
-
 def _source_of(model, mode, ranges, representative):
     """Return the float model and the ranges to use."""
-    refuse_other_models(model)
+    check_language_model(model, "model")
     if not isinstance(model, GPTModel):
         from gpt_tf.quantization import qat
 

@@ -268,7 +268,8 @@ def check_language_model(model, role):
     if not isinstance(model, LanguageModel):
         raise InputTypeError(
             f"`{role}` expects a GPTModel, or one that `quantize_aware` made. "
-            f"Received: {type(model).__module__}.{type(model).__name__}."
+            f"Received: {type(model).__module__}.{type(model).__name__}. "
+            "Build it with `gpt_tf.GPTModel(...)`."
         )
 
 
