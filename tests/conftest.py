@@ -83,6 +83,27 @@ def pytest_runtest_call(item):
     _seed_what_has_no_seed(item.nodeid)
 
 
+@pytest.fixture(scope="module")
+def eagerly():
+    """Run functions as they are, not as graphs: for few steps, tracing takes longer."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
+def traced():
+    """Run functions as graphs again, as users do, in a module that runs eagerly."""
+    import tensorflow as tf
+
+    was = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(False)
+    yield
+    tf.config.run_functions_eagerly(was)
+
+
 @pytest.fixture
 def make_model():
     """Make a small GPTModel with the same weights every time."""

@@ -21,6 +21,7 @@ from gpt_tf.distillation.teacher_cache import KnowledgeStore
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models.checks import refuse_keras_3
 from gpt_tf.models.precision import precision
+from gpt_tf.models.sizes import SIZES, checked_sizes
 from gpt_tf.parallel import data as strategies
 from gpt_tf.parallel.config import parse_mesh
 from gpt_tf.parallel.mesh import check_divides, check_fits, make_mesh
@@ -317,8 +318,8 @@ def _division_of(config):
             "process. Received: a cluster in TF_CONFIG. Unset it, or leave out "
             "`pipeline_stages` and `mesh`."
         )
-    sizes = dataclasses.asdict(config)
-    sizes["feedforward_dim"] = config.feedforward_dim or 4 * config.embedding_dim
+    if config.init_from is None:
+        sizes = checked_sizes({name: getattr(config, name) for name in SIZES})
     if config.mesh is not None:
         mesh = make_mesh(**parse_mesh(config.mesh))
         check_divides(mesh, (config.batch_size, config.context_length))

@@ -13,7 +13,12 @@ import tensorflow as tf
 from gpt_tf import artifacts
 from gpt_tf.distillation.distiller import shape_of
 from gpt_tf.errors import InputError
-from gpt_tf.models.sizes import TRAINED_WEIGHT_BYTES, check_memory
+from gpt_tf.models.sizes import (
+    SIZES,
+    TRAINED_WEIGHT_BYTES,
+    check_memory,
+    checked_sizes,
+)
 from gpt_tf.settings import arguments
 from gpt_tf.text import tokenizer as tokenizers
 from gpt_tf.text.augment import AugmentationConfig
@@ -125,11 +130,11 @@ def _refuse_foreign_folder(out, overwrite):
 
 def _check_memory(config):
     """Refuse a model whose training memory cannot hold, before the text is read."""
-    sizes = {name: getattr(config, name) for name in (*SHAPE, "context_length")}
+    sizes = checked_sizes({name: getattr(config, name) for name in SIZES})
+    sizes["tie_embeddings"] = config.tie_embeddings
     if config.tokenizer != "bpe":
         sizes["vocab_size"] = 1  # its tokens are not counted yet
     gpus = len(tf.config.list_physical_devices("GPU"))
-    sizes["feedforward_dim"] = config.feedforward_dim or 4 * config.embedding_dim
     check_memory(sizes, TRAINED_WEIGHT_BYTES, accelerators=gpus)
 
 
