@@ -12,6 +12,8 @@ from gpt_tf.quantization.qat import quantize_aware, quantize_gpt_model, to_float
 from gpt_tf.quantization.weights import quantize_weights
 from gpt_tf.text.dataset import Windows
 
+pytestmark = pytest.mark.usefixtures("eagerly")
+
 
 def hooks_of(model):
     return [
@@ -32,20 +34,21 @@ def test_every_activation_of_the_model_has_a_range(make_model, windows_of):
         assert isinstance(low, float) and low <= 0.0 <= high and low < high
 
 
-def test_minmax_is_the_extremes_over_all_batches(make_model, windows_of):
-    model, x = make_model(), windows_of(10, 8)[0]
-    logits = model(x).numpy()
-    low, high = calibrate(model, x, batch_size=3)["head/logits_activation"]
-    assert low == pytest.approx(logits.min(), abs=1e-6)
-    assert high == pytest.approx(logits.max(), abs=1e-6)
-    fewer = calibrate(model, x, batch_size=3, num_batches=1)["head/logits_activation"]
-    assert fewer != (low, high)
+def test_minmax_is_the_extremes_over_all_batches(make_model, windows_of, traced):
+    model, x = make_model(num_layers=1), windows_of(10, 8)[0]
+
+    def measure(**options):
+        ranges = calibrate(model, x, batch_size=3, method="minmax", **options)
+        return ranges["head/logits_activation"]
+
+    logits, measured = model(x).numpy(), measure()
+    assert measured == pytest.approx((logits.min(), logits.max()), abs=1e-6)
+    assert measure(num_batches=1) != measured
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile"])
-def test_every_kind_of_input_gives_the_same_ranges(make_model, windows_of, method):
-    model, x = make_model(), windows_of(6, 8)[0]
-    expected = calibrate(model, x, batch_size=2, method=method)
+def test_every_kind_of_input_gives_the_same_ranges(make_model, windows_of):
+    model, x = make_model(num_layers=1), windows_of(6, 8)[0]
+    expected = calibrate(model, x, batch_size=2)
     data = tf.data.Dataset.from_tensor_slices((x, x)).batch(2)
     kinds = {
         "tensor": tf.constant(x),
@@ -55,16 +58,15 @@ def test_every_kind_of_input_gives_the_same_ranges(make_model, windows_of, metho
         "iterator": iter([x[:2], x[2:4], x[4:]]),
     }
     for kind, inputs in kinds.items():
-        assert calibrate(model, inputs, batch_size=2, method=method) == expected, kind
-    endless = data.repeat()
-    assert calibrate(model, endless, num_batches=3, method=method) == expected
+        assert calibrate(model, inputs, batch_size=2) == expected, kind
+    assert calibrate(model, data.repeat(), num_batches=3) == expected
     windows = Windows(np.arange(97) % 31, 8, 4, shuffle=False)
     rows = (np.arange(96) % 31).reshape(12, 8)
     assert calibrate(model, windows) == calibrate(model, rows, batch_size=4)
 
 
 def test_the_model_is_left_as_it_was(make_model, windows_of):
-    model, x = make_model(), windows_of(4, 8)[0]
+    model, x = make_model(num_layers=1), windows_of(4, 8)[0]
     before, weights = model(x).numpy(), model.get_weights()
     calibrate(model, x, method="mse")
     assert all(hook is _identity for hook in hooks_of(model))
@@ -93,12 +95,12 @@ def test_percentile_and_mse_cut_off_an_outlier_and_minmax_does_not():
 def test_an_activation_that_is_always_0_has_the_narrowest_range(
     make_model, windows_of, method
 ):
-    model = make_model()
-    kernel = model.get_layer("block_1").down_kernel
+    model = make_model(num_layers=1)
+    kernel = model.get_layer("block_0").down_kernel
     kernel.assign(tf.zeros_like(kernel))
     ranges = calibrate(model, windows_of(4, 8)[0], method=method)
     always_0 = [name for name, range_ in ranges.items() if range_[1] < 1e-30]
-    assert always_0 == ["block_1/down_activation"]
+    assert always_0 == ["block_0/down_activation"]
     assert ranges[always_0[0]] == (0.0, calibration.NARROWEST)
 
 
@@ -111,7 +113,7 @@ def test_finer_steps_cut_off_less():
 
 
 def test_each_activation_is_calibrated_for_its_own_type(make_model, windows_of):
-    model, x = make_model(), windows_of(64, 16)[0]
+    model, x = make_model(num_layers=1), windows_of(64, 16)[0]
     config = QuantizationConfig.full(outputs="int16")
     ranges = calibrate(model, x, dtype=config.dtype_of)
     narrow, wide = (calibrate(model, x, dtype=dtype) for dtype in ("int8", "int16"))
@@ -131,7 +133,6 @@ def test_each_activation_is_calibrated_for_its_own_type(make_model, windows_of):
         (tf.data.Dataset.from_tensor_slices(np.zeros((0, 8))).batch(2), "no data"),
         (np.full((2, 8), 31), "from 0 to 30"),
         (np.full((2, 8), -1), "from 0 to 30"),
-        (np.zeros(8, "int32"), r"\(B, T\)"),
         ([np.zeros(8, "int32")], r"\(B, T\)"),
         (tf.data.Dataset.from_tensors(np.zeros((2, 8), "int32")).repeat(), "for ever"),
         (5, "`inputs` expects token ids"),
@@ -139,13 +140,13 @@ def test_each_activation_is_calibrated_for_its_own_type(make_model, windows_of):
 )
 def test_data_that_cannot_be_used_is_refused(make_model, inputs, message):
     with pytest.raises(InputError, match=message):
-        calibrate(make_model(), inputs)
+        calibrate(make_model(num_layers=1), inputs)
 
 
 def test_weights_that_are_not_finite_are_refused(make_model, windows_of):
-    model = make_model()
-    model.get_layer("block_1").up_bias.assign(np.full(48, np.nan))
-    with pytest.raises(InputError, match="block_1/up_activation"):
+    model = make_model(num_layers=1)
+    model.get_layer("block_0").up_bias.assign(np.full(48, np.nan))
+    with pytest.raises(InputError, match="block_0/up_activation"):
         calibrate(model, windows_of(2, 8)[0])
 
 
