@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,35 +12,60 @@ from gpt_tf.models.gpt import GPTModel
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer, load_tokenizer
 
 
-@pytest.fixture
-def model(make_model):
-    model = make_model()
+@pytest.fixture(scope="module")
+def model():
+    model = GPTModel(31, 12, 2, 3, context_length=16)
     generator = np.random.default_rng(4)
     for weight in model.weights:
         weight.assign_add(generator.normal(0, 0.1, weight.shape))
     return model
 
 
+@pytest.fixture(scope="module")
+def written(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interop") / "hf"
+    interop.to_huggingface(model, folder)
+    return folder
+
+
 @pytest.fixture
-def folder(model, tmp_path):
-    interop.to_huggingface(model, tmp_path / "hf")
-    return tmp_path / "hf"
+def folder(written, tmp_path):
+    """A copy of the model's files that a test may change."""
+    return shutil.copytree(written, tmp_path / "hf")
 
 
-def keras_hub_logits(backbone, tokens):
-    hidden = backbone(
-        {"token_ids": tokens, "padding_mask": np.ones_like(tokens, dtype=bool)}
-    )
-    return np.asarray(backbone.token_embedding(hidden, reverse=True))
+def read(folder, name):
+    return json.loads((folder / name).read_text("utf-8"))
 
 
-def test_logits_match_keras_hub_both_ways(model, windows_of):
+def change_config(folder, **changes):
+    config = {**read(folder, "config.json"), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_tensors(folder, change):
+    path = folder / "model.safetensors"
+    safetensors.numpy.save_file(change(safetensors.numpy.load_file(path)), path)
+
+
+def test_logits_match_keras_hub_both_ways(model, windows_of, tmp_path):
+    import keras_nlp
+
     tokens, _ = windows_of(2, 9)
     backbone = interop.to_keras_hub(model)
-    expected = keras_hub_logits(backbone, tokens)
+    mask = np.ones_like(tokens, dtype=bool)
+    hidden = backbone({"token_ids": tokens, "padding_mask": mask})
+    expected = np.asarray(backbone.token_embedding(hidden, reverse=True))
     assert np.abs(model(tokens).numpy() - expected).max() < 1e-4
-    again = interop.from_keras_hub(backbone)
-    assert np.abs(again(tokens).numpy() - expected).max() < 1e-4
+    causal = keras_nlp.models.GPT2CausalLM(backbone=backbone)
+    causal.save_to_preset(str(tmp_path / "preset"))
+    for again in (
+        interop.from_keras_hub(backbone),
+        interop.from_keras_hub(causal, dropout=0.25),
+        GPTModel.from_preset(str(tmp_path / "preset"), dropout=0.25),
+    ):
+        np.testing.assert_allclose(again(tokens), model(tokens), atol=1e-5)
+    assert again.dropout == 0.25
     again.get_layer("block_1").down_bias.assign_add(np.full(12, 0.01) * np.arange(12))
     assert np.abs(again(tokens).numpy() - expected).max() > 1e-4
 
@@ -50,7 +76,8 @@ def test_a_preset_brings_its_tokenizer(make_model, tmp_path):
     ours = BPETokenizer.train(["the quick brown fox " * 50], 270)
     ours.backend.model.save(str(tmp_path))
     preset = str(tmp_path / "preset")
-    interop.to_keras_hub(make_model(vocab_size=270)).save_to_preset(preset)
+    small = make_model(vocab_size=270, num_layers=1)
+    interop.to_keras_hub(small).save_to_preset(preset)
     keras_nlp.models.GPT2Tokenizer(
         vocabulary=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt")
     ).save_to_preset(preset)
@@ -67,42 +94,44 @@ def test_a_preset_that_is_not_there_says_what_to_do(tmp_path):
         interop.tokenizer_from_preset(str(tmp_path / "nothing"))
 
 
-def test_hugging_face_files_round_trip(model, folder, windows_of):
-    tokens, _ = windows_of(2, 9)
-    again = GPTModel.from_huggingface(folder)
-    np.testing.assert_array_equal(again(tokens), model(tokens))
-    assert again.get_config() == model.get_config()
-
-
-def test_hugging_face_names_and_layout_are_gpt2s(folder):
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+def test_hugging_face_files_round_trip(model, written):
+    tensors = safetensors.numpy.load_file(written / "model.safetensors")
     assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (12, 36)
     assert tensors["transformer.h.1.mlp.c_proj.weight"].shape == (48, 12)
-    assert tensors["transformer.wpe.weight"].shape == (16, 12)
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
+    assert read(written, "config.json")["model_type"] == "gpt2"
+    again = GPTModel.from_huggingface(written)
+    assert again.get_config() == model.get_config()
+    for one, other in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
-def test_names_without_prefix_load_too(model, folder, windows_of):
-    path = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(path)
-    short = {k.removeprefix("transformer."): v for k, v in tensors.items()}
-    short["h.0.attn.bias"] = np.ones((1, 1, 16, 16), "float32")  # a buffer of theirs
-    safetensors.numpy.save_file(short, path)
-    tokens, _ = windows_of(1, 5)
-    np.testing.assert_array_equal(
-        GPTModel.from_huggingface(folder)(tokens), model(tokens)
-    )
+def test_names_without_prefix_in_sixteen_bits_load_too(model, folder):
+    def change(tensors):
+        return {
+            **{k.removeprefix("transformer."): v for k, v in tensors.items()},
+            "h.0.attn.bias": np.ones((1, 1, 16, 16), "float32"),  # a buffer of theirs
+        }
+
+    change_tensors(folder, change)
+    again = GPTModel.from_huggingface(folder).get_weights()
+    for one, other in zip(again, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    half = "float16"
+    change_tensors(folder, lambda t: {k: v.astype(half) for k, v in t.items()})
+    again = GPTModel.from_huggingface(folder).get_weights()
+    for one, other in zip(again, model.get_weights(), strict=True):
+        assert one.dtype == np.float32
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
-def test_an_untied_head_and_another_epsilon_round_trip(
-    make_model, windows_of, tmp_path
-):
-    model = make_model(tie_embeddings=False, layer_norm_epsilon=1e-3)
+def test_an_untied_head_and_another_epsilon_round_trip(make_model, tmp_path):
+    changes = {"tie_embeddings": False, "layer_norm_epsilon": 1e-3, "num_layers": 1}
+    model = make_model(**changes)
     interop.to_huggingface(model, tmp_path / "hf")
-    tokens, _ = windows_of(1, 5)
     again = GPTModel.from_huggingface(tmp_path / "hf")
     assert again.get_config() == model.get_config()
-    np.testing.assert_array_equal(again(tokens), model(tokens))
+    for one, other in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # Hugging Face: the tokenizer, and where a text ends
@@ -115,16 +144,12 @@ def bpe():
     return BPETokenizer.train(["the quick brown fox " * 50], 270)
 
 
-def read(folder, name):
-    return json.loads((folder / name).read_text("utf-8"))
-
-
-def test_without_a_tokenizer_no_token_ends_a_text(folder):
-    assert {path.name for path in folder.iterdir()} == {
+def test_without_a_tokenizer_no_token_ends_a_text(written):
+    assert {path.name for path in written.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors")
     }
     for name in ("config.json", "generation_config.json"):
-        found = read(folder, name)
+        found = read(written, name)
         # Absent, they are read as 50256.
         assert found["eos_token_id"] is found["bos_token_id"] is None
 
@@ -135,9 +160,8 @@ def test_the_tokenizer_and_its_end_of_text_are_written(make_model, tmp_path, bpe
     if end is None:
         tokenizer = CharacterTokenizer.train([TEXT], end_of_text=False)
     folder = tmp_path / "hf"
-    interop.to_huggingface(
-        make_model(vocab_size=tokenizer.vocab_size), folder, tokenizer
-    )
+    model = make_model(vocab_size=tokenizer.vocab_size, num_layers=1)
+    interop.to_huggingface(model, folder, tokenizer)
     for name in ("config.json", "generation_config.json"):
         found = read(folder, name)
         assert (found["bos_token_id"], found["eos_token_id"]) == (end, end)
@@ -161,28 +185,23 @@ def test_the_tokenizer_and_its_end_of_text_are_written(make_model, tmp_path, bpe
 
 def test_ids_without_a_token_are_not_generated(make_model, tmp_path, bpe):
     folder = tmp_path / "hf"
-    interop.to_huggingface(make_model(vocab_size=275), folder, bpe)
+    interop.to_huggingface(make_model(vocab_size=275, num_layers=1), folder, bpe)
     assert read(folder, "config.json")["vocab_size"] == 275
     found = read(folder, "generation_config.json")
     assert found["suppress_tokens"] == [270, 271, 272, 273, 274]
     with pytest.raises(InputError, match="270"):
-        interop.to_huggingface(make_model(vocab_size=269), tmp_path / "small", bpe)
+        small = make_model(vocab_size=269, num_layers=1)
+        interop.to_huggingface(small, tmp_path / "small", bpe)
     assert not (tmp_path / "small").exists()
 
 
+# Hugging Face: what is refused
+
+
 def test_a_missing_tensor_is_named(folder):
-    path = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(path)
-    del tensors["transformer.h.1.ln_1.bias"]
-    safetensors.numpy.save_file(tensors, path)
+    name = "transformer.h.1.ln_1.bias"
+    change_tensors(folder, lambda t: {k: v for k, v in t.items() if k != name})
     with pytest.raises(DamagedFileError, match=r"h\.1\.ln_1\.bias"):
-        GPTModel.from_huggingface(folder)
-
-
-def test_a_wrong_shape_is_named(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "n_positions": 17}))
-    with pytest.raises(DamagedFileError, match=r"wpe.*\(17, 12\)"):
         GPTModel.from_huggingface(folder)
 
 
@@ -195,8 +214,7 @@ def test_a_wrong_shape_is_named(folder):
     ],
 )
 def test_other_architectures_are_refused(folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    change_config(folder, **change)
     with pytest.raises(InputError, match="plain GPT-2"):
         GPTModel.from_huggingface(folder)
 
@@ -215,23 +233,10 @@ def test_truncated_and_missing_files_are_refused(folder, tmp_path):
 
 
 def test_heads_that_do_not_divide_are_refused(make_model, tmp_path):
-    model = make_model(num_heads=5)
+    model = make_model(num_heads=5, num_layers=1)
     with pytest.raises(InputError, match="divide"):
         interop.to_huggingface(model, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
-
-
-def test_a_causal_language_model_of_keras_hub_is_read(model, windows_of, tmp_path):
-    import keras_nlp
-
-    tokens, _ = windows_of(2, 9)
-    causal = keras_nlp.models.GPT2CausalLM(backbone=interop.to_keras_hub(model))
-    again = interop.from_keras_hub(causal, dropout=0.25)
-    np.testing.assert_allclose(again(tokens), model(tokens), atol=1e-5)
-    assert again.dropout == 0.25
-    causal.save_to_preset(str(tmp_path / "preset"))
-    again = GPTModel.from_preset(str(tmp_path / "preset"))
-    np.testing.assert_allclose(again(tokens), model(tokens), atol=1e-5)
 
 
 def test_what_is_no_gpt_2_of_keras_hub_is_refused(model):
@@ -249,54 +254,41 @@ def test_what_is_no_gpt_2_of_keras_hub_is_refused(model):
 )
 def test_what_keras_hub_cannot_express_is_refused(make_model, changes):
     with pytest.raises(InputError, match="Received"):
-        interop.to_keras_hub(make_model(**changes))
+        interop.to_keras_hub(make_model(num_layers=1, **changes))
 
 
-def test_transformers_reads_what_was_written(model, folder, windows_of):
+def test_transformers_reads_what_was_written(model, written, windows_of):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     tokens, _ = windows_of(2, 9)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(written).eval()
     with torch.no_grad():
         logits = theirs(torch.tensor(tokens.astype("int64"))).logits.numpy()
     assert np.abs(model(tokens).numpy() - logits).max() < 1e-4
-
-
-def test_sixteen_bit_tensors_are_read_as_float32(model, folder):
-    path = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(path)
-    half = {name: tensor.astype("float16") for name, tensor in tensors.items()}
-    safetensors.numpy.save_file(half, path)
-    again = GPTModel.from_huggingface(folder)
-    for one, other in zip(again.get_weights(), model.get_weights(), strict=True):
-        assert one.dtype == np.float32
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"n_positions": "many"},
-        {"n_embd": None},
+        {"n_positions": 17},
         {"layer_norm_epsilon": "small"},
         {"n_layer": 10**30},
         {"n_layer": 3},
-        {"n_layer": -1},
         {"n_head": True},
         {"vocab_size": 10**12},
         {"n_embd": 1 << 20},
     ],
 )
 def test_a_configuration_that_the_tensors_are_not_of_is_damaged(folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    change_config(folder, **change)
     with pytest.raises(DamagedFileError, match=r"config\.json"):
         GPTModel.from_huggingface(folder)
 
 
-def header(dtype="F32", shape=(1,), end=4, **others):
+def header(dtype="F32", shape=(1,), end=4):
     """Return a safetensors file of one tensor in four bytes, as its header says."""
-    tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, end], **others}
+    tensor = {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}
     text = json.dumps({"wte.weight": tensor}).encode()
     return len(text).to_bytes(8, "little") + text + b"1234"
 
@@ -306,8 +298,6 @@ def header(dtype="F32", shape=(1,), end=4, **others):
     [
         header(shape=[10**9], end=4 * 10**9),
         header(shape=[2**62, 4], end=0),
-        header(shape=[0, 2**63], end=0),
-        header(shape=[1] * 100),
         header(dtype="F8_E4M3", shape=[4]),
         (1 << 62).to_bytes(8, "little") + header()[8:],
         b"",
@@ -319,10 +309,8 @@ def test_headers_that_lie_are_refused(folder, data):
         GPTModel.from_huggingface(folder)
 
 
-def test_keys_that_are_null_or_absent_have_gpt2s_values(model, folder, windows_of):
-    config = json.loads((folder / "config.json").read_text())
-    for name in ("n_inner", "layer_norm_epsilon", "tie_word_embeddings", "n_positions"):
-        config[name] = None
-    (folder / "config.json").write_text(json.dumps(config))
+def test_keys_that_are_null_or_absent_have_gpt2s_values(model, folder):
+    names = ("n_inner", "layer_norm_epsilon", "tie_word_embeddings", "n_positions")
+    change_config(folder, **dict.fromkeys(names))
     again = GPTModel.from_huggingface(folder)
     assert again.get_config() == model.get_config()
