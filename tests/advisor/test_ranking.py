@@ -89,7 +89,7 @@ def excess(one, limits):
     return max(shares) - 1
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(entries_strategy(), limits_strategy, scenarios)
 def test_the_choice_keeps_every_budget_and_all_that_keep_them_are_ranked(
     entries, limits, scenario
@@ -108,16 +108,7 @@ def test_the_choice_keeps_every_budget_and_all_that_keep_them_are_ranked(
     json.dumps(result, allow_nan=False)
 
 
-@settings(max_examples=50)
-@given(entries_strategy(), limits_strategy, limits_strategy)
-def test_another_constraint_never_admits_what_was_ruled_out(entries, limits, more):
-    report = new_report(entries)
-    before = names(recommend(report, limits)["ruled_out"])
-    after = names(recommend(report, {**more, **limits})["ruled_out"])
-    assert set(before) <= set(after)
-
-
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(entries_strategy(), limits_strategy, scenarios, st.randoms())
 def test_in_any_order_the_runner_up_is_chosen_without_the_choice(
     entries, limits, scenario, random
@@ -131,7 +122,7 @@ def test_in_any_order_the_runner_up_is_chosen_without_the_choice(
     assert again["ranking"] == result["ranking"][1:]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(entries_strategy(), limits_strategy, scenarios)
 def test_what_is_dominated_in_all_measures_is_never_chosen(entries, limits, scenario):
     result = recommend(new_report(entries), limits, scenario)
@@ -151,7 +142,7 @@ def test_what_is_dominated_in_all_measures_is_never_chosen(entries, limits, scen
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(entries_strategy(), limits_strategy, scenarios)
 def test_the_nearest_miss_is_nearest_and_fits_once_its_options_are_taken(
     entries, limits, scenario
@@ -185,10 +176,7 @@ def test_an_increase_is_a_fraction_or_per_cent(given):
 def test_a_budget_out_of_its_range_is_refused(name, value):
     with pytest.raises(InputError, match=name):
         Budgets(**{name: value})
-
-
-def test_an_increase_above_1_is_met_with_what_may_be_meant():
-    with pytest.raises(InputError, match="3%"):
+    with pytest.raises(InputError, match="3%"):  # which may be meant
         Budgets("3")
 
 
@@ -264,8 +252,6 @@ QUICK = entry("quick", 0.04, 2.0, 9.0, memory_mb=120, speed=400, together=900)
 SMALL = entry("small", 0.05, 6.0, 2.0, memory_mb=70, speed=140, together=150)
 EXACT = entry("exact", 0.001, 9.0, 7.0, memory_mb=110, speed=100, together=390)
 ALL = [QUICK, SMALL, EXACT]
-
-
 EARLY = entry("early", 0.09, 9.5, 9.5, memory_mb=130, first=2, speed=90)
 LOOSE = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
 
@@ -396,7 +382,7 @@ def near_entries(draw):
     ]
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     near_entries(),
     few([None, "accuracy", "latency", "size", "first_token", "throughput", "balance"]),
@@ -416,7 +402,7 @@ def test_ten_measurements_choose_the_same_file_or_say_that_it_ties(
             assert chosen <= {result["choice"], *result["ties"]}
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(near_entries(), few([None, "accuracy", "latency"]), few([1.05, 1.12, 9.0]))
 def test_the_choice_is_on_the_pareto_frontier(entries, prefer, limit):
     limits = {"max_latency_ms": limit, "max_perplexity_increase": 0.1, "max_size_mb": 9}

@@ -1,8 +1,6 @@
 import functools
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +46,7 @@ def report(tmp_path):
     [
         ("", "quick"),  # the report's own budgets
         ("--max-size-mb 8 --max-latency-ms 15", "exact"),
-        ("--max-latency-ms 90 --prefer latency", "quick"),
+        ("--max-latency-ms 90 --prefer accuracy", "exact"),
         ("--scenario server", "exact"),
         ("--scenario server --max-perplexity-increase 0.05", "quick"),
     ],
@@ -95,9 +93,8 @@ def test_nothing_fits_is_status_3_with_the_nearest_miss(
     assert "Nothing fits" in found.out
     assert miss in " ".join(found.out.split())
     assert recommend(report, *miss.split()).status == 0
-    assert (
-        json.loads(recommend(report, *options.split(), "--json").out)["choice"] is None
-    )
+    found = recommend(report, *options.split(), "--json")
+    assert json.loads(found.out)["choice"] is None
 
 
 @pytest.mark.parametrize(
@@ -186,25 +183,3 @@ def test_where_there_is_no_model_that_is_said(tmp_path):
     for path in (tmp_path, tmp_path / "none.tflite", tmp_path / "none.keras"):
         with pytest.raises(InputError, match=path.name):
             read_sizes(path)
-
-
-def test_tensorflow_is_not_needed(report, artefact):
-    program = f"""
-import sys
-from gpt_tf import cli
-from gpt_tf.evaluation import hardware
-hardware.describe_machine = lambda: {MACHINE!r}
-for arguments in (
-    [{str(report)!r}],
-    ["--estimate", {str(artefact.with_suffix(""))!r}],
-    ["--estimate", {str(artefact)!r}],
-):
-    sys.argv = ["gpt-tf", "recommend", *arguments]
-    try:
-        cli.main()
-    except SystemExit as error:
-        assert not error.code, error.code
-loaded = {{"tensorflow", "keras", "tf_keras"}} & sys.modules.keys()
-assert not loaded, loaded
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

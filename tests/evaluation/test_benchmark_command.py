@@ -1,9 +1,6 @@
 """`gpt-tf benchmark`: progress, tables, the report, the baseline and exit statuses."""
 
 import io
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,15 +15,6 @@ from tests.reporting.samples import latency_of
 
 SAVED = Path(__file__).parents[2] / "saved_models"
 FILE = SAVED / "python-small.litertlm"
-CODE = """
-import json, sys
-from gpt_tf import cli
-try:
-    cli.main()
-finally:
-    heavy = {"tensorflow", "tf_keras", "matplotlib", "scipy"} & set(sys.modules)
-    print("\\0", json.dumps(sorted(heavy)))
-"""
 
 
 def made_report(*names, scale=1.0):
@@ -65,49 +53,6 @@ def run(command, monkeypatch):
         return command("benchmark", *options), asked
 
     return run
-
-
-def test_it_measures_a_file_on_a_device(tmp_path):
-    """Neither it nor its processes import TensorFlow."""
-    for name in ("tensorflow", "tf_keras"):
-        (tmp_path / f"{name}.py").write_text("raise SystemError('was imported')\n")
-    (tmp_path / "gpt.litertlm").write_bytes(FILE.read_bytes())
-    result = subprocess.run(
-        [
-            *(sys.executable, "-c", CODE, "benchmark", "gpt.litertlm", "--quick"),
-            *("--prompt-tokens", "4", "--new-tokens", "3", "--repetitions", "2"),
-            *("--requests", "1,2", "--contexts", "8", "--threads", "1"),
-            *("--out", "out"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={
-            "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
-            "PYTHONUTF8": "1",
-            "COLUMNS": "100",
-        },
-    )
-    output, _, imported = result.stdout.rpartition("\0")
-    assert (result.returncode, result.stderr) == (0, ""), output
-    assert json.loads(imported) == []
-    report = read_report(tmp_path / "out")
-    (entry,) = report["entries"]
-    assert entry["name"] == "gpt.litertlm"
-    # It does not lie below the report.
-    assert entry["path"] == str((tmp_path / "gpt.litertlm").resolve())
-    found = entry["latency"]
-    assert (found["prompt_tokens"], found["new_tokens"]) == (4, 3)
-    assert (found["threads"], found["repetitions"]) == (1, 2)
-    assert found["inter_token_latency_ms"]["count"] == 2 * (3 - 1)
-    assert found["cold_start_ms"]["median"] > found["load_ms"]["median"] > 0
-    assert 20 << 20 < found["peak_memory_bytes"] < 200 << 20
-    assert all(row["tokens_per_s"] > 0 for row in found["throughput"])
-    assert [row["requests"] for row in found["throughput"]] == [1, 2]
-    assert [row["context"] for row in found["by_context"]] == [8]
-    assert report["command"].startswith("gpt-tf benchmark gpt.litertlm --quick")
-    assert report["machine"]["read_bytes_per_s"]
-    assert "first token, prompt 8" in output and "report: out/report.json" in output
 
 
 def test_without_options_it_measures_what_the_help_says(run):

@@ -15,6 +15,8 @@ from gpt_tf.export.tflite import export_tflite
 from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.text.tokenizer import CharacterTokenizer
 
+pytestmark = pytest.mark.usefixtures("eagerly")
+
 SAVED = Path(__file__).parent.parent.parent / "saved_models"
 
 
@@ -43,7 +45,8 @@ def test_ids_without_a_token_have_no_probability_in_keras_and_in_a_file(
     tokenizer = CharacterTokenizer.train(["abcdefgh"])
     model = make_model(vocab_size=31)
     path = tmp_path / "gpt.tflite"
-    export_tflite(model, path, "float32", tokenizer=tokenizer, allow_untrained=True)
+    options = {"prefill_lengths": (4,), "allow_untrained": True}
+    export_tflite(model, path, "float32", tokenizer=tokenizer, **options)
     ids = [1, 5, 2, 8]
     with KerasGPT(model, tokenizer) as keras, EdgeGPT(path) as edge:
         found, other = (np.exp(log_softmax(gpt.logits(ids))) for gpt in (keras, edge))

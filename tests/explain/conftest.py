@@ -23,15 +23,28 @@ class Known:
         pass
 
 
-def jolted(model):
-    generator = np.random.default_rng(8)
-    for weight in model.weights:
-        weight.assign_add(generator.normal(0, 0.3, weight.shape))
-    return model
+class Counted(Known):
+    """A model that likes "p" the more, the more of certain letters are there.
+
+    A space counts nothing; where they stand makes no difference.
+    """
+
+    def __init__(self, seed=1, sign=1):
+        super().__init__()
+        self.weights = sign * np.random.default_rng(seed).normal(
+            0.3, 1.0, self.tokenizer.vocab_size
+        )
+        self.weights[self.tokenizer.encode(" ")[0]] = 0
+
+    def logits(self, ids):
+        logits = np.zeros((len(ids), self.config["vocab_size"]))
+        logits[:, self.target] = self.weights[ids].sum()
+        return logits
 
 
-def export(folder, change=lambda model: model):
-    """Export a small model as float32; return the file's path and the model."""
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A small float32 file, and the model it was made of, whose weights all matter."""
     import tf_keras as keras
 
     import gpt_tf
@@ -40,19 +53,16 @@ def export(folder, change=lambda model: model):
     keras.utils.set_random_seed(3)
     tokenizer = CharacterTokenizer.train([LETTERS])
     model = gpt_tf.GPTModel(tokenizer.vocab_size, 12, 2, 3, context_length=16)
-    path = folder / "gpt.tflite"
-    export_tflite(
-        change(model),
-        path,
-        "float32",
-        tokenizer=tokenizer,
-        prefill_lengths=(1, 4),
-        allow_untrained=True,
-    )
+    generator = np.random.default_rng(8)
+    for weight in model.weights:
+        weight.assign_add(generator.normal(0, 0.3, weight.shape))
+    path = tmp_path_factory.mktemp("file") / "gpt.tflite"
+    options = {"prefill_lengths": (1, 4), "allow_untrained": True}
+    export_tflite(model, path, "float32", tokenizer=tokenizer, **options)
     return path, model
 
 
-@pytest.fixture(scope="session")
-def file(tmp_path_factory):
-    """A small file with its tokenizer."""
-    return export(tmp_path_factory.mktemp("file"))[0]
+@pytest.fixture
+def file(exported):
+    """The file alone."""
+    return exported[0]

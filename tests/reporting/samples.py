@@ -188,10 +188,6 @@ def full_report():
 
 def reports():
     """Reports of every kind by name."""
-    nothing = full_report()
-    nothing["budgets"]["max_size_mb"] = 0.5
-    nothing["recommendation"] = recommend(nothing)
-    assert nothing["recommendation"]["choice"] is None
     latency = new_report([entry_of("bench", latency=latency_of(2.0, False))])
     kept = latency["entries"][0]["latency"]
     for part in ("load_ms", "cold_start_ms", "peak_memory_bytes", "bandwidth_share"):
@@ -205,7 +201,6 @@ def reports():
         bare["entries"][0][part] = None
     return {
         "full": full_report(),
-        "nothing": nothing,
         "latency": latency,
         "accuracy": accuracy,
         "bare": bare,

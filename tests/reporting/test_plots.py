@@ -46,27 +46,30 @@ def test_what_was_measured_decides_what_is_drawn(tmp_path):
     assert drawn(new_report([both])) == set(plots.PLOTS)
 
 
-@pytest.mark.parametrize(("count", "name"), [(9, "int8-{}"), (20, LONG_NAME)])
-def test_labels_neither_overlap_nor_leave_the_plot(count, name):
-    figure = plots.figure_of("pareto", report_of(count, 1, name))
-    _, boxes = labels_of(figure)
-    assert len(boxes) == count
+@pytest.mark.parametrize(
+    ("count", "name", "is_numbered"),
+    [(9, "int8-{}", False), (11, "int8-{}", True), (3, LONG_NAME, True)],
+)
+def test_labels_do_not_overlap_and_many_or_long_ones_are_numbered(
+    count, name, is_numbered
+):
+    report = report_of(count, 1, name)
+    figure = plots.figure_of("pareto", report)
+    texts, boxes = labels_of(figure)
+    labels = [text.get_text() for text in texts]
+    names = [entry["name"] for entry in report["entries"]]
+    if is_numbered:
+        assert labels == [str(number) for number in range(1, count + 1)]
+        words = words_of(figure)
+        assert all(f"{n}  {name}" in words for n, name in enumerate(names, start=1))
+    else:
+        assert labels == [f"{names[0]} (reference)", *names[1:]]
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other)
     frame = figure.axes[0].get_window_extent()
     for box in boxes:
         assert frame.x0 - 1 <= box.x0 < box.x1 <= frame.x1 + 1
         assert frame.y0 - 1 <= box.y0 < box.y1 <= frame.y1 + 1
-
-
-@pytest.mark.parametrize("report", [report_of(11, name="int8-{}"), report_of(2)])
-def test_many_files_or_long_names_are_numbered_and_named_below(report):
-    figure = plots.figure_of("pareto", new_report(report["entries"]))
-    texts = [text.get_text() for text in labels_of(figure)[0]]
-    numbers = [str(number) for number in range(1, 1 + len(report["entries"]))]
-    assert texts == numbers
-    for number, entry in zip(numbers, report["entries"], strict=True):
-        assert f"{number}  {entry['name']}" in words_of(figure)
 
 
 def test_the_recommended_file_and_budgets_are_marked():

@@ -11,16 +11,17 @@ from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.hardware import describe_machine
 from gpt_tf.evaluation.report import read_report
+from gpt_tf.reporting import plots
 from gpt_tf.training import loop
 from gpt_tf.training.config import PRESETS
 from gpt_tf.workflow import optimization
 from gpt_tf.workflow.config import OptimizationConfig
 from gpt_tf.workflow.optimization import optimize
 
-NAMES = (
-    *("teacher-float32", "teacher-dynamic_int8", "teacher-int8"),
-    *("student-1-dynamic_int8", "student-1-int8"),
-)
+NAMES = ["teacher-float32", "teacher-int8", "student-1-int8"]
+STEPS = 8  # three models, three files, their accuracy and their speed
+
+pytestmark = pytest.mark.usefixtures("eagerly")
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +29,11 @@ def options(corpus_folder):
     return {
         "corpus": str(corpus_folder),
         "preset": "tiny",
-        "steps": 12,
-        "student_steps": 6,
+        "steps": 3,
+        "student_steps": 2,
         "students": (1,),
-        "modes": ("dynamic_int8", "int8"),
-        "evaluated_tokens": 600,
+        "modes": ("int8",),
+        "evaluated_tokens": 200,
         "prompt_tokens": 4,
         "new_tokens": 4,
         "repetitions": 1,
@@ -42,17 +43,21 @@ def options(corpus_folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Training that does not compile, and a machine that is looked at briefly."""
+    """Brief training and samples, and a machine that is looked at briefly."""
     with pytest.MonkeyPatch.context() as patch:
         tiny = dataclasses.replace(
             PRESETS["tiny"],
             vocab_size=300,
+            batch_size=64,
+            validation_batches=1,
+            checkpoint_every=2,
             jit_compile="off",
             strategy="one_device",
         )
         patch.setitem(PRESETS, "tiny", tiny)
         machine = describe_machine(seconds=0.1)
         patch.setattr(optimization, "describe_machine", lambda: machine)
+        patch.setattr(optimization, "_SAMPLE_TOKENS", 4)
         yield
 
 
@@ -73,7 +78,8 @@ def out(finished, tmp_path):
 
 @pytest.fixture
 def made(monkeypatch):
-    """What is trained, exported and measured from now on, by name."""
+    """What is trained, exported and measured from now on, by name; nothing is drawn."""
+    monkeypatch.setattr(plots, "PLOTS", {})
     found = []
 
     def watch(module, name):
@@ -94,7 +100,7 @@ def made(monkeypatch):
 
 def test_it_leaves_the_report_the_pictures_and_the_chosen_file(finished):
     report = read_report(finished)
-    assert [entry["name"] for entry in report["entries"]] == list(NAMES)
+    assert [entry["name"] for entry in report["entries"]] == NAMES
     for entry in report["entries"]:
         path = finished / entry["path"]
         assert entry["sha256"] == artifacts.sha256_of(path)
@@ -119,7 +125,7 @@ def test_it_leaves_the_report_the_pictures_and_the_chosen_file(finished):
     page = (finished / "report.html").read_text("utf-8")
     assert all(name in page for name in NAMES)
     assert list(finished.glob("*.png"))
-    assert [stage["reused"] for stage in report["stages"]] == [False] * 10
+    assert [stage["reused"] for stage in report["stages"]] == [False] * STEPS
 
 
 def test_the_commands_of_the_report_can_be_copied(finished):
@@ -141,177 +147,139 @@ def test_a_model_is_the_same_from_every_folder(monkeypatch, tmp_path):
     assert OptimizationConfig(model="../model") == config
 
 
-def test_a_second_start_does_nothing_again(options, out, made, notices):
+def test_a_second_start_makes_what_was_lost_and_chooses_by_its_own_budgets(
+    options, out, made
+):
     before = read_report(out)
-    after = optimize(options, out)
-    assert made == []
-    assert [stage["reused"] for stage in after["stages"]] == [True] * 10
-    assert sum("done before" in line for line in notices) == 10
-    assert after["entries"] == before["entries"]
-
-
-def test_other_budgets_choose_anew_and_make_nothing(options, out, made):
+    (out / "files" / "student-1-int8.litertlm").unlink()
     report = optimize(options, out, budgets={"max_size_mb": "0.05"})
-    assert made == []
-    recommendation = report["recommendation"]
-    assert recommendation["choice"] is None
-    assert recommendation["nearest_miss"]
+    assert made == ["export_trained"]
+    assert report["recommendation"]["choice"] is None
+    assert report["recommendation"]["nearest_miss"]
     assert not (out / "gpt.litertlm").exists()
     assert not (out / "gpt.litertlm.json").exists()
     assert read_report(out)["budgets"]["max_size_mb"] == 0.05
-    optimize(options, out, budgets={"max_size_mb": 5})
+    made.clear()
+    report = optimize(options, out, budgets={"max_size_mb": 5})
+    assert made == []
+    assert [stage["reused"] for stage in report["stages"]] == [True] * STEPS
+    assert report["entries"] == before["entries"]
     assert (out / "gpt.litertlm").is_file()
 
 
 def test_other_options_are_refused_with_the_difference(options, out, made):
     before = sorted(path.name for path in out.iterdir())
-    with pytest.raises(InputError, match="student_steps=6 instead of 7") as refused:
+    with pytest.raises(InputError, match="student_steps=2 instead of 7") as refused:
         optimize({**options, "student_steps": 7}, out)
     assert "--update" in str(refused.value) and "corpus" not in str(refused.value)
     assert made == []
     assert sorted(path.name for path in out.iterdir()) == before
 
 
-def test_an_update_does_what_the_change_concerns(options, out, made):
-    changed = {**options, "modes": (*options["modes"], "float16")}
-    report = optimize(changed, out, update=True)
-    assert made == [
-        *["export_trained"] * 2,
-        *("measure_accuracies", "compare_latencies"),
-    ]
-    assert len(report["entries"]) == len(NAMES) + 2
-
-
-def test_a_lost_file_is_made_again(options, out, made):
-    (out / "files" / "student-1-dynamic_int8.litertlm").unlink()
-    optimize(options, out)
-    assert made[0] == "export_trained"
-    assert "distil" not in made
-
-
-def test_a_mode_that_cannot_be_had_is_told_and_not_hidden(options, out, monkeypatch):
-    real = optimization.export_trained
+def test_an_update_does_what_the_change_concerns_and_tells_what_cannot_be_had(
+    options, out, made, monkeypatch
+):
+    real, asked = optimization.export_trained, []
+    (latency, *_) = artifacts.read_json(out / "measurements/latency.json").values()
 
     def export(source, path, mode, **more):
         if mode == "int4":
             raise InputError("no such thing")
         return real(source, path, mode, **more)
 
+    def compare(paths, *, prompt_tokens, new_tokens, **how):
+        asked.append((prompt_tokens, new_tokens))
+        return [latency] * len(paths)
+
     monkeypatch.setattr(optimization, "export_trained", export)
-    changed = {**options, "modes": ("dynamic_int8", "int4")}
+    monkeypatch.setattr(optimization, "compare_latencies", compare)
+    # Of a context of 32 tokens.
+    changed = {**options, "prompt_tokens": 32, "new_tokens": 32}
+    changed["modes"] = ("int8", "float16", "int4")
     report = optimize(changed, out, update=True)
-    assert [e["name"] for e in report["entries"]] == [
-        *("teacher-float32", "teacher-dynamic_int8", "student-1-dynamic_int8"),
-    ]
-    told = [note for note in report["notes"] if "no such thing" in note]
+    assert made == [*["export_trained"] * 2, "measure_accuracies"]
+    names = [entry["name"] for entry in report["entries"]]
+    assert sorted(names) == sorted([*NAMES, "teacher-float16", "student-1-float16"])
+    assert asked == [(16, 16)]
+    room, *told = report["notes"]
+    assert "has no room for" in room
     assert len(told) == 2 and "teacher-int4" in told[0]
+    assert all("no such thing" in note for note in told)
     assert "no such thing" in (out / "report.html").read_text("utf-8")
 
 
-def test_a_request_that_the_context_has_no_room_for_is_shortened_and_that_is_told(
-    options, out, monkeypatch
-):
-    before = artifacts.read_json(out / "measurements/latency.json")
-    asked = []
-
-    def compare(paths, **how):
-        asked.append((how["prompt_tokens"], how["new_tokens"]))
-        return list(before.values())
-
-    monkeypatch.setattr(optimization, "compare_latencies", compare)
-    wanted = {**options, "prompt_tokens": 32, "new_tokens": 32}  # of 32 in all
-    report = optimize(wanted, out, update=True)
-    assert asked == [(16, 16)]
-    assert any("has no room for" in note for note in report["notes"])
-
-
-@pytest.mark.parametrize("what", ["run", "keras"])
-def test_a_trained_model_is_taken_as_the_teacher(
-    options, trained, corpus_folder, tmp_path, made, what
-):
-    options = {
-        **options,
-        **{"steps": None, "students": (), "modes": ("float16",), "corpus": None},
-        "model": trained.out,
-    }
-    if what == "keras":
-        # Neither the run nor the text: that has to be named.
-        shutil.copytree(trained.out / "model", tmp_path / "alone")
-        options["model"] = tmp_path / "alone" / "model.keras"
-        with pytest.raises(InputError, match="expects a corpus"):
-            optimize(options, tmp_path / "out")
-        options["corpus"] = str(corpus_folder)
+def test_a_trained_run_is_taken_as_the_teacher(options, trained, tmp_path, made):
+    options = {**options, "steps": None, "students": (), "modes": ("float32",)}
+    options |= {"corpus": None, "model": trained.out}
     report = optimize(options, tmp_path / "out")
-    assert made == [
-        *["export_trained"] * 2,
-        *("measure_accuracies", "compare_latencies"),
-    ]
-    perplexity = report["entries"][0]["accuracy"]["perplexity"]["value"]
+    assert made == ["export_trained", "measure_accuracies", "compare_latencies"]
+    (entry,) = report["entries"]
+    perplexity = entry["accuracy"]["perplexity"]["value"]
     assert perplexity < 0.8 * trained.tokenizer.vocab_size
-    assert report["entries"][0]["parameters"] == trained.model.count_params()
+    assert entry["parameters"] == trained.model.count_params()
 
 
 def test_a_model_without_its_run_has_students_and_follows_its_text(
     options, trained, corpus_folder, tmp_path, made, monkeypatch
 ):
-    """Its context of 32 is shorter than that of a course which nobody chose."""
+    """Its context of 32 is shorter than the default one, which nobody chose."""
     shutil.copytree(trained.out / "model", tmp_path / "alone")
-    shutil.copytree(corpus_folder, tmp_path / "texts")
-    wanted = {**options, "steps": None, "modes": ("int8",)}
-    wanted |= {"model": tmp_path / "alone", "corpus": str(tmp_path / "texts")}
-    courses = []
+    corpus = shutil.copytree(corpus_folder, tmp_path / "texts")
+    wanted = {**options, "steps": None, "corpus": None, "modes": ("float16",)}
+    wanted["model"] = tmp_path / "alone" / "model.keras"
+    with pytest.raises(InputError, match="expects a corpus"):
+        optimize(wanted, tmp_path / "out")
+    calls = []
 
     def stop(*arguments, **named):
-        courses.append(named)
+        calls.append((arguments, named))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "distil", stop)
-    with pytest.raises(KeyboardInterrupt):
-        optimize(wanted, tmp_path / "out")
-    assert courses[0]["context_length"] == trained.model.context_length < 128
-    # Once the files are made.
-    monkeypatch.setattr(optimization, "held_out_text", stop)
-    wanted["students"] = ()
-
     def exported():
+        """Return how many files are made before the text to judge by is read."""
         made.clear()
         with pytest.raises(KeyboardInterrupt):
             optimize(wanted, tmp_path / "out", update=True)
         return made.count("export_trained")
 
+    wanted["corpus"] = str(corpus)
+    monkeypatch.setattr(loop, "distil", stop)
+    assert exported() == 0
+    ((teacher, *_), named), *_ = calls
+    assert teacher == wanted["model"]
+    assert named["context_length"] == trained.model.context_length < 128
+    monkeypatch.setattr(optimization, "held_out_text", stop)
+    wanted["students"] = ()
     assert exported() == 2
+    assert calls[-1][0] == (str(corpus),)
     assert exported() == 0
     # The integers' ranges were measured on the text as it was.
-    path = tmp_path / "texts" / "text0.txt"
+    path = corpus / "text0.txt"
     path.write_text(path.read_text("utf-8") + "and again\n", "utf-8")
     assert exported() == 2
 
 
-def test_an_interrupted_training_goes_on(options, tmp_path, interrupt_after, notices):
-    out = tmp_path / "out"
+def test_an_interrupted_training_goes_on(
+    options, tmp_path, interrupt_after, notices, monkeypatch
+):
     real = loop.train
 
+    class Enough(Exception):
+        """What follows the teacher is another test's."""
+
     def stop(*arguments, **named):
-        return real(*arguments, callbacks=[interrupt_after(11)], **named)
+        return real(*arguments, callbacks=[interrupt_after(3)], **named)
 
-    with pytest.MonkeyPatch.context() as patch:
+    def enough(*arguments, **named):
+        raise Enough
+
+    monkeypatch.setattr(loop, "distil", enough)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "train", stop)
-        with pytest.raises(KeyboardInterrupt):
-            optimize(options, out)
-    with pytest.MonkeyPatch.context() as patch:
-        # What follows the teacher is another test's.
-        patch.setattr(loop, "distil", _enough)
-        with pytest.raises(_Enough):
-            optimize(options, out)
-    assert any("step 10" in line for line in notices)
-
-
-class _Enough(Exception):
-    pass
-
-
-def _enough(*arguments, **named):
-    raise _Enough
+        optimize(options, tmp_path / "out")
+    with pytest.raises(Enough):
+        optimize(options, tmp_path / "out")
+    assert any("step 2" in line for line in notices)
 
 
 def test_a_folder_in_use_is_refused(options, out):

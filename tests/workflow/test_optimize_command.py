@@ -12,33 +12,23 @@ import pytest
 
 from gpt_tf import artifacts
 from gpt_tf.advisor.constraints import Budgets
-from gpt_tf.evaluation.report import read_report
+from gpt_tf.advisor.ranking import recommend
+from gpt_tf.evaluation.report import new_report, read_report
 from gpt_tf.workflow import optimization
+from tests.advisor.samples import entry
 
 
 @pytest.fixture
 def given(monkeypatch):
-    """What `optimize` is called with; it recommends a file, or none where told so."""
-    found = {"choice": "student-1-int8"}
+    """What `optimize` is called with; it recommends a file, or none above `limits`."""
+    found = {"limits": None}
 
     def take(config, out, **options):
         found.update(options, config=config, out=out)
-        recommendation = {
-            "scenario": options["scenario"],
-            "prefer": options["prefer"],
-            "budgets": {},
-            "choice": found["choice"],
-            "why": ["It is there."],
-            "runner_up": None,
-            "runner_up_cost": None,
-            "ranking": [],
-            "ruled_out": [],
-            "dominated": [],
-            "nearest_miss": None,
-            "basis": "measured",
-            "sample": {"prompt": "def it's[1]", "text": "(self):"},
-        }
-        return {"recommendation": recommendation}
+        chosen_by = found["limits"], options["scenario"], options["prefer"]
+        result = recommend(new_report([entry("student-1-int8")]), *chosen_by)
+        sample = {"prompt": "def it's[1]", "text": "(self):"}
+        return {"recommendation": result | {"sample": sample}}
 
     monkeypatch.setattr(optimization, "optimize", take)
     return found
@@ -63,7 +53,7 @@ def test_it_ends_with_the_reason_the_report_and_a_command_to_copy(
 ):
     out = tmp_path / "my runs" / "best"
     result = command("optimize", "--out", out)
-    assert "student-1-int8" in result.out and "It is there." in result.out
+    assert "Ship student-1-int8" in result.out
     assert str(out / "report.html") in result.out.replace("\n", "")
     assert result.out.endswith("\ndef it's[1](self):\n")
     line = next(line for line in result.out.splitlines() if line.startswith("$ "))
@@ -72,8 +62,9 @@ def test_it_ends_with_the_reason_the_report_and_a_command_to_copy(
 
 
 def test_where_nothing_fits_the_status_is_3(command, given):
-    given["choice"] = None
-    assert command("optimize").status == 3
+    given["limits"] = {"max_size_mb": 1}
+    result = command("optimize")
+    assert result.status == 3 and "Nothing fits" in result.out
 
 
 @pytest.mark.parametrize(
