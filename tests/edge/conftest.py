@@ -16,18 +16,19 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz .\n\u00e9"
 VOCAB_SIZE = len(LETTERS) + 1
 
 
-def small_model(num_heads=3, embedding_dim=12, vocab_size=VOCAB_SIZE):
+def small_model(**changes):
     """A model in which every weight matters."""
     import tf_keras as keras
 
     keras.utils.set_random_seed(3)
-    model = gpt_tf.GPTModel(
-        vocab_size=vocab_size,
-        embedding_dim=embedding_dim,
-        num_layers=2,
-        num_heads=num_heads,
-        context_length=CONTEXT,
-    )
+    arguments = {
+        "vocab_size": VOCAB_SIZE,
+        "embedding_dim": 12,
+        "num_layers": 2,
+        "num_heads": 3,
+        "context_length": CONTEXT,
+    }
+    model = gpt_tf.GPTModel(**arguments | changes)
     generator = np.random.default_rng(8)
     for weight in model.weights:
         weight.assign_add(generator.normal(0, 0.3, weight.shape))

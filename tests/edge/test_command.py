@@ -4,10 +4,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-
-import gpt_tf
-
 CODE = """
 import json, sys
 from gpt_tf import cli
@@ -31,26 +27,22 @@ def run(*options):
     return result.returncode, output.rstrip("\n"), result.stderr, json.loads(imported)
 
 
-@pytest.mark.parametrize("kind", ["tflite", "litertlm"])
-def test_it_continues_a_prompt_without_tensorflow(exported, kind):
-    options = {"max_new_tokens": 30, "seed": 7, "temperature": 0.8}
-    expected = gpt_tf.generate(
-        exported.model, "abc", tokenizer=exported.tokenizer, **options
-    )
+def test_it_continues_a_prompt_without_tensorflow(gpt, exported):
     status, output, errors, imported = run(
-        *("--model", getattr(exported, kind), "--prompt", "abc"),
+        *("--model", exported.tflite, "--prompt", "abc"),
         *("--max-new-tokens", 30, "--seed", 7),
     )
     assert (status, errors, imported) == (0, "", [])
+    expected = gpt.generate("abc", max_new_tokens=30, seed=7, temperature=0.8)
     assert output == f"abc{expected}"
 
 
-def test_a_file_it_cannot_use_is_one_line_and_status_2(copied, tmp_path):
+def test_a_file_it_cannot_use_is_one_line_and_status_2(copied, command):
     path = copied("tflite")
     status, output, errors, imported = run("--model", path, "--prompt", "abc")
     assert (status, output, imported) == (2, "", [])
     assert errors.startswith("gpt-tf: Expected tokenizer.json") and str(path) in errors
     path.write_bytes(path.read_bytes()[:-1])
-    status, output, errors, imported = run("--model", path, "--prompt", "abc")
-    assert (status, output, imported) == (2, "", [])
-    assert errors.count("\n") == 1 and str(path) in errors
+    result = command("generate", "--model", path, "--prompt", "abc")
+    assert (result.status, result.out) == (2, "")
+    assert result.err.count("\n") == 1 and str(path) in result.err

@@ -1,4 +1,4 @@
-"""Two hundred random corruptions of each kind of file: refused, and nothing dies."""
+"""Random corruptions of each kind of file: refused, and nothing dies."""
 
 import random
 
@@ -6,9 +6,8 @@ import pytest
 
 from gpt_tf import artifacts
 from gpt_tf.edge import EdgeGPT
+from gpt_tf.edge.loader import open_artefact
 from gpt_tf.errors import DamagedFileError, InputError
-
-CORRUPTIONS = 200
 
 
 def flip_a_bit(data, generator):
@@ -40,11 +39,11 @@ WAYS = (
 )
 
 
-def corruptions(path, seed):
+def corruptions(path, seed, count):
     """Overwrite a file with one corruption after the other."""
     sound = path.read_bytes()
     generator = random.Random(seed)
-    for index in range(CORRUPTIONS):
+    for index in range(count):
         damaged = bytes(WAYS[index % len(WAYS)](bytearray(sound), generator))
         if damaged != sound:
             path.write_bytes(damaged)
@@ -57,7 +56,7 @@ def test_every_corrupt_file_is_refused(copied, kind, has_manifest):
     path = copied(kind)
     if not has_manifest:
         artifacts.file_manifest_path(path).unlink()
-    for index in corruptions(path, seed=1 + has_manifest):
+    for index in corruptions(path, 1 + has_manifest, 200):
         with pytest.raises(DamagedFileError, match=rf"gpt\.{kind}"):
             EdgeGPT(path)
             pytest.fail(str(index))
@@ -66,11 +65,11 @@ def test_every_corrupt_file_is_refused(copied, kind, has_manifest):
 def test_corrupt_tokenizers_are_refused_or_unharmed(copied, exported):
     path = copied("tflite", "tokenizer.json")
     refused = 0
-    for _ in corruptions(path.with_name("tokenizer.json"), seed=4):
+    for _ in corruptions(path.with_name("tokenizer.json"), 4, 60):
         try:
-            with EdgeGPT(path) as gpt:
-                assert gpt.tokenizer.fingerprint() == exported.tokenizer.fingerprint()
+            found = open_artefact(path).tokenizer
+            assert found.fingerprint() == exported.tokenizer.fingerprint()
         except InputError as error:
             assert "tokenizer.json" in str(error)
             refused += 1
-    assert refused > CORRUPTIONS // 2
+    assert refused > 30

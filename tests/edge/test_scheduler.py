@@ -7,7 +7,7 @@ from tests.edge.conftest import CONTEXT
 from tests.edge.test_runtime import OPTIONS, random_ids
 
 PROMPTS = [random_ids(20), [3], random_ids(11, seed=2), random_ids(CONTEXT), [5, 3, 5]]
-KINDS = [{}, {"chunked": False}, {"max_chunk": 4}, {"max_active": 2}]
+KINDS = [{"chunked": False}, {"max_chunk": 4}, {"max_active": 2}]
 
 
 def works_of(scheduler):
@@ -16,28 +16,6 @@ def works_of(scheduler):
     while work := scheduler.step():
         works.append((work.request.arrival, work.kind, work.tokens))
     return works
-
-
-# Sessions
-
-
-def test_sessions_do_not_disturb_each_other(gpt):
-    texts = [random_ids(CONTEXT, seed=seed) for seed in range(3)]
-    alone = []
-    for text in texts:
-        gpt.reset()
-        alone.append([gpt.decode(token) for token in text])
-    sessions = [gpt.new_session() for _ in texts]
-    together = [[] for _ in texts]
-    # The third one is behind the others, so that their capacities differ.
-    for place in range(CONTEXT + 9):
-        for index, (session, text) in enumerate(zip(sessions, texts, strict=True)):
-            at = place - (9 if index == 2 else 0)
-            if 0 <= at < CONTEXT:
-                together[index].append(session.decode(text[at]))
-    np.testing.assert_array_equal(alone, together)
-    for session in sessions:
-        session.close()
 
 
 # Texts
@@ -58,19 +36,6 @@ def test_texts_are_those_that_each_request_has_alone(gpt, kind, options):
         assert scheduler.active == 0 and scheduler.step() is None
 
 
-def test_requests_may_come_at_any_time(gpt):
-    options = {"max_new_tokens": 12, "seed": 4}
-    prompts = ["abc", "hello there", "x.\n", "fox and fox"]
-    alone = [gpt.generate(prompt, **options) for prompt in prompts]
-    with EdgeScheduler(gpt) as scheduler:
-        requests = []
-        for prompt in prompts:
-            requests.append(scheduler.submit(prompt, **options))
-            for _ in range(5):
-                scheduler.step()
-        assert [request.result() for request in reversed(requests)] == alone[::-1]
-
-
 def test_pieces_join_to_the_text_and_others_go_on_meanwhile(gpt):
     options = {"max_new_tokens": 20, "seed": 3}
     with EdgeScheduler(gpt) as scheduler:
@@ -85,23 +50,6 @@ def test_pieces_join_to_the_text_and_others_go_on_meanwhile(gpt):
         for request, piece in scheduler:
             texts[request] += piece
         assert list(texts.values()) == [request.result() for request in requests]
-
-
-@pytest.mark.parametrize("prompt", ["abc", [1, 2, 3]], ids=str)
-def test_stop_texts_end_a_request(gpt, prompt):
-    options = {"max_new_tokens": 30, "seed": 5}
-    whole = gpt.generate(prompt, **options)
-    text = whole if prompt == "abc" else gpt.tokenizer.decode(whole)
-    options["stop"] = text[6:8]
-    with EdgeScheduler(gpt) as scheduler:
-        request = scheduler.submit(prompt, **options)
-        assert request.result() == gpt.generate(prompt, **options)
-        assert len(request.tokens) < 30
-        pieces = list(scheduler.submit(prompt, **options).stream())
-        if prompt == "abc":
-            assert "".join(pieces) == request.result()
-        else:
-            assert pieces == request.result() == whole[: text.index(text[6:8])]
 
 
 def test_the_model_may_be_used_meanwhile_and_stays_open(gpt):
@@ -239,18 +187,11 @@ def test_closing_ends_requests_and_a_file_that_it_opened(exported):
 # Bad requests
 
 
-@pytest.mark.parametrize(
-    ("prompt", "options", "message"),
-    [
-        ([], {}, "Prompt 0 is empty"),
-        (["abc"], {}, "one prompt"),
-        ([1], {"temperature": -1}, "temperature"),
-    ],
-)
-def test_bad_requests_are_refused_and_nothing_is_queued(gpt, prompt, options, message):
+def test_bad_requests_are_refused_and_nothing_is_queued(gpt):
     with EdgeScheduler(gpt) as scheduler:
-        with pytest.raises(InputError, match=message):
-            scheduler.submit(prompt, **options)
+        for prompt, options in (([], {}), (["abc"], {}), ([1], {"temperature": -1})):
+            with pytest.raises(InputError):
+                scheduler.submit(prompt, **options)
         assert scheduler.step() is None
 
 

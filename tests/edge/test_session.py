@@ -20,30 +20,6 @@ def test_a_plan_covers_all_tokens_and_stays_inside(count, spare, lengths):
     assert sum(calls[:-1]) < max(1, count)
 
 
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (0, []),
-        (1, [1]),
-        (2, [8]),
-        (7, [8]),
-        (8, [8]),
-        (9, [8, 1]),
-        (62, [64]),
-        (64, [64]),
-        (130, [64, 64, 8]),
-        (200, [64, 64, 64, 8]),
-    ],
-)
-def test_calls_are_few_and_little_is_computed_in_vain(count, expected):
-    assert sorted(plan(count, 1024, (1, 8, 64)), reverse=True) == expected
-
-
-def test_where_no_room_is_left_no_call_is_too_long():
-    assert sum(plan(62, 62, (1, 8, 64))) == 62
-    assert plan(7, 7, (1, 8)) == (1,) * 7
-
-
 def test_a_plan_has_the_least_cost():
     def cost(calls):
         return sum(1 + length / 16 for length in calls)

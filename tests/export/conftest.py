@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 import gpt_tf
 from gpt_tf.export.tflite import export_tflite
+from gpt_tf.quantization.calibration import calibrate
+from gpt_tf.quantization.modes import MODES
 from gpt_tf.text.tokenizer import BPETokenizer
 from tests.export.runner import Runner
 
@@ -16,13 +19,6 @@ VOCAB_SIZE = 288
 CONTEXT = 40
 PREFILL_LENGTHS = (1, 4, 16)
 FIXED_MODES = ("int8", "int8_full", "int16x8")
-
-
-def perturb(model, scale=0.1, seed=11):
-    """Give every weight, biases and gains too, a value of its own."""
-    generator = np.random.default_rng(seed)
-    for weight in model.weights:
-        weight.assign_add(generator.normal(0, scale, weight.shape))
 
 
 @dataclasses.dataclass
@@ -53,7 +49,9 @@ def build_model():
             **changes,
         }
         model = gpt_tf.GPTModel(**arguments)
-        perturb(model)
+        generator = np.random.default_rng(11)
+        for weight in model.weights:
+            weight.assign_add(generator.normal(0, 0.1, weight.shape))
         return model
 
     return build
@@ -74,8 +72,19 @@ def text_ids():
 @pytest.fixture(scope="session")
 def representative():
     """Texts to calibrate on."""
-    shape = (24, CONTEXT)
+    shape = (8, CONTEXT)
     return np.random.default_rng(6).integers(0, VOCAB_SIZE, shape).astype("int32")
+
+
+@pytest.fixture(scope="session")
+def ranges_of(representative):
+    """The ranges of a model's activations for a mode, measured once."""
+
+    @functools.cache
+    def measured(model, dtype):
+        return calibrate(model, representative % model.vocab_size, dtype=dtype)
+
+    return lambda model, mode: measured(model, MODES[mode].activations)
 
 
 @pytest.fixture(scope="session")
@@ -95,12 +104,19 @@ def python_small():
 
 
 @pytest.fixture(scope="session")
-def export(tmp_path_factory, representative):
+def python_ranges(python_small):
+    """The ranges of the trained model's activations."""
+    model, _, ids = python_small
+    return calibrate(model, ids[:1024].reshape(8, 128))
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory, ranges_of):
     """Export a model in a mode."""
 
     def export(model, mode="float32", **options):
         if mode in FIXED_MODES:
-            options.setdefault("representative", representative % model.vocab_size)
+            options.setdefault("ranges", ranges_of(model, mode))
         options.setdefault("prefill_lengths", PREFILL_LENGTHS)
         path = tmp_path_factory.mktemp(mode) / "small.tflite"
         return Exported(path, export_tflite(model, path, mode, **options), model)
@@ -111,11 +127,4 @@ def export(tmp_path_factory, representative):
 @pytest.fixture(scope="session")
 def exported(model, export):
     """The small model's file of a mode, written once."""
-    files = {}
-
-    def exported(mode):
-        if mode not in files:
-            files[mode] = export(model, mode)
-        return files[mode]
-
-    return exported
+    return functools.cache(lambda mode: export(model, mode))

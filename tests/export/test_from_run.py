@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import gpt_tf
 from gpt_tf.errors import InputError
 from gpt_tf.export.from_run import export_trained, windows_of
 from gpt_tf.text.dataset import TokenFile
+from gpt_tf.training.run_folder import save_model
 
 
 @pytest.fixture
@@ -41,16 +43,16 @@ def test_a_run_is_calibrated_and_verified_on_its_own_text(
         assert gpt.generate("the", max_new_tokens=4, temperature=0)
 
 
+@pytest.mark.usefixtures("eagerly")  # one calibration takes less than its trace
 def test_a_quantised_run_brings_its_own_ranges(trained, tmp_path, calibrations):
-    run = gpt_tf.quantize(
-        trained.out,
-        tmp_path / "qat",
-        steps=2,
-        validate_every=2,
-        verbose=False,
-    )
+    run, data = tmp_path / "qat", trained.out / "data"
+    text = TokenFile.open(data / "train.tokens").tokens
+    inputs = windows_of(text, trained.model.context_length)[:8]
+    model = gpt_tf.quantize_gpt_model(trained.model, inputs)
+    shutil.copytree(data, run / "data")
+    save_model(model, trained.tokenizer, run / "model")
     calibrations.clear()
-    manifest = export_trained(run.out, tmp_path / "gpt.tflite", "int8")
+    manifest = export_trained(run, tmp_path / "gpt.tflite", "int8")
     assert not calibrations
     assert (tmp_path / "tokenizer.json").is_file()
     # What the file computes is what the fake-quantised model does, not the float one.

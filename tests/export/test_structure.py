@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import functools
 import json
 import random
 import subprocess
@@ -22,14 +23,23 @@ ROOT = Path(__file__).parents[2]
 Op, Type = schema.BuiltinOperator, schema.TensorType
 
 
+pytestmark = pytest.mark.usefixtures("eagerly")  # models are only calibrated here
+
+
 def check(data):
     structure.check(data, integrity.read_seal(data))
 
 
 @pytest.fixture(scope="module")
-def written(exported):
-    """The bytes of a mode's `.tflite`; its export has checked their structure."""
-    return lambda mode: exported(mode).path.read_bytes()
+def written(build_model, export):
+    """The bytes of a mode's `.tflite` of few parts; its export has checked them."""
+    model = build_model(num_layers=1)
+
+    @functools.cache
+    def written(mode):
+        return export(model, mode, prefill_lengths=[4]).path.read_bytes()
+
+    return written
 
 
 # Sound files
@@ -93,53 +103,30 @@ def rescale(content, operator, scale):
             quant.scale = np.array([scale], np.float32)
 
 
-@pytest.fixture(scope="module")
-def small(build_model, export):
-    """The bytes of a file of few parts."""
-
-    def small(mode):
-        model = build_model(num_layers=1)
-        return export(model, mode, prefill_lengths=[1]).path.read_bytes()
-
-    return small
-
-
-def test_no_field_that_the_schema_knows_steers_the_runtime_otherwise(small):
+def test_no_field_that_the_schema_knows_steers_the_runtime_otherwise(written):
     """Each is altered; what is not refused says nothing that steers."""
-    sound, generator, refused = small("int8"), random.Random(4), set()
-    kinds = forged.objects_of(forged.unpack(sound), {})
-    fields = [(kind, name) for kind in kinds for name in vars(kind())]
-    for kind, name in fields:
-        content = forged.unpack(sound)
-        thing = forged.objects_of(content, {})[kind][0]
-        before = getattr(thing, name)
+    sound, generator, refused = written("int8"), random.Random(4), set()
+    content = forged.unpack(sound)
+    things = {kind: every[0] for kind, every in forged.objects_of(content, {}).items()}
+    fields = [(thing, name) for thing in things.values() for name in vars(thing)]
+    for thing, name in fields:
+        before, data = getattr(thing, name), None
         for _ in range(5):  # the format may have no place for a value
             setattr(thing, name, forged.another(before, generator))
             with contextlib.suppress(Exception):
                 data = forged.pack(content)
                 break
-        else:
+        setattr(thing, name, before)
+        if data is None:
             continue
         try:
             check(data)
         except (BrokenError, DamagedFileError):
-            refused.add(f"{kind.__name__}.{name}")
+            refused.add(f"{type(thing).__name__}.{name}")
         else:
-            assert forged.changes(sound, data) <= forged.FREE, (kind, name)
+            assert forged.changes(sound, data) <= forged.FREE, (thing, name)
     assert {"TensorT.type", "OperatorT.inputs", "SubGraphT.outputs"} <= refused
     assert len(refused) > len(fields) * 2 / 3
-
-
-def test_indices_and_numbers_of_things_cannot_be_altered(small):
-    for alter in (
-        lambda c: vars(constant_of(c, Type.INT32, [2])).update(data=[255] * 8),
-        lambda c: c.subgraphs[0].tensors.append(c.subgraphs[0].tensors[0]),
-        lambda c: c.subgraphs[0].operators.pop(),
-    ):
-        content = forged.unpack(small("int8"))
-        alter(content)
-        with pytest.raises(BrokenError):
-            check(forged.pack(content))
 
 
 def params(**fields):
@@ -159,9 +146,13 @@ def params(**fields):
         lambda c: rescale(c, Op.ADD, 1e-12),
         lambda c: rescale(c, Op.BATCH_MATMUL, 1e-12),
         lambda c: vars(constant_of(c, Type.FLOAT32, [32])).update(data=[0] * 124),
+        # Indices and numbers of things.
+        lambda c: vars(constant_of(c, Type.INT32, [2])).update(data=[255] * 8),
+        lambda c: c.subgraphs[0].tensors.append(c.subgraphs[0].tensors[0]),
+        lambda c: c.subgraphs[0].operators.pop(),
     ],
 )
-def test_scales_zero_points_and_sizes_have_limits(written, alter):
+def test_scales_indices_and_numbers_of_things_have_limits(written, alter):
     content = forged.unpack(written("int8_full"))
     alter(content)
     with pytest.raises(BrokenError):
@@ -180,17 +171,18 @@ def test_scales_of_blocks_are_numbers_above_0(written):
 
 
 @pytest.mark.parametrize("part", [None, "config"])
-def test_no_fact_may_be_another_one_or_missing(small, part):
-    data, missing = small("int8"), object()
+def test_no_fact_may_be_another_one_or_missing(written, part):
+    data, missing = written("int8"), object()
     sound = integrity.read_seal(data)
     for name, before in (sound[part] if part else sound).items():
-        for value in (missing, *forged.VALUES, 41, [4, 1], [1, 1], 10**400):
+        is_free = f"fact {name}" in forged.FREE | {"fact sha256"}
+        values = (missing, 10**400, *forged.VALUES, 41, [4, 1], [1, 1])
+        for value in values[: 4 if is_free else None]:
             facts = copy.deepcopy(sound)
             inner = facts[part] if part else facts
             inner[name] = value
             if value is missing:
                 del inner[name]
-            is_free = f"fact {name}" in forged.FREE | {"fact sha256"}
             # A tokenizer's is compared later; two equal tables are one in the file.
             kind = {"tokenizer_fingerprint": str, "tie_embeddings": bool}.get(name, ())
             if is_free or isinstance(value, kind) or repr(value) == repr(before):
@@ -203,17 +195,17 @@ def test_no_fact_may_be_another_one_or_missing(small, part):
 
 
 @pytest.mark.parametrize("mode", ["float32", "int8_full", "int4"])
-def test_a_number_overwritten_is_refused_or_steers_nothing(small, mode):
-    sound = small(mode)
+def test_a_number_overwritten_is_refused_or_steers_nothing(written, mode):
+    sound = written(mode)
     refused = 0
-    for what, data in forged.forgeries(sound, 40, 1, [forged.overwrite]):
+    for what, data in forged.forgeries(sound, 30, 1, [forged.overwrite]):
         try:
             check(data)
         except (BrokenError, DamagedFileError):
             refused += 1
         else:
             assert forged.changes(sound, data) <= forged.FREE, what
-    assert refused > 20
+    assert refused > 15
 
 
 # Who opens them
@@ -250,7 +242,7 @@ def campaign(sound, count, seed, folder, suffix):
 
 
 def test_forged_files_end_no_process(written, tmp_path):
-    campaign(written("int8"), 45, 2, tmp_path / "forged", "tflite")
+    campaign(written("int8"), 36, 2, tmp_path / "forged", "tflite")
 
 
 def test_unchecked_they_end_it(written, tmp_path):

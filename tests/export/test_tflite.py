@@ -1,5 +1,4 @@
-import errno
-import os
+import functools
 import resource
 import subprocess
 import sys
@@ -19,6 +18,9 @@ from gpt_tf.quantization.calibration import calibrate
 from gpt_tf.text.tokenizer import BPETokenizer, load_tokenizer
 from tests.export.conftest import CONTEXT, FIXED_MODES, VOCAB_SIZE
 
+# Models are called here and not trained: tracing would take longer.
+pytestmark = pytest.mark.usefixtures("eagerly")
+
 MODES = signatures.MODES
 # Claims that do not turn on the mode are tried in a few of the seven.
 SOME = ["float32", "int8_full", "int4"]
@@ -33,8 +35,11 @@ DIVERGENCE = {
     "int16x8": 1e-4,
     "int4": 1.5e-2,
 }
-UNEVEN = {"num_heads": 5, "tie_embeddings": False, "feedforward_dim": 48}
-UNEVEN_BLOCKS = {"embedding_dim": 96, "num_heads": 64, "tie_embeddings": False}
+SHAPES = {
+    "plain": {"num_heads": 1, "layer_norm_epsilon": 0.1},
+    "uneven": {"num_heads": 5, "tie_embeddings": False, "feedforward_dim": 48},
+    "uneven blocks": {"embedding_dim": 96, "num_heads": 64, "tie_embeddings": False},
+}
 
 
 def logits_of(model, ids):
@@ -113,20 +118,6 @@ def test_a_mode_diverges_by_no_more_than_was_measured(
 
 
 @pytest.mark.parametrize("mode", SOME)
-def test_prefills_in_any_pieces_equal_score(exported, text_ids, mode):
-    runner = exported(mode).runner()
-    scored = runner.score(text_ids)
-    for lengths in ([16, 16, 4], [4, 1, 16], [1, 1, 1]):
-        runner.clear()
-        for length in lengths:
-            chunk = text_ids[runner.position : runner.position + length]
-            runner.run(f"prefill_{length}", chunk)
-        start = runner.position
-        found = runner.decode(text_ids[start:])
-        assert largest_difference(found, scored[start:]) < 1e-5
-
-
-@pytest.mark.parametrize("mode", OTHERS)
 def test_padding_of_a_last_chunk_has_no_influence(exported, text_ids, mode):
     runner = exported(mode).runner()
     plain = runner.score(text_ids)
@@ -164,19 +155,22 @@ def test_ids_without_a_token_are_ruled_out_and_the_others_stay(
     assert measured == pytest.approx(before, rel=0.5)
 
 
+@pytest.fixture(scope="module")
+def shaped(build_model):
+    """A model of one block by the name of its shape, made once."""
+    return functools.cache(lambda name: build_model(num_layers=1, **SHAPES[name]))
+
+
 @pytest.mark.parametrize(
     ("mode", "shape"),
     [
-        ("float32", {"num_heads": 5}),
-        ("float32", {"tie_embeddings": False, "feedforward_dim": 48}),
-        ("float32", {"num_heads": 1, "num_layers": 1}),
-        ("float32", {"layer_norm_epsilon": 0.1}),
-        ("int4", UNEVEN_BLOCKS),
-        *((mode, UNEVEN) for mode in MODES if "4" not in mode),
+        ("float32", "plain"),
+        ("int4", "uneven blocks"),
+        *((mode, "uneven") for mode in MODES if "4" not in mode),
     ],
 )
-def test_every_shape_of_model_is_exported(build_model, export, text_ids, mode, shape):
-    model = build_model(**shape)
+def test_every_shape_of_model_is_exported(shaped, export, text_ids, mode, shape):
+    model = shaped(shape)
     runner = export(model, mode).runner()
     scored, wanted = runner.score(text_ids), logits_of(model, text_ids)
     if mode == "float32":
@@ -205,21 +199,19 @@ def test_capacity_and_prefill_lengths_are_kept(export, model, text_ids):
 def test_the_file_is_its_parameters_and_its_graphs_whatever_the_signatures(
     export, build_model, mode
 ):
-    larger = {"vocab_size": 1000, "context_length": 64, "embedding_dim": 64}
-    tied, untied = build_model(**larger), build_model(**larger, tie_embeddings=False)
+    sizes = {"vocab_size": 1000, "embedding_dim": 64}
+    tied, untied = build_model(**sizes), build_model(**sizes, tie_embeddings=False)
     few, many, copied = (
         export(model, mode, prefill_lengths=lengths).manifest
-        for model, lengths in (
-            (tied, [1]),
-            (tied, [1, 2, 4, 8, 16, 32, 64]),
-            (untied, [1]),
-        )
+        for model, lengths in ((tied, [1]), (tied, [1, 2, 4, 8]), (untied, [1]))
     )
     parameters = few["verification"]["parameter_bytes"]
     graphs = 17_000 if "float" in mode else 50_000  # zero points for all channels
     assert parameters < few["size_bytes"] <= 1.02 * parameters + graphs
     assert many["verification"]["parameter_bytes"] == parameters
-    assert many["size_bytes"] - few["size_bytes"] < 6 * 1700 * tied.num_layers
+    # Measured: 1.0 KB per block and signature in real numbers, 1.6 KB in integers.
+    most_bytes = 3 * tied.num_layers * (1700 if mode == "int8_full" else 1100)
+    assert 0 < many["size_bytes"] - few["size_bytes"] <= most_bytes
     # The tied table is in it once.
     table = 1000 * 64 * (4 if mode == "float32" else 1)
     assert copied["size_bytes"] > few["size_bytes"] + table
@@ -259,15 +251,18 @@ def test_the_same_model_gives_the_same_bytes(export, model, exported):
     assert again.path.read_bytes() == exported("dynamic_int8").path.read_bytes()
 
 
-def test_calibrating_inside_equals_handing_in_ranges(
-    export, exported, model, representative, text_ids
-):
+def test_calibrating_inside_equals_handing_in_ranges(export, model, representative):
     ranges = calibrate(model, representative)
-    outside = export(model, "int8", ranges=ranges, verify_on=text_ids)
-    assert outside.path.read_bytes() == exported("int8").path.read_bytes()
     halved = {name: (low / 2, high / 2) for name, (low, high) in ranges.items()}
-    other = export(model, "int8", ranges=halved)
-    assert other.path.read_bytes() != outside.path.read_bytes()
+    inside, outside, other = (
+        export(model, "int8", **options).path.read_bytes()
+        for options in (
+            {"ranges": None, "representative": representative},
+            {"ranges": ranges},
+            {"ranges": halved},
+        )
+    )
+    assert inside == outside != other
 
 
 @pytest.mark.slow
@@ -304,8 +299,8 @@ def test_gpt2_small_needs_124_megabytes_and_little_memory(tmp_path):
 
 def test_a_new_file_replaces_the_old_one_and_its_manifest(tmp_path, model):
     path = tmp_path / "new" / "Gr\u00f6\u00dfe \u4e2d.tflite"
-    export_tflite(model, str(path), "float32")
-    manifest = export_tflite(model, path, "dynamic_int8")
+    export_tflite(model, str(path), "float32", prefill_lengths=[1])
+    manifest = export_tflite(model, path, "dynamic_int8", prefill_lengths=[1])
     assert artifacts.check_file_manifest(path) == manifest
     assert Interpreter(model_path=str(path)).get_signature_list()
     beside = sorted(p.name for p in path.parent.iterdir())
@@ -335,13 +330,11 @@ def test_another_tokenizer_beside_is_not_written_over(tmp_path, model, tokenizer
     assert (tmp_path / "tokenizer.json").read_bytes() == before
 
 
-def test_the_model_is_left_as_it_was(build_model, export):
-    model = build_model()
-    weights = model.get_weights()
+def test_the_model_is_left_as_it_was(build_model, exported):
+    fresh = build_model().get_weights()
     for mode in SOME:
-        export(model, mode)
-    for before, after in zip(weights, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(before, after)
+        for wanted, weight in zip(fresh, exported(mode).model.weights, strict=True):
+            np.testing.assert_array_equal(wanted, weight)
 
 
 # What cannot be exported
@@ -367,31 +360,14 @@ def refused(tmp_path, match, model, *arguments, error=InputError, **options):
         ),
         *(("`ranges` nor `representative`", {"mode": mode}) for mode in FIXED_MODES),
         *(("without it", {"mode": mode, "ranges": {}}) for mode in FIXED_MODES),
+        *(
+            ("Received", {"mode": "int8", "representative": ids})
+            for ids in (np.full((2, 8), VOCAB_SIZE), np.zeros((2, 8), np.float32), [])
+        ),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(tmp_path, model, match, options):
     refused(tmp_path, match, model, **options)
-
-
-@pytest.mark.parametrize(
-    "ids",
-    [
-        np.zeros((0, 8), np.int32),
-        np.full((2, 8), VOCAB_SIZE),
-        np.zeros((2, CONTEXT + 1), np.int32),
-        np.zeros((2, 8), np.float32),
-        [],
-    ],
-)
-def test_texts_to_calibrate_on_that_cannot_be_used_are_refused(tmp_path, model, ids):
-    refused(tmp_path, "Received", model, "int8", representative=ids)
-
-
-@pytest.mark.parametrize("name", ["gpt.litertlm", "gpt", ".tflite"])
-def test_another_suffix_is_refused(tmp_path, model, name):
-    with pytest.raises(InputError, match=r"ends in \.tflite"):
-        export_tflite(model, tmp_path / name)
-    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_gpt_is_refused(tmp_path, model):
@@ -416,30 +392,21 @@ def test_a_model_that_was_never_trained_is_refused(tmp_path):
     export_tflite(fresh, path)
 
 
-def test_every_missing_range_is_named(tmp_path, model, representative):
-    ranges = calibrate(model, representative)
+def test_every_missing_range_is_named(tmp_path, model, ranges_of):
+    ranges = ranges_of(model, "int8_full")
     for name in sorted(ranges):
-        if name.endswith("probabilities_activation"):
+        if name.startswith("block_0") or name.endswith("probabilities_activation"):
             continue
         fewer = {key: value for key, value in ranges.items() if key != name}
         refused(tmp_path, rf"range for .*{name}", model, "int8_full", ranges=fewer)
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path, model, monkeypatch):
-    path = tmp_path / "gpt.tflite"
-    export_tflite(model, path, "float32")
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"gpt\.tflite cannot be written: No space"):
-        export_tflite(model, path, "dynamic_int8")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
 def test_a_place_that_cannot_be_written_is_named(tmp_path, model):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
-        export_tflite(model, tmp_path / "file" / "gpt.tflite")
+    for name, match in (
+        ("file/gpt.tflite", "cannot be written"),
+        ("gpt.litertlm", r"ends in \.tflite"),
+        (".tflite", r"ends in \.tflite"),
+    ):
+        with pytest.raises(InputError, match=match):
+            export_tflite(model, tmp_path / name)

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 from gpt_tf.errors import InputError
-from gpt_tf.export import graph, tflite_writer
+from gpt_tf.export import tflite_writer
 from gpt_tf.export.tflite_writer import Model, Op, QuantParams, Type
-from gpt_tf.export.weights import constants_of
 from tests.export.runner import content_of
 
 DTYPES = {
@@ -20,11 +19,8 @@ DTYPES = {
 }
 
 
-def params_of(*scales, zero_point=0, axis=0):
-    count = len(scales)
-    return QuantParams(
-        np.array(scales, "float32"), np.full(count, zero_point, "int64"), axis
-    )
+def params_of(scale):
+    return QuantParams(np.array([scale], "float32"), np.zeros(1, "int64"))
 
 
 def adder(model, name, constant):
@@ -117,27 +113,8 @@ def test_equal_bytes_of_another_type_or_quantisation_are_another_tensor(
     assert len({tensor.buffer for tensor in content.subgraphs[0].tensors}) == 1
 
 
-def test_a_quantisation_is_stored_once(model):
-    scales = np.linspace(1, 2, 500, dtype=np.float32)
-    quant = QuantParams(scales, np.zeros(500, np.int64))
-    for name in ("one", "two"):
-        subgraph = model.subgraph(name)
-        subgraph.constant(np.zeros((500, 4), np.int8), quant)
-        subgraph.input("x", (500, 1), Type.INT8, quant)
-    data = bytes(model.to_bytes())
-    assert data.count(scales.tobytes()) == 1
-    graphs = schema.Model.GetRootAs(data, 0)
-    places = {
-        graphs.Subgraphs(index).Tensors(number).Quantization()._tab.Pos
-        for index in range(2)
-        for number in range(graphs.Subgraphs(index).TensorsLength())
-    }
-    assert len(places) == 1
-
-
-@pytest.mark.parametrize("lengths", [(1, 3, 5, 7, 11), (64, 1, 63), (4096, 17)])
-def test_buffers_are_aligned(model, subgraph, lengths):
-    generator = np.random.default_rng(0)
+def test_buffers_are_aligned(model, subgraph):
+    generator, lengths = np.random.default_rng(0), (1, 3, 7, 11, 64, 63, 4096, 17)
     for length in lengths:
         subgraph.constant(generator.integers(0, 100, length).astype(np.int8))
     model.add_metadata("note", b"abc")
@@ -154,22 +131,3 @@ def test_more_than_two_gigabytes_are_refused(model, monkeypatch):
     monkeypatch.setattr(tflite_writer, "_LARGEST_BYTES", 4000)
     with pytest.raises(InputError, match="at most 2 GB"):
         model.to_bytes()
-
-
-# Measured: 1.0 KB per block and signature in real numbers, 1.6 KB in integers.
-@pytest.mark.parametrize(("mode", "most_bytes"), [("float32", 1100), ("int8", 1700)])
-def test_another_signature_costs_few_bytes(
-    build_model, representative, mode, most_bytes
-):
-    from gpt_tf.quantization.calibration import calibrate
-
-    keras_model = build_model()
-    constants = constants_of(keras_model, mode, calibrate(keras_model, representative))
-
-    def size(lengths):
-        written = Model()
-        graph.build_all(written, constants, 40, lengths, [])
-        return len(written.to_bytes())
-
-    few, many = size(range(2, 4)), size(range(2, 24))
-    assert 0 < (many - few) / 20 <= most_bytes * keras_model.num_layers
