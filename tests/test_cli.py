@@ -33,6 +33,8 @@ from gpt_tf.workflow.config import OptimizationConfig
 
 COMMAND = [sys.executable, "-m", "gpt_tf.cli"]
 PROGRAM = typer.main.get_command(cli.app)
+# `trained` is made before that, as a graph, and other modules use it too.
+pytestmark = pytest.mark.usefixtures("trained", "eagerly")
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def train(command, corpus_folder):
 
     def run(out, *options):
         return command(
-            *f"train --preset tiny --vocab-size 270 --context-length 16 --steps 6 "
-            f"--validate-every 3 --num-layers 1 --jit-compile off "
+            *f"train --preset tiny --vocab-size 270 --context-length 16 --steps 2 "
+            f"--validate-every 1 --num-layers 1 --jit-compile off "
             f"--strategy one_device --out {out}".split(),
             *("--corpus", corpus_folder) * ("--corpus" not in options),
             *options,
@@ -81,7 +83,7 @@ def place(tmp_path):
 
 @pytest.fixture(scope="module")
 def interrupted(corpus_folder, tmp_path_factory, interrupt_after):
-    """A run that stopped after step 5, with checkpoints at 2 and 4."""
+    """A run that stopped after step 3, with checkpoints at 2 and 3."""
     out = tmp_path_factory.mktemp("runs") / "cut"
     with pytest.raises(KeyboardInterrupt):
         loop.train(
@@ -90,13 +92,14 @@ def interrupted(corpus_folder, tmp_path_factory, interrupt_after):
             corpus=str(corpus_folder),
             vocab_size=270,
             context_length=16,
-            steps=6,
-            validate_every=6,
-            checkpoint_every=2,
+            steps=4,
+            validate_every=4,
+            checkpoint_every=1,
+            keep_checkpoints=2,
             num_layers=1,
             jit_compile="off",
             strategy="one_device",
-            callbacks=[interrupt_after(5)],
+            callbacks=[interrupt_after(3)],
             verbose=False,
         )
     return out
@@ -180,19 +183,19 @@ def test_a_folder_that_cannot_be_used_is_left_alone(train, place, out, message):
 
 
 @pytest.mark.parametrize(
-    ("worker", "task", "message"),
+    ("strategy", "worker", "kind", "message"),
     [
-        ('"a"', '"type": "worker", "index": 0', "'a' is no host:port"),
-        ('"a:99999"', '"type": "worker", "index": 0', "a port from 1 to 65535"),
-        ("7", '"type": "worker", "index": 0', "JSON with a cluster"),
-        ('"a:1"', '"type": ["b"], "index": 0', "index of its own"),
+        ("multi_worker", '"a"', '"worker"', "'a' is no host:port"),
+        ("multi_worker", "7", '"worker"', "JSON with a cluster"),
+        ("auto", '"a:99999"', '"worker"', "a port from 1 to 65535"),
+        ("auto", '"a:1"', '["b"]', "index of its own"),
     ],
 )
-@pytest.mark.parametrize("strategy", ["multi_worker", "auto"])
 def test_a_broken_tf_config_is_one_line(
-    train, place, monkeypatch, strategy, worker, task, message
+    train, place, monkeypatch, strategy, worker, kind, message
 ):
-    text = f'{{"cluster": {{"worker": [{worker}]}}, "task": {{{task}}}}}'
+    task = f'{{"type": {kind}, "index": 0}}'
+    text = f'{{"cluster": {{"worker": [{worker}]}}, "task": {task}}}'
     monkeypatch.setenv("TF_CONFIG", text)
     assert_one_line(train(place / "new", "--strategy", strategy), message)
     assert not (place / "new").exists()
@@ -246,7 +249,7 @@ def test_a_damaged_run_is_one_line_and_stays_as_it_is(
 
 def test_a_resumed_run_takes_no_other_options(command, interrupted):
     before = snapshot(interrupted)
-    for option, value in (("--batch-size", 9), ("--steps", 5)):
+    for option, value in (("--batch-size", 9), ("--steps", 3)):
         result = command("train", "--resume", "--out", interrupted, option, value)
         assert_one_line(result, f"`{option}`")
     assert snapshot(interrupted) == before
@@ -256,7 +259,7 @@ def test_a_whole_run_is_resumed(command, interrupted, tmp_path):
     shutil.copytree(interrupted, tmp_path / "run")
     result = command("train", "--resume", "--out", tmp_path / "run")
     assert result.status == 0, result.err
-    assert "going on from step 4" in result.out
+    assert "going on from step 3" in result.out
     assert (tmp_path / "run" / "model" / "model.keras").is_file()
 
 
@@ -310,8 +313,6 @@ def test_bad_generation_options_are_one_line_and_no_output(generate):
         ("distil --teacher {out}", "there is none"),
         ("distil --teacher {run}/model", "without run.json"),
         ("distil --teacher {run} --student-layers 9", "`--student-layers`"),
-        ("distil --teacher {run} --student-heads 99", "`--student-heads`"),
-        ("distil --teacher {run} --loss magic", "'magic'"),
         ("distil --teacher {run} --knowledge {out}", "out"),
         ("quantize --method magic", "`--method` expects"),
         ("quantize --model {out}", "there is none"),
@@ -542,11 +543,15 @@ def test_a_model_is_quantised_resumed_and_generates(train, command, tmp_path):
 
 
 def test_a_model_is_trained_and_generates_the_same_text_for_a_seed(
-    train, command, tmp_path
+    train, command, corpus_folder, tmp_path, traced
 ):
-    result = train(tmp_path / "run")
+    texts = os.fsdecode(os.fsencode(tmp_path) + b"/t\xfcxts")  # not UTF-8
+    shutil.copytree(corpus_folder, texts)
+    result = train(tmp_path / "run", "--corpus", texts)
     assert result.status == 0, result.err
     assert result.err == ""
+    facts = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert facts["config"]["corpus"] == texts
     for part in ("a vocabulary of 270", "validation loss", "Trained"):
         assert part in result.out, part
     options = ["--prompt", "the quick", "--max-new-tokens", 8, "--top-k", 50]
@@ -614,14 +619,6 @@ def test_text_streams_to_the_output_as_it_comes(generate, monkeypatch):
     assert shown[-1].endswith("\n")
 
 
-def test_names_of_text_need_not_be_utf_8(train, corpus_folder, tmp_path):
-    texts = os.fsdecode(os.fsencode(tmp_path) + b"/t\xfcxts")
-    shutil.copytree(corpus_folder, texts)
-    assert train(tmp_path / "run", "--corpus", texts).status == 0
-    facts = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
-    assert facts["config"]["corpus"] == texts
-
-
 def test_names_of_files_for_a_device_need_not_be_utf_8(command, tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/g\xfct.litertlm")
     shutil.copyfile(shipped_model(), path)
@@ -629,7 +626,7 @@ def test_names_of_files_for_a_device_need_not_be_utf_8(command, tmp_path):
     assert written.status == 0 and written.out.startswith("def"), written.err
 
 
-def test_export_writes_a_file_that_generate_runs(command, trained, tmp_path):
+def test_export_writes_a_file_that_generate_runs(command, trained, tmp_path, traced):
     path = tmp_path / "gpt.litertlm"
     options = "--mode int8 --context-length 24 --prefill-length 1 --prefill-length 4"
     result = command("export", "--model", trained.out, "--out", path, *options.split())
@@ -731,43 +728,35 @@ def test_a_closed_stream_is_no_error(closed):
     assert result.stdout + result.stderr == ""
 
 
-def run_without(package, *arguments):
-    """Run the command line where a package is not installed."""
-    code = (
-        "import sys\n"
-        f"sys.modules[{package!r}] = None\n"
-        "from gpt_tf import cli\n"
-        f"sys.argv = ['gpt-tf', *{list(map(str, arguments))!r}]\n"
-        "cli.main()\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
-    )
-    return SimpleNamespace(
-        status=result.returncode, out=result.stdout, err=result.stderr
-    )
-
-
 def test_help_groups_options_and_shows_defaults_without_tensorflow():
-    result = run_without("tensorflow", "train", "--help")
-    assert result.status == 0, result.err
-    assert "Usage: gpt-tf" in result.out and "Augmentation" in result.out
-    assert "[default: (quickstart)]" not in result.out
-    assert "[default: (python-stdlib)]" in result.out
+    code = (
+        "import sys; sys.modules['tensorflow'] = None; from gpt_tf import cli; "
+        "sys.argv = ['gpt-tf', 'train', '--help']; cli.main()"
+    )
+    shown = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert "Usage: gpt-tf" in shown and "Augmentation" in shown
+    assert "[default: (quickstart)]" not in shown
+    assert "[default: (python-stdlib)]" in shown
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["generate", "--model"]])
-def test_without_tensorflow_the_extra_is_named(arguments, tmp_path):
+def test_without_tensorflow_the_extra_is_named(
+    command, arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
     model = [tmp_path] if arguments[-1] == "--model" else []
-    result = run_without("tensorflow", *arguments, *model)
+    result = command(*arguments, *model)
     assert_one_line(result, "package tensorflow, which is not installed")
     assert "pip install 'gpt-tf[train]'" in result.err
 
 
 @pytest.mark.parametrize("package", ["tensorflow", "ai_edge_litert"])
-def test_a_model_that_is_not_there_is_said_whatever_is_installed(package):
+def test_a_model_that_is_not_there_is_said_whatever_is_installed(
+    command, package, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
     for name in ("nosuch", "nosuch.litertlm"):
-        result = run_without(package, "generate", "--model", name, "--prompt", "a")
+        result = command("generate", "--model", name, "--prompt", "a")
         assert_one_line(result, f"{name}; there is none")
 
 

@@ -52,8 +52,8 @@ TINY = {
     },
     "07_explain": {"num_prompts": 50, "prompt_tokens": 4, "num_samples": 10},
 }
-# They train several models each, and run one after another.
-LONG = ("02_train_in_parallel", "04_distil")
+# They train, quantise or explain several models each.
+LONG = ("02_train_in_parallel", "03_quantise", "04_distil", "07_explain")
 # A path of a machine, in a text or a link: `/home/...`, `C:\Users\...`.
 MACHINE_PATH = re.compile(
     r"(?<![\w.])/(?:root|home|tmp|usr|opt|mnt|Users|private|var)/|[A-Z]:\\\\?Users"

@@ -72,8 +72,10 @@ STEPS = [{"step": step, "loss": 5.0 / step} for step in (1, 10, 20)]
 VALIDATIONS = [{"step": step, "loss": 2.0} for step in (10, 20)]
 
 
-@pytest.mark.parametrize("steps", [STEPS, [{"step": 1, "loss": NAN}], []])
-@pytest.mark.parametrize("validations", [VALIDATIONS, []])
+@pytest.mark.parametrize(
+    ("steps", "validations"),
+    [([{"step": 1, "loss": NAN}], VALIDATIONS), ([], [])],
+)
 def test_the_history_is_drawn_as_a_png(tmp_path, steps, validations):
     path = tmp_path / "loss.png"
     draw_history({"steps": steps, "validations": validations}, path)

@@ -78,7 +78,7 @@ def test_uniform_numbers_fill_their_range_evenly():
 # BPE dropout
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=settings().max_examples // 3)
 @given(st.text(), st.floats(0, 1), st.integers(0, 2**40))
 def test_bpe_dropout_gives_back_the_text_in_known_ids(text, rate, seed):
     ids = BPEDropout(BPE, rate).encode(text, seed)
@@ -86,7 +86,7 @@ def test_bpe_dropout_gives_back_the_text_in_known_ids(text, rate, seed):
     assert set(ids) <= set(BPE.backend.get_vocab().values()) - {END}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=settings().max_examples // 2)
 @given(st.text() | st.sampled_from([TEXT, TEXT * 2, "aaaaaaaa", " " * 30, END_OF_TEXT]))
 def test_without_dropout_the_ids_are_the_tokenizers_own(text):
     assert BPEDropout(BPE, 0).encode(text) == BPE.encode(text)
@@ -330,7 +330,7 @@ def test_fixed_offsets_cut_the_same_windows_in_each_epoch():
     assert rows_of(free, 0) != rows_of(free, 1)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=settings().max_examples // 4)
 @given(
     st.tuples(*[st.sampled_from([0.0, 0.1, 0.9])] * 4), st.integers(0, 300), st.data()
 )

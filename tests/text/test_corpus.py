@@ -94,7 +94,7 @@ def held_share(corpus):
     sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=30),
     fraction=st.floats(0.05, 0.95),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=settings().max_examples // 4)
 def test_the_share_asked_for_is_held_out_by_size(tmp_path_factory, sizes, fraction):
     folder = tmp_path_factory.mktemp("sizes")
     sizes = [*sizes, 100]  # a line is less than two points
@@ -249,7 +249,7 @@ def test_a_document_too_long_for_the_share_is_cut_at_a_line_end(tmp_path):
     separator=st.sampled_from(["-", "--", "\n-", "a-\n"]),
     piece=st.integers(1, 9),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=settings().max_examples // 2)
 def test_separators_are_found_whatever_the_pieces(
     tmp_path_factory, text, separator, piece
 ):
@@ -273,7 +273,7 @@ def test_separators_are_found_whatever_the_pieces(
     text=st.text(alphabet="ab é中\n", min_size=2, max_size=60),
     fraction=st.floats(0.05, 0.95),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=settings().max_examples // 2)
 def test_position_split_keeps_every_character_once(tmp_path_factory, text, fraction):
     path = write(tmp_path_factory.mktemp("cut") / "one.txt", text)
     try:
@@ -353,7 +353,7 @@ def test_byte_order_mark_is_stripped_at_the_start_only(tmp_path):
 
 
 @given(data=st.binary(max_size=80), piece=st.integers(1, 9))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=settings().max_examples // 2)
 def test_reading_in_pieces_equals_reading_at_once(tmp_path_factory, data, piece):
     path = write(tmp_path_factory.mktemp("pieces") / "data", data)
     part = corpora._Part("data", path)

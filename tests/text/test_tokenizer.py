@@ -31,16 +31,10 @@ BPE = BPETokenizer.train(TEXTS, 285)
 CHARACTER = CharacterTokenizer.train(TEXTS)
 
 both = pytest.mark.parametrize("tokenizer", [BPE, CHARACTER], ids=["bpe", "character"])
-quick = settings(deadline=None, max_examples=150)
+quick = settings(max_examples=settings().max_examples // 2)
 
 
 # Round trips
-
-
-@given(any_text)
-@quick
-def test_bpe_gives_back_any_text(text):
-    assert BPE.decode(BPE.encode(text)) == text
 
 
 @given(st.one_of(st.binary(max_size=200), any_text.map(str.encode)))
