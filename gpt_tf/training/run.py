@@ -167,7 +167,7 @@ class Run:
                     tie_embeddings=config.tie_embeddings,
                 )
             else:
-                model = copy_of(load_model(self.out / "initial")[0])
+                model = load_model(self.out / "initial")[0]
         is_mesh = division is not None and not is_pipeline
         return MeshGPT(model, division) if is_mesh else model
 
@@ -214,7 +214,7 @@ class Run:
                 f"Received: another model in {path}. Put the first one back, or start "
                 "again with --overwrite."
             )
-        return copy_of(load_model(path)[0])
+        return load_model(path)[0]
 
     def train(self, callbacks, verbose):
         """Train to the last step, and write the results; return a `TrainingResult`."""
