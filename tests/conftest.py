@@ -149,11 +149,15 @@ def corpus_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(corpus_folder, tmp_path_factory):
-    """A finished tiny run."""
+    """A finished tiny run, traced whatever the module that asks first does."""
+    import tensorflow as tf
+
     from gpt_tf.training.config import PRESETS
     from gpt_tf.training.loop import train
 
-    return train(
+    was = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(False)
+    result = train(
         PRESETS["tiny"],
         tmp_path_factory.mktemp("runs") / "tiny",
         corpus=str(corpus_folder),
@@ -161,6 +165,8 @@ def trained(corpus_folder, tmp_path_factory):
         strategy="one_device",
         verbose=False,
     )
+    tf.config.run_functions_eagerly(was)
+    return result
 
 
 @pytest.fixture

@@ -1,13 +1,25 @@
-"""A run that takes seconds, and one that was interrupted."""
+"""A run that takes seconds, finished, and copies of it that were interrupted."""
 
 import dataclasses
 import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import tf_keras as keras
 
+from gpt_tf.training import loop, preparation
 from gpt_tf.training.config import PRESETS
 from gpt_tf.training.loop import train
+
+
+class Counter(keras.callbacks.Callback):
+    """Count the steps that are trained."""
+
+    steps = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps += 1
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +32,9 @@ def tiny(corpus_folder):
         vocab_size=270,
         context_length=16,
         batch_size=4,
+        steps=4,
+        validate_every=2,
+        checkpoint_every=1,
         strategy="one_device",
         dropout=0.1,
         jit_compile="off",
@@ -36,6 +51,20 @@ def run():
     return start
 
 
+@pytest.fixture
+def start(notices):
+    """Train, or go on; return the result, the steps trained and the notices."""
+
+    def start(config, out, function=train, callbacks=(), **options):
+        counter = Counter()
+        notices.clear()
+        options |= {"resume_or_start": True, "verbose": False}
+        result = function(config, out, callbacks=[counter, *callbacks], **options)
+        return result, counter.steps, notices
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def have_same_weights():
     """Whether two results have the same weights, bit for bit."""
@@ -48,18 +77,59 @@ def have_same_weights():
 
 
 @pytest.fixture(scope="session")
-def cut(tiny, run, tmp_path_factory, interrupt_after):
-    """A run that was killed after step 14, with checkpoints at 4, 8 and 12."""
-    config = dataclasses.replace(tiny, checkpoint_every=4)
-    out = tmp_path_factory.mktemp("interrupted") / "cut"
-    with pytest.raises(KeyboardInterrupt):
-        run(config, out, callbacks=[interrupt_after(14)])
-    folders = sorted((out / "checkpoints").iterdir())
-    assert [f.name[-2:] for f in folders] == ["04", "08", "12"]
-    return out
+def finished(tiny, run, tmp_path_factory):
+    """A run of four steps, made eagerly, with the checkpoints of steps 2, 3 and 4."""
+    was = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    result = run(tiny, tmp_path_factory.mktemp("runs") / "finished")
+    tf.config.run_functions_eagerly(was)
+    return result
 
 
 @pytest.fixture
-def interrupted(cut, tmp_path):
-    """A copy of it, to be changed."""
-    return shutil.copytree(cut, tmp_path / "cut")
+def copy_of_finished(finished, tmp_path):
+    return shutil.copytree(finished.out, tmp_path / "run")
+
+
+@pytest.fixture
+def cut():
+    """Leave of a finished run what one has that was killed."""
+
+    def cut(out, *, keep):
+        shutil.rmtree(out / "model")
+        for folder in (out / "checkpoints").iterdir():
+            if folder.name not in [f"step-{step:08d}" for step in keep]:
+                shutil.rmtree(folder)
+        return out
+
+    return cut
+
+
+@pytest.fixture
+def prepared_only(monkeypatch):
+    """Let the verbs prepare a run, and not train it."""
+
+    def prepare(config, out, **options):
+        preparation.prepare(config, out, False)
+
+    monkeypatch.setattr(loop, "train", prepare)
+
+
+@pytest.fixture(scope="session")
+def spoiling():
+    """Make a callback after which a step's weights are NaN; the next loss shows it."""
+
+    class Spoiling(keras.callbacks.Callback):
+        def __init__(self, step):
+            super().__init__()
+            self.step = step
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if self.model.optimizer.iterations == self.step - 1:
+                moment = self.model.optimizer.variables[-1]
+                moment.assign(np.full(moment.shape, np.nan))
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.loss = logs["loss"]
+
+    return Spoiling

@@ -3,19 +3,25 @@
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
+import textwrap
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError, TrainingDivergedError
-from gpt_tf.training.loop import distil
+from gpt_tf.models.next_token import NextTokenLoss
+from gpt_tf.text.dataset import TokenFile
+from gpt_tf.training.run_folder import windows_of
+
+pytestmark = pytest.mark.usefixtures("eagerly")
 
 AUGMENTATION = {
     "bpe_dropout": 0.2,
@@ -25,17 +31,14 @@ AUGMENTATION = {
 }
 
 
-@pytest.mark.parametrize(
-    ("step", "changes"), [(3, {}), (14, {"augmentation": AUGMENTATION})]
-)
-def test_resumed_weights_are_bit_equal(
-    tiny, run, have_same_weights, tmp_path, interrupt_after, step, changes
+def test_an_augmented_run_is_resumed_bit_for_bit(
+    tiny, run, finished, have_same_weights, cut, tmp_path
 ):
-    config = dataclasses.replace(tiny, checkpoint_every=4, **changes)
+    config = dataclasses.replace(tiny, augmentation=AUGMENTATION)
     whole = run(config, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "cut", callbacks=[interrupt_after(step)])
-    again = run(None, tmp_path / "cut", resume=True)
+    assert not have_same_weights(whole, finished)
+    shutil.copytree(whole.out, tmp_path / "cut")
+    again = run(None, cut(tmp_path / "cut", keep=[2, 3]), resume=True)
     assert have_same_weights(whole, again)
     for one, other in zip(
         whole.history["validations"], again.history["validations"], strict=True
@@ -45,6 +48,12 @@ def test_resumed_weights_are_bit_equal(
         for row in (one, other):
             del row["train_loss"], row["tokens_per_second"]
         assert one == other
+    # Validation has read the text as it stands.
+    held_out = TokenFile.open(whole.out / "data" / "validation.tokens")
+    windows = windows_of(held_out, config, shuffle=False)
+    batches = [windows.batch(step) for step in range(config.validation_batches)]
+    losses = [NextTokenLoss()(labels, whole.model(ids)) for ids, labels, _ in batches]
+    assert whole.validation_loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -57,37 +66,38 @@ def test_resumed_weights_are_bit_equal(
     ids=["float32", "mixed_float16", "augmented"],
 )
 def test_resume_after_kill_9_is_bit_equal(
-    tiny, run, have_same_weights, tmp_path, notices, changes
+    tiny, run, have_same_weights, tmp_path, notices, traced, changes
 ):
-    settings = {"checkpoint_every": 3, "steps": 60, "validate_every": 60}
-    settings |= {"jit_compile": "on", **changes}  # as in the other process
-    config = dataclasses.replace(tiny, **settings)
+    config = dataclasses.replace(tiny, checkpoint_every=2, **changes)
     whole = run(config, tmp_path / "whole")
-    out = tmp_path / "cut"
-    code = (
-        "import dataclasses, gpt_tf.training.loop as t\n"
-        f"config = t.TrainingConfig(**{dataclasses.asdict(config)!r})\n"
-        f"t.train(config, {str(out)!r}, verbose=False)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("checkpoints/step-*"))) < 2 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    again = run(None, out, resume=True)
-    assert any("going on from step" in line for line in notices)
+    code = textwrap.dedent(f"""
+        import os, signal
+        from gpt_tf.training import loop
+        import tensorflow as tf
+        import tf_keras as keras
+
+        def kill(batch, logs):
+            if callback.model.optimizer.iterations == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        callback = keras.callbacks.LambdaCallback(on_train_batch_end=kill)
+        # As in this process.
+        options = {tf.config.optimizer.get_experimental_options()}
+        tf.config.optimizer.set_experimental_options(options)
+        config = loop.TrainingConfig(**{dataclasses.asdict(config)})
+        out = {str(tmp_path / "cut")!r}
+        loop.train(config, out, callbacks=[callback], verbose=False)
+    """)
+    process = subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    assert process.returncode == -signal.SIGKILL
+    again = run(None, tmp_path / "cut", resume=True)
+    assert "going on from step 2" in notices
     assert have_same_weights(whole, again)
 
 
 @pytest.mark.slow
 def test_early_stopping_keeps_the_best_weights_across_a_resume(
-    tiny, run, have_same_weights, tmp_path, interrupt_after
+    tiny, run, have_same_weights, cut, tmp_path, traced
 ):
     config = dataclasses.replace(
         tiny,
@@ -102,19 +112,17 @@ def test_early_stopping_keeps_the_best_weights_across_a_resume(
     losses = [row["loss"] for row in whole.history["validations"]]
     assert len(losses) < 20
     assert whole.validation_loss == min(losses)
-    with pytest.raises(KeyboardInterrupt):
-        stop = 2 * len(losses) - 1
-        run(config, tmp_path / "cut", callbacks=[interrupt_after(stop)])
+    shutil.copytree(whole.out, tmp_path / "cut")
+    cut(tmp_path / "cut", keep=[2 * len(losses) - 2])
     again = run(None, tmp_path / "cut", resume=True)
     assert again.validation_loss == whole.validation_loss
     assert have_same_weights(whole, again)
 
 
-def test_old_checkpoints_make_room(tiny, run, tmp_path):
-    config = dataclasses.replace(tiny, checkpoint_every=2, keep_checkpoints=2)
-    run(config, tmp_path / "run")
-    names = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
-    assert names == ["step-00000018", "step-00000020"]
+def test_old_checkpoints_make_room(tiny, finished):
+    names = sorted(os.listdir(finished.out / "checkpoints"))
+    assert names == ["step-00000002", "step-00000003", "step-00000004"]
+    assert len(names) == tiny.keep_checkpoints < tiny.steps
 
 
 def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(
@@ -131,9 +139,9 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(
 
     monkeypatch.setattr(safetensors.numpy, "save_file", full)
     with pytest.raises(InputError, match="cannot be written: No space left"):
-        run(dataclasses.replace(tiny, checkpoint_every=4), tmp_path / "run")
+        run(tiny, tmp_path / "run")
     left = os.listdir(tmp_path / "run" / "checkpoints")
-    assert left == ["step-00000004"]
+    assert left == ["step-00000001"]
     artifacts.check_manifest(tmp_path / "run" / "checkpoints" / left[0], "checkpoint")
 
 
@@ -176,31 +184,35 @@ def write(folder, name, data):
     ],
     ids=["flip", "NaN", "history", "no tensors"],
 )
-def test_the_newest_good_checkpoint_is_used(interrupted, run, notices, damage):
+def test_the_newest_good_checkpoint_is_used(
+    copy_of_finished, cut, run, notices, interrupt_after, damage
+):
     """Whatever its hash says: versions before wrote NaN, and others may forge."""
-    damage(interrupted / "checkpoints" / "step-00000012")
-    run(None, interrupted, resume=True)
+    cut(copy_of_finished, keep=[2, 3, 4])
+    damage(copy_of_finished / "checkpoints" / "step-00000004")
+    with pytest.raises(KeyboardInterrupt):
+        run(None, copy_of_finished, resume=True, callbacks=[interrupt_after(1)])
     assert any("damaged checkpoint" in line for line in notices)
-    assert "going on from step 8" in notices
+    assert "going on from step 3" in notices
 
 
-def test_when_no_checkpoint_is_good_it_says_so(interrupted, run):
-    for folder in (interrupted / "checkpoints").iterdir():
+def test_when_no_checkpoint_is_good_it_says_so(copy_of_finished, run):
+    for folder in (copy_of_finished / "checkpoints").iterdir():
         (folder / "state.safetensors").write_bytes(b"")
     with pytest.raises(DamagedFileError, match="None of the 3"):
-        run(None, interrupted, resume=True)
+        run(None, copy_of_finished, resume=True)
 
 
-def test_a_checkpoint_of_another_shape_or_type_is_refused(interrupted, run):
-    newest = interrupted / "checkpoints" / "step-00000012"
+def test_a_checkpoint_of_another_shape_or_type_is_refused(copy_of_finished, run):
+    newest = copy_of_finished / "checkpoints" / "step-00000004"
     change_state(newest, lambda array: array.astype("int64"))
     with pytest.raises(InputError, match=r"model/0003.*int64"):
-        run(None, interrupted, resume=True)
-    run_json = artifacts.read_json(interrupted / "run.json")
+        run(None, copy_of_finished, resume=True)
+    run_json = artifacts.read_json(copy_of_finished / "run.json")
     run_json["config"]["num_layers"] = 2
-    artifacts.write_sealed_json(interrupted / "run.json", run_json)
+    artifacts.write_sealed_json(copy_of_finished / "run.json", run_json)
     with pytest.raises(InputError, match="num_layers=1 instead of 2"):
-        run(None, interrupted, resume=True)
+        run(None, copy_of_finished, resume=True)
 
 
 # Divergence
@@ -227,62 +239,35 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(tiny, run, tmp_path
     assert len(finite_checkpoints(tmp_path / "run")) <= 1
 
 
-class Spoiling(keras.callbacks.Callback):
-    """Let the update of a step write NaN; the loss shows it one step later."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def on_train_batch_begin(self, batch, logs=None):
-        if batch == self.step - 1:
-            moment = self.model.optimizer.variables[-1]
-            moment.assign(np.full(moment.shape, np.nan))
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.loss = logs["loss"]
-
-
 @pytest.mark.parametrize(
     ("step", "seen_at"),
     [
-        pytest.param(4, 4, marks=pytest.mark.slow, id="checkpoint"),
-        pytest.param(5, 6, id="between"),
-        pytest.param(20, 20, marks=pytest.mark.slow, id="last step"),
+        pytest.param(2, 2, marks=pytest.mark.slow, id="checkpoint"),
+        pytest.param(3, 4, id="between"),
+        pytest.param(6, 6, marks=pytest.mark.slow, id="last step"),
     ],
 )
 def test_no_checkpoint_is_written_of_weights_that_are_nan(
-    tiny, run, tmp_path, step, seen_at
+    tiny, run, tmp_path, spoiling, step, seen_at
 ):
-    config = dataclasses.replace(tiny, checkpoint_every=2, validate_every=20)
-    spoiling = Spoiling(step)
+    changes = {"steps": 6, "checkpoint_every": 2, "validate_every": 6}
+    callback = spoiling(step)
     with pytest.raises(TrainingDivergedError, match=rf"step {seen_at}\b"):
-        run(config, tmp_path / "run", callbacks=[spoiling])
-    assert np.isfinite(spoiling.loss)
-    before = range(2, step, 2)
-    assert finite_checkpoints(tmp_path / "run") == [*before][-3:]
+        run(tiny, tmp_path / "run", callbacks=[callback], **changes)
+    assert np.isfinite(callback.loss)
+    assert finite_checkpoints(tmp_path / "run") == [*range(2, step, 2)]
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_run_that_a_callback_ends_keeps_no_model_of_nan(tiny, run, tmp_path):
-    class Ending(Spoiling):
-        def on_train_batch_end(self, batch, logs=None):
-            self.model.stop_training = batch == self.step - 1
-
-    config = dataclasses.replace(tiny, steps=6, validate_every=6, checkpoint_every=0)
-    with pytest.raises(TrainingDivergedError, match=r"step 3\b"):
-        run(config, tmp_path / "run", callbacks=[Ending(3)])
-    assert not (tmp_path / "run" / "model").exists()
-
-
-def test_a_student_that_diverges_stops_too(trained, tmp_path):
-    options = {"steps": 6, "jit_compile": "off", "verbose": False}
-    with pytest.raises(TrainingDivergedError, match=r"loss of nan at step 3\b"):
-        distil(
-            trained.out,
-            tmp_path / "student",
-            {"num_layers": 1},
-            callbacks=[Spoiling(2)],
-            **options,
+def test_a_run_that_a_callback_ends_keeps_no_model_of_nan(
+    tiny, run, tmp_path, spoiling
+):
+    ending = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: setattr(
+            ending.model, "stop_training", True
         )
-    assert not (tmp_path / "student" / "model").exists()
+    )
+    changes = {"validate_every": 4, "checkpoint_every": 0}
+    with pytest.raises(TrainingDivergedError, match=r"step 1\b"):
+        run(tiny, tmp_path / "run", callbacks=[spoiling(1), ending], **changes)
+    assert not (tmp_path / "run" / "model").exists()

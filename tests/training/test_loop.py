@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf import artifacts
@@ -15,6 +17,8 @@ from gpt_tf.training.config import PRESETS, TrainingConfig
 from gpt_tf.training.run_folder import load_model, read_run
 from gpt_tf.training.schedule import WarmupCosine
 
+pytestmark = pytest.mark.usefixtures("eagerly")
+
 
 def test_training_lowers_the_loss_and_leaves_a_complete_folder(trained):
     validations = trained.history["validations"]
@@ -23,6 +27,12 @@ def test_training_lowers_the_loss_and_leaves_a_complete_folder(trained):
     assert validations[0]["tokens_per_second"] > 0
     perplexity = np.exp(validations[1]["loss"])
     assert trained.validation_perplexity == pytest.approx(perplexity)
+    # Losses are means since the last record, and those of validations since the last.
+    steps = {row["step"]: row["loss"] for row in trained.history["steps"]}
+    assert list(steps) == [1, 10, 20]
+    first, second = (row["train_loss"] for row in validations)
+    assert first == pytest.approx((steps[1] + 9 * steps[10]) / 10, rel=1e-5)
+    assert second == pytest.approx(steps[20], rel=1e-5)
     for name in ("run.json", "tokenizer.json", "history.json", "loss.png", "logs"):
         assert (trained.out / name).exists(), name
     manifest = artifacts.check_manifest(trained.out / "model", "model")
@@ -46,37 +56,33 @@ def test_a_tampered_model_is_refused(trained, tmp_path):
 
 
 def test_a_finished_run_goes_on_to_more_steps_when_asked_for_by_name(
-    tiny, run, have_same_weights, tmp_path, interrupt_after
+    tiny, run, finished, copy_of_finished, have_same_weights, tmp_path, interrupt_after
 ):
-    config = dataclasses.replace(
-        tiny, steps=6, warmup_steps=0, validate_every=3, checkpoint_every=2
-    )
     rates = []
     note = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: rates.append(
             float(note.model.optimizer.learning_rate)
         )
     )
-    first = run(config, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    longer = run(None, tmp_path / "whole", resume=True, steps=10, callbacks=[note])
-    assert read_run(tmp_path / "whole") == dataclasses.replace(config, steps=10)
+    whole, cut = copy_of_finished, shutil.copytree(finished.out, tmp_path / "cut")
+    longer = run(None, whole, resume=True, steps=7, callbacks=[note])
+    assert read_run(whole) == dataclasses.replace(tiny, steps=7)
     validated = [row["step"] for row in longer.history["validations"]]
-    assert validated == [3, 6, 9, 10]
-    assert longer.history["validations"][:2] == first.history["validations"]
+    assert validated == [2, 4, 6, 7]
+    assert longer.history["validations"][:2] == finished.history["validations"]
     # From where it was resumed, the rate is that of a longer run.
-    schedule = WarmupCosine(config.learning_rate, config.learning_rate / 10, 0, 10)
-    np.testing.assert_allclose(rates, [schedule(s) for s in range(6, 10)], rtol=1e-6)
+    schedule = WarmupCosine(tiny.learning_rate, tiny.learning_rate / 10, 2, 7)
+    np.testing.assert_allclose(rates, [schedule(s) for s in range(4, 7)], rtol=1e-6)
     # It may be killed and told again, with the same words or without the steps.
-    more = {"resume": True, "steps": 10}
-    with pytest.raises(KeyboardInterrupt):
-        run(None, tmp_path / "cut", callbacks=[interrupt_after(3)], **more)
-    assert have_same_weights(run(None, tmp_path / "cut", **more), longer)
-    assert have_same_weights(run(None, tmp_path / "cut", resume=True), longer)
-    with pytest.raises(InputError, match=r"`steps`.*10.*Received: 9"):
-        run(None, tmp_path / "cut", resume=True, steps=9)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            callbacks = [interrupt_after(1)]
+            run(None, cut, resume=True, steps=7, callbacks=callbacks)
+    assert have_same_weights(run(None, cut, resume=True), longer)
+    with pytest.raises(InputError, match=r"`steps`.*7.*Received: 6"):
+        run(None, cut, resume=True, steps=6)
     with pytest.raises(InputError, match="keeps its own"):
-        run(None, tmp_path / "cut", resume=True, batch_size=9)
+        run(None, cut, resume=True, batch_size=9)
 
 
 def test_little_text_trains_with_the_vocabulary_that_it_supports(
@@ -84,7 +90,7 @@ def test_little_text_trains_with_the_vocabulary_that_it_supports(
 ):
     text = tmp_path / "some.txt"
     text.write_text("One two three. Two three four.\n" * 800)  # 25 kB
-    config = dataclasses.replace(tiny, corpus=str(text), vocab_size=4096, steps=2)
+    config = dataclasses.replace(tiny, corpus=str(text), vocab_size=4096, steps=1)
     result = run(config, tmp_path / "run")
     size = result.tokenizer.vocab_size
     assert 257 < size < 300 and result.model.vocab_size == size
@@ -93,35 +99,35 @@ def test_little_text_trains_with_the_vocabulary_that_it_supports(
     assert run(config, tmp_path / "run", resume_or_start=True).model is not None
 
 
-def test_overwriting_replaces_our_files_and_leaves_others(tiny, run, tmp_path):
-    quick = dataclasses.replace(tiny, steps=2)
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match="something else"):
-        run(quick, out)
-    run(quick, out, overwrite=True)
+def test_overwriting_replaces_our_files_and_leaves_others(
+    tiny, run, copy_of_finished, tmp_path
+):
+    (copy_of_finished / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="--overwrite"):
-        run(quick, out)
-    again = run(dataclasses.replace(quick, num_layers=2), out, overwrite=True)
+        run(tiny, copy_of_finished)
+    changes = {"num_layers": 2, "steps": 1}
+    again = run(tiny, copy_of_finished, overwrite=True, **changes)
     assert again.model.num_layers == 2
-    assert (out / "thesis.txt").read_text() == "precious"
+    assert (copy_of_finished / "thesis.txt").read_text() == "precious"
+    assert os.listdir(copy_of_finished / "checkpoints") == ["step-00000001"]
 
 
-def test_a_bad_corpus_leaves_an_existing_run_alone(tiny, run, tmp_path):
-    first = run(dataclasses.replace(tiny, steps=2), tmp_path / "run")
-    names = sorted(os.listdir(tmp_path / "run"))
+def test_a_bad_corpus_leaves_an_existing_run_alone(
+    tiny, run, finished, copy_of_finished, tmp_path
+):
+    before = sorted(tmp_path.rglob("*"))
     for changes, message in (
         ({"corpus": str(tmp_path / "missing")}, "missing"),
         ({"context_length": 10**6}, "longer than the text"),
     ):
         with pytest.raises(InputError, match=message):
-            run(tiny, tmp_path / "run", overwrite=True, **changes)
-    assert sorted(os.listdir(tmp_path / "run")) == names
-    assert sorted(os.listdir(tmp_path)) == ["run"], "a half-written folder was left"
-    np.testing.assert_array_equal(
-        load_model(tmp_path / "run")[0].get_weights()[0], first.model.get_weights()[0]
-    )
+            run(tiny, copy_of_finished, overwrite=True, **changes)
+    assert sorted(tmp_path.rglob("*")) == before, "a half-written folder was left"
+    hashes = [
+        artifacts.sha256_of(out / "model" / "model.keras")
+        for out in (copy_of_finished, finished.out)
+    ]
+    assert hashes[0] == hashes[1]
 
 
 def test_a_run_in_use_by_another_process_is_refused(trained, run):
@@ -145,19 +151,6 @@ def test_a_run_of_before_there_was_augmentation_can_be_read(trained, tmp_path):
     del run_json["sha256"]  # there was none either
     artifacts.write_json(tmp_path / "run.json", run_json)
     assert read_run(tmp_path) == read_run(trained.out)
-
-
-def test_validation_reads_the_text_as_it_stands(tiny, run, tmp_path):
-    """Of weights that hardly move, so that only what is read makes a difference."""
-    still = {"learning_rate": 1e-12, "weight_decay": 0.0, "dropout": 0.0}
-    still |= {"steps": 6, "validate_every": 6, "checkpoint_every": 0}
-    config = dataclasses.replace(tiny, **still)
-    noise = {"bpe_dropout": 0.2, "token_replacement": 0.1}
-    noisy = run(config, tmp_path / "noisy", augmentation=noise)
-    plain = run(config, tmp_path / "plain")
-    noisy, plain = (result.history["validations"][0] for result in (noisy, plain))
-    assert noisy["loss"] == pytest.approx(plain["loss"], abs=1e-6)
-    assert abs(noisy["train_loss"] - plain["train_loss"]) > 1e-5
 
 
 # Starting from a trained model
@@ -198,63 +191,61 @@ def quantize(*arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def quantized(trained, tmp_path_factory):
-    """A finished quantisation-aware run of six steps, with checkpoints."""
-    return quantize(
-        trained.out,
-        tmp_path_factory.mktemp("qat") / "whole",
-        {"calibration_batches": 3},
-        steps=6,
-        checkpoint_every=2,
-        keep_checkpoints=9,
-        jit_compile="off",
-    )
+def quantized(finished, tmp_path_factory):
+    """A finished quantisation-aware run of three steps, with their checkpoints."""
+    out = tmp_path_factory.mktemp("qat") / "whole"
+    tf.config.run_functions_eagerly(False)
+    result = quantize(finished.out, out, {"calibration_batches": 2}, steps=3)
+    tf.config.run_functions_eagerly(True)
+    return result
 
 
-def test_a_quantised_run_starts_from_the_model_and_its_text(trained, quantized):
+def test_a_quantised_run_starts_from_the_model_and_its_text(
+    finished, quantized, have_same_weights
+):
     from gpt_tf.quantization.qat import activation_ranges, to_float
 
     config = read_run(quantized.out)
-    assert config.corpus == read_run(trained.out).corpus
+    assert config.corpus == read_run(finished.out).corpus
     assert config.learning_rate == PRESETS["tiny"].learning_rate / 20
     for split in ("train", "validation"):
         name = f"data/{split}.tokens"
-        same = [(r.out / name).read_bytes() for r in (trained, quantized)]
+        same = [(r.out / name).read_bytes() for r in (finished, quantized)]
         assert same[0] == same[1]
     initial, _ = load_model(quantized.out / "initial")
     assert all(low < high for low, high in activation_ranges(initial).values())
-    for one, other in zip(
-        to_float(initial).get_weights(), trained.model.get_weights(), strict=True
-    ):
-        np.testing.assert_array_equal(one, other)
-    assert quantized.validation_loss < trained.validation_loss + 0.05
+    assert have_same_weights(SimpleNamespace(model=to_float(initial)), finished)
+    assert quantized.validation_loss < finished.validation_loss + 0.05
 
 
-def test_the_finished_quantised_model_is_loaded_with_its_ranges(trained, quantized):
+def test_the_finished_quantised_model_is_loaded_with_its_ranges(finished, quantized):
     from gpt_tf.quantization.qat import activation_ranges
 
     model, tokenizer = load_model(quantized.out)
     assert activation_ranges(model) == activation_ranges(quantized.model)
-    tokens = np.array([tokenizer.encode("the quick brown fox")], "int32")
+    tokens = np.array([tokenizer.encode("the quick")], "int32")
     np.testing.assert_array_equal(model(tokens), quantized.model(tokens))
-    assert np.abs(model(tokens) - trained.model(tokens)).max() > 1e-4
+    assert np.abs(model(tokens) - finished.model(tokens)).max() > 1e-4
     manifest = artifacts.check_manifest(quantized.out / "model", "model")
-    source = artifacts.sha256_of(trained.out / "model" / "model.keras")
+    source = artifacts.sha256_of(finished.out / "model" / "model.keras")
     assert manifest["made_from"]["model"] == source
 
 
-def test_a_quantised_run_is_resumed_bit_for_bit(quantized, have_same_weights, tmp_path):
-    # As a process leaves it that was killed after step 3.
-    cut = shutil.copytree(quantized.out, tmp_path / "cut")
-    for name in ("model", "checkpoints/step-00000004", "checkpoints/step-00000006"):
-        shutil.rmtree(cut / name)
-    again = quantize(None, cut, resume=True)
+def test_a_quantised_run_is_recognised_and_resumed_bit_for_bit(
+    start, finished, quantized, have_same_weights, cut, tmp_path, traced
+):
+    out = cut(shutil.copytree(quantized.out, tmp_path / "cut"), keep=[1, 2])
+    wanted = {"function": loop.quantize, "quantization": {"calibration_batches": 2}}
+    again, steps, _ = start(finished.out, out, steps=3, **wanted)
+    assert steps == 1
     assert have_same_weights(again, quantized)
     states = [
         (folder / f"checkpoints/step-0000000{step}/state.safetensors").read_bytes()
-        for folder, step in ((quantized.out, 6), (cut, 6), (cut, 2))
+        for folder, step in ((quantized.out, 3), (out, 3), (out, 2))
     ]
     assert states[0] == states[1] != states[2]
+    with pytest.raises(InputError, match="steps=3 instead of 5"):
+        start(finished.out, out, steps=5, **wanted)
 
 
 @pytest.mark.slow
@@ -281,28 +272,26 @@ def test_a_quantised_run_is_the_same_on_four_devices(trained, tmp_path):
     assert np.abs(np.subtract(*moved)).max() > 1e-3
 
 
-def test_a_float_model_is_trained_further(trained, run, tmp_path):
+def test_a_float_model_is_trained_further(tiny, run, finished, tmp_path, traced):
     config = dataclasses.replace(
-        PRESETS["tiny"],
-        corpus=read_run(trained.out).corpus,
-        init_from=trained.out,
+        tiny,
+        init_from=finished.out,
         steps=1,
         learning_rate=1e-9,
         embedding_dim=999,  # the model's is taken
-        strategy="one_device",
-        jit_compile="off",
     )
     further = run(config, tmp_path / "further")
-    assert further.validation_loss == pytest.approx(trained.validation_loss, abs=1e-4)
-    assert type(further.model) is type(trained.model)
+    # The one is what graphs compute, the other was computed eagerly.
+    assert further.validation_loss == pytest.approx(finished.validation_loss, abs=1e-4)
+    assert type(further.model) is type(finished.model)
 
 
-def test_what_cannot_be_quantised_is_refused(trained, quantized, tmp_path):
+def test_what_cannot_be_quantised_is_refused(finished, quantized, tmp_path):
     for source, options, message in (
         (tmp_path, {"corpus": "shakespeare"}, "there is none"),
-        (trained.out / "model", {}, "`corpus`"),
+        (finished.out / "model", {}, "`corpus`"),
         (quantized.out, {}, "already"),
-        (trained.out, {"context_length": 64}, "at most 32"),
+        (finished.out, {"context_length": 64}, "at most 16"),
         (None, {}, "Received: None"),
     ):
         with pytest.raises(InputError, match=message):

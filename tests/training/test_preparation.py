@@ -1,6 +1,6 @@
 """Which text is held out, and where documents end."""
 
-from pathlib import Path
+import shutil
 
 import pytest
 
@@ -84,23 +84,22 @@ def test_the_text_that_was_named_is_held_out(chats, corpus_folder, tmp_path):
     assert read_run(out).validation == str(path)
 
 
-def test_a_student_takes_over_how_the_text_was_divided(chats, trained, tmp_path):
+def test_a_student_takes_over_how_the_text_was_divided(
+    chats, trained, prepared_only, tmp_path
+):
     path, _ = chats
-    options = {"steps": 1, "strategy": "one_device", "verbose": False}
-
-    def distil(source, name, **changes):
-        wanted = {"num_layers": 1}
-        return loop.distil(source.out, tmp_path / name, wanted, **changes, **options)
-
-    other = distil(trained, "other", validation=str(path))
-    assert texts_of(other.out, "validation") == [path.read_text(), ""]
-    same = distil(other, "same")
-    assert read_run(same.out).validation == str(path)
+    other, same, new = (tmp_path / name for name in ("other", "same", "new"))
+    wanted = {"num_layers": 1}
+    loop.distil(trained.out, other, wanted, validation=str(path))
+    assert texts_of(other, "validation") == [path.read_text(), ""]
+    shutil.copytree(trained.out / "model", other / "model")  # as if it were trained
+    loop.distil(other, same, wanted)
+    assert read_run(same).validation == str(path)
     # What belongs to the text goes with it.
-    new = distil(other, "new", corpus=read_run(trained.out).corpus)
-    assert read_run(new.out).validation is None
+    loop.distil(other, new, wanted, corpus=read_run(trained.out).corpus)
+    assert read_run(new).validation is None
     tokens = [
-        artifacts.sha256_of(run.out / Path("data", "train.tokens"))
-        for run in (other, same, trained, new)
+        artifacts.sha256_of(out / "data" / "train.tokens")
+        for out in (other, same, trained.out, new)
     ]
     assert tokens[0] == tokens[1] != tokens[2] == tokens[3]
