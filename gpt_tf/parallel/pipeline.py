@@ -235,9 +235,9 @@ class _Stage:
     def _run(self, function, training):
         key = (function.__name__, training)
         if key not in self._functions:
-            # Decoding needs no `compile` before it.
-            is_cached = function.__name__ == "cached"
-            uses_xla = None if is_cached else self.model.uses_xla
+            # Decoding and `predict` need no `compile` before them.
+            has_choice = self.model._is_compiled and function.__name__ != "cached"
+            uses_xla = self.model.uses_xla if has_choice else None
             self._functions[key] = xla.compiled(
                 functools.partial(function, training=training), uses_xla
             )
