@@ -126,55 +126,43 @@ def config(corpus_folder):
     )
 
 
-def assert_equals_one_device(out, answers, config, other):
-    alone = loop.train(
-        dataclasses.replace(config, strategy="one_device"),
-        other,
-        verbose=False,
+@pytest.mark.slow
+def test_two_workers_go_on_to_the_model_of_one_device_and_only_the_chief_writes(
+    config, assert_same, tmp_path
+):
+    out = tmp_path / "shared" / "run"
+    interrupted = run_workers(out, config, stop=5)
+    for answer in interrupted:
+        assert answer["error"].startswith("KeyboardInterrupt")
+    names = sorted(os.listdir(out / "checkpoints"))
+    assert names == ["step-00000002", "step-00000004"]
+    chief, worker = resumed = run_workers(out, None)
+    assert chief["sums"] == worker["sums"]
+    alone, another = (
+        loop.train(
+            dataclasses.replace(config, strategy="one_device", seed=seed),
+            tmp_path / str(seed),
+            verbose=False,
+        )
+        for seed in (config.seed, config.seed + 1)
     )
     model, _ = loop.load_model(out)
-    for a, b in zip(model.get_weights(), alone.model.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
-    chief, worker = answers
-    assert chief["sums"] == worker["sums"]
+    assert_same(model, alone.model, atol=1e-4)
+    with pytest.raises(AssertionError):
+        assert_same(model, another.model, atol=1e-4)
     for key in ("steps", "validations"):
         losses = [
             [(row["step"], row["loss"]) for row in history[key]]
             for history in (chief["history"], alone.history)
         ]
         np.testing.assert_allclose(*losses, rtol=1e-4)
-
-
-def assert_only_the_chief_wrote(out, answers):
-    chief, worker = answers
-    assert chief["touched"]
-    assert worker["touched"] == []
     # TensorBoard writes past Python, and names the process.
     events = [path.name for path in out.rglob("*tfevents*")]
-    assert events
-    assert all(f".{chief['pid']}." in name for name in events)
-
-
-@pytest.mark.slow
-def test_two_workers_train_the_same_model_as_one_device(config, tmp_path):
-    out = tmp_path / "shared" / "run"
-    answers = run_workers(out, config)
-    assert_equals_one_device(out, answers, config, tmp_path / "alone")
-    assert_only_the_chief_wrote(out, answers)
-    another = dataclasses.replace(config, seed=1)
-    with pytest.raises(AssertionError):
-        assert_equals_one_device(out, answers, another, tmp_path / "another")
-
-
-@pytest.mark.slow
-def test_two_workers_go_on_where_they_were_interrupted(config, tmp_path):
-    out = tmp_path / "shared" / "run"
-    for answer in run_workers(out, config, stop=5):
-        assert answer["error"].startswith("KeyboardInterrupt")
-    names = sorted(os.listdir(out / "checkpoints"))
-    assert names == ["step-00000002", "step-00000004"]
-    answers = run_workers(out, None)
-    assert_equals_one_device(out, answers, config, tmp_path / "alone")
+    for chief, worker in (interrupted, resumed):
+        assert chief["touched"]
+        assert worker["touched"] == []
+        assert any(f".{chief['pid']}." in name for name in events)
+        assert not any(f".{worker['pid']}." in name for name in events)
 
 
 def test_when_the_chief_cannot_start_no_worker_waits_for_it(config, tmp_path):
