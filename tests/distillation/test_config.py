@@ -24,20 +24,10 @@ def test_sizes_that_were_not_given_are_the_teachers():
     assert config.student_sizes() == {"num_layers": 2, "num_heads": 4}
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"alpha": 2.0}, "`alpha`"),
-        ({"temperature": 0.0}, "`temperature`"),
-        ({"temperature": float("inf")}, "`temperature`"),
-        ({"layers": "last"}, "`layers`"),
-        ({"knowledge": "k", "on_policy_fraction": 0.5}, "Leave out one"),
-        ({"knowledge": "k", "written_tokens": 5}, "Leave out one"),
-    ],
-)
-def test_values_out_of_range_are_refused(fields, message):
-    with pytest.raises(InputError, match=message):
-        DistillationConfig(**fields)
+@pytest.mark.parametrize("fields", [{"on_policy_fraction": 0.5}, {"written_tokens": 5}])
+def test_stored_knowledge_is_of_no_text_that_is_written_meanwhile(fields):
+    with pytest.raises(InputError, match="Leave out one"):
+        DistillationConfig(knowledge="k", **fields)
 
 
 def test_unknown_fields_are_refused():

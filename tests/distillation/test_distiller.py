@@ -2,15 +2,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras as keras
+from scipy.special import log_softmax
 
-from gpt_tf import Distiller, make_student
+from gpt_tf import Distiller, GPTModel, make_student
 from gpt_tf.distillation import losses
 from gpt_tf.distillation.distiller import outputs_of
 from gpt_tf.distillation.generated_text import continued
 from gpt_tf.errors import InputError, InputTypeError
 from gpt_tf.models.optimizer import AdamW
-from gpt_tf.parallel import data as strategies
 from gpt_tf.quantization.qat import activation_ranges, quantize_aware, to_float
+
+# Tests of few steps, which run as they are; those that ask for `traced` run as for
+# users.
+pytestmark = pytest.mark.usefixtures("eagerly")
 
 METRICS = {
     "loss",
@@ -23,15 +27,25 @@ METRICS = {
 }
 
 
-@pytest.fixture
-def pair(make_model):
-    """A teacher that has opinions, and a smaller student."""
-    teacher = make_model(seed=1)
+@pytest.fixture(scope="module")
+def built():
+    """A teacher that has opinions, a smaller student, and the weights of both."""
+    keras.utils.set_random_seed(1)
+    teacher = GPTModel(31, 12, num_layers=2, num_heads=3, context_length=16)
     generator = np.random.default_rng(2)
     teacher.set_weights(
         [w + generator.normal(0, 0.2, w.shape) for w in teacher.get_weights()]
     )
-    return teacher, make_model(seed=5, num_layers=1, embedding_dim=8, num_heads=2)
+    student = GPTModel(31, 8, num_layers=1, num_heads=2, context_length=16)
+    return [(model, model.get_weights()) for model in (teacher, student)]
+
+
+@pytest.fixture
+def pair(built):
+    """The same two for every test, which may change their weights."""
+    for model, weights in built:
+        model.set_weights(weights)
+    return tuple(model for model, _ in built)
 
 
 def distiller_of(pair, **options):
@@ -42,17 +56,15 @@ def distiller_of(pair, **options):
     return distiller
 
 
-def log_softmax(x):
-    x = np.asarray(x, np.float64)
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+def log_probabilities(model, x):
+    return log_softmax(model(x).numpy().astype(float), axis=-1)
 
 
 def stated_loss(teacher, student, x, y, weights, alpha, temperature):
     """The loss in NumPy, from both models' logits."""
-    ours, theirs = (model.predict(x, verbose=0) for model in (student, teacher))
-    hard = -np.take_along_axis(log_softmax(ours), y[..., None], -1)[..., 0]
-    p, q = log_softmax(theirs / temperature), log_softmax(ours / temperature)
+    ours, theirs = log_probabilities(student, x), log_probabilities(teacher, x)
+    hard = -np.take_along_axis(ours, y[..., None], -1)[..., 0]
+    p, q = (log_softmax(logs / temperature, axis=-1) for logs in (theirs, ours))
     soft = temperature**2 * (np.exp(p) * (p - q)).sum(-1)
     both = alpha * hard + (1 - alpha) * soft
     return (both * weights).mean()
@@ -61,23 +73,17 @@ def stated_loss(teacher, student, x, y, weights, alpha, temperature):
 # What is trained
 
 
-def test_fit_moves_student_and_not_teacher(pair, windows_of):
-    before = [model.get_weights() for model in pair]
-    distiller = distiller_of(pair)
-    distiller.fit(*windows_of(8, 16), batch_size=4, epochs=2, verbose=0)
-    for model, weights, moves in zip(pair, before, (False, True), strict=True):
-        same = map(np.array_equal, model.get_weights(), weights)
-        assert all(same) is not moves
-
-
-def test_the_student_comes_nearer_to_the_teacher(pair, windows_of):
+def test_the_student_comes_nearer_to_the_teacher_which_stays(pair, windows_of, traced):
     x, y = windows_of(16, 16)
+    weights = pair[0].get_weights()
     distiller = distiller_of(pair, alpha=0.0)
     before = distiller.evaluate(x, y, verbose=0, return_dict=True)
     distiller.fit(x, y, batch_size=8, epochs=15, verbose=0)
     after = distiller.evaluate(x, y, verbose=0, return_dict=True)
     assert after["kl_divergence"] < 0.8 * before["kl_divergence"]
     assert after["teacher_agreement"] > before["teacher_agreement"]
+    for old, new in zip(weights, pair[0].get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +95,10 @@ def test_the_student_comes_nearer_to_the_teacher(pair, windows_of):
     ],
 )
 def test_the_loss_is_what_the_formula_says(
-    pair, windows_of, alpha, temperature, jit_compile
+    pair, windows_of, request, alpha, temperature, jit_compile
 ):
+    if jit_compile:
+        request.getfixturevalue("traced")
     x, y = windows_of(4, 16)
     weights = np.random.default_rng(3).uniform(0, 2, y.shape).astype("float32")
     weights[:, 12:] = 0
@@ -121,68 +129,81 @@ def test_padding_has_no_influence_on_the_student(pair, windows_of):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def trained_on(replicas, make_model, data, quantized=False, **options):
-    strategies._use_fresh_collective_keys()
-    devices = [f"CPU:{index}" for index in range(replicas)]
-    strategy = tf.distribute.MirroredStrategy(devices)
+def trained_on(strategy, make_model, data, quantized=False, **options):
     with strategy.scope():
-        teacher = make_model(seed=1)
-        student = make_model(seed=5, num_layers=1)
-        if quantized:
-            student = quantize_aware(student)
-        distiller = distiller_of((teacher, student), **options)
+        teacher = make_model(seed=1, num_layers=1)
+    # As after `train`, whose strategy's scope is closed by then.
+    student = make_student(teacher, embedding_dim=9)
+    if quantized:
+        student = quantize_aware(student)
+    distiller = distiller_of((teacher, student), **options)
+    for model in (student, distiller):
+        assert model.distribute_strategy is strategy
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(8)
-    distiller.fit(dataset, epochs=3, verbose=0)
+    distiller.fit(dataset, epochs=2, verbose=0)
     return student
 
 
-REPLICAS = pytest.mark.parametrize(
-    ("counts", "jit_compile"),
-    [((1, 2), False), pytest.param((1, 2, 4), "auto", marks=pytest.mark.slow)],
+def mirrored(replicas):
+    devices = [f"CPU:{index}" for index in range(replicas)]
+    return tf.distribute.MirroredStrategy(devices)
+
+
+def one_device():
+    return tf.distribute.OneDeviceStrategy("CPU:0")
+
+
+@pytest.mark.parametrize(
+    ("replicas", "jit_compile"),
+    [(2, False), pytest.param(4, "auto", marks=pytest.mark.slow)],
 )
-
-
-@REPLICAS
-def test_replicas_give_the_same_student(make_model, windows_of, counts, jit_compile):
+def test_replicas_give_the_student_of_one_device(
+    make_model, windows_of, request, replicas, jit_compile
+):
     x, y = windows_of(16, 16)
     weights = np.random.default_rng(3).uniform(0, 2, y.shape).astype("float32")
-    students = [
-        trained_on(
-            replicas, make_model, (x, y, weights), jit_compile=jit_compile
-        ).get_weights()
-        for replicas in counts
-    ]
-    for other in students[1:]:
-        for one, two in zip(students[0], other, strict=True):
-            np.testing.assert_allclose(one, two, atol=1e-4)
-    moved = np.abs(students[0][0] - make_model(seed=5, num_layers=1).get_weights()[0])
+    one = trained_on(one_device(), make_model, (x, y, weights))
+    request.getfixturevalue("traced")
+    many = trained_on(
+        mirrored(replicas), make_model, (x, y, weights), jit_compile=jit_compile
+    )
+    for a, b in zip(one.get_weights(), many.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    begun = make_student(make_model(seed=1, num_layers=1), embedding_dim=9)
+    moved = np.abs(one.get_weights()[0] - begun.get_weights()[0])
     assert moved.max() > 1e-2
 
 
-@REPLICAS
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param("auto", marks=pytest.mark.slow)]
+)
 def test_a_quantisation_aware_student_learns_and_its_ranges_do_not_depend_on_replicas(
-    make_model, windows_of, counts, jit_compile
+    make_model, windows_of, request, jit_compile
 ):
+    if jit_compile:
+        request.getfixturevalue("traced")
     options = {"quantized": True, "jit_compile": jit_compile}
-    students = [
-        trained_on(replicas, make_model, windows_of(16, 16), **options)
-        for replicas in counts[:2]
-    ]
-    ranges = [activation_ranges(student) for student in students]
-    for name, (low, high) in ranges[0].items():
+    strategy = mirrored(2)
+    one, two = (
+        trained_on(strategy, make_model, windows_of(8, 16), **options)
+        for strategy in (one_device(), strategy)
+    )
+    ranges = activation_ranges(two)
+    for name, (low, high) in activation_ranges(one).items():
         assert low < high
-        np.testing.assert_allclose(ranges[1][name], (low, high), atol=1e-4)
-    for one, two in zip(*(s.get_weights() for s in students), strict=True):
-        np.testing.assert_allclose(one, two, atol=1e-4)
+        np.testing.assert_allclose(ranges[name], (low, high), atol=1e-4)
+    for a, b in zip(one.get_weights(), two.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert to_float(two).distribute_strategy is strategy
 
 
 def test_parts_of_a_batch_give_the_same_student(pair, windows_of):
-    data = windows_of(8, 16)
+    data = windows_of(4, 16)
     start, found = pair[1].get_weights(), []
     for parts in (1, 4):
         pair[1].set_weights(start)
         distiller = distiller_of(pair, gradient_accumulation_steps=parts)
-        distiller.fit(*data, batch_size=8, epochs=3, verbose=0)
+        distiller.fit(*data, batch_size=4, epochs=2, verbose=0)
         found.append(pair[1].get_weights())
     for one, two in zip(*found, strict=True):
         np.testing.assert_allclose(one, two, atol=1e-4)
@@ -191,7 +212,7 @@ def test_parts_of_a_batch_give_the_same_student(pair, windows_of):
 def test_it_trains_in_mixed_precision(make_model, windows_of):
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:
-        pair = make_model(seed=1), make_model(seed=5, num_layers=1)
+        pair = [make_model(seed=seed, num_layers=1) for seed in (1, 5)]
         found = distiller_of(pair).fit(*windows_of(8, 16), epochs=2, verbose=0)
     finally:
         keras.mixed_precision.set_global_policy("float32")
@@ -199,33 +220,22 @@ def test_it_trains_in_mixed_precision(make_model, windows_of):
     assert {weight.dtype.name for weight in pair[1].weights} == {"float32"}
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in (
-                *("reverse_kl", "jensen_shannon", "total_variation"),
-                *("skewed_kl", "skewed_reverse_kl"),
-            )
-        ),
-        "universal_logit",
-        [("forward_kl", 1.0), ("hidden_states", 0.5), ("attention_transfer", 0.5)],
-        keras.losses.KLDivergence(),
-    ],
-)
-def test_every_loss_trains(pair, windows_of, loss):
+@pytest.mark.parametrize("loss", ["universal_logit", keras.losses.KLDivergence()])
+def test_losses_of_other_kinds_train(pair, windows_of, loss):
     distiller = distiller_of(pair, distillation_loss=loss, alpha=0.0)
-    found = distiller.fit(*windows_of(8, 16), batch_size=8, epochs=8, verbose=0)
+    found = distiller.fit(*windows_of(8, 16), batch_size=8, epochs=4, verbose=0)
     assert found.history["loss"][-1] < found.history["loss"][0]
 
 
 def test_projections_are_trained_with_the_student(pair, windows_of):
-    loss = losses.HiddenStates()
-    distiller = distiller_of(pair, distillation_loss=loss)
+    loss = losses.get(
+        [("forward_kl", 1.0), ("hidden_states", 0.5), ("attention_transfer", 0.5)]
+    )
+    distiller = distiller_of(pair, distillation_loss=loss, alpha=0.0)
     before = [weight.numpy() for weight in loss.trainable_weights]
     assert before
-    distiller.fit(*windows_of(8, 16), verbose=0)
+    found = distiller.fit(*windows_of(8, 16), batch_size=8, epochs=4, verbose=0)
+    assert found.history["loss"][-1] < found.history["loss"][0]
     for old, new in zip(before, loss.trainable_weights, strict=True):
         assert not np.array_equal(old, new.numpy())
 
@@ -240,22 +250,22 @@ def test_user_metrics_and_predict_see_the_students_logits(pair, windows_of):
     found = distiller.evaluate(x, y, verbose=0, return_dict=True)
     assert found["own"] == pytest.approx(found["token_accuracy"])
     logits = distiller.predict(x, verbose=0)
-    np.testing.assert_allclose(logits, pair[1].predict(x, verbose=0), atol=1e-6)
+    np.testing.assert_allclose(logits, pair[1](x), atol=1e-6)
 
 
 def test_a_saved_distiller_goes_on_as_if_nothing_had_happened(
     pair, windows_of, tmp_path
 ):
     data = windows_of(8, 16)
-    options = {"batch_size": 8, "shuffle": False, "verbose": 0}
+    options = {"shuffle": False, "verbose": 0}
     loss = [("forward_kl", 1.0), ("hidden_states", 0.5)]
     distiller = distiller_of(pair, distillation_loss=loss, alpha=0.3, temperature=2.0)
-    distiller.fit(*data, epochs=2, **options)
+    distiller.fit(*data, **options)
     distiller.save(tmp_path / "distiller.keras")
     loaded = keras.models.load_model(tmp_path / "distiller.keras")
     assert loaded.temperature == 2.0
     for model in (distiller, loaded):
-        model.fit(*data, epochs=2, **options)
+        model.fit(*data, **options)
     for one, two in zip(distiller.weights, loaded.weights, strict=True):
         np.testing.assert_array_equal(one.numpy(), two.numpy())
 
@@ -265,7 +275,7 @@ def test_a_saved_distiller_goes_on_as_if_nothing_had_happened(
 
 def stored(teacher, x, k):
     """Token ids with the teacher's k largest probabilities beside them."""
-    log_probs = log_softmax(teacher.predict(x, verbose=0))
+    log_probs = log_probabilities(teacher, x)
     ids = np.argsort(-log_probs, axis=-1)[..., :k]
     largest = np.take_along_axis(log_probs, ids, -1)
     rest = np.log(np.maximum(1 - np.exp(largest).sum(-1, keepdims=True), 1e-30))
@@ -299,14 +309,14 @@ def test_sorted_knowledge_is_for_losses_across_vocabularies(pair, windows_of):
     live = distiller_of(pair, **options).evaluate(x, y, verbose=0, return_dict=True)
     assert found["loss"] == pytest.approx(live["loss"], rel=1e-4)
     assert found["kl_divergence"] == 0 < live["kl_divergence"]
-    with pytest.raises(Exception, match=r"InputError: .* sorted ones"):
+    with pytest.raises(InputError, match="sorted ones"):
         distiller_of((None, pair[1])).evaluate(inputs, y, verbose=0)
 
 
 def test_a_student_learns_without_the_teacher_in_memory(pair, windows_of):
     x, y = windows_of(8, 16)
     distiller = distiller_of((None, pair[1]), alpha=0.0)
-    found = distiller.fit(stored(pair[0], x, 31), y, epochs=8, verbose=0)
+    found = distiller.fit(stored(pair[0], x, 31), y, epochs=4, verbose=0)
     assert found.history["loss"][-1] < found.history["loss"][0]
     # Validation without knowledge tells the student's own loss.
     measured = distiller.evaluate(x, y, verbose=0, return_dict=True)
@@ -325,22 +335,22 @@ def test_a_distiller_with_neither_teacher_nor_knowledge_says_so(pair, windows_of
 # What the student writes
 
 
-def test_the_student_writes_what_generate_would(make_model):
-    student = make_model(seed=5)
-    # So sure of itself that sampling and taking the likeliest are the same.
-    weights = student.get_weights()
-    student.set_weights([w * 4000 if w.shape == (31, 12) else w for w in weights])
-    prompts = np.array([[3, 1, 4], [1, 5, 9]], "int32")
-    text = tf.function(
-        lambda prompts: continued(student, prompts, 12, tf.constant([1, 2])),
-        jit_compile=False,
-    )(tf.constant(prompts)).numpy()
-    import gpt_tf
+def make_sure(*students):
+    """Make sampling and taking the most likely token the same."""
+    for student in students:
+        table = student.get_layer("embedding").token_table
+        table.assign(table * 4000)
 
-    for row, prompt in zip(text, prompts.tolist(), strict=True):
-        assert row[:3].tolist() == prompt
-        wanted = gpt_tf.generate(student, prompt, max_new_tokens=9, temperature=0)
-        assert row[3:].tolist() == wanted
+
+def test_the_student_writes_what_it_finds_most_likely(pair, traced):
+    student = pair[1]
+    make_sure(student)
+    prompts = tf.constant([[3, 1, 4], [1, 5, 9]])
+    write = tf.function(continued, jit_compile=False)
+    text = write(student, prompts, 12, tf.constant([1, 2])).numpy()
+    np.testing.assert_array_equal(text[:, :3], prompts)
+    top_1 = student(text).numpy().argmax(-1)
+    np.testing.assert_array_equal(text[:, 3:], top_1[:, 2:-1])
 
 
 @pytest.mark.parametrize(
@@ -349,28 +359,24 @@ def test_the_student_writes_what_generate_would(make_model):
 def test_a_student_of_16_bits_writes_by_the_same_probabilities(make_model, policy):
     keras.mixed_precision.set_global_policy(policy)
     try:
-        student = make_model(seed=5)
-        distiller = distiller_of((make_model(seed=1), student), on_policy_fraction=1.0)
+        teacher, student = (make_model(seed=seed, num_layers=1) for seed in (1, 5))
+        distiller = distiller_of((teacher, student), on_policy_fraction=1.0)
         losses_of = distiller.fit(np.ones((4, 8)), np.ones((4, 8)), verbose=0).history
     finally:
         keras.mixed_precision.set_global_policy("float32")
     assert np.isfinite(losses_of["loss"]).all()
-    weights = student.get_weights()
-    wide = make_model(seed=5)
-    for model in (student, wide):
-        model.set_weights([w * 4000 if w.shape == (31, 12) else w for w in weights])
-    prompts = tf.constant([[3, 1, 4], [1, 5, 9]])
-    found = continued(student, prompts, 12, tf.constant([1, 2]))
-    np.testing.assert_array_equal(
-        found, continued(wide, prompts, 12, tf.constant([1, 2]))
-    )
+    wide = make_model(seed=5, num_layers=1)
+    wide.set_weights(student.get_weights())
+    make_sure(student, wide)
+    prompts, seed = tf.constant([[3, 1, 4], [1, 5, 9]]), tf.constant([1, 2])
+    found = continued(student, prompts, 12, seed)
+    np.testing.assert_array_equal(found, continued(wide, prompts, 12, seed))
 
 
-def test_a_seed_decides_what_is_written(make_model):
-    student = make_model(seed=5)
+def test_a_seed_decides_what_is_written(pair):
     prompts = tf.constant([[3, 1, 4]] * 4)
     texts = [
-        continued(student, prompts, 16, tf.constant(seed))
+        continued(pair[1], prompts, 8, tf.constant(seed))
         for seed in ([1, 2], [1, 2], [1, 3])
     ]
     np.testing.assert_array_equal(texts[0], texts[1])
@@ -379,34 +385,24 @@ def test_a_seed_decides_what_is_written(make_model):
 
 
 def test_samples_follow_the_students_distribution(make_model):
-    student = make_model(seed=5, vocab_size=5)
-    weights = student.get_weights()
-    student.set_weights([w * 20 if w.shape == (5, 12) else w for w in weights])
+    student = make_model(seed=5, vocab_size=5, num_layers=1)
+    table = student.get_layer("embedding").token_table
+    table.assign(table * 20)
     prompts = tf.ones([4000, 1], tf.int32)
     found = continued(student, prompts, 2, tf.constant([4, 4])).numpy()[:, 1]
-    wanted = np.exp(log_softmax(student.predict(np.ones((1, 1), "int32"), verbose=0)))
+    wanted = np.exp(log_probabilities(student, np.ones((1, 1), "int32")))
     shares = np.bincount(found, minlength=5) / 4000
     np.testing.assert_allclose(shares, wanted[0, 0], atol=0.03)
 
 
-def test_on_policy_steps_learn_from_the_teacher_alone(pair, windows_of):
-    distiller = distiller_of(pair, on_policy_fraction=1.0, alpha=0.5)
-    found = distiller.fit(*windows_of(8, 16), batch_size=8, epochs=6, verbose=0)
-    assert found.history["student_loss"] == [0.0] * 6  # no label was looked at
-    assert (
-        found.history["distillation_loss"][-1] < found.history["distillation_loss"][0]
-    )
-
-
-def test_a_share_of_the_steps_is_on_policy(pair, windows_of):
-    x, y = windows_of(64, 16)
-    distiller = distiller_of(pair, on_policy_fraction=0.5, alpha=1.0)
-    found = [
-        distiller.train_on_batch(x[i : i + 2], y[i : i + 2], return_dict=True)["loss"]
-        for i in range(0, 64, 2)
-    ]
-    without_labels = sum(loss == 0.0 for loss in found)
-    assert 6 < without_labels < 26
+def test_a_share_of_the_steps_learns_from_the_teacher_alone(pair, windows_of, traced):
+    x, y = windows_of(4, 16)
+    distiller = distiller_of(pair, on_policy_fraction=0.5, alpha=0.5)
+    found = [distiller.train_on_batch(x, y, return_dict=True) for _ in range(32)]
+    # In these, no label was looked at.
+    told = [s["distillation_loss"] for s in found if s["student_loss"] == 0.0]
+    assert 6 < len(told) < 26
+    assert told[-1] < told[0]
 
 
 # Observation
@@ -440,8 +436,8 @@ def test_attention_that_is_quantised_cannot_be_seen(pair, windows_of):
         (lambda big, small, make: (small, big), "swapped"),
         (
             lambda big, small, make: (
-                make(embedding_dim=24),
-                make(context_length=32),
+                big,
+                make(num_layers=1, embedding_dim=6, context_length=32),
             ),
             "16 and 32 positions",
         ),
@@ -457,7 +453,7 @@ def test_pairs_that_do_not_fit_are_refused(pair, make_model, models, message):
 
 def test_models_under_different_strategies_are_refused(pair, make_model):
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-        student = make_model(num_layers=1)
+        student = make_model(num_layers=1, embedding_dim=6)
     with pytest.raises(InputError, match="scope"):
         Distiller(teacher=pair[0], student=student)
 
@@ -473,42 +469,10 @@ def test_objects_of_keras_3_are_refused_with_the_repair(pair):
         Distiller(teacher=network, student=pair[1])
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: tf.distribute.OneDeviceStrategy("/cpu:0"),
-        lambda: tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"]),
-    ],
-)
-def test_what_is_made_of_a_model_is_built_beside_it(make_model, windows_of, make):
-    """As after `train`, whose model belongs to a strategy that is closed by then."""
-    strategies._use_fresh_collective_keys()
-    strategy = make()
-    with strategy.scope():
-        teacher = make_model(seed=1)
-    student = quantize_aware(make_student(teacher, num_layers=1))
-    distiller = Distiller(teacher=teacher, student=student)
-    for model in (student, to_float(student), distiller):
-        assert model.distribute_strategy is strategy
-    distiller.compile(jit_compile=False)
-    history = distiller.fit(*windows_of(4, 16), batch_size=4, verbose=0)
-    assert np.isfinite(history.history["loss"]).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"alpha": 1.5}, "`alpha` expects a number from 0 to 1"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"on_policy_fraction": -0.1}, "`on_policy_fraction`"),
-        ({"loss": "mse"}, "`loss`"),
-        ({"loss_weights": 2.0}, "`loss_weights`"),
-        ({"distillation_loss": "no_such_loss"}, "no_such_loss"),
-    ],
-)
-def test_options_out_of_their_range_are_refused(pair, options, message):
-    with pytest.raises(InputError, match=message):
-        distiller_of(pair, **options)
+@pytest.mark.parametrize("name", ["loss", "loss_weights"])
+def test_a_loss_that_could_be_either_is_refused(pair, name):
+    with pytest.raises(InputError, match=f"`{name}`"):
+        distiller_of(pair, **{name: "mse"})
 
 
 def test_callbacks_and_checkpoints_of_keras_work(pair, windows_of, tmp_path):

@@ -8,10 +8,10 @@ import tensorflow as tf
 import tf_keras as keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 
 from gpt_tf.distillation import losses
 from gpt_tf.distillation.losses import Outputs
-from gpt_tf.distillation.student import make_student
 from gpt_tf.errors import InputError, InputTypeError
 
 TEACHER = {"vocab_size": 7, "embedding_dim": 6, "num_layers": 4}
@@ -22,13 +22,11 @@ STUDENT = {"vocab_size": 7, "embedding_dim": 4, "num_layers": 2}
 
 
 def softmax(x, temperature=1.0):
-    x = np.asarray(x, np.float64) / temperature
-    x = np.exp(x - x.max(-1, keepdims=True))
-    return x / x.sum(-1, keepdims=True)
+    return special.softmax(np.asarray(x, np.float64) / temperature, axis=-1)
 
 
 def kl(p, q):
-    return np.where(p > 0, p * np.log(np.where(p > 0, p / q, 1)), 0).sum(-1)
+    return special.rel_entr(p, q).sum(-1)
 
 
 def stated_forward_kl(a, b, t):
@@ -110,13 +108,16 @@ def test_the_formula_would_notice_another_temperature(loss):
 
 @EVERY
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_gradient_is_that_of_finite_differences(loss, temperature):
+def test_the_gradient_is_that_of_finite_differences_and_the_students_alone(
+    loss, temperature
+):
     teacher, student = pair_of(2)
-    logits = tf.constant(student, tf.float32)
+    logits = [tf.constant(x, tf.float32) for x in (teacher, student)]
     with tf.GradientTape() as tape:
         tape.watch(logits)
-        value = tf.reduce_sum(loss(teacher, logits, temperature))
-    found = tape.gradient(value, logits).numpy()
+        value = tf.reduce_sum(loss(*logits, temperature))
+    of_teacher, found = tape.gradient(value, logits)
+    assert of_teacher is None
     wanted = np.zeros_like(student)
     for place in np.ndindex(student.shape):
         step = np.zeros_like(student)
@@ -128,15 +129,6 @@ def test_the_gradient_is_that_of_finite_differences(loss, temperature):
         wanted[place] = (high - low) / 2e-5
     np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-4)
     assert np.abs(found).max() > 1e-2
-
-
-@EVERY
-def test_the_teacher_gets_no_gradient(loss):
-    teacher, student = (tf.constant(x) for x in pair_of(3))
-    with tf.GradientTape() as tape:
-        tape.watch(teacher)
-        value = tf.reduce_sum(loss(teacher, student))
-    assert tape.gradient(value, teacher) is None
 
 
 @EVERY
@@ -153,14 +145,9 @@ def test_equal_logits_have_no_distance_and_a_gradient_of_nothing(loss):
 
 
 @EVERY
-def test_equal_logits_of_many_tokens_have_no_distance_when_softened(loss):
+def test_the_distance_of_many_softened_tokens_is_that_of_their_logits(loss):
     logits = tf.constant(pair_of(10, rows=3, width=20_000, size=3.0)[0], tf.float32)
     np.testing.assert_allclose(loss(logits, logits, 20.0), 0, atol=5e-5)
-
-
-@EVERY
-def test_almost_equal_logits_have_a_distance_when_softened(loss):
-    logits = tf.constant(pair_of(10, rows=3, width=20_000, size=3.0)[0], tf.float32)
     assert loss(logits, 1.1 * logits, 20.0).numpy().min() > 5e-4
 
 
@@ -188,19 +175,6 @@ def test_half_precision_is_computed_in_float32(loss):
     assert found.dtype == tf.float32
     wanted = STATED[loss](teacher.numpy(), student.numpy(), 1.0)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
-
-
-@EVERY
-def test_the_gradient_keeps_its_size_as_the_temperature_grows(loss):
-    teacher, student = (tf.constant(x, tf.float32) for x in pair_of(7, size=1.0))
-
-    def norm(temperature):
-        with tf.GradientTape() as tape:
-            tape.watch(student)
-            value = loss(teacher, student, temperature)
-        return float(tf.norm(tape.gradient(value, student)))
-
-    assert 0.3 < norm(20.0) / norm(1.0) < 3.0
 
 
 def test_sorted_probabilities_do_not_ask_for_their_tokens():
@@ -318,30 +292,26 @@ def test_projections_belong_to_one_pair():
     [
         (6, 3, [0, 3, 5]),
         (1, 1, [0]),
-        (3, 3, [0, 1, 2]),
-        pytest.param(12, 5, [0, 3, 6, 8, 11], marks=pytest.mark.slow),
+        (3, 2, [0, 2]),
+        (12, 5, [0, 3, 6, 8, 11]),
     ],
 )
-def test_attention_is_compared_in_the_blocks_that_a_student_takes(
-    make_model, total, count, taken
-):
-    teacher = make_model(num_layers=total)
-    for index in range(total):
-        teacher.get_layer(f"block_{index}").up_bias.assign(np.full(48, index))
-    student = make_student(teacher, num_layers=count)
-    copied = [
-        int(student.get_layer(f"block_{index}").up_bias[0]) for index in range(count)
-    ]
-    attention = losses.AttentionTransfer()
-    attention.build_for(teacher.get_config(), student.get_config())
-    assert attention.pairs == [*enumerate(copied)] == [*enumerate(taken)]
+def test_layers_are_evenly_spaced(total, count, taken):
+    attention, states = losses.AttentionTransfer(), losses.HiddenStates()
+    attention.build_for(
+        {**TEACHER, "num_layers": total}, {**STUDENT, "num_layers": count}
+    )
+    assert attention.pairs == [*enumerate(taken)]
+    # Hidden states are one more: there is the embedding, too.
+    states.build_for(
+        {**TEACHER, "num_layers": total - 1}, {**STUDENT, "num_layers": count - 1}
+    )
+    assert states.pairs == [*enumerate(taken)]
 
 
-def test_hidden_states_are_spaced_by_the_same_rule():
+def test_projections_between_equal_widths_begin_as_the_identity():
     states = losses.HiddenStates()
-    states.build_for({**TEACHER, "num_layers": 5}, {**STUDENT, "embedding_dim": 6})
-    assert states.pairs == [*enumerate(losses.evenly_spaced(6, 3))]
-    assert states.pairs == [(0, 0), (1, 3), (2, 5)]
+    states.build_for(TEACHER, {**STUDENT, "embedding_dim": 6})
     np.testing.assert_array_equal(states.trainable_weights[0], np.eye(6))
 
 
@@ -396,7 +366,15 @@ def test_a_saved_loss_is_the_same_loss(loss):
 @pytest.mark.parametrize(
     ("loss", "function", "options"),
     [
-        ("forward_kl", losses.forward_kl, {}),
+        (None, losses.forward_kl, {}),
+        *(
+            (name, getattr(losses, name), {})
+            for name in (
+                *("forward_kl", "reverse_kl", "jensen_shannon", "total_variation"),
+                *("skewed_kl", "skewed_reverse_kl"),
+            )
+        ),
+        ("universal_logit", losses.universal_logit_distance, {}),
         (losses.JensenShannon(0.3), losses.jensen_shannon, {"weight": 0.3}),
         (losses.SkewedKL(0.2), losses.skewed_kl, {"skew": 0.2}),
         (losses.SkewedReverseKL(0.2), losses.skewed_reverse_kl, {"skew": 0.2}),

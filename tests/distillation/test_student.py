@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import tensorflow as tf
 import tf_keras as keras
 
 from gpt_tf import GPTModel
@@ -10,14 +11,15 @@ from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.next_token import NextTokenLoss
 from gpt_tf.quantization.qat import quantize_aware
 
-ARTICLE = {"embedding_dim": 256, "num_layers": 4, "num_heads": 6, "vocab_size": 5000}
+# The session's trained model comes first, so that its training is not run eagerly.
+pytestmark = pytest.mark.usefixtures("trained", "eagerly")
 
 
 @pytest.fixture(scope="module")
 def built():
     """A GPT and weights of which every one matters."""
     keras.utils.set_random_seed(3)
-    model = GPTModel(31, 12, num_layers=4, num_heads=3, context_length=16)
+    model = GPTModel(31, 12, num_layers=3, num_heads=3, context_length=16)
     generator = np.random.default_rng(2)
     return model, [w + generator.normal(0, 0.3, w.shape) for w in model.get_weights()]
 
@@ -43,7 +45,7 @@ def loss_of(model, inputs, labels):
 # The whole, and parts that do nothing
 
 
-@pytest.mark.parametrize("layers", ["evenly", "first", "importance"])
+@pytest.mark.parametrize("layers", ["evenly", "importance"])
 def test_a_student_of_all_is_the_teacher(teacher, ids, layers):
     student = make_student(teacher, layers=layers, inputs=ids)
     np.testing.assert_array_equal(student(ids), teacher(ids))
@@ -52,7 +54,7 @@ def test_a_student_of_all_is_the_teacher(teacher, ids, layers):
     assert np.abs(student(ids) - teacher(ids)).max() > 1e-4
 
 
-def test_dimensions_of_a_head_that_do_nothing_may_go(teacher, ids):
+def test_dimensions_of_a_head_that_do_nothing_may_go(teacher, ids, traced):
     for block in parts_of(teacher).blocks:
         qkv = block.qkv_kernel.numpy().reshape(12, 3, 3, 4)
         bias = block.qkv_bias.numpy().reshape(3, 3, 4)
@@ -65,7 +67,7 @@ def test_dimensions_of_a_head_that_do_nothing_may_go(teacher, ids):
         block.qkv_bias.assign(bias.reshape(36))
         block.output_kernel.assign(output.reshape(12, 12))
     # 3 heads of width 3 in a model of width 11: one channel goes too.
-    student = make_student(teacher, embedding_dim=11, inputs=ids)
+    student = make_student(teacher, num_layers=1, embedding_dim=11, inputs=ids)
     whole = parts_of(teacher).blocks[0]
     ours = parts_of(student).blocks[0]
     assert ours.head_dim == 3
@@ -89,7 +91,7 @@ def test_channels_that_only_the_head_reads_stay(teacher, ids, with_inputs):
     for weight in (parts.norm.gamma, parts.norm.beta):
         weight.assign(np.where(np.arange(12) == 5, 0, weight.numpy()))
     inputs = ids if with_inputs else None
-    student = make_student(teacher, embedding_dim=11, inputs=inputs)
+    student = make_student(teacher, num_layers=1, embedding_dim=11, inputs=inputs)
     table = parts.embedding.token_table.numpy()
     np.testing.assert_array_equal(
         parts_of(student).embedding.token_table, np.delete(table, 5, axis=1)
@@ -99,7 +101,7 @@ def test_channels_that_only_the_head_reads_stay(teacher, ids, with_inputs):
 @pytest.fixture
 def teacher_with_gaps(make_model):
     """A GPT in which 3 channels, a head and 16 units are exactly nothing."""
-    model = make_model(num_layers=2, layer_norm_epsilon=1e-12)
+    model = make_model(num_layers=1, layer_norm_epsilon=1e-12)
     generator = np.random.default_rng(7)
     model.set_weights(
         [w + generator.normal(0, 0.3, w.shape) for w in model.get_weights()]
@@ -204,9 +206,7 @@ def test_what_begins_as_nothing_learns(teacher, ids):
 @pytest.mark.parametrize(
     ("layers", "count", "taken"),
     [
-        ("evenly", 2, [0, 3]),
-        ("evenly", 3, [0, 2, 3]),
-        ("evenly", 1, [0]),
+        ("evenly", 2, [0, 2]),
         ("first", 2, [0, 1]),
         ([1, 2], 2, [1, 2]),
     ],
@@ -222,24 +222,33 @@ def test_importance_is_the_growth_of_the_loss(teacher, ids):
     tokens, labels = ids[:, :-1], ids[:, 1:]
     found = layer_importance(teacher, ids)
     whole = loss_of(teacher, tokens, labels)
-    for index, growth in enumerate(found):
-        rest = [i for i in range(4) if i != index]
-        without = make_student(teacher, num_layers=3, layers=rest)
-        loss = loss_of(without, tokens, labels)
-        assert growth == pytest.approx(loss - whole, abs=1e-4)
+    for block, growth in zip(parts_of(teacher).blocks, found, strict=True):
+        # All that a block adds to what passes it by.
+        written = (
+            *(block.output_kernel, block.output_bias),
+            *(block.down_kernel, block.down_bias),
+        )
+        values = [weight.numpy() for weight in written]
+        for weight in written:
+            weight.assign(tf.zeros_like(weight))
+        without = loss_of(teacher, tokens, labels)
+        assert growth == pytest.approx(without - whole, abs=1e-4)
+        for weight, value in zip(written, values, strict=True):
+            weight.assign(value)
 
 
 def test_importance_is_the_same_in_whatever_pieces(teacher, ids, monkeypatch):
     whole = layer_importance(teacher, ids)
-    cut = make_student(teacher, embedding_dim=8, inputs=ids).get_weights()
+    options = {"num_layers": 1, "embedding_dim": 8, "inputs": ids}
+    cut = make_student(teacher, **options).get_weights()
     monkeypatch.setattr(student, "_VALUES_AT_ONCE", 1)
     np.testing.assert_allclose(layer_importance(teacher, ids), whole, atol=1e-5)
-    again = make_student(teacher, embedding_dim=8, inputs=ids).get_weights()
+    again = make_student(teacher, **options).get_weights()
     for one, two in zip(cut, again, strict=True):
         np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2])
 def test_the_most_important_layers_are_taken(teacher, ids, count):
     growth = layer_importance(teacher, ids)
     wanted = np.flatnonzero(growth >= np.sort(growth)[-count])
@@ -254,14 +263,14 @@ def test_the_most_important_layers_are_taken(teacher, ids, count):
 
 def test_fresh_weights_follow_the_seed(teacher):
     students = [
-        make_student(teacher, num_layers=2, init="fresh", seed=seed).get_weights()
+        make_student(teacher, num_layers=1, init="fresh", seed=seed).get_weights()
         for seed in (1, 1, 2)
     ]
     for one, two, other in zip(*students, strict=True):
         np.testing.assert_array_equal(one, two)
         assert one.ndim < 2 or not np.array_equal(one, other)
     down = next(w for w in students[0] if w.shape == (48, 12))
-    assert 0.7 * 0.01 < down.std() < 1.3 * 0.01
+    assert down.std() == pytest.approx(0.02 / 2**0.5, rel=0.3)
 
 
 def test_a_student_does_not_depend_on_the_global_random_state(teacher):
@@ -278,7 +287,7 @@ def test_a_student_does_not_depend_on_the_global_random_state(teacher):
 
 def test_a_smaller_vocabulary_takes_the_rows_of_the_same_tokens(teacher, ids):
     token_ids = np.array([4, 2, -1, 30])
-    student = make_student(teacher, vocab_size=4, token_ids=token_ids)
+    student = make_student(teacher, num_layers=1, vocab_size=4, token_ids=token_ids)
     found = parts_of(student).embedding.token_table.numpy()
     wanted = parts_of(teacher).embedding.token_table.numpy()
     np.testing.assert_array_equal(found[[0, 1, 3]], wanted[[4, 2, 30]])
@@ -288,17 +297,17 @@ def test_a_smaller_vocabulary_takes_the_rows_of_the_same_tokens(teacher, ids):
     np.testing.assert_allclose(logits, teacher(ids), atol=1e-5)
 
 
-def test_the_articles_pair_is_made():
-    teacher = GPTModel(10000, 512, 6, 8, context_length=16)
-    student = make_student(teacher, token_ids=np.arange(5000), **ARTICLE)
-    assert student.get_config()["feedforward_dim"] == 1024
-    assert parts_of(student).blocks[0].head_dim == 42
-    assert student(np.zeros((1, 16), "int32")).shape == (1, 16, 5000)
+def test_a_width_need_not_be_a_multiple_of_the_heads(teacher, ids):
+    """As in the article's pair: 6 heads in a student 256 wide."""
+    student = make_student(teacher, num_layers=1, embedding_dim=11)
+    assert student.get_config()["feedforward_dim"] == 44
+    assert parts_of(student).blocks[0].head_dim == 3
+    assert student(ids).shape == (6, 16, 31)
 
 
 def test_the_student_trains_and_the_teacher_stays(teacher, ids, tmp_path):
     before = teacher.get_weights()
-    student = make_student(teacher, num_layers=2, embedding_dim=8, inputs=ids)
+    student = make_student(teacher, num_layers=1, embedding_dim=8, inputs=ids)
     student.compile(jit_compile=False)
     student.fit(ids, ids, verbose=0)
     for one, two in zip(before, teacher.get_weights(), strict=True):
@@ -314,9 +323,6 @@ def test_the_student_trains_and_the_teacher_stays(teacher, ids, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_layers": 5}, "`num_layers` expects .* 4. Received: 5"),
-        ({"num_layers": 0}, "`num_layers` .* Received: 0"),
-        ({"embedding_dim": 16}, "`embedding_dim`"),
         ({"num_heads": 13}, "num_heads"),
         ({"vocab_size": 99}, "`vocab_size`"),
         ({"vocab_size": 20}, "`token_ids`"),
@@ -325,11 +331,8 @@ def test_the_student_trains_and_the_teacher_stays(teacher, ids, tmp_path):
         ({"inputs": [[0] * 17]}, "windows of at most 16"),
         ({"inputs": [[0.5]]}, r"\(N, T\)"),
         ({"layers": "importance", "inputs": [[1]]}, "of one token"),
-        ({"layers": "middle"}, "'middle'"),
-        ({"num_layers": 2, "layers": [0, 4]}, "from 0 to 3. Received: 4"),
         ({"num_layers": 2, "layers": [2, 1]}, "rising"),
         ({"num_layers": 2, "layers": "importance"}, "`inputs`"),
-        ({"init": "random"}, "`init` expects"),
         ({"teacher": "a teacher"}, "expects a GPTModel"),
     ],
 )
@@ -338,6 +341,6 @@ def test_what_cannot_be_cut_is_refused(teacher, options, message):
         make_student(**{"teacher": teacher, **options})
 
 
-def test_only_a_float_gpt_is_cut(teacher):
+def test_only_a_float_gpt_is_cut(make_model):
     with pytest.raises(InputError, match="to_float"):
-        make_student(quantize_aware(teacher))
+        make_student(quantize_aware(make_model(num_layers=1)))

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_softmax, rel_entr, softmax
 
 from gpt_tf.distillation import top_k as records
 from gpt_tf.distillation.top_k import (
@@ -24,14 +25,8 @@ def error_of_codes(probabilities):
     return np.abs(read - surprise) / (np.sqrt(surprise) / 64 + 1 / 16384)
 
 
-def distributions(rows, width, seed=0, sharpness=3.0):
-    logits = np.random.default_rng(seed).normal(0, sharpness, (rows, width))
-    return logits.astype(np.float32), softmax(logits)
-
-
-def softmax(logits):
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+def logits_of(rows, width, seed=0, sharpness=3.0):
+    return np.random.default_rng(seed).normal(0, sharpness, (rows, width))
 
 
 def compiled(mapping, logits):
@@ -63,9 +58,10 @@ def test_probabilities_that_are_no_numbers_are_refused():
         codes_of([0.5, float("nan")])
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 1000), st.floats(0.1, 10.0))
 def test_what_is_read_makes_up_one_and_is_near_what_was_written(seed, sharpness):
-    _, p = distributions(4, 9, seed, sharpness)
+    p = softmax(logits_of(4, 9, seed, sharpness), axis=-1)
     read = np.exp(log_probabilities_of(codes_of(p)).numpy().astype(float))
     np.testing.assert_allclose(read.sum(axis=-1), 1.0, atol=1e-5)
     np.testing.assert_allclose(read, p, rtol=0.15, atol=1e-6)
@@ -84,10 +80,9 @@ def test_a_record_that_knows_nothing_leaves_all_to_the_rest():
 
 
 def test_the_largest_and_the_sum_of_the_others_are_kept():
-    logits, p = distributions(50, 40)
-    ids, codes = records.SameVocabulary(6, 40).records(
-        0, *compiled(records.SameVocabulary(6, 40), logits)
-    )
+    logits, mapping = logits_of(50, 40), records.SameVocabulary(6, 40)
+    ids, codes = mapping.records(0, *compiled(mapping, logits))
+    p = softmax(logits, axis=-1)
     order = np.argsort(-p, axis=-1)
     np.testing.assert_array_equal(ids, order[:, :6])
     sorted_ = np.take_along_axis(p, order, -1)
@@ -100,12 +95,12 @@ def test_the_largest_and_the_sum_of_the_others_are_kept():
 def test_a_small_remainder_is_not_lost_in_rounding():
     logits = np.array([[30.0, 29.0, 10.0, 9.0, 8.0]])
     _, values, rest = compiled(records.SameVocabulary(2, 5), logits)
-    expected = softmax(logits)[0, 2:].sum()
+    expected = softmax(logits, axis=-1)[0, 2:].sum()
     assert rest[0] == pytest.approx(expected, rel=1e-4)
     assert 1 - values.sum() != pytest.approx(expected, rel=0.5)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 6])
+@pytest.mark.parametrize("k", [1, 3, 6])
 def test_equal_probabilities_are_counted_once_each(k):
     logits = np.log([[0.1, 0.3, 0.1, 0.3, 0.1, 0.1]])
     ids, values, rest = compiled(records.SameVocabulary(k, 6), logits)
@@ -135,14 +130,8 @@ SHAPE = (2, 3, 11)
 @pytest.fixture
 def pair():
     generator = np.random.default_rng(4)
-    teacher, student = generator.normal(size=(2, *SHAPE)).astype(np.float32)
-    return log_softmax(teacher * 2), log_softmax(student)
-
-
-def log_softmax(x):
-    x = np.asarray(x, np.float64)
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    teacher, student = generator.normal(size=(2, *SHAPE))
+    return log_softmax(teacher * 2, axis=-1), log_softmax(student, axis=-1)
 
 
 def top_k(log_probs, k):
@@ -152,8 +141,15 @@ def top_k(log_probs, k):
     return ids.astype("int32"), np.concatenate([largest, rest], -1).astype("float32")
 
 
+def tail_of(ids):
+    """Tell which tokens are not among the largest."""
+    tail = np.ones(SHAPE, bool)
+    np.put_along_axis(tail, ids, False, -1)
+    return tail
+
+
 def kl(p, q):
-    return (np.exp(p) * (p - q)).sum(-1)
+    return rel_entr(np.exp(p), np.exp(q)).sum(-1)
 
 
 def test_the_largest_are_as_they_were_and_the_whole_sums_to_one(pair):
@@ -170,18 +166,13 @@ def test_the_loss_is_smaller_by_the_divergence_of_the_tails_exactly(pair):
     teacher, student = pair
     ids, values = top_k(teacher, 4)
     found = logits_from_top_k(ids, values, student.astype("float32")).numpy()
-    tail = np.ones(SHAPE, bool)
-    np.put_along_axis(tail, ids, False, -1)
+    tail = tail_of(ids)
     rest = (np.exp(teacher) * tail).sum(-1)
-    tails = [
-        log_softmax(np.where(tail, values_of, -1e9)) for values_of in (teacher, student)
-    ]
-    left_out = rest * np.where(tail, np.exp(tails[0]) * (tails[0] - tails[1]), 0).sum(
-        -1
-    )
+    tails = [softmax(np.where(tail, log_probs, -1e9), axis=-1) for log_probs in pair]
+    left_out = rest * rel_entr(*tails).sum(-1)
     assert left_out.min() > 1e-4
     np.testing.assert_allclose(
-        kl(log_softmax(found), student), kl(teacher, student) - left_out, atol=1e-5
+        kl(found, student), kl(teacher, student) - left_out, atol=1e-5
     )
 
 
@@ -195,10 +186,8 @@ def test_what_was_left_out_moves_nothing_in_the_tail(pair):
         loss = -tf.reduce_sum(tf.exp(target) * tf.nn.log_softmax(logits))
     slope = tape.gradient(loss, logits).numpy()
     q = np.exp(student)
-    tail = np.ones(SHAPE, bool)
-    np.put_along_axis(tail, ids, False, -1)
     # In proportion to q: the tail as a whole moves, its shape stays.
-    share = np.where(tail, slope / q, np.nan)
+    share = np.where(tail_of(ids), slope / q, np.nan)
     assert (np.nanmax(share, -1) - np.nanmin(share, -1)).max() < 1e-4
 
 
