@@ -54,9 +54,24 @@ def pytest_sessionstart(session):
     tf.config.list_logical_devices()  # TensorFlow runs now, and no test splits it
 
 
+# Files that take longest, the longest first.
+_LONGEST = (
+    "test_notebooks.py",
+    "test_optimization.py",
+    "test_qat.py",
+    "test_cluster.py",
+    "test_start.py",
+    "test_distiller.py",
+    "test_checkpoint.py",
+    "test_loop.py",
+    "test_keras_habits.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Begin with the tutorials, which take longest, so that nothing waits for them."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    """Begin with the files that take longest, so that no process is left with one."""
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def _seed_what_has_no_seed(name):
