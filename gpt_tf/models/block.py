@@ -12,38 +12,51 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from gpt_tf.models import ops
+from gpt_tf.models.sizes import turns_heads
 
 # Tensors that may be quantised, calibrated and observed, in the order of the data.
 ACTIVATIONS = (
     "attention_norm_activation",  # what the QKV product reads
     "qkv_activation",  # what it writes; the cache holds a part of it
+    "query_activation",  # normalised and turned, if a form does that
+    "key_activation",  # likewise; the cache holds these
     "scores_activation",  # scaled, before mask and softmax
     "probabilities_activation",  # after softmax
     "context_activation",  # what the output product reads
     "attended_activation",  # what it writes, before the residual
     "attention_residual_activation",
     "feedforward_norm_activation",  # what the up product reads
-    "up_activation",  # what it writes, before GELU
-    "hidden_activation",  # after GELU, what the down product reads
+    "up_activation",  # what it writes, before GELU or the like
+    "hidden_activation",  # after it, what the down product reads
     "down_activation",  # what it writes, before the residual
     "feedforward_residual_activation",
 )
+_OF_TURNED_HEADS = ("query_activation", "key_activation")
+
+
+def activations_of(form: Mapping) -> tuple[str, ...]:
+    """Return those of `ACTIVATIONS` that a block of a form has."""
+    if turns_heads(form):
+        return ACTIVATIONS
+    return tuple(name for name in ACTIVATIONS if name not in _OF_TURNED_HEADS)
 
 
 class Cache(NamedTuple):
     """Keys and values of earlier positions, and where the new ones go.
 
     Attributes:
-        keys: `(B, H, S, D)`.
-        values: `(B, H, S, D)`.
+        keys: `(B, G, S, D)`.
+        values: `(B, G, S, D)`.
         position: `()` int32, the first cache row that is written.
         mask: bool, broadcastable to `(B, 1, T, S)`: where a position may be seen.
+        positions: `(B, T)` int32, of the tokens in their text; rotary ones need them.
     """
 
     keys: tf.Tensor
     values: tf.Tensor
     position: tf.Tensor
     mask: tf.Tensor
+    positions: tf.Tensor | None = None
 
 
 def transformer_block(
@@ -51,18 +64,20 @@ def transformer_block(
     weights: Mapping[str, tf.Tensor],
     *,
     num_heads: int,
-    norm: Mapping,
+    form: Mapping,
     hooks: Mapping[str, Callable],
     cache: Cache | None = None,
     products: Callable | None = None,
 ):
     """Compute causal self-attention and the feed-forward part, each with a residual.
 
+    GPT-2's block, or what a form makes of it.
+
     Args:
         x: `(B, T, C)`.
         weights: By their names.
         num_heads: `H`.
-        norm: What `gpt_tf.models.sizes.NORM` names.
+        form: What `gpt_tf.models.sizes.NORM` and `BLOCK` name.
         hooks: Functions of a tensor by the name of what they are applied to; a tensor
             without a hook stays as it is. The names are `ACTIVATIONS`, and
             `"attention_dropout"` and `"feedforward_dropout"`, on what is added to the
@@ -73,7 +88,10 @@ def transformer_block(
     Returns:
         `(B, T, C)`, or with a cache a list of it and of the updated keys and values.
 
-    Reference: GPT-2's block, as in Radford et al. (2019), section 2.3.
+    Reference: GPT-2's block, as in Radford et al. (2019), section 2.3. Rotary
+    positions: Su et al., "RoFormer", arXiv:2104.09864; grouped queries: Ainslie et al.,
+    arXiv:2305.13245; SwiGLU: Shazeer, arXiv:2002.05202; the parallel residual: Wang and
+    Komatsuzaki, GPT-J.
     """
 
     def hooked(name, tensor):
@@ -82,16 +100,25 @@ def transformer_block(
     axes = known_shape(x)
     products = (products or Products)(weights, num_heads, axes)
     dense = products.dense
-    x = products.begin(x)  # (B * T, C)
+    x = source = products.begin(x)  # (B * T, C)
 
-    normed = normalize(x, weights, "attention_norm_", norm)
+    normed = normalize(x, weights, "attention_norm_", form)
     qkv = dense("qkv", hooked("attention_norm_activation", normed))
     qkv = hooked("qkv_activation", qkv)
-    query, key, value = products.split_heads(qkv)  # each (B, H, T, D)
+    query, key, value = products.split_heads(qkv)  # (B, H, T, D), twice (B, G, T, D)
+    if form["query_key_norm"]:
+        query = normalize(query, weights, "query_norm_", {**form, "norm": "rms"})
+        key = normalize(key, weights, "key_norm_", {**form, "norm": "rms"})
+    if form["positions"] == "rotary":
+        positions = tf.range(axes[1]) if cache is None else cache.positions
+        turn = ops.rotary(positions, form)
+        query, key = turn(query), turn(key)
+    query = hooked("query_activation", query)
+    key = hooked("key_activation", key)
     if cache is None:
         mask = ops.causal_mask(axes[1])
     else:
-        key = ops.write_rows(cache.keys, key, cache.position)  # (B, H, S, D)
+        key = ops.write_rows(cache.keys, key, cache.position)  # (B, G, S, D)
         value = ops.write_rows(cache.values, value, cache.position)
         mask = tf.where(cache.mask, 0.0, ops.MASKED)
     context = ops.attention(
@@ -108,9 +135,10 @@ def transformer_block(
     x += hooked("attention_dropout", attended)
     x = hooked("attention_residual_activation", x)
 
-    normed = normalize(x, weights, "feedforward_norm_", norm)
+    read = source if form["parallel_residual"] else x
+    normed = normalize(read, weights, "feedforward_norm_", form)
     up = dense("up", hooked("feedforward_norm_activation", normed))
-    hidden = ops.gelu(hooked("up_activation", up))  # (B * T, F)
+    hidden = ops.ACTIVATIONS[form["activation"]](hooked("up_activation", up))
     output = dense("down", hooked("hidden_activation", hidden))
     output = hooked("down_activation", output)
     x += hooked("feedforward_dropout", output)
@@ -139,13 +167,20 @@ class Products:
         kernel = self.weights[f"{name}_kernel"]
         rows, columns = kernel.shape
         y = ops.project(x, kernel) if rows > columns else tf.matmul(x, kernel)
-        return y + self.weights[f"{name}_bias"]
+        bias = self.weights.get(f"{name}_bias")
+        return y if bias is None else y + bias
 
     def split_heads(self, qkv):
-        head_dim = qkv.shape[-1] // (3 * self.num_heads)
-        shape = [self.batch, self.length, 3, self.num_heads, head_dim]
-        # (B, T, 3, H, D) -> each (B, H, T, D)
-        return tf.unstack(tf.transpose(tf.reshape(qkv, shape), [2, 0, 3, 1, 4]))
+        inner = self.weights["output_kernel"].shape[0]
+        head_dim = inner // self.num_heads
+        if qkv.shape[-1] == 3 * inner:
+            shape = [self.batch, self.length, 3, self.num_heads, head_dim]
+            # (B, T, 3, H, D) -> each (B, H, T, D)
+            return tf.unstack(tf.transpose(tf.reshape(qkv, shape), [2, 0, 3, 1, 4]))
+        shared = (qkv.shape[-1] - inner) // 2
+        pieces = tf.split(qkv, [inner, shared, shared], axis=-1)
+        shape = [self.batch, self.length, -1, head_dim]
+        return [tf.transpose(tf.reshape(x, shape), [0, 2, 1, 3]) for x in pieces]
 
     def merge_heads(self, context):
         width = self.num_heads * context.shape[-1]
@@ -153,10 +188,12 @@ class Products:
         return tf.reshape(context, [self.batch * self.length, width])
 
 
-def normalize(x, weights, prefix, norm):
+def normalize(x, weights, prefix, form):
     """Normalise the last axis by the weights whose names begin with a prefix."""
-    gamma, beta = weights[f"{prefix}gamma"], weights[f"{prefix}beta"]
-    return ops.layer_norm(x, gamma, beta, norm["epsilon"])
+    gamma = weights[f"{prefix}gamma"]
+    if form["norm"] == "rms":
+        return ops.rms_norm(x, gamma, form["epsilon"])
+    return ops.layer_norm(x, gamma, weights.get(f"{prefix}beta"), form["epsilon"])
 
 
 def known_shape(x):

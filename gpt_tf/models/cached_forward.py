@@ -74,18 +74,29 @@ def parts_of(model) -> Parts:
 
 
 def looks_untrained(model) -> bool:
-    """Whether the biases of a GPT are all 0, as before the first step."""
-    blocks = (getattr(block, "layer", block) for block in parts_of(model).blocks)
-    return not any(np.any(block.down_bias.numpy()) for block in blocks)
+    """Whether the vectors of a GPT's blocks are as before the first step.
+
+    Not of one that was read from a file of somebody else's, which is taken as it is.
+    """
+    if getattr(model, "is_pretrained", False):
+        return False
+    for block in parts_of(model).blocks:
+        block = getattr(block, "layer", block)
+        for name in block.weight_names:
+            if not name.endswith("_kernel"):
+                start = 1.0 if name.endswith("_gamma") else 0.0
+                if np.any(getattr(block, name).numpy() != start):
+                    return False
+    return True
 
 
 def empty_cache(model, batch_size: int, capacity: int) -> list[tf.Tensor]:
-    """Return keys and values of every block, `2 * L` tensors `(B, H, S, D)` of 0."""
+    """Return keys and values of every block, `2 * L` tensors `(B, G, S, D)` of 0."""
     parts = parts_of(model)
     caches = []
     for block in parts.blocks:
         block = getattr(block, "layer", block)
-        shape = [batch_size, block.num_heads, capacity, block.head_dim]
+        shape = [batch_size, block.num_kv_heads, capacity, block.head_dim]
         caches += [tf.zeros(shape, block.compute_dtype) for _ in range(2)]
     return caches
 
@@ -98,7 +109,7 @@ def forward_cached(model, tokens, position, starts, caches):
         tokens: `(B, T)` int32.
         position: `()` int32, cache row of the first of them.
         starts: `(B,)` int32, cache row at which each row's text begins.
-        caches: `2 * L` tensors `(B, H, S, D)`.
+        caches: `2 * L` tensors `(B, G, S, D)`.
 
     Returns:
         Logits `(B, T, V)` and the caches with `T` more rows.
@@ -108,7 +119,7 @@ def forward_cached(model, tokens, position, starts, caches):
     # Right padding may lie after the last position.
     positions = tf.minimum(positions, _config(model, "context_length") - 1)
     x, table = parts.embed([tokens, positions])
-    x, caches = blocks_cached(parts.blocks, x, caches, position, mask)
+    x, caches = blocks_cached(parts.blocks, x, caches, position, mask, positions)
     return parts.score(x, table), caches
 
 
@@ -128,12 +139,12 @@ def cached_mask(position, starts, length, capacity):
     return mask, positions
 
 
-def blocks_cached(blocks, x, caches, position, mask):
+def blocks_cached(blocks, x, caches, position, mask, positions):
     """Run blocks on `(B, T, C)`, each with two of the caches; return both, updated."""
     updated = []
     for index, block in enumerate(blocks):
         x, keys, values = block(
-            [x, caches[2 * index], caches[2 * index + 1], position, mask],
+            [x, caches[2 * index], caches[2 * index + 1], position, mask, positions],
             training=False,
         )
         updated += [keys, values]
@@ -147,7 +158,7 @@ def append(model, tokens, position, caches, starts=None):
         model: A GPT.
         tokens: `(B, T)` int32.
         position: Cache row of the first of them.
-        caches: `2 * L` tensors `(B, H, S, D)`, with room for `T` more rows.
+        caches: `2 * L` tensors `(B, G, S, D)`, with room for `T` more rows.
         starts: `(B,)` int32, cache row at which each row's text begins; 0 unless given.
 
     Returns:

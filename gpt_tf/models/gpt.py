@@ -1,4 +1,4 @@
-"""GPTModel: GPT-2's architecture as a Keras model that needs no preparation."""
+"""GPTModel: a decoder as a Keras model that needs no preparation, GPT-2 as a rule."""
 
 import inspect
 
@@ -13,7 +13,14 @@ from gpt_tf.models.layers import (
     TokenAndPositionEmbedding,
     TransformerBlock,
 )
-from gpt_tf.models.sizes import check_memory, checked_config, norm_of
+from gpt_tf.models.sizes import (
+    BLOCK,
+    FORM,
+    check_memory,
+    checked_config,
+    norm_of,
+    stated_form,
+)
 
 CUSTOM_OBJECTS = {
     layer.__name__: layer
@@ -30,10 +37,12 @@ CUSTOM_OBJECTS = {
 class GPTModel(LanguageModel):
     """A GPT that is built, trained, saved and loaded like any Keras model.
 
-    Learned positions, pre-norm blocks, tanh GELU, causal attention and a tied head,
-    as in GPT-2. It is a flat Functional model of a few layers of our own. `fit`
-    works without a `compile` before it: AdamW, next-token cross-entropy, perplexity
-    and token accuracy are then chosen, and `compile` replaces any of them.
+    Pre-norm blocks and causal attention; learned positions, layer normalisation, tanh
+    GELU and a tied head, as in GPT-2, unless the arguments say otherwise: OPT,
+    GPT-NeoX, Llama and Qwen are of this kind, too. It is a flat Functional model of a
+    few layers of our own. `fit` works without a `compile` before it: AdamW, next-token
+    cross-entropy, perplexity and token accuracy are then chosen, and `compile`
+    replaces any of them.
 
     Args:
         vocab_size: `V`, number of tokens, at least 1.
@@ -46,7 +55,22 @@ class GPTModel(LanguageModel):
         dropout: Rate on the embedding and on both residuals of each block while
             training, in [0, 1).
         tie_embeddings: Whether the head scores with the token table.
-        layer_norm_epsilon: Added to the variance in layer normalisation.
+        layer_norm_epsilon: Added to the variance in layer normalisation, or to the
+            mean square in RMS normalisation.
+        num_kv_heads: `G`, heads of keys and values, a divisor of `num_heads`; as many
+            queries in turn share each.
+        head_dim: `D`, `embedding_dim // num_heads` unless given.
+        positions: `"learned"`, or `"rotary"`: queries and keys are turned by theirs.
+        rotary_base: Base of the frequencies.
+        rotary_dim: Numbers of each head that are turned, even; all unless given.
+        rotary_scaling: None, or Llama 3's as a dict of `factor`,
+            `low_frequency_factor`, `high_frequency_factor`, `original_context_length`.
+        norm: `"layer"` or `"rms"`.
+        norm_bias: Whether layer normalisation shifts.
+        activation: `"gelu_tanh"`, `"gelu"`, `"relu"` or `"swiglu"`.
+        biases: Which products have one: `"all"`, `"qkv"` or `"none"`.
+        query_key_norm: Whether each head's query and key is RMS-normalised.
+        parallel_residual: Whether both halves of a block read its input.
 
     Call arguments:
         inputs: Token ids `(B, T)`, int32, `T` at most `context_length`.
@@ -78,6 +102,18 @@ class GPTModel(LanguageModel):
         dropout=0.0,
         tie_embeddings=True,
         layer_norm_epsilon=1e-5,
+        num_kv_heads=None,
+        head_dim=None,
+        positions="learned",
+        rotary_base=10000.0,
+        rotary_dim=None,
+        rotary_scaling=None,
+        norm="layer",
+        norm_bias=True,
+        activation="gelu_tanh",
+        biases="all",
+        query_key_norm=False,
+        parallel_residual=False,
         name="gpt",
         **kwargs,
     ):
@@ -92,10 +128,24 @@ class GPTModel(LanguageModel):
                 "dropout": dropout,
                 "tie_embeddings": tie_embeddings,
                 "layer_norm_epsilon": layer_norm_epsilon,
+                "num_kv_heads": num_kv_heads,
+                "head_dim": head_dim,
+                "positions": positions,
+                "rotary_base": rotary_base,
+                "rotary_dim": rotary_dim,
+                "rotary_scaling": rotary_scaling,
+                "norm": norm,
+                "norm_bias": norm_bias,
+                "activation": activation,
+                "biases": biases,
+                "query_key_norm": query_key_norm,
+                "parallel_residual": parallel_residual,
             }
         )
         check_memory(config, accelerators=len(tf.config.list_physical_devices("GPU")))
-        plan, norm = placement.plan_for(config), norm_of(config)
+        plan, stated = placement.plan_for(config), stated_form(config)
+        norm = norm_of(config)
+        block = {**{n: v for n, v in stated.items() if n in BLOCK}, **norm}
         tokens = keras.Input(shape=(None,), dtype="int32", name="tokens")
         with plan.at("embedding"):
             x = TokenAndPositionEmbedding(
@@ -104,6 +154,7 @@ class GPTModel(LanguageModel):
                 config["context_length"],
                 dropout=config["dropout"],
                 share_table=config["tie_embeddings"],
+                positions=config["positions"],
                 name="embedding",
             )(tokens)
         if config["tie_embeddings"]:
@@ -117,7 +168,7 @@ class GPTModel(LanguageModel):
                     residual_stddev=0.02 / (2 * config["num_layers"]) ** 0.5,
                     seed=index,
                     name=f"block_{index}",
-                    **norm,
+                    **block,
                 )(x)
         with plan.at("final_norm"):
             x = LayerNormalization(name="final_norm", **norm)(x)
@@ -129,6 +180,7 @@ class GPTModel(LanguageModel):
         self.plan = plan
         # Every argument is an attribute.
         self.__dict__["_config"] = config
+        self.__dict__["stated_form"] = stated  # what is not GPT-2's
         for argument, value in config.items():
             setattr(self, argument, value)
 
@@ -160,7 +212,8 @@ class GPTModel(LanguageModel):
     # Configuration
 
     def get_config(self):
-        return {**self._config, "name": self.name}
+        sizes = {name: v for name, v in self._config.items() if name not in FORM}
+        return {**sizes, **self.stated_form, "name": self.name}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

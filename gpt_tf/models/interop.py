@@ -19,6 +19,7 @@ from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
 from gpt_tf.generation.sequence import ids_without_token
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.keras_file import can_hold
+from gpt_tf.models.sizes import refuse_writing
 from gpt_tf.text.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
@@ -151,6 +152,7 @@ def to_huggingface(
         >>> to_huggingface(model, "my-gpt", tokenizer)
         >>> transformers.pipeline("text-generation", "my-gpt")("The ")
     """
+    refuse_writing(model.get_config())
     if model.embedding_dim % model.num_heads:
         raise InputError(
             "Hugging Face's GPT-2 expects `num_heads` to divide `embedding_dim`. "
@@ -313,6 +315,7 @@ def to_keras_hub(model: GPTModel):
         InputError: The model is not tied, its heads do not divide its width, or its
             `layer_norm_epsilon` is not the one that KerasHub has built in, 1e-5.
     """
+    refuse_writing(model.get_config())
     if (
         not model.tie_embeddings
         or model.embedding_dim % model.num_heads

@@ -17,7 +17,7 @@ import zipfile
 
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError
-from gpt_tf.models.sizes import TYPES, count_parameters
+from gpt_tf.models.sizes import FORM_TYPES, TYPES, count_parameters
 
 try:
     import h5py
@@ -143,10 +143,11 @@ def _described(archive):
 
 
 def _check_types(config, types):
-    if not isinstance(config, dict) or config.keys() != types.keys():
+    stated = types.keys() | (FORM_TYPES.keys() if types is TYPES else set())
+    if not isinstance(config, dict) or not types.keys() <= config.keys() <= stated:
         raise ValueError(f"a configuration of {_SHOWN.repr(config)}")
     for name, value in config.items():
-        if type(value) not in types[name]:
+        if type(value) not in {**FORM_TYPES, **types}[name]:
             raise ValueError(f"{name}={_SHOWN.repr(value)}")
 
 

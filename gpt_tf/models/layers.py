@@ -22,13 +22,13 @@ import tf_keras as keras
 from gpt_tf.errors import InputError
 from gpt_tf.models import ops
 from gpt_tf.models.block import (
-    ACTIVATIONS,
     Cache,
+    activations_of,
     known_shape,
     normalize,
     transformer_block,
 )
-from gpt_tf.models.sizes import NORM, block_shapes, norm_shapes
+from gpt_tf.models.sizes import BLOCK, NORM, block_shapes, checked_form, norm_shapes
 from gpt_tf.settings import arguments
 
 
@@ -36,9 +36,14 @@ def _identity(x):
     return x
 
 
-def _norm_among(arguments):
-    """Take what describes a normalisation out of a layer's arguments."""
-    return {name: arguments.pop(name, default) for name, default in NORM.items()}
+def _form_among(arguments, form):
+    """Take what describes a normalisation or a block out of a layer's arguments."""
+    return {name: arguments.pop(name, default) for name, default in form.items()}
+
+
+def _stated(form, usual):
+    """Return what is not GPT-2's, and the epsilon: what a file has always had."""
+    return {n: v for n, v in form.items() if v != usual[n] or n == "epsilon"}
 
 
 @contextlib.contextmanager
@@ -122,7 +127,7 @@ class Dropout(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="gpt_tf")
 class TokenAndPositionEmbedding(keras.layers.Layer):
-    """Turn token ids into vectors that also know their position.
+    """Turn token ids into vectors that, where positions are learned, know theirs.
 
     Args:
         vocab_size: `V`, number of tokens.
@@ -130,6 +135,7 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         context_length: Number of positions there are vectors for.
         dropout: Rate in training, in [0, 1).
         share_table: Whether the token table is an output too, for a tied head.
+        positions: `"learned"`, or `"rotary"` where the blocks see to positions.
 
     Call arguments:
         inputs: Token ids `(B, T)`, or a list of token ids `(B, T)` and positions,
@@ -153,9 +159,11 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         context_length,
         dropout=0.0,
         share_table=True,
+        positions="learned",
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.positions = positions
         self.vocab_size = vocab_size
         self.embedding_dim = embedding_dim
         self.context_length = context_length
@@ -167,10 +175,11 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
         self.embedding_activation = _identity
 
     def build(self, input_shape):
-        for name, rows in (
-            ("token_table", self.vocab_size),
-            ("position_table", self.context_length),
-        ):
+        tables = {"token_table": self.vocab_size}
+        self.position_table = None
+        if self.positions == "learned":
+            tables["position_table"] = self.context_length
+        for name, rows in tables.items():
             init = keras.initializers.RandomNormal(stddev=0.02)
             shape = (rows, self.embedding_dim)
             setattr(self, name, self.add_weight(name, shape, initializer=init))
@@ -178,23 +187,25 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         token_table = tf.convert_to_tensor(self.token_table)
-        position_table = tf.convert_to_tensor(self.position_table)
+        position_table = self.position_table
+        if position_table is not None:
+            position_table = tf.convert_to_tensor(position_table)
+        tokens, positions = inputs, None
         if isinstance(inputs, (list, tuple)):
             tokens, positions = inputs
+        length = tokens.shape[1]
+        if positions is None and length is not None and length > self.context_length:
+            raise InputError(
+                f"The model sees at most {self.context_length} positions. "
+                f"Received: {length}. Cut the sequences, or build the model "
+                f"with `context_length={length}`."
+            )
+        x = tf.gather(token_table, tokens)  # (B, T, C)
+        if position_table is not None and positions is not None:
             # (T, C), or (B, T, C) where each row has positions of its own.
-            position_embeddings = tf.gather(position_table, positions)
-        else:
-            tokens = inputs
-            length = tokens.shape[1]
-            if length is not None and length > self.context_length:
-                raise InputError(
-                    f"The model sees at most {self.context_length} positions. "
-                    f"Received: {length}. Cut the sequences, or build the model "
-                    f"with `context_length={length}`."
-                )
-            length = tf.shape(tokens)[1] if length is None else length
-            position_embeddings = position_table[:length]  # (T, C)
-        x = tf.gather(token_table, tokens) + position_embeddings  # (B, T, C)
+            x += tf.gather(position_table, positions)
+        elif position_table is not None:
+            x += position_table[: tf.shape(tokens)[1] if length is None else length]
         x = self.embedding_dropout(self.embedding_activation(x), training=training)
         return [x, token_table] if self.share_table else x
 
@@ -214,6 +225,7 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
             "context_length": self.context_length,
             "dropout": self.dropout,
             "share_table": self.share_table,
+            **({} if self.positions == "learned" else {"positions": self.positions}),
         }
 
 
@@ -231,7 +243,8 @@ class TransformerBlock(keras.layers.Layer):
         dropout: Rate on both residuals in training, in [0, 1).
         residual_stddev: Spread of the initial weights of the two projections that
             feed a residual.
-        **kwargs: The normalisation's, `epsilon` above 0, and `keras.layers.Layer`'s.
+        **kwargs: What `gpt_tf.models.sizes.NORM` and `BLOCK` name, and
+            `keras.layers.Layer`'s.
         seed: Makes the dropout masks differ from those of other blocks.
 
     Call arguments:
@@ -243,7 +256,7 @@ class TransformerBlock(keras.layers.Layer):
         `(B, T, C)`, or with a cache a list of it and the two caches, updated.
     """
 
-    ACTIVATIONS = ACTIVATIONS
+    ACTIVATIONS = activations_of(BLOCK)
 
     def __init__(
         self,
@@ -254,7 +267,11 @@ class TransformerBlock(keras.layers.Layer):
         seed=0,
         **kwargs,
     ):
-        self.__dict__["norm"] = _norm_among(kwargs)  # Keras would track a dict
+        usual = {**BLOCK, **NORM}
+        form = _form_among(kwargs, usual)
+        self.__dict__["form"] = form  # Keras would track a dict
+        self.__dict__["_given_form"] = _stated(form, usual)
+        self.__dict__["ACTIVATIONS"] = activations_of(form)
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.feedforward_dim = feedforward_dim
@@ -275,8 +292,11 @@ class TransformerBlock(keras.layers.Layer):
         if isinstance(input_shape, list):
             input_shape = input_shape[0]
         self.embedding_dim = int(input_shape[-1])
-        self.head_dim = self.embedding_dim // self.num_heads
         sizes = {**self.get_config(), "embedding_dim": self.embedding_dim}
+        self.__dict__["form"] = {**self.form, **checked_form(sizes, sizes)}
+        self.head_dim, self.num_kv_heads = (
+            self.form[name] for name in ("head_dim", "num_kv_heads")
+        )
         shapes = block_shapes(sizes)
         for name, shape in shapes.items():
             setattr(self, name, self._add(name, shape))
@@ -294,7 +314,7 @@ class TransformerBlock(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         weights = {n: tf.convert_to_tensor(getattr(self, n)) for n in self.weight_names}
-        hooks = {name: getattr(self, name) for name in ACTIVATIONS}
+        hooks = {name: getattr(self, name) for name in self.ACTIVATIONS}
         hooks = {name: hook for name, hook in hooks.items() if hook is not _identity}
         hooks["attention_dropout"] = functools.partial(
             self.attention_dropout, training=training
@@ -309,7 +329,7 @@ class TransformerBlock(keras.layers.Layer):
             x,
             weights,
             num_heads=self.num_heads,
-            norm=self.norm,
+            form=self.form,
             hooks=hooks,
             cache=cache,
         )
@@ -326,17 +346,17 @@ class TransformerBlock(keras.layers.Layer):
             "feedforward_dim": self.feedforward_dim,
             "dropout": self.dropout,
             "residual_stddev": self.residual_stddev,
-            **self.norm,
+            **self._given_form,
             "seed": self.seed,
         }
 
 
 @keras.saving.register_keras_serializable(package="gpt_tf")
 class LayerNormalization(keras.layers.Layer):
-    """Layer normalisation over the last axis, computed in float32.
+    """Layer or RMS normalisation over the last axis, computed in float32.
 
     Args:
-        **kwargs: The normalisation's, `epsilon` above 0, and `keras.layers.Layer`'s.
+        **kwargs: What `gpt_tf.models.sizes.NORM` names, and `keras.layers.Layer`'s.
 
     Call arguments:
         inputs: `(..., C)`.
@@ -348,13 +368,12 @@ class LayerNormalization(keras.layers.Layer):
     ACTIVATIONS = ("norm_activation",)
 
     def __init__(self, **kwargs):
-        self.__dict__["norm"] = _norm_among(kwargs)
+        self.__dict__["form"] = _form_among(kwargs, NORM)
         super().__init__(**kwargs)
         self.norm_activation = _identity
 
     def build(self, input_shape):
-        sizes = {**self.get_config(), "embedding_dim": int(input_shape[-1])}
-        shapes = norm_shapes(sizes)
+        shapes = norm_shapes(self.form, int(input_shape[-1]))
         for name, shape in shapes.items():
             initializer = "ones" if name == "gamma" else "zeros"
             setattr(self, name, self.add_weight(name, shape, initializer=initializer))
@@ -364,14 +383,14 @@ class LayerNormalization(keras.layers.Layer):
     def call(self, inputs):
         weights = {n: getattr(self, n) for n in self.weight_names}
         x = tf.reshape(inputs, [-1, inputs.shape[-1]])  # (B * T, C)
-        x = normalize(x, weights, "", self.norm)
+        x = normalize(x, weights, "", self.form)
         return self.norm_activation(tf.reshape(x, tf.shape(inputs)))
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        return {**super().get_config(), **self.norm}
+        return {**super().get_config(), **_stated(self.form, NORM)}
 
 
 @keras.saving.register_keras_serializable(package="gpt_tf")

@@ -14,6 +14,8 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.framework import ops
 
+from gpt_tf.models.sizes import rotary_frequencies
+
 MASKED = -1e9
 
 _INSIDE_XLA = contextvars.ContextVar("inside_xla", default=False)
@@ -92,7 +94,7 @@ def layer_norm(x, gamma, beta, epsilon):
     Args:
         x: `(..., C)`, any float type.
         gamma: `(C,)`, scale.
-        beta: `(C,)`, shift.
+        beta: `(C,)`, shift, or None for none.
         epsilon: Added to the variance, above 0.
 
     Returns:
@@ -100,6 +102,7 @@ def layer_norm(x, gamma, beta, epsilon):
 
     Reference: Ba, Kiros and Hinton, "Layer Normalization", arXiv:1607.06450.
     """
+    beta = tf.zeros_like(gamma) if beta is None else beta
 
     @custom_gradient
     def normalise(x, gamma, beta):
@@ -123,6 +126,67 @@ def layer_norm(x, gamma, beta, epsilon):
     return tf.cast(y, x.dtype)
 
 
+def rms_norm(x, gamma, epsilon):
+    """Divide the last axis by its root mean square, then scale.
+
+    Args:
+        x: `(..., C)`, any float type.
+        gamma: `(C,)`, scale.
+        epsilon: Added to the mean square, above 0.
+
+    Returns:
+        `(..., C)` in the type of `x`.
+
+    Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization",
+    arXiv:1910.07467.
+    """
+
+    @custom_gradient
+    def normalise(x, gamma):
+        scale = tf.math.rsqrt(tf.reduce_mean(x * x, axis=-1, keepdims=True) + epsilon)
+        normed = keep(x * scale)
+
+        def gradient(dy):
+            dnormed = keep(dy * gamma)
+            slope = tf.reduce_mean(dnormed * normed, axis=-1, keepdims=True)
+            dgamma = tf.reduce_sum(dy * normed, axis=list(range(x.shape.rank - 1)))
+            return (dnormed - normed * slope) * scale, dgamma
+
+        return normed * gamma, gradient
+
+    y = normalise(tf.cast(x, tf.float32), tf.cast(gamma, tf.float32))
+    return tf.cast(y, x.dtype)
+
+
+def rotary(positions, form):
+    """Return a function that turns heads by their positions.
+
+    The first half of a head's `rotary_dim` numbers are turned with the second half, as
+    pairs, each pair by its frequency times the position; what is left stays.
+
+    Args:
+        positions: `(T,)` or `(B, T)` int32.
+        form: What `gpt_tf.models.sizes.rotary_frequencies` needs.
+
+    Returns:
+        A function of `(B, H, T, D)` in any float type, which returns the same.
+
+    Reference: Su et al., "RoFormer", arXiv:2104.09864; halves as in GPT-NeoX.
+    """
+    frequencies = tf.constant(rotary_frequencies(form), tf.float32)  # (R / 2,)
+    angles = tf.cast(positions, tf.float32)[..., tf.newaxis] * frequencies
+    if positions.shape.rank == 2:
+        angles = angles[:, tf.newaxis]  # (B, 1, T, R / 2)
+    half = form["rotary_dim"] // 2
+
+    def turn(x):
+        cos, sin = tf.cast(tf.cos(angles), x.dtype), tf.cast(tf.sin(angles), x.dtype)
+        one, other, rest = tf.split(x, [half, half, x.shape[-1] - 2 * half], axis=-1)
+        return tf.concat([one * cos - other * sin, other * cos + one * sin, rest], -1)
+
+    return turn
+
+
 def gelu(x):
     """GELU in GPT-2's tanh form.
 
@@ -142,6 +206,27 @@ def gelu(x):
         return keep(0.5 * x * (1.0 + t)), gradient
 
     return activate(x)
+
+
+def swiglu(x):
+    """Let the first half of the last axis, through SiLU, gate the second.
+
+    Reference: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
+    """
+    gate, up = tf.split(x, 2, axis=-1)
+    return tf.nn.silu(gate) * up
+
+
+def _exact_gelu(x):
+    return tf.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {
+    "gelu_tanh": gelu,
+    "gelu": _exact_gelu,
+    "relu": tf.nn.relu,
+    "swiglu": swiglu,
+}
 
 
 def project(x, kernel):
@@ -190,8 +275,8 @@ def attention(query, key, value, mask, on_scores=None, on_probabilities=None):
 
     Args:
         query: `(B, H, T, D)`.
-        key: `(B, H, S, D)`.
-        value: `(B, H, S, D)`.
+        key: `(B, G, S, D)`, where `G` divides `H`: as many queries in turn share one.
+        value: `(B, G, S, D)`.
         mask: Additive, float32, broadcastable to `(B, H, T, S)`: 0 where a
             position may be seen and a large negative number where not. It has no
             gradient.
@@ -206,10 +291,26 @@ def attention(query, key, value, mask, on_scores=None, on_probabilities=None):
     Reference: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
     """
     scale = 1.0 / math.sqrt(query.shape[-1])
+    heads, groups = query.shape[1], key.shape[1]
+
+    def grouped(x):
+        """`(B, H, T, n)` -> `(B, G, H / G * T, n)`: the queries that share a key."""
+        if heads == groups:
+            return x
+        return tf.reshape(
+            x, [tf.shape(x)[0], groups, -1, x.shape[-1] or tf.shape(x)[3]]
+        )
+
+    def apart(x, like):
+        """The way back, to the rows of another tensor."""
+        if heads == groups:
+            return x
+        batch, _, length, _ = tf.unstack(tf.shape(like))
+        return tf.reshape(x, [batch, heads, length, x.shape[-1] or tf.shape(x)[3]])
 
     def probabilities_of(query, key):
-        scores = tf.matmul(query, key, transpose_b=True)  # (B, H, T, S)
-        scores = tf.cast(scores, tf.float32) * scale
+        scores = apart(tf.matmul(grouped(query), key, transpose_b=True), query)
+        scores = tf.cast(scores, tf.float32) * scale  # (B, H, T, S)
         if on_scores is not None:
             scores = on_scores(scores)
         return tf.cast(tf.nn.softmax(scores + mask), query.dtype)
@@ -218,22 +319,23 @@ def attention(query, key, value, mask, on_scores=None, on_probabilities=None):
         probabilities = probabilities_of(query, key)
         if on_probabilities is not None:
             probabilities = on_probabilities(probabilities)
-        return tf.matmul(probabilities, value)
+        return apart(tf.matmul(grouped(probabilities), value), query)
 
     @custom_gradient
     def attend(query, key, value):
         probabilities = probabilities_of(query, key)
-        outputs = tf.matmul(probabilities, value)  # (B, H, T, D)
+        outputs = apart(tf.matmul(grouped(probabilities), value), query)
 
         def gradient(dy):
             # The sum over S of p * dp is the sum over D of y * dy, which is shorter
             # (Dao et al., "FlashAttention", arXiv:2205.14135, section 3.1).
-            dvalue = tf.matmul(probabilities, dy, transpose_a=True)
-            dprobabilities = tf.matmul(dy, value, transpose_b=True)
+            shared = grouped(dy)
+            dvalue = tf.matmul(grouped(probabilities), shared, transpose_a=True)
+            dprobabilities = apart(tf.matmul(shared, value, transpose_b=True), dy)
             inner = tf.reduce_sum(dy * outputs, axis=-1, keepdims=True)
-            dscores = probabilities * (dprobabilities - inner) * scale
-            dquery = tf.matmul(dscores, key)
-            dkey = tf.matmul(dscores, query, transpose_a=True)
+            dscores = grouped(probabilities * (dprobabilities - inner) * scale)
+            dquery = apart(tf.matmul(dscores, key), dy)
+            dkey = tf.matmul(dscores, grouped(query), transpose_a=True)
             return dquery, dkey, dvalue
 
         return outputs, gradient
@@ -285,12 +387,12 @@ def write_rows(cache, rows, position):
     """Put new keys or values into a cache.
 
     Args:
-        cache: `(B, H, S, D)`.
-        rows: `(B, H, T, D)`, with `position + T` at most `S`.
+        cache: `(B, G, S, D)`.
+        rows: `(B, G, T, D)`, with `position + T` at most `S`.
         position: `()` int32, the cache row that takes the first new one.
 
     Returns:
-        `(B, H, S, D)`. Inside `inside_xla()` the rows are written in place, by
+        `(B, G, S, D)`. Inside `inside_xla()` the rows are written in place, by
         DYNAMIC_UPDATE_SLICE, which TensorFlow has no kernel for outside XLA.
     """
     rows = tf.cast(rows, cache.dtype)

@@ -28,7 +28,7 @@ from gpt_tf.models.next_token import (
     counted,
 )
 from gpt_tf.models.optimizer import AdamW
-from gpt_tf.models.sizes import norm_of
+from gpt_tf.models.sizes import block_of, norm_of, refuse_mesh
 from gpt_tf.parallel.mesh import (
     ACTIVATIONS,
     check_divides,
@@ -126,6 +126,7 @@ class MeshGPT(_MeshWeights, TokenTraining, keras.Model):
                 f"Received: {keras.mixed_precision.global_policy().name}."
             )
         check_fits(mesh, model.get_config())
+        refuse_mesh(model.get_config())
         super().__init__(name=model.name)
         self.mesh = mesh
         self.sizes = model.get_config()
@@ -182,7 +183,7 @@ class MeshGPT(_MeshWeights, TokenTraining, keras.Model):
                     if name.startswith(block)
                 },
                 num_heads=self.sizes["num_heads"],
-                norm=norm_of(self.sizes),
+                form=block_of(self.sizes),
                 hooks={
                     f"{part}_dropout": functools.partial(
                         self._dropped, f"{block}dropout_{number}", training

@@ -9,6 +9,7 @@ stage, whose gradient can begin at once, does both in one.
 import contextlib
 import functools
 import itertools
+from math import prod
 from typing import get_args
 
 import tensorflow as tf
@@ -18,6 +19,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.models import ops, placement, train_step, xla
 from gpt_tf.models.cached_forward import blocks_cached, cached_mask, parts_of
 from gpt_tf.models.next_token import counted, token_weights
+from gpt_tf.models.sizes import block_shapes, checked_form
 from gpt_tf.parallel.config import Schedule
 from gpt_tf.parallel.data import devices_for
 from gpt_tf.settings import arguments
@@ -91,11 +93,14 @@ def computed_costs(sizes):
         sizes: `vocab_size`, `embedding_dim`, `num_layers`, `num_heads`,
             `feedforward_dim` and `context_length` of a GPT.
     """
-    width = sizes["embedding_dim"]
-    inner = width // sizes["num_heads"] * sizes["num_heads"]
-    block = 4 * width * inner + 2 * width * sizes["feedforward_dim"]
-    block += sizes["context_length"] * inner  # scores and values, half of each hidden
-    return [block] * sizes["num_layers"] + [width * sizes["vocab_size"]]
+    form = checked_form(sizes, sizes)
+    shapes = block_shapes(sizes)
+    block = sum(prod(shapes[name]) for name in shapes if name.endswith("_kernel"))
+    # Scores and values, half of each hidden.
+    block += sizes["context_length"] * sizes["num_heads"] * form["head_dim"]
+    return [block] * sizes["num_layers"] + [
+        sizes["embedding_dim"] * sizes["vocab_size"]
+    ]
 
 
 def balance(costs, num_stages):
@@ -203,7 +208,7 @@ class _Stage:
             mask, positions = cached_mask(position, starts, length, capacity)
             if self.is_first:
                 x, _ = self.parts.embed([x, positions])
-            x, caches = blocks_cached(self.blocks, x, caches, position, mask)
+            x, caches = blocks_cached(self.blocks, x, caches, position, mask, positions)
             return self.parts.score(x, table) if self.is_last else x, caches
 
         return self._run(cached, False)(x, table, position, starts, caches)

@@ -25,6 +25,8 @@ _FIELD_OF = {
     "embedding_activation": "residual",
     "attention_norm_activation": "inputs",
     "qkv_activation": "outputs",
+    "query_activation": "scores",
+    "key_activation": "scores",
     "scores_activation": "scores",
     "probabilities_activation": "softmax",
     "context_activation": "inputs",
@@ -108,7 +110,9 @@ class QuantizationConfig(Configuration):
         description="Dtype of the embedding and of the sum after each half of a block.",
     )
     scores: Dtype = Field(
-        "float32", description="Dtype of attention's scores before softmax."
+        "float32",
+        description="Dtype of attention's scores before softmax, and of queries and "
+        "keys that were normalised or turned by their positions.",
     )
     softmax: Dtype = Field(
         "float32", description="Dtype of the probabilities after softmax."
