@@ -22,6 +22,7 @@ from gpt_tf.export.constants import INT4_BLOCK, outline
 from gpt_tf.export.signatures import MODES
 from gpt_tf.export.tflite_writer import Type
 from gpt_tf.models import sizes
+from gpt_tf.pretrained.source import describe, is_foreign
 from gpt_tf.settings import arguments
 
 CACHES = "/sys/devices/system/cpu/cpu0/cache"
@@ -74,8 +75,7 @@ def estimate(
     """
     config = sizes_of(config)
     arguments.one_of("mode", mode, MODES)
-    if mode not in modes_of(config):
-        arguments.refuse("mode", mode, f"widths that are multiples of {INT4_BLOCK}")
+    check_mode(config, mode)
     arguments.one_of("kind", kind, ("litertlm", "tflite"))
     arguments.instance("machine", machine, dict, "what `describe_machine` returns")
     most = arguments.MOST_THREADS
@@ -92,7 +92,7 @@ def estimate(
         "mode": mode,
         "threads": threads,
         "parameters": sizes.count_parameters(config),
-        "size_bytes": _size_bytes(config, mode, kind),
+        "size_bytes": size_of(config, mode, kind),
         "bytes_per_token": read,
         "least_latency_ms": from_memory / rate * 1e3,
         "most_tokens_per_s": rate / from_memory if from_memory else None,
@@ -215,10 +215,19 @@ def count_parameters(config: dict) -> int:
 def modes_of(config: dict) -> tuple[str, ...]:
     """Return the modes in which a model of these sizes can be stored."""
     config = sizes_of(config)
+    return tuple(mode for mode in MODES if mode != "int4" or _has_blocks(config))
+
+
+def check_mode(config: dict, mode: str) -> None:
+    """Refuse a mode in which a model of these sizes cannot be stored."""
+    if mode not in modes_of(config):
+        arguments.refuse("mode", mode, f"widths that are multiples of {INT4_BLOCK}")
+
+
+def _has_blocks(config):
     inner = config["head_dim"] * config["num_heads"]
     inputs = (config["embedding_dim"], inner, config["feedforward_dim"])
-    fits = not any(width % INT4_BLOCK for width in inputs)
-    return tuple(mode for mode in MODES if mode != "int4" or fits)
+    return not any(width % INT4_BLOCK for width in inputs)
 
 
 def sizes_of(config: dict) -> dict:
@@ -226,7 +235,7 @@ def sizes_of(config: dict) -> dict:
     arguments.instance("config", config, dict, "what `GPTModel.get_config()` returns")
     config = config.get("gpt", config)
     found = sizes.checked_sizes({name: config.get(name) for name in sizes.SIZES})
-    found["head_dim"] = found["embedding_dim"] // found["num_heads"]
+    found |= sizes.checked_form(config, found)
     found["tie_embeddings"] = bool(config.get("tie_embeddings", True))
     arguments.integer("config", sizes.count_parameters(found), 1, _MOST_PARAMETERS)
     return found
@@ -258,21 +267,16 @@ def read_sizes(path: str | os.PathLike) -> dict:
     """Read the configuration of a model where it is stated.
 
     Args:
-        path: A run's or model's folder, a `.keras` file, or a `.tflite` or `.litertlm`
-            that gpt_tf exported.
+        path: A run's or model's folder, a `.keras` file, a `.tflite` or `.litertlm`
+            that gpt_tf exported, or what `gpt_tf.open_model` opens.
 
     Raises:
         InputError: There is no such thing.
         DamagedFileError: A file is not what it should be.
     """
-    path = Path(path)
-    places = [path / name / "model.keras" for name in ("model", "", "initial")]
-    file = next((place for place in places if place.is_file()), path)
-    if not file.is_file():
-        raise InputError(
-            f"Expected a model or an exported file at {path}; there is none. Name the "
-            "folder of a run that `gpt-tf train` finished, or a .litertlm."
-        )
+    if is_foreign(path):
+        return describe(path)[1].check()
+    file = file_of(path)
     if file.suffix == ".keras":
         from gpt_tf.models.keras_file import read_config
 
@@ -286,8 +290,31 @@ def read_sizes(path: str | os.PathLike) -> dict:
     return config
 
 
-def _size_bytes(config, mode, kind):
-    """Return the bytes of a file: numbers, scales, zero points, graph, tokenizer."""
+def file_of(path: str | os.PathLike) -> Path:
+    """Return the file in which a model is that gpt_tf wrote.
+
+    Raises:
+        InputError: There is none.
+    """
+    path = Path(path)
+    places = [path / name / "model.keras" for name in ("model", "", "initial")]
+    file = next((place for place in places if place.is_file()), path)
+    if not file.is_file():
+        raise InputError(
+            f"Expected a model or an exported file at {path}; there is none. Name the "
+            "folder of a run that `gpt-tf train` finished, a .litertlm, a folder of "
+            "Hugging Face's, a .gguf, or nanoGPT's ckpt.pt."
+        )
+    return file
+
+
+def size_of(config: dict, mode: str, kind: str = "litertlm") -> int:
+    """Return the bytes of a file: numbers, scales, zero points, graph, tokenizer.
+
+    Args:
+        config: As `sizes_of` returns it.
+        mode, kind: As for `estimate`.
+    """
     stored = outline(mode, config, per_channel=True, masked=False)
     matrices, vectors = stored.matrices.values(), stored.vectors
     file, layer = _GRAPH_BYTES[mode]

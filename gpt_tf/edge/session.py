@@ -54,7 +54,8 @@ class Executor:
         config = facts["config"]
         self.limit = facts["capacity"]
         self.dtype = np.dtype(facts["cache_dtype"])
-        self.heads, self.head_dim = config["num_heads"], config["head_dim"]
+        self.heads = config.get("num_kv_heads", config["num_heads"])
+        self.head_dim = config["head_dim"]
         self.cache_names = signatures.caches(config["num_layers"])
         # LiteRT goes on reading it.
         self._data = model

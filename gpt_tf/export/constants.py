@@ -6,7 +6,7 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.export.tflite_writer import QuantParams, Type
-from gpt_tf.models.sizes import block_shapes, norm_shapes
+from gpt_tf.models.sizes import weight_shapes
 from gpt_tf.quantization.modes import MODES, SMALLEST_SCALE, Mode
 
 INT4_BLOCK = 32
@@ -103,6 +103,32 @@ class Constants:
         return integers, QuantParams(scales.astype(np.float32), zeros)
 
 
+def qkv_pieces(sizes: dict, mode: Mode, per_channel: bool) -> dict[str, slice]:
+    """Return the products that a graph computes query, key and value by.
+
+    Args:
+        sizes: As `Constants.sizes`.
+        mode: The file's.
+        per_channel: Whether int8 weights have a scale per output channel.
+
+    Returns:
+        `"qkv"` alone, or each of the three by itself, to its columns in the model's
+        kernel. They are apart where the queries' scale may be the finer one, or where
+        there are fewer keys than queries.
+    """
+    heads = sizes["num_heads"]
+    inner, shared = (
+        count * sizes["head_dim"] for count in (heads, sizes.get("num_kv_heads", heads))
+    )
+    if mode.activations is None and per_channel and inner == shared:
+        return {"qkv": slice(0, 3 * inner)}
+    return {
+        "query": slice(0, inner),
+        "key": slice(inner, inner + shared),
+        "value": slice(inner + shared, inner + 2 * shared),
+    }
+
+
 def per_tensor(scale: float, zero_point: int) -> QuantParams:
     """Return parameters with one scale and one zero point for the whole tensor."""
     return QuantParams(np.array([scale], np.float32), np.array([zero_point], np.int64))
@@ -138,33 +164,24 @@ def outline(mode: str, sizes: dict, per_channel: bool, masked: bool) -> Constant
         (512, 128)
     """
     form = MODES[mode]
-    width, hidden = sizes["embedding_dim"], sizes["feedforward_dim"]
-    vocab_size, inner = sizes["vocab_size"], sizes["num_heads"] * sizes["head_dim"]
-    separate = form.activations is not None or not per_channel
-    pieces = ("query", "key", "value") if separate else ("qkv",)
-    products = {
-        **{name: (3 * inner // len(pieces), width) for name in pieces},
-        "output": (width, inner),
-        "up": (hidden, width),
-        "down": (width, hidden),
-    }
-    vectors = {f"final_norm/{part}": width for part in norm_shapes(sizes)}
-    norms = [name for name in block_shapes(sizes) if "norm" in name]
-    tables = {
-        "embedding/token_table": (vocab_size, width),
-        "embedding/position_table": (sizes["context_length"], width),
-    }
-    if not sizes["tie_embeddings"]:
-        tables["head/kernel"] = (vocab_size, width)
+    kernels, tables, vectors = {}, {}, {}
+    for name, shape in weight_shapes(sizes).items():
+        layer, _, weight = name.partition("/")
+        if layer in ("embedding", "head"):
+            tables[name] = shape
+        elif weight.startswith("qkv_"):
+            for piece, rows in qkv_pieces(sizes, form, per_channel).items():
+                count = rows.stop - rows.start
+                if weight == "qkv_kernel":
+                    kernels[f"{layer}/{piece}_kernel"] = (count, shape[0])
+                else:
+                    vectors[f"{layer}/{piece}_bias"] = count
+        elif weight.endswith("_kernel"):
+            kernels[name] = shape[::-1]
+        else:
+            (vectors[name],) = shape
     if masked:
-        vectors["head/mask"] = vocab_size
-    kernels = {}
-    for index in range(sizes["num_layers"]):
-        for name, shape in products.items():
-            kernels[f"block_{index}/{name}_kernel"] = shape
-            vectors[f"block_{index}/{name}_bias"] = shape[0]
-        for name in norms:
-            vectors[f"block_{index}/{name}"] = width
+        vectors["head/mask"] = sizes["vocab_size"]
     matrices = {
         name: _empty(shape, kind, per_channel)
         for kind, group in ((form.tables, tables), (form.kernels, kernels))

@@ -8,6 +8,7 @@ import numpy as np
 from gpt_tf.errors import InputError
 from gpt_tf.export import litertlm, tflite
 from gpt_tf.models.gpt import GPTModel
+from gpt_tf.pretrained.source import is_foreign
 from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Corpus, open_corpus
 from gpt_tf.text.dataset import TokenFile
@@ -16,6 +17,16 @@ from gpt_tf.training.loop import load_model
 _REPRESENTATIVE_WINDOWS = 64
 _LONGEST_WINDOW = 256
 _VERIFIED_TOKENS = 128
+# What a model trained elsewhere is verified on: on random ids, where none of its
+# predictions is sure, rounding alone makes a large difference.
+_ENGLISH = (
+    "The river rises in the hills north of the town and runs for about forty miles "
+    "before it reaches the sea. In spring, when the snow melts, it floods the meadows "
+    "on both banks, and the farmers move their cattle to higher ground. A bridge of "
+    "stone was built there in the eighteenth century. It has been repaired many times "
+    "since, but people still walk across it every morning on their way to work, and "
+    "children stop in the middle to look for fish."
+)
 
 
 def export_trained(
@@ -67,6 +78,8 @@ def export_trained(
         if isinstance(model, GPTModel):
             windows = windows_of(text["train"], model.context_length)
             options.setdefault("representative", windows)
+    elif tokenizer is not None and is_foreign(source):
+        options.setdefault("verify_on", tokenizer.encode(_ENGLISH)[:_VERIFIED_TOKENS])
     if out.suffix == ".tflite":
         return tflite.export_tflite(model, out, mode, tokenizer=tokenizer, **options)
     return litertlm.export_litertlm(model, tokenizer, out, mode, **options)

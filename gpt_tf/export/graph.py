@@ -4,12 +4,16 @@ Everything follows the caches' capacity, the mask and nothing else, so a runtime
 resize them.
 """
 
+import itertools
+
+import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from gpt_tf.export import signatures
 from gpt_tf.export.constants import Constants, per_tensor
 from gpt_tf.export.operations import Operations
 from gpt_tf.export.tflite_writer import Model, Op, Type
+from gpt_tf.models.sizes import block_of, checked_form, rotary_frequencies, turns_heads
 
 # The operations on real numbers that are left in the mode `int8_full`: the embedding's
 # rows and the normalisations, which need more than 8 bits, mask and softmax, and the
@@ -59,7 +63,9 @@ class _Graph:
         self.length = length
         self.capacity = capacity
         sizes = self.constants.sizes
+        self.form = sizes | block_of(sizes) | checked_form(sizes, sizes)
         self.heads, self.head_dim = sizes["num_heads"], sizes["head_dim"]
+        self.kv_heads = self.form["num_kv_heads"]
 
     def build(self, wants_logits):
         length, capacity = self.length, self.capacity
@@ -67,13 +73,18 @@ class _Graph:
         tokens = self.graph.input(signatures.TOKENS, (1, length), Type.INT32)
         self.positions = self.graph.input(signatures.POSITIONS, (length,), Type.INT32)
         self.mask = self.graph.input(signatures.MASK, (1, 1, length, capacity))
-        shape = (1, self.heads, capacity, self.head_dim)
+        shape = (1, self.kv_heads, capacity, self.head_dim)
         self.caches = {
-            name: self.graph.input(name, shape, *self._cache_form(index))
+            name: self.graph.input(name, shape, *self._cache_form(index, activation))
             for index in range(num_layers)
-            for name in (signatures.key_cache(index), signatures.value_cache(index))
+            for name, activation in (
+                (signatures.key_cache(index), self._key_activation),
+                (signatures.value_cache(index), "qkv_activation"),
+            )
         }
         self.start = self._first_row()
+        if self.form["positions"] == "rotary":
+            self.cos, self.sin = self._angles()
         x = self._embed(tokens)
         for index in range(num_layers):
             # The caches of the last block are written before its attention, which
@@ -86,15 +97,18 @@ class _Graph:
         ops, width = self.ops, self.constants.sizes["embedding_dim"]
         tokens = ops.reshape(tokens, (self.length,))
         rows = ops.lookup("embedding/token_table", tokens)
-        rows = ops.add(rows, ops.lookup("embedding/position_table", self.positions))
+        if self.form["positions"] == "learned":
+            rows = ops.add(rows, ops.lookup("embedding/position_table", self.positions))
         x = ops.reshape(rows, (1, self.length, width))
         return ops.at("embedding/embedding_activation", x)
 
     def _block(self, index, x, goes_on):
-        ops, block = self.ops, f"block_{index}"
+        ops, block, source = self.ops, f"block_{index}", x
         normed = ops.norm(x, f"{block}/attention_norm_")
         normed = ops.at(f"{block}/attention_norm_activation", normed)
         query, key, value = self._query_key_value(block, normed, goes_on)
+        query = self._turned(block, "query", query) if goes_on else None
+        key = self._turned(block, "key", key)
         keys = self._write_rows(signatures.key_cache(index), key)
         values = self._write_rows(signatures.value_cache(index), value)
         if not goes_on:
@@ -102,10 +116,11 @@ class _Graph:
         context = self._attend(block, query, keys, values)
         attended = self._product(f"{block}/output", context, "attended")
         x = ops.add(x, attended, f"{block}/attention_residual_activation")
-        normed = ops.norm(x, f"{block}/feedforward_norm_")
+        read = source if self.form["parallel_residual"] else x
+        normed = ops.norm(read, f"{block}/feedforward_norm_")
         normed = ops.at(f"{block}/feedforward_norm_activation", normed)
         up = self._product(f"{block}/up", normed, "up")
-        hidden = ops.gelu(up, f"{block}/hidden_activation")
+        hidden = ops.activate(up, self.form["activation"], f"{block}/hidden_activation")
         down = self._product(f"{block}/down", hidden, "down")
         return ops.add(x, down, f"{block}/feedforward_residual_activation")
 
@@ -117,7 +132,8 @@ class _Graph:
     def _query_key_value(self, block, normed, wants_query):
         """Return query, key and value, each `(1, H, T, D)`."""
         if f"{block}/qkv_kernel" in self.constants.matrices:
-            qkv = self._split_heads(self.ops.product(f"{block}/qkv", normed), 3)
+            qkv = self.ops.product(f"{block}/qkv", normed)
+            qkv = self._split_heads(qkv, 3 * self.heads)
             shape = (1, self.heads, self.length, self.head_dim)
             return self.graph.ops(
                 Op.SPLIT,
@@ -127,30 +143,96 @@ class _Graph:
                 options=schema.SplitOptionsT(numSplits=3),
             )
         return [
-            self._split_heads(self._piece(block, name, normed), 1)
+            self._split_heads(self._piece(block, name, normed), heads)
             if wants_query or name != "query"
             else None
-            for name in ("query", "key", "value")
+            for name, heads in (
+                ("query", self.heads),
+                ("key", self.kv_heads),
+                ("value", self.kv_heads),
+            )
         ]
 
     def _piece(self, block, name, normed):
         kind, quant = self.ops.form_of(f"{block}/qkv_activation")
-        if name == "query" and quant is not None:
-            # Divided by the root of the head width, as its kernel is.
-            quant = per_tensor(quant.scale / self.head_dim**0.5, quant.zero_point)
+        if name == "query" and not self.form["query_key_norm"]:
+            quant = self._divided(quant)
         return self.ops.product(f"{block}/{name}", normed, kind, quant)
 
-    def _attend(self, block, query, keys, values):
-        """`(1, H, T, D)` and caches `(1, H, S, D)` -> context `(1, T, H * D)`."""
+    def _divided(self, quant):
+        """Return a query's parameters by the root of the head width, as its weights."""
+        if quant is None:
+            return None
+        return per_tensor(quant.scale / self.head_dim**0.5, quant.zero_point)
+
+    @property
+    def _key_activation(self):
+        return "key_activation" if turns_heads(self.form) else "qkv_activation"
+
+    def _angles(self):
+        """Return cosines and signed sines of the positions, each `(1, 1, T, D)`."""
+        ops, form = self.ops, self.form
+        count, rest = form["rotary_dim"], self.head_dim - form["rotary_dim"]
+        frequencies = rotary_frequencies(form)
+        cosines = np.concatenate([frequencies, frequencies, np.zeros(rest)])
+        sines = np.concatenate([-frequencies, frequencies, np.zeros(rest)])
+        positions = ops.cast(ops.reshape(self.positions, (1, 1, self.length, 1)))
+        shape = (1, 1, self.length, count + rest)
+        return (
+            ops.wave(Op.COS, positions, cosines, shape),
+            ops.wave(Op.SIN, positions, sines, shape),
+        )
+
+    def _turned(self, block, name, x):
+        """Normalise heads `(1, H, T, D)` and turn them by their positions."""
         ops = self.ops
-        shape = (1, self.heads, self.length, self.capacity)
+        if not turns_heads(self.form):
+            return x
+        if self.form["query_key_norm"]:
+            x = ops.norm(x, f"{block}/{name}_norm_", "rms")
+        if self.form["positions"] == "rotary":
+            x = ops.real(x)
+            half = self.form["rotary_dim"] // 2
+            ends = (0, half, 2 * half, self.head_dim)
+            one, other, *rest = (
+                ops.columns(x, begin, end)
+                for begin, end in itertools.pairwise(ends)
+                if begin < end
+            )
+            swapped = ops.join([other, one, *rest], x.shape)
+            x = ops.add(
+                ops.multiply(x, self.cos, x.shape),
+                ops.multiply(swapped, self.sin, x.shape),
+            )
+        kind, quant = ops.form_of(f"{block}/{name}_activation")
+        if quant is None:
+            return x
+        quant = self._divided(quant) if name == "query" else quant
+        return ops.quantize(ops.real(x), kind, quant)
+
+    def _attend(self, block, query, keys, values):
+        """`(1, H, T, D)` and caches `(1, G, S, D)` -> context `(1, T, H * D)`."""
+        ops, length = self.ops, self.length
+        shared = self.heads // self.kv_heads
+        rows = (1, self.kv_heads, shared * length)
+        is_grouped = shared > 1
+        if is_grouped:  # the queries that share a key are rows of one matrix
+            query = ops.reshape(query, (*rows, self.head_dim))
+        shape = (*rows, self.capacity)
         scores = ops.matmul(
             query, keys, shape, f"{block}/scores_activation", adjoint=True
         )
-        shares = ops.softmax(ops.add(ops.real(scores), self.mask))
+        scores = ops.real(scores)
+        if is_grouped and length > 1:
+            scores = ops.reshape(scores, (1, self.heads, length, self.capacity), -1)
+        shares = ops.softmax(ops.add(scores, self.mask))
+        if is_grouped and length > 1:
+            shares = ops.reshape(shares, shape, -1)
         shares = ops.at(f"{block}/probabilities_activation", shares)
-        shape = (1, self.heads, self.length, self.head_dim)
+        shape = (*rows, self.head_dim)
         context = ops.matmul(shares, values, shape, f"{block}/context_activation")
+        if is_grouped:
+            context = ops.reshape(context, (1, self.heads, length, self.head_dim))
         return ops.at(f"{block}/context_activation", self._join_heads(context))
 
     def _head(self, x):
@@ -168,9 +250,8 @@ class _Graph:
         mask = self.graph.constant(self.constants.vectors["head/mask"])
         return ops.add(logits, mask)
 
-    def _split_heads(self, x, parts):
-        """`(1, T, parts * H * D)` -> `(1, parts * H, T, D)`."""
-        heads = parts * self.heads
+    def _split_heads(self, x, heads):
+        """`(1, T, heads * D)` -> `(1, heads, T, D)`."""
         if self.length == 1:
             return self.ops.reshape(x, (1, heads, 1, self.head_dim))
         x = self.ops.reshape(x, (1, self.length, heads, self.head_dim))
@@ -207,7 +288,7 @@ class _Graph:
         self.graph.output(name, written)
         return written
 
-    def _cache_form(self, index):
+    def _cache_form(self, index, activation):
         if not self.constants.mode.full:
             return Type.FLOAT32, None
-        return self.ops.form_of(f"block_{index}/qkv_activation")
+        return self.ops.form_of(f"block_{index}/{activation}")

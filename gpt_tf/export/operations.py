@@ -26,6 +26,8 @@ _PRODUCTS = {
 }
 _EVERYTHING = _PRODUCTS | {
     "embedding_activation",
+    "query_activation",
+    "key_activation",
     "scores_activation",
     "probabilities_activation",
     "attention_residual_activation",
@@ -100,9 +102,8 @@ class Operations:
     def product(self, name, x, kind=Type.FLOAT32, quant=None):
         """Multiply by a kernel, and add its bias."""
         matrix = self.constants.matrices[f"{name}_kernel"]
-        return self.dense(
-            x, matrix, self.constants.vectors[f"{name}_bias"], kind, quant
-        )
+        bias = self.constants.vectors.get(f"{name}_bias")
+        return self.dense(x, matrix, bias, kind, quant)
 
     def dense(self, x, matrix, bias, kind, quant):
         """Multiply by a matrix: in integers where both sides are quantised."""
@@ -170,9 +171,21 @@ class Operations:
         version = 2 if kind == Type.INT8 else 3
         return self.graph.op(Op.ADD, inputs, a.shape, kind, quant, options, version)
 
-    def multiply(self, a, b):
-        """Multiply real numbers."""
-        return self.graph.op(Op.MUL, [a, b], a.shape, options=schema.MulOptionsT())
+    def multiply(self, a, b, shape=None):
+        """Multiply real numbers; the result has the first one's shape unless given."""
+        options = schema.MulOptionsT()
+        return self.graph.op(Op.MUL, [a, b], shape or a.shape, options=options)
+
+    def cast(self, x):
+        """Return integers as real numbers."""
+        options = schema.CastOptionsT(Type.INT32, Type.FLOAT32)
+        return self.graph.op(Op.CAST, [x], x.shape, Type.FLOAT32, options=options)
+
+    def wave(self, operator, positions, frequencies, shape):
+        """Return the sine or cosine of positions times frequencies."""
+        frequencies = self.graph.constant(np.asarray(frequencies, np.float32))
+        angles = self.multiply(positions, frequencies, shape)
+        return self.graph.op(operator, [angles], shape)
 
     def matmul(self, a, b, shape, activation, adjoint=False):
         """Multiply matrices, the second one transposed where `adjoint` says so."""
@@ -190,30 +203,43 @@ class Operations:
         options = schema.SoftmaxOptionsT(beta=1.0)
         return self.graph.op(Op.SOFTMAX, [x], x.shape, options=options)
 
-    def gelu(self, x, activation):
-        """Return GELU in its tanh form."""
+    def activate(self, x, function, activation):
+        """Apply a feed-forward activation, one of `gpt_tf.models.ops.ACTIVATIONS`."""
         kind, quant = self.form_of(activation)
-        options = schema.GeluOptionsT(approximate=True)
-        if quant is not None and self.constants.mode.full:
+        options = schema.GeluOptionsT(approximate=function == "gelu_tanh")
+        if function == "gelu_tanh" and quant is not None and self.constants.mode.full:
             return self.graph.op(Op.GELU, [x], x.shape, kind, quant, options, version=2)
-        y = self.graph.op(Op.GELU, [self.real(x)], x.shape, options=options)
+        x = self.real(x)
+        if function == "swiglu":
+            width = x.shape[-1] // 2
+            gate, up = self.columns(x, 0, width), self.columns(x, width, 2 * width)
+            share = self.graph.op(Op.LOGISTIC, [gate], gate.shape)
+            y = self.multiply(self.multiply(gate, share), up)
+        elif function == "relu":
+            y = self.graph.op(Op.RELU, [x], x.shape)
+        else:
+            y = self.graph.op(Op.GELU, [x], x.shape, options=options)
         return self.at(activation, y)
 
-    def norm(self, x, prefix):
-        """Return the layer normalisation whose weights have a prefix."""
+    def norm(self, x, prefix, kind=None):
+        """Return the normalisation by weights of a prefix, `"rms"` or the model's."""
         x = self.real(x)
-        inputs = [x, self._mean(x)]
-        centred = self.graph.op(Op.SUB, inputs, x.shape, options=schema.SubOptionsT())
-        variance = self._mean(self.multiply(centred, centred))
-        epsilon = np.array([self.constants.sizes["layer_norm_epsilon"]], np.float32)
+        sizes, vectors = self.constants.sizes, self.constants.vectors
+        if (kind or sizes.get("norm")) != "rms":
+            inputs, options = [x, self._mean(x)], schema.SubOptionsT()
+            x = self.graph.op(Op.SUB, inputs, x.shape, options=options)
+        variance = self._mean(self.multiply(x, x))
+        epsilon = np.array([sizes["layer_norm_epsilon"]], np.float32)
         spread = self.add(variance, self.graph.constant(epsilon))
         inverse = self.graph.op(Op.RSQRT, [spread], spread.shape)
-        normed = self.multiply(centred, inverse)
-        gamma, beta = (
-            self.graph.constant(self.constants.vectors[f"{prefix}{part}"])
+        normed = self.multiply(x, inverse)
+        gamma, *beta = [
+            self.graph.constant(vectors[f"{prefix}{part}"])
             for part in ("gamma", "beta")
-        )
-        return self.add(self.multiply(normed, gamma), beta)
+            if f"{prefix}{part}" in vectors
+        ]
+        scaled = self.multiply(normed, gamma)
+        return self.add(scaled, *beta) if beta else scaled
 
     def _mean(self, x):
         inputs = [x, self.integers([len(x.shape) - 1])]
@@ -222,11 +248,25 @@ class Operations:
 
     # Shapes
 
-    def reshape(self, x, shape):
-        """Return a tensor in another shape."""
-        options = schema.ReshapeOptionsT(newShape=list(shape))
-        inputs = [x, self.integers(shape)]
+    def reshape(self, x, shape, last=None):
+        """Return a tensor in another shape; `last` is -1 if it follows the caches'."""
+        stated = shape if last is None else (*shape[:-1], last)
+        options = schema.ReshapeOptionsT(newShape=list(stated))
+        inputs = [x, self.integers(stated)]
         return self.graph.op(Op.RESHAPE, inputs, shape, x.type, x.quant, options)
+
+    def columns(self, x, begin, end):
+        """Return a part of the last axis."""
+        shape = (*x.shape[:-1], end - begin)
+        begins = self.integers([0] * (len(shape) - 1) + [begin])
+        inputs = [x, begins, self.integers([-1] * (len(shape) - 1) + [end - begin])]
+        options = schema.SliceOptionsT()
+        return self.graph.op(Op.SLICE, inputs, shape, x.type, x.quant, options)
+
+    def join(self, pieces, shape):
+        """Return real pieces side by side on the last axis."""
+        options = schema.ConcatenationOptionsT(axis=len(shape) - 1)
+        return self.graph.op(Op.CONCATENATION, pieces, shape, options=options)
 
     def swap_middle(self, x):
         """`(a, b, c, d)` -> `(a, c, b, d)`."""

@@ -2,8 +2,8 @@
 
 It is LiteRT-LM's own, so that one file runs in Google's runtime and in ours. Neither
 TensorFlow nor LiteRT is needed to read it. The letters for shapes are `T` positions
-in this call, `S` cached positions (the capacity), `H` heads, `D` head width,
-`V` vocabulary; the batch is always 1.
+in this call, `S` cached positions (the capacity), `G` heads of keys and values,
+`D` head width, `V` vocabulary; the batch is always 1.
 
 A file has the signatures
 
@@ -17,8 +17,8 @@ and each of them
     in   tokens          int32 (1, T)
     in   input_pos       int32 (T,)           positions of the tokens, consecutive
     in   mask            float32 (1, 1, T, S) additive: 0 visible, MASKED hidden
-    in   kv_cache_k_<i>  (1, H, S, D)         keys of block i, from 0
-    in   kv_cache_v_<i>  (1, H, S, D)         values of block i
+    in   kv_cache_k_<i>  (1, G, S, D)         keys of block i, from 0
+    in   kv_cache_v_<i>  (1, G, S, D)         values of block i
     out  kv_cache_k_<i>, kv_cache_v_<i>       the same with T rows written
     out  logits          float32 (1, T, V)    of decode and score; about MASKED
                                               where the tokenizer has no token

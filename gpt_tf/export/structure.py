@@ -12,9 +12,11 @@ import math
 
 import numpy as np
 
+from gpt_tf.errors import InputError
 from gpt_tf.export import constants, graph, signatures, tflite_writer
 from gpt_tf.export.reader import BOOL, F32, I8, I32, U8, U32, BrokenError, Flatbuffer
 from gpt_tf.export.tflite_writer import Op, Type, schema
+from gpt_tf.models.sizes import FORM, checked_form
 from gpt_tf.quantization.modes import SMALLEST_SCALE
 
 _MOST_ELEMENTS = 1 << 28  # of a tensor: 1 GB in float32
@@ -43,6 +45,7 @@ _NAMED = {0: _text, 1: U32}
 _OPTIONS = {
     schema.AddOptionsT: {0: I8, 1: BOOL},
     schema.BatchMatMulOptionsT: {0: BOOL, 1: BOOL, 2: BOOL},
+    schema.CastOptionsT: {0: I8, 1: I8},
     schema.ConcatenationOptionsT: {0: I32, 1: I8},
     schema.DequantizeOptionsT: {},
     schema.FullyConnectedOptionsT: {0: I8, 1: I8, 2: BOOL, 3: BOOL, 4: I8},
@@ -106,11 +109,14 @@ def _check_facts(facts, size):
             yield f"config: {name}", whole(config.get(name), most)
         width, inner = config["embedding_dim"], config["num_heads"] * config["head_dim"]
         yield "config: head_dim", inner <= most
-        lengths = inner, *(config[name] for name in _SIZES)
+        is_stored = config.get("positions", "learned") == "learned"
+        names = [name for name in _SIZES if is_stored or name != "context_length"]
+        lengths = inner, *(config[name] for name in names)
         yield "config: embedding_dim", width * max(lengths) <= 2 * size
         remainder = (width | inner | config["feedforward_dim"]) % constants.INT4_BLOCK
         yield "config: feedforward_dim", mode != "int4" or not remainder
         yield "config: tie_embeddings", type(config.get("tie_embeddings")) is bool
+        yield "config: form", _is_form(config)
         epsilon = config.get("layer_norm_epsilon")
         is_number = type(epsilon) in (int, float)
         yield "config: layer_norm_epsilon", is_number and 0 < epsilon < 1e30
@@ -130,6 +136,17 @@ def _check_facts(facts, size):
     for name, good in known():
         if not good:
             raise BrokenError(f"a seal that does not state a possible {name}")
+
+
+def _is_form(config):
+    """Whether what a configuration says of a form can be."""
+    try:
+        sizes = {"feedforward_dim": None, **config}
+        found = checked_form(config, sizes)
+    except InputError:
+        return False
+    stated = {name: config[name] for name in FORM if name in config}
+    return all(found[name] == value for name, value in stated.items())
 
 
 class _Outline(tflite_writer.Model):

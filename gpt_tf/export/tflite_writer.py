@@ -23,6 +23,16 @@ Type = schema.TensorType
 _LARGEST_BYTES = (1 << 31) - (1 << 24)  # flatbuffers count in signed 32 bits
 _ALIGNMENT = 64
 
+
+def refuse_large(size_bytes: int) -> None:
+    """Refuse more bytes than a flatbuffer may have."""
+    if size_bytes > _LARGEST_BYTES:
+        raise InputError(
+            f"A .tflite file expects at most 2 GB. Received: {size_bytes / 1e9:.1f} GB "
+            "of weights. Choose a mode with smaller weights, dynamic_int8 for example."
+        )
+
+
 _NAMES = {v: k for k, v in vars(Op).items() if not k.startswith("_")}
 _TYPES = {
     np.dtype(np.float32): Type.FLOAT32,
@@ -124,12 +134,7 @@ class Model:
             InputError: It would be larger than a flatbuffer may be, 2 GB.
         """
         size = sum(len(data) + _ALIGNMENT for data in self.buffers)
-        if size > _LARGEST_BYTES:
-            raise InputError(
-                f"A .tflite file expects at most 2 GB. Received: {size / 1e9:.1f} GB "
-                "of weights. Choose a mode with smaller weights, dynamic_int8 for "
-                "example."
-            )
+        refuse_large(size)
         return _Packer(size + (8 << 20)).pack(self)
 
 

@@ -4,9 +4,10 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.export import signatures
-from gpt_tf.export.constants import INT4_BLOCK, Constants, Matrix
+from gpt_tf.export.constants import INT4_BLOCK, Constants, Matrix, qkv_pieces
 from gpt_tf.export.tflite_writer import QuantParams, Type
 from gpt_tf.models.cached_forward import parts_of
+from gpt_tf.models.sizes import weight_shapes
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.quantization.weights import quantize_array
 
@@ -103,8 +104,8 @@ def constants_of(
 ) -> Constants:
     """Take the weights out of a `GPTModel`, in the form of a mode.
 
-    The queries' share of the QKV product is divided by the root of the head width
-    here, so that no graph has to.
+    The queries' share of the QKV product, or their normalisation, is divided by the
+    root of the head width here, so that no graph has to.
 
     Args:
         model: The model.
@@ -117,50 +118,44 @@ def constants_of(
         InputError: A weight is not finite, or does not fit the mode.
     """
     form = MODES[mode]
-    parts = parts_of(model)
-    first = parts.blocks[0]
-    sizes = model.get_config() | {"head_dim": first.head_dim}
+    blocks = parts_of(model).blocks
+    sizes = model.get_config() | {"head_dim": blocks[0].head_dim}
     del sizes["name"]
     matrices, vectors = {}, {}
-    inner = first.num_heads * first.head_dim
+    root = np.sqrt(blocks[0].head_dim)
+    pieces = qkv_pieces(sizes, form, per_channel)
 
     def keep(name, values, kind=form.kernels):
         matrices[name] = store(values, kind, name, per_channel)
 
-    for name in ("token_table", "position_table"):
-        values = getattr(parts.embedding, name).numpy()
-        keep(f"embedding/{name}", values, form.tables)
-    for block in parts.blocks:
-        for name in filter(lambda name: "norm" in name, block.weight_names):
-            vectors[f"{block.name}/{name}"] = getattr(block, name).numpy()
-        kernel, bias = block.qkv_kernel.numpy().T, block.qkv_bias.numpy()
-        pieces = {"qkv": slice(None)}
-        if form.activations is not None or not per_channel:
-            # Parameters of their own, so that the queries' scale may be the finer one.
-            pieces = {
-                name: slice(index * inner, (index + 1) * inner)
-                for index, name in enumerate(("query", "key", "value"))
-            }
-        root = np.ones(3 * inner, np.float32)
-        root[:inner] /= np.sqrt(first.head_dim)
-        if form.kernels == "int8":
-            whole = store(kernel, "int8", f"{block.name}/qkv_kernel", per_channel)
-        for name, rows in pieces.items():
-            key = f"{block.name}/{name}"
-            vectors[f"{key}_bias"] = (bias * root)[rows]
+    for name in weight_shapes(sizes):
+        layer, _, weight = name.partition("/")
+        values = getattr(model.get_layer(layer), weight).numpy()
+        if layer in ("embedding", "head"):
+            keep(name, values, form.tables)
+        elif weight.startswith("qkv_"):
+            scale = np.ones(values.shape[-1], np.float32)
+            if not sizes.get("query_key_norm"):
+                scale[: blocks[0].num_heads * blocks[0].head_dim] /= root
+            kind = weight.removeprefix("qkv")
+            if weight == "qkv_bias":
+                for piece, rows in pieces.items():
+                    vectors[f"{layer}/{piece}{kind}"] = (values * scale)[rows]
+                continue
             if form.kernels == "int8":
-                # The integers are those of the model's own kernel.
-                matrices[f"{key}_kernel"] = _rows_times(whole, rows, root[rows])
-            else:
-                keep(f"{key}_kernel", (kernel * root[:, None])[rows])
-        for name in ("output", "up", "down"):
-            key = f"{block.name}/{name}"
-            keep(f"{key}_kernel", getattr(block, f"{name}_kernel").numpy().T)
-            vectors[f"{key}_bias"] = getattr(block, f"{name}_bias").numpy()
-    for name in parts.norm.weight_names:
-        vectors[f"final_norm/{name}"] = getattr(parts.norm, name).numpy()
-    if parts.head.kernel is not None:
-        keep("head/kernel", parts.head.kernel.numpy(), form.tables)
+                whole = store(values.T, "int8", name, per_channel)
+            for piece, rows in pieces.items():
+                key = f"{layer}/{piece}{kind}"
+                if form.kernels == "int8":
+                    # The integers are those of the model's own kernel.
+                    matrices[key] = _rows_times(whole, rows, scale[rows])
+                else:
+                    keep(key, (values.T * scale[:, None])[rows])
+        elif weight.endswith("_kernel"):
+            keep(name, values.T)
+        else:
+            scale = root if weight == "query_norm_gamma" else 1.0
+            vectors[name] = (values / scale).astype(np.float32)
     if len(suppressed):
         vectors["head/mask"] = np.zeros(sizes["vocab_size"], np.float32)
         vectors["head/mask"][suppressed] = signatures.MASKED
