@@ -53,7 +53,8 @@ def make_student(
             teacher's where they are not given.
         embedding_dim: At most the teacher's.
         num_heads: From 1 to `embedding_dim`. Heads may be narrower or wider than the
-            teacher's; their width is `embedding_dim // num_heads`.
+            teacher's; their width is `embedding_dim // num_heads`. Of a teacher of
+            another form than GPT-2's, heads are kept whole, and all of them.
         feedforward_dim: In the teacher's ratio to `embedding_dim` unless given.
         vocab_size: At most the teacher's; a smaller one needs `token_ids`.
         layers: Which blocks are taken, in their order: `"evenly"` spaced, the first
@@ -100,6 +101,9 @@ def make_student(
     else:
         layers = arguments.integers("layers", layers, 0, teacher.num_layers - 1)
     dropout = config["dropout"] if dropout is None else dropout
+    if teacher.stated_form:
+        _check_heads(sizes, teacher)
+        config["head_dim"] = teacher.head_dim
     with strategy_scope(teacher):
         student = GPTModel(**{**config, **sizes, "dropout": dropout, "name": name})
         _begin_anew(student, np.random.default_rng(seed))
@@ -183,6 +187,15 @@ def _sizes(teacher, **given):
     for name, size in others.items():
         sizes[name] = size if given[name] is None else given[name]
     return sizes
+
+
+def _check_heads(sizes, teacher):
+    if sizes["num_heads"] != teacher.num_heads:
+        raise InputError(
+            "A student of a teacher whose form is not GPT-2's expects its "
+            f"{teacher.num_heads} heads. Received: num_heads={sizes['num_heads']}. "
+            "Make it smaller by `num_layers`, `feedforward_dim` or `embedding_dim`."
+        )
 
 
 def _checked_token_ids(config, sizes, token_ids, init):
@@ -281,9 +294,14 @@ def _take_over(teacher, student, chosen, inputs, token_ids):
     _copy_embedding(ours, theirs, channels, token_ids)
     for index, (block, other) in enumerate(zip(ours.blocks, kept, strict=True)):
         for name in block.weight_names:
-            if "norm" in name or name in ("output_bias", "down_bias"):
+            if name in ("query_norm_gamma", "key_norm_gamma"):
+                getattr(block, name).assign(getattr(other, name).numpy())
+            elif "norm" in name or name in ("output_bias", "down_bias"):
                 getattr(block, name).assign(getattr(other, name).numpy()[channels])
-        _copy_attention(block, other, channels, sizes.heads[index])
+        if teacher.stated_form:
+            _copy_heads(block, other, channels)
+        else:
+            _copy_attention(block, other, channels, sizes.heads[index])
         _copy_feedforward(block, other, channels, sizes.hidden[index])
     for name in ours.norm.weight_names:
         getattr(ours.norm, name).assign(getattr(theirs.norm, name).numpy()[channels])
@@ -298,24 +316,42 @@ def _copy_embedding(ours, theirs, channels, token_ids):
         values = mine.numpy()
         values[known] = other.numpy()[np.ix_(token_ids[known], channels)]
         mine.assign(values)
-    positions = theirs.embedding.position_table.numpy()
-    ours.embedding.position_table.assign(positions[:, channels])
+    if theirs.embedding.position_table is not None:
+        positions = theirs.embedding.position_table.numpy()
+        ours.embedding.position_table.assign(positions[:, channels])
 
 
 def _copy_feedforward(ours, theirs, channels, hidden):
     rows = np.linalg.norm(theirs.down_kernel.numpy(), axis=1)
     units = _largest(rows * hidden, ours.feedforward_dim)
     count = len(units)
-    up, bias, down = (
-        weight.numpy() for weight in (ours.up_kernel, ours.up_bias, ours.down_kernel)
-    )
-    up[:, :count] = theirs.up_kernel.numpy()[np.ix_(channels, units)]
-    bias[:count] = theirs.up_bias.numpy()[units]
+    for name in ("up_kernel", "up_bias"):
+        if name in ours.weight_names:
+            weight = getattr(ours, name)
+            mine, other = (
+                _by_unit(weight.numpy(), ours),
+                _by_unit(getattr(theirs, name).numpy(), theirs),
+            )
+            taken = other[..., units]
+            mine[..., :count] = taken[channels] if name == "up_kernel" else taken
+            weight.assign(mine.reshape(weight.shape))
+    down = ours.down_kernel.numpy()
     down[:count] = theirs.down_kernel.numpy()[np.ix_(units, channels)]
     down[count:] = 0.0  # what the teacher has not begins as nothing
-    ours.up_kernel.assign(up)
-    ours.up_bias.assign(bias)
     ours.down_kernel.assign(down)
+
+
+def _by_unit(values, block):
+    """Return `(..., n, F)`: of each feed-forward unit what it has, a gate perhaps."""
+    return values.reshape(*values.shape[:-1], -1, block.feedforward_dim)
+
+
+def _copy_heads(ours, theirs, channels):
+    """Copy attention whose heads stay as they are."""
+    ours.qkv_kernel.assign(theirs.qkv_kernel.numpy()[channels])
+    if "qkv_bias" in ours.weight_names:
+        ours.qkv_bias.assign(theirs.qkv_bias.numpy())
+    ours.output_kernel.assign(theirs.output_kernel.numpy()[:, channels])
 
 
 def _copy_attention(ours, theirs, channels, sizes):
@@ -382,9 +418,7 @@ def _norms(parts, blocks):
     ]
     readers.append((parts.norm.gamma, table.numpy().T))
     columns = [
-        np.linalg.norm(block.qkv_kernel.numpy(), axis=0).reshape(
-            3, block.num_heads, block.head_dim
-        )
+        _by_head(np.linalg.norm(block.qkv_kernel.numpy(), axis=0), block)
         for block in blocks
     ]
     return _Sizes(
@@ -393,8 +427,20 @@ def _norms(parts, blocks):
             for gamma, kernel in readers
         ),
         columns,
-        [np.linalg.norm(block.up_kernel.numpy(), axis=0) for block in blocks],
+        [
+            _by_unit(np.linalg.norm(block.up_kernel.numpy(), axis=0), block).prod(0)
+            for block in blocks
+        ],
     )
+
+
+def _by_head(values, block):
+    """Return query's, key's and value's part, each `(H, D)`, or `(G, D)`."""
+    inner, shared = (
+        heads * block.head_dim for heads in (block.num_heads, block.num_kv_heads)
+    )
+    parts = np.split(values, [inner, inner + shared])
+    return [part.reshape(-1, block.head_dim) for part in parts]
 
 
 def _mean_activations(parts, blocks, inputs):
@@ -434,8 +480,8 @@ def _mean_activations(parts, blocks, inputs):
     for block, qkv, context in zip(
         blocks, of("qkv_activation"), of("context_activation"), strict=True
     ):
-        qkv = qkv.reshape(3, block.num_heads, block.head_dim)
-        heads.append([*qkv[:2], context.reshape(qkv[2].shape)])
+        query, key, _ = _by_head(qkv, block)
+        heads.append([query, key, context.reshape(query.shape)])
     return _Sizes(
         np.sum([*norms, sums[final] / inputs.size], axis=0),
         heads,
