@@ -27,6 +27,7 @@ TRAIN = [
     'keras-nlp>=0.32,<0.33; python_version >= "3.11"',
     "h5py>=3.11,<4",
     "safetensors>=0.5,<1",
+    "gguf>=0.17,<1",  # SmolLM2 and other files of llama.cpp
     "matplotlib>=3.8,<4",
     "adjustText>=1.3,<2",
     "Jinja2>=3.1,<4",
@@ -99,7 +100,6 @@ setup(
             "onnx>=1.17,<2",
             "onnx-ir>=0.1,<2",
             "onnxruntime>=1.22,<2",
-            "gguf>=0.17,<1",
             "llama-cpp-python>=0.3.16,<0.4",
             *EDGE_TEST,
         ],

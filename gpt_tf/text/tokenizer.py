@@ -436,17 +436,31 @@ def tokenizer_from_json(text: str, name: str = "the text") -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
         for model, kind in known.items():
             if isinstance(backend.model, model):
-                return kind(backend)
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
+                try:
+                    return kind(backend)
+                except DamagedFileError as error:
+                    return _foreign(text, name, error)
+        return _foreign(text, name, "it is of another kind")
+    except (InputError, TokenizerWarning, KeyboardInterrupt, SystemExit):
+        raise  # warnings are errors where somebody wants it so
     except BaseException as error:  # a panic of the library is no Exception
         raise DamagedFileError(
             f"{name} cannot be read as a tokenizer.json: {error}."
         ) from None
-    raise DamagedFileError(
-        f"{name} holds a {type(backend.model).__name__} tokenizer. gpt_tf knows "
-        "byte-level BPE and single characters."
+
+
+def _foreign(text, name, reason):
+    """Take a tokenizer as it is, and say that it is none of ours."""
+    from gpt_tf.text.foreign import ForeignTokenizer
+
+    found = ForeignTokenizer(tokenizers.Tokenizer.from_str(text))
+    warnings.warn(
+        f"The tokenizer of {name} is used as it stands; text may not come back from it "
+        f"as it was, because: {reason}",
+        TokenizerWarning,
+        stacklevel=3,
     )
+    return found
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

