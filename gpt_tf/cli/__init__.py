@@ -23,6 +23,7 @@ from gpt_tf.cli import (
     benchmark,
     evaluate,
     explain,
+    inspect,
     optimize,
     recommend,
     training,
@@ -35,6 +36,7 @@ __all__ = ["app", "main"]
 # As `--help` names them: the way of the data.
 for _verb in (
     *(optimize.optimize, training.train, training.distil, training.quantize),
+    *(inspect.inspect,),
     *(artefacts.export, artefacts.generate, evaluate.evaluate, benchmark.benchmark),
     *(recommend.recommend, explain.explain),
 ):
@@ -43,7 +45,7 @@ for _verb in (
 _EXTRAS = {
     **dict.fromkeys(
         "tensorflow tf_keras tensorflow_model_optimization keras_nlp safetensors scipy "
-        "matplotlib flatbuffers litert_lm_builder h5py".split(),
+        "matplotlib flatbuffers litert_lm_builder h5py gguf ml_dtypes".split(),
         "train",
     ),
     **{"ai_edge_litert": "edge", "lime": "explain", "shap": "explain"},

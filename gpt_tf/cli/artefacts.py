@@ -11,6 +11,7 @@ import typer
 from gpt_tf.bundled_model import shipped_model
 from gpt_tf.cli.common import import_tensorflow
 from gpt_tf.errors import InputError
+from gpt_tf.pretrained.source import is_keras, is_name
 from gpt_tf.quantization.modes import MODES
 
 
@@ -89,7 +90,8 @@ def generate(
 ):
     """Continue a prompt, streaming; without a prompt, line by line from you."""
     model = model or shipped_model()
-    if not model.exists():  # before anything is imported that a device may lack
+    # Before anything is imported that a device may lack.
+    if not (is_name(model) or model.exists()):
         raise InputError(
             f"`model` expects a file or a folder. Received: {model}; there is none. "
             "Check the path."
@@ -131,7 +133,7 @@ def generate(
 
 def _open(model):
     """Return the function that continues a prompt, and the tokenizer."""
-    if model.suffix in (".keras", ".h5") or model.is_dir():
+    if is_keras(model):
         import_tensorflow()
         from gpt_tf.models import cached_forward
         from gpt_tf.training.loop import load_model

@@ -34,8 +34,9 @@ def explain(
     ] = None,
 ):
     """Say which tokens of a prompt made a model say the next one."""
-    from gpt_tf.evaluation.models import is_keras, open_model
+    from gpt_tf.evaluation.models import open_model
     from gpt_tf.explain import attribution
+    from gpt_tf.pretrained.source import is_keras
     from gpt_tf.reporting import explanations
 
     if out is not None:

@@ -378,17 +378,20 @@ def _read(tokenizer, text, name):
     before = [tokenizer.end_of_text_id]
     if before == [None]:
         try:
-            before = tokenizer.encode("\n")
+            before = tokenizer.encode("\n") or [0]
         except InputError:  # a character tokenizer of text without lines
             before = [0]
-    ends = [np.cumsum(sizes[ids]) for ids in encoded]
+    if tokenizer.kind == "foreign":  # which may change text
+        ends = tokenizer.ends_in(texts)
+    else:
+        ends = [np.cumsum(sizes[ids]) for ids in encoded]
     for document, end in zip(text.documents, ends, strict=True):
         size = len(document.text.encode("utf-8", "replace"))
-        if end[-1] != size:
+        if not len(end) or end[-1] != size:
             raise InputError(
                 f"Judging {name} expects a tokenizer that gives back the text. "
-                f"Received: {end[-1]} of the {size} bytes of {document.name}. Use the "
-                "tokenizer that the model was trained with."
+                f"Received: {end.max(initial=0)} of the {size} bytes of "
+                f"{document.name}. Use the tokenizer that the model was trained with."
             )
     ids = [np.array([*before, *ids], np.int64) for ids in encoded]
     return _Reading(ids, ends, len(before))

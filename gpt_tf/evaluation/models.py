@@ -15,6 +15,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.export import signatures
 from gpt_tf.generation import sequence
 from gpt_tf.models.sizes import count_parameters
+from gpt_tf.pretrained.source import is_keras
 from gpt_tf.settings import arguments
 
 # Powers of two between these: so few lengths of a chunk are compiled.
@@ -60,15 +61,6 @@ def check_open(model) -> None:
         "What is measured or explained is expected to be open. Received: "
         f"{type(model).__name__}. Pass {repair}, of gpt_tf.evaluation.models."
     )
-
-
-def is_keras(path: str | os.PathLike) -> bool:
-    """Tell whether a path is taken for a Keras model: a folder or a `.keras` file.
-
-    So is HDF5, which is then refused with the way to convert it.
-    """
-    path = Path(path)
-    return path.suffix in (".keras", ".h5") or path.is_dir()
 
 
 def unique_names(paths) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import hardware
+from gpt_tf.pretrained.source import is_keras
 
 # Requests of a process that are not counted, its first one included.
 WARM_UP = 2
@@ -46,7 +47,7 @@ def open_runner(job: dict):
     else:
         from gpt_tf.evaluation import models
 
-        if models.is_keras(job["path"]):
+        if is_keras(job["path"]):
             import tensorflow as tf
 
             import gpt_tf.training.loop  # noqa: F401  imported before the clock starts

