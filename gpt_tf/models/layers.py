@@ -225,7 +225,7 @@ class TokenAndPositionEmbedding(keras.layers.Layer):
             "context_length": self.context_length,
             "dropout": self.dropout,
             "share_table": self.share_table,
-            **({} if self.positions == "learned" else {"positions": self.positions}),
+            "positions": self.positions,
         }
 
 
