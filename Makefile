@@ -24,7 +24,7 @@ demo: $(VENV)/.train ## Ask SmolLM2, a GPT that speaks (98 MB), as float32, int8
 	$(BIN)/python benchmarks/demo.py runs/demo
 
 test: $(VENV)/.dev ## Run the default tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 4 --dist loadfile
 
 test-slow: $(VENV)/.dev ## Run the long tests too
 	XLA_FLAGS= $(BIN)/python -m pytest -m "not network"
