@@ -40,12 +40,7 @@ class Weight:
     skipped_rows: int = 0
 
     def read(self, tensors: Mapping[str, Tensor], shape, num_heads) -> np.ndarray:
-        """Return our weight.
-
-        Raises:
-            DamagedFileError: A tensor is missing or does not fit the shape.
-        """
-        self.check(tensors, shape)
+        """Return our weight, of tensors that were checked."""
         parts = [tensors[name].read() for name in self.names]
         if self.heads_first:
             # (H * 3 * D, ...) -> (3 * H * D, ...)
@@ -56,7 +51,11 @@ class Weight:
         return np.ascontiguousarray(whole[self.skipped_rows :], np.float32)
 
     def check(self, tensors: Mapping[str, Tensor], shape) -> None:
-        """Refuse tensors that are missing or do not fit, before any is read."""
+        """See that the tensors are there and fit, before any is read.
+
+        Raises:
+            DamagedFileError: A tensor is missing or does not fit the shape.
+        """
         for name in self.names:
             if name not in tensors:
                 raise DamagedFileError(
@@ -80,28 +79,6 @@ class Weight:
                     + f". Received: {axes}. The configuration does not fit the weights."
                 )
 
-    def write(self, ours: np.ndarray, widths, num_heads) -> dict[str, np.ndarray]:
-        """Return the tensors of our weight.
-
-        Args:
-            ours: The weight.
-            widths: Columns of each tensor.
-            num_heads: `H`.
-        """
-        if self.skipped_rows:
-            none = np.zeros((self.skipped_rows, *ours.shape[1:]), ours.dtype)
-            ours = np.concatenate([none, ours])
-        ends = np.cumsum(widths)[:-1] if len(self.names) > 1 else []
-        parts = np.split(ours, ends, axis=-1)
-        if self.is_transposed and ours.ndim == 2:
-            parts = [part.T for part in parts]
-        if self.heads_first:
-            parts = [_turned(part, 3, num_heads) for part in parts]
-        return {
-            name: np.ascontiguousarray(part)
-            for name, part in zip(self.names, parts, strict=True)
-        }
-
 
 def _turned(rows, outer, inner):
     """Exchange two axes that the first axis is made of."""
@@ -115,7 +92,6 @@ class Family:
 
     Args:
         name: Hugging Face's `model_type`.
-        architecture: The class that `transformers` opens it with.
         arguments: Turns a configuration into `GPTModel`'s arguments.
         prefix: Before the names of tensors, but for the head's.
         top: Our weights outside of blocks -> a `Weight`.
@@ -124,7 +100,6 @@ class Family:
     """
 
     name: str
-    architecture: str
     arguments: Callable[[dict], dict]
     prefix: str
     top: dict[str, Weight]
@@ -218,6 +193,18 @@ class _Config:
             self.refuse("rope_scaling", "none or Llama 3's")
         return found
 
+    def sizes(self):
+        """Return the arguments that all families but GPT-2 name alike."""
+        return {
+            "vocab_size": self.size("vocab_size"),
+            "embedding_dim": self.size("hidden_size"),
+            "num_layers": self.size("num_hidden_layers"),
+            "context_length": self.size("max_position_embeddings"),
+        }
+
+    def is_tied(self, default):
+        return self.only("tie_word_embeddings", True, False, default=default)
+
     def heads(self, width):
         """Return the arguments of attention whose queries share keys and values."""
         count = self.size("num_attention_heads")
@@ -247,7 +234,7 @@ def _gpt2_arguments(given):
         "feedforward_dim": config.size("n_inner", default=4 * width),
         "activation": config.named("activation_function", _ACTIVATIONS, "gelu_new"),
         "layer_norm_epsilon": config.number("layer_norm_epsilon", 1e-5),
-        "tie_embeddings": config.only("tie_word_embeddings", True, False, default=True),
+        "tie_embeddings": config.is_tied(True),
     }
 
 
@@ -260,14 +247,11 @@ def _opt_arguments(given):
     config.only("enable_bias", True, default=True)
     config.only("layer_norm_elementwise_affine", True, default=True)
     return {
-        "vocab_size": config.size("vocab_size"),
-        "embedding_dim": width,
-        "num_layers": config.size("num_hidden_layers"),
+        **config.sizes(),
         "num_heads": config.size("num_attention_heads"),
-        "context_length": config.size("max_position_embeddings"),
         "feedforward_dim": config.size("ffn_dim"),
         "activation": config.named("activation_function", _ACTIVATIONS, "relu"),
-        "tie_embeddings": config.only("tie_word_embeddings", True, False, default=True),
+        "tie_embeddings": config.is_tied(True),
     }
 
 
@@ -284,17 +268,12 @@ def _gpt_neox_arguments(given):
     if not isinstance(share, (int, float)) or not 0 < share <= 1:
         config.refuse("rotary_pct", "a number above 0 and at most 1")
     return {
-        "vocab_size": config.size("vocab_size"),
-        "embedding_dim": width,
-        "num_layers": config.size("num_hidden_layers"),
+        **config.sizes(),
         "num_heads": heads,
-        "context_length": config.size("max_position_embeddings"),
         "feedforward_dim": config.size("intermediate_size"),
         "activation": config.named("hidden_act", _ACTIVATIONS, "gelu"),
         "layer_norm_epsilon": config.number("layer_norm_eps", 1e-5),
-        "tie_embeddings": config.only(
-            "tie_word_embeddings", True, False, default=False
-        ),
+        "tie_embeddings": config.is_tied(False),
         "parallel_residual": config.only(
             "use_parallel_residual", True, False, default=True
         ),
@@ -303,7 +282,7 @@ def _gpt_neox_arguments(given):
     }
 
 
-def _llama_arguments(given, biases="none", query_key_norm=False, default_tie=False):
+def _llama_arguments(given, biases="none", query_key_norm=False):
     config = _Config(given)
     config.only("mlp_bias", False, default=False)
     config.only("use_sliding_window", False, default=False)
@@ -311,20 +290,15 @@ def _llama_arguments(given, biases="none", query_key_norm=False, default_tie=Fal
         config.only("attention_bias", False, default=False)
     width = config.size("hidden_size")
     return {
-        "vocab_size": config.size("vocab_size"),
-        "embedding_dim": width,
-        "num_layers": config.size("num_hidden_layers"),
+        **config.sizes(),
         **config.heads(width),
-        "context_length": config.size("max_position_embeddings"),
         "feedforward_dim": config.size("intermediate_size"),
         "activation": config.named("hidden_act", _GATED, "silu"),
         "norm": "rms",
         "layer_norm_epsilon": config.number("rms_norm_eps", 1e-6),
         "biases": biases,
         "query_key_norm": query_key_norm,
-        "tie_embeddings": config.only(
-            "tie_word_embeddings", True, False, default=default_tie
-        ),
+        "tie_embeddings": config.is_tied(False),
         **config.rotary(),
     }
 
@@ -340,7 +314,7 @@ def _qwen3_arguments(given):
 # The weights
 
 
-def _linear(ours, *theirs):
+def linear(ours, *theirs):
     """Return a product's kernel and bias, of one layer of PyTorch's or several."""
     return {
         f"{ours}_{part}": Weight(
@@ -357,7 +331,8 @@ def _conv1d(ours, theirs):
     }
 
 
-def _norm(ours, theirs):
+def normalization(ours, theirs):
+    """Return a normalisation's scale and shift."""
     return {
         f"{ours}gamma": Weight((f"{theirs}.weight",)),
         f"{ours}beta": Weight((f"{theirs}.bias",)),
@@ -369,7 +344,11 @@ def _top(tokens, norm, head, positions=None, skipped=0):
     if positions is not None:
         table = Weight((f"{positions}.weight",), skipped_rows=skipped)
         found["embedding/position_table"] = table
-    return {**found, **_norm("final_norm/", norm), "head/kernel": Weight((head,))}
+    return {
+        **found,
+        **normalization("final_norm/", norm),
+        "head/kernel": Weight((head,)),
+    }
 
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -378,14 +357,14 @@ _LLAMA = {
     "top": _top("embed_tokens", "norm", "lm_head.weight"),
     "block": "layers.{}.",
     "parts": {
-        **_norm("attention_norm_", "input_layernorm"),
-        **_linear("qkv", *_ATTENTION),
-        **_norm("query_norm_", "self_attn.q_norm"),
-        **_norm("key_norm_", "self_attn.k_norm"),
-        **_linear("output", "self_attn.o_proj"),
-        **_norm("feedforward_norm_", "post_attention_layernorm"),
-        **_linear("up", "mlp.gate_proj", "mlp.up_proj"),
-        **_linear("down", "mlp.down_proj"),
+        **normalization("attention_norm_", "input_layernorm"),
+        **linear("qkv", *_ATTENTION),
+        **normalization("query_norm_", "self_attn.q_norm"),
+        **normalization("key_norm_", "self_attn.k_norm"),
+        **linear("output", "self_attn.o_proj"),
+        **normalization("feedforward_norm_", "post_attention_layernorm"),
+        **linear("up", "mlp.gate_proj", "mlp.up_proj"),
+        **linear("down", "mlp.down_proj"),
     },
 }
 FAMILIES = {
@@ -393,23 +372,21 @@ FAMILIES = {
     for family in (
         Family(
             "gpt2",
-            "GPT2LMHeadModel",
             _gpt2_arguments,
             prefix="transformer.",
             top=_top("wte", "ln_f", "lm_head.weight", "wpe"),
             block="h.{}.",
             parts={
-                **_norm("attention_norm_", "ln_1"),
+                **normalization("attention_norm_", "ln_1"),
                 **_conv1d("qkv", "attn.c_attn"),
                 **_conv1d("output", "attn.c_proj"),
-                **_norm("feedforward_norm_", "ln_2"),
+                **normalization("feedforward_norm_", "ln_2"),
                 **_conv1d("up", "mlp.c_fc"),
                 **_conv1d("down", "mlp.c_proj"),
             },
         ),
         Family(
             "opt",
-            "OPTForCausalLM",
             _opt_arguments,
             prefix="model.decoder.",
             # OPT counts positions from 2, as the library it was trained in did.
@@ -419,38 +396,37 @@ FAMILIES = {
             ),
             block="layers.{}.",
             parts={
-                **_norm("attention_norm_", "self_attn_layer_norm"),
-                **_linear("qkv", *_ATTENTION),
-                **_linear("output", "self_attn.out_proj"),
-                **_norm("feedforward_norm_", "final_layer_norm"),
-                **_linear("up", "fc1"),
-                **_linear("down", "fc2"),
+                **normalization("attention_norm_", "self_attn_layer_norm"),
+                **linear("qkv", *_ATTENTION),
+                **linear("output", "self_attn.out_proj"),
+                **normalization("feedforward_norm_", "final_layer_norm"),
+                **linear("up", "fc1"),
+                **linear("down", "fc2"),
             },
         ),
         Family(
             "gpt_neox",
-            "GPTNeoXForCausalLM",
             _gpt_neox_arguments,
             prefix="gpt_neox.",
             top=_top("embed_in", "final_layer_norm", "embed_out.weight"),
             block="layers.{}.",
             parts={
-                **_norm("attention_norm_", "input_layernorm"),
+                **normalization("attention_norm_", "input_layernorm"),
                 **{
                     name: dataclasses.replace(weight, heads_first=True)
-                    for name, weight in _linear(
+                    for name, weight in linear(
                         "qkv", "attention.query_key_value"
                     ).items()
                 },
-                **_linear("output", "attention.dense"),
-                **_norm("feedforward_norm_", "post_attention_layernorm"),
-                **_linear("up", "mlp.dense_h_to_4h"),
-                **_linear("down", "mlp.dense_4h_to_h"),
+                **linear("output", "attention.dense"),
+                **normalization("feedforward_norm_", "post_attention_layernorm"),
+                **linear("up", "mlp.dense_h_to_4h"),
+                **linear("down", "mlp.dense_4h_to_h"),
             },
         ),
-        Family("llama", "LlamaForCausalLM", _llama_arguments, **_LLAMA),
-        Family("qwen2", "Qwen2ForCausalLM", _qwen2_arguments, **_LLAMA),
-        Family("qwen3", "Qwen3ForCausalLM", _qwen3_arguments, **_LLAMA),
+        Family("llama", _llama_arguments, **_LLAMA),
+        Family("qwen2", _qwen2_arguments, **_LLAMA),
+        Family("qwen3", _qwen3_arguments, **_LLAMA),
     )
 }
 

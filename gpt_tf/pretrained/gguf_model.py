@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models.sizes import rotary_frequencies
 from gpt_tf.pretrained.build import Description
-from gpt_tf.pretrained.families import FAMILIES, Family, Weight
+from gpt_tf.pretrained.families import FAMILIES, Family, Weight, linear, normalization
 from gpt_tf.pretrained.gguf_file import GGUF, read_gguf
 from gpt_tf.pretrained.tensors import Tensor
 from gpt_tf.text.tokenizer import tokenizer_from_json
@@ -29,39 +29,24 @@ _FAMILIES = {
     "qwen3": "qwen3",
 }
 
-
-def _product(ours, *theirs):
-    return {
-        f"{ours}_{part}": Weight(tuple(f"{n}.{suffix}" for n in theirs), True)
-        for part, suffix in (("kernel", "weight"), ("bias", "bias"))
-    }
-
-
-def _norm(ours, theirs):
-    return {
-        f"{ours}gamma": Weight((f"{theirs}.weight",)),
-        f"{ours}beta": Weight((f"{theirs}.bias",)),
-    }
-
-
 _TOP = {
     "embedding/token_table": Weight(("token_embd.weight",)),
     "embedding/position_table": Weight(("position_embd.weight",)),
-    **_norm("final_norm/", "output_norm"),
+    **normalization("final_norm/", "output_norm"),
     "head/kernel": Weight(("output.weight",)),
 }
 _PARTS = {
-    **_norm("attention_norm_", "attn_norm"),
-    **_product("qkv", "attn_q", "attn_k", "attn_v"),
-    **_norm("query_norm_", "attn_q_norm"),
-    **_norm("key_norm_", "attn_k_norm"),
-    **_product("output", "attn_output"),
-    **_norm("feedforward_norm_", "ffn_norm"),
-    **_product("up", "ffn_gate", "ffn_up"),
-    **_product("down", "ffn_down"),
+    **normalization("attention_norm_", "attn_norm"),
+    **linear("qkv", "attn_q", "attn_k", "attn_v"),
+    **normalization("query_norm_", "attn_q_norm"),
+    **normalization("key_norm_", "attn_k_norm"),
+    **linear("output", "attn_output"),
+    **normalization("feedforward_norm_", "ffn_norm"),
+    **linear("up", "ffn_gate", "ffn_up"),
+    **linear("down", "ffn_down"),
 }
 # Families whose query, key and value are one, and whose feed-forward has no gate.
-_WHOLE = {**_PARTS, **_product("qkv", "attn_qkv"), **_product("up", "ffn_up")}
+_WHOLE = {**_PARTS, **linear("qkv", "attn_qkv"), **linear("up", "ffn_up")}
 
 
 def family_of(file: GGUF, path: str | os.PathLike) -> tuple[Family, dict]:
@@ -99,14 +84,11 @@ def family_of(file: GGUF, path: str | os.PathLike) -> tuple[Family, dict]:
         ) from None
     arguments = family.arguments(config)
     arguments |= _scaling(file.tensors, arguments, path)
-    parts = _PARTS if "activation" in arguments and name in _GATED else _WHOLE
+    parts = _PARTS if arguments["activation"] == "swiglu" else _WHOLE
     family = dataclasses.replace(
         family, prefix="", top=_TOP, block="blk.{}.", parts=parts
     )
     return family, arguments
-
-
-_GATED = ("llama", "qwen2", "qwen3")
 
 
 def _config(file, name, model_type):

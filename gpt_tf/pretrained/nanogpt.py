@@ -1,10 +1,11 @@
 """nanoGPT's checkpoints: `ckpt.pt`, of GPT-2's form, with or without biases."""
 
+import dataclasses
 from pathlib import Path
 
 from gpt_tf.errors import InputError
 from gpt_tf.pretrained.build import Description
-from gpt_tf.pretrained.families import FAMILIES, Weight
+from gpt_tf.pretrained.families import FAMILIES
 from gpt_tf.pretrained.torch_file import read_checkpoint
 from gpt_tf.text.tokenizer import FILE_NAME, load_tokenizer
 
@@ -57,15 +58,11 @@ def _beside(path):
     return load_tokenizer(path.parent) if has_tokenizer else None
 
 
-def _transposed(weights):
-    """nanoGPT's layers are PyTorch's own, whose matrices are `(outputs, inputs)`."""
-    return {
-        name: Weight(weight.names, is_transposed=name.endswith("_kernel"))
-        for name, weight in weights.items()
-    }
-
-
-_GPT2 = FAMILIES["gpt2"]
-_FAMILY = type(_GPT2)(
-    **{**vars(_GPT2), "parts": _transposed(_GPT2.parts)},
+# Its layers are PyTorch's own, whose matrices are `(outputs, inputs)`.
+_FAMILY = dataclasses.replace(
+    FAMILIES["gpt2"],
+    parts={
+        name: dataclasses.replace(weight, is_transposed=True)
+        for name, weight in FAMILIES["gpt2"].parts.items()
+    },
 )

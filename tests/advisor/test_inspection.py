@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from gpt_tf.advisor.inspection import inspect_source, print_inspection
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models import sizes
-from gpt_tf.pretrained.build import Description
-from gpt_tf.pretrained.families import FAMILIES
+from tests.pretrained.folders import shapes_of, write_folder
 
 ROOT = Path(__file__).parents[2]
 SAVED = ROOT / "saved_models"
@@ -32,35 +30,8 @@ LLAMA = {
 @pytest.fixture
 def llama(tmp_path):
     """Write a Llama's folder, of zeros."""
-    folder = tmp_path / "small llama"
-    folder.mkdir()
-    write(folder, LLAMA)
-    return folder
-
-
-def write(folder, config):
-    family = FAMILIES["llama"]
-    description = Description(family, family.arguments(config), {}, (), None)
-    full = sizes.checked_config(
-        {"dropout": 0, "tie_embeddings": False, **description.arguments}
-    )
-    tensors = {}
-    for name, shape in sizes.weight_shapes(full).items():
-        place = family.place_of(name)
-        # The three products of attention are of three widths.
-        widths = [shape[-1]]
-        if len(place.names) == 3:
-            width, kv = 32, 16
-            widths = [width, kv, kv]
-        elif len(place.names) == 2:
-            widths = [shape[-1] // 2] * 2
-        parts = place.write(np.zeros(shape, np.float16), widths, 4)
-        tensors |= {
-            n if n.startswith("lm_head") else family.prefix + n: part
-            for n, part in parts.items()
-        }
-    (folder / "config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    zeros = {n: np.zeros(s, np.float16) for n, s in shapes_of(LLAMA).items()}
+    return write_folder(tmp_path / "small llama", LLAMA, zeros)
 
 
 def reasons(found):

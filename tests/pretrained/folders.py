@@ -140,7 +140,7 @@ def shapes_of(config):
             "model.embed_tokens.weight": (vocab, width),
             "model.norm.weight": (width,),
         }
-        if not config["tie_word_embeddings"]:
+        if not config.get("tie_word_embeddings"):
             shapes["lm_head.weight"] = (vocab, width)
         parts = {
             "input_layernorm.weight": (width,),
