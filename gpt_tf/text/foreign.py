@@ -1,11 +1,9 @@
 """A tokenizer that somebody else trained, used as its file says."""
 
-import functools
 import re
 from collections.abc import Sequence
 
 import numpy as np
-import tokenizers
 
 from gpt_tf.text.tokenizer import _BYTE_OF, Tokenizer
 
@@ -63,11 +61,6 @@ class ForeignTokenizer(Tokenizer):
 
     def _encode_special(self, text: str) -> list[int]:
         return self._finds_special.encode(text, add_special_tokens=False).ids
-
-    @functools.cached_property
-    def _finds_special(self) -> tokenizers.Tokenizer:
-        # Of its own: a switch on the shared one would be seen by other threads.
-        return tokenizers.Tokenizer.from_str(self.to_json())
 
     def encode_bytes(self, data: bytes) -> list[int]:
         return self.encode(data.decode("utf-8", errors="replace"))

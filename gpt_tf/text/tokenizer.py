@@ -118,6 +118,11 @@ class Tokenizer(abc.ABC):
         added = self.backend.get_added_tokens_decoder().values()
         return [token.content for token in added if token.special]
 
+    @functools.cached_property
+    def _finds_special(self) -> tokenizers.Tokenizer:
+        # Of its own: a switch on the shared one would be seen by other threads.
+        return tokenizers.Tokenizer.from_str(self.to_json())
+
     @abc.abstractmethod
     def _encode_special(self, text: str) -> list[int]:
         """Return the ids of a text in which there are special tokens."""
@@ -293,11 +298,6 @@ class BPETokenizer(Tokenizer):
 
     def _encode_special(self, text: str) -> list[int]:
         return self._finds_special.encode(_clean(text), add_special_tokens=False).ids
-
-    @functools.cached_property
-    def _finds_special(self) -> tokenizers.Tokenizer:
-        # Of its own: a switch on the shared one would be seen by other threads.
-        return tokenizers.Tokenizer.from_str(self.to_json())
 
     def encode_bytes(self, data: bytes) -> list[int]:
         texts, broken = text_and_broken_bytes(data)
