@@ -15,9 +15,9 @@ from gpt_tf.export.operations import Operations
 from gpt_tf.export.tflite_writer import Model, Op, Type
 from gpt_tf.models.sizes import block_of, checked_form, rotary_frequencies, turns_heads
 
-# The operations on real numbers that are left in the mode `int8_full`: the embedding's
-# rows and the normalisations, which need more than 8 bits, mask and softmax, and the
-# conversions around them.
+# The operations on real numbers that are left of GPT-2's form in the mode `int8_full`:
+# the embedding's rows and the normalisations, which need more than 8 bits, mask and
+# softmax, and the conversions around them.
 FLOAT_ISLANDS = (
     "ADD",
     "DEQUANTIZE",
@@ -201,8 +201,8 @@ class _Graph:
             )
             swapped = ops.join([other, one, *rest], x.shape)
             x = ops.add(
-                ops.multiply(x, self.cos, x.shape),
-                ops.multiply(swapped, self.sin, x.shape),
+                ops.multiply(x, self.cos),
+                ops.multiply(swapped, self.sin),
             )
         kind, quant = ops.form_of(f"{block}/{name}_activation")
         if quant is None:
