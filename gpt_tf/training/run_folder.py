@@ -21,6 +21,7 @@ from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.models import keras_file
 from gpt_tf.models.gpt import GPTModel
+from gpt_tf.models.sizes import FORM
 from gpt_tf.parallel.mesh_gpt import MeshGPT
 from gpt_tf.pretrained import source
 from gpt_tf.settings import arguments
@@ -137,7 +138,8 @@ def open_model(model: str | Path, **changes) -> source.Opened:
 
     Returns:
         A tuple of `model`, `tokenizer`, which is None where none belongs to it, and
-        `facts`: `source`, `format` and `family`.
+        `facts`: `source`, `format` and `family`, which is None of a model of gpt_tf's
+        whose form is not GPT-2's.
 
     Raises:
         InputError: There is no such model, or its family or form is unknown.
@@ -152,7 +154,10 @@ def open_model(model: str | Path, **changes) -> source.Opened:
     if changes:
         arguments.refuse("changes", changes, "none, for a model that gpt_tf saved")
     found, tokenizer = load_model(model)
-    facts = {"source": str(model), "format": "gpt_tf", "family": "gpt2"}
+    config = found.get_config()
+    has_form = FORM.keys() & config.get("gpt", config).keys()
+    family = None if has_form else "gpt2"
+    facts = {"source": str(model), "format": "gpt_tf", "family": family}
     return source.Opened(found, tokenizer, facts)
 
 

@@ -180,6 +180,16 @@ def test_names_without_prefix_and_tensors_of_no_use_are_taken(expected, tmp_path
     assert_same_logits(gpt_tf.open_model(tmp_path).model(IDS), expected["gpt2"])
 
 
+@pytest.mark.parametrize(("name", "family"), [("gpt2", "gpt2"), ("llama", None)])
+def test_what_is_saved_opens_again_and_is_called_gpt2_only_if_it_is(
+    opened, tmp_path, name, family
+):
+    opened[name].save(tmp_path / "gpt.keras")
+    again, _, facts = gpt_tf.open_model(tmp_path / "gpt.keras")
+    assert facts["family"] == family
+    np.testing.assert_array_equal(again(IDS), opened[name](IDS))
+
+
 def test_a_context_can_be_asked_for(folders, opened):
     short = gpt_tf.open_model(folders / "llama", context_length=12).model
     assert short.context_length == 12
