@@ -39,6 +39,7 @@ _PUBLIC = {
     "calibrate": "gpt_tf.quantization.calibration",
     "derive_tokenizer": "gpt_tf.distillation.tokenizer_alignment",
     "distil": "gpt_tf.training.loop",
+    "equalize": "gpt_tf.quantization.equalize",
     "export_litertlm": "gpt_tf.export.litertlm",
     "export_tflite": "gpt_tf.export.tflite",
     "export_trained": "gpt_tf.export.from_run",

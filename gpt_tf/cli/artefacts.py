@@ -35,6 +35,13 @@ def export(
             help="Tokens a prefill takes at once; may be repeated.",
         ),
     ] = None,
+    equalize: Annotated[
+        bool | None,
+        typer.Option(
+            help="Move differences of activations' channels into weights before they "
+            "are rounded. Default: of a model that was trained elsewhere."
+        ),
+    ] = None,
     allow_untrained: Annotated[
         bool, typer.Option(help="Write a model that was never trained too.")
     ] = False,
@@ -51,6 +58,7 @@ def export(
         mode,
         corpus=corpus or None,
         context_length=context_length,
+        equalize=equalize,
         allow_untrained=allow_untrained,
         **options,
     )

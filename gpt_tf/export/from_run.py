@@ -1,6 +1,7 @@
 """Export what `gpt-tf train` or `gpt-tf quantize` left in a folder."""
 
 import itertools
+import logging
 import os
 
 import numpy as np
@@ -9,10 +10,14 @@ from gpt_tf.errors import InputError
 from gpt_tf.export import litertlm, tflite
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.pretrained.source import is_foreign
+from gpt_tf.quantization import equalize as equalization
+from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Corpus, open_corpus
 from gpt_tf.text.dataset import TokenFile
 from gpt_tf.training.loop import load_model
+
+logger = logging.getLogger(__name__)
 
 _REPRESENTATIVE_WINDOWS = 64
 _LONGEST_WINDOW = 256
@@ -35,6 +40,7 @@ def export_trained(
     mode: str = "dynamic_int8",
     *,
     corpus=None,
+    equalize: bool | None = None,
     **options,
 ) -> dict:
     """Export a trained model with typical text to calibrate and verify on.
@@ -47,6 +53,9 @@ def export_trained(
         mode: As for `export_tflite`.
         corpus: A `Corpus`, or as for `open_corpus`; text to use where `source` is no
             run.
+        equalize: Whether `gpt_tf.equalize` prepares the weights of a mode that rounds
+            them. Default: those of a model trained elsewhere, whose activations often
+            have channels much larger than the others.
         **options: As for `export_tflite`.
 
     Returns:
@@ -80,9 +89,25 @@ def export_trained(
             options.setdefault("representative", windows)
     elif tokenizer is not None and is_foreign(source):
         options.setdefault("verify_on", tokenizer.encode(_ENGLISH)[:_VERIFIED_TOKENS])
+    if equalize is None:
+        equalize = is_foreign(source)
+    if equalize:
+        _equalize(model, mode, options)
     if out.suffix == ".tflite":
         return tflite.export_tflite(model, out, mode, tokenizer=tokenizer, **options)
     return litertlm.export_litertlm(model, tokenizer, out, mode, **options)
+
+
+def _equalize(model, mode, options):
+    """Prepare a float model's weights for a mode that rounds them."""
+    arguments.one_of("mode", mode, MODES)
+    bits = {"int8": 8, "int4": 4}.get(MODES[mode].kernels)
+    text = options.get("representative", options.get("verify_on"))
+    if bits is None or text is None or not isinstance(model, GPTModel):
+        return
+    logger.info("equalising: moving differences of channels into the weights")
+    windows = windows_of(np.ravel(text), model.context_length)
+    equalization.equalize(model, windows, bits=bits)
 
 
 def windows_of(tokens: np.ndarray, context_length: int) -> np.ndarray:

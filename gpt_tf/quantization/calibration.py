@@ -100,7 +100,7 @@ def calibrate(
             "Calibration expects a dataset that ends, or `num_batches`. Received: one "
             "that repeats for ever. Pass `num_batches=100`, for example."
         )
-    batches = _batches(inputs, batch_size, model)
+    batches = batches_of(inputs, batch_size, model)
     batches = list(itertools.islice(batches, num_batches))
     if not batches:
         raise InputError(
@@ -143,7 +143,7 @@ def check_float(model, function):
     arguments.instance(f"{function}(model)", model, GPTModel, expected)
 
 
-def _batches(inputs, batch_size, model):
+def batches_of(inputs, batch_size, model):
     """Yield the batches of ids `(B, T)` int32 that have any."""
     inputs = checks.as_arrays(inputs)
     if isinstance(inputs, Windows):
