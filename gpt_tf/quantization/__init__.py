@@ -2,5 +2,6 @@
 
 `config` and `modes` say what can be chosen, `calibration` measures ranges after
 training, `equalize` prepares weights for it, `qat` trains with quantisation in the loop
-(TF-MOT), `weights` quantises weights alone. Imports `models`; only this room knows TF-MOT. Start with `config`.
+(TF-MOT), `weights` quantises weights alone. Imports `models`; only this room knows
+TF-MOT. Start with `config`.
 """
