@@ -35,11 +35,11 @@ def export(
             help="Tokens a prefill takes at once; may be repeated.",
         ),
     ] = None,
-    equalize: Annotated[
+    prepare: Annotated[
         bool | None,
         typer.Option(
-            help="Move differences of activations' channels into weights before they "
-            "are rounded. Default: of a model that was trained elsewhere."
+            help="Equalise weights, and round those of int4 by GPTQ. Default: of a "
+            "model that was trained elsewhere."
         ),
     ] = None,
     allow_untrained: Annotated[
@@ -58,7 +58,7 @@ def export(
         mode,
         corpus=corpus or None,
         context_length=context_length,
-        equalize=equalize,
+        prepare=prepare,
         allow_untrained=allow_untrained,
         **options,
     )

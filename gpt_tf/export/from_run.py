@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+from pydoc_data.topics import topics
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.export import litertlm, tflite
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.pretrained.source import is_foreign
-from gpt_tf.quantization import equalize as equalization
+from gpt_tf.quantization.equalize import equalize
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Corpus, open_corpus
@@ -40,7 +41,7 @@ def export_trained(
     mode: str = "dynamic_int8",
     *,
     corpus=None,
-    equalize: bool | None = None,
+    prepare: bool | None = None,
     **options,
 ) -> dict:
     """Export a trained model with typical text to calibrate and verify on.
@@ -53,9 +54,10 @@ def export_trained(
         mode: As for `export_tflite`.
         corpus: A `Corpus`, or as for `open_corpus`; text to use where `source` is no
             run.
-        equalize: Whether `gpt_tf.equalize` prepares the weights of a mode that rounds
-            them. Default: those of a model trained elsewhere, whose activations often
-            have channels much larger than the others.
+        prepare: Whether weights of a mode that rounds them are equalised
+            (`gpt_tf.equalize`), and those of int4 rounded by GPTQ. Default: of a model
+            trained elsewhere, where some channels are much larger than the others.
+            Without text, Python's documentation is what they are measured on.
         **options: As for `export_tflite`.
 
     Returns:
@@ -89,25 +91,29 @@ def export_trained(
             options.setdefault("representative", windows)
     elif tokenizer is not None and is_foreign(source):
         options.setdefault("verify_on", tokenizer.encode(_ENGLISH)[:_VERIFIED_TOKENS])
-    if equalize is None:
-        equalize = is_foreign(source)
-    if equalize:
-        _equalize(model, mode, options)
+    if prepare is None:
+        prepare = is_foreign(source)
+    if prepare and isinstance(model, GPTModel):
+        _prepare(model, tokenizer, mode, options)
     if out.suffix == ".tflite":
         return tflite.export_tflite(model, out, mode, tokenizer=tokenizer, **options)
     return litertlm.export_litertlm(model, tokenizer, out, mode, **options)
 
 
-def _equalize(model, mode, options):
-    """Prepare a float model's weights for a mode that rounds them."""
+def _prepare(model, tokenizer, mode, options):
+    """Equalise a model for a mode that rounds weights; 4 bits are rounded by GPTQ."""
     arguments.one_of("mode", mode, MODES)
     bits = {"int8": 8, "int4": 4}.get(MODES[mode].kernels)
-    text = options.get("representative", options.get("verify_on"))
-    if bits is None or text is None or not isinstance(model, GPTModel):
+    text = options.get("representative")
+    if text is None and tokenizer is not None:
+        text = tokenizer.encode("\n\n".join(topics.values()))
+    if bits is None or text is None:
         return
     logger.info("equalising: moving differences of channels into the weights")
-    windows = windows_of(np.ravel(text), model.context_length)
-    equalization.equalize(model, windows, bits=bits)
+    text = windows_of(np.ravel(text), model.context_length)[::4]
+    equalize(model, text, bits=bits)
+    if bits == 4:  # at 8 the nearest integers are as good
+        options.setdefault("gptq_on", text)
 
 
 def windows_of(tokens: np.ndarray, context_length: int) -> np.ndarray:

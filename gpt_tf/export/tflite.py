@@ -14,6 +14,7 @@ from gpt_tf.models.cached_forward import looks_untrained
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import check_language_model
 from gpt_tf.native_logs import quiet
+from gpt_tf.quantization import gptq
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings import arguments
 from gpt_tf.text.tokenizer import FILE_NAME, load_tokenizer
@@ -34,6 +35,7 @@ def export_tflite(
     ranges: dict | None = None,
     representative=None,
     per_channel: bool | None = None,
+    gptq_on=None,
     verify_on=None,
     allow_untrained: bool = False,
 ) -> dict:
@@ -71,6 +73,9 @@ def export_tflite(
         per_channel: Whether int8 weights have a scale per output channel. Default:
             yes, or as a quantisation-aware model was trained. One per matrix costs
             accuracy.
+        gptq_on: Token ids `(N, T)` of some thousand positions of text, by which GPTQ
+            rounds int8 and int4 weights. Default: each to the nearest. A model that
+            was trained to be rounded so stays with that.
         verify_on: Token ids `(N,)` of a text on which the file is run and compared
             with Keras. Default: the first row of `representative`, else random ids.
         allow_untrained: Whether a model whose biases are all 0 still may be written.
@@ -117,11 +122,19 @@ def export_tflite(
         arguments.refuse("prefill_lengths", lengths, "one or more integers")
     # LiteRT-LM needs a small one for what is left of a prompt.
     lengths = [1, *(length for length in lengths if 1 < length <= capacity)]
-    logger.info(f"storing {plain.count_params():,} parameters as {mode}")
     if per_channel is None:
         per_channel = plain is model or model.quantization.per_channel
     suppressed = ids_without_token(tokenizer, plain.vocab_size)
-    constants = weights.constants_of(plain, mode, ranges, per_channel, suppressed)
+    moments = None
+    is_rounded = MODES[mode].kernels in ("int8", "int4") and plain is model
+    if gptq_on is not None and is_rounded:
+        logger.info("GPTQ: measuring what the weights are multiplied by")
+        moments = gptq.moments_of(plain, gptq_on)
+    logger.info(f"storing {plain.count_params():,} parameters as {mode}")
+    constants = weights.constants_of(
+        plain, mode, ranges, per_channel, suppressed, moments
+    )
+    del moments
     facts = {
         "mode": mode,
         "per_channel": per_channel,

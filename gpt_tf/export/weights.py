@@ -8,13 +8,16 @@ from gpt_tf.export.constants import INT4_BLOCK, Constants, Matrix, qkv_pieces
 from gpt_tf.export.tflite_writer import QuantParams, Type
 from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.sizes import weight_shapes
+from gpt_tf.quantization import gptq
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.quantization.weights import quantize_array
 
 _INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
-def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
+def store(
+    values: np.ndarray, form: str, name: str, per_channel=True, moments=None
+) -> Matrix:
     """Return a matrix `(outputs, inputs)` in a form of `Mode.kernels`.
 
     Args:
@@ -22,6 +25,8 @@ def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
         form: A form.
         name: What an error calls it.
         per_channel: Whether an int8 matrix has a scale per output channel, or one.
+        moments: Those of its inputs, as from `gptq.moments_of`, to round integers by;
+            without, each goes to the nearest.
 
     Raises:
         InputError: A value is NaN, infinite or too large, or the shape does not fit.
@@ -41,6 +46,8 @@ def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
     if form == "int8":
         axis = 0 if per_channel else None
         integers, scales = quantize_array(values, 8, axis=axis, name=name)
+        if moments is not None:
+            integers = gptq.round_weights(values, scales, 127, moments)
         scales = scales.reshape(-1)
         quant = QuantParams(scales, np.zeros(len(scales), np.int64))
         return Matrix(integers, Type.INT8, values.shape, quant)
@@ -51,7 +58,7 @@ def store(values: np.ndarray, form: str, name: str, per_channel=True) -> Matrix:
             f"together and feedforward_dim are multiples of {INT4_BLOCK}, or "
             "dynamic_int8."
         )
-    return _int4(values)
+    return _int4(values, moments)
 
 
 def _refuse_infinite(values, name):
@@ -71,7 +78,7 @@ def _rows_times(matrix, rows, factors):
     return Matrix(values, matrix.kind, values.shape, quant)
 
 
-def _int4(values):
+def _int4(values, moments):
     """Quantise in blocks, each with the scale of the smallest squared error.
 
     With 15 steps only, cutting off a block's largest value often costs less than
@@ -93,6 +100,9 @@ def _int4(values):
         best[better], scales[better] = errors[better], tried[better]
         integers[better] = steps[better]
     scales[scales == 0] = 1  # of a block of zeros, as LiteRT wants it
+    if moments is not None:
+        spread = np.repeat(scales.astype(np.float32), INT4_BLOCK, axis=1)
+        integers = gptq.round_weights(values, spread, 7, moments)
     halves = (integers.view(np.uint8) & 15).reshape(-1, 2)
     packed = halves[:, 0] | (halves[:, 1] << 4)  # the first in the low half
     quant = QuantParams(scales, np.zeros(1, np.int64), 0, INT4_BLOCK)
@@ -100,7 +110,7 @@ def _int4(values):
 
 
 def constants_of(
-    model, mode: str, ranges=None, per_channel=True, suppressed=()
+    model, mode: str, ranges=None, per_channel=True, suppressed=(), moments=None
 ) -> Constants:
     """Take the weights out of a `GPTModel`, in the form of a mode.
 
@@ -113,6 +123,7 @@ def constants_of(
         ranges: (minimum, maximum) by activation, for modes with fixed activations.
         per_channel: As for `store`.
         suppressed: Token ids that the file is to rule out.
+        moments: As from `gptq.moments_of`, to round kernels by.
 
     Raises:
         InputError: A weight is not finite, or does not fit the mode.
@@ -125,8 +136,9 @@ def constants_of(
     root = np.sqrt(blocks[0].head_dim)
     pieces = qkv_pieces(sizes, form, per_channel)
 
-    def keep(name, values, kind=form.kernels):
-        matrices[name] = store(values, kind, name, per_channel)
+    def keep(name, values, kind=form.kernels, read=None):
+        read = moments.get(read or name) if moments else None
+        matrices[name] = store(values, kind, name, per_channel, read)
 
     for name in weight_shapes(sizes):
         layer, _, weight = name.partition("/")
@@ -143,14 +155,15 @@ def constants_of(
                     vectors[f"{layer}/{piece}{kind}"] = (values * scale)[rows]
                 continue
             if form.kernels == "int8":
-                whole = store(values.T, "int8", name, per_channel)
+                read = moments.get(name) if moments else None
+                whole = store(values.T, "int8", name, per_channel, read)
             for piece, rows in pieces.items():
                 key = f"{layer}/{piece}{kind}"
                 if form.kernels == "int8":
                     # The integers are those of the model's own kernel.
                     matrices[key] = _rows_times(whole, rows, scale[rows])
                 else:
-                    keep(key, (values.T * scale[:, None])[rows])
+                    keep(key, (values.T * scale[:, None])[rows], read=name)
         elif weight.endswith("_kernel"):
             keep(name, values.T)
         else:

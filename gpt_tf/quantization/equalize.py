@@ -14,6 +14,8 @@ and the product's weights, rounded per output channel, bear a larger input chann
 GELU's output is not proportional to its input, so it stays as it is.
 """
 
+import itertools
+
 import numpy as np
 
 from gpt_tf.errors import InputError
@@ -22,8 +24,8 @@ from gpt_tf.models.layers import observed
 from gpt_tf.quantization.calibration import batches_of, check_float
 from gpt_tf.quantization.weights import BLOCK_SIZE, dequantize, quantize_array
 
-# Rows of each activation on which factors are compared.
-_ROWS = 512
+# Rows of each activation on which factors are compared, and batches they are from.
+_ROWS, _BATCHES = 512, 8
 # How much of the difference between channels the weights take over.
 _SHARES = (0.35, 0.5, 0.65, 0.8)
 _BLOCKS = {8: None, 4: BLOCK_SIZE}
@@ -46,8 +48,8 @@ def equalize(model, inputs, *, bits=8, batch_size=8):
 
     Args:
         model: A `GPTModel`, whose weights are changed.
-        inputs: Text like that which the model will meet, as for `calibrate`; 512
-            positions of it are used.
+        inputs: Text like that which the model will meet, as for `calibrate`. Of its
+            first 8 batches 512 positions are used, spread evenly.
         bits: 8, weights with a scale per output channel; or 4, in blocks of 32.
         batch_size: Rows of an array that are computed at once.
 
@@ -72,25 +74,26 @@ def equalize(model, inputs, *, bits=8, batch_size=8):
 
 def _inputs_of_products(model, batches):
     """Return what products with weights read, `(N, C)` by layer and activation."""
+    batches = [*itertools.islice(batches, _BATCHES)]
+    if not batches:
+        raise InputError(
+            "Equalisation expects token ids (N, T) of some text. Received: no data."
+        )
+    most = -(-_ROWS // len(batches))
     found = {layer.name: {} for layer in model.layers}
 
     def see(layer, name, x):
         rows = x.numpy().reshape(-1, x.shape[-1]).astype(np.float32)
-        before = found[layer.name].get(name, rows[:0])
-        found[layer.name][name] = np.concatenate([before, rows])[:_ROWS]
+        taken = rows[:: -(-len(rows) // most)]
+        found[layer.name].setdefault(name, []).append(taken)
 
-    count = 0
     with observed(model.layers, see, _READ):
         for ids in batches:
             model(ids, training=False)
-            count += ids.size
-            if count >= _ROWS:
-                break
-    if not count:
-        raise InputError(
-            "Equalisation expects token ids (N, T) of some text. Received: no data."
-        )
-    return found
+    return {
+        layer: {name: np.concatenate(rows) for name, rows in read.items()}
+        for layer, read in found.items()
+    }
 
 
 def _equalize_block(block, read, bits):
