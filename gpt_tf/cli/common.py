@@ -1,9 +1,12 @@
 """What the commands share: the program itself, notices, TensorFlow."""
 
+import functools
 import logging
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -18,8 +21,48 @@ from gpt_tf.progress import current_console
 NOTHING_FITS = 3
 
 
+# Where each command stands, as `--help` names them: the way of the data.
+_MODULES = {
+    "optimize": "optimize",
+    "train": "training",
+    "distil": "training",
+    "quantize": "training",
+    "inspect": "inspect",
+    "export": "artefacts",
+    "generate": "artefacts",
+    "evaluate": "evaluate",
+    "benchmark": "benchmark",
+    "recommend": "recommend",
+    "explain": "explain",
+}
+
+
+class _Verbs(Mapping):
+    """The commands by name; one is imported when it is asked for."""
+
+    def __getitem__(self, name):
+        return _command(name, _MODULES[name])
+
+    def __iter__(self):
+        return iter(_MODULES)
+
+    def __len__(self):
+        return len(_MODULES)
+
+
+@functools.cache
+def _command(name, module):
+    single = typer.Typer(add_completion=False)
+    single.command(name)(getattr(import_module(f"gpt_tf.cli.{module}"), name))
+    return typer.main.get_command(single)
+
+
 class _Commands(typer.core.TyperGroup):
     """Commands that say that they were interrupted, whatever version typer has."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.commands = _Verbs()
 
     def invoke(self, context):
         try:

@@ -1,11 +1,11 @@
 """The settings of `optimize`, read without TensorFlow."""
 
-import os
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from gpt_tf.explain import FEWEST_PROMPTS
+from gpt_tf.pretrained.source import absolute
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings.arguments import LARGEST
 from gpt_tf.settings.configuration import (
@@ -90,7 +90,7 @@ class OptimizationConfig(Configuration):
         self._check("corpus", whole, "beside `validation` and `separator`")
         check_separator(self.separator)
         if self.model is not None:
-            object.__setattr__(self, "model", os.path.abspath(self.model))
+            object.__setattr__(self, "model", absolute(self.model))
         prompts = self.explained_prompts
         enough = prompts == 0 or prompts >= FEWEST_PROMPTS
         self._check("explained_prompts", enough, f"of at least {FEWEST_PROMPTS}, or 0")
