@@ -15,7 +15,6 @@ from rich.text import Text
 
 import gpt_tf
 from gpt_tf.native_logs import held_back
-from gpt_tf.progress import current_console
 
 # Exit status: nothing that was measured fits the budgets; what comes nearest was told.
 NOTHING_FITS = 3
@@ -114,6 +113,9 @@ def command_line() -> str:
 
 def notice(line):
     """Print a line on standard output, above a bar that is being drawn."""
+    # Here and not above: it brings all that draws progress.
+    from gpt_tf.progress import current_console
+
     # It may quote any text; none of it is rich's markup.
     current_console().print(Text(line))
 

@@ -19,6 +19,12 @@ DTYPES = {
 }
 
 
+def test_types_are_numbered_as_in_the_schema():
+    numbers = {name: n for name, n in vars(Type).items() if name.isupper()}
+    assert numbers.items() <= vars(schema.TensorType).items()
+    assert {DTYPES[np.dtype("int8")], numbers["INT4"]} == {9, 17}
+
+
 def params_of(scale):
     return QuantParams(np.array([scale], "float32"), np.zeros(1, "int64"))
 

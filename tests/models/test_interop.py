@@ -210,7 +210,7 @@ def header(dtype="F32", shape=(1,), end=4):
 )
 def test_headers_that_lie_are_refused(folder, data):
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(DamagedFileError, match=r"model\.safetensors"):
+    with pytest.raises(DamagedFileError):
         GPTModel.from_huggingface(folder)
 
 
