@@ -64,6 +64,9 @@ class OptimizationConfig(Configuration):
         description="How teacher and students are exported. For int8 a student is "
         "trained on with rounded weights and activations first.",
     )
+    context_length: Count | None = Field(
+        None, description="Tokens that the files' caches hold; the model's context."
+    )
     evaluated_tokens: int = Field(
         20_000, ge=2, le=LARGEST, description="Held-out tokens to judge by."
     )

@@ -296,7 +296,9 @@ def export_file(plan: Plan, steps: Steps, file) -> None:
     """Export a file and verify it."""
     source, path = plan.run_of(file.source), plan.out / file.path
     inputs = {"model": artifacts.sha256_of(*model_files(source)), "mode": file.mode}
-    text = {}
+    length, text = plan.config.context_length, {}
+    asked = {} if length is None else {"context_length": length}
+    inputs |= asked
     is_run = (source / "data" / "train.tokens").is_file()
     if not is_run:  # ranges are measured on the text that is named
         inputs["corpus"] = plan.text_hash
@@ -305,7 +307,7 @@ def export_file(plan: Plan, steps: Steps, file) -> None:
     def work():
         with silenced():
             typical = None if is_run else open_text(plan.training)
-            export_trained(source, path, file.mode, corpus=typical)
+            export_trained(source, path, file.mode, corpus=typical, **asked)
 
     steps.run(
         f"file-{file.name}",
@@ -313,7 +315,9 @@ def export_file(plan: Plan, steps: Steps, file) -> None:
         inputs,
         [file.path, f"{file.path}.json"],
         work,
-        command=_command("export", model=source, mode=file.mode, **text, out=path),
+        command=_command(
+            "export", model=source, mode=file.mode, **asked, **text, out=path
+        ),
     )
 
 

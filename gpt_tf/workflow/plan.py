@@ -118,7 +118,8 @@ class Plan:
 
     def _request(self):
         asked = (self.config.prompt_tokens, self.config.new_tokens)
-        context = self.training.context_length
+        contexts = (self.training.context_length, self.config.context_length)
+        context = min(filter(None, contexts))
         if sum(asked) <= context:
             return asked
         half = context // 2
