@@ -1,11 +1,12 @@
 """The settings of `optimize`, read without TensorFlow."""
 
+import os
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from gpt_tf.explain import FEWEST_PROMPTS
-from gpt_tf.pretrained.source import absolute
+from gpt_tf.pretrained.source import is_name
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings.arguments import LARGEST
 from gpt_tf.settings.configuration import (
@@ -92,8 +93,8 @@ class OptimizationConfig(Configuration):
         whole = self.corpus is not None or not divided
         self._check("corpus", whole, "beside `validation` and `separator`")
         check_separator(self.separator)
-        if self.model is not None:
-            object.__setattr__(self, "model", absolute(self.model))
+        if self.model is not None and not is_name(self.model):
+            object.__setattr__(self, "model", os.path.abspath(self.model))
         prompts = self.explained_prompts
         enough = prompts == 0 or prompts >= FEWEST_PROMPTS
         self._check("explained_prompts", enough, f"of at least {FEWEST_PROMPTS}, or 0")
