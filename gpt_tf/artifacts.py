@@ -653,12 +653,16 @@ def check_seal(facts: Any, path: str | os.PathLike, own: str = "sha256") -> None
         )
 
 
-def sha256_of(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+def sha256_of(*paths: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file's bytes, or of several files' one after the other.
+
+    It has 64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
     return digest.hexdigest()
 
 

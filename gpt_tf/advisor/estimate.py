@@ -20,7 +20,7 @@ from gpt_tf.advisor.constraints import KINDS, Budgets, option, scenario_of
 from gpt_tf.errors import InputError
 from gpt_tf.export.constants import INT4_BLOCK, outline
 from gpt_tf.export.signatures import MODES
-from gpt_tf.export.tflite_writer import Type
+from gpt_tf.export.types import Type
 from gpt_tf.models import sizes
 from gpt_tf.pretrained.source import describe, is_foreign
 from gpt_tf.settings import arguments

@@ -14,7 +14,7 @@ from gpt_tf import formatting
 from gpt_tf.advisor.estimate import check_mode, file_of, size_of, sizes_of
 from gpt_tf.errors import InputError
 from gpt_tf.export.signatures import MODES
-from gpt_tf.export.tflite_writer import refuse_large
+from gpt_tf.export.types import refuse_large
 from gpt_tf.models import sizes
 from gpt_tf.pretrained.source import describe, is_foreign
 from gpt_tf.text.tokenizer import load_tokenizer

@@ -1,9 +1,9 @@
 """The command line: a verb per command, no logic of its own.
 
 A command stands in the module named after its group; its options follow from the
-settings that they fill (`options`). Here the verbs are put in order, and what ends a
-command becomes one line and a status. Imports every room; none imports it. Start with
-`training`.
+settings that they fill (`options`). `common` puts the verbs in order, and imports
+the one that is run; here what ends a command becomes one line and a status. Imports
+every room; none imports it. Start with `training`.
 """
 
 import contextlib
@@ -18,29 +18,10 @@ import warnings
 import typer
 
 from gpt_tf.artifacts import disk_trouble
-from gpt_tf.cli import (
-    artefacts,
-    benchmark,
-    evaluate,
-    explain,
-    inspect,
-    optimize,
-    recommend,
-    training,
-)
 from gpt_tf.cli.common import app, show_notices
 from gpt_tf.errors import InputError, PeerLostError, WorkerFailedError
 
 __all__ = ["app", "main"]
-
-# As `--help` names them: the way of the data.
-for _verb in (
-    *(optimize.optimize, training.train, training.distil, training.quantize),
-    *(inspect.inspect,),
-    *(artefacts.export, artefacts.generate, evaluate.evaluate, benchmark.benchmark),
-    *(recommend.recommend, explain.explain),
-):
-    app.command()(_verb)
 
 _EXTRAS = {
     **dict.fromkeys(

@@ -13,10 +13,14 @@ from gpt_tf.errors import InputError
 def benchmark(
     file: Files,
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="Length of the prompt; 64, or 16 if --quick.")
+        int | None,
+        typer.Option(
+            help="Length of the prompt; 64, or 16 if --quick, or the baseline's, or "
+            "half of a shorter context."
+        ),
     ] = None,
     new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to write; 64, or 16 if --quick.")
+        int | None, typer.Option(help="Tokens to write; as many as the prompt.")
     ] = None,
     repetitions: Annotated[
         int | None, typer.Option(help="Requests of each file; 20, or 10 if --quick.")
@@ -53,13 +57,17 @@ def benchmark(
 ):
     """Measure how fast files answer, in turn, each in processes of its own."""
     from gpt_tf.evaluation.latency import REPETITIONS, REQUESTS, ROUNDS, measure_files
-    from gpt_tf.evaluation.regression import compare_with_baseline, read_baseline
+    from gpt_tf.evaluation.regression import (
+        compare_with_baseline,
+        read_baseline,
+        request_of,
+    )
     from gpt_tf.evaluation.report import place_of_report, write_report
     from gpt_tf.reporting import tables
 
     settings = {
-        "prompt_tokens": 16 if quick else 64,
-        "new_tokens": 16 if quick else 64,
+        "prompt_tokens": 16 if quick else None,
+        "new_tokens": 16 if quick else None,
         "repetitions": 10 if quick else REPETITIONS,
         # A comparison takes the medians of as many processes.
         "rounds": 2 if quick and baseline is None else ROUNDS,
@@ -81,6 +89,7 @@ def benchmark(
     if baseline is not None:
         sizes = {name: settings[name] for name in ("prompt_tokens", "new_tokens")}
         stored = read_baseline(baseline, **sizes)
+        settings |= request_of(stored)
     with tables.MeasurementProgress() as progress:
         made = measure_files(
             file,

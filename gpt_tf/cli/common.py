@@ -1,9 +1,12 @@
 """What the commands share: the program itself, notices, TensorFlow."""
 
+import functools
 import logging
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -12,14 +15,53 @@ from rich.text import Text
 
 import gpt_tf
 from gpt_tf.native_logs import held_back
-from gpt_tf.progress import current_console
 
 # Exit status: nothing that was measured fits the budgets; what comes nearest was told.
 NOTHING_FITS = 3
 
 
+# Where each command stands, as `--help` names them: the way of the data.
+_MODULES = {
+    "optimize": "optimize",
+    "train": "training",
+    "distil": "training",
+    "quantize": "training",
+    "inspect": "inspect",
+    "export": "artefacts",
+    "generate": "artefacts",
+    "evaluate": "evaluate",
+    "benchmark": "benchmark",
+    "recommend": "recommend",
+    "explain": "explain",
+}
+
+
+class _Verbs(Mapping):
+    """The commands by name; one is imported when it is asked for."""
+
+    def __getitem__(self, name):
+        return _command(name, _MODULES[name])
+
+    def __iter__(self):
+        return iter(_MODULES)
+
+    def __len__(self):
+        return len(_MODULES)
+
+
+@functools.cache
+def _command(name, module):
+    single = typer.Typer(add_completion=False)
+    single.command(name)(getattr(import_module(f"gpt_tf.cli.{module}"), name))
+    return typer.main.get_command(single)
+
+
 class _Commands(typer.core.TyperGroup):
     """Commands that say that they were interrupted, whatever version typer has."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.commands = _Verbs()
 
     def invoke(self, context):
         try:
@@ -71,6 +113,9 @@ def command_line() -> str:
 
 def notice(line):
     """Print a line on standard output, above a bar that is being drawn."""
+    # Here and not above: it brings all that draws progress.
+    from gpt_tf.progress import current_console
+
     # It may quote any text; none of it is rich's markup.
     current_console().print(Text(line))
 

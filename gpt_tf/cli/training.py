@@ -11,7 +11,7 @@ from gpt_tf.distillation.config import DistillationConfig
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.settings import arguments
 from gpt_tf.text.config import AugmentationConfig
-from gpt_tf.training.config import PRESETS, RunOptions, TrainingConfig
+from gpt_tf.training.config import CONTEXT_LENGTH, PRESETS, RunOptions, TrainingConfig
 
 # Of a run that follows another one: what is not given is the other run's.
 _SOURCES_TEXT = {"corpus": "As for train; the source's own. May be repeated."}
@@ -44,11 +44,14 @@ def train(
     TrainingConfig,
     "course",
     (
-        *("corpus", "validation", "separator", "steps", "learning_rate", "batch_size"),
-        *("validate_every", "checkpoint_every", "strategy", "seed"),
+        *("corpus", "validation", "separator", "context_length", "steps"),
+        *("learning_rate", "batch_size", "validate_every", "checkpoint_every"),
+        *("strategy", "seed"),
     ),
     helps={
         **_SOURCES_TEXT,
+        "context_length": f"Tokens per window; those of the source's run, or at most "
+        f"{CONTEXT_LENGTH}.",
         "steps": "Optimiser steps; a tenth of the source's.",
         "learning_rate": "At its peak; a twentieth of the source's.",
         "seed": "Of the data's order.",
@@ -98,7 +101,8 @@ def quantize(
     helps={
         **_SOURCES_TEXT,
         "init_from": "Trained student to go on with instead.",
-        "context_length": "Tokens per window; the teacher's.",
+        "context_length": f"Tokens per window; those of the teacher's run, or at most "
+        f"{CONTEXT_LENGTH}.",
         "steps": "Optimiser steps; the teacher's.",
         "learning_rate": "At its peak; the teacher's.",
         "dropout": "Of the student; 0.",

@@ -47,6 +47,7 @@ ENGINES = ("gpt_tf", "litert-lm")
 REQUESTS = (1, 2, 4, 8)
 ROUNDS = 5
 REPETITIONS = 20
+_REQUEST_TOKENS = 64  # of the prompt, and as many new ones
 
 
 def compare_latencies(
@@ -65,8 +66,9 @@ def compare_latencies(
             measures it; what is missing is measured.
         **settings: What is asked of each file:
 
-            - `prompt_tokens`: length of the prompt, at least 1; 64.
-            - `new_tokens`: tokens that are generated, at least 2; 64.
+            - `prompt_tokens`: length of the prompt, at least 1; 64, or half of the
+              shortest context if that is less.
+            - `new_tokens`: tokens that are generated, at least 2; as many.
             - `repetitions`: requests that are counted, of each file: at least so many,
               as many in each round; 20.
             - `rounds`: how often each file has its turn, at most `repetitions` times;
@@ -170,8 +172,8 @@ class _Plan(NamedTuple):
 def _plan(
     pairs,
     *,
-    prompt_tokens=64,
-    new_tokens=64,
+    prompt_tokens=None,
+    new_tokens=None,
     repetitions=REPETITIONS,
     threads=None,
     contexts=(),
@@ -184,8 +186,10 @@ def _plan(
     rounds = min(arguments.integer("rounds", rounds, 1), repetitions)
     most = arguments.MOST_THREADS
     asked = {
-        "prompt_tokens": arguments.integer("prompt_tokens", prompt_tokens, 1),
-        "new_tokens": arguments.integer("new_tokens", new_tokens, 2),
+        "prompt_tokens": arguments.integer(
+            "prompt_tokens", prompt_tokens, 1, or_none=True
+        ),
+        "new_tokens": arguments.integer("new_tokens", new_tokens, 2, or_none=True),
         "count": -(-repetitions // rounds),  # as many in each round
         "threads": arguments.integer("threads", threads, 1, most, or_none=True),
         "requests": arguments.integers("requests", requests, 1),
@@ -198,8 +202,11 @@ def _plan(
         if engine == "litert-lm":
             _check_litert_lm(path)
     described = _describe_files(list(dict.fromkeys(path for path, _ in pairs)))
+    shortest = min(facts["context_length"] for facts, _ in described.values())
+    for name in ("prompt_tokens", "new_tokens"):
+        if asked[name] is None:
+            asked[name] = min(_REQUEST_TOKENS, shortest // 2)
     if contexts is None:
-        shortest = min(facts["context_length"] for facts, _ in described.values())
         most = shortest - CONTEXT_TOKENS
         contexts = [length for length in (16, 64, 256, 1024) if length <= most]
     if thread_counts is None:

@@ -92,19 +92,19 @@ def describe(path: str | os.PathLike, model) -> dict:
     """Say what the model of a path is: the beginning of a report's `Entry`."""
     path = Path(path)
     if isinstance(model, EdgeGPT):
-        file, kind = path, path.suffix.lstrip(".") or "tflite"
+        files, kind = (path,), path.suffix.lstrip(".") or "tflite"
     else:
-        from gpt_tf.training.run_folder import model_file
+        from gpt_tf.training.run_folder import model_files
 
-        file, kind = model_file(path), "keras"
+        files, kind = model_files(path), "keras"
     return {
         "name": path.name,
         "path": str(path),
         "kind": kind,
         "mode": model.mode,
         "parameters": count_parameters(model.config),
-        "size_bytes": file.stat().st_size,
-        "sha256": artifacts.sha256_of(file),
+        "size_bytes": sum(file.stat().st_size for file in files),
+        "sha256": artifacts.sha256_of(*files),
         "context_length": model.context_length,
         "config": dict(model.config),
     }

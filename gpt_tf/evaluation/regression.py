@@ -42,7 +42,8 @@ def read_baseline(path: str | os.PathLike, **settings) -> dict:
 
     Args:
         path: As for `read_report`.
-        **settings: What will be measured, `prompt_tokens=64` for example.
+        **settings: What will be measured, `prompt_tokens=64` for example; None is as
+            in the report.
 
     Returns:
         The report.
@@ -66,6 +67,12 @@ def read_baseline(path: str | os.PathLike, **settings) -> dict:
     for entry in measured:
         _check_settings(entry["name"], entry["latency"], settings)
     return baseline
+
+
+def request_of(baseline: dict) -> dict:
+    """Return the `prompt_tokens` and `new_tokens` that a baseline was measured with."""
+    latency = next(e["latency"] for e in baseline["entries"] if e.get("latency"))
+    return {name: latency[name] for name in ("prompt_tokens", "new_tokens")}
 
 
 def compare_with_baseline(report: dict, baseline: dict) -> dict:
@@ -139,7 +146,7 @@ def compare_with_baseline(report: dict, baseline: dict) -> dict:
 
 def _check_settings(name, latency, settings):
     for part, wanted in settings.items():
-        if latency[part] != wanted:
+        if wanted not in (None, latency[part]):
             raise InputError(
                 f"The baseline's {name} was measured with {part} = {latency[part]}. "
                 f"Received: {wanted}. Measure with the same settings, or store a new "

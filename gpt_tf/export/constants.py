@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from gpt_tf.errors import InputError
-from gpt_tf.export.tflite_writer import QuantParams, Type
+from gpt_tf.export.types import QuantParams, Type
 from gpt_tf.models.sizes import weight_shapes
 from gpt_tf.quantization.modes import MODES, SMALLEST_SCALE, Mode
 

@@ -16,21 +16,10 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from gpt_tf.errors import InputError
+from gpt_tf.export.types import QuantParams, Type, refuse_large
 
 Op = schema.BuiltinOperator
-Type = schema.TensorType
-_LARGEST_BYTES = (1 << 31) - (1 << 24)  # flatbuffers count in signed 32 bits
 _ALIGNMENT = 64
-
-
-def refuse_large(size_bytes: int) -> None:
-    """Refuse more bytes than a flatbuffer may have."""
-    if size_bytes > _LARGEST_BYTES:
-        raise InputError(
-            f"A .tflite file expects at most 2 GB. Received: {size_bytes / 1e9:.1f} GB "
-            "of weights. Choose a mode with smaller weights, dynamic_int8 for example."
-        )
 
 
 _NAMES = {v: k for k, v in vars(Op).items() if not k.startswith("_")}
@@ -40,34 +29,6 @@ _TYPES = {
     np.dtype(np.int8): Type.INT8,
     np.dtype(np.int32): Type.INT32,
 }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class QuantParams:
-    """How integers stand for real numbers: `scale * (integer - zero_point)`.
-
-    Args:
-        scales: `(n,)` float32, one, or one per place along `axis`.
-        zero_points: `(n,)` int64.
-        axis: The axis along which they differ, where there are several.
-        block_size: Length of the blocks along the last axis that share a scale, or
-            None. `scales` then are float16 `(rows, blocks)`.
-    """
-
-    scales: np.ndarray
-    zero_points: np.ndarray
-    axis: int = 0
-    block_size: int | None = None
-
-    @property
-    def scale(self) -> float:
-        """The scale of the whole tensor, if there is only one."""
-        return float(self.scales[0])
-
-    @property
-    def zero_point(self) -> int:
-        """The zero point of the whole tensor, if there is only one."""
-        return int(self.zero_points[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

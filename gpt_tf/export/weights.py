@@ -5,7 +5,7 @@ import numpy as np
 from gpt_tf.errors import InputError
 from gpt_tf.export import signatures
 from gpt_tf.export.constants import INT4_BLOCK, Constants, Matrix, qkv_pieces
-from gpt_tf.export.tflite_writer import QuantParams, Type
+from gpt_tf.export.types import QuantParams, Type
 from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.sizes import weight_shapes
 from gpt_tf.quantization import gptq

@@ -221,23 +221,24 @@ class GPTModel(LanguageModel):
 
     @classmethod
     def from_preset(cls, preset, **kwargs):
-        """Build a GPT-2 from a KerasHub preset, weights included.
+        """Build a GPT from a KerasHub preset, a folder or a name, weights included.
 
-        See `gpt_tf.models.interop.from_preset`.
+        As `gpt_tf.open_model`, which returns the tokenizer too.
         """
-        from gpt_tf.models import interop
+        from gpt_tf.pretrained.source import describe
 
-        return interop.from_preset(preset, **kwargs)
+        return describe(preset)[1].open(kwargs)
 
     @classmethod
     def from_huggingface(cls, folder, **kwargs):
-        """Build a GPT-2 from a folder with `config.json` and `model.safetensors`.
+        """Build a GPT from a folder in Hugging Face's form, with its weights.
 
-        See `gpt_tf.models.interop.from_huggingface`.
+        As `gpt_tf.open_model`, which returns the tokenizer too.
+
+        Example:
+            >>> model = GPTModel.from_huggingface("gpt2/", dropout=0.1)
         """
-        from gpt_tf.models import interop
-
-        return interop.from_huggingface(folder, **kwargs)
+        return cls.from_preset(folder, **kwargs)
 
 
 # HDF5 files and `to_json` name a model by its plain class.

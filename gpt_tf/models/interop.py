@@ -1,28 +1,26 @@
-"""GPT-2 weights of KerasHub and Hugging Face, both ways.
+"""A `GPTModel` of GPT-2's form for other libraries: Hugging Face's and KerasHub's.
 
-KerasHub is Keras 3: only NumPy arrays cross. Hugging Face's files are read and
-written directly, `config.json`, `model.safetensors` and those of the tokenizer; pickles
-are never opened.
+Hugging Face's files are written directly, `config.json`, `model.safetensors` and those
+of the tokenizer. KerasHub is Keras 3: only NumPy arrays cross. The way here is
+`gpt_tf.open_model`.
 """
 
 import math
 import operator
 import os
-import tempfile
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.numpy
 
 from gpt_tf import artifacts
-from gpt_tf.errors import DamagedFileError, InputError, InputTypeError
+from gpt_tf.errors import InputError
 from gpt_tf.generation.sequence import ids_without_token
-from gpt_tf.models.gpt import GPTModel
-from gpt_tf.models.keras_file import can_hold
 from gpt_tf.models.sizes import refuse_writing
-from gpt_tf.text.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
+from gpt_tf.text.tokenizer import END_OF_TEXT, Tokenizer
 
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+if TYPE_CHECKING:
+    from gpt_tf.models.gpt import GPTModel
 
 # Our weight of a block -> Hugging Face's; both keep kernels as (in, out).
 _HUGGINGFACE_BLOCK = {
@@ -41,8 +39,14 @@ _HUGGINGFACE_BLOCK = {
 }
 
 _QKV = ("query", "key", "value")
-# Our weight of a block -> KerasHub's, which has query, key and value apart.
-_KERAS_HUB_BLOCK = {
+# Our weight -> KerasHub's, which has query, key and value apart.
+KERAS_HUB_TOP = {
+    "embedding/token_table": ["token_embedding.embeddings"],
+    "embedding/position_table": ["position_embedding.position_embeddings"],
+    "final_norm/gamma": ["layer_norm.gamma"],
+    "final_norm/beta": ["layer_norm.beta"],
+}
+KERAS_HUB_BLOCK = {
     "attention_norm_gamma": ["_self_attention_layer_norm.gamma"],
     "attention_norm_beta": ["_self_attention_layer_norm.beta"],
     "qkv_kernel": [f"_self_attention_layer._{part}_dense.kernel" for part in _QKV],
@@ -84,55 +88,8 @@ def named_variables(model) -> dict:
     return named
 
 
-def from_huggingface(folder: str | os.PathLike, **changes) -> GPTModel:
-    """Build a GPT-2 from Hugging Face's files.
-
-    Args:
-        folder: Holds `config.json` and `model.safetensors`.
-        **changes: Arguments of `GPTModel` to replace, `dropout` for example.
-
-    Returns:
-        A `GPTModel` with these weights.
-
-    Raises:
-        InputError: A file is missing, or the configuration is not plain GPT-2.
-        DamagedFileError: A tensor is missing or has another shape.
-
-    Example:
-        >>> model = from_huggingface("gpt2")
-    """
-    folder = Path(folder)
-    sizes = _read_config(folder)
-    path = folder / "model.safetensors"
-    tensors = _read_tensors(path)
-    held = sum(tensor.nbytes for tensor in tensors.values())
-    if not can_hold(sizes, held, len(tensors) // len(_HUGGINGFACE_BLOCK)):
-        raise DamagedFileError(
-            f"{path} expects the weights of {sizes}, as config.json states. Received: "
-            f"{held} bytes in {len(tensors)} tensors. Fetch the file anew, or correct "
-            "config.json."
-        )
-    model = GPTModel(**{**sizes, **changes})
-    for name, variable in named_variables(model).items():
-        if name not in tensors:
-            raise DamagedFileError(
-                f"{path} lacks the tensor {name!r}, which a GPT-2 of "
-                f"{model.num_layers} layers has. Fetch the file anew, or correct "
-                "config.json."
-            )
-        value = tensors[name]
-        if value.shape != tuple(variable.shape):
-            raise DamagedFileError(
-                f"{path}: {name!r} expects the shape {tuple(variable.shape)}. "
-                f"Received: {value.shape}. config.json, or an argument that replaces "
-                "a part of it, does not fit the file."
-            )
-        variable.assign(np.asarray(value, np.float32))
-    return model
-
-
 def to_huggingface(
-    model: GPTModel, folder: str | os.PathLike, tokenizer: Tokenizer | None = None
+    model: "GPTModel", folder: str | os.PathLike, tokenizer: Tokenizer | None = None
 ) -> None:
     """Write a GPTModel as Hugging Face's GPT-2, whole or not at all.
 
@@ -220,95 +177,7 @@ def _write_tokenizer(tokenizer, context_length, folder):
     )
 
 
-def from_preset(preset: str, **changes) -> GPTModel:
-    """Build a GPT-2 from a KerasHub preset, weights included.
-
-    Args:
-        preset: A name such as `"gpt2_base_en"`, which is downloaded, or the path of
-            a preset that KerasHub saved.
-        **changes: Arguments of `GPTModel` to replace.
-
-    Raises:
-        InputError: There is no such preset, or no network to fetch it over.
-    """
-    return from_keras_hub(_load_preset("GPT2Backbone", preset), **changes)
-
-
-def tokenizer_from_preset(preset: str) -> BPETokenizer:
-    """Read the tokenizer that belongs to a KerasHub preset of GPT-2.
-
-    Args:
-        preset: As for `from_preset`.
-
-    Raises:
-        InputError: There is no such preset, or no network to fetch it over.
-
-    Example:
-        >>> model = from_preset("gpt2_base_en")
-        >>> tokenizer = tokenizer_from_preset("gpt2_base_en")
-        >>> generate(model, "A GPT is", tokenizer=tokenizer, max_new_tokens=20)
-    """
-    theirs = _load_preset("GPT2Tokenizer", preset)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_assets(folder)
-        vocabulary, merges = Path(folder, "vocabulary.json"), Path(folder, "merges.txt")
-        return BPETokenizer.from_gpt2_files(vocabulary, merges)
-
-
-def _load_preset(kind, preset):
-    import keras_nlp
-
-    try:
-        return getattr(keras_nlp.models, kind).from_preset(preset)
-    except Exception as error:
-        raise InputError(
-            f"The preset {preset!r} could not be loaded: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__} "
-            "A named preset is downloaded and needs a network; without one, name a "
-            "folder that KerasHub's `save_to_preset` wrote."
-        ) from None
-
-
-def from_keras_hub(backbone, **changes) -> GPTModel:
-    """Copy a KerasHub `GPT2Backbone` into a GPTModel.
-
-    Args:
-        backbone: The backbone, or the `GPT2CausalLM` around it; its vocabulary head is
-            its token embedding.
-        **changes: Arguments of `GPTModel` to replace.
-
-    Raises:
-        InputTypeError: It is neither.
-
-    Example:
-        >>> model = from_keras_hub(keras_hub.models.GPT2CausalLM.from_preset(path))
-    """
-    received = type(backbone)
-    backbone = getattr(backbone, "backbone", backbone)
-    if "GPT2Backbone" not in {kind.__name__ for kind in type(backbone).__mro__}:
-        raise InputTypeError(
-            "`from_keras_hub` expects a GPT2Backbone or GPT2CausalLM of KerasHub. "
-            f"Received: {received.__module__}.{received.__name__}."
-        )
-    model = GPTModel(
-        **{
-            "vocab_size": backbone.vocabulary_size,
-            "embedding_dim": backbone.hidden_dim,
-            "num_layers": backbone.num_layers,
-            "num_heads": backbone.num_heads,
-            "context_length": backbone.max_sequence_length,
-            "feedforward_dim": backbone.intermediate_dim,
-            **changes,
-        }
-    )
-    for ours, theirs in _keras_hub_pairs(model, backbone):
-        parts = [np.asarray(part).reshape(_as_rows(ours.shape)) for part in theirs]
-        whole = np.concatenate(parts, axis=1).astype(np.float32)
-        ours.assign(whole.reshape(ours.shape))
-    return model
-
-
-def to_keras_hub(model: GPTModel):
+def to_keras_hub(model: "GPTModel"):
     """Copy a GPTModel into a new KerasHub `GPT2Backbone`.
 
     Raises:
@@ -350,94 +219,16 @@ def to_keras_hub(model: GPTModel):
 
 def _keras_hub_pairs(model, backbone):
     """Yield our variables, and KerasHub's: one, or query, key and value apart."""
-    embedding, norm = model.get_layer("embedding"), model.get_layer("final_norm")
-    yield embedding.token_table, [backbone.token_embedding.embeddings]
-    positions = backbone.position_embedding.position_embeddings
-    yield embedding.position_table, [positions]
-    for index, theirs in enumerate(backbone.transformer_layers):
-        block = model.get_layer(f"block_{index}")
-        for ours, paths in _KERAS_HUB_BLOCK.items():
-            found = [operator.attrgetter(path)(theirs) for path in paths]
-            yield getattr(block, ours), found
-    yield norm.gamma, [backbone.layer_norm.gamma]
-    yield norm.beta, [backbone.layer_norm.beta]
+    places = [(name, paths, backbone) for name, paths in KERAS_HUB_TOP.items()]
+    for index, layer in enumerate(backbone.transformer_layers):
+        for name, paths in KERAS_HUB_BLOCK.items():
+            places.append((f"block_{index}/{name}", paths, layer))
+    for name, paths, holder in places:
+        layer, weight = name.split("/")
+        ours = getattr(model.get_layer(layer), weight)
+        yield ours, [operator.attrgetter(path)(holder) for path in paths]
 
 
 def _as_rows(shape):
     """Return the shape in which parts of a kernel or a bias stand side by side."""
     return (shape[0] if len(shape) == 2 else 1, -1)
-
-
-def _read_config(folder):
-    """Return the arguments of the `GPTModel` that a folder's config.json is of."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(
-            f"Expected Hugging Face's config.json in {folder}; there is none. Name "
-            "the folder of a GPT-2 model."
-        )
-    try:
-        config = artifacts.parse_json(path.read_text("utf-8"))
-        width = config["n_embd"]
-        sizes = {
-            "vocab_size": config["vocab_size"],
-            "embedding_dim": width,
-            "num_layers": config["n_layer"],
-            "num_heads": config["n_head"],
-            "context_length": config.get("n_positions") or config.get("n_ctx") or 1024,
-            "feedforward_dim": config.get("n_inner") or 4 * width,
-        }
-        if not all(type(size) is int and size > 0 for size in sizes.values()):
-            raise ValueError(f"expects integers of at least 1, received {sizes}")
-        epsilon = config.get("layer_norm_epsilon")
-        sizes["layer_norm_epsilon"] = 1e-5 if epsilon is None else float(epsilon)
-        tied = config.get("tie_word_embeddings")
-        sizes["tie_embeddings"] = True if tied is None else bool(tied)
-    except Exception as error:  # of the reading, or of what was read
-        raise DamagedFileError(
-            f"{path} is no configuration of a GPT-2: {type(error).__name__} {error}."
-        ) from None
-    expected = (
-        ("model_type", None, ("gpt2",)),
-        ("activation_function", "gelu_new", _TANH_GELU),
-        ("scale_attn_weights", True, (True,)),
-        ("scale_attn_by_inverse_layer_idx", False, (False,)),
-        ("add_cross_attention", False, (False,)),
-    )
-    for name, default, known in expected:
-        value = config.get(name, default)
-        if value not in known:
-            raise InputError(
-                f"{path}: `{name}` expects one of {known}. Received: {value!r}. "
-                "gpt_tf reads plain GPT-2 models."
-            )
-    return sizes
-
-
-def _read_tensors(path):
-    if not path.is_file():
-        pickled = path.with_name("pytorch_model.bin").is_file()
-        raise InputError(
-            f"Expected model.safetensors in {path.parent}; there is none."
-            + (
-                " A pytorch_model.bin is a pickle, which can run code and is not "
-                "opened; convert it with transformers' "
-                "`save_pretrained(folder, safe_serialization=True)`."
-                if pickled
-                else ""
-            )
-        )
-    tensors = read_safetensors(path)
-    return {name.removeprefix("transformer."): t for name, t in tensors.items()}
-
-
-def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Read the arrays of a safetensors file.
-
-    Raises:
-        DamagedFileError: It is none, or has arrays of a type that NumPy does not.
-    """
-    try:
-        return safetensors.numpy.load_file(path)
-    except Exception as error:  # safetensors' and NumPy's own
-        raise DamagedFileError(f"{path} cannot be read: {error}.") from None

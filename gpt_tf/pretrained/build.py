@@ -50,7 +50,7 @@ class Description:
         """Return the model's configuration; refuse tensors that do not fit it."""
         arguments = {**self.arguments, **(changes or {})}
         if self.read_model is not None:
-            return checked_config({**_DEFAULTS, **arguments})
+            return config_of(arguments)
         return _checked(self.family, arguments, self.tensors)[0]
 
     def open(self, changes: dict) -> "GPTModel":
@@ -58,6 +58,11 @@ class Description:
         if self.read_model is not None:
             return self.read_model(changes)
         return build(self.family, {**self.arguments, **changes}, self.tensors)
+
+
+def config_of(arguments: dict) -> dict:
+    """Return a model's configuration, checked, of the arguments of a family's."""
+    return checked_config({**_DEFAULTS, **arguments})
 
 
 def build(family: Family, arguments: dict, tensors: Mapping[str, Tensor]) -> "GPTModel":
@@ -86,7 +91,7 @@ def build(family: Family, arguments: dict, tensors: Mapping[str, Tensor]) -> "GP
 
 def _checked(family, arguments, tensors):
     """Return configuration, places of weights and tensors, which fit each other."""
-    config = checked_config({**_DEFAULTS, **arguments})
+    config = config_of(arguments)
     tensors = {name.removeprefix(family.prefix): t for name, t in tensors.items()}
     shapes = weight_shapes(config)
     # The last block first: a configuration of a million of them ends here.

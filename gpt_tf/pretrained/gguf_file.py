@@ -4,6 +4,7 @@ The `gguf` library reads the container and undoes the quantisation.
 """
 
 import os
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def read_gguf(path: str | os.PathLike) -> GGUF:
         ) from None
     path = Path(path)
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _reader(gguf)(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         stored = reader.tensors
         for tensor in stored:
@@ -79,3 +80,44 @@ def read_gguf(path: str | os.PathLike) -> GGUF:
         kind = tensor.tensor_type.name
         tensors[tensor.name] = Tensor(shape, reader_of(tensor, shape), kind)
     return GGUF(metadata, tensors)
+
+
+def _reader(gguf):
+    """Return the library's reader, but that it reads a list at once.
+
+    The library makes two arrays of each item, of which a vocabulary has 100,000.
+    """
+    kinds = gguf.GGUFValueType
+
+    class Reader(gguf.GGUFReader):
+        def _get_field_parts(self, orig_offs, raw_type):
+            inner = self._get(orig_offs, np.uint32)
+            is_list = raw_type == kinds.ARRAY and self.byte_order == "I"
+            if not is_list or inner[0] == kinds.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            length = self._get(orig_offs + 4, np.uint64)
+            kind, count, start = kinds(inner[0]), int(length[0]), orig_offs + 12
+            if kind == kinds.STRING:
+                parts, end = _texts(memoryview(self.data), start, count)
+            else:
+                values = self._get(start, self.gguf_scalar_to_np[kind], count)
+                if len(values) != count:
+                    raise ValueError(f"a list of {count} ends after {len(values)}")
+                parts, end = [values], start + values.nbytes
+            places = list(range(2, 2 + len(parts)))
+            types = [kinds.ARRAY, kind] if count else [kinds.ARRAY]
+            return end - orig_offs, [inner, length, *parts], places, types
+
+    return Reader
+
+
+def _texts(data, start, count):
+    """Return texts, each behind its length, and where they end."""
+    found = []
+    for _ in range(count):
+        (size,) = struct.unpack_from("=Q", data, start)
+        start += 8 + size
+        if start > len(data):
+            raise ValueError(f"a text ends at byte {start}")
+        found.append(data[start - size : start])
+    return found, start

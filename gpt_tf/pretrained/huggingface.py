@@ -6,7 +6,7 @@ from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.pretrained.build import Description
 from gpt_tf.pretrained.families import family_of
-from gpt_tf.pretrained.tensors import INDEX, read_safetensors, shards_of
+from gpt_tf.pretrained.tensors import INDEX, read_safetensors, read_shards
 from gpt_tf.pretrained.torch_file import read_checkpoint
 from gpt_tf.text.tokenizer import load_tokenizer
 
@@ -49,8 +49,7 @@ def _tensors(folder):
     if whole.is_file():
         return read_safetensors(whole), (whole,)
     if (folder / INDEX).is_file():
-        tensors = read_safetensors(folder / INDEX)
-        return tensors, shards_of(folder / INDEX)
+        return read_shards(folder / INDEX)
     if (folder / _PICKLED).is_file():
         return read_checkpoint(folder / _PICKLED), (folder / _PICKLED,)
     raise InputError(

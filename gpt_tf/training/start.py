@@ -31,7 +31,8 @@ from gpt_tf.text import corpus as corpora
 from gpt_tf.text.augment import AugmentationConfig
 from gpt_tf.text.dataset import TokenFile, Windows, write_token_file
 from gpt_tf.text.tokenizer import Tokenizer, load_tokenizer
-from gpt_tf.training.run_folder import TEXT, load_model, model_file, read_run
+from gpt_tf.training.config import CONTEXT_LENGTH
+from gpt_tf.training.run_folder import TEXT, load_model, model_files, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def load_start(config):
                 DistillationWarning,
                 stacklevel=3,
             )
-        start.made_from[role] = artifacts.sha256_of(model_file(path))
+        start.made_from[role] = artifacts.sha256_of(*model_files(path))
         return model, tokenizer
 
     if config.init_from is not None:
@@ -99,6 +100,15 @@ def load_start(config):
             if wanted.vocab_size not in (None, start.tokenizer.vocab_size):
                 start.tokenizer = derive_tokenizer(start.tokenizer, wanted.vocab_size)
     return start
+
+
+def with_context(config, start):
+    """Return the configuration with windows for which all its models have room."""
+    if config.context_length is not None:
+        return config
+    models = filter(None, (start.model, start.teacher))
+    rooms = [shape_of(model)["context_length"] for model in models]
+    return dataclasses.replace(config, context_length=min(CONTEXT_LENGTH, *rooms))
 
 
 def open_text(config):

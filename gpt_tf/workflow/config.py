@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from gpt_tf.explain import FEWEST_PROMPTS
+from gpt_tf.pretrained.source import is_name
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings.arguments import LARGEST
 from gpt_tf.settings.configuration import (
@@ -64,6 +65,9 @@ class OptimizationConfig(Configuration):
         description="How teacher and students are exported. For int8 a student is "
         "trained on with rounded weights and activations first.",
     )
+    context_length: Count | None = Field(
+        None, description="Tokens that the files' caches hold; the model's context."
+    )
     evaluated_tokens: int = Field(
         20_000, ge=2, le=LARGEST, description="Held-out tokens to judge by."
     )
@@ -89,7 +93,7 @@ class OptimizationConfig(Configuration):
         whole = self.corpus is not None or not divided
         self._check("corpus", whole, "beside `validation` and `separator`")
         check_separator(self.separator)
-        if self.model is not None:
+        if self.model is not None and not is_name(self.model):
             object.__setattr__(self, "model", os.path.abspath(self.model))
         prompts = self.explained_prompts
         enough = prompts == 0 or prompts >= FEWEST_PROMPTS

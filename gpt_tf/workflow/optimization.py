@@ -39,9 +39,8 @@ from gpt_tf.reporting.render import publish
 from gpt_tf.settings import arguments
 from gpt_tf.settings.configuration import differences
 from gpt_tf.training import loop
-from gpt_tf.training.config import TrainingConfig
 from gpt_tf.training.preparation import open_text
-from gpt_tf.training.run_folder import model_file
+from gpt_tf.training.run_folder import model_files
 from gpt_tf.workflow.config import OptimizationConfig
 from gpt_tf.workflow.plan import REFERENCE, TEXT, Plan, silenced
 from gpt_tf.workflow.steps import FOLDER as STEPS_FOLDER
@@ -249,11 +248,7 @@ def distil_student(plan: Plan, steps: Steps, count: int) -> None:
     of_text = {}
     if config.model is not None and config.corpus is not None:
         of_text = {name: getattr(config, name) for name in TEXT}
-    if config.model is not None and not (teacher / "run.json").is_file():
-        # There are no settings to take over: windows that the model has room for.
-        length = min(TrainingConfig.context_length, plan.training.context_length)
-        of_text["context_length"] = length
-    inputs = {"teacher": artifacts.sha256_of(model_file(teacher)), "blocks": count}
+    inputs = {"teacher": artifacts.sha256_of(*model_files(teacher)), "blocks": count}
     student = {"num_layers": count}
     asked = {"teacher": teacher, "student_layers": count, **of_text, **own}
     _train(
@@ -277,7 +272,7 @@ def quantize_student(plan: Plan, steps: Steps, count: int) -> None:
         steps,
         f"{source.name}-int8",
         f"{source.name}, fine-tuned with QAT",
-        {"student": artifacts.sha256_of(model_file(source))},
+        {"student": artifacts.sha256_of(*model_files(source))},
         lambda run: loop.quantize(source, run, resume_or_start=True),
         _command("quantize", model=source, method="qat"),
     )
@@ -300,8 +295,10 @@ def _train(plan, steps, name, title, inputs, work, command):
 def export_file(plan: Plan, steps: Steps, file) -> None:
     """Export a file and verify it."""
     source, path = plan.run_of(file.source), plan.out / file.path
-    inputs = {"model": artifacts.sha256_of(model_file(source)), "mode": file.mode}
-    text = {}
+    inputs = {"model": artifacts.sha256_of(*model_files(source)), "mode": file.mode}
+    length, text = plan.config.context_length, {}
+    asked = {} if length is None else {"context_length": length}
+    inputs |= asked
     is_run = (source / "data" / "train.tokens").is_file()
     if not is_run:  # ranges are measured on the text that is named
         inputs["corpus"] = plan.text_hash
@@ -310,7 +307,7 @@ def export_file(plan: Plan, steps: Steps, file) -> None:
     def work():
         with silenced():
             typical = None if is_run else open_text(plan.training)
-            export_trained(source, path, file.mode, corpus=typical)
+            export_trained(source, path, file.mode, corpus=typical, **asked)
 
     steps.run(
         f"file-{file.name}",
@@ -318,7 +315,9 @@ def export_file(plan: Plan, steps: Steps, file) -> None:
         inputs,
         [file.path, f"{file.path}.json"],
         work,
-        command=_command("export", model=source, mode=file.mode, **text, out=path),
+        command=_command(
+            "export", model=source, mode=file.mode, **asked, **text, out=path
+        ),
     )
 
 
@@ -420,7 +419,7 @@ def explain_chosen(plan: Plan, steps: Steps, file, text) -> dict | None:
 
     inputs = {
         "file": artifacts.sha256_of(path),
-        "model": artifacts.sha256_of(model_file(run)),
+        "model": artifacts.sha256_of(*model_files(run)),
         "text": _hash_of(text),
         "prompts": config.explained_prompts,
         "seed": config.seed,

@@ -13,7 +13,7 @@ from gpt_tf.evaluation.models import open_model
 from gpt_tf.settings.configuration import fields_of
 from gpt_tf.training.config import PRESETS, TrainingConfig
 from gpt_tf.training.preparation import open_text
-from gpt_tf.training.run_folder import model_file, read_run
+from gpt_tf.training.run_folder import model_files, read_run
 from gpt_tf.workflow.config import OptimizationConfig
 
 REFERENCE = "teacher-float32"
@@ -99,7 +99,7 @@ class Plan:
                 "`steps` are those of a teacher that is trained. Received: a trained "
                 f"`model` too, {config.model}. Leave one out."
             )
-        if not model_file(self.teacher).is_file():
+        if not model_files(self.teacher)[0].is_file():
             raise InputError(
                 f"Expected a trained model at {self.teacher}; there is none. Name a "
                 "folder that `gpt-tf train` finished."
@@ -118,7 +118,8 @@ class Plan:
 
     def _request(self):
         asked = (self.config.prompt_tokens, self.config.new_tokens)
-        context = self.training.context_length
+        contexts = (self.training.context_length, self.config.context_length)
+        context = min(filter(None, contexts))
         if sum(asked) <= context:
             return asked
         half = context // 2

@@ -332,6 +332,14 @@ def test_an_engine_that_is_not_installed_is_named(recorded, monkeypatch):
         measure_files([FILE], engine="litert-lm")
 
 
+def test_a_request_that_is_not_given_fits_the_shortest_context(recorded):
+    rates = {"read_bytes_per_s": SMALL["read_bytes_per_s"]}
+    (found,) = compare_latencies(["b.litertlm"], **rates)
+    assert (found["prompt_tokens"], found["new_tokens"]) == (50, 50)
+    (found,) = compare_latencies(["b.litertlm"], new_tokens=3, **rates)
+    assert (found["prompt_tokens"], found["new_tokens"]) == (50, 3)
+
+
 def test_a_request_longer_than_the_context_is_refused(recorded):
     with pytest.raises(InputError, match=r"100 tokens of b.litertlm.*: 90 \+ 11"):
         compare_latencies(["b.litertlm"], prompt_tokens=90, new_tokens=11)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 from gpt_tf.errors import InputError
-from gpt_tf.export import tflite_writer
+from gpt_tf.export import types
 from gpt_tf.export.tflite_writer import Model, Op, QuantParams, Type
 from tests.export.runner import content_of
 
@@ -17,6 +17,12 @@ DTYPES = {
     np.dtype("int8"): Type.INT8,
     np.dtype("int32"): Type.INT32,
 }
+
+
+def test_types_are_numbered_as_in_the_schema():
+    numbers = {name: n for name, n in vars(Type).items() if name.isupper()}
+    assert numbers.items() <= vars(schema.TensorType).items()
+    assert {DTYPES[np.dtype("int8")], numbers["INT4"]} == {9, 17}
 
 
 def params_of(scale):
@@ -128,6 +134,6 @@ def test_buffers_are_aligned(model, subgraph):
 def test_more_than_two_gigabytes_are_refused(model, monkeypatch):
     adder(model, "main", np.zeros(1000, np.float32))
     assert len(model.to_bytes()) > 4000
-    monkeypatch.setattr(tflite_writer, "_LARGEST_BYTES", 4000)
+    monkeypatch.setattr(types, "_LARGEST_BYTES", 4000)
     with pytest.raises(InputError, match="at most 2 GB"):
         model.to_bytes()

@@ -68,6 +68,87 @@ def test_quantised_tensors_are_read_as_floats(tmp_path, types, step):
         assert 0 < error <= step * np.abs(tensors[theirs]).max()
 
 
+# Blocks as ggml's `ggml-quants.c` describes them: of each its bytes, and its numbers.
+
+
+def q5_0(block, is_1=False):
+    d = block[:2].view(np.float16)[0].astype(float)
+    m = block[2:4].view(np.float16)[0].astype(float) if is_1 else -16 * d
+    high = int(block[-20:-16].view(np.uint32)[0])
+    low = [*(block[-16:] & 15), *(block[-16:] >> 4)]
+    return [d * (int(q) + 16 * (high >> i & 1)) + m for i, q in enumerate(low)]
+
+
+def q5_1(block):
+    return q5_0(block, is_1=True)
+
+
+def q4_k(block):
+    d, dmin = block[:4].view(np.float16).astype(float)
+    packed, found = block[4:16].astype(int), []
+    for part in range(8):
+        if part < 4:
+            scale, least = packed[part] & 63, packed[part + 4] & 63
+        else:
+            both = packed[part + 4]
+            scale = both & 15 | packed[part - 4] >> 6 << 4
+            least = both >> 4 | packed[part] >> 6 << 4
+        start = 16 + 32 * (part // 2)
+        for byte in block[start : start + 32].astype(int):
+            found.append(d * scale * (byte >> 4 * (part % 2) & 15) - dmin * least)
+    return found
+
+
+def q6_k(block):
+    low, high = block[:128].astype(int), block[128:192].astype(int)
+    scales, d = block[192:208].view(np.int8), block[208:].view(np.float16)[0]
+    found = []
+    for i in range(256):
+        half, quarter, place = i // 128, i % 128 // 32, i % 32
+        four = low[64 * half + 32 * (quarter % 2) + place] >> 4 * (quarter // 2) & 15
+        two = high[32 * half + place] >> 2 * quarter & 3
+        found.append(float(d) * int(scales[i // 16]) * (four + 16 * two - 32))
+    return found
+
+
+@pytest.fixture(params=[q5_0, q5_1, q4_k, q6_k], ids=lambda of: of.__name__)
+def stored(request, tmp_path):
+    """A file of one tensor of random blocks, its numbers, and its bytes."""
+    kind = gguf.GGMLQuantizationType[request.param.__name__.upper()]
+    count, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(0).integers(0, 256, (6, size), np.uint8)
+    # Floats of 16 bits stand first, or last in Q6_K; none is NaN or infinite.
+    ends = slice(-2, None) if kind.name == "Q6_K" else slice(0, 4)
+    blocks[:, ends][:, 1::2] &= 0xBF
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("a", blocks.reshape(2, -1), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = np.array([request.param(block) for block in blocks])
+    return tmp_path / "a.gguf", expected.reshape(2, 3 * count), blocks.size
+
+
+def test_blocks_hold_the_numbers_that_their_format_says(stored):
+    path, expected, _ = stored
+    tensor = read_gguf(path).tensors["a"]
+    assert tensor.shape == expected.shape
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(tensor.read(), expected, atol=1e-6 * largest)
+
+
+def test_a_file_that_is_cut_within_blocks_is_refused_in_one_line(stored):
+    path, _, size = stored
+    start = gguf.GGUFReader(path).tensors[0].data_offset
+    content = path.read_bytes()
+    for end in range(start, start + size, 7):
+        path.write_bytes(content[:end])
+        with pytest.raises(DamagedFileError) as found:
+            read_gguf(path)
+        assert "\n" not in str(found.value)
+
+
 def test_a_quantised_model_has_the_logits_of_its_dequantised_weights(tmp_path):
     config = config_of("qwen2")
     tensors = random_tensors(config)

@@ -12,10 +12,12 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import gpt_tf
+from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation.accuracy import measure_accuracies
-from gpt_tf.evaluation.models import KerasGPT
+from gpt_tf.evaluation.models import KerasGPT, describe
 from gpt_tf.text.tokenizer import TokenizerWarning
+from gpt_tf.training.run_folder import model_files
 from tests.oracles import numpy_families
 from tests.pretrained.folders import (
     CONFIGS,
@@ -74,6 +76,20 @@ def write_index(folder, places):
 
 def test_a_model_in_shards_opens(shards):
     assert_opens(shards[0])
+
+
+def test_a_changed_shard_is_another_model(shards):
+    folder, _ = shards
+    index, *files = model_files(folder)
+    assert index.name == "model.safetensors.index.json"
+    assert [file.name for file in files] == ["a.safetensors", "b.safetensors"]
+    before = artifacts.sha256_of(*model_files(folder))
+    data = bytearray(files[1].read_bytes())
+    data[-1] ^= 1
+    files[1].write_bytes(data)
+    assert artifacts.sha256_of(*model_files(folder)) != before
+    found = describe(folder, KerasGPT(gpt_tf.open_model(folder).model))
+    assert found["size_bytes"] == sum(f.stat().st_size for f in (index, *files))
 
 
 def test_a_missing_shard_is_named(shards):
@@ -203,10 +219,10 @@ def test_a_name_of_the_hub_is_fetched(tmp_path, monkeypatch):
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    found = assert_opens("hf://owner/name")
-    assert found.facts["source"] == "hf://owner/name"
+    found = assert_opens("hf://owner/fetched")
+    assert found.facts["source"] == "hf://owner/fetched"
     ((name, patterns),) = asked
-    assert name == "owner/name"
+    assert name == "owner/fetched"
     assert {"*.json", "*.safetensors"} <= set(patterns)
 
 
@@ -215,8 +231,8 @@ def test_without_network_the_name_is_in_the_error(monkeypatch):
         raise OSError("Cannot reach the hub\nand many lines more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(InputError, match="owner/name") as found:
-        gpt_tf.open_model("hf://owner/name")
+    with pytest.raises(InputError, match="owner/unreached") as found:
+        gpt_tf.open_model("hf://owner/unreached")
     assert "\n" not in str(found.value)
 
 

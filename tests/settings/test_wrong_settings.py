@@ -456,8 +456,9 @@ TARGETS = {
     "measure_files": Target(
         lambda **o: latency.measure_files(**{"paths": ["a.tflite"], **o}),
         {
-            count: "prompt_tokens repetitions rounds",
-            whole(2): "new_tokens",
+            count: "repetitions rounds",
+            either(count): "prompt_tokens",
+            either(whole(2)): "new_tokens",
             threads: "threads",
             either(many(count)): "contexts thread_counts",
             choice("gpt_tf", "litert-lm", "both"): "engine",

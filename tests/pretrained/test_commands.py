@@ -1,0 +1,63 @@
+"""Every command, straight on a Hugging Face folder whose context is a short one."""
+
+import pytest
+
+from gpt_tf.training.run_folder import read_run
+from tests.pretrained.folders import CONTEXT, random_tensors, write_folder
+from tests.pretrained.gguf_writer import config_of, small_tokenizer
+
+pytestmark = pytest.mark.usefixtures("eagerly")
+TRAIN = "--steps 1 --batch-size 8 --validate-every 1 --strategy one_device".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = config_of("llama")
+    folder = tmp_path_factory.mktemp("commands") / "llama"
+    write_folder(folder, config, random_tensors(config))
+    small_tokenizer().save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "--init-from"),
+        ("quantize", "--model"),
+        ("distil", "--student-layers", "1", "--teacher"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_windows_are_no_longer_than_the_context(
+    command, folder, corpus_folder, tmp_path, words
+):
+    words = (*words, folder, *TRAIN, "--corpus", corpus_folder, "--out")
+    result = command(*words, tmp_path / "run")
+    assert result.status == 0, result.err
+    assert read_run(tmp_path / "run").context_length == CONTEXT
+    longer = command(*words, tmp_path / "longer", "--context-length", CONTEXT + 1)
+    assert longer.status == 2
+    assert "`--context-length`" in longer.err and f"at most {CONTEXT}" in longer.err
+
+
+def test_a_run_of_ours_is_gone_on_from_with_its_windows(command, trained, tmp_path):
+    words = ("--init-from", trained.out, "--out", tmp_path / "run")
+    texts = ("--corpus", read_run(trained.out).corpus)
+    result = command("train", *words, *TRAIN, *texts)
+    assert result.status == 0, result.err
+    assert read_run(tmp_path / "run").context_length == 32
+
+
+def test_other_commands_take_it_as_it_is(command, folder, corpus_folder, tmp_path):
+    file = tmp_path / "gpt.litertlm"
+    prompt = ("--prompt", "the quick brown fox")
+    for words in (
+        ("export", "--model", folder, "--out", file),
+        ("generate", "--model", folder, *prompt, "--max-new-tokens", 60),
+        ("explain", folder, *prompt, "--samples", 32),
+        ("evaluate", file, "--reference", folder, "--corpus", corpus_folder)
+        + ("--max-tokens", 100),
+    ):
+        result = command(*words)
+        assert result.status == 0, result.err
+    assert "perplexity" in result.out
