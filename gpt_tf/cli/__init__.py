@@ -21,6 +21,7 @@ from gpt_tf.artifacts import disk_trouble
 from gpt_tf.cli import (
     artefacts,
     benchmark,
+    chat,
     evaluate,
     explain,
     inspect,
@@ -37,7 +38,8 @@ __all__ = ["app", "main"]
 for _verb in (
     *(optimize.optimize, training.train, training.distil, training.quantize),
     *(inspect.inspect,),
-    *(artefacts.export, artefacts.generate, evaluate.evaluate, benchmark.benchmark),
+    *(artefacts.export, artefacts.generate, chat.chat),
+    *(evaluate.evaluate, benchmark.benchmark),
     *(recommend.recommend, explain.explain),
 ):
     app.command()(_verb)

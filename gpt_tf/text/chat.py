@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -90,20 +89,20 @@ class ChatTemplate:
 
     @functools.cached_property
     def turn_end(self) -> str:
-        """What the template writes after an assistant's answer, or nothing."""
+        """What the template writes after an assistant's answer, if that is known."""
         messages = [
             {"role": "user", "content": "Good morning."},
             {"role": "assistant", "content": _ANSWER},
         ]
-        text = self.render(messages, add_generation_prompt=False)
-        return text.rpartition(_ANSWER)[2]
+        with contextlib.suppress(InputError):
+            text = self.render(messages, add_generation_prompt=False)
+            return text.partition(_ANSWER)[2]
+        return ""
 
-    def write(self, folder: Path) -> None:
-        """Write it beside a `tokenizer.json`, in Hugging Face's form."""
-        facts = {"chat_template": self.source, **self.special_tokens}
-        if self.end_tokens:
-            facts["end_tokens"] = list(self.end_tokens)
-        artifacts.write_json(folder / CONFIG_NAME, facts)
+    def to_config(self) -> dict:
+        """Return it as it stands in Hugging Face's `tokenizer_config.json`."""
+        config = {"chat_template": self.source, **self.special_tokens}
+        return config | ({"end_tokens": [*self.end_tokens]} if self.end_tokens else {})
 
 
 def check_messages(messages: Sequence[dict]) -> None:
@@ -150,12 +149,7 @@ def read_template(folder: Path, backend) -> ChatTemplate | None:
         named = [one for one in source if isinstance(one, dict)]
         source = {one.get("name"): one.get("template") for one in named}.get("default")
     if (folder / _TEMPLATE_NAME).is_file():
-        try:
-            source = (folder / _TEMPLATE_NAME).read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise DamagedFileError(
-                f"{folder / _TEMPLATE_NAME} cannot be read: {error}."
-            ) from None
+        source = read_source(folder / _TEMPLATE_NAME)
     if source is None:
         return None
     if not isinstance(source, str):
@@ -175,6 +169,21 @@ def read_template(folder: Path, backend) -> ChatTemplate | None:
     ends = [one for one in ends if isinstance(one, str)]
     ends += tokens_of(ids if isinstance(ids, list) else [ids], backend)
     return ChatTemplate(source, special, tuple(ends))
+
+
+def read_source(path: Path) -> str:
+    """Read a file that is a template.
+
+    Raises:
+        InputError: There is none, or it is no text.
+    """
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"A chat template is expected in {path}, as text in UTF-8. "
+            f"Received: {error}. Name the file of a template."
+        ) from None
 
 
 def tokens_of(ids, backend) -> list[str]:
@@ -198,21 +207,25 @@ class _Renderer:
         self._process = self._owner = None
 
     def ask(self, source, values):
-        """Return the answer, or None if the process came to its end instead."""
-        request = json.dumps([source, values])
+        """Return what the process answers, or how it came to its end."""
+        request = artifacts.to_json([source, values])
         with self._lock:
             if self._process is None or self._owner != os.getpid():  # in a fork
                 self._start()
+            answer = ""
             try:
-                self._process.stdin.write(request + "\n")
-                self._process.stdin.flush()
-                answer = self._process.stdout.readline()
-                return json.loads(answer) if answer else None
-            except OSError:
-                return None
+                with contextlib.suppress(OSError):  # it has ended
+                    self._process.stdin.write(request + "\n")
+                    self._process.stdin.flush()
+                    answer = self._process.stdout.readline()
+                if answer:
+                    return artifacts.parse_json(answer)
             except BaseException:  # what is on its way belongs to nobody
                 self.stop()
                 raise
+            if self.stop() == -getattr(signal, "SIGPROF", 0):
+                return {"error": f"more than {template_process.SECONDS} seconds"}
+            return {"error": "an end of its process, for too much memory perhaps"}
 
     def _start(self):
         if importlib.util.find_spec("jinja2") is None:
@@ -231,7 +244,8 @@ class _Renderer:
             start_new_session=True,  # Ctrl-C is not for it
         )
         self._owner = os.getpid()
-        self._process.stdin.write(json.dumps(sys.path) + "\n")
+        first = artifacts.to_json([template_process.SECONDS, sys.path])
+        self._process.stdin.write(first + "\n")
 
     def stop(self):
         """End the process; return its status."""
@@ -252,18 +266,15 @@ atexit.register(_renderer.stop)
 def _rendered(source, values):
     try:
         answer = _renderer.ask(source, values)
+    except InputError:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"Messages expect texts, numbers and lists. Received: {error}."
         ) from None
-    if answer is None:
-        status = _renderer.stop()
-        what = "more memory than it may have, or something that ended its process"
-        if status == -getattr(signal, "SIGPROF", 0):
-            what = f"more than {template_process.SECONDS} seconds"
-        answer = {"error": what}
     if "text" in answer:
-        return answer["text"]
+        # Of what is no UTF-8, no tokenizer knows.
+        return answer["text"].encode("utf-8", "replace").decode("utf-8")
     raise InputError(
         "The chat template expects messages that it can render. Received from it: "
         f"{answer['error']}. Mend the messages, or take another template."

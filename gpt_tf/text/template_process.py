@@ -9,11 +9,12 @@ this is.
 """
 
 import contextlib
+import functools
 import json
 import signal
 import sys
 
-SECONDS = 5  # of computing, for one template
+SECONDS = 5  # of computing, for one conversation
 MEMORY_BYTES = 1 << 29
 MOST_CHARACTERS = 1 << 24
 
@@ -57,9 +58,9 @@ def _environment():
     return environment
 
 
-def _render(environment, source, values):
+def _render(compiled, source, values):
     try:
-        text = environment.from_string(source).render(values)
+        text = compiled(source).render(values)
         if len(text) > MOST_CHARACTERS:
             return {"error": f"more than {MOST_CHARACTERS:,} characters"}
         return {"text": text}
@@ -70,10 +71,13 @@ def _render(environment, source, values):
 
 
 def main():
-    """Answer each line of JSON, a template and its values, by a line."""
-    # Modules are found where the one who started this finds them.
-    sys.path[:] = json.loads(sys.stdin.readline())
-    environment = _environment()
+    """Answer each line of JSON, a template and its values, by a line.
+
+    The first line has the limit in seconds, and where the process that started this one
+    finds its modules.
+    """
+    seconds, sys.path[:] = json.loads(sys.stdin.readline())
+    compiled = functools.lru_cache(4)(_environment().from_string)
     has_timer = hasattr(signal, "setitimer")  # not on Windows
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
@@ -82,8 +86,8 @@ def main():
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, hard))
     for line in sys.stdin:
         if has_timer:  # what it sends ends the process
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        answer = json.dumps(_render(environment, *json.loads(line)))
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+        answer = json.dumps(_render(compiled, *json.loads(line)))
         if has_timer:
             signal.setitimer(signal.ITIMER_PROF, 0)
         print(answer, flush=True)

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.settings import arguments
-from gpt_tf.text.chat import ChatTemplate, read_template
+from gpt_tf.text.chat import CONFIG_NAME, ChatTemplate, read_template
 
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
@@ -186,7 +186,8 @@ class Tokenizer(abc.ABC):
         with artifacts.atomic_file(path, "w") as file:
             file.write(self.to_json())
         if self.chat_template is not None and path.name == FILE_NAME:
-            self.chat_template.write(path.parent)
+            config = self.chat_template.to_config()
+            artifacts.write_json(path.with_name(CONFIG_NAME), config)
 
     def check_ids(self, ids: Iterable[int]) -> None:
         """Refuse ids that are negative or not below `vocab_size`."""
