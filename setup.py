@@ -15,7 +15,7 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "gpt_tf/__init__.py").read_text("utf-8"), re.M
 ).group(1)
 
-EDGE = ["ai-edge-litert>=2.3,<3", "flatbuffers>=24.3"]
+EDGE = ["ai-edge-litert>=2.3,<3", "flatbuffers>=24.3", "Jinja2>=3.1,<4"]
 # Google's own runtime, which the tests run the exported files in.
 EDGE_TEST = [*EDGE, "litert-lm>=0.18.1,<0.19"]
 TRAIN = [
@@ -30,7 +30,6 @@ TRAIN = [
     "gguf>=0.17,<1",  # SmolLM2 and other files of llama.cpp
     "matplotlib>=3.8,<4",
     "adjustText>=1.3,<2",
-    "Jinja2>=3.1,<4",
     "scipy>=1.11,<2",  # compares a benchmark with its baseline
     "tensorboard>=2.21,<2.22",
     # What is trained is exported too, and run before it gets its name.

@@ -597,7 +597,7 @@ def test_special_tokens_in_a_prompt_are_text_if_it_is_literal(generate, monkeypa
         asked.append((ids.count(tokenizer.end_of_text_id), options["stop"]))
         return iter(())
 
-    monkeypatch.setattr(cached_forward, "stream", take)
+    monkeypatch.setattr(cached_forward, "generate", take)
     for options in ([], ["--literal", "--stop", "a", "--stop", "b"]):
         result = generate("--prompt", "fox<|endoftext|>", *options)
         assert result.out == "fox<|endoftext|>\n"

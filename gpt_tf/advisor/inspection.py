@@ -119,6 +119,7 @@ def _of_file(tokenizer):
     return {
         "run on a device (EdgeGPT), benchmark": None,
         "generate, evaluate, explain": _lack_of(tokenizer),
+        "chat": _lack_of_template(tokenizer),
         "train, distil, quantise, export": "An exported file has the numbers of its "
         "mode. Take the model that it was exported from.",
     }
@@ -132,6 +133,7 @@ def _of_model(config, tokenizer):
     return {
         "open": _refusal(sizes.check_memory, config),
         "generate, evaluate, explain": _lack_of(tokenizer),
+        "chat": _lack_of_template(tokenizer),
         "train, distil, quantise": _refusal(
             sizes.check_memory, config, sizes.TRAINED_WEIGHT_BYTES
         ),
@@ -145,6 +147,12 @@ def _of_model(config, tokenizer):
 def _lack_of(tokenizer):
     if tokenizer is None:
         return "There is no tokenizer. Put its tokenizer.json with the model."
+    return None
+
+
+def _lack_of_template(tokenizer):
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "It has no chat template. Name one: gpt-tf chat --template FILE."
     return None
 
 

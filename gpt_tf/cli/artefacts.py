@@ -1,6 +1,5 @@
 """The commands for a finished model: export, generate."""
 
-import functools
 import itertools
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 
 from gpt_tf.bundled_model import shipped_model
 from gpt_tf.cli.common import import_tensorflow
+from gpt_tf.cli.options import RepetitionPenalty, Seed, Temperature, TopK, TopP
 from gpt_tf.errors import InputError
 from gpt_tf.pretrained.source import is_keras, is_name
 from gpt_tf.quantization.modes import MODES
@@ -77,15 +77,11 @@ def generate(
         str | None, typer.Option(help="What to continue; without it, a dialogue.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Among so many tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Among tokens of this probability.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes repetition less likely.")
-    ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends it; may be repeated.")
     ] = None,
@@ -97,14 +93,7 @@ def generate(
     ] = False,
 ):
     """Continue a prompt, streaming; without a prompt, line by line from you."""
-    model = model or shipped_model()
-    # Before anything is imported that a device may lack.
-    if not (is_name(model) or model.exists()):
-        raise InputError(
-            f"`model` expects a file or a folder. Received: {model}; there is none. "
-            "Check the path."
-        )
-    stream, tokenizer = _open(model)
+    gpt, tokenizer, given = opened(model or shipped_model())
 
     def answer(text):
         if text.endswith(" ") and tokenizer.kind == "bpe":
@@ -113,7 +102,7 @@ def generate(
                 "theirs, so a model writes better without it.",
                 err=True,
             )
-        pieces = stream(
+        pieces = gpt.generate(
             # In bytes no special tokens are recognised.
             text.encode("utf-8", "surrogateescape") if literal else text,
             max_new_tokens=max_new_tokens,
@@ -123,6 +112,8 @@ def generate(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop or (),
+            stream=True,
+            **given,
         )
         for piece in itertools.chain([text], pieces, ["\n"]):
             sys.stdout.write(piece)
@@ -139,23 +130,33 @@ def generate(
         return
 
 
-def _open(model):
-    """Return the function that continues a prompt, and the tokenizer."""
+def opened(model):
+    """Open what writes text.
+
+    Returns:
+        It, with `generate` and `chat`; its tokenizer; and what these two are to be
+        given, the tokenizer or nothing.
+    """
+    # Before anything is imported that a device may lack.
+    if not (is_name(model) or model.exists()):
+        raise InputError(
+            f"`model` expects a file or a folder. Received: {model}; there is none. "
+            "Check the path."
+        )
     if is_keras(model):
         import_tensorflow()
-        from gpt_tf.models import cached_forward
         from gpt_tf.training.loop import load_model
 
         gpt, tokenizer = load_model(model)
-        stream = functools.partial(cached_forward.stream, gpt, tokenizer=tokenizer)
+        given = {"tokenizer": tokenizer}
     else:
         from gpt_tf.edge import EdgeGPT
 
         gpt = EdgeGPT(model)
-        stream, tokenizer = gpt.stream, gpt.tokenizer
+        tokenizer, given = gpt.tokenizer, {}
     if tokenizer is None:
         raise InputError(
             f"Expected tokenizer.json with the model {model}. Put it there, or name "
             "what `gpt-tf train` or `gpt-tf export` wrote."
         )
-    return stream, tokenizer
+    return gpt, tokenizer, given

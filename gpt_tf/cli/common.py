@@ -29,6 +29,7 @@ _MODULES = {
     "inspect": "inspect",
     "export": "artefacts",
     "generate": "artefacts",
+    "chat": "chat",
     "evaluate": "evaluate",
     "benchmark": "benchmark",
     "recommend": "recommend",

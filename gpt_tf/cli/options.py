@@ -37,6 +37,13 @@ Prefer = Annotated[
         "scenario's if not given."
     ),
 ]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Among so many tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Among tokens of this probability.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1 makes repetition less likely.")
+]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 
 # The panels of `--help`, each with the first of its fields.
 _PANELS = {

@@ -18,9 +18,17 @@ from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.export import structure
 from gpt_tf.export.integrity import read_seal
-from gpt_tf.export.reader import U8, U64, BrokenError, Flatbuffer
-from gpt_tf.export.signatures import BUNDLE_PREFIX
+from gpt_tf.export.reader import (
+    U8,
+    U64,
+    BrokenError,
+    Flatbuffer,
+    packed_integers,
+    protobuf,
+)
+from gpt_tf.export.signatures import BARE_TEMPLATE, BUNDLE_PREFIX
 from gpt_tf.settings import arguments
+from gpt_tf.text.chat import ChatTemplate, tokens_of
 from gpt_tf.text.tokenizer import (
     FILE_NAME,
     Tokenizer,
@@ -38,6 +46,10 @@ _TIME = b"creation_timestamp"
 
 # Kinds of sections, `AnySectionDataType` of the schema.
 _NEEDED = {3: "model", 6: "Hugging Face tokenizer"}
+_METADATA = 5
+# Fields of LiteRT-LM's `LlmMetadata`, and of what its stop tokens are in.
+_STOP_TOKENS, _TEMPLATE = 2, 7
+_TOKEN_IDS, _IDS = 1, 1
 
 # No tokenizer is larger; what claims to be is damaged.
 _LARGEST_TOKENIZER_BYTES = 1 << 28
@@ -87,7 +99,9 @@ def open_artefact(path: str | os.PathLike, tokenizer=None) -> Artefact:
         tokenizer = beside
     name = str(path)
     if tokenizer is None and own is not None:
-        tokenizer = _unpack_tokenizer(own, name)
+        packed, about = own
+        tokenizer = _unpack_tokenizer(packed, name)
+        tokenizer.chat_template = _template_of(about, tokenizer, name)
     elif not isinstance(tokenizer, Tokenizer | None):
         name = str(arguments.path("tokenizer", tokenizer))
         tokenizer = _named(lambda: load_tokenizer(name), name)
@@ -97,9 +111,12 @@ def open_artefact(path: str | os.PathLike, tokenizer=None) -> Artefact:
 
 
 def _contents(data, path):
-    """Check a file's bytes; return the model, its facts, and a packed tokenizer."""
+    """Check a file's bytes; return the model, its facts, and what comes with it.
+
+    That is, of a `.litertlm`, the packed tokenizer and LiteRT-LM's metadata.
+    """
     if data[4:8] == _TFLITE_MAGIC:
-        model, tokenizer = str(path), None
+        model, own = str(path), None
         facts = read_seal(data, str(path))
     else:
         sections = read_sections(data, str(path))
@@ -111,6 +128,7 @@ def _contents(data, path):
         model, tokenizer = (
             data[slice(*_section(sections, kind, path))] for kind in _NEEDED
         )
+        own = tokenizer, data[slice(*sections.get(_METADATA, (0, 0)))]
         data = model
         facts = read_seal(model, str(path), verify=not is_sealed)
     try:
@@ -121,7 +139,7 @@ def _contents(data, path):
             "file was altered, or a version of gpt_tf with another graph exported it: "
             "export the model again."
         ) from None
-    return model, facts, tokenizer
+    return model, facts, own
 
 
 def read_sections(data, name: str) -> dict[int, tuple[int, int]]:
@@ -166,7 +184,7 @@ def _find_sections(header):
     for position in header.table(root[1], _SECTIONS).get(0, ()):
         section = {1: 0, 2: 0, 3: 0} | header.table(position, _SECTION)
         kind = section[3]
-        if kind in _NEEDED:
+        if kind in (*_NEEDED, _METADATA):
             if kind in found:
                 raise BrokenError(f"several sections of kind {kind}")
             found[kind] = section[1], section[2]
@@ -199,6 +217,26 @@ def _unpack_tokenizer(data, name):
             "truncated or was altered; export or copy it again."
         ) from None
     return _named(lambda: tokenizer_from_json(text, f"the tokenizer in {name}"), name)
+
+
+def _template_of(metadata, tokenizer, name):
+    """Return the chat template in LiteRT-LM's metadata, or None."""
+    try:
+        found = protobuf(metadata)
+        source = b"".join(found.get(_TEMPLATE, [])[-1:]).decode("utf-8")
+        ids = []
+        for token in found.get(_STOP_TOKENS, []):
+            for one in protobuf(token).get(_TOKEN_IDS, []):
+                for packed in protobuf(one).get(_IDS, []):
+                    ids += packed_integers(packed)
+    except (BrokenError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f"The metadata in {name} cannot be read: {error}. The file is truncated or "
+            "was altered; export or copy it again."
+        ) from None
+    if source in ("", BARE_TEMPLATE):
+        return None
+    return ChatTemplate(source, {}, tuple(tokens_of(ids, tokenizer.backend)))
 
 
 def _named(load, name):

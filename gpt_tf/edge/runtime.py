@@ -11,7 +11,7 @@ import numpy as np
 from gpt_tf.edge.loader import open_artefact
 from gpt_tf.edge.session import Executor, Session
 from gpt_tf.errors import InputError
-from gpt_tf.generation import sequence
+from gpt_tf.generation import conversation, sequence
 from gpt_tf.generation.sampler import Sampler
 from gpt_tf.settings import arguments
 
@@ -130,20 +130,67 @@ class EdgeGPT:
             >>> gpt.generate(["def", "class"], max_new_tokens=20, seed=1)
         """
         sampling = temperature, top_k, top_p, repetition_penalty, seed
-        with self.one_thread:
-            sequences, is_list = sequence.begin(
-                prompt,
-                **self.options_for(sampling),
-                max_new_tokens=max_new_tokens,
-                stop=stop,
-                stream=stream,
-            )
-        pieces = itertools.chain.from_iterable(map(self._continue, sequences))
-        return sequence.results(sequences, is_list, pieces, stream)
+        limits = {"max_new_tokens": max_new_tokens, "stop": stop}
+        return self._generate(prompt, sampling, limits, stream)
 
     def stream(self, prompt, **options) -> Iterator[str]:
         """Continue one prompt piece by piece: `generate` with `stream=True`."""
         return self.generate(prompt, stream=True, **options)
+
+    def chat(
+        self,
+        messages: Sequence[dict],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+    ):
+        """Answer a conversation, by the chat template of the model's tokenizer.
+
+        The answer ends with its turn. What of the conversation is in the cache from
+        the turn before is not computed again. Where the conversation is too long for
+        the context, its oldest turns are left out, with a `GenerationNotice`; system
+        messages at the beginning stay.
+
+        Args:
+            messages: Each with a `role`, `"system"`, `"user"` or `"assistant"`, and
+                `content`, a text. Special tokens in a text are recognised, as
+                Hugging Face's `apply_chat_template` does.
+            max_new_tokens: Largest number of tokens of the answer; there may be room
+                for fewer, half of the context at least.
+            temperature: This and what follows are as for `generate`.
+            top_k: See `generate`.
+            top_p: See `generate`.
+            repetition_penalty: See `generate`.
+            seed: See `generate`. Rounding may differ with what is in the cache.
+            stop: Further texts that end the answer.
+            stream: Return an iterator over pieces instead.
+
+        Returns:
+            The answer, a text.
+
+        Raises:
+            InputError: The model has no chat template, the template refuses the
+                messages, or an option cannot be used.
+
+        Example:
+            >>> messages = [{"role": "user", "content": "What is the sea?"}]
+            >>> gpt.chat(messages, max_new_tokens=50, seed=1)
+        """
+        prompt, limits = conversation.begin(
+            messages,
+            self.tokenizer,
+            context_length=self.context_length,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+        )
+        sampling = temperature, top_k, top_p, repetition_penalty, seed
+        return self._generate(prompt, sampling, limits, stream, reuse=True)
 
     def options_for(self, sampling) -> dict:
         """Return what `sequence.begin` asks about the model, and a `Sampler`."""
@@ -257,7 +304,16 @@ class EdgeGPT:
         with self.one_thread:
             return self._executor.session()
 
-    def _continue(self, state):
+    def _generate(self, prompt, sampling, limits, stream, reuse=False):
+        with self.one_thread:
+            options = self.options_for(sampling) | limits
+            sequences, is_list = sequence.begin(prompt, **options, stream=stream)
+        pieces = itertools.chain.from_iterable(
+            self._continue(state, reuse) for state in sequences
+        )
+        return sequence.results(sequences, is_list, pieces, stream)
+
+    def _continue(self, state, reuse):
         """Yield what can be shown of one sequence until it has finished."""
         while not state.finished:
             with self.one_thread:
@@ -265,15 +321,25 @@ class EdgeGPT:
                 if self._session.ids != before:  # another call has used the cache
                     state.invalidate_cache()
                 if state.needs_prefill:
-                    logits = self._decode_anew(state.pending)
+                    logits = self._decode_anew(state.pending, reuse)
                 else:
                     logits = self._session.decode(state.pending[0])
             yield from state.push(logits)
 
-    def _decode_anew(self, window):
-        """Put a text into the empty cache; return the logits of what follows."""
-        self._session.reset()
-        self._session.prefill(window[:-1])
+    def _decode_anew(self, window, reuse=False):
+        """Put a text into the cache; return the logits of what follows.
+
+        Args:
+            window: Its ids.
+            reuse: Whether the beginning stays that the text in the cache shares. It
+                may have been computed in other pieces, and be rounded otherwise.
+        """
+        known = 0
+        if reuse:
+            pairs = zip(self._session.ids, window[:-1], strict=False)
+            known = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
+        self._session.position = known
+        self._session.prefill(window[known:-1])
         return self._session.decode(window[-1])
 
     def _appendable(self, ids):

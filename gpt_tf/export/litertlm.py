@@ -7,25 +7,32 @@ versions give the same bytes.
 
 import contextlib
 import io
+import logging
 import mmap
 import os
+import re
 from unittest import mock
 
 from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.export import integrity, tflite
-from gpt_tf.export.signatures import BUNDLE_PREFIX
+from gpt_tf.export.signatures import BARE_TEMPLATE, BUNDLE_PREFIX
+from gpt_tf.generation.conversation import ids_that_end
 from gpt_tf.models.language_model import check_language_model
 from gpt_tf.settings import arguments
 from gpt_tf.text.tokenizer import Tokenizer
 
-# Whatever the conversation is, the model sees the bare text of its messages.
-_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.content is string %}{{ message.content }}"
-    "{% else %}{% for item in message.content %}{{ item.text }}{% endfor %}{% endif %}"
-    "{% endfor %}"
+# LiteRT-LM hands templates a list of parts as `content`, where most expect a text.
+_TEXTS_OF_PARTS = (
+    "{% set texts = namespace(messages=[]) %}{% for message in messages %}"
+    "{% if message.content is string or message.content is not iterable %}"
+    "{% set texts.messages = texts.messages + [message] %}{% else %}"
+    "{% set content = message.content | map(attribute='text') | join %}"
+    "{% set texts.messages = texts.messages + [dict(message, content=content)] %}"
+    "{% endif %}{% endfor %}{% set messages = texts.messages %}\n"
 )
+
+logger = logging.getLogger(__name__)
 
 
 def export_litertlm(
@@ -36,6 +43,8 @@ def export_litertlm(
     **options,
 ) -> dict:
     """Write a GPT with its tokenizer as one `.litertlm`.
+
+    The tokenizer's chat template goes with it, for `EdgeGPT.chat` and LiteRT-LM.
 
     Two habits of LiteRT-LM 0.18: it keeps packed weights beside the file unless it is
     told not to, and it ends its process at a character that a `CharacterTokenizer` has
@@ -91,14 +100,15 @@ def _bundle(folder, manifest, tokenizer, stream):
     import litert_lm_builder as builder
     from litert_lm_builder import litertlm_builder
 
-    # It names no start token: the model was trained without one.
+    source, ends = _template_of(tokenizer)
+    # It names no start token: a chat template has it, or there is none.
     about = f"max_num_tokens: {manifest['capacity']}\n"
     about += "llm_model_type { generic_model {} }\n"
-    if tokenizer.end_of_text_id is not None:
-        about += f"stop_tokens {{ token_ids {{ ids: {tokenizer.end_of_text_id} }} }}\n"
+    for token in ends:
+        about += f"stop_tokens {{ token_ids {{ ids: {token} }} }}\n"
     metadata, template = folder / "metadata.textproto", folder / "template.jinja"
     metadata.write_text(about, "utf-8")
-    template.write_text(_TEMPLATE, "utf-8")
+    template.write_text(source, "utf-8")
     seal = integrity.blank_seal(BUNDLE_PREFIX)
     with (
         # The builder prints what it adds, and adds a random id and the time.
@@ -115,3 +125,27 @@ def _bundle(folder, manifest, tokenizer, stream):
             str(folder / "model.tflite"), builder.TfLiteModelType.PREFILL_DECODE
         )
         bundle.build(stream)
+
+
+def _template_of(tokenizer):
+    """Return the source of a chat template that stands alone, and the ids that end."""
+    template = tokenizer.chat_template
+    if template is None:
+        return BARE_TEMPLATE, tokenizer.end_ids
+    try:
+        template.render([{"role": "user", "content": "Good morning."}])
+    except InputError as error:
+        logger.info("the chat template is left out of the file: %s", error)
+        return BARE_TEMPLATE, tokenizer.end_ids
+    # LiteRT-LM does not know special tokens by name. It trims lines as Jinja2 does
+    # here, but keeps a line break at the end.
+    names = "".join(
+        f"{{% set {name} = {artifacts.to_json(text)} %}}\n"
+        for name, text in template.special_tokens.items()
+        if name in template.source
+    )
+    # Nor does it know the marks of what an assistant says.
+    source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", template.source)
+    source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", source)
+    source = names + _TEXTS_OF_PARTS + source.removesuffix("\n")
+    return source, ids_that_end(tokenizer)

@@ -1,9 +1,10 @@
-"""A flatbuffer's tables, every offset checked.
+"""A flatbuffer's tables and a protobuf's fields, every offset checked.
 
 Native readers follow offsets wherever they lead. Here each is seen to lie within the
-bytes, and to be aligned, before it is followed.
+bytes, and in a flatbuffer to be aligned, before it is followed.
 
-Reference: https://flatbuffers.dev/internals.
+Reference: https://flatbuffers.dev/internals,
+https://protobuf.dev/programming-guides/encoding.
 """
 
 import struct
@@ -121,3 +122,50 @@ class Flatbuffer:
         if self.read(U8, end):
             raise BrokenError(f"a text without an end at byte {end}")
         return self._data[begin:end]
+
+
+def protobuf(data: bytes) -> dict[int, list]:
+    """Return the fields of a protobuf message: by number, the values in their order.
+
+    Integers are numbers; texts, messages and whatever else has a length are bytes, and
+    so are numbers of fixed width.
+    """
+    found, place = {}, 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        number, kind = divmod(key, 8)
+        if kind == 0:
+            value, place = _varint(data, place)
+        elif kind in (1, 2, 5):
+            size = {1: 8, 5: 4}.get(kind)
+            if size is None:
+                size, place = _varint(data, place)
+            if size > len(data) - place:
+                raise BrokenError(f"{size} bytes from byte {place} of {len(data)}")
+            value, place = data[place : place + size], place + size
+        else:
+            raise BrokenError(f"a field of kind {kind} before byte {place}")
+        found.setdefault(number, []).append(value)
+    return found
+
+
+def packed_integers(data: bytes) -> list[int]:
+    """Return the integers of a protobuf's packed field."""
+    found, place = [], 0
+    while place < len(data):
+        value, place = _varint(data, place)
+        found.append(value)
+    return found
+
+
+def _varint(data, place):
+    """Return an integer of 7 bits a byte, and where it ends."""
+    value = 0
+    for shift in range(0, 64, 7):
+        if place + shift // 7 >= len(data):
+            raise BrokenError(f"a number that goes on at the end, byte {len(data)}")
+        byte = data[place + shift // 7]
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, place + shift // 7 + 1
+    raise BrokenError(f"a number of more than 64 bits at byte {place}")

@@ -58,6 +58,14 @@ SEAL_PREFIX = b'{"format": "gpt_tf.tflite/1", "sha256": "'
 SEAL_DIGITS = 64
 # The same in the header of a `.litertlm`, of all of that file.
 BUNDLE_PREFIX = b'{"format": "gpt_tf.litertlm/1", "sha256": "'
+# The chat template in a `.litertlm` of a model that has none: LiteRT-LM asks for one.
+# Whatever the conversation is, the model sees the bare text of its messages.
+BARE_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for item in message.content %}{{ item.text }}{% endfor %}{% endif %}"
+    "{% endfor %}"
+)
 
 
 def prefill(length: int) -> str:

@@ -17,6 +17,7 @@ from gpt_tf.native_logs import quiet
 from gpt_tf.quantization import gptq
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings import arguments
+from gpt_tf.text.chat import CONFIG_NAME
 from gpt_tf.text.tokenizer import FILE_NAME, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -157,8 +158,8 @@ def export_tflite(
         logger.info("running every signature and comparing with Keras")
         with quiet():
             measured = verify.verify(place, written, constants, mode, model, ids)
-        for name in more:
-            tokenizer.save(new / name)
+        if more:
+            tokenizer.save(new)
         return artifacts.write_file_manifest(
             place, "tflite", **facts, verification={**measured, "text": text}
         )
@@ -223,7 +224,7 @@ def _tokenizer_beside(path, tokenizer):
         return []
     beside = path.parent / FILE_NAME
     if not beside.is_file():
-        return [FILE_NAME]
+        return [FILE_NAME] + [CONFIG_NAME] * (tokenizer.chat_template is not None)
     if load_tokenizer(beside).fingerprint() != tokenizer.fingerprint():
         raise InputError(
             f"The tokenizer is to stand beside {path}, but {beside} is another "

@@ -80,7 +80,7 @@ def begin(
         )
     # A lone surrogate is no text that a model could generate.
     stop = [text.encode("utf-8", "surrogatepass") for text in stop if text]
-    end_id = None if tokenizer is None else tokenizer.end_of_text_id
+    end_ids = () if tokenizer is None else tokenizer.end_ids
     sequences = [
         SequenceState(
             row,
@@ -89,7 +89,7 @@ def begin(
             Detokenizer(tokenizer, stop, is_text),
             context_length=context_length,
             max_new_tokens=max_new_tokens,
-            end_id=end_id,
+            end_ids=end_ids,
             slides=slides,
         )
         for row, generator in zip(rows, sampler.generators(len(rows)), strict=True)
@@ -197,7 +197,7 @@ class SequenceState:
         detokenizer: Makes of new tokens what is shown.
         context_length: As for `begin`.
         max_new_tokens: As for `begin`.
-        end_id: The id that ends a sequence, or None.
+        end_ids: The ids that end a sequence.
         slides: False: the sequence ends where its window is full.
 
     Attributes:
@@ -219,7 +219,7 @@ class SequenceState:
         *,
         context_length: int,
         max_new_tokens: int,
-        end_id: int | None = None,
+        end_ids: Sequence[int] = (),
         slides: bool = True,
     ):
         self.ids = list(prompt)
@@ -228,7 +228,7 @@ class SequenceState:
         self.finished = not max_new_tokens
         self._sampler, self._generator = sampler, generator
         self._detokenizer = detokenizer
-        self._context_length, self._end_id = context_length, end_id
+        self._context_length, self._end_ids = context_length, end_ids
         self._slides = slides
         # Of all the text, what was cut off and what slid out of the window included.
         self._seen = set(prompt)
@@ -249,7 +249,7 @@ class SequenceState:
             InputError: The logits are not finite.
         """
         token = self._sampler.choose(logits, self._seen, self._generator)
-        if token == self._end_id:
+        if token in self._end_ids:
             return self.finish()
         self.ids.append(token)
         self.new_ids.append(token)

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from gpt_tf.errors import InputError
-from gpt_tf.generation import sequence
+from gpt_tf.generation import conversation, sequence
 from gpt_tf.generation.sampler import Sampler
 from gpt_tf.generation.sequence import GenerationNotice as GenerationNotice
 from gpt_tf.models import layers, ops, placement, xla
@@ -268,6 +268,46 @@ def generate(
 def stream(model, prompt, **options) -> Iterator[str]:
     """Continue one prompt piece by piece: `generate` with `stream=True`."""
     return generate(model, prompt, stream=True, **options)
+
+
+def chat(
+    model,
+    messages: Sequence[dict],
+    *,
+    tokenizer: Tokenizer,
+    max_new_tokens: int = 512,
+    stop: Sequence[str] = (),
+    **options,
+):
+    """Answer a conversation, by the chat template of a tokenizer.
+
+    Args:
+        model: As for `generate`.
+        messages: As for `EdgeGPT.chat`.
+        tokenizer: The model's, with a chat template.
+        max_new_tokens: As for `EdgeGPT.chat`.
+        stop: Further texts that end the answer.
+        **options: As for `generate`.
+
+    Returns:
+        The answer, a text, or with `stream` an iterator over its pieces.
+
+    Raises:
+        InputError: There is no chat template, it refuses the messages, or an option
+            cannot be used.
+
+    Example:
+        >>> messages = [{"role": "user", "content": "What is the sea?"}]
+        >>> chat(model, messages, tokenizer=tokenizer, max_new_tokens=50)
+    """
+    prompt, limits = conversation.begin(
+        messages,
+        tokenizer,
+        context_length=_config(model, "context_length"),
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+    )
+    return generate(model, prompt, tokenizer=tokenizer, **limits, **options)
 
 
 def _config(model, name):

@@ -161,9 +161,11 @@ def to_huggingface(
 
 def _write_tokenizer(tokenizer, context_length, folder):
     tokenizer.save(folder)
-    special = {}
+    special, template = {}, tokenizer.chat_template
     if tokenizer.end_of_text_id is not None:
         special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    chat = {} if template is None else template.to_config()
+    special |= {} if template is None else template.special_tokens
     artifacts.write_json(folder / "special_tokens_map.json", special)
     artifacts.write_json(
         folder / "tokenizer_config.json",
@@ -173,6 +175,7 @@ def _write_tokenizer(tokenizer, context_length, folder):
             "model_max_length": context_length,
             "clean_up_tokenization_spaces": False,
             **special,
+            **chat,
         },
     )
 

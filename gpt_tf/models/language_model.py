@@ -250,6 +250,12 @@ class TokenTraining(TokenStep):
 
         return cached_forward.generate(self, prompt, **options)
 
+    def chat(self, messages, **options):
+        """Answer a conversation; see `gpt_tf.models.cached_forward.chat`."""
+        from gpt_tf.models import cached_forward
+
+        return cached_forward.chat(self, messages, **options)
+
 
 class LanguageModel(TokenTraining, keras.Model):
     """A Functional model from token ids `(B, T)` to logits `(B, T, V)` that trains.

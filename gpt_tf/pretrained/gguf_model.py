@@ -18,7 +18,8 @@ from gpt_tf.pretrained.build import Description
 from gpt_tf.pretrained.families import FAMILIES, Family, Weight, linear, normalization
 from gpt_tf.pretrained.gguf_file import GGUF, read_gguf
 from gpt_tf.pretrained.tensors import Tensor
-from gpt_tf.text.tokenizer import tokenizer_from_json
+from gpt_tf.text.chat import ChatTemplate, tokens_of
+from gpt_tf.text.tokenizer import Tokenizer, tokenizer_from_json
 
 # llama.cpp's architecture -> Hugging Face's `model_type`.
 _FAMILIES = {
@@ -227,8 +228,26 @@ def describe(path: Path) -> Description:
         arguments,
         tensors_of(file, arguments),
         (path,),
-        lambda: tokenizer_from_json(backend.to_str(), str(path)),
+        lambda: _with_template(file, tokenizer_from_json(backend.to_str(), str(path))),
     )
+
+
+def _with_template(file: GGUF, tokenizer: Tokenizer) -> Tokenizer:
+    """Give a tokenizer the chat template in a file's metadata, if there is one."""
+    source = file.metadata.get("tokenizer.chat_template")
+    if isinstance(source, str):
+
+        def token_of(kind):
+            return tokens_of(
+                [file.metadata.get(f"tokenizer.ggml.{kind}_token_id")],
+                tokenizer.backend,
+            )
+
+        kinds = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+        special = {f"{k}_token": t for k, name in kinds.items() for t in token_of(name)}
+        ends = [*token_of("eot"), *token_of("eom")]
+        tokenizer.chat_template = ChatTemplate(source, special, tuple(ends))
+    return tokenizer
 
 
 def _split(pattern):

@@ -26,7 +26,7 @@ _IN_PACKAGES = {
 }
 # Of a Hugging Face model, what is read here.
 _FETCHED = (
-    *("*.json", "*.safetensors", "pytorch_model.bin", "*merges.txt"),
+    *("*.json", "*.jinja", "*.safetensors", "pytorch_model.bin", "*merges.txt"),
     "model.weights.h5",  # of KerasHub's presets
 )
 # How KerasHub calls the presets of families that are read here.

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.settings import arguments
+from gpt_tf.text.chat import CONFIG_NAME, ChatTemplate, read_template
 
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
@@ -73,9 +74,11 @@ class Tokenizer(abc.ABC):
         backend: The `tokenizers.Tokenizer` behind it.
         vocab_size: Number of ids: they run from 0 to `vocab_size - 1`.
         end_of_text_id: Id of the token between documents, or None.
+        chat_template: The `ChatTemplate` of its model, or None.
     """
 
     kind: str
+    chat_template: ChatTemplate | None = None
 
     def __init__(self, backend: tokenizers.Tokenizer):
         # A foreign file may ask for these; they would cut or lengthen text.
@@ -112,6 +115,14 @@ class Tokenizer(abc.ABC):
         arguments.text("text", text)
         is_found = special and any(token in text for token in self._special_tokens)
         return self._encode_special(text) if is_found else self.encode_batch([text])[0]
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end what a model writes: the end of text, and the template's."""
+        ids = [self.end_of_text_id]
+        if self.chat_template is not None:
+            ids += map(self.backend.token_to_id, self.chat_template.end_tokens)
+        return tuple(dict.fromkeys(token for token in ids if token is not None))
 
     @functools.cached_property
     def _special_tokens(self) -> list[str]:
@@ -165,12 +176,18 @@ class Tokenizer(abc.ABC):
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `tokenizer.json` into a folder, or to the `.json` file named."""
+        """Write `tokenizer.json` into a folder, or to the `.json` file named.
+
+        In a folder a chat template is written beside it, in `tokenizer_config.json`.
+        """
         path = Path(path)
         if path.suffix != ".json":
             path = path / FILE_NAME
         with artifacts.atomic_file(path, "w") as file:
             file.write(self.to_json())
+        if self.chat_template is not None and path.name == FILE_NAME:
+            config = self.chat_template.to_config()
+            artifacts.write_json(path.with_name(CONFIG_NAME), config)
 
     def check_ids(self, ids: Iterable[int]) -> None:
         """Refuse ids that are negative or not below `vocab_size`."""
@@ -399,13 +416,22 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     Args:
         path: A `tokenizer.json`, or a folder that holds one, or one that holds
-            GPT-2's `vocab.json` and `merges.txt`.
+            GPT-2's `vocab.json` and `merges.txt`. A chat template is read from
+            Hugging Face's files beside it.
 
     Raises:
         InputError: There is none.
         DamagedFileError: It is none that gpt_tf knows.
     """
     path = arguments.path("path", path)
+    found = _load(path)
+    if path.is_dir() or path.name == FILE_NAME:
+        folder = path if path.is_dir() else path.parent
+        found.chat_template = read_template(folder, found.backend)
+    return found
+
+
+def _load(path):
     if path.is_dir():
         gpt2 = (path / "vocab.json", path / "merges.txt")
         path = path / FILE_NAME

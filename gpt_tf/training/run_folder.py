@@ -1,7 +1,7 @@
 """A run's folder: what decides its training, and the model that comes out of it.
 
 run.json            configuration, corpus, versions
-tokenizer.json      Hugging Face format
+tokenizer.json      Hugging Face format; a chat template in tokenizer_config.json
 data/               token files of the two splits
 initial/            the model that training starts from, if it is not a new one
 knowledge/          what a teacher of another vocabulary says of the text
@@ -27,6 +27,7 @@ from gpt_tf.parallel.mesh_gpt import MeshGPT
 from gpt_tf.pretrained import source
 from gpt_tf.settings import arguments
 from gpt_tf.text import tokenizer as tokenizers
+from gpt_tf.text.chat import CONFIG_NAME
 from gpt_tf.text.dataset import Windows
 from gpt_tf.training.config import TrainingConfig
 
@@ -47,6 +48,7 @@ PLACEMENT = (
 OWN_ENTRIES = (
     "run.json",
     "tokenizer.json",
+    CONFIG_NAME,
     "data",
     "initial",
     "knowledge",
@@ -191,7 +193,7 @@ def save_model(model, tokenizer, folder: str | Path, **facts) -> None:
         artifacts.write_manifest(
             temporary,
             "model",
-            ["model.keras", "tokenizer.json"],
+            sorted(path.name for path in temporary.iterdir()),
             config=model.get_config(),
             parameters=model.count_params(),
             tokenizer_fingerprint=tokenizer.fingerprint(),

@@ -57,6 +57,7 @@ def test_what_cannot_be_done_is_said_in_the_words_that_refuse_it(llama):
     assert "32" in why["export int4"]  # the feed-forward's width is 48
     assert why["export dynamic_int8"] is None
     assert why["generate, evaluate, explain"] is not None
+    assert "--template" in why["chat"]
 
 
 def test_the_first_command_names_the_folder_and_shortens_a_long_context(llama):

@@ -213,7 +213,7 @@ def begin(prompt, max_new_tokens=100, slides=False, end=None, **options):
         sequence.Detokenizer(None, [], is_text=False),
         context_length=6,
         max_new_tokens=max_new_tokens,
-        end_id=end,
+        end_ids=[end],
         slides=slides,
     )
 

@@ -121,8 +121,8 @@ def write_gguf(path, config, tensors, types="F32", tokenizer=None, **changes):
     _add_tokenizer(writer, tokenizer or small_tokenizer(), changes)
     for key, value in changes.get("metadata", {}).items():
         writer.kv_data[0].pop(key, None)
-        add = writer.add_string if isinstance(value, str) else writer.add_array
-        add(key, value)
+        kinds = {str: writer.add_string, int: writer.add_uint32}
+        kinds.get(type(value), writer.add_array)(key, value)
     quantised = gguf.GGMLQuantizationType[types]
     for name, values in renamed(config, tensors).items():
         if types == "F32" or values.ndim < 2:

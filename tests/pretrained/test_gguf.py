@@ -309,3 +309,27 @@ def test_what_is_no_gguf_is_refused(tmp_path):
             gpt_tf.open_model(tmp_path / "a.gguf")
     with pytest.raises(InputError):
         gpt_tf.open_model(tmp_path / "none.gguf")
+
+
+def test_the_chat_template_comes_with_the_tokens_that_it_names(tmp_path):
+    config = config_of("llama")
+    tensors, small = random_tensors(config), small_tokenizer()
+    end = small.end_of_text_id
+    metadata = {
+        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
+        "tokenizer.ggml.bos_token_id": 60,
+        "tokenizer.ggml.eos_token_id": end,
+        "tokenizer.ggml.eot_token_id": 61,
+        "tokenizer.ggml.padding_token_id": 10**6,
+    }
+    path = write_gguf(tmp_path / "chat.gguf", config, tensors, metadata=metadata)
+    found = gpt_tf.open_model(path).tokenizer
+    tokens = [small.backend.id_to_token(one) for one in (60, 61, end)]
+    special = {"bos_token": tokens[0], "eos_token": tokens[2]}
+    assert found.chat_template.special_tokens == special
+    assert found.chat_template.end_tokens == (tokens[1], tokens[2])
+    assert found.end_ids == (end, 61)
+    messages = [{"role": "user", "content": " x"}]
+    assert found.chat_template.render(messages) == f"{tokens[0]} x"
+    path = write_gguf(tmp_path / "plain.gguf", config, tensors)
+    assert gpt_tf.open_model(path).tokenizer.chat_template is None

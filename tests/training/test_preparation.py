@@ -5,13 +5,14 @@ import shutil
 import pytest
 
 from gpt_tf import artifacts
-from gpt_tf.errors import InputError
+from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation.text import held_out_text
+from gpt_tf.text.chat import ChatTemplate
 from gpt_tf.text.dataset import TokenFile
-from gpt_tf.text.tokenizer import CharacterTokenizer, load_tokenizer
+from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer, load_tokenizer
 from gpt_tf.training import loop, preparation
 from gpt_tf.training.config import TrainingConfig
-from gpt_tf.training.run_folder import read_run
+from gpt_tf.training.run_folder import OWN_ENTRIES, load_model, read_run, save_model
 
 
 def texts_of(out, split):
@@ -57,6 +58,26 @@ def test_each_document_of_a_file_is_followed_by_the_end_of_text(
     assert (train.pop(), validation.pop()) == ("", "")
     assert train + validation == texts and len(validation) == 10
     assert read_run(out).separator == "<|endoftext|>"
+
+
+def test_the_chat_template_of_a_tokenizer_stays_with_the_run(
+    chats, tmp_path, make_model
+):
+    path, _ = chats
+    folder = tmp_path / "tokenizer"
+    tokenizer = BPETokenizer.train(["question answer "], 257)
+    tokenizer.chat_template = ChatTemplate("{{ eos_token }}", {"eos_token": "!"})
+    tokenizer.save(folder)
+    out = prepared(tmp_path / "run", corpus=str(path), tokenizer=str(folder))
+    assert load_tokenizer(out).chat_template == tokenizer.chat_template
+    assert {entry.name for entry in out.iterdir()} <= set(OWN_ENTRIES)
+    model = make_model(vocab_size=tokenizer.vocab_size, num_layers=1)
+    save_model(model, tokenizer, tmp_path / "model")
+    assert load_model(tmp_path / "model")[1].chat_template == tokenizer.chat_template
+    config = tmp_path / "model" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("eos_token }}", "bos_token }}"))
+    with pytest.raises(DamagedFileError, match=r"tokenizer_config\.json"):
+        load_model(tmp_path / "model")
 
 
 def test_without_a_separator_its_text_is_learnt_as_it_stands(chats, tmp_path):
