@@ -179,7 +179,11 @@ def measure_tasks(
     notes = [] if notes is None else notes
     if reference is not None:
         arguments.one_of("reference", reference, models)
-    prompts = {name: _prompts_of(model, task, name) for name, model in models.items()}
+    prompts = {}
+    for name, model in models.items():
+        check_open(model)
+        limit = model.context_length
+        prompts[name] = prompts_of(task, model.tokenizer, limit, name)
     if task.kind == "choice" and any(map(_lacks_space, task.rows)):
         _note(
             notes,
@@ -260,7 +264,9 @@ def log_likelihoods(
     return found
 
 
-def answer(model, prompt: str, max_new_tokens: int, stop: Sequence[str]) -> str:
+def answer(
+    model, prompt: str, max_new_tokens: int, stop: Sequence[str], **sampling
+) -> str:
     """Return the most likely continuation of a prompt that fits into the context.
 
     Args:
@@ -268,6 +274,7 @@ def answer(model, prompt: str, max_new_tokens: int, stop: Sequence[str]) -> str:
         prompt: A text, as for `generate`.
         max_new_tokens: Tokens at most; fewer where the context is full before.
         stop: Texts that end it, and are cut off.
+        **sampling: As for `generate`, where it is not to be the most likely.
 
     Raises:
         InputError: The prompt is longer than the context.
@@ -278,9 +285,20 @@ def answer(model, prompt: str, max_new_tokens: int, stop: Sequence[str]) -> str:
     return model.generate(
         prompt,
         max_new_tokens=min(max_new_tokens, model.context_length - count + 1),
-        temperature=0,
         stop=stop,
+        **{"temperature": 0, **sampling},
     )
+
+
+def rendered(tokenizer, messages: list, add_generation_prompt: bool = True) -> str:
+    """Return messages as the text of a prompt, by the tokenizer's chat template."""
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:
+        raise InputError(
+            "`messages` expect a chat template. Received: a tokenizer without one. "
+            "Write `prompt` instead."
+        )
+    return template.render(messages, add_generation_prompt=add_generation_prompt)
 
 
 def newcombe_interval(both: int, first: int, second: int, none: int) -> dict:
@@ -385,10 +403,20 @@ def _lacks_space(row):
     )
 
 
-def _prompts_of(model, task, name):
-    """Return the text of each row's prompt; all that does not fit is refused."""
-    check_open(model)
-    if model.tokenizer is None:
+def prompts_of(task: Task, tokenizer, context_length: int, name: str) -> list[str]:
+    """Return the text of each row's prompt, seen to fit into a context.
+
+    Args:
+        task: The task.
+        tokenizer: The tokenizer of the model that answers.
+        context_length: Tokens that it sees at once.
+        name: How messages call the model.
+
+    Raises:
+        InputError: There is no tokenizer, or no chat template for messages, or a prompt
+            is too long, or has no tokens. The message names its line.
+    """
+    if tokenizer is None:
         raise InputError(
             f"A task for {name} expects its tokenizer. Received: none. Put "
             "tokenizer.json beside it, or name the .litertlm or the run's folder."
@@ -398,20 +426,14 @@ def _prompts_of(model, task, name):
         try:
             prompt = row.prompt
             if not isinstance(prompt, str):
-                template = getattr(model.tokenizer, "chat_template", None)
-                if template is None:
-                    raise InputError(
-                        "`messages` expect a chat template. Received: a tokenizer "
-                        "without one. Write `prompt` instead."
-                    )
-                prompt = template.render(prompt, add_generation_prompt=True)
+                prompt = rendered(tokenizer, prompt)
             if row.choices:
-                rows, _ = _continued(model.tokenizer, prompt, row.choices)
+                rows, _ = _continued(tokenizer, prompt, row.choices)
                 longest = max(map(len, rows)) - 1
             else:
-                longest = len(model.tokenizer.encode(prompt, special=True))
-            if longest > model.context_length:
-                raise InputError(_too_long(longest, model.context_length))
+                longest = len(tokenizer.encode(prompt, special=True))
+            if longest > context_length:
+                raise InputError(_too_long(longest, context_length))
         except InputError as error:
             raise InputError(
                 f"{name}, at line {row.line} of {task.name}: {error}"

@@ -64,6 +64,11 @@ class OptimizationConfig(Configuration):
         description="How teacher and students are exported. For int8 a student is "
         "trained on with rounded weights and activations first.",
     )
+    task: PathText | None = Field(
+        None,
+        description="Questions that every file answers, as for evaluate, to choose by "
+        "with --max-score-drop.",
+    )
     evaluated_tokens: int = Field(
         20_000, ge=2, le=LARGEST, description="Held-out tokens to judge by."
     )
@@ -89,8 +94,9 @@ class OptimizationConfig(Configuration):
         whole = self.corpus is not None or not divided
         self._check("corpus", whole, "beside `validation` and `separator`")
         check_separator(self.separator)
-        if self.model is not None:
-            object.__setattr__(self, "model", os.path.abspath(self.model))
+        for name in ("model", "task"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.abspath(path))
         prompts = self.explained_prompts
         enough = prompts == 0 or prompts >= FEWEST_PROMPTS
         self._check("explained_prompts", enough, f"of at least {FEWEST_PROMPTS}, or 0")
