@@ -4,7 +4,7 @@ They are compiled and run in a process of their own, which is killed when one of
 takes too long: Python's `re` cannot be interrupted otherwise.
 """
 
-import json
+import ast
 import re
 import subprocess
 import sys
@@ -16,15 +16,15 @@ from gpt_tf.settings import arguments
 SECONDS = 2.0
 
 _CODE = """
-import json, re, sys
+import ast, re, sys
 print("ready", flush=True)
 for line in sys.stdin:
     try:
-        pattern, text, flags = json.loads(line)
+        pattern, text, flags = ast.literal_eval(line)
         answer = re.search(pattern, text, flags) is not None
     except (re.error, OverflowError, RecursionError, MemoryError) as error:
         answer = str(error) or type(error).__name__
-    print(json.dumps(answer), flush=True)
+    print(ascii(answer), flush=True)
 """
 
 
@@ -54,8 +54,8 @@ class Patterns:
                 stderr=subprocess.DEVNULL,
             )
             self._process.stdout.readline()  # its start does not count
-        # JSON in ASCII: a lone surrogate goes through too.
-        work = json.dumps([pattern, text, re.IGNORECASE if ignore_case else 0])
+        # In ASCII: a lone surrogate goes through too.
+        work = ascii((pattern, text, int(ignore_case and re.IGNORECASE)))
         self._process.stdin.write(work.encode() + b"\n")
         self._process.stdin.flush()
         is_late = threading.Event()
@@ -64,10 +64,10 @@ class Patterns:
         line = self._process.stdout.readline()
         timer.cancel()
         timer.join()
-        if is_late.is_set():
+        if is_late.is_set() or not line:
             self.close()
             return None
-        answer = json.loads(line)
+        answer = ast.literal_eval(line.decode())
         if isinstance(answer, str):
             raise InputError(
                 "`regex` expects a regular expression as Python writes it. Received: "
