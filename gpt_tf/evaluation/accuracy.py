@@ -282,17 +282,14 @@ def evaluate_files(
         corpus = runs[0] if runs else DEFAULT_CORPUS
         if runs and reads_text:
             _note(notes, f"judged on the text that {runs[0]} held out")
-    found, facts = (
-        {name: dict.fromkeys(report.Accuracy.model_fields) for name in names},
-        None,
-    )
+    facts, found, scores = None, {}, {}
     with contextlib.ExitStack() as stack:
         opened = {
             name: stack.enter_context(open_model(path)) for name, path in names.items()
         }
         if reads_text:
             text = held_out_text(corpus, whole=whole, separator=separator, notes=notes)
-            judged = measure_accuracies(
+            found = measure_accuracies(
                 opened,
                 compared,
                 text,
@@ -301,13 +298,9 @@ def evaluate_files(
                 on_progress=counted("blocks"),
                 notes=notes,
             )
-            for name in names:
-                found[name] |= judged[name]
+            judged = next(iter(found.values()))  # the reference, if there is one
             facts = {"name": text.name, "split": text.split}
-            # The reference's, if there is one.
-            facts |= {
-                part: judged[next(iter(names))][part] for part in ("tokens", "bytes")
-            }
+            facts |= {part: judged[part] for part in ("tokens", "bytes")}
         if reads_text and (text.is_python if parse is None else parse):
             prompts = code_validity.find_prompts(text, completions, seed)
             if not prompts:
@@ -321,13 +314,15 @@ def evaluate_files(
                     on_progress=counted(f"completions of {name}"),
                 )
         if task is not None:
-            scores = tasks.measure_tasks(
-                opened, compared, task, on_progress=on_progress, notes=notes
-            )
-            for name in names:
-                found[name]["task"] = scores[name]
+            options = {"on_progress": on_progress, "notes": notes}
+            scores = tasks.measure_tasks(opened, compared, task, **options)
+        nothing = dict.fromkeys(report.Accuracy.model_fields)
+        accuracies = {
+            name: nothing | found.get(name, {}) | {"task": scores.get(name)}
+            for name in names
+        }
         entries = [
-            report.new_entry(describe(path, opened[name]), accuracy=found[name])
+            report.new_entry(describe(path, opened[name]), accuracy=accuracies[name])
             | {"name": name, "path": report.path_in_report(path, folder or ".")}
             for name, path in names.items()
         ]

@@ -171,8 +171,11 @@ def print_task(report: dict, console: Console | None = None) -> None:
         if facts["kind"] == "choice":
             cells.append(number(100 * found["by_sum"]))
         if reference:
-            cells.append("\n".join(interval(found["difference"], 100, signed=True)))
-            cells += [str(found["gained"]), str(found["lost"])]
+            is_itself = name == reference
+            ends = interval(found["difference"], 100, signed=True)
+            cells.append("reference" if is_itself else "\n".join(ends))
+            counts = found["gained"], found["lost"]
+            cells += [NOT_MEASURED if is_itself else str(n) for n in counts]
         table.add_row(Text(name), *cells)
     console = console or Console()
     console.print(table)
