@@ -183,7 +183,7 @@ def test_choices_are_weighed_by_their_log_probability_per_byte(task_of):
     }
 
 
-def test_the_likeliest_continuation_is_told(gpt):
+def test_the_most_likely_continuation_is_told(gpt):
     prompt = "def __init__("
     greedy = answer(gpt, prompt, 3, ())
     (_, yes), (_, no) = log_likelihoods(gpt, prompt, [greedy, greedy + "\0"])
