@@ -39,6 +39,8 @@ TRAIN = [
     'setuptools>=69; python_version >= "3.12"',
 ]
 EXPLAIN = ["lime>=0.2,<0.3", "shap>=0.46,<1", "Jinja2>=3.1,<4"]
+# EleutherAI's harness, which is not part of `all`: it brings data sets and pandas.
+LM_EVAL = [*EDGE, "lm-eval>=0.4.13,<0.5"]
 # Several workers, started again when one is lost.
 CLUSTER = ["ray[train]>=2.60,<3"]
 DOCS = [
@@ -92,6 +94,7 @@ setup(
         "edge-test": EDGE_TEST,
         "cluster": CLUSTER,
         "explain": EXPLAIN,
+        "lm-eval": LM_EVAL,
         "notebooks": NOTEBOOKS,
         "docs": DOCS,
         "bench": [

@@ -56,7 +56,7 @@ class Candidate:
     def worsened(self, share: float) -> "Candidate":
         """Return what a measurement that came out worse by a share would have found."""
         # Accuracy and size are the same in every measurement.
-        factors = {"accuracy": 1, "size": 1, "throughput": 1 / (1 + share)}
+        factors = {"accuracy": 1, "score": 1, "size": 1, "throughput": 1 / (1 + share)}
         values = dict(self.values)
         for name, value in values.items():
             if value is not None:
@@ -122,6 +122,7 @@ def candidates_of(report: dict, concurrent: bool) -> list[Candidate]:
         values = {
             "perplexity": _value(accuracy.get("perplexity")),
             "accuracy": _value(accuracy.get("perplexity_increase")),
+            "score": _drop((accuracy.get("task") or {}).get("difference")),
             "latency": _value(step.get("median")),
             "p95": _value(step.get("p95")),
             "size": _value(entry["size_bytes"], 1e-6),
@@ -137,6 +138,15 @@ def candidates_of(report: dict, concurrent: bool) -> list[Candidate]:
         if one.values["accuracy"] is None and perplexity and reference:
             one.values["accuracy"] = _value(perplexity.number / reference.number - 1)
     return found
+
+
+def _drop(difference):
+    """Return how much a score fell, as a `Value`, or None."""
+    if difference is None:
+        return None
+    # Not -0.0, which would be told.
+    parts = (0.0 - difference[part] for part in ("value", "high", "low"))
+    return Value(*parts)
 
 
 def _value(found, scale=1):

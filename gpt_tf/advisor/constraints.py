@@ -43,6 +43,7 @@ class Kind:
 
 KINDS = {
     "max_perplexity_increase": Kind("perplexity increase", "accuracy", "%"),
+    "max_score_drop": Kind("score drop", "score", "%"),
     "max_latency_ms": Kind("p95 latency", "latency", "ms"),
     "max_size_mb": Kind("size", "size", "MB"),
     "max_memory_mb": Kind("peak memory", "memory", "MB"),
@@ -67,6 +68,8 @@ class Budgets:
         max_memory_mb: Most memory of a process that runs it, in units of 10^6 bytes.
         max_first_token_ms: Median time from the prompt to the first token.
         min_tokens_per_s: Of one request; of a server's best number of requests.
+        max_score_drop: Of a task's rows the share that fewer are right than of the
+            reference: 0.01, or `"1%"`.
 
     Raises:
         InputError: One is no number, not finite, not above 0, or an increase of
@@ -83,6 +86,7 @@ class Budgets:
     max_memory_mb: float | None = None
     max_first_token_ms: float | None = None
     min_tokens_per_s: float | None = None
+    max_score_drop: str | float | None = None
 
     def __post_init__(self):
         for name, value in self.given().items():
@@ -141,7 +145,7 @@ def option(name: str) -> str:
 
 
 def _limit(name, value):
-    """Return a budget as a number: of perplexity a fraction, which may be "3%"."""
+    """Return a budget as a number: of accuracy a fraction, which may be "3%"."""
     is_fraction = KINDS[name].unit == "%"
     text = value.strip() if isinstance(value, str) else ""
     is_percent = is_fraction and text.endswith("%")

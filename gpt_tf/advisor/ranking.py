@@ -30,6 +30,7 @@ RULE = (
 
 _WORSE_OR_BETTER = {
     "accuracy": ("less accurate", "more accurate"),
+    "score": ("worse at the task", "better at the task"),
     "latency": ("slower", "quicker"),
     "size": ("larger", "smaller"),
     "memory": ("higher in peak memory", "lower in peak memory"),
@@ -96,7 +97,9 @@ def recommend(
     limits = Budgets.of(budgets).over(scenario_of(scenario).budgets)
     given = limits.given()
     if objective == "custom":
-        free = (name for name in _DECIDING if BUDGET_OF[name] not in given)
+        # Where a task says what is good enough, the smallest file is wanted.
+        order = _DECIDING[::-1] if "max_score_drop" in given else _DECIDING
+        free = (name for name in order if BUDGET_OF[name] not in given)
         objective = next(free, "accuracy")
     candidates = candidates_of(report, concurrent=scenario == "server")
     candidates.sort(key=lambda one: one.name)
@@ -181,7 +184,7 @@ def _ahead_of(one, others):
 
 def _tie(measure, cost):
     """Return by how much something may exceed a cost and tie with it."""
-    if measure == "accuracy":
+    if measure in ("accuracy", "score"):
         return _TIE_PERPLEXITY
     if measure in _BALANCED:  # a sum of logarithms
         return _TIE_SHARE

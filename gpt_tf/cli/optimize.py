@@ -18,7 +18,9 @@ from gpt_tf.workflow.config import OptimizationConfig
     spelled={"students": "--student-layers", "modes": "--mode"},
 )
 @options_of(
-    Budgets, "budgets", ["max_perplexity_increase", "max_latency_ms", "max_size_mb"]
+    Budgets,
+    "budgets",
+    ["max_perplexity_increase", "max_score_drop", "max_latency_ms", "max_size_mb"],
 )
 def optimize(
     out: Annotated[Path, typer.Option(help="Folder of it all.")] = Path(

@@ -257,6 +257,18 @@ class EdgeGPT:
             self._session.prefill(self._appendable(ids))
             return self.position
 
+    def rewind(self, position: int) -> None:
+        """Forget the tokens in the cache from a position on; there may be none.
+
+        Example:
+            >>> gpt.prefill(prompt)
+            >>> for ids in choices:
+            ...     gpt.rewind(len(prompt))
+            ...     logits = gpt.logits(ids)
+        """
+        with self.one_thread:
+            self._session.position = arguments.integer("position", position)
+
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Append `N` tokens as `prefill`; return what may follow each, `(N, V)`."""
         with self.one_thread:

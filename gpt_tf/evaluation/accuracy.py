@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt_tf.errors import InputError
-from gpt_tf.evaluation import code_validity, report
+from gpt_tf.evaluation import code_validity, report, tasks
 from gpt_tf.evaluation.models import check_open, describe, open_model, unique_names
 from gpt_tf.evaluation.text import DEFAULT_CORPUS, HeldOutText, held_out_text, is_run
 from gpt_tf.generation.sampler import log_softmax
@@ -226,6 +226,7 @@ def evaluate_files(
     parse: bool | None = None,
     completions: int = code_validity.COUNT,
     seed: int = 0,
+    task: tasks.Task | None = None,
     folder: str | os.PathLike | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict:
@@ -234,13 +235,15 @@ def evaluate_files(
     Args:
         paths: What `gpt_tf.evaluation.models.open_model` opens, at least one.
         corpus: As for `held_out_text`; default: the text that the first run among
-            the reference and `paths` held out, or else python-stdlib.
+            the reference and `paths` held out, or else python-stdlib; none where there
+            is a task.
         whole, separator: As for `held_out_text`.
         reference: One to compare with, among `paths` or not.
         max_tokens: As for `measure_accuracies`.
         parse: Whether completions are parsed as Python; default: if the text is.
         completions: How many.
         seed: Decides what is judged, the draws, and the completions.
+        task: What to answer, as `gpt_tf.evaluation.tasks.open_task` returns it.
         folder: Where the report will lie, so that paths can be relative to it.
         on_progress: Called with what is counted, how many are done, and all.
 
@@ -270,26 +273,35 @@ def evaluate_files(
     names = dict(zip(unique_names(paths), paths, strict=True))
     _check(names, None, max_tokens, None, SAMPLES, seed)
     compared = None if reference is None else next(iter(names))
+    arguments.instance(
+        "task", task, tasks.Task, "what `open_task` returns", or_none=True
+    )
+    reads_text = task is None or corpus is not None
     if corpus is None:
         runs = [path for path in names.values() if is_run(path)]
         corpus = runs[0] if runs else DEFAULT_CORPUS
-        if runs:
+        if runs and reads_text:
             _note(notes, f"judged on the text that {runs[0]} held out")
+    facts, found, scores = None, {}, {}
     with contextlib.ExitStack() as stack:
         opened = {
             name: stack.enter_context(open_model(path)) for name, path in names.items()
         }
-        text = held_out_text(corpus, whole=whole, separator=separator, notes=notes)
-        found = measure_accuracies(
-            opened,
-            compared,
-            text,
-            max_tokens=max_tokens,
-            seed=seed,
-            on_progress=counted("blocks"),
-            notes=notes,
-        )
-        if text.is_python if parse is None else parse:
+        if reads_text:
+            text = held_out_text(corpus, whole=whole, separator=separator, notes=notes)
+            found = measure_accuracies(
+                opened,
+                compared,
+                text,
+                max_tokens=max_tokens,
+                seed=seed,
+                on_progress=counted("blocks"),
+                notes=notes,
+            )
+            judged = next(iter(found.values()))  # the reference, if there is one
+            facts = {"name": text.name, "split": text.split}
+            facts |= {part: judged[part] for part in ("tokens", "bytes")}
+        if reads_text and (text.is_python if parse is None else parse):
             prompts = code_validity.find_prompts(text, completions, seed)
             if not prompts:
                 _note(notes, f"{text.name} has no Python functions: nothing was parsed")
@@ -301,15 +313,26 @@ def evaluate_files(
                     name=name,
                     on_progress=counted(f"completions of {name}"),
                 )
+        if task is not None:
+            options = {"on_progress": on_progress, "notes": notes}
+            scores = tasks.measure_tasks(opened, compared, task, **options)
+        nothing = dict.fromkeys(report.Accuracy.model_fields)
+        accuracies = {
+            name: nothing | found.get(name, {}) | {"task": scores.get(name)}
+            for name in names
+        }
         entries = [
-            report.new_entry(describe(path, opened[name]), accuracy=found[name])
+            report.new_entry(describe(path, opened[name]), accuracy=accuracies[name])
             | {"name": name, "path": report.path_in_report(path, folder or ".")}
             for name, path in names.items()
         ]
-    judged = next(iter(found.values()))  # the reference, if there is one
-    corpus = {"name": text.name, "split": text.split}
-    corpus |= {part: judged[part] for part in ("tokens", "bytes")}
-    return report.new_report(entries, corpus=corpus, reference=compared, notes=notes)
+    return report.new_report(
+        entries,
+        corpus=facts,
+        task=None if task is None else task.describe(),
+        reference=compared,
+        notes=notes,
+    )
 
 
 # Which bytes are judged

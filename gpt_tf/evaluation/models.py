@@ -158,6 +158,11 @@ class KerasGPT:
         self.logits(ids)
         return self._position
 
+    def rewind(self, position: int) -> None:
+        """Forget the tokens in the cache from a position on; there may be none."""
+        position = arguments.integer("position", position)
+        self._position = min(self._position, position)
+
     def decode(self, token: int) -> np.ndarray:
         """Append a token; return the logits `(V,)` of what may follow it."""
         return self.logits([token])[0]

@@ -20,7 +20,10 @@ from gpt_tf.settings import arguments
 
 REPORT_KIND = "gpt-tf report"
 REPORT_FORMAT = 1
-BUDGETS = ("max_perplexity_increase", "max_latency_ms", "max_size_mb")
+BUDGETS = (
+    *("max_perplexity_increase", "max_score_drop"),
+    *("max_latency_ms", "max_size_mb"),
+)
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -75,6 +78,26 @@ class CodeValidity(Part):
     count: Count
 
 
+class WrongAnswer(Part):
+    """A row of a task that was not answered rightly."""
+
+    line: Count
+    expected: str
+    answered: str
+
+
+class TaskScore(Part):
+    """As `gpt_tf.evaluation.tasks` measures it."""
+
+    rows: Count
+    score: Interval  # share of rows that are right, after Wilson
+    by_sum: Share | None = None  # of choices by the unnormalised sum; decides nothing
+    difference: Interval | None = None  # from the reference's score, after Newcombe
+    gained: Count | None = None  # rows that are right here, and not in the reference
+    lost: Count | None = None  # the other way round
+    wrong: WrongAnswer | None = None  # the first
+
+
 class Accuracy(Part):
     """As `gpt_tf.evaluation.accuracy` measures it, over so many blocks of text."""
 
@@ -88,6 +111,7 @@ class Accuracy(Part):
     divergence_nats: Interval | None = None  # KL from the reference
     top1_agreement: Interval | None = None  # with the reference
     parsed: CodeValidity | None = None
+    task: TaskScore | None = None
 
 
 class AtContext(Part):
@@ -165,6 +189,7 @@ class Report(Part):
     versions: dict | None  # of Python and packages
     machine: dict | None  # as `gpt_tf.evaluation.hardware.describe_machine` returns it
     corpus: dict | None  # what accuracy was measured on: name, split, tokens, bytes
+    task: dict | None = None  # what was answered: name, kind, rows, sha256
     budgets: dict[str, float | None]  # names of `gpt_tf.advisor.constraints.Budgets`
     reference: str | None  # name of the entry that others are compared with
     entries: list[Entry]
@@ -367,6 +392,7 @@ def join_reports(reports: Sequence[dict]) -> dict:
         [entry | {"accuracy": accuracies.get(entry["sha256"])} for entry in entries],
         machine=(speed or reports[-1])["machine"],
         corpus=accuracy and accuracy["corpus"],
+        task=accuracy and accuracy.get("task"),
         budgets=budgets,
         reference=next(same, None),
         notes=list(dict.fromkeys(note for one in reports for note in one["notes"])),

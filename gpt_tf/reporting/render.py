@@ -19,6 +19,7 @@ from gpt_tf.advisor.ranking import RULE
 from gpt_tf.evaluation.report import write_report
 from gpt_tf.formatting import NOT_MEASURED
 from gpt_tf.reporting import plots
+from gpt_tf.reporting.tables import TASKS
 
 _TITLES = {
     "pareto": "Perplexity against latency of the files",
@@ -99,7 +100,9 @@ def _environment():
         keep_trailing_newline=True,
     )
     style = Path(__file__).with_name("report.css").read_text("utf-8")
-    environment.globals.update(style=Markup(style), NOT_MEASURED=NOT_MEASURED)
+    environment.globals.update(
+        style=Markup(style), NOT_MEASURED=NOT_MEASURED, TASKS=TASKS
+    )
     for function in (
         *(formatting.number, formatting.quantity, formatting.percent),
         *(formatting.megabytes, formatting.milliseconds, formatting.duration),

@@ -24,6 +24,12 @@ from gpt_tf.formatting import (
     quantity,
 )
 
+# How the rows of a task are judged.
+TASKS = {
+    "exact": "exact match",
+    "regex": "a regular expression is found",
+    "choice": "choice by log-probability per byte",
+}
 _LABEL_WIDTH = 26
 _CELL_WIDTH = 25
 _MARKS = {
@@ -82,10 +88,13 @@ def print_accuracy(report: dict, console: Console | None = None) -> None:
     """Print how well files predict text, below each value its 95 % interval.
 
     Args:
-        report: As `gpt_tf.evaluation.accuracy.evaluate_files` returns it.
+        report: As `gpt_tf.evaluation.accuracy.evaluate_files` returns it; nothing is
+            printed where no text was judged.
         console: Where to write; standard output unless given.
     """
     entries = report["entries"]
+    if report["corpus"] is None:
+        return
     # Columns in which nothing stands only take space.
     columns = [
         column
@@ -134,6 +143,46 @@ def _what_was_judged(report):
             f"parsed: {parsed[0]['count']} functions completed; of their own text, cut "
             f"likewise, {' or '.join(shares)}"
         )
+
+
+def print_task(report: dict, console: Console | None = None) -> None:
+    """Print how much of a task files do, below each value its 95 % interval.
+
+    Args:
+        report: As `gpt_tf.evaluation.accuracy.evaluate_files` returns it; nothing is
+            printed where there was no task.
+        console: Where to write; standard output unless given.
+    """
+    if report["task"] is None:
+        return
+    facts, reference = report["task"], report["reference"]
+    scores = {entry["name"]: entry["accuracy"]["task"] for entry in report["entries"]}
+    rows = f"{facts['name']}: {count(facts['rows'], 'row')}"
+    table = _table(f"Task {rows}, {TASKS[facts['kind']]}", show_lines=True)
+    table.add_column("file", overflow="fold")
+    table.add_column("right\n%", justify="right", no_wrap=True)
+    if facts["kind"] == "choice":
+        table.add_column("by sum\n%", justify="right", no_wrap=True)
+    if reference:
+        for title in ("change\npoints", "gained\nrows", "lost\nrows"):
+            table.add_column(title, justify="right", no_wrap=True)
+    for name, found in scores.items():
+        cells = ["\n".join(interval(found["score"], 100))]
+        if facts["kind"] == "choice":
+            cells.append(number(100 * found["by_sum"]))
+        if reference:
+            is_itself = name == reference
+            ends = interval(found["difference"], 100, signed=True)
+            cells.append("reference" if is_itself else "\n".join(ends))
+            counts = found["gained"], found["lost"]
+            cells += [NOT_MEASURED if is_itself else str(n) for n in counts]
+        table.add_row(Text(name), *cells)
+    console = console or Console()
+    console.print(table)
+    for name, found in scores.items():
+        if wrong := found["wrong"]:
+            said = f"expected {wrong['expected']!r}, answered {wrong['answered']!r}"
+            console.print(Text(f"{name}, line {wrong['line']}: {said}"))
 
 
 def print_latency(report: dict, console: Console | None = None) -> None:

@@ -68,6 +68,11 @@ class OptimizationConfig(Configuration):
     context_length: Count | None = Field(
         None, description="Tokens that the files' caches hold; the model's context."
     )
+    task: PathText | None = Field(
+        None,
+        description="Questions that every file answers, as for evaluate, to choose by "
+        "with --max-score-drop.",
+    )
     evaluated_tokens: int = Field(
         20_000, ge=2, le=LARGEST, description="Held-out tokens to judge by."
     )
@@ -93,8 +98,10 @@ class OptimizationConfig(Configuration):
         whole = self.corpus is not None or not divided
         self._check("corpus", whole, "beside `validation` and `separator`")
         check_separator(self.separator)
-        if self.model is not None and not is_name(self.model):
-            object.__setattr__(self, "model", os.path.abspath(self.model))
+        for name in ("model", "task"):
+            path = getattr(self, name)
+            if path is not None and not is_name(path):
+                object.__setattr__(self, name, os.path.abspath(path))
         prompts = self.explained_prompts
         enough = prompts == 0 or prompts >= FEWEST_PROMPTS
         self._check("explained_prompts", enough, f"of at least {FEWEST_PROMPTS}, or 0")

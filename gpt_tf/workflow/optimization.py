@@ -6,7 +6,7 @@ is `optimize`, and a function for each step, with its inputs, its work and its o
 optimize.json       the configuration, but for the budgets, which may change
 runs/               teacher, student-2, student-2-int8, ...: each a run's folder
 files/              teacher-float32.litertlm, student-2-int8.litertlm, ...
-measurements/       accuracy.json, latency.json, explanations.json
+measurements/       accuracy.json, task.json, latency.json, explanations.json
 stages/             what each step was made of, and hashes of what it made
 report.html, report.json, *.png
 gpt.litertlm        the file that was chosen
@@ -25,6 +25,7 @@ from gpt_tf.advisor.ranking import recommend
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import report as reports
+from gpt_tf.evaluation import tasks
 from gpt_tf.evaluation.accuracy import measure_accuracies
 from gpt_tf.evaluation.code_validity import find_prompts, measure_code_validity
 from gpt_tf.evaluation.hardware import describe_machine
@@ -38,6 +39,7 @@ from gpt_tf.reporting import plots
 from gpt_tf.reporting.render import publish
 from gpt_tf.settings import arguments
 from gpt_tf.settings.configuration import differences
+from gpt_tf.text.tokenizer import load_tokenizer
 from gpt_tf.training import loop
 from gpt_tf.training.preparation import open_text
 from gpt_tf.training.run_folder import model_files
@@ -163,10 +165,17 @@ def _run(plan, budgets, scenario, prefer, command):
         (config.model is None)
         + len(plan.students) * (1 + in_integers)
         + len(plan.files)
-        + (3 if config.explained_prompts else 2),
+        + 2
+        + (plan.task is not None)
+        + bool(config.explained_prompts),
     )
     if config.model is None:
         train_teacher(plan, steps)
+    if plan.task is not None:  # before hours are spent
+        tokenizer = load_tokenizer(model_file(plan.teacher).parent)
+        tasks.prompts_of(
+            plan.task, tokenizer, plan.training.context_length, "the teacher"
+        )
     for count in plan.students:
         distil_student(plan, steps, count)
         if in_integers:
@@ -188,12 +197,14 @@ def _run(plan, budgets, scenario, prefer, command):
         separator=plan.training.separator,
     )
     accuracies = measure_accuracy(plan, steps, text)
+    scores = measure_task(plan, steps) if plan.task is not None else {}
     latencies = measure_latency(plan, steps)
     report = reports.new_report(
-        [_entry(plan, file, accuracies, latencies) for file in plan.files],
+        [_entry(plan, file, accuracies, scores, latencies) for file in plan.files],
         command=command,
         machine=plan.machine,
         corpus=accuracies["corpus"],
+        task=None if plan.task is None else plan.task.describe(),
         budgets={name: getattr(budgets, name) for name in reports.BUDGETS},
         reference=REFERENCE,
     )
@@ -379,6 +390,22 @@ def measure_accuracy(plan: Plan, steps: Steps, text) -> dict:
     )
 
 
+def measure_task(plan: Plan, steps: Steps) -> dict:
+    """Measure how much of the task every file does."""
+
+    def measure():
+        with contextlib.ExitStack() as stack:
+            opened = {
+                file.name: stack.enter_context(EdgeGPT(plan.out / file.path))
+                for file in plan.files
+            }
+            return tasks.measure_tasks(opened, REFERENCE, plan.task, notes=plan.notes)
+
+    inputs = {"task": plan.task.sha256, "files": _hashes(plan)}
+    title = f"{plan.task.name}, answered by every file"
+    return _measure(plan, steps, "task", title, inputs, measure)
+
+
 def measure_latency(plan: Plan, steps: Steps) -> dict:
     """Measure how fast every file answers a request."""
     machine = plan.machine
@@ -489,7 +516,7 @@ def _is_python(plan, text):
 # Choosing
 
 
-def _entry(plan, file, accuracies, latencies):
+def _entry(plan, file, accuracies, scores, latencies):
     with EdgeGPT(plan.out / file.path) as gpt:
         described = describe(plan.out / file.path, gpt)
     return reports.new_entry(
@@ -497,7 +524,7 @@ def _entry(plan, file, accuracies, latencies):
         name=file.name,
         path=file.path,
         made_from=file.made_from,
-        accuracy=accuracies["entries"][file.name],
+        accuracy=accuracies["entries"][file.name] | {"task": scores.get(file.name)},
         latency=latencies[file.name],
     )
 

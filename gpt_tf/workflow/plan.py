@@ -10,6 +10,7 @@ from gpt_tf import artifacts
 from gpt_tf.advisor.estimate import refuse_impossible
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.models import open_model
+from gpt_tf.evaluation.tasks import open_task
 from gpt_tf.settings.configuration import fields_of
 from gpt_tf.training.config import PRESETS, TrainingConfig
 from gpt_tf.training.preparation import open_text
@@ -57,6 +58,7 @@ class Plan:
         request: Prompt and new tokens of the request that is timed.
         students: Blocks of each student.
         student_steps: Optimiser steps of each.
+        task: The `gpt_tf.evaluation.tasks.Task` that files are to do, or None.
         files: The files to make; those that turn out to be impossible are removed.
         text_hash: SHA-256 of the text that is learnt from.
         notes: Lines for the report.
@@ -72,6 +74,12 @@ class Plan:
         self.machine = machine
         self.teacher = Path(config.model) if config.model else out / "runs" / "teacher"
         self.notes = []
+        self.task = open_task(config.task) if config.task else None
+        if budgets.max_score_drop is not None and self.task is None:
+            raise InputError(
+                "`max_score_drop` expects a task to score. Received: none. Name its "
+                "file with --task, or leave the budget out."
+            )
         self.training = self._training()
         self.request = self._request()
         self.students = self._students()

@@ -29,12 +29,17 @@ def entry(
     speed=150.0,
     together=None,
     margin=0.0,
+    drop=None,
     **parts,
 ):
     """An entry of a report; what is None was not measured."""
     accuracy = latency = None
     if increase is not None:
         accuracy = {"perplexity_increase": interval(increase, margin)}
+    if drop is not None:
+        task = {"rows": 50, "score": interval(0.8 - drop)}
+        task["difference"] = interval(-drop, margin)
+        accuracy = (accuracy or {}) | {"task": task}
     if p95 is not None:
         step = {"median": 0.9 * p95, "p95": p95, "p99": 1.5 * p95}
         rates = (1, speed), (4, together or speed)

@@ -41,6 +41,7 @@ def entries_strategy(draw):
             memory_mb=draw(few([None, 60.0, 80.0, 200.0])),
             first=draw(few([3.0, 30.0, 300.0])),
             speed=draw(few([20.0, 150.0, 151.0, 900.0])),
+            drop=draw(few([None, -0.02, 0.0, 0.01, 0.04])),
             kind=draw(few(["litertlm", "litertlm", "tflite", "keras"])),
             margin=draw(few([0.0, 0.01])),
         )
@@ -52,6 +53,7 @@ limits_strategy = st.fixed_dictionaries(
     {},
     optional={
         "max_perplexity_increase": few([0.005, 0.01, 0.02, 0.03, 0.5]),
+        "max_score_drop": few([0.005, 0.01, 0.2]),
         "max_latency_ms": few([0.5, 1.0, 2.0, 4.0, 50.0]),
         "max_size_mb": few([0.6, 1.0, 3.0, 10.0]),
         "max_memory_mb": few([61.0, 100.0, 300.0]),
@@ -62,12 +64,18 @@ limits_strategy = st.fixed_dictionaries(
 scenarios = st.sampled_from(list(SCENARIOS))
 
 
+def fallen(task):
+    """How much a score fell from the reference's."""
+    return task and -task["difference"]["value"]
+
+
 def measured(one, budget):
     """What an entry has of a budget, read apart from the advisor; None is unknown."""
     accuracy, latency = one["accuracy"] or {}, one["latency"] or {}
     memory = latency.get("peak_memory_bytes")
     return {
         "max_perplexity_increase": accuracy.get("perplexity_increase", {}).get("value"),
+        "max_score_drop": fallen(accuracy.get("task")),
         "max_latency_ms": latency.get("inter_token_latency_ms", {}).get("p95"),
         "max_size_mb": one["size_bytes"] * 1e-6,
         "max_memory_mb": memory and memory * 1e-6,
@@ -248,9 +256,11 @@ def test_an_interval_that_straddles_a_budget_is_told(increase):
 
 # What is best
 
-QUICK = entry("quick", 0.04, 2.0, 9.0, memory_mb=120, speed=400, together=900)
-SMALL = entry("small", 0.05, 6.0, 2.0, memory_mb=70, speed=140, together=150)
-EXACT = entry("exact", 0.001, 9.0, 7.0, memory_mb=110, speed=100, together=390)
+QUICK = entry("quick", 0.04, 2.0, 9.0, memory_mb=120, speed=400, together=900, drop=0.0)
+SMALL = entry("small", 0.05, 6.0, 2.0, memory_mb=70, speed=140, together=150, drop=0.04)
+EXACT = entry(
+    "exact", 0.001, 9.0, 7.0, memory_mb=110, speed=100, together=390, drop=0.01
+)
 ALL = [QUICK, SMALL, EXACT]
 EARLY = entry("early", 0.09, 9.5, 9.5, memory_mb=130, first=2, speed=90)
 LOOSE = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10}
@@ -267,6 +277,12 @@ LOOSE = {"max_perplexity_increase": 0.1, "max_latency_ms": 10, "max_size_mb": 10
         ({"max_perplexity_increase": 0.1}, "custom", None, "quick"),
         (LOOSE | {"max_size_mb": None}, "custom", None, "small"),
         ({"max_latency_ms": 20}, "custom", None, "exact"),
+        # The smallest that does the task well enough.
+        ({"max_score_drop": 0.05}, "custom", None, "small"),
+        ({"max_score_drop": 0.02}, "custom", None, "exact"),
+        ({"max_score_drop": 0.02, "max_size_mb": 10}, "custom", None, "quick"),
+        ({"max_score_drop": 0.05}, "custom", "score", "quick"),
+        ({"max_score_drop": 0.05}, "phone", None, "quick"),
         # What is preferred comes before the scenario's own.
         (LOOSE, "server", "accuracy", "exact"),
         (LOOSE, "server", "latency", "quick"),

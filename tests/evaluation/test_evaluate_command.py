@@ -1,6 +1,7 @@
 """`gpt-tf evaluate`: the accuracy of files, as a table and as a report."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from gpt_tf import formatting
 from gpt_tf.cli import evaluate as commands
 from gpt_tf.evaluation.accuracy import evaluate_files
+from gpt_tf.evaluation.code_validity import wilson_interval
 from gpt_tf.evaluation.report import entry_of, read_report
+from gpt_tf.evaluation.tasks import newcombe_interval
 
 SAVED = Path(__file__).parent.parent.parent / "saved_models"
 FILE = SAVED / "python-small.litertlm"
@@ -100,9 +103,79 @@ def test_what_is_no_python_is_parsed_only_if_asked(corpus_folder):
     assert "has no Python functions" in note
 
 
+@pytest.fixture
+def task(tmp_path):
+    """A file of three choices, of which a model of Python knows two."""
+    rows = [
+        {"prompt": "import", "choices": [" os", " zzzz"], "answer": 0},
+        {"prompt": "def __init__(", "choices": ["qqqq", "self"], "answer": 1},
+        {"prompt": "for i in", "choices": [" range", " zebra"], "answer": 1},
+    ]
+    path = tmp_path / "choices.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_task_is_scored_and_compared_on_its_own(evaluate, task, tmp_path):
+    other = SAVED / "python-student.litertlm"
+    out = ("--out", tmp_path / "scores")
+    result = evaluate(FILE, "--reference", other, "--task", task, *out)
+    assert (result.status, result.err) == (0, "")
+    report = read_report(tmp_path / "scores")
+    assert report["task"]["name"] == "choices.jsonl" and report["corpus"] is None
+    assert (report["task"]["kind"], report["task"]["rows"]) == ("choice", 3)
+    assert [entry["name"] for entry in report["entries"]] == [other.name, FILE.name]
+    for entry in report["entries"]:
+        accuracy = entry["accuracy"]
+        assert accuracy["perplexity"] is None
+        assert accuracy["task"]["score"] == wilson_interval(2, 3)
+        assert accuracy["task"]["by_sum"] == 2 / 3
+        assert accuracy["task"]["wrong"]["answered"] == " range"
+    assert accuracy["task"]["difference"] == newcombe_interval(2, 0, 0, 1)
+    for told in ("3 rows", "67", "gained", "line 3: expected ' zebra'"):
+        assert told in result.out
+    assert "perplexity" not in result.out
+
+
+def test_text_is_judged_beside_a_task_where_it_is_named(evaluate, task, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 9)
+    options = ("--corpus", text, "--whole", "--max-tokens", 60, "--out", tmp_path)
+    result = evaluate(FILE, "--task", task, *options)
+    assert (result.status, result.err) == (0, "")
+    (entry,) = read_report(tmp_path)["entries"]
+    assert entry["accuracy"]["perplexity"] and entry["accuracy"]["task"]
+    assert entry["accuracy"]["task"]["difference"] is None
+    assert "perplexity" in result.out and "by sum" in result.out
+
+
+def test_options_are_those_of_rows_that_do_not_say(evaluate, tmp_path):
+    path = tmp_path / "exact.jsonl"
+    row = {"prompt": "def __init__(", "answer": "SELF"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "stop": ["l"]}))
+    options = ("--stop", ",", "--stop", ")", "--max-new-tokens", 2, "--ignore-case")
+    assert evaluate(FILE, "--task", path, *options, "--out", tmp_path).status == 0
+    (entry,) = read_report(tmp_path)["entries"]
+    assert entry["accuracy"]["task"]["score"]["value"] == 0.5
+    assert entry["accuracy"]["task"]["wrong"]["line"] == 2
+    assert entry["accuracy"]["task"]["wrong"]["answered"] == "se"
+
+
+@pytest.mark.parametrize(
+    "line", ["", '{"prompt": "a"}', '{"prompt": "a", "answer": 3}']
+)
+def test_a_task_that_cannot_be_scored_leaves_nothing(evaluate, tmp_path, line):
+    (tmp_path / "t.jsonl").write_text(line)
+    options = ("--task", tmp_path / "t.jsonl", "--out", tmp_path / "out" / "a.json")
+    result = evaluate(FILE, *options)
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "t.jsonl" in result.err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ((FILE, "--task", "nowhere.jsonl"), "nowhere.jsonl"),
         ((FILE, "--corpus", "nowhere"), "nowhere"),
         ((FILE, "--completions", 0), "at least 1"),
         ((FILE, "--reference", "missing.tflite"), "missing.tflite"),

@@ -3,6 +3,7 @@ import pytest
 from gpt_tf.advisor.ranking import recommend
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.evaluation.report import (
+    BUDGETS,
     entry_of,
     join_reports,
     new_entry,
@@ -58,11 +59,25 @@ def test_accuracy_and_speed_of_the_same_bytes_come_together(reports, tmp_path):
     assert joined["reference"] == "a.litertlm"
     assert (joined["corpus"], joined["machine"]) == (CORPUS, SPEED["machine"])
     assert sorted(joined["notes"]) == ["evaluated", "timed"]
-    budgets = {"max_perplexity_increase": 0.03, "max_size_mb": None}
+    budgets = dict.fromkeys(BUDGETS) | {"max_perplexity_increase": 0.03}
     last = reports[-1]["budgets"]["max_latency_ms"]
     assert joined["budgets"] == {**budgets, "max_latency_ms": last}
     assert recommend(joined, {"max_latency_ms": 4})["choice"] == "b.litertlm"
     assert ACCURACY["entries"][0]["latency"] is None
+
+
+def test_a_task_goes_with_accuracy_and_older_reports_have_none(tmp_path):
+    facts = {"name": "tasks.jsonl", "kind": "exact", "rows": 9}
+    judged = ACCURACY | {"task": facts}
+    assert join_reports([judged, SPEED])["task"] == facts
+    older = {name: part for name, part in ACCURACY.items() if name != "task"}
+    write_report(tmp_path / "report.json", older)
+    assert join_reports([read_report(tmp_path), SPEED])["task"] is None
+    score = {"rows": 9, "score": INCREASE, "difference": {"value": 0.1}}
+    wrong = entry("a") | {"accuracy": {"task": score}}
+    write_report(tmp_path / "report.json", new_report([wrong]))
+    with pytest.raises(DamagedFileError, match=r"task\.difference"):
+        read_report(tmp_path)
 
 
 def test_speed_of_the_last_report_replaces_that_of_the_first():

@@ -157,7 +157,18 @@ def full_report():
         entry["made_from"] = "the teacher, distilled"
         parsed = {"share": interval(0.4131, 0.05), "of_true_text": 0.6217, "count": 73}
         entry["accuracy"]["parsed"] = parsed
+        entry["accuracy"]["task"] = {
+            "rows": 40,
+            "score": interval(0.625, 0.14),
+            "by_sum": None,
+            "difference": interval(-0.025, 0.07),
+            "gained": 1,
+            "lost": 2,
+            "wrong": {"line": 7, "expected": "Paris", "answered": "London"},
+        }
         entry["latency"]["energy_j_per_token"] = 0.0372
+    whole = {"difference": interval(0.0, 0.0), "gained": 0, "lost": 0, "wrong": None}
+    entries[0]["accuracy"]["task"] |= whole
     train = "gpt-tf train --steps 9"
     report = new_report(
         entries,
@@ -169,6 +180,7 @@ def full_report():
             "tokens": 20_000,
             "bytes": 61_234,
         },
+        task={"name": "capitals.jsonl", "kind": "exact", "rows": 40},
         reference="teacher-float32",
         explanations=EXPLANATIONS,
         stages=[

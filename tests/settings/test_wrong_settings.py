@@ -219,8 +219,8 @@ TARGETS = {
     "Budgets": Target(
         Budgets,
         {
-            either(real(above=0, below=1)): "max_perplexity_increase",
-            either(real(above=0), choice("3")): " ".join([*KINDS][1:]),
+            either(real(above=0, below=1)): "max_perplexity_increase max_score_drop",
+            either(real(above=0), choice("3")): " ".join([*KINDS][2:]),
         },
     ),
     "Sampler": Target(Sampler, sampled),

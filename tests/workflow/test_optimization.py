@@ -1,6 +1,7 @@
 """One command makes the files, measures and chooses; a second does what is left."""
 
 import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -165,6 +166,60 @@ def test_a_second_start_makes_what_was_lost_and_chooses_by_its_own_budgets(
     assert [stage["reused"] for stage in report["stages"]] == [True] * STEPS
     assert report["entries"] == before["entries"]
     assert (out / "gpt.litertlm").is_file()
+
+
+def test_the_smallest_file_that_does_the_task_is_chosen(options, out, made, tmp_path):
+    task = tmp_path / "tasks.jsonl"
+    rows = [
+        {"prompt": "the quick", "choices": [" brown", "zq"], "answer": 0},
+        {"prompt": "over a", "choices": ["qz", " lazy"], "answer": 1},
+    ]
+    task.write_text("\n".join(map(json.dumps, rows)))
+    changed = {**options, "task": str(task)}
+    limits = {"max_score_drop": "99%"}
+    report = optimize(changed, out, update=True, budgets=limits)
+    assert made == []  # nothing but the task was new
+    assert report["task"]["rows"] == 2 and len(report["stages"]) == STEPS + 1
+    for entry in report["entries"]:
+        score = entry["accuracy"]["task"]
+        assert score["rows"] == 2 and score["difference"]["low"] <= 0
+        assert entry["accuracy"]["perplexity"]
+    said = report["recommendation"]
+    sizes = {entry["name"]: entry["size_bytes"] for entry in report["entries"]}
+    kept = min(said["ranking"], key=sizes.get)
+    assert said["choice"] == kept and "smallest size" in said["why"][0]
+    assert any("score drop" in sentence for sentence in said["why"])
+    page = (out / "report.html").read_text("utf-8")
+    assert "tasks.jsonl" in page and "Right answers" in page
+    # Another start answers again only if the questions are others.
+    report = optimize(changed, out, budgets=limits)
+    assert all(stage["reused"] for stage in report["stages"])
+    task.write_text(json.dumps(rows[0]))
+    report = optimize(changed, out, budgets=limits)
+    redone = [one["name"] for one in report["stages"] if not one["reused"]]
+    assert redone == ["task"]
+
+
+def test_a_task_that_cannot_be_done_is_refused_before_anything_is_made(
+    options, tmp_path, made
+):
+    task, out = tmp_path / "tasks.jsonl", tmp_path / "out"
+    task.write_text('{"prompt": "a"}')
+    with pytest.raises(InputError, match="line 1"):
+        optimize({**options, "task": str(task)}, out)
+    with pytest.raises(InputError, match="max_score_drop"):
+        optimize(options, out, budgets={"max_score_drop": 0.01})
+    assert made == [] and not (out / optimization.CONFIG_NAME).exists()
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_students_are_made(
+    options, out, tmp_path, made
+):
+    task = tmp_path / "tasks.jsonl"
+    task.write_text(json.dumps({"prompt": "the quick " * 99, "answer": "brown"}))
+    with pytest.raises(InputError, match=r"the teacher, at line 1 .* 32 tokens"):
+        optimize({**options, "task": str(task)}, out, update=True)
+    assert made == []
 
 
 def test_other_options_are_refused_with_the_difference(options, out, made):
