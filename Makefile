@@ -47,6 +47,7 @@ benchmarks: $(VENV)/.bench ## Measure the numbers in the README
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/distillation.py $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python benchmarks/parallel.py
+	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python studies/scaling/run.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/generalisation.py $(if $(TEXT),--text $(TEXT))

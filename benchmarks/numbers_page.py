@@ -52,6 +52,7 @@ OPTIONS = {"quantization": "--wide", "distillation": "--few"}
 ORDER = (
     *("training", "generation", "quality", "parallel", "scaling_model"),
     *("quantization_strategies", "quantization", "distillation", "generalisation"),
+    "finetune",
     *("decode", "serving", "optimize", "explanation"),
 )
 

@@ -24,6 +24,7 @@ NOTHING_FITS = 3
 _MODULES = {
     "optimize": "optimize",
     "train": "training",
+    "finetune": "training",
     "distil": "training",
     "quantize": "training",
     "inspect": "inspect",

@@ -1,4 +1,4 @@
-"""The commands that train: train, quantize, distil."""
+"""The commands that train: train, quantize, distil, finetune."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,10 +8,17 @@ import typer
 from gpt_tf.cli.common import import_tensorflow, show_notices
 from gpt_tf.cli.options import options_of
 from gpt_tf.distillation.config import DistillationConfig
+from gpt_tf.errors import InputError
 from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.settings import arguments
 from gpt_tf.text.config import AugmentationConfig
-from gpt_tf.training.config import CONTEXT_LENGTH, PRESETS, RunOptions, TrainingConfig
+from gpt_tf.training.config import (
+    CONTEXT_LENGTH,
+    PRESETS,
+    LoraConfig,
+    RunOptions,
+    TrainingConfig,
+)
 
 # Of a run that follows another one: what is not given is the other run's.
 _SOURCES_TEXT = {"corpus": "As for train; the source's own. May be repeated."}
@@ -168,6 +175,53 @@ def distil(
             **{name: course[name] for name in of_the_text if name in course},
         )
     print_knowledge(store)
+
+
+@options_of(RunOptions, "run")
+@options_of(
+    LoraConfig,
+    "lora",
+    spelled={"rank": "--lora-rank", "alpha": "--lora-alpha"},
+    helps={"rank": "Train adapters of this rank; all weights if not given."},
+    defaults=False,
+)
+@options_of(
+    TrainingConfig,
+    "course",
+    (
+        *("data", "validation", "validation_fraction", "context_length", "batch_size"),
+        *("gradient_accumulation_steps", "steps", "learning_rate", "validate_every"),
+        *("patience", "checkpoint_every", "precision", "strategy", "seed"),
+    ),
+    helps={
+        "data": "JSON lines: rows of text, of prompt and completion, or of messages.",
+        "validation": "File of rows to hold out; else a share of the rows.",
+        "validation_fraction": "Share of the rows to hold out; 0.1.",
+        "context_length": "Most tokens of a row; 1024, or what the model reads.",
+        "batch_size": "Rows per step over all replicas; 8.",
+        "steps": "Optimiser steps, instead of epochs.",
+        "learning_rate": "At its peak; 1e-4, or 1e-3 with LoRA.",
+        "seed": "Of the rows' order, and of adapters.",
+    },
+    defaults=False,
+)
+def finetune(
+    model: Annotated[
+        str | None, typer.Option(help="Run, model, or GPT that was trained elsewhere.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the new run.")] = Path(
+        "runs/gpt-finetuned"
+    ),
+    epochs: Annotated[float, typer.Option(help="How often each row is read.")] = 3.0,
+    *,
+    course: dict,
+    lora: dict,
+    run: dict,
+):
+    """Fit a trained model to a task, by rows whose answers it is to learn."""
+    if lora and "rank" not in lora:
+        raise InputError("--lora-alpha expects --lora-rank beside it. Name both.")
+    _train("finetune", model, run, out=out, epochs=epochs, lora=lora or None, **course)
 
 
 def _train(verb, source, run, **options):

@@ -15,7 +15,7 @@ from gpt_tf.quantization.equalize import equalize
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Corpus, open_corpus
-from gpt_tf.text.dataset import TokenFile
+from gpt_tf.text.dataset import RowWindows, TokenFile
 from gpt_tf.training.loop import load_model
 
 logger = logging.getLogger(__name__)
@@ -151,10 +151,15 @@ def _text_of(source, tokenizer, corpus):
         }
     if not (source / "data" / "train.tokens").is_file():
         return None
-    return {
-        split: TokenFile.open(source / "data" / f"{split}.tokens").tokens
+    files = {
+        split: TokenFile.open(source / "data" / f"{split}.tokens")
         for split in ("train", "validation")
     }
+    text = {split: file.tokens for split, file in files.items()}
+    if "rows" in files["validation"].manifest:
+        # As a fine-tuned model is asked: a row alone, and not several in one context.
+        text["validation"] = RowWindows(files["validation"], 1).longest_row
+    return text
 
 
 def _encoded(documents, tokenizer, count):

@@ -73,6 +73,26 @@ def parts_of(model) -> Parts:
         ) from None
 
 
+def logits_at(model, tokens, places, training=False):
+    """Score the next tokens at some places only, without a cache.
+
+    Args:
+        model: A GPT.
+        tokens: `(B, T)` int32.
+        places: `(B, K)` int32, positions of each row.
+        training: As for every layer.
+
+    Returns:
+        Logits `(B, K, V)`: those of the model at the places.
+    """
+    parts = parts_of(model)
+    x, table = parts.embed(tokens, training)
+    for block in parts.blocks:
+        x = block(x, training=training)  # (B, T, C)
+    x = tf.gather(x, places, batch_dims=1)  # (B, K, C)
+    return parts.score(x, table, training)
+
+
 def looks_untrained(model) -> bool:
     """Whether the vectors of a GPT's blocks are as before the first step.
 

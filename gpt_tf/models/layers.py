@@ -285,6 +285,7 @@ class TransformerBlock(keras.layers.Layer):
         self.feedforward_dropout = Dropout(
             dropout, seed * 2 + 3, name="dropout_2", dtype=policy
         )
+        self.products = None  # if not `gpt_tf.models.block.Products`
         for name in self.ACTIVATIONS:
             setattr(self, name, _identity)
 
@@ -332,6 +333,7 @@ class TransformerBlock(keras.layers.Layer):
             form=self.form,
             hooks=hooks,
             cache=cache,
+            products=self.products,
         )
 
     def compute_output_shape(self, input_shape):

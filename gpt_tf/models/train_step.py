@@ -13,6 +13,7 @@ import tf_keras as keras
 
 from gpt_tf.errors import InputError
 from gpt_tf.models import checks, ops, xla
+from gpt_tf.models.cached_forward import logits_at
 from gpt_tf.models.next_token import (
     NextTokenLoss,
     Perplexity,
@@ -141,8 +142,15 @@ class TokenStep:
         return self._measured(y, y_pred, sample_weight)
 
     def loss_of(self, x, y, sample_weight, training):
-        """Return the loss of a batch, as of `compute_loss`, and the outputs."""
-        y_pred = self(x, training=training)
+        """Return the loss of a batch, as of `compute_loss`, and the outputs.
+
+        Inputs may be `(ids (B, T), places (B, K))`: labels and outputs are then those
+        of the places alone.
+        """
+        if isinstance(x, (list, tuple)) and len(x) == 2:
+            y_pred = logits_at(self, *x, training)
+        else:
+            y_pred = self(x, training=training)
         return self.compute_loss(x, y, y_pred, sample_weight), y_pred
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):

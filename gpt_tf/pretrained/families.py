@@ -44,7 +44,7 @@ class Weight:
         parts = [tensors[name].read() for name in self.names]
         if self.heads_first:
             # (H * 3 * D, ...) -> (3 * H * D, ...)
-            parts = [_turned(part, num_heads, 3) for part in parts]
+            parts = [regrouped(part, num_heads, 3) for part in parts]
         if self.is_transposed and len(shape) == 2:
             parts = [part.T for part in parts]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
@@ -80,7 +80,7 @@ class Weight:
                 )
 
 
-def _turned(rows, outer, inner):
+def regrouped(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:
     """Exchange two axes that the first axis is made of."""
     apart = rows.reshape(outer, inner, -1, *rows.shape[1:])
     return np.swapaxes(apart, 0, 1).reshape(rows.shape)

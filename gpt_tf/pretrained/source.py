@@ -4,6 +4,7 @@ Which reader a source belongs to follows from what it is. A new format is a read
 line in `_reader_of`.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gpt_tf.pretrained.build import Description
     from gpt_tf.text.tokenizer import Tokenizer
 
+ADAPTER = "adapter_config.json"  # of PEFT's; the base that it names is opened with it
 HUB = "hf://"
 _HUB = re.compile("hf:/{1,2}")  # a `Path` drops one of the two
 # A model that can be had wherever packages can: the package, and the file in it.
@@ -51,7 +53,8 @@ def is_foreign(source: str | os.PathLike) -> bool:
     """Whether a source is one that gpt_tf did not write, by what it looks like."""
     path = Path(source)
     is_file = path.suffix in (".gguf", ".pt", ".bin", ".safetensors")
-    return is_name(source) or is_file or (path / "config.json").is_file()
+    names = ("config.json", ADAPTER)
+    return is_name(source) or is_file or any((path / name).is_file() for name in names)
 
 
 def is_keras(source: str | os.PathLike) -> bool:
@@ -130,6 +133,8 @@ def files_of(source: str | os.PathLike) -> tuple[Path, ...]:
     if not path.is_dir():
         return (path,)
     names = ("model.safetensors", INDEX, "pytorch_model.bin", "model.weights.h5")
+    if (path / ADAPTER).is_file():
+        names = ("adapter_model.safetensors", "adapter_model.bin")
     name = next((name for name in names if (path / name).is_file()), names[0])
     others = shards_of(path / name) if name == INDEX else ()
     return (path / name, *others)
@@ -163,6 +168,8 @@ def _reader_of(path):
             ".gguf, or nanoGPT's ckpt.pt. A file of weights alone is opened by its "
             "folder, with the config.json beside it."
         )
+    if (path / ADAPTER).is_file():
+        return "peft", _describe_adapted
     from gpt_tf.pretrained.huggingface import describe, read_config
 
     if "registered_name" in read_config(path):  # as Keras serialises its objects
@@ -170,6 +177,28 @@ def _reader_of(path):
 
         return "keras_hub", describe
     return "huggingface", describe
+
+
+def _describe_adapted(folder):
+    """Describe the base that an adapter names; it is opened with the adapter."""
+    from gpt_tf.pretrained.adapter import add_adapter, read_config
+
+    base = read_config(folder).get("base_model_name_or_path") or ""
+    base = base if is_name(base) or os.path.lexists(base) else HUB + base
+    if not is_foreign(base) or (Path(base) / ADAPTER).is_file():
+        raise InputError(
+            f"{folder} expects the adapter's base where `base_model_name_or_path` "
+            f"says. Received: {base}, no model of Hugging Face's, GGUF or nanoGPT's. "
+            "Name both: `gpt_tf.open_model(base, adapter=folder)`."
+        )
+    found = describe(base)[1]
+
+    def read_model(changes):
+        model = found.open(changes)
+        add_adapter(model, folder)
+        return model
+
+    return dataclasses.replace(found, read_model=read_model)
 
 
 def _in_package(name):

@@ -7,7 +7,7 @@ at any step, workers agree without talking, and nothing grows with the corpus.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +128,47 @@ def write_token_file(
         >>> write_token_file("some.tokens", documents, tokenizer).count
         19
     """
+
+    def encoded():
+        for batch in _batches(documents):
+            texts = tokenizer.encode_batch([document.text for document in batch])
+            for document, ids in zip(batch, texts, strict=True):
+                if document.ends and tokenizer.end_of_text_id is not None:
+                    ids = [*ids, tokenizer.end_of_text_id]
+                size = len(document.text.encode("utf-8", "replace"))
+                yield ids, size, document.ends
+
+    return _write_ids(path, encoded(), tokenizer, facts or {})
+
+
+def write_rows(
+    path: str | os.PathLike,
+    rows: Sequence[Sequence[Sequence[int]]],
+    tokenizer: Tokenizer,
+    *,
+    facts: dict | None = None,
+) -> TokenFile:
+    """Write rows of ids into a token file, for `RowWindows`; as `write_token_file`.
+
+    Args:
+        path: Where to write; the manifest goes to the same name with `.json`.
+        rows: Each row's ids in parts, of which the first is read, the second learnt,
+            and so on in turn. The manifest holds their lengths as `rows`.
+        tokenizer: The ids are its.
+        facts: More to record in the manifest, as JSON values.
+    """
+
+    def encoded():
+        for row in rows:
+            ids = [token for part in row for token in part]
+            yield ids, len(tokenizer.decode_bytes(ids)), True
+
+    lengths = [[len(part) for part in row] for row in rows]
+    return _write_ids(path, encoded(), tokenizer, {**(facts or {}), "rows": lengths})
+
+
+def _write_ids(path, encoded, tokenizer, facts):
+    """Write ids that come with the bytes of their text, and whether it ends."""
     path = Path(path)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     digest = hashlib.sha256()
@@ -135,23 +176,19 @@ def write_token_file(
     beside = _manifest_path(path).name
     with artifacts.replaced(path, beside) as new:
         with open(new / path.name, "wb") as file:
-            for batch in _batches(documents):
-                encoded = tokenizer.encode_batch([document.text for document in batch])
-                for document, ids in zip(batch, encoded, strict=True):
-                    if document.ends and tokenizer.end_of_text_id is not None:
-                        ids = [*ids, tokenizer.end_of_text_id]
-                    num_documents += document.ends
-                    text_bytes += len(document.text.encode("utf-8", "replace"))
-                    data = np.asarray(ids, dtype).tobytes()
-                    digest.update(data)
-                    file.write(data)
-                    count += len(ids)
+            for ids, size, ends in encoded:
+                num_documents += ends
+                text_bytes += size
+                data = np.asarray(ids, dtype).tobytes()
+                digest.update(data)
+                file.write(data)
+                count += len(ids)
         if not text_bytes:
             raise InputError(
                 "A token file expects text. Received: documents without any."
             )
         manifest = {
-            **(facts or {}),
+            **facts,
             "kind": "tokens",
             "dtype": dtype.str,
             "count": count,
@@ -406,6 +443,104 @@ class Windows:
             tf.data.experimental.AutoShardPolicy.OFF
         )
         return dataset.prefetch(4).with_options(options)
+
+
+class RowWindows(Windows):
+    """Batches of rows, one a window, of which the answers alone are learnt.
+
+    A window is as long as the longest row, and the others are padded on the right. An
+    epoch visits the rows in a random order, but for those that do not fill its last
+    batch; without `shuffle`, in theirs. A target that is read and not learnt, like one
+    that is padding, is -100 and has the weight 0.
+
+    Args:
+        token_file: A `TokenFile` that `write_rows` wrote.
+        batch_size: `B`, rows per batch over all shards, at least 1.
+        seed: Decides the order; 0 or more.
+        shuffle: Whether for training (True) or for measuring (False).
+        answers_only: Whether inputs are `(ids, places)`, and targets and weights are
+            those of `places (B, K)`, the positions whose targets are learnt and, where
+            a row has fewer than `K`, others. A model then need not score the rest.
+
+    Attributes:
+        num_windows: Number of rows.
+        context_length: `T`, tokens of the longest row but the last one.
+        is_learnt: Of each token of the file, whether it is part of an answer.
+
+    Raises:
+        DamagedFileError: The manifest states no rows, or others than the file holds.
+
+    Example:
+        >>> x, y, weights = RowWindows(token_file, 4).batch(step=0)
+        >>> bool((y[weights == 0] == -100).all())
+        True
+    """
+
+    _kinds = (*Windows._kinds, (tf.int32, ()))
+
+    def __init__(
+        self, token_file, batch_size, *, seed=0, shuffle=True, answers_only=False
+    ):
+        self.token_file, self.tokens = token_file, token_file.tokens
+        rows = token_file.manifest.get("rows")
+        path = _manifest_path(token_file.path)
+        artifacts.check_shape(rows, [[int]], path)
+        parts = [length for row in rows for length in row]
+        is_learnt = [index % 2 == 1 for row in rows for index, _ in enumerate(row)]
+        if not rows or min(parts, default=-1) < 0 or sum(parts) != token_file.count:
+            raise DamagedFileError(
+                f"{path} states other rows than its token file holds. Prepare the "
+                "data again."
+            )
+        sizes = np.array([sum(row) for row in rows], np.int64)
+        self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
+        self.is_learnt = np.repeat(is_learnt, parts)
+        self.num_windows = len(rows)
+        self.context_length = max(1, int(sizes.max()) - 1)
+        self.largest_offset = 0
+        # Of each row, but for its first token, which is no target.
+        before = np.concatenate([[0], np.cumsum(self.is_learnt)])
+        learnt = before[self._starts + sizes] - before[self._starts + 1]
+        self.num_places = max(1, int(learnt.max())) if answers_only else None
+        self.batch_size = arguments.integer("batch_size", batch_size, 1)
+        self.seed = arguments.integer("seed", seed, most=arguments.LARGEST_SEED)
+        self.shuffle = arguments.switch("shuffle", shuffle)
+
+    @property
+    def longest_row(self) -> np.ndarray:
+        """Ids of the longest row."""
+        place = int(self._sizes.argmax())
+        return self.tokens[self._starts[place] :][: self._sizes[place]]
+
+    def _element(self, x, y, weights, places):
+        count = self.num_places
+        if count is None:
+            return x, y, weights
+        return (x, places[..., :count]), y[..., :count], weights[..., :count]
+
+    def _shuffled(self, epoch, places):
+        key = np.random.SeedSequence([self.seed, epoch]).generate_state(5, np.uint32)
+        chosen = permute(places % self.num_windows, self.num_windows, key)
+        return self._padded(chosen.astype(np.int64), True)
+
+    def _in_order(self, epoch, places):
+        is_row = places < self.num_windows
+        return self._padded(np.where(is_row, places, 0), is_row[..., None])
+
+    def _padded(self, rows, is_row):
+        """Return inputs, targets, weights and places `(..., T)` of rows `(...)`."""
+        places = np.arange(self.context_length + 1)
+        is_inside = (places < self._sizes[rows][..., None]) & is_row
+        at = np.where(is_inside, self._starts[rows][..., None] + places, 0)
+        ids = np.where(is_inside, self.tokens[at], 0).astype(np.int32)
+        weights = (is_inside & self.is_learnt[at]).astype(np.float32)
+        x, y, weights = ids[..., :-1], ids[..., 1:], weights[..., 1:]
+        order = np.broadcast_to(np.arange(self.context_length), x.shape)
+        if self.num_places is not None:
+            order = np.argsort(weights == 0.0, axis=-1, kind="stable")
+            y, weights = (np.take_along_axis(a, order, -1) for a in (y, weights))
+        arrays = (x, y, weights, order.astype(np.int32))
+        return tuple(map(np.ascontiguousarray, arrays))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

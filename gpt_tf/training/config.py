@@ -9,6 +9,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.models.sizes import MOST_LAYERS
 from gpt_tf.parallel.config import Schedule, Strategy, parse_mesh
 from gpt_tf.quantization.config import QuantizationConfig
+from gpt_tf.settings import arguments
 from gpt_tf.settings.arguments import MOST_TOKENS
 from gpt_tf.settings.configuration import (
     Configuration,
@@ -29,6 +30,33 @@ _Size = Annotated[int, Field(ge=1, le=2**20)]
 
 
 @configuration
+class LoraConfig(Configuration):
+    """How a model is adapted by matrices of a low rank; see `gpt_tf.training.lora`.
+
+    Example:
+        >>> LoraConfig(rank=8).scale
+        2.0
+    """
+
+    title: ClassVar[str] = "A LoRA config"
+
+    rank: int = Field(
+        8,
+        ge=1,
+        le=2**14,
+        description="Columns of A and rows of B, in the products of all blocks.",
+    )
+    alpha: Positive | None = Field(
+        None, description="A B counts alpha / rank times; twice the rank if not given."
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
+@configuration
 class TrainingConfig(Configuration):
     """Everything that decides what a training run does.
 
@@ -46,6 +74,11 @@ class TrainingConfig(Configuration):
     corpus: PathText | tuple[PathText, ...] = Field(
         "python-stdlib",
         description="python-stdlib, shakespeare, or files and folders of text.",
+    )
+    data: PathText | None = Field(
+        None,
+        description="JSON lines to fine-tune on instead of a corpus: rows of `text`, "
+        "of `prompt` and `completion`, or of `messages`; the answers are learnt.",
     )
     tokenizer: PathText = Field(
         "bpe", description="bpe, character, or the path of a tokenizer to use."
@@ -150,6 +183,11 @@ class TrainingConfig(Configuration):
         description="Fields of a `DistillationConfig`: the model of `init_from`, or "
         "one cut from the teacher, learns from the teacher.",
     )
+    lora: dict | None = Field(
+        None,
+        description="Fields of a `LoraConfig`: of the model of `init_from`, adapters "
+        "alone are trained.",
+    )
     augmentation: dict | None = Field(
         None,
         description="Fields of an `AugmentationConfig`: the training text is read "
@@ -171,11 +209,17 @@ class TrainingConfig(Configuration):
             ("distillation", DistillationConfig),
             ("quantization", QuantizationConfig),
             ("augmentation", AugmentationConfig),
+            ("lora", LoraConfig),
         ):
             if getattr(self, name) is not None:
                 fields = kind.of(getattr(self, name)).get_config()
                 object.__setattr__(self, name, fields)
         self._check_division()
+        self._check_rows()
+        if self.lora is not None:
+            self._check("init_from", self.init_from, "that names a trained model")
+            others = self.quantization or self.distillation
+            self._check("lora", not others, "of None beside another method")
         if self.distillation is not None:
             named = self.distillation["teacher"]
             self._check("distillation", named, "that names a teacher")
@@ -198,6 +242,19 @@ class TrainingConfig(Configuration):
                     "`distillation`."
                 )
 
+    def _check_rows(self):
+        """Refuse what does not go with rows to fine-tune on."""
+        if self.data is None:
+            return
+        source = self.init_from or self.distillation
+        self._check("init_from", source, "that names a trained model, beside `data`")
+        said = "of None beside `data`, whose rows are read as they stand"
+        self._check("augmentation", self.augmentation is None, said)
+        for name in ("knowledge", "written_tokens", "on_policy_fraction"):
+            if (self.distillation or {}).get(name):
+                expected = "left out beside `data`, whose rows have answers"
+                arguments.refuse(name, self.distillation[name], expected)
+
     def _check_division(self):
         """Refuse what does not go with layers, weights or positions in parts."""
         is_mesh = self.mesh is not None
@@ -211,8 +268,9 @@ class TrainingConfig(Configuration):
         for field, values in good.items():
             expected = f"of {values[0]} beside `{name}`"
             self._check(field, getattr(self, field) in values, expected)
-        others = self.quantization or self.distillation
-        self._check(name, not others, "left out in quantisation and in distillation")
+        others = self.quantization or self.distillation or self.lora or self.data
+        said = "left out in quantisation, in distillation and in fine-tuning on rows"
+        self._check(name, not others, said)
 
 
 @configuration

@@ -1,4 +1,4 @@
-"""Training: the verbs `train`, `quantize`, `distil` and `extract_knowledge`.
+"""Training: the verbs `train`, `quantize`, `distil`, `finetune`, `extract_knowledge`.
 
 A run is a folder. `run.json` holds the configuration, `data/` the tokens, and each
 checkpoint the weights, the optimiser's state, the random state and the step, from which
@@ -9,6 +9,7 @@ checkpoint exactly as if nothing had happened. `run_folder` lists all that is in
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,11 +32,12 @@ from gpt_tf.quantization.config import QuantizationConfig
 from gpt_tf.settings import arguments
 from gpt_tf.settings.configuration import differences, fields_of
 from gpt_tf.training import checkpoint, preparation
-from gpt_tf.training.config import TrainingConfig
+from gpt_tf.training.config import LoraConfig, TrainingConfig
 from gpt_tf.training.run import Run, TrainingResult
 from gpt_tf.training.run_folder import (
     OWN_ENTRIES,
     PLACEMENT,
+    context_length_of,
     load_model,
     model_files,
     read_run,
@@ -194,6 +196,7 @@ def quantize(
         "patience": 0,
         "precision": "float32",
         "init_from": absolute(source),
+        "lora": None,
         "quantization": QuantizationConfig.of(quantization).get_config(),
         "distillation": None,
         "augmentation": None,
@@ -248,6 +251,7 @@ def distil(
     )
     settings = {
         "init_from": None,
+        "lora": None,
         "quantization": None,
         "patience": 0,
         "dropout": 0.0,
@@ -257,6 +261,77 @@ def distil(
     if options.get("quantization") is not None:
         settings["precision"] = "float32"
     return train(_changed(before, settings, options), out, **options)
+
+
+def finetune(
+    source: str | Path | None,
+    data: str | Path | None = None,
+    out: str | Path = "runs/gpt-finetuned",
+    lora: LoraConfig | dict | None = None,
+    *,
+    epochs: float = 3.0,
+    resume: bool = False,
+    **options,
+) -> TrainingResult:
+    """Fit a trained model to a task, by rows whose answers it is to learn.
+
+    A row is a window of its own, padded on the right to the longest one, and the loss
+    is the mean over the tokens of the answers. With `lora` adapters alone are trained;
+    the finished model has them merged, and `adapter/` has them in PEFT's form.
+
+    Args:
+        source: Whatever `gpt_tf.open_model` opens. Not needed with `resume`.
+        data: File of JSON lines; see `gpt_tf.text.examples`. Not needed with `resume`.
+        out: Folder of the new run.
+        lora: `LoraConfig` or a dict of its fields; None trains all weights.
+        epochs: How often each row is read, above 0; `steps` goes before.
+        resume: As for `train`.
+        **options: The other options of `train`, and fields of `TrainingConfig` to set.
+            The learning rate is 1e-4 unless given, or 1e-3 with `lora`; it rises for a
+            twentieth of the steps, and falls to 0. A batch has 8 rows. A row has at
+            most 1024 tokens, or what the model reads at once if that is less.
+
+    Returns:
+        A `TrainingResult` whose model is a plain `GPTModel`.
+
+    Raises:
+        InputError: A row cannot be learnt; the message names its line. For this and
+            all else see `train`.
+
+    Example:
+        >>> result = finetune("smollm2", "train.jsonl", "runs/task", {"rank": 8})
+
+    Reference: Hu et al., "LoRA", arXiv:2106.09685.
+    """
+    if resume:
+        given = {"data": data, "lora": lora}
+        options |= {name: v for name, v in given.items() if v is not None}
+        return train(None, out, resume=True, **options)  # which refuses these
+    epochs = arguments.number("epochs", epochs, above=0)
+    if source is None or data is None:
+        raise InputError(
+            "Fine-tuning expects a trained model and a file of rows. Received: no "
+            f"{'model' if source is None else 'rows'}. Name both, with --model and "
+            "--data on the command line."
+        )
+    settings = {
+        "data": str(arguments.path("data", data).absolute()),
+        "context_length": min(1024, context_length_of(source)),
+        "batch_size": 8,
+        "learning_rate": 1e-4 if lora is None else 1e-3,
+        "final_learning_rate": 0.0,
+        "weight_decay": 0.0,
+        "keep_checkpoints": 2,
+        "init_from": absolute(source),
+        "lora": lora and LoraConfig.of(lora).get_config(),
+    }
+    config = _changed(TrainingConfig(), settings, options)
+    rows = len(preparation.open_text(config).splits["train"])
+    each = max(1, rows // config.batch_size)
+    settings["steps"] = options.get("steps", math.ceil(epochs * each))
+    settings["warmup_steps"] = settings["steps"] // 20
+    settings["validate_every"] = settings["checkpoint_every"] = min(each, 200)
+    return train(_changed(config, settings, options), out, **options)
 
 
 def extract_knowledge(
@@ -293,7 +368,7 @@ def extract_knowledge(
         )
     before = _config_of(teacher, changes, "Extraction", "teacher")
     wanted = DistillationConfig(teacher=absolute(teacher), vocab_size=vocab_size)
-    settings = {"init_from": None, "augmentation": None}
+    settings = {"init_from": None, "lora": None, "augmentation": None}
     settings["distillation"] = wanted.get_config()
     return preparation.store_knowledge(
         dataclasses.replace(before, **{**settings, **changes}),
@@ -341,7 +416,8 @@ def _config_of(source, changes, what, role="model"):
     if source is not None and (source / "run.json").is_file():
         before = read_run(source)
         if "corpus" in changes:  # what its own text was divided by goes with it
-            return dataclasses.replace(before, validation=None, separator=None)
+            rest = dict.fromkeys(("data", "validation", "separator"))
+            return dataclasses.replace(before, **rest)
         return before
     if source is None or not model_files(source)[0].is_file():
         raise InputError(

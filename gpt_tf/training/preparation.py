@@ -67,7 +67,8 @@ def prepare(config, out, overwrite):
         _check_tokenizer(config, tokenizer)
         tokenizer.save(staging)
         if source is None:
-            train, validation = _encode(text, tokenizer, staging / "data")
+            encode = _encode if config.data is None else _encode_rows
+            train, validation = encode(text, tokenizer, staging / "data", config)
             if written_tokens(config):
                 train = add_written_text(config, start, text, tokenizer, staging)
             corpus = text.describe()
@@ -173,7 +174,7 @@ def _check_tokenizer(config, tokenizer):
         arguments.refuse("sample_prompt", prompt, "at least one token")
 
 
-def _encode(text, tokenizer, folder):
+def _encode(text, tokenizer, folder, config):
     """Write and open the tokens of the two splits."""
     logger.info("encoding %s with a vocabulary of %d", text.name, tokenizer.vocab_size)
     for split in ("train", "validation"):
@@ -184,6 +185,20 @@ def _encode(text, tokenizer, folder):
             facts={"corpus": text.name, "split": split},
         )
         logger.info(f"{split}: {token_file.count:,} tokens")
+        yield token_file
+
+
+def _encode_rows(examples, tokenizer, folder, config):
+    """Write and open the tokens of rows, in two splits."""
+    for split in ("train", "validation"):
+        path = folder / f"{split}.tokens"
+        token_file = examples.write(path, split, tokenizer, config.context_length)
+        windows = windows_of(token_file, config, shuffle=False)
+        learnt = int(windows.is_learnt.sum())
+        logger.info(
+            f"{split}: {windows.num_windows:,} rows of {token_file.count:,} tokens, "
+            f"{learnt:,} of them answers; windows of {windows.context_length}"
+        )
         yield token_file
 
 

@@ -7,6 +7,7 @@ import logging
 import math
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
@@ -20,6 +21,7 @@ from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel import data as strategies
 from gpt_tf.parallel.mesh_gpt import MeshGPT
 from gpt_tf.parallel.pipeline import Pipeline
+from gpt_tf.pretrained.adapter import fingerprint_of, write_adapter
 from gpt_tf.progress import draw_history
 from gpt_tf.text.dataset import TokenFile
 from gpt_tf.text.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +32,7 @@ from gpt_tf.training.callbacks import (
     Sampler,
     TrainingProgress,
 )
+from gpt_tf.training.lora import LoraGPT
 from gpt_tf.training.run_folder import (
     copy_of,
     load_model,
@@ -114,7 +117,7 @@ class Run:
         if config.validation_batches is not None:
             steps = (self.validation_steps, config.validation_batches)
             self.validation_steps = min(steps)
-        self.tokens_per_step = config.batch_size * config.context_length
+        self.tokens_per_step = config.batch_size * self.windows["train"].context_length
         self.step = 0
         self.loss = None
         self.history = {"steps": [], "validations": []}
@@ -168,6 +171,8 @@ class Run:
                 )
             else:
                 model = load_model(self.out / "initial")[0]
+        if config.lora is not None:
+            return LoraGPT(model, config.lora)
         is_mesh = division is not None and not is_pipeline
         return MeshGPT(model, division) if is_mesh else model
 
@@ -286,8 +291,8 @@ class Run:
         # A worker that left at once would be taken for a crashed one.
         strategies.on_chief(self.strategy, lambda: self._write_results(loss))
         model = self.trained
-        if isinstance(model, MeshGPT):
-            model = model.to_model()
+        if isinstance(model, MeshGPT | LoraGPT):
+            model = copy_of(model)
         return TrainingResult(model, self.tokenizer, self.history, self.out, loss)
 
     def _write_results(self, loss):
@@ -296,6 +301,8 @@ class Run:
                 file.write(self.run_json)
         artifacts.write_json(self.out / "history.json", self.history)
         draw_history(self.history, self.out / "loss.png")
+        if isinstance(self.trained, LoraGPT):
+            self._write_adapter()
         made_from = {"run": hashlib.sha256(self.run_json).hexdigest()} | self.made_from
         # The last thing: with it the run is finished. A copy without the optimiser,
         # which would take twice the model's bytes and stands in the checkpoints.
@@ -306,6 +313,22 @@ class Run:
             step=self.step,
             validation_loss=loss,
             made_from=made_from,
+        )
+
+    def _write_adapter(self):
+        """Write what LoRA has trained, where another library can read it."""
+        lora, config = self.trained, self.trained.gpt.get_config()
+        adapters = {
+            name: tuple(np.asarray(matrix) for matrix in pair)
+            for name, pair in lora.adapters.items()
+        }
+        write_adapter(
+            self.out / "adapter",
+            config,
+            adapters,
+            alpha=lora.lora.scale * lora.lora.rank,
+            base=self.config.init_from,
+            fingerprint=fingerprint_of(lora.gpt),
         )
 
 

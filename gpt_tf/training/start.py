@@ -30,8 +30,10 @@ from gpt_tf.models.cached_forward import looks_untrained
 from gpt_tf.text import corpus as corpora
 from gpt_tf.text.augment import AugmentationConfig
 from gpt_tf.text.dataset import TokenFile, Windows, write_token_file
+from gpt_tf.text.examples import Examples
 from gpt_tf.text.tokenizer import Tokenizer, load_tokenizer
 from gpt_tf.training.config import CONTEXT_LENGTH
+from gpt_tf.training.lora import check_adaptable
 from gpt_tf.training.run_folder import TEXT, load_model, model_files, read_run
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,8 @@ def load_start(config):
 
     if config.init_from is not None:
         start.model, start.tokenizer = load("model", config.init_from)
+        if config.lora is not None:
+            check_adaptable(start.model)
     writer = AugmentationConfig.of(config.augmentation).teacher
     if writer is not None:
         start.writer = load("writer", writer)
@@ -113,6 +117,13 @@ def with_context(config, start):
 
 def open_text(config):
     """Open the text of a run's configuration, divided as the configuration says."""
+    if config.data is not None:
+        return Examples(
+            config.data,
+            config.validation,
+            validation_fraction=config.validation_fraction,
+            seed=config.seed,
+        )
     return corpora.open_corpus(
         list(config.corpus) if isinstance(config.corpus, tuple) else config.corpus,
         validation_fraction=config.validation_fraction,
@@ -192,6 +203,7 @@ def check_losses(config, start):
     wanted = start.distillation
     for name, given in (
         ("augmentation", config.augmentation is not None),
+        ("data", config.data is not None),
         ("on_policy_fraction", wanted.on_policy_fraction),
         ("written_tokens", wanted.written_tokens),
     ):

@@ -39,10 +39,9 @@ from gpt_tf.reporting import plots
 from gpt_tf.reporting.render import publish
 from gpt_tf.settings import arguments
 from gpt_tf.settings.configuration import differences
-from gpt_tf.text.tokenizer import load_tokenizer
 from gpt_tf.training import loop
 from gpt_tf.training.preparation import open_text
-from gpt_tf.training.run_folder import model_files
+from gpt_tf.training.run_folder import model_files, tokenizer_of
 from gpt_tf.workflow.config import OptimizationConfig
 from gpt_tf.workflow.plan import REFERENCE, TEXT, Plan, silenced
 from gpt_tf.workflow.steps import FOLDER as STEPS_FOLDER
@@ -172,7 +171,7 @@ def _run(plan, budgets, scenario, prefer, command):
     if config.model is None:
         train_teacher(plan, steps)
     if plan.task is not None:  # before hours are spent
-        tokenizer = load_tokenizer(model_file(plan.teacher).parent)
+        tokenizer = tokenizer_of(plan.teacher)
         tasks.prompts_of(
             plan.task, tokenizer, plan.training.context_length, "the teacher"
         )
