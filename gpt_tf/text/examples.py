@@ -24,6 +24,7 @@ from gpt_tf.settings import arguments
 from gpt_tf.text.chat import check_messages
 from gpt_tf.text.corpus import SPLITS, Document
 from gpt_tf.text.dataset import write_rows
+from gpt_tf.text.records import read_records
 from gpt_tf.text.rng import permute
 from gpt_tf.text.tokenizer import Tokenizer
 
@@ -184,42 +185,20 @@ def read_examples(path: str | os.PathLike) -> list[Example]:
         InputError: There is no file, a line is no row, the rows are of several kinds,
             or there are none.
     """
-    path = arguments.path("data", path)
-    if not path.is_file():
-        raise InputError(
-            f"Fine-tuning expects a file of JSON lines at {path}; there is none. Name "
-            f"one whose rows have {_EXPECTED}."
-        )
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = _example(f"{path.name}, line {number}", line)
-            if rows and row.kind != rows[0].kind:
-                raise InputError(
-                    f"{row.place} expects a row with `{rows[0].kind}`, as those before "
-                    f"it. Received: one with `{row.kind}`. A file has rows of one kind."
-                )
-            rows.append(row)
-    if not rows:
-        raise InputError(
-            f"{path} expects at least one row, a JSON object with {_EXPECTED}. "
-            "Received: none."
-        )
+    path, rows = arguments.path("data", path), []
+    for number, fields in read_records(path):
+        row = _example(f"{path.name}, line {number}", fields)
+        if rows and row.kind != rows[0].kind:
+            raise InputError(
+                f"{row.place} expects a row with `{rows[0].kind}`, as those before "
+                f"it. Received: one with `{row.kind}`. A file has rows of one kind."
+            )
+        rows.append(row)
     return rows
 
 
-def _example(place, line):
-    """Check a line, and return it as an `Example`."""
-    try:
-        row = artifacts.parse_json(line)
-    except RecursionError:
-        _refuse(place, "a JSON object", "brackets in brackets without end")
-    except ValueError as error:  # no JSON, or no UTF-8
-        _refuse(place, "a JSON object", f"{arguments.shown(line)} ({error})")
-    if not isinstance(row, dict):
-        _refuse(place, "a JSON object", arguments.shown(row))
+def _example(place, row):
+    """Check a row, and return it as an `Example`."""
     kinds = [kind for kind in KINDS if kind in row]
     if len(kinds) != 1:
         _refuse(place, f"one of {_EXPECTED}", f"the fields {arguments.shown([*row])}")

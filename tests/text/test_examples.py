@@ -205,7 +205,7 @@ def test_a_single_row_and_other_kinds_to_hold_out_are_refused(file_of):
         Examples(one)
     with pytest.raises(InputError, match="text"):
         Examples(one, file_of({"text": "a"}, name="other.jsonl"))
-    with pytest.raises(InputError, match="there is none"):
+    with pytest.raises(InputError, match="No such file"):
         Examples(one.with_name("missing.jsonl"))
 
 
