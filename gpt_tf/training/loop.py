@@ -307,6 +307,12 @@ def finetune(
         given = {"data": data, "lora": lora}
         options |= {name: v for name, v in given.items() if v is not None}
         return train(None, out, resume=True, **options)  # which refuses these
+    config = finetuning_config(source, data, lora, epochs=epochs, **options)
+    return train(config, out, **options)
+
+
+def finetuning_config(source, data, lora=None, *, epochs=3.0, **options):
+    """Return the `TrainingConfig` of `finetune`, which states the arguments."""
     epochs = arguments.number("epochs", epochs, above=0)
     if source is None or data is None:
         raise InputError(
@@ -331,7 +337,7 @@ def finetune(
     settings["steps"] = options.get("steps", math.ceil(epochs * each))
     settings["warmup_steps"] = settings["steps"] // 20
     settings["validate_every"] = settings["checkpoint_every"] = min(each, 200)
-    return train(_changed(config, settings, options), out, **options)
+    return _changed(config, settings, options)
 
 
 def extract_knowledge(

@@ -46,6 +46,14 @@ class OptimizationConfig(Configuration):
     model: PathText | None = Field(
         None, description="A trained run or model as the teacher; else one is trained."
     )
+    data: PathText | None = Field(
+        None,
+        description="Rows to fine-tune the model on first, as for finetune; all else "
+        "is done on them too.",
+    )
+    lora_rank: Count | None = Field(
+        None, description="As for finetune; all weights are trained if not given."
+    )
     preset: Literal[tuple(PRESETS)] = Field(
         "quickstart", description="How the teacher is trained."
     )
@@ -98,7 +106,11 @@ class OptimizationConfig(Configuration):
         whole = self.corpus is not None or not divided
         self._check("corpus", whole, "beside `validation` and `separator`")
         check_separator(self.separator)
-        for name in ("model", "task"):
+        if self.data is not None:
+            self._check("model", self.model, "to fine-tune on `data`")
+            self._check("corpus", self.corpus is None, "left out beside `data`")
+        self._check("lora_rank", self.data or not self.lora_rank, "beside `data`")
+        for name in ("model", "data", "task"):
             path = getattr(self, name)
             if path is not None and not is_name(path):
                 object.__setattr__(self, name, os.path.abspath(path))

@@ -13,6 +13,7 @@ gpt.litertlm        the file that was chosen
 """
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -161,14 +162,14 @@ def _run(plan, budgets, scenario, prefer, command):
     in_integers = "int8" in config.modes
     steps = Steps(
         plan.out,
-        (config.model is None)
+        plan.trains_teacher
         + len(plan.students) * (1 + in_integers)
         + len(plan.files)
         + 2
         + (plan.task is not None)
         + bool(config.explained_prompts),
     )
-    if config.model is None:
+    if plan.trains_teacher:
         train_teacher(plan, steps)
     if plan.task is not None:  # before hours are spent
         tokenizer = tokenizer_of(plan.teacher)
@@ -237,18 +238,25 @@ def _skip(plan, steps, why):
 
 
 def train_teacher(plan: Plan, steps: Steps) -> None:
-    """Train the teacher."""
-    training = plan.training
-    asked = {name: getattr(training, name) for name in (*TEXT, "steps", "seed")}
-    _train(
-        plan,
-        steps,
-        "teacher",
-        "the teacher",
-        {"course": training.get_config(), "corpus": plan.text_hash},
-        lambda run: loop.train(training, run, resume_or_start=True),
-        _command("train", preset=plan.config.preset, **asked),
-    )
+    """Train the teacher, or fine-tune a model on rows."""
+    training, config = plan.training, plan.config
+    inputs = {"course": training.get_config(), "corpus": plan.text_hash}
+    if config.data is None:
+        title = "the teacher"
+        asked = {name: getattr(training, name) for name in (*TEXT, "steps", "seed")}
+        command = _command("train", preset=config.preset, **asked)
+        work = functools.partial(loop.train, training)
+    else:
+        title = "the teacher, fine-tuned"
+        inputs["model"] = artifacts.sha256_of(*model_files(config.model))
+        asked = {"model": config.model, "data": config.data}
+        options = {"steps": config.steps, "seed": config.seed}
+        command = _command("finetune", **asked, lora_rank=config.lora_rank, **options)
+        work = functools.partial(
+            loop.finetune, config.model, config.data, **plan.fine_tuning
+        )
+    work = functools.partial(work, resume_or_start=True)
+    _train(plan, steps, "teacher", title, inputs, lambda run: work(out=run), command)
 
 
 def distil_student(plan: Plan, steps: Steps, count: int) -> None:

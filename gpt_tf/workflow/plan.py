@@ -13,6 +13,7 @@ from gpt_tf.evaluation.models import open_model
 from gpt_tf.evaluation.tasks import open_task
 from gpt_tf.settings.configuration import fields_of
 from gpt_tf.training.config import PRESETS, TrainingConfig
+from gpt_tf.training.loop import finetuning_config
 from gpt_tf.training.preparation import open_text
 from gpt_tf.training.run_folder import model_files, read_run
 from gpt_tf.workflow.config import OptimizationConfig
@@ -53,6 +54,7 @@ class Plan:
         machine: What `describe_machine` found.
 
     Attributes:
+        trains_teacher: Whether the teacher is trained, or fine-tuned, first.
         teacher: Folder of the teacher's run or model.
         training: The configuration that trains, or trained, the teacher.
         request: Prompt and new tokens of the request that is timed.
@@ -72,7 +74,9 @@ class Plan:
         self.config = config
         self.out = out
         self.machine = machine
-        self.teacher = Path(config.model) if config.model else out / "runs" / "teacher"
+        self.trains_teacher = config.model is None or config.data is not None
+        self.teacher = out / "runs" / "teacher" if self.trains_teacher else config.model
+        self.teacher = Path(self.teacher)
         self.notes = []
         self.task = open_task(config.task) if config.task else None
         if budgets.max_score_drop is not None and self.task is None:
@@ -90,6 +94,16 @@ class Plan:
         refuse_impossible(budgets, sizes, machine)
         self.text_hash = self._hash_of_text()
 
+    @property
+    def fine_tuning(self) -> dict:
+        """Options of `finetune`, besides model and rows."""
+        rank, steps = self.config.lora_rank, self.config.steps
+        return {
+            "seed": self.config.seed,
+            **({} if rank is None else {"lora": {"rank": rank}}),
+            **({} if steps is None else {"steps": steps}),
+        }
+
     def run_of(self, source) -> Path:
         """Return the folder of a run: the teacher's may be anywhere."""
         return self.teacher if source == "teacher" else self.out / "runs" / source
@@ -102,6 +116,8 @@ class Plan:
                 asked["steps"] = config.steps
             preset = PRESETS[config.preset]
             return dataclasses.replace(preset, seed=config.seed, **asked)
+        if config.data is not None:
+            return self._fine_tuning()
         if config.steps is not None:
             raise InputError(
                 "`steps` are those of a teacher that is trained. Received: a trained "
@@ -119,10 +135,19 @@ class Plan:
                 f"A model without its run expects a corpus. Received: none, with "
                 f"{self.teacher}. Name one, python-stdlib for example."
             )
-        with open_model(self.teacher) as model:
-            sizes = model.config
-        shape = {name: sizes[name] for name in fields_of(TrainingConfig).keys() & sizes}
-        return TrainingConfig(**{**shape, **asked})
+        return TrainingConfig(**{**self._shape_of(self.teacher), **asked})
+
+    def _fine_tuning(self):
+        config = self.config
+        found = finetuning_config(config.model, config.data, **self.fine_tuning)
+        shape = self._shape_of(config.model) | {"context_length": found.context_length}
+        return dataclasses.replace(found, **shape)
+
+    @staticmethod
+    def _shape_of(model):
+        with open_model(model) as opened:
+            sizes = opened.config
+        return {name: sizes[name] for name in fields_of(TrainingConfig).keys() & sizes}
 
     def _request(self):
         asked = (self.config.prompt_tokens, self.config.new_tokens)

@@ -15,6 +15,7 @@ from gpt_tf.evaluation.report import read_report
 from gpt_tf.reporting import plots
 from gpt_tf.training import loop
 from gpt_tf.training.config import PRESETS
+from gpt_tf.training.run_folder import read_run
 from gpt_tf.workflow import optimization
 from gpt_tf.workflow.config import OptimizationConfig
 from gpt_tf.workflow.optimization import optimize
@@ -198,6 +199,34 @@ def test_the_smallest_file_that_does_the_task_is_chosen(options, out, made, tmp_
     report = optimize(changed, out, budgets=limits)
     redone = [one["name"] for one in report["stages"] if not one["reused"]]
     assert redone == ["task"]
+
+
+def test_a_model_is_fine_tuned_first_where_rows_are_given(options, finished, tmp_path):
+    rows, task, out = (tmp_path / name for name in ("rows.jsonl", "task.jsonl", "out"))
+    learnt = [{"prompt": f"the quick {n}", "completion": " fox"} for n in range(12)]
+    rows.write_text("\n".join(map(json.dumps, learnt)))
+    task.write_text(json.dumps({"prompt": "the quick 3", "answer": "fox"}))
+    model = finished / "runs" / "teacher"
+    asked = {**options, "corpus": None, "model": str(model), "data": str(rows)}
+    asked |= {"task": str(task), "lora_rank": 2, "modes": ("dynamic_int8",)}
+    report = optimize(asked, out, budgets={"max_score_drop": "99%"})
+    teacher = read_run(out / "runs" / "teacher")
+    assert teacher.data == str(rows) and teacher.lora["rank"] == 2
+    assert teacher.steps == 3 and teacher.init_from == str(model)
+    assert not (out / "runs" / "teacher" / "data" / "knowledge").exists()
+    assert read_run(out / "runs" / "student-1").data == str(rows)
+    assert [entry["name"] for entry in report["entries"]] == [
+        *("teacher-float32", "teacher-dynamic_int8", "student-1-dynamic_int8")
+    ]
+    assert report["recommendation"]["choice"] and report["task"]["rows"] == 1
+    assert shlex.split(report["stages"][0]["command"])[:4] == [
+        *("gpt-tf", "finetune", "--model", str(model))
+    ]
+    report = optimize(asked, out, budgets={"max_score_drop": "99%"})
+    assert all(stage["reused"] for stage in report["stages"])
+    for wrong in ({"model": None}, {"corpus": "python-stdlib"}, {"data": None}):
+        with pytest.raises(InputError, match=r"expects .*data"):
+            OptimizationConfig(**{**asked, **wrong})
 
 
 def test_a_task_that_cannot_be_done_is_refused_before_anything_is_made(
