@@ -59,6 +59,7 @@ class Cache(NamedTuple):
     positions: tf.Tensor | None = None
 
 
+@tf.autograph.experimental.do_not_convert  # nothing in it depends on a tensor's value
 def transformer_block(
     x: tf.Tensor,
     weights: Mapping[str, tf.Tensor],

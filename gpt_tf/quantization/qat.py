@@ -199,6 +199,7 @@ class _FreezeRanges(keras.callbacks.Callback):
         model._freeze_step.assign(_NEVER if share == 1 else begun + steps)
 
 
+@tf.autograph.experimental.do_not_convert  # a third of its time, and for nothing
 def _wrap(gpt, quantization):
     """Let TF-MOT wrap the layers of a GPT; they keep their weights."""
 
