@@ -105,10 +105,10 @@ def _prepare(model, tokenizer, mode, options):
     arguments.one_of("mode", mode, MODES)
     bits = {"int8": 8, "int4": 4}.get(MODES[mode].kernels)
     text = options.get("representative")
-    if text is None and tokenizer is not None:
-        text = tokenizer.encode("\n\n".join(topics.values()))
-    if bits is None or text is None:
+    if bits is None or (text is None and tokenizer is None):
         return
+    if text is None:
+        text = tokenizer.encode("\n\n".join(topics.values()))
     logger.info("equalising: moving differences of channels into the weights")
     text = windows_of(np.ravel(text), model.context_length)[::4]
     equalize(model, text, bits=bits)

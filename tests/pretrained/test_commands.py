@@ -61,3 +61,26 @@ def test_other_commands_take_it_as_it_is(command, folder, corpus_folder, tmp_pat
         result = command(*words)
         assert result.status == 0, result.err
     assert "perplexity" in result.out
+
+
+def test_its_weights_are_prepared_before_they_are_rounded(
+    command, folder, trained, tmp_path
+):
+    def written(model, name, *words):
+        file = tmp_path / name
+        result = command("export", "--model", model, "--out", file, *words)
+        assert result.status == 0, result.err
+        return file.read_bytes(), "equalising" in result.err, "GPTQ" in result.err
+
+    data, *steps = written(folder, "usual.tflite")
+    assert steps == [True, False]
+    again, *steps = written(folder, "said.tflite", "--prepare")
+    assert again == data and steps == [True, False]
+    plain, *steps = written(folder, "plain.tflite", "--no-prepare")
+    assert len(plain) == len(data) and plain != data and steps == [False, False]
+    assert written(folder, "half.tflite", "--mode", "float16")[1:] == (False, False)
+    # A model of ours is rounded to the nearest, as it was trained to be.
+    assert written(trained.out, "ours.tflite")[1:] == (False, False)
+    assert written(trained.out, "int4.tflite", "--mode", "int4", "--prepare")[1:] == (
+        *(True, True),
+    )
