@@ -72,15 +72,15 @@ def test_its_weights_are_prepared_before_they_are_rounded(
         assert result.status == 0, result.err
         return file.read_bytes(), "equalising" in result.err, "GPTQ" in result.err
 
-    data, *steps = written(folder, "usual.tflite")
+    data, *steps = written(folder, "usual.litertlm")
     assert steps == [True, False]
-    again, *steps = written(folder, "said.tflite", "--prepare")
+    again, *steps = written(folder, "said.litertlm", "--prepare")
     assert again == data and steps == [True, False]
-    plain, *steps = written(folder, "plain.tflite", "--no-prepare")
+    plain, *steps = written(folder, "plain.litertlm", "--no-prepare")
     assert len(plain) == len(data) and plain != data and steps == [False, False]
-    assert written(folder, "half.tflite", "--mode", "float16")[1:] == (False, False)
+    assert written(folder, "half.litertlm", "--mode", "float16")[1:] == (False, False)
     # A model of ours is rounded to the nearest, as it was trained to be.
-    assert written(trained.out, "ours.tflite")[1:] == (False, False)
-    assert written(trained.out, "int4.tflite", "--mode", "int4", "--prepare")[1:] == (
+    assert written(trained.out, "ours.litertlm")[1:] == (False, False)
+    assert written(trained.out, "int4.litertlm", "--mode", "int4", "--prepare")[1:] == (
         *(True, True),
     )
