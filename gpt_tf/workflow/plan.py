@@ -197,7 +197,7 @@ class Plan:
 
     def _hash_of_text(self):
         tokens = self.teacher / "data" / "train.tokens"
-        is_ready = self.config.model is not None and tokens.is_file()
+        is_ready = not self.trains_teacher and tokens.is_file()
         if is_ready and self.config.corpus is None:
             return artifacts.sha256_of(tokens)
         with silenced():  # training will say what there is to say of it

@@ -208,16 +208,14 @@ def test_a_model_is_fine_tuned_first_where_rows_are_given(options, finished, tmp
     task.write_text(json.dumps({"prompt": "the quick 3", "answer": "fox"}))
     model = finished / "runs" / "teacher"
     asked = {**options, "corpus": None, "model": str(model), "data": str(rows)}
-    asked |= {"task": str(task), "lora_rank": 2, "modes": ("dynamic_int8",)}
+    asked |= {"task": str(task), "lora_rank": 2, "students": ()}
+    asked |= {"modes": ("dynamic_int8",)}
     report = optimize(asked, out, budgets={"max_score_drop": "99%"})
     teacher = read_run(out / "runs" / "teacher")
     assert teacher.data == str(rows) and teacher.lora["rank"] == 2
     assert teacher.steps == 3 and teacher.init_from == str(model)
-    assert not (out / "runs" / "teacher" / "data" / "knowledge").exists()
-    assert read_run(out / "runs" / "student-1").data == str(rows)
-    assert [entry["name"] for entry in report["entries"]] == [
-        *("teacher-float32", "teacher-dynamic_int8", "student-1-dynamic_int8")
-    ]
+    names = [entry["name"] for entry in report["entries"]]
+    assert names == ["teacher-float32", "teacher-dynamic_int8"]
     assert report["recommendation"]["choice"] and report["task"]["rows"] == 1
     assert shlex.split(report["stages"][0]["command"])[:4] == [
         *("gpt-tf", "finetune", "--model", str(model))
