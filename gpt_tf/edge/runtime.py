@@ -346,10 +346,8 @@ class EdgeGPT:
             reuse: Whether the beginning stays that the text in the cache shares. It
                 may have been computed in other pieces, and be rounded otherwise.
         """
-        known = 0
-        if reuse:
-            pairs = zip(self._session.ids, window[:-1], strict=False)
-            known = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
+        ids = self._session.ids if reuse else []
+        known = sequence.common_length(ids, window[:-1])
         self._session.position = known
         self._session.prefill(window[known:-1])
         return self._session.decode(window[-1])

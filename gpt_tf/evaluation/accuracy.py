@@ -23,7 +23,6 @@ for Machine Translation Evaluation", EMNLP 2004 (paired).
 
 import contextlib
 import functools
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -37,8 +36,6 @@ from gpt_tf.evaluation.models import check_open, describe, open_model, unique_na
 from gpt_tf.evaluation.text import DEFAULT_CORPUS, HeldOutText, held_out_text, is_run
 from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.settings import arguments
-
-logger = logging.getLogger(__name__)
 
 __all__ = [
     "HeldOutText",
@@ -130,7 +127,7 @@ def measure_accuracies(
     blocks = _blocks(readings, block_bytes)
     blocks = _chosen(blocks, readings[first], max_tokens, seed)
     if len(blocks) == 1:
-        _note(
+        report.note(
             notes,
             "the text is one block, so that the intervals are points: they say "
             "nothing. Give more text, or smaller blocks",
@@ -281,7 +278,7 @@ def evaluate_files(
         runs = [path for path in names.values() if is_run(path)]
         corpus = runs[0] if runs else DEFAULT_CORPUS
         if runs and reads_text:
-            _note(notes, f"judged on the text that {runs[0]} held out")
+            report.note(notes, f"judged on the text that {runs[0]} held out")
     facts, found, scores = None, {}, {}
     with contextlib.ExitStack() as stack:
         opened = {
@@ -304,7 +301,8 @@ def evaluate_files(
         if reads_text and (text.is_python if parse is None else parse):
             prompts = code_validity.find_prompts(text, completions, seed)
             if not prompts:
-                _note(notes, f"{text.name} has no Python functions: nothing was parsed")
+                line = f"{text.name} has no Python functions: nothing was parsed"
+                report.note(notes, line)
             for name in opened if prompts else ():
                 found[name]["parsed"] = code_validity.measure_code_validity(
                     opened[name],
@@ -531,7 +529,7 @@ def _has_tokens_of(model, reference, name, notes):
         if ours != theirs
         else f"{sizes[0]} tokens where the reference has {sizes[1]}"
     )
-    _note(
+    report.note(
         notes,
         f"{name} has {what}: its increase of perplexity is over the same bytes, "
         "per token of the reference; divergence and agreement are left out",
@@ -572,11 +570,6 @@ def _summary(sums, reference, is_comparable, sizes, samples, seed):
         "top1_agreement": per_token(_AGREED) if is_comparable else None,
         "parsed": None,
     }
-
-
-def _note(notes, line):
-    notes.append(line)
-    logger.info(line)
 
 
 def _check(models, reference, max_tokens, block_bytes, samples, seed):

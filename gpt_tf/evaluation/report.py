@@ -6,6 +6,7 @@ percentiles of `inter_token_latency_ms`; files are compared, and drawn, by its m
 """
 
 import datetime
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from pydantic import Field
 from gpt_tf import artifacts
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.settings import arguments
+
+logger = logging.getLogger(__name__)
 
 REPORT_KIND = "gpt-tf report"
 REPORT_FORMAT = 1
@@ -228,6 +231,12 @@ def new_report(entries, **parts) -> dict:
         "notes": [],
         **parts,
     }
+
+
+def note(notes: list[str], line: str) -> None:
+    """Add a sentence to a report's notes, and log it."""
+    notes.append(line)
+    logger.info(line)
 
 
 def _repeated(names):

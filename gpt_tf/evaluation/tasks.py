@@ -26,7 +26,6 @@ and `acc` of multiple choice these are.
 
 import dataclasses
 import functools
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -40,11 +39,11 @@ from gpt_tf.errors import InputError
 from gpt_tf.evaluation.code_validity import wilson_interval
 from gpt_tf.evaluation.models import check_open
 from gpt_tf.evaluation.patterns import Patterns
+from gpt_tf.evaluation.report import note
 from gpt_tf.generation.sampler import log_softmax
+from gpt_tf.generation.sequence import common_length
 from gpt_tf.settings import arguments
 from gpt_tf.text.records import read_records
-
-logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 64
 # What tells a kind, by the fields that a row of it has.
@@ -185,7 +184,7 @@ def measure_tasks(
         limit = model.context_length
         prompts[name] = prompts_of(task, model.tokenizer, limit, name)
     if task.kind == "choice" and any(map(_lacks_space, task.rows)):
-        _note(
+        note(
             notes,
             f"{task.name}: a choice follows its prompt without a space, in line "
             f"{next(row.line for row in task.rows if _lacks_space(row))} for example. "
@@ -207,7 +206,7 @@ def measure_tasks(
                     on_progress(f"rows of {name}", len(judged), len(task.rows))
             found[name] = judged
             if slow := sum(one.is_right is None for one in judged):
-                _note(
+                note(
                     notes,
                     f"{slow} of the regular expressions of {task.name} took too long "
                     f"on answers of {name}; they count as not found",
@@ -454,11 +453,7 @@ def _continued(tokenizer, prompt, continuations):
     encode = functools.partial(tokenizer.encode, special=True)
     known = encode(prompt)
     rows = [encode(prompt + text) for text in continuations]
-    begins = []
-    for ids in rows:
-        pairs = zip(known, ids[:-1], strict=False)
-        same = (index for index, (a, b) in enumerate(pairs) if a != b)
-        begins.append(next(same, min(len(known), len(ids) - 1)))
+    begins = [common_length(known, ids[:-1]) for ids in rows]
     if not min(begins):  # something has to stand before the first token
         first = tokenizer.end_of_text_id
         if first is None:
@@ -537,8 +532,3 @@ def _summary(task, judged, others, is_reference):
             }
             break
     return found
-
-
-def _note(notes, line):
-    notes.append(line)
-    logger.info(line)

@@ -3,7 +3,6 @@
 import codecs
 import dataclasses
 import itertools
-import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from gpt_tf.errors import DamagedFileError, InputError
+from gpt_tf.evaluation.report import note
 from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Document, open_corpus
 from gpt_tf.text.tokenizer import load_tokenizer
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_CORPUS = "python-stdlib"
 
@@ -187,11 +185,11 @@ def _thinned(documents, name, notes):
             kept, stride = kept[::2], stride * 2
             kept_bytes = sum(map(_size_of, kept))
     if kept_bytes < all_bytes:
-        notes.append(
+        note(
+            notes,
             f"{name} has {all_bytes / 1e6:,.1f} MB to judge by; one in {stride} of its "
-            f"documents is read, {kept_bytes / 1e6:,.1f} MB"
+            f"documents is read, {kept_bytes / 1e6:,.1f} MB",
         )
-        logger.info(notes[-1])
     return kept
 
 

@@ -103,7 +103,7 @@ def export_trained(
 def _prepare(model, tokenizer, mode, options):
     """Equalise a model for a mode that rounds weights; 4 bits are rounded by GPTQ."""
     arguments.one_of("mode", mode, MODES)
-    bits = {"int8": 8, "int4": 4}.get(MODES[mode].kernels)
+    bits = MODES[mode].weight_bits
     text = options.get("representative")
     if bits is None or (text is None and tokenizer is None):
         return

@@ -126,9 +126,8 @@ def export_tflite(
     if per_channel is None:
         per_channel = plain is model or model.quantization.per_channel
     suppressed = ids_without_token(tokenizer, plain.vocab_size)
-    moments = None
-    is_rounded = MODES[mode].kernels in ("int8", "int4") and plain is model
-    if gptq_on is not None and is_rounded:
+    moments = {}
+    if gptq_on is not None and MODES[mode].weight_bits and plain is model:
         logger.info("GPTQ: measuring what the weights are multiplied by")
         moments = gptq.moments_of(plain, gptq_on)
     logger.info(f"storing {plain.count_params():,} parameters as {mode}")

@@ -135,16 +135,16 @@ def constants_of(
     matrices, vectors = {}, {}
     root = np.sqrt(blocks[0].head_dim)
     pieces = qkv_pieces(sizes, form, per_channel)
+    moments = moments or {}
 
-    def keep(name, values, kind=form.kernels, read=None):
-        read = moments.get(read or name) if moments else None
-        matrices[name] = store(values, kind, name, per_channel, read)
+    def stored(name, values, kind=form.kernels, source=None):
+        return store(values, kind, name, per_channel, moments.get(source or name))
 
     for name in weight_shapes(sizes):
         layer, _, weight = name.partition("/")
         values = getattr(model.get_layer(layer), weight).numpy()
         if layer in ("embedding", "head"):
-            keep(name, values, form.tables)
+            matrices[name] = stored(name, values, form.tables)
         elif weight.startswith("qkv_"):
             scale = np.ones(values.shape[-1], np.float32)
             if not sizes.get("query_key_norm"):
@@ -155,17 +155,17 @@ def constants_of(
                     vectors[f"{layer}/{piece}{kind}"] = (values * scale)[rows]
                 continue
             if form.kernels == "int8":
-                read = moments.get(name) if moments else None
-                whole = store(values.T, "int8", name, per_channel, read)
+                whole = stored(name, values.T)
             for piece, rows in pieces.items():
                 key = f"{layer}/{piece}{kind}"
                 if form.kernels == "int8":
                     # The integers are those of the model's own kernel.
                     matrices[key] = _rows_times(whole, rows, scale[rows])
                 else:
-                    keep(key, (values.T * scale[:, None])[rows], read=name)
+                    own = (values.T * scale[:, None])[rows]
+                    matrices[key] = stored(key, own, source=name)
         elif weight.endswith("_kernel"):
-            keep(name, values.T)
+            matrices[name] = stored(name, values.T)
         else:
             scale = root if weight == "query_norm_gamma" else 1.0
             vectors[name] = (values / scale).astype(np.float32)

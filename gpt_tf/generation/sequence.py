@@ -7,6 +7,7 @@ that the same prompts, options and messages hold in all.
 """
 
 import codecs
+import itertools
 import numbers
 import operator
 import warnings
@@ -279,6 +280,12 @@ class SequenceState:
     def _keep(self, count):
         self.needs_prefill, self.pending = True, self.ids[-count:]
         self.window_length = len(self.pending)
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return with how many of the same ids two texts begin."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def half_of(context_length: int) -> int:

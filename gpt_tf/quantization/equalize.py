@@ -22,6 +22,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.layers import observed
 from gpt_tf.quantization.calibration import batches_of, check_float
+from gpt_tf.quantization.gptq import READ_BY
 from gpt_tf.quantization.weights import BLOCK_SIZE, dequantize, quantize_array
 
 # Rows of each activation on which factors are compared, and batches they are from.
@@ -29,13 +30,7 @@ _ROWS, _BATCHES = 512, 8
 # How much of the difference between channels the weights take over.
 _SHARES = (0.35, 0.5, 0.65, 0.8)
 _BLOCKS = {8: None, 4: BLOCK_SIZE}
-_READ = (
-    "attention_norm_activation",
-    "context_activation",
-    "feedforward_norm_activation",
-    "hidden_activation",
-    "norm_activation",
-)
+_READ = {kernel: activation for activation, kernel in READ_BY.items()}
 
 
 def equalize(model, inputs, *, bits=8, batch_size=8):
@@ -87,7 +82,7 @@ def _inputs_of_products(model, batches):
         taken = rows[:: -(-len(rows) // most)]
         found[layer.name].setdefault(name, []).append(taken)
 
-    with observed(model.layers, see, _READ):
+    with observed(model.layers, see, READ_BY):
         for ids in batches:
             model(ids, training=False)
     return {
@@ -100,10 +95,10 @@ def _equalize_block(block, read, bits):
     """Divide channels where a block writes them, and multiply where it reads them."""
     weights = {name: getattr(block, name).numpy() for name in block.weight_names}
 
-    def multiply(name, activation, shared=None):
-        kernel = weights[f"{name}_kernel"]
-        factors = _factors(read[activation], kernel, bits, shared)
-        weights[f"{name}_kernel"] = kernel * factors[:, None]
+    def multiply(name, shared=None):
+        kernel = weights[name]
+        factors = _factors(read[_READ[name]], kernel, bits, shared)
+        weights[name] = kernel * factors[:, None]
         return factors
 
     def divide(name, columns, factors):
@@ -111,14 +106,14 @@ def _equalize_block(block, read, bits):
             if f"{name}_{kind}" in weights:
                 weights[f"{name}_{kind}"][..., columns] /= factors
 
-    _divide_norm(weights, "attention_norm_", multiply("qkv", _READ[0]))
+    _divide_norm(weights, "attention_norm_", multiply("qkv_kernel"))
     # A key-value head's values are read by all query heads of its group.
     heads = block.num_kv_heads, block.num_heads // block.num_kv_heads, block.head_dim
-    factors = multiply("output", "context_activation", heads).reshape(heads)[:, 0]
+    factors = multiply("output_kernel", heads).reshape(heads)[:, 0]
     divide("qkv", slice(-factors.size, None), factors.reshape(-1))
-    _divide_norm(weights, "feedforward_norm_", multiply("up", _READ[2]))
+    _divide_norm(weights, "feedforward_norm_", multiply("up_kernel"))
     if block.form["activation"] in ("relu", "swiglu"):
-        factors = multiply("down", "hidden_activation")
+        factors = multiply("down_kernel")
         divide("up", slice(-factors.size, None), factors)
     for name, values in weights.items():
         getattr(block, name).assign(values)

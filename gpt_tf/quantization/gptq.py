@@ -14,7 +14,8 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 
-_READ_BY = {
+# Kernels of the products with weights, by the activation that each reads.
+READ_BY = {
     "attention_norm_activation": "qkv_kernel",
     "context_activation": "output_kernel",
     "feedforward_norm_activation": "up_kernel",
@@ -53,11 +54,11 @@ def moments_of(model, inputs, *, batch_size=8):
     def see(layer, name, x):
         x = tf.reshape(tf.cast(x, tf.float32), [-1, x.shape[-1]])
         owner = "head" if name == "norm_activation" else layer.name
-        key = f"{owner}/{_READ_BY[name]}"
+        key = f"{owner}/{READ_BY[name]}"
         found = tf.matmul(x, x, transpose_a=True).numpy()
         moments[key] = moments[key] + found if key in moments else found
 
-    with observed(model.layers, see, _READ_BY):
+    with observed(model.layers, see, READ_BY):
         for ids in calibration.batches_of(inputs, batch_size, model):
             model(ids, training=False)
     if not moments:

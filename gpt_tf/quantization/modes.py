@@ -31,6 +31,11 @@ class Mode:
     activations: str | None = None
     full: bool = False
 
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of the matrices' integers, or None where they are no integers."""
+        return {"int8": 8, "int4": 4}.get(self.kernels)
+
 
 MODES = {
     "float32": Mode("float32", "float32"),

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt_tf import artifacts
-from gpt_tf.advisor.estimate import refuse_impossible
+from gpt_tf.advisor.estimate import read_sizes, refuse_impossible
 from gpt_tf.errors import InputError
-from gpt_tf.evaluation.models import open_model
 from gpt_tf.evaluation.tasks import open_task
 from gpt_tf.settings.configuration import fields_of
 from gpt_tf.training.config import PRESETS, TrainingConfig
@@ -145,8 +144,7 @@ class Plan:
 
     @staticmethod
     def _shape_of(model):
-        with open_model(model) as opened:
-            sizes = opened.config
+        sizes = read_sizes(model)
         return {name: sizes[name] for name in fields_of(TrainingConfig).keys() & sizes}
 
     def _request(self):
