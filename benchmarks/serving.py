@@ -124,9 +124,9 @@ def respond(task, folder, chunk, threads):
                 if not coming:
                     break
                 time.sleep(1e-3)
-            elif work.kind == "decode" and work.request not in waited:
+            elif work.kind == "decode" and work.requests[0] not in waited:
                 elapsed = time.perf_counter() - began
-                waited[work.request] = elapsed - arrived[work.request]
+                waited[work.requests[0]] = elapsed - arrived[work.requests[0]]
         total = time.perf_counter() - began
         long_waited = waited.pop(first)
         shorts_waited = list(waited.values())

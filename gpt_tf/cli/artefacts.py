@@ -35,6 +35,13 @@ def export(
             help="Tokens a prefill takes at once; may be repeated.",
         ),
     ] = None,
+    batch_sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--batch-size",
+            help="Texts that a server decodes at once: 2, 4, 8 or 16; may be repeated.",
+        ),
+    ] = None,
     prepare: Annotated[
         bool | None,
         typer.Option(
@@ -51,7 +58,9 @@ def export(
     from gpt_tf.export.from_run import export_trained
     from gpt_tf.progress import print_export
 
-    options = {"prefill_lengths": prefill_lengths} if prefill_lengths else {}
+    options = {"batch_sizes": batch_sizes or ()}
+    if prefill_lengths:
+        options["prefill_lengths"] = prefill_lengths
     manifest = export_trained(
         model,
         out,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt_tf.edge.batch import BatchDecoder
 from gpt_tf.edge.loader import open_artefact
 from gpt_tf.edge.session import Executor, Session
 from gpt_tf.errors import InputError
@@ -315,6 +316,11 @@ class EdgeGPT:
         """Begin a text with a cache of its own, beside the one that `reset` empties."""
         with self.one_thread:
             return self._executor.session()
+
+    def batch_decoder(self) -> BatchDecoder:
+        """Return what decodes several of those texts in one call."""
+        with self.one_thread:
+            return BatchDecoder(self._executor)
 
     def _generate(self, prompt, sampling, limits, stream, reuse=False):
         with self.one_thread:

@@ -10,6 +10,7 @@ arXiv:2403.02310 (chunked prefills).
 """
 
 import collections
+import contextlib
 import itertools
 import math
 import os
@@ -26,12 +27,12 @@ class Work(NamedTuple):
     """What one step of a scheduler did.
 
     Attributes:
-        request: For which request.
-        kind: `"prefill"`, or `"decode"`, which gives a token.
+        requests: For which requests; one, or those that decoded in one call.
+        kind: `"prefill"`, or `"decode"`, which gives each a token.
         tokens: Number of tokens that the model processed.
     """
 
-    request: "Request"
+    requests: tuple["Request", ...]
     kind: str
     tokens: int
 
@@ -45,8 +46,9 @@ class EdgeScheduler:
 
     The policy:
 
-    - after every chunk of a prompt, each request that decodes gets one token, the
-      one that waits longest first;
+    - after every chunk of a prompt, each request that decodes gets one token, those
+      that wait longest first; as many in one call of the model as the file was
+      exported for (`batch_sizes`);
     - a chunk goes to the prompt of which least is left, and of equal ones to the one
       that came first; but when `patience` chunks have passed the oldest prompt by, it
       is its turn;
@@ -110,6 +112,7 @@ class EdgeScheduler:
                 "opened. Received: an open EdgeGPT. Give them to that."
             )
         self.gpt = source
+        self._batch = source.batch_decoder()
         # Those that are not done, in order of arrival: the first have a cache. What is
         # next follows from what they have, so no interruption loses one.
         self._requests = []
@@ -155,15 +158,12 @@ class EdgeScheduler:
             What was done, or None where nothing is left to do.
         """
         with self.gpt.one_thread:
-            request = self._next(self._admitted())
-            if request is None:
+            requests = self._next(self._admitted())
+            if not requests:
                 return None
-            request._working = True
-            work = (self._prefill if request._calls else self._decode)(request)
-            request._working = False
-            if request.done:
-                self._release(request)
-            return work
+            if requests[0]._calls:
+                return self._prefill(*requests)
+            return self._decode(requests)
 
     def run(self) -> None:
         """Work until all requests are done."""
@@ -176,8 +176,9 @@ class EdgeScheduler:
         Where an interruption ends the loop a piece may be lost; not to `result`.
         """
         while work := self.step():
-            for piece in work.request._take():
-                yield work.request, piece
+            for request in work.requests:
+                for piece in request._take():
+                    yield request, piece
 
     @property
     def active(self) -> int:
@@ -188,6 +189,7 @@ class EdgeScheduler:
         """End all requests and free the memory."""
         for request in list(self._requests):
             request.cancel()
+        self._batch.close()
         if self._owns:
             self.gpt.close()
 
@@ -227,7 +229,7 @@ class EdgeScheduler:
         request._calls = collections.deque(calls)
 
     def _next(self, admitted):
-        """Return the request to work for, or None."""
+        """Return the requests to work for: one prompt, or some that decode."""
         prompts = [request for request in admitted if request._calls]
         decoding = [request for request in admitted if not request._calls]
         if prompts:  # then one token each a chunk; without chunks, afterwards
@@ -237,8 +239,9 @@ class EdgeScheduler:
                 if self.chunked and request._token_step < self._chunk_step
             ]
         if decoding:
-            return min(decoding, key=lambda request: request._token_step)
-        return self._next_prompt(prompts) if prompts else None
+            decoding.sort(key=lambda request: request._token_step)
+            return decoding[: self._batch.largest]
+        return [self._next_prompt(prompts)] if prompts else []
 
     def _next_prompt(self, prompts):
         oldest = prompts[0]
@@ -252,19 +255,46 @@ class EdgeScheduler:
 
     def _prefill(self, request):
         """Prefill a chunk, or a whole prompt."""
-        calls, session, count = request._calls, request._session, 0
-        while calls and (not count or count + calls[0] <= self.max_chunk):
-            length = calls.popleft()
-            ids = request._state.pending[session.position : -1][:length]
-            session.step(ids, length)
-            count += len(ids)
-        self._chunk_step = next(self._steps)
-        return Work(request, "prefill", count)
+        with self._working_for(request):
+            calls, session, count = request._calls, request._session, 0
+            while calls and (not count or count + calls[0] <= self.max_chunk):
+                length = calls.popleft()
+                ids = request._state.pending[session.position : -1][:length]
+                session.step(ids, length)
+                count += len(ids)
+            self._chunk_step = next(self._steps)
+        return Work((request,), "prefill", count)
 
-    def _decode(self, request):
-        """Generate a request's next token."""
+    def _decode(self, requests):
+        """Generate the next token of each of some requests."""
+        if len(requests) == 1:
+            (request,) = requests
+            with self._working_for(request):
+                logits = request._session.decode(request._state.pending[-1])
+                self._push(request, logits)
+        else:
+            tokens = [request._state.pending[-1] for request in requests]
+            sessions = [request._session for request in requests]
+            with self._working_for(requests[0]):  # interrupted, one of them fails
+                found = self._batch.decode(sessions, tokens)
+            for request, token, logits in zip(requests, tokens, found, strict=True):
+                with self._working_for(request):
+                    request._session.ids.append(token)
+                    self._push(request, logits)
+        return Work(tuple(requests), "decode", len(requests))
+
+    @contextlib.contextmanager
+    def _working_for(self, request):
+        """Mark a request as being worked for; interrupted, it stays marked."""
+        request._working = True
+        yield
+        request._working = False
+        if request.done:
+            self._release(request)
+
+    def _push(self, request, logits):
+        """Give a request the logits of its next token."""
         try:
-            logits = request._session.decode(request._state.pending[-1])
             request._pieces.extend(request._state.push(logits))
         except InputError as error:
             request.error = error
@@ -272,7 +302,6 @@ class EdgeScheduler:
             if request._state.needs_prefill and not request._state.finished:
                 self._plan(request)
         request._token_step = next(self._steps)
-        return Work(request, "decode", 1)
 
     def _release(self, request):
         """Release the cache of a request that is done."""

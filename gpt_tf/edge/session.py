@@ -85,7 +85,7 @@ class Executor:
         load = CompiledModel.from_file if is_file else CompiledModel.from_buffer
         self.model = load(self._data, environment=_environment(), options=options)
         found = {
-            name: _Signature(self.model, name, names, self.limit)
+            name: Signature(self.model, name, names)
             for name, names in self.model.get_signature_list().items()
         }
         self.decode = found[signatures.DECODE]
@@ -96,6 +96,8 @@ class Executor:
         }
         lengths = signatures.lengths_of(found, "score")
         self.scores = {length: found[signatures.score(length)] for length in lengths}
+        sizes = signatures.lengths_of(found, "decode_batch")
+        self.batches = {size: found[signatures.decode_batch(size)] for size in sizes}
 
     def session(self) -> "Session":
         """Begin a session with an empty cache."""
@@ -121,7 +123,7 @@ class Executor:
     def close(self) -> None:
         """Free model and buffers; the sessions are of no use afterwards."""
         self._pool = self.model = self._data = None
-        self.prefills = self.scores = self.decode = None
+        self.prefills = self.scores = self.batches = self.decode = None
 
     def _new_cache(self, capacity):
         self.decode.resize(capacity)
@@ -176,7 +178,7 @@ class Session:
 
     def decode(self, token: int) -> np.ndarray:
         """Append a token and return the logits of the next one, `(V,)` float32."""
-        self._reserve(1)
+        self.reserve(1)
         return self.run(self._executor.decode, [token])[0]
 
     def score(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
@@ -218,7 +220,7 @@ class Session:
         free = self.limit - self.position
         chosen = plan(count, free, tuple(n for n in by_length if n <= most))
         # The next token has its row too, so that it does not make the cache grow.
-        self._reserve(max(min(count + 1, free), sum(chosen)))
+        self.reserve(max(min(count + 1, free), sum(chosen)))
         return chosen
 
     def step(self, ids: Sequence[int], length: int) -> None:
@@ -226,7 +228,7 @@ class Session:
         executor = self._executor
         self.run(executor.prefills.get(length, executor.decode), ids)
 
-    def run(self, signature: "_Signature", chunk) -> np.ndarray | None:
+    def run(self, signature: "Signature", chunk) -> np.ndarray | None:
         """Run a chunk, filled up to the signature's length; return what comes out."""
         call = self._call(signature)
         position, count = self.position, len(chunk)
@@ -257,16 +259,29 @@ class Session:
             )
             begin += length
 
-    def _reserve(self, rows):
+    def bound(self) -> tuple["_Cache", "_Call"]:
+        """Return the cache, and the call that decodes with it."""
+        return self._cache, self._call(self._executor.decode)
+
+    def reserve(self, rows: int) -> None:
         """Grow the cache, or shrink an empty one, to so many more rows."""
         rows += self.position
         capacity = min(-(-rows // GROWTH) * GROWTH, self._executor.limit)
-        if capacity > self.capacity or (not self.position and capacity < self.capacity):
-            old, new = self._cache, self._executor.acquire(capacity)
-            if self.position:
-                self._copy_rows(old, new)
-            self._cache = new
-            self._executor.release(old)
+        if not self.position and capacity < self.capacity:
+            self._take(capacity)
+        self.grow(capacity)
+
+    def grow(self, capacity: int) -> None:
+        """Give the cache at least so many rows."""
+        if capacity > self.capacity:
+            self._take(capacity)
+
+    def _take(self, capacity):
+        old, new = self._cache, self._executor.acquire(capacity)
+        if self.position:
+            self._copy_rows(old, new)
+        self._cache = new
+        self._executor.release(old)
 
     def _copy_rows(self, old, new):
         executor = self._executor
@@ -328,10 +343,16 @@ class _Cache(NamedTuple):
     calls: dict[str, "_Call"]
 
 
-class _Signature:
-    """One signature: the buffers that do not depend on the capacity."""
+class Signature:
+    """One signature: the buffers that do not depend on the capacity.
 
-    def __init__(self, model, name, names, capacity):
+    Args:
+        model: The `CompiledModel`.
+        name: The signature's.
+        names: Those of its inputs and outputs.
+    """
+
+    def __init__(self, model, name, names):
         self.name = name
         self.inputs, self.outputs = names["inputs"], names["outputs"]
         self.index = model.get_signature_index(name)
@@ -340,7 +361,7 @@ class _Signature:
         self.tokens = np.zeros(self.length, np.int32)
         self.positions = np.zeros(self.length, np.int32)
         self._model = model
-        self._capacity = capacity
+        self._capacity = None
         self._shapes = [list(shapes[name]["shape"]) for name in self.inputs]
         self.token_buffer = self.input_buffer(signatures.TOKENS)
         self.position_buffer = self.input_buffer(signatures.POSITIONS)
@@ -370,7 +391,7 @@ class _Signature:
         for index, (name, shape) in enumerate(
             zip(self.inputs, self._shapes, strict=True)
         ):
-            if name == signatures.MASK:
+            if name.startswith(signatures.MASK):
                 shape[3] = capacity
             elif name.startswith("kv_cache"):
                 shape[2] = capacity

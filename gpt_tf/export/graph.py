@@ -31,21 +31,25 @@ FLOAT_ISLANDS = (
 )
 
 
-def build_all(model: Model, constants, capacity, prefill_lengths, score_lengths):
+def build_all(model: Model, constants: Constants, facts: dict):
     """Add all signatures of a file to a model, in the order that files have.
 
     Args:
         model: The `tflite_writer.Model`.
         constants: The weights.
-        capacity: `S`, rows of the caches.
-        prefill_lengths: Tokens per call of each prefill.
-        score_lengths: The same of each score.
+        facts: Those of the file: `capacity`, `prefill_lengths`, `score_lengths` and
+            `batch_sizes`, which files of older versions do not have.
     """
+    capacity = facts["capacity"]
     build(model, constants, signatures.DECODE, 1, capacity)
-    for length in prefill_lengths:
+    for length in facts["prefill_lengths"]:
         build(model, constants, signatures.prefill(length), length, capacity)
-    for length in score_lengths:
+    for length in facts["score_lengths"]:
         build(model, constants, signatures.score(length), length, capacity)
+    for size in facts.get("batch_sizes", ()):
+        ops = Operations(model.subgraph(signatures.decode_batch(size)), constants)
+        rows = min(capacity, signatures.BATCH_CAPACITY)
+        _BatchGraph(ops, size, rows).build(wants_logits=True)
 
 
 def build(model: Model, constants: Constants, name: str, length: int, capacity: int):
@@ -68,15 +72,33 @@ class _Graph:
         self.kv_heads = self.form["num_kv_heads"]
 
     def build(self, wants_logits):
-        length, capacity = self.length, self.capacity
         num_layers = self.constants.sizes["num_layers"]
-        tokens = self.graph.input(signatures.TOKENS, (1, length), Type.INT32)
-        self.positions = self.graph.input(signatures.POSITIONS, (length,), Type.INT32)
-        self.mask = self.graph.input(signatures.MASK, (1, 1, length, capacity))
-        shape = (1, self.kv_heads, capacity, self.head_dim)
+        tokens = self.graph.input(signatures.TOKENS, (1, self.length), Type.INT32)
+        self.positions = self.graph.input(
+            signatures.POSITIONS, (self.length,), Type.INT32
+        )
+        self._take_caches()
+        x = self._embed(tokens)
+        for index in range(num_layers):
+            # The caches of the last block are written before its attention, which
+            # a prefill therefore does without.
+            x = self._block(index, x, wants_logits or index < num_layers - 1)
+        if wants_logits:
+            self.graph.output(signatures.LOGITS, self._head(x))
+
+    def _take_caches(self, row=None):
+        """Add mask and caches to the inputs, and what follows from the positions."""
+        self.row = row
+        name = signatures.of_row(signatures.MASK, row)
+        self.mask = self.graph.input(name, (1, 1, self.length, self.capacity))
+        shape = (1, self.kv_heads, self.capacity, self.head_dim)
         self.caches = {
-            name: self.graph.input(name, shape, *self._cache_form(index, activation))
-            for index in range(num_layers)
+            name: self.graph.input(
+                signatures.of_row(name, row),
+                shape,
+                *self._cache_form(index, activation),
+            )
+            for index in range(self.constants.sizes["num_layers"])
             for name, activation in (
                 (signatures.key_cache(index), self._key_activation),
                 (signatures.value_cache(index), "qkv_activation"),
@@ -85,13 +107,6 @@ class _Graph:
         self.start = self._first_row()
         if self.form["positions"] == "rotary":
             self.cos, self.sin = self._angles()
-        x = self._embed(tokens)
-        for index in range(num_layers):
-            # The caches of the last block are written before its attention, which
-            # a prefill therefore does without.
-            x = self._block(index, x, wants_logits or index < num_layers - 1)
-        if wants_logits:
-            self.graph.output(signatures.LOGITS, self._head(x))
 
     def _embed(self, tokens):
         ops, width = self.ops, self.constants.sizes["embedding_dim"]
@@ -106,14 +121,9 @@ class _Graph:
         ops, block, source = self.ops, f"block_{index}", x
         normed = ops.norm(x, f"{block}/attention_norm_")
         normed = ops.at(f"{block}/attention_norm_activation", normed)
-        query, key, value = self._query_key_value(block, normed, goes_on)
-        query = self._turned(block, "query", query) if goes_on else None
-        key = self._turned(block, "key", key)
-        keys = self._write_rows(signatures.key_cache(index), key)
-        values = self._write_rows(signatures.value_cache(index), value)
+        context = self._context(index, self._projected(block, normed, goes_on), goes_on)
         if not goes_on:
             return None
-        context = self._attend(block, query, keys, values)
         attended = self._product(f"{block}/output", context, "attended")
         x = ops.add(x, attended, f"{block}/attention_residual_activation")
         read = source if self.form["parallel_residual"] else x
@@ -129,11 +139,35 @@ class _Graph:
         form = self.ops.form_of(f"{block}/{activation}_activation")
         return self.ops.product(name, x, *form)
 
-    def _query_key_value(self, block, normed, wants_query):
-        """Return query, key and value, each `(1, H, T, D)`."""
-        if f"{block}/qkv_kernel" in self.constants.matrices:
-            qkv = self.ops.product(f"{block}/qkv", normed)
-            qkv = self._split_heads(qkv, 3 * self.heads)
+    def _projected(self, block, normed, wants_query):
+        """Yield query, key and value `(1, T, heads * D)`; in one tensor if stored so.
+
+        A query that is not wanted is None.
+        """
+        if self._is_fused(block):
+            yield self.ops.product(f"{block}/qkv", normed)
+            return
+        yield self._piece(block, "query", normed) if wants_query else None
+        yield self._piece(block, "key", normed)
+        yield self._piece(block, "value", normed)
+
+    def _is_fused(self, block):
+        return f"{block}/qkv_kernel" in self.constants.matrices
+
+    def _context(self, index, projected, goes_on):
+        """Write keys and values, and attend: context `(1, T, H * D)`, or None."""
+        block = f"block_{index}"
+        query, key, value = self._query_key_value(block, projected)
+        query = self._turned(block, "query", query) if goes_on else None
+        key = self._turned(block, "key", key)
+        keys = self._write_rows(signatures.key_cache(index), key)
+        values = self._write_rows(signatures.value_cache(index), value)
+        return self._attend(block, query, keys, values) if goes_on else None
+
+    def _query_key_value(self, block, projected):
+        """Return query, key and value, each `(1, heads, T, D)`."""
+        if self._is_fused(block):
+            qkv = self._split_heads(*projected, 3 * self.heads)
             shape = (1, self.heads, self.length, self.head_dim)
             return self.graph.ops(
                 Op.SPLIT,
@@ -142,15 +176,10 @@ class _Graph:
                 qkv.type,
                 options=schema.SplitOptionsT(numSplits=3),
             )
+        heads = self.heads, self.kv_heads, self.kv_heads
         return [
-            self._split_heads(self._piece(block, name, normed), heads)
-            if wants_query or name != "query"
-            else None
-            for name, heads in (
-                ("query", self.heads),
-                ("key", self.kv_heads),
-                ("value", self.kv_heads),
-            )
+            None if one is None else self._split_heads(one, count)
+            for one, count in zip(projected, heads, strict=True)
         ]
 
     def _piece(self, block, name, normed):
@@ -274,7 +303,7 @@ class _Graph:
         return self.graph.op(Op.CONCATENATION, pieces, (4,), options=options)
 
     def _write_rows(self, name, rows):
-        """Write rows into a cache; return it, the output of that name."""
+        """Write rows into a cache; return it, the output of its name."""
         cache = self.caches[name]
         if cache.quant is None:
             rows = self.ops.real(rows)
@@ -285,10 +314,41 @@ class _Graph:
             cache.type,
             cache.quant,
         )
-        self.graph.output(name, written)
+        self.graph.output(signatures.of_row(name, self.row), written)
         return written
 
     def _cache_form(self, index, activation):
         if not self.constants.mode.full:
             return Type.FLOAT32, None
         return self.ops.form_of(f"block_{index}/{activation}")
+
+
+class _BatchGraph(_Graph):
+    """Builds `decode_batch`: a token of each of several texts, with a cache a text.
+
+    The texts are positions of one call for all products with weights, which are so
+    read once. Each attends by itself.
+    """
+
+    def _take_caches(self, row=None):
+        self.texts = []
+        for row in range(self.length):
+            text = _Graph(self.ops, 1, self.capacity)
+            begin, end = self.ops.integers([row]), self.ops.integers([1])
+            text.positions = self.graph.op(
+                Op.SLICE,
+                [self.positions, begin, end],
+                (1,),
+                options=schema.SliceOptionsT(),
+            )
+            text._take_caches(row)
+            self.texts.append(text)
+
+    def _context(self, index, projected, goes_on):
+        projected = list(projected)
+        contexts = [
+            text._context(index, [self.ops.row(x, row) for x in projected], goes_on)
+            for row, text in enumerate(self.texts)
+        ]
+        shape = (1, self.length, self.heads * self.head_dim)
+        return self.ops.join(contexts, shape, axis=1)

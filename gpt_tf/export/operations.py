@@ -263,10 +263,19 @@ class Operations:
         options = schema.SliceOptionsT()
         return self.graph.op(Op.SLICE, inputs, shape, x.type, x.quant, options)
 
-    def join(self, pieces, shape):
-        """Return real pieces side by side on the last axis."""
-        options = schema.ConcatenationOptionsT(axis=len(shape) - 1)
-        return self.graph.op(Op.CONCATENATION, pieces, shape, options=options)
+    def row(self, x, index):
+        """`(1, T, C)` -> `(1, 1, C)`, the row of an index."""
+        shape = (1, 1, x.shape[2])
+        inputs = [x, self.integers([0, index, 0]), self.integers([1, 1, x.shape[2]])]
+        options = schema.SliceOptionsT()
+        return self.graph.op(Op.SLICE, inputs, shape, x.type, x.quant, options)
+
+    def join(self, pieces, shape, axis=None):
+        """Return pieces of one form side by side on an axis, the last unless given."""
+        axis = len(shape) - 1 if axis is None else axis
+        options = schema.ConcatenationOptionsT(axis=axis)
+        kind, quant = pieces[0].type, pieces[0].quant
+        return self.graph.op(Op.CONCATENATION, pieces, shape, kind, quant, options)
 
     def swap_middle(self, x):
         """`(a, b, c, d)` -> `(a, c, b, d)`."""

@@ -10,9 +10,11 @@ A file has the signatures
 - `decode`: one token in, the logits of the next one out;
 - `prefill_<T>` for several T: T tokens in, only the caches out;
 - `score_<T>` for one T: as `prefill_<T>`, and the logits of all T positions. It is
-  ours: LiteRT-LM does not look at it.
+  ours: LiteRT-LM does not look at it;
+- `decode_batch_<N>` for several N, in files that are asked for: a token of each of N
+  texts. Ours too. See below.
 
-and each of them
+and each of the first three
 
     in   tokens          int32 (1, T)
     in   input_pos       int32 (T,)           positions of the tokens, consecutive
@@ -31,6 +33,12 @@ any tokens; their rows lie behind the text and are overwritten as it grows, so o
 `mask` and the caches to the capacity that a text needs: speed then follows the
 context in use and not the largest one.
 
+`decode_batch_<N>` has N tokens, one of each text, in `tokens (1, N)`; their positions
+in `input_pos (N,)`; a mask `mask_row_<n>` (1, 1, 1, S) and caches `kv_cache_k_<i>_row_<n>`,
+`kv_cache_v_<i>_row_<n>` of each; logits (1, N, V). So any texts may be put together in
+any step, by binding their caches. A row that is free takes a cache of its own that
+nobody reads.
+
 Reference: LiteRT-LM's executor, github.com/google-ai-edge/LiteRT-LM.
 """
 
@@ -47,6 +55,10 @@ MASK = "mask"
 LOGITS = "logits"
 MASKED = -1e9
 DEFAULT_PREFILL_LENGTHS = (1, 8, 64)
+# Texts that one call may decode, and the capacity that its caches are declared with:
+# whoever runs it makes them larger, so that nobody else pays for them.
+BATCH_SIZES = (2, 4, 8, 16)
+BATCH_CAPACITY = 64
 
 MODES = tuple(modes.MODES)
 
@@ -78,12 +90,22 @@ def score(length: int) -> str:
     return f"score_{length}"
 
 
+def decode_batch(size: int) -> str:
+    """Return the name of the signature that decodes a token of each of `size` texts."""
+    return f"decode_batch_{size}"
+
+
+def of_row(name: str, row: int | None) -> str:
+    """Return the name that a mask or cache has for a text of a batch; None: alone."""
+    return name if row is None else f"{name}_row_{row}"
+
+
 def lengths_of(names, kind: str = "prefill") -> tuple[int, ...]:
     """Return the lengths, ascending, for which there is a signature of a kind.
 
     Args:
         names: Names of a file's signatures.
-        kind: `"prefill"` or `"score"`.
+        kind: `"prefill"`, `"score"` or `"decode_batch"`.
 
     Example:
         >>> lengths_of(["decode", "prefill_64", "prefill_8"])

@@ -92,11 +92,11 @@ def _check_facts(facts, size):
     def whole(value, most):
         return type(value) is int and 1 <= value <= most
 
-    def ascending(name):
+    def ascending(name, most):
         found = facts.get(name)
         return (
             isinstance(found, list)
-            and all(whole(length, facts["capacity"]) for length in found)
+            and all(whole(length, most) for length in found)
             and found == sorted(set(found))
         )
 
@@ -125,9 +125,13 @@ def _check_facts(facts, size):
         kind = "int8" if integers else "float32"
         yield "cache_dtype", facts.get("cache_dtype") == kind
         yield "per_channel", type(facts.get("per_channel")) is bool
-        yield "prefill_lengths", ascending("prefill_lengths")
-        yield "score_lengths", ascending("score_lengths")
+        yield "prefill_lengths", ascending("prefill_lengths", facts["capacity"])
+        yield "score_lengths", ascending("score_lengths", facts["capacity"])
         count = 1 + len(facts["prefill_lengths"]) + len(facts["score_lengths"])
+        if "batch_sizes" in facts:
+            most = signatures.BATCH_SIZES[-1]
+            yield "batch_sizes", ascending("batch_sizes", most)
+            count += sum(facts["batch_sizes"])
         blocks = count * config["num_layers"]
         yield "config: num_layers", blocks <= min(_MOST_BLOCKS, size // _BLOCK_BYTES)
         fingerprint = facts.get("tokenizer_fingerprint", 0)
@@ -210,8 +214,7 @@ class _Comparison:
             facts["mode"], facts["config"], facts["per_channel"], masked
         )
         model = _Outline()
-        lengths = facts["prefill_lengths"], facts["score_lengths"]
-        graph.build_all(model, parts, facts["capacity"], *lengths)
+        graph.build_all(model, parts, facts)
         return model
 
     def _ends_with_a_mask(self, subgraphs):

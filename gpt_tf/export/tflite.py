@@ -32,6 +32,7 @@ def export_tflite(
     *,
     context_length: int | None = None,
     prefill_lengths: Sequence[int] = signatures.DEFAULT_PREFILL_LENGTHS,
+    batch_sizes: Sequence[int] = (),
     tokenizer=None,
     ranges: dict | None = None,
     representative=None,
@@ -64,6 +65,9 @@ def export_tflite(
             most that.
         prefill_lengths: Lengths of the prefill signatures. Those longer than the
             context are left out.
+        batch_sizes: Numbers of texts that are decoded in one call, among 2, 4, 8 and
+            16, for servers: `EdgeScheduler` uses them. Default: none; each takes some
+            hundred bytes a text and block.
         tokenizer: The model's tokenizer. Its fingerprint is put into the file, and
             `tokenizer.json` beside it. Ids to which it has no token, as in a padded
             vocabulary, get logits of about -1e9 in the file: no runtime draws them,
@@ -123,6 +127,10 @@ def export_tflite(
         arguments.refuse("prefill_lengths", lengths, "one or more integers")
     # LiteRT-LM needs a small one for what is left of a prompt.
     lengths = [1, *(length for length in lengths if 1 < length <= capacity)]
+    batch_sizes = sorted(arguments.integers("batch_sizes", batch_sizes, 1))
+    if not set(batch_sizes) <= set(signatures.BATCH_SIZES):
+        known = ", ".join(map(str, signatures.BATCH_SIZES))
+        arguments.refuse("batch_sizes", batch_sizes, f"numbers among {known}")
     if per_channel is None:
         per_channel = plain is model or model.quantization.per_channel
     suppressed = ids_without_token(tokenizer, plain.vocab_size)
@@ -142,6 +150,7 @@ def export_tflite(
         "capacity": capacity,
         "prefill_lengths": lengths,
         "score_lengths": [min(SCORE_LENGTH, capacity)],
+        "batch_sizes": batch_sizes,
         "cache_dtype": "int8" if constants.mode.full else "float32",
         "tokenizer_fingerprint": tokenizer.fingerprint() if tokenizer else None,
     }
@@ -192,8 +201,7 @@ def _source_of(model, mode, ranges, representative):
 def _built(constants, facts):
     """Return a model of all signatures, and the bytes of its file, sealed."""
     written = tflite_writer.Model()
-    lengths = facts["prefill_lengths"], facts["score_lengths"]
-    graph.build_all(written, constants, facts["capacity"], *lengths)
+    graph.build_all(written, constants, facts)
     seal = integrity.blank_seal(**facts, versions=artifacts.versions())
     written.add_metadata(signatures.METADATA_NAME, seal)
     data = written.to_bytes()

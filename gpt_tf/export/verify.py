@@ -81,6 +81,8 @@ def verify(path, model: Model, constants: Constants, mode: str, reference, ids) 
         found |= runner.run_score(span, ids)
     for span in signatures.lengths_of(runner.runners):
         found |= runner.run_prefill(span, ids)
+    for texts in signatures.lengths_of(runner.runners, "decode_batch"):
+        found |= runner.run_batch(texts, ids)
     # Without a text longer than the shortest prefill, decode alone.
     found |= runner.run_decode(ids, 0, runner.blank)
     limit = LARGEST_DIVERGENCE[mode]
@@ -205,4 +207,41 @@ class _Runner:
             token = ids[place : place + 1]
             logits, caches = self.call(signatures.DECODE, token, place, caches, 1)
             found[signatures.DECODE + after, place] = logits[0]
+        return found
+
+    def run_batch(self, size, ids):
+        """Decode the text in every row, each a token behind the one before it.
+
+        So rows have different positions, and some are free: at first, and at the end.
+        """
+        name, found = signatures.decode_batch(size), {}
+        count = min(len(ids), _GREEDY_TOKENS, signatures.BATCH_CAPACITY)
+        capacity = min(self.capacity, signatures.BATCH_CAPACITY)
+        caches = {
+            signatures.of_row(cache, row): blank[:, :, :capacity]
+            for cache, blank in self.blank.items()
+            for row in range(size)
+        }
+        for step in range(count + size - 1):
+            places = step - np.arange(size)
+            in_use = (places >= 0) & (places < count)
+            positions = np.where(in_use, places, 0).astype(np.int32)
+            masks = {
+                signatures.of_row(signatures.MASK, row): signatures.mask(
+                    positions[row : row + 1], capacity
+                )
+                for row in range(size)
+            }
+            caches = self.runners[name](
+                **{
+                    signatures.TOKENS: np.asarray(ids, np.int32)[positions][None],
+                    signatures.POSITIONS: positions,
+                },
+                **masks,
+                **caches,
+            )
+            logits = caches.pop(signatures.LOGITS)[0]
+            for row in np.flatnonzero(in_use):
+                way = f"{name}, row {row}"
+                found[way, int(places[row])] = logits[row]
         return found

@@ -14,7 +14,7 @@ def works_of(scheduler):
     """Let it work; return what was done: the request's number, kind and tokens."""
     works = []
     while work := scheduler.step():
-        works.append((work.request.arrival, work.kind, work.tokens))
+        works.append((work.requests[0].arrival, work.kind, work.tokens))
     return works
 
 

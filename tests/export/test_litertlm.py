@@ -50,6 +50,7 @@ def options(python_small, python_ranges):
         "ranges": python_ranges,
         "verify_on": python_small[2][5000:5128],
         "prefill_lengths": (1, 8, 32),
+        "batch_sizes": (2,),
     }
 
 
