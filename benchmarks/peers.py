@@ -314,19 +314,7 @@ def llama_cpp_q4_0(task, threads, folder):
 
 
 def _llama_cpp(task, threads, folder, kind):
-    llama = import_or_not_here("llama_cpp")
-    import_or_not_here("gguf")
-    llama.llama_log_set(_silence(), None)
-    write = functools.partial(_write_quantized_gguf, task, folder, kind)
-    path = _kept(folder, f"{kind}.gguf", task, write)
-    model = llama.llama_model_load_from_file(
-        str(path).encode(), llama.llama_model_default_params()
-    )
-    parameters = llama.llama_context_default_params()
-    parameters.n_ctx = task.context_length
-    parameters.n_threads = parameters.n_threads_batch = threads
-    parameters.no_perf = True
-    context = llama.llama_init_from_model(model, parameters)
+    llama, context = _llama_context(task, threads, folder, kind)
     memory = llama.llama_get_memory(context)
 
     def step(tokens, position):
@@ -340,6 +328,61 @@ def _llama_cpp(task, threads, folder, kind):
         return np.ctypeslib.as_array(logits, (task.vocab_size,))
 
     return _repeat(task, step)
+
+
+def llama_cpp_batch(task, threads, folder, kind, texts):
+    """Return functions that begin a text, and that continue all by a token each.
+
+    The first takes the text's number and its tokens, and clears all with number 0;
+    the second takes a token of each text and their position. Both return logits.
+    """
+    llama, context = _llama_context(task, threads, folder, kind, texts)
+    memory = llama.llama_get_memory(context)
+    batch = llama.llama_batch_init(task.context_length, 0, 1)
+
+    def run(entries, wanted):
+        for index, (text, token, position) in enumerate(entries):
+            batch.token[index], batch.pos[index] = token, position
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, text
+            batch.logits[index] = index in wanted
+        batch.n_tokens = len(entries)
+        status = llama.llama_decode(context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        rows = [llama.llama_get_logits_ith(context, index) for index in wanted]
+        return np.stack(
+            [np.ctypeslib.as_array(row, (task.vocab_size,)) for row in rows]
+        )
+
+    def start(text, prompt):
+        if text == 0:
+            llama.llama_memory_clear(memory, False)
+        entries = [(text, token, place) for place, token in enumerate(prompt)]
+        return run(entries, [len(prompt) - 1])[0]
+
+    def decode(tokens, position):
+        entries = [(text, token, position) for text, token in enumerate(tokens)]
+        return run(entries, range(len(tokens)))
+
+    return start, decode
+
+
+def _llama_context(task, threads, folder, kind, texts=1):
+    """Return the library, and a context of llama.cpp for so many texts."""
+    llama = import_or_not_here("llama_cpp")
+    import_or_not_here("gguf")
+    llama.llama_log_set(_silence(), None)
+    write = functools.partial(_write_quantized_gguf, task, folder, kind)
+    path = _kept(folder, f"{kind}.gguf", task, write)
+    model = llama.llama_model_load_from_file(
+        str(path).encode(), llama.llama_model_default_params()
+    )
+    parameters = llama.llama_context_default_params()
+    parameters.n_ctx = task.context_length
+    parameters.n_seq_max = texts
+    parameters.n_threads = parameters.n_threads_batch = threads
+    parameters.no_perf = True
+    return llama, llama.llama_init_from_model(model, parameters)
 
 
 @functools.cache

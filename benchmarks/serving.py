@@ -8,13 +8,13 @@ Response: a prompt of 960 tokens comes first, and while it is prefilled short re
 arrive, 50 ms apart. Measured is how long each waits for its first token, from its
 arrival on, with the prompt prefilled whole and in chunks of several lengths.
 
-Throughput: 1, 2, 4 and 8 requests at once, and the new tokens of all in a second:
-one `EdgeGPT` with 1 and with 2 threads, which takes them one after the other; and what
-else 2 cores could be used for, two copies of the whole model, as threads of one process
-and as processes.
+Throughput: 1, 2, 4 and 8 requests at once, and the new tokens of all in a second: one
+`EdgeGPT` with 1 and with 2 threads, which takes them one after the other; an
+`EdgeScheduler`, which decodes them in one call; two copies of the whole model in
+processes of their own; and llama.cpp, which decodes all in one call too.
 
-A token reads every weight once, whoever computes it, so the rate at which the cores
-read memory sets the floor.
+A call reads every weight once, so the rate at which the cores read memory sets the
+floor of what one text at a time can reach.
 """
 
 import argparse
@@ -23,11 +23,11 @@ import dataclasses
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import peers
 from generation import Task
 from harness import (
     Contender,
@@ -79,7 +79,8 @@ def export(task, folder):
     began = time.perf_counter()
     if not Path(file_of(folder)).is_file():
         model = gpt_tf_model(task)
-        export_tflite(model, file_of(folder), MODE, allow_untrained=True)
+        options = {"allow_untrained": True, "batch_sizes": (4, 8)}
+        export_tflite(model, file_of(folder), MODE, **options)
     seconds = time.perf_counter() - began
     return lambda count: [seconds] * count
 
@@ -162,21 +163,17 @@ def one_model(task, folder, threads):
     return rates_of(task, EdgeGPT(file_of(folder), num_threads=threads).generate)
 
 
-def two_threads(task, folder):
-    from gpt_tf.edge import EdgeGPT
+def scheduler(task, folder, threads):
+    """All requests at once, decoded in one call as far as the file allows."""
+    from gpt_tf.edge import EdgeGPT, EdgeScheduler
 
-    copies = [EdgeGPT(file_of(folder), num_threads=1) for _ in range(2)]
+    gpt = EdgeGPT(file_of(folder), num_threads=threads)
 
     def generate(prompts, **options):
-        workers = [
-            threading.Thread(target=copy.generate, args=(share,), kwargs=options)
-            for copy, share in zip(copies, (prompts[::2], prompts[1::2]), strict=True)
-            if share
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        with EdgeScheduler(gpt) as scheduler:
+            for prompt in prompts:
+                scheduler.submit(prompt, **options)
+            scheduler.run()
 
     return rates_of(task, generate)
 
@@ -226,6 +223,20 @@ def be_copy(path):
             if prompts:
                 gpt.generate(prompts, max_new_tokens=NEW_TOKENS, temperature=0)
             print("done", flush=True)
+
+
+def llama_cpp(task, folder):
+    """Prompts one after the other, then a token of each text in every call."""
+    start, decode = peers.llama_cpp_batch(task, 2, folder, "q8_0", REQUESTS[-1])
+
+    def generate(prompts, max_new_tokens, temperature):
+        tokens = [
+            int(start(row, prompt).argmax()) for row, prompt in enumerate(prompts)
+        ]
+        for place in range(SHORT_TOKENS, SHORT_TOKENS + max_new_tokens - 1):
+            tokens = decode(tokens, place).argmax(-1).tolist()
+
+    return rates_of(task, generate)
 
 
 def rates_of(task, generate):
@@ -317,8 +328,9 @@ def main():
     contenders = [
         Contender("EdgeGPT, 1 thread", one_model, (task, folder, 1)),
         Contender("EdgeGPT, 2 threads", one_model, (task, folder, 2)),
-        Contender("2 copies, threads of a process", two_threads, (task, folder)),
+        Contender("EdgeScheduler, 2 threads", scheduler, (task, folder, 2)),
         Contender("2 copies, 2 processes", two_processes, (task, folder)),
+        Contender("llama.cpp q8_0, batched, 2 threads", llama_cpp, (task, folder)),
     ]
     throughput = take_turns_anew(contenders, arguments.series, 2)
     throughput = [throughput_of(measured) for measured in throughput]

@@ -39,7 +39,8 @@ def export(
         list[int] | None,
         typer.Option(
             "--batch-size",
-            help="Texts that a server decodes at once: 2, 4, 8 or 16; may be repeated.",
+            help="Texts that a server decodes at once: 2, 4, 8, 16; may be repeated. "
+            "Default: 4 and 8 for models of 10 million parameters or more.",
         ),
     ] = None,
     prepare: Annotated[
@@ -58,7 +59,7 @@ def export(
     from gpt_tf.export.from_run import export_trained
     from gpt_tf.progress import print_export
 
-    options = {"batch_sizes": batch_sizes or ()}
+    options = {"batch_sizes": batch_sizes}
     if prefill_lengths:
         options["prefill_lengths"] = prefill_lengths
     manifest = export_trained(

@@ -33,11 +33,17 @@ any tokens; their rows lie behind the text and are overwritten as it grows, so o
 `mask` and the caches to the capacity that a text needs: speed then follows the
 context in use and not the largest one.
 
-`decode_batch_<N>` has N tokens, one of each text, in `tokens (1, N)`; their positions
-in `input_pos (N,)`; a mask `mask_row_<n>` (1, 1, 1, S) and caches `kv_cache_k_<i>_row_<n>`,
-`kv_cache_v_<i>_row_<n>` of each; logits (1, N, V). So any texts may be put together in
-any step, by binding their caches. A row that is free takes a cache of its own that
-nobody reads.
+`decode_batch_<N>` has
+
+    in   tokens                  int32 (1, N)          one of each text
+    in   input_pos               int32 (N,)            their positions, any
+    in   mask_row_<n>            float32 (1, 1, 1, S)  of text n, from 0
+    in   kv_cache_k_<i>_row_<n>  (1, G, S, D)          keys of block i, and values
+    out  kv_cache_k_<i>_row_<n>  the same with a row written, and values
+    out  logits                  float32 (1, N, V)
+
+so any texts may be put together in any step, by binding their caches. All have the
+same `S`. Rows that are free take a cache that nobody reads.
 
 Reference: LiteRT-LM's executor, github.com/google-ai-edge/LiteRT-LM.
 """
@@ -58,6 +64,7 @@ DEFAULT_PREFILL_LENGTHS = (1, 8, 64)
 # Texts that one call may decode, and the capacity that its caches are declared with:
 # whoever runs it makes them larger, so that nobody else pays for them.
 BATCH_SIZES = (2, 4, 8, 16)
+DEFAULT_BATCH_SIZES = (4, 8)
 BATCH_CAPACITY = 64
 
 MODES = tuple(modes.MODES)

@@ -23,6 +23,7 @@ from gpt_tf.text.tokenizer import FILE_NAME, load_tokenizer
 logger = logging.getLogger(__name__)
 
 SCORE_LENGTH = 64
+_MANY_PARAMETERS = 10_000_000
 
 
 def export_tflite(
@@ -32,7 +33,7 @@ def export_tflite(
     *,
     context_length: int | None = None,
     prefill_lengths: Sequence[int] = signatures.DEFAULT_PREFILL_LENGTHS,
-    batch_sizes: Sequence[int] = (),
+    batch_sizes: Sequence[int] | None = None,
     tokenizer=None,
     ranges: dict | None = None,
     representative=None,
@@ -65,9 +66,9 @@ def export_tflite(
             most that.
         prefill_lengths: Lengths of the prefill signatures. Those longer than the
             context are left out.
-        batch_sizes: Numbers of texts that are decoded in one call, among 2, 4, 8 and
-            16, for servers: `EdgeScheduler` uses them. Default: none; each takes some
-            hundred bytes a text and block.
+        batch_sizes: Numbers of texts that `EdgeScheduler` decodes in one call, among
+            2, 4, 8 and 16. Default: 4 and 8 for models of 10 million parameters or
+            more, whose files hardly grow by it; none for smaller ones.
         tokenizer: The model's tokenizer. Its fingerprint is put into the file, and
             `tokenizer.json` beside it. Ids to which it has no token, as in a padded
             vocabulary, get logits of about -1e9 in the file: no runtime draws them,
@@ -127,6 +128,9 @@ def export_tflite(
         arguments.refuse("prefill_lengths", lengths, "one or more integers")
     # LiteRT-LM needs a small one for what is left of a prompt.
     lengths = [1, *(length for length in lengths if 1 < length <= capacity)]
+    if batch_sizes is None:
+        is_large = plain.count_params() >= _MANY_PARAMETERS
+        batch_sizes = signatures.DEFAULT_BATCH_SIZES if is_large else ()
     batch_sizes = sorted(arguments.integers("batch_sizes", batch_sizes, 1))
     if not set(batch_sizes) <= set(signatures.BATCH_SIZES):
         known = ", ".join(map(str, signatures.BATCH_SIZES))
