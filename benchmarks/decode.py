@@ -1,12 +1,13 @@
 """Decoding on a device at GPT-2 small's shape: gpt_tf's file and runtime beside others.
 
-    python benchmarks/decode.py [--rounds N] [--threads N ...] [--all]
+    python benchmarks/decode.py [--rounds N] [--threads N ...] [--depths N ...] [--all]
 
 Every contender continues the same 64 random tokens greedily by 64, one sequence at a
 time, with the same random weights where it takes them, on 1 and on 2 threads. Ours
 runs the exported file, whose cache may take 1024 positions. Of that, EdgeGPT uses what
 the text needs and LiteRT-LM all, so both run once more on a file whose cache takes the
-128 positions of this text: there the capacities are equal. A token reads every weight
+128 positions of this text: there the capacities are equal. Behind longer prompts
+(`--depths`) each continues by 32. A token reads every weight
 once; what that takes at the rate at which NumPy reads memory is a yardstick, no bound:
 other code reads faster. What is not installed is named and left out.
 """
@@ -112,6 +113,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--depths", type=int, nargs="*", default=[512, 960])
     parser.add_argument("--folder", type=Path, help="keeps the models")
     parser.add_argument("--all", action="store_true", help="the slow peers too")
     arguments = parser.parse_args()
@@ -154,6 +156,7 @@ def measure(task, fitted, folder, threads, arguments):
     for name, make in peers.PEERS.items():
         if arguments.all or name in QUICK_PEERS:
             contenders.append(peers.contender(name, make, task, threads, folder))
+    whole = len(contenders)
     name = f"dynamic_int8, cache of {fitted.context_length}"
     mine, theirs = f"gpt_tf {name}", f"LiteRT-LM {name}"
     contenders.append(
@@ -164,19 +167,45 @@ def measure(task, fitted, folder, threads, arguments):
         contenders.append(
             peers.contender(name, peers.litert_lm, one, threads, folder, path)
         )
-    results = take_turns(contenders, arguments.rounds, 1, warm_up=1)
-    rows = [peers.summary(measured) for measured in results]
+    rows = rows_of(contenders, arguments.rounds)
+    # At equal capacity ours is the one with that capacity.
     speeds = {row["name"]: row.get("tokens_per_second") for row in rows}
-    for row in rows[1:]:
-        if "tokens_per_second" in row:
-            # At equal capacity ours is the one with that capacity.
-            ours = speeds[mine if row["name"] == theirs else rows[0]["name"]]
-            row["ours_over_this"] = ours / row["tokens_per_second"]
+    if speeds[theirs]:
+        rows[-1]["ours_over_this"] = speeds[mine] / speeds[theirs]
     return {
         "read_gigabytes_per_second": bandwidth / 1e9,
         "floor_tokens_per_second": floor,
         "results": rows,
+        "depths": {
+            depth: rows_of(
+                [
+                    at_depth(one, depth)
+                    for one in contenders[:whole] + contenders[-2:-1]
+                ],
+                arguments.rounds,
+            )
+            for depth in arguments.depths
+        },
     }
+
+
+def at_depth(contender, depth):
+    """Return a contender that continues a prompt of so many tokens by 32."""
+    make, (task, *others) = contender.arguments
+    task = dataclasses.replace(task, prompt_tokens=depth, new_tokens=32)
+    return dataclasses.replace(contender, arguments=(make, (task, *others)))
+
+
+def rows_of(contenders, rounds):
+    """Measure contenders in turn; return their rows, compared with the first."""
+    results = take_turns(contenders, rounds, 1, warm_up=1)
+    rows = [peers.summary(measured) for measured in results]
+    for row in rows[1:]:
+        if "tokens_per_second" in row:
+            ours = rows[0]["tokens_per_second"]
+            row["ours_over_this"] = ours / row["tokens_per_second"]
+            row["sooner_by"] = row["first_token_ms"] / rows[0]["first_token_ms"]
+    return rows
 
 
 if __name__ == "__main__":
