@@ -263,7 +263,8 @@ _PACKAGES = (
 )
 # How the peers that say it were built, as expressions.
 _BUILDS = {
-    "torch": "torch.__config__.show()",
+    "torch": "[line for line in torch.__config__.show().splitlines() "
+    "if 'Kernel Library' in line or 'capability' in line]",
     "onnxruntime": "onnxruntime.get_build_info()",
     "llama_cpp": "llama_cpp.llama_print_system_info().decode()",
 }

@@ -283,16 +283,18 @@ def serving():
         left.set_xlabel("ms to the first token (bar: median; x: the long prompt's own)")
         long = content["long_tokens"]
         left.set_title(f"Short requests beside a prompt of {long} tokens")
-        styles = ((OURS, ":"), (OURS, "-"), ("#7a8b5a", ":"), ("#7a8b5a", "-"))
+        styles = ((FLOOR, ":"), (FLOOR, "-"), (OURS, "-"), ("#7a8b5a", "-"), (THEIRS, "-"))
         for (colour, line), row in zip(styles, content["throughput"], strict=True):
             rates = row["tokens_per_second"]
             style = {"color": colour, "linestyle": line, "label": row["name"]}
             right.plot(rates.keys(), rates.values(), marker="o", **style)
         right.axhline(content["floor_tokens_per_second"], color=FLOOR, linestyle=":")
         right.set_ylim(0)
-        right.set_xlabel("requests at once (dotted: what reading the weights allows)")
+        right.set_xlabel(
+            "requests at once (dotted: one text at a time, if reading were all)"
+        )
         right.set_title("New tokens per second")
-        right.legend(loc="lower left")
+        right.legend(loc="upper left")
 
 
 def explanation():

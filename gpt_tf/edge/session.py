@@ -32,8 +32,9 @@ GROWTH = 64
 # packed copy, in memory.
 _SHARED_WEIGHTS = ":memory"
 
-# The part of a decode step that one more position adds in a prefill.
-_COST_PER_POSITION = 1 / 12
+# The part of a decode step that one more position adds in a prefill. GPT-2 small on 2
+# cores, dynamic_int8: 1/30 at 64 rows, 1/38 at 960.
+_COST_PER_POSITION = 1 / 32
 
 
 class Executor:
@@ -316,7 +317,7 @@ def plan(count: int, free: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
 
     Example:
         >>> plan(75, 100, (1, 8, 64))
-        (64, 8, 1, 1, 1)
+        (8, 8, 64)
     """
     lengths = sorted({1, *lengths})
     largest = lengths[-1]

@@ -60,7 +60,7 @@ POSITIONS = "input_pos"
 MASK = "mask"
 LOGITS = "logits"
 MASKED = -1e9
-DEFAULT_PREFILL_LENGTHS = (1, 8, 64)
+DEFAULT_PREFILL_LENGTHS = (1, 8, 64, 256)
 # Texts that one call may decode, and the capacity that its caches are declared with:
 # whoever runs it makes them larger, so that nobody else pays for them.
 BATCH_SIZES = (2, 4, 8, 16)
