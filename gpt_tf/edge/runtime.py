@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt_tf.edge import session_file
 from gpt_tf.edge.batch import BatchDecoder
 from gpt_tf.edge.loader import open_artefact
 from gpt_tf.edge.session import Executor, Session
@@ -84,6 +85,8 @@ class EdgeGPT:
             artefact.model, artefact.facts, self.num_threads, str(path)
         )
         self._session = self._executor.session()
+        self._sha256 = artefact.facts["sha256"]
+        self._loaded = []  # the tokens of the session that was loaded
         self.context_length = self._executor.limit
         self.one_thread = _OneThread()
 
@@ -298,6 +301,48 @@ class EdgeGPT:
             half = sequence.half_of(self.context_length)
             return self._decode_anew([*self._session.ids, token][-half:])
 
+    def save_session(self, path: str | os.PathLike) -> None:
+        """Write the text in the cache to a file, for `load_session`.
+
+        It is written whole or not at all, and takes as many bytes as the cache: two
+        vectors of `C` values a token and block, where heads share none.
+
+        Args:
+            path: The file.
+
+        Raises:
+            InputError: The cache is empty, or the file cannot be written.
+
+        Example:
+            >>> gpt.reset()
+            >>> gpt.prefill(gpt.tokenizer.encode(document))
+            >>> gpt.save_session("document.session")
+        """
+        with self.one_thread:
+            session_file.write(path, self._session, self._sha256)
+
+    def load_session(self, path: str | os.PathLike) -> int:
+        """Put a text in the cache that `save_session` wrote; return its length.
+
+        A prompt that begins with it, of `generate` too, then goes on from there, until
+        another text has taken its place in the cache.
+
+        Args:
+            path: The file. Opening it never runs what is in it.
+
+        Raises:
+            InputError: There is no such file, or it is of another model.
+            DamagedFileError: It is truncated, altered or something else.
+
+        Example:
+            >>> gpt.load_session("document.session")
+            >>> print(gpt.generate(document + "In short: "))
+        """
+        with self.one_thread:
+            session_file.read(path, self._session, self._sha256)
+            self._loaded = list(self._session.ids)
+            return self.position
+
     def close(self) -> None:
         """Free the model's memory; the object is of no use afterwards."""
         if not self.one_thread.closed:
@@ -352,8 +397,10 @@ class EdgeGPT:
             reuse: Whether the beginning stays that the text in the cache shares. It
                 may have been computed in other pieces, and be rounded otherwise.
         """
-        ids = self._session.ids if reuse else []
-        known = sequence.common_length(ids, window[:-1])
+        known = sequence.common_length(self._session.ids, window[:-1])
+        if not reuse:  # but what was loaded, where the text has all of it
+            loaded = min(len(self._loaded), len(window) - 1)
+            known = loaded if loaded <= known else 0
         self._session.position = known
         self._session.prefill(window[known:-1])
         return self._session.decode(window[-1])

@@ -17,10 +17,16 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
 from gpt_tf.generation import sequence
+from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.settings import arguments
+
+# A shorter beginning is not kept for other texts.
+_FEWEST_KEPT = 64
 
 
 class Work(NamedTuple):
@@ -68,6 +74,10 @@ class EdgeScheduler:
             anything else; for comparison.
         max_active: Largest number of requests with a cache.
         patience: How many chunks may pass the oldest prompt by.
+        prefixes: How many prompts keep their cache when they are done. Above 0, what
+            a prompt has in common with these, and with those that are being worked
+            for, is copied instead of computed: whole chunks, so that nothing is
+            rounded otherwise than it would be alone.
 
     Raises:
         InputError: An argument cannot be used.
@@ -91,6 +101,7 @@ class EdgeScheduler:
         chunked: bool = True,
         max_active: int = 8,
         patience: int = 4,
+        prefixes: int = 0,
         num_threads: int | None = None,
         when_full: str = "slide",
     ):
@@ -99,6 +110,7 @@ class EdgeScheduler:
         self.max_chunk = max_chunk if self.chunked else math.inf
         self.max_active = arguments.integer("max_active", max_active, 1)
         self.patience = arguments.integer("patience", patience, 1)
+        self.prefixes = arguments.integer("prefixes", prefixes)
         arguments.integer("num_threads", num_threads, 1, or_none=True)
         arguments.one_of("when_full", when_full, ("slide", "stop"))
         self._owns = not isinstance(source, EdgeGPT)
@@ -116,6 +128,7 @@ class EdgeScheduler:
         # Those that are not done, in order of arrival: the first have a cache. What is
         # next follows from what they have, so no interruption loses one.
         self._requests = []
+        self._kept = []  # done, with their caches, the one last used last
         self._arrivals = itertools.count()
         self._steps = itertools.count(1)
         self._chunk_step = 0  # the step of the last chunk
@@ -132,11 +145,22 @@ class EdgeScheduler:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        row: int = 0,
+        as_text: bool | None = None,
+        num_logprobs: int | None = None,
     ) -> "Request":
         """Ask for the continuation of one prompt; nothing is computed yet.
 
-        Args and errors are those of `EdgeGPT.generate`.
+        Args and errors are those of `EdgeGPT.generate`, and
+
+        Args:
+            row: Its place in a list of prompts: the text is that which `generate`
+                gives for the list and the seed.
+            as_text: Whether text is returned, or ids. None: as the prompt is.
+            num_logprobs: Keep the log-probability of each new token, and of so many
+                of the most likely ones, in `Request.scores`.
         """
+        arguments.integer("num_logprobs", num_logprobs, or_none=True)
         sampling = temperature, top_k, top_p, repetition_penalty, seed
         with self.gpt.one_thread:
             (state,), _ = sequence.begin(
@@ -145,8 +169,10 @@ class EdgeScheduler:
                 max_new_tokens=max_new_tokens,
                 stop=stop,
                 stream=True,
+                as_text=as_text,
+                first_row=row,
             )
-            request = Request(self, next(self._arrivals), state)
+            request = Request(self, next(self._arrivals), state, num_logprobs)
             if not request.done:
                 self._requests.append(request)
         return request
@@ -177,7 +203,7 @@ class EdgeScheduler:
         """
         while work := self.step():
             for request in work.requests:
-                for piece in request._take():
+                for piece in request.take():
                     yield request, piece
 
     @property
@@ -189,6 +215,8 @@ class EdgeScheduler:
         """End all requests and free the memory."""
         for request in list(self._requests):
             request.cancel()
+        while self._kept:
+            self._kept.pop()._close()
         self._batch.close()
         if self._owns:
             self.gpt.close()
@@ -226,7 +254,7 @@ class EdgeScheduler:
         """Choose the calls that prefill a request's window into its emptied cache."""
         request._session.reset()
         calls = request._session.plan(request.unread, self.max_chunk)
-        request._calls = collections.deque(calls)
+        request._calls, request._past = collections.deque(calls), []
 
     def _next(self, admitted):
         """Return the requests to work for: one prompt, or some that decode."""
@@ -257,10 +285,13 @@ class EdgeScheduler:
         """Prefill a chunk, or a whole prompt."""
         with self._working_for(request):
             calls, session, count = request._calls, request._session, 0
+            if self.prefixes:
+                self._copy_prefix(request)
             while calls and (not count or count + calls[0] <= self.max_chunk):
                 length = calls.popleft()
                 ids = request._state.pending[session.position : -1][:length]
                 session.step(ids, length)
+                request._past.append((length, len(ids)))
                 count += len(ids)
             self._chunk_step = next(self._steps)
         return Work((request,), "prefill", count)
@@ -296,6 +327,7 @@ class EdgeScheduler:
         """Give a request the logits of its next token."""
         try:
             request._pieces.extend(request._state.push(logits))
+            request._score(logits)
         except InputError as error:
             request.error = error
         else:
@@ -303,13 +335,73 @@ class EdgeScheduler:
                 self._plan(request)
         request._token_step = next(self._steps)
 
+    def _copy_prefix(self, request):
+        """Copy the chunks that come next from a text that has computed the same."""
+        others = [one for one in (*self._requests, *self._kept) if one._session]
+        found = [(*_in_common(request, other), other) for other in others]
+        tokens, calls, source = max(found, key=lambda one: one[0])
+        if tokens > request._session.position:
+            rows = source._session.rows(tokens)
+            request._session.fill(request._state.pending[:tokens], rows)
+            for _ in range(calls - len(request._past)):
+                request._calls.popleft()
+            request._past = source._past[:calls]
+            if source in self._kept:
+                self._kept.remove(source)
+                self._kept.append(source)
+
     def _release(self, request):
-        """Release the cache of a request that is done."""
-        session, request._session = request._session, None
-        if session is not None:
-            session.close()
+        """Release the cache of a request that is done, or keep it for its prefix."""
         if request in self._requests:
             self._requests.remove(request)
+            if self.prefixes and sum(n for _, n in request._past) >= _FEWEST_KEPT:
+                self._keep(request)
+                return
+        if request not in self._kept:
+            request._close()
+
+    def _keep(self, request):
+        """Keep a request's cache, instead of those whose prompt it has too."""
+        kept = [one for one in self._kept if not request._covers(one)]
+        kept = [*kept, request][-self.prefixes :]
+        gone = [one for one in self._kept if one not in kept]
+        self._kept = kept
+        for one in gone:
+            one._close()
+
+
+def _in_common(request, other):
+    """Return how many tokens and calls two prompts share, from the first call on.
+
+    Calls of `request` that are to come count, of `other` only those that were made.
+    """
+    ids, tokens, calls = request._state.pending, 0, 0
+    lengths = itertools.chain((length for length, _ in request._past), request._calls)
+    for length, (their_length, count) in zip(lengths, other._past, strict=False):
+        end = tokens + count
+        same = (
+            length == their_length
+            and count == min(length, len(ids) - 1 - tokens)
+            and ids[tokens:end] == other._session.ids[tokens:end]
+        )
+        if not same:
+            break
+        tokens, calls = end, calls + 1
+    return tokens, calls
+
+
+class TokenScore(NamedTuple):
+    """How likely a token was.
+
+    Attributes:
+        token: Its id.
+        logprob: Its log-probability in nats, before temperature and other options.
+        top: Ids and log-probabilities of the most likely tokens, in order.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 class Request:
@@ -319,14 +411,17 @@ class Request:
         arrival: Its number in order of arrival, from 0.
         tokens: The new tokens so far.
         error: What ended it, an InputError, or None.
+        scores: A `TokenScore` for each new token, where they were asked for.
     """
 
-    def __init__(self, scheduler, arrival, state):
+    def __init__(self, scheduler, arrival, state, num_logprobs=None):
         self.arrival = arrival
         self.error = None
+        self.scores = []
         self._scheduler = scheduler
-        self._state = state
+        self._state, self._num_logprobs = state, num_logprobs
         self._session = self._calls = None
+        self._past = []  # calls that filled its cache: lengths, and numbers of tokens
         self._token_step = -1  # the step of its last token
         self._pieces = collections.deque()
         self._working = False  # still True after it: an interruption
@@ -343,6 +438,16 @@ class Request:
             return 0
         read = 0 if self._session is None else self._session.position
         return len(self._state.pending) - 1 - read
+
+    @property
+    def num_shown(self) -> int:
+        """Number of the new tokens that `take` has given wholly, or will."""
+        return self._state.num_shown
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether it ended because no more tokens may be added, and not by itself."""
+        return self._state.at_limit
 
     @property
     def done(self) -> bool:
@@ -363,7 +468,7 @@ class Request:
         """
         try:
             while True:
-                yield from self._take()
+                yield from self.take()
                 if self.done:
                     break
                 self._scheduler.step()
@@ -401,6 +506,33 @@ class Request:
                 self._working = False
             self._scheduler._release(self)
 
-    def _take(self):
+    def take(self) -> Iterator:
+        """Yield what is new, and no more; the scheduler does not work for it."""
         while self._pieces:
             yield self._pieces.popleft()
+
+    def _score(self, logits):
+        """Keep how likely the newest token was, if one was added."""
+        if self._num_logprobs is None or len(self._state.new_ids) == len(self.scores):
+            return
+        scores = log_softmax(logits)
+        most = min(self._num_logprobs, len(scores))
+        best = np.argpartition(-scores, most - 1)[:most] if most else []
+        top = sorted(
+            ((int(i), float(scores[i])) for i in best), key=lambda one: -one[1]
+        )
+        token = self._state.new_ids[-1]
+        self.scores.append(TokenScore(token, float(scores[token]), top))
+
+    def _covers(self, other):
+        """Return whether its cache begins with all that another one prefilled."""
+        tokens = sum(count for _, count in other._past)
+        return (
+            self._past[: len(other._past)] == other._past
+            and self._session.ids[:tokens] == other._session.ids[:tokens]
+        )
+
+    def _close(self):
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()

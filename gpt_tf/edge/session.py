@@ -10,7 +10,7 @@ with a cache each.
 import ctypes
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -168,6 +168,17 @@ class Session:
         """Rows of the cache in use."""
         return self._cache.capacity
 
+    @property
+    def row_shape(self) -> tuple[int, int, int]:
+        """What a token has in the caches: their number, `G` heads, of `D` values."""
+        executor = self._executor
+        return len(executor.cache_names), executor.heads, executor.head_dim
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the caches' values."""
+        return self._executor.dtype
+
     def reset(self) -> None:
         """Empty the cache."""
         self.ids = []
@@ -244,6 +255,27 @@ class Session:
         self.ids += chunk
         return signature.read(count)
 
+    def rows(self, count: int) -> Iterator[np.ndarray]:
+        """Yield the first rows `(G, count, D)` of each cache, in the file's order."""
+        executor, cache = self._executor, self._cache
+        shape = executor.heads, cache.capacity, executor.head_dim
+        for name in executor.cache_names:
+            values = cache.buffers[name].read(math.prod(shape), executor.dtype)
+            yield values.reshape(shape)[:, :count]
+
+    def fill(self, ids: Sequence[int], rows: Iterable[np.ndarray]) -> None:
+        """Replace the text by another, whose rows of each cache were computed before.
+
+        `plan` has made room for it.
+
+        Args:
+            ids: The tokens.
+            rows: As `rows` yields them, of as many tokens.
+        """
+        self.reset()
+        self._write(self._cache, rows, len(ids))
+        self.ids = list(ids)
+
     def close(self) -> None:
         """Release the cache, for other sessions."""
         cache, self._cache = self._cache, None  # never released twice
@@ -280,18 +312,17 @@ class Session:
     def _take(self, capacity):
         old, new = self._cache, self._executor.acquire(capacity)
         if self.position:
-            self._copy_rows(old, new)
+            self._write(new, self.rows(self.position), self.position)
         self._cache = new
         self._executor.release(old)
 
-    def _copy_rows(self, old, new):
+    def _write(self, cache, rows, count):
         executor = self._executor
-        shape = (executor.heads, old.capacity, executor.head_dim)
-        rows = np.zeros((shape[0], new.capacity, shape[2]), executor.dtype)
-        for name in executor.cache_names:
-            kept = old.buffers[name].read(math.prod(shape), executor.dtype)
-            rows[:, : self.position] = kept.reshape(shape)[:, : self.position]
-            new.buffers[name].write(rows)
+        shape = executor.heads, cache.capacity, executor.head_dim
+        whole = np.zeros(shape, executor.dtype)
+        for name, values in zip(executor.cache_names, rows, strict=True):
+            whole[:, :count] = values
+            cache.buffers[name].write(whole)
 
     def _call(self, signature):
         cache = self._cache

@@ -36,6 +36,8 @@ def begin(
     stop: Sequence[str],
     stream: bool,
     slides: bool = True,
+    as_text: bool | None = None,
+    first_row: int = 0,
 ) -> tuple[list["SequenceState"], bool]:
     """Check prompts and options, and begin a sequence for each prompt.
 
@@ -52,6 +54,9 @@ def begin(
         stop: Texts that end the generation; they are cut off.
         stream: Whether the pieces are wanted as they come; for one prompt only.
         slides: As for `SequenceState`.
+        as_text: Whether text is shown, or ids. None: as the prompt is.
+        first_row: Which row of a longer list the first prompt is; each has random
+            numbers of its own.
 
     Returns:
         The sequences, and whether the prompt was a list of prompts.
@@ -63,6 +68,7 @@ def begin(
     arguments.switch("stream", stream)
     stop = arguments.texts("stop", stop)
     rows, is_text, is_list = rows_of(prompt, tokenizer)
+    is_text = is_text if as_text is None else as_text
     check_rows(rows, vocab_size)
     if stop and tokenizer is None:
         raise InputError("`stop` expects a tokenizer, to compare text with.")
@@ -82,6 +88,7 @@ def begin(
     # A lone surrogate is no text that a model could generate.
     stop = [text.encode("utf-8", "surrogatepass") for text in stop if text]
     end_ids = () if tokenizer is None else tokenizer.end_ids
+    generators = sampler.generators(first_row + len(rows))
     sequences = [
         SequenceState(
             row,
@@ -93,7 +100,7 @@ def begin(
             end_ids=end_ids,
             slides=slides,
         )
-        for row, generator in zip(rows, sampler.generators(len(rows)), strict=True)
+        for row, generator in zip(rows, generators[first_row:], strict=True)
     ]
     return sequences, is_list
 
@@ -209,6 +216,7 @@ class SequenceState:
         window_length: Number of ids in the window, the pending ones included.
         remaining: Number of tokens that may still be added.
         finished: Whether nothing more is to be computed.
+        at_limit: Whether it finished because no more tokens may be added.
     """
 
     def __init__(
@@ -226,7 +234,7 @@ class SequenceState:
         self.ids = list(prompt)
         self.new_ids = []
         self.remaining = max_new_tokens
-        self.finished = not max_new_tokens
+        self.finished = self.at_limit = not max_new_tokens
         self._sampler, self._generator = sampler, generator
         self._detokenizer = detokenizer
         self._context_length, self._end_ids = context_length, end_ids
@@ -239,6 +247,11 @@ class SequenceState:
     def value(self) -> str | list[int]:
         """All that was shown, text or ids as the prompt."""
         return self._detokenizer.value
+
+    @property
+    def num_shown(self) -> int:
+        """Number of the new tokens that were shown to their end."""
+        return self._detokenizer.num_shown
 
     def push(self, logits: np.ndarray) -> list:
         """Choose the next token by the logits `(V,)` of the last pending id.
@@ -260,6 +273,7 @@ class SequenceState:
         is_full = self.window_length == self._context_length
         ends_here = not self.remaining or (is_full and not self._slides)
         if ends_here or self._detokenizer.stopped:
+            self.at_limit = not self._detokenizer.stopped
             return pieces + self.finish()
         if is_full:
             self._keep(half_of(self._context_length))
@@ -303,11 +317,13 @@ class Detokenizer:
 
     Attributes:
         pieces: All that was shown: texts, none of them empty, or ids.
+        num_shown: Number of tokens that were shown to their end.
         stopped: Whether a stop text has come.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[bytes], is_text):
         self.pieces = []
+        self.num_shown = 0
         self.stopped = False
         self._tokenizer, self._stop, self._is_text = tokenizer, stop, is_text
         self._reserve = max(map(len, stop), default=1) - 1  # may begin a stop text
@@ -343,6 +359,7 @@ class Detokenizer:
         ids = [token for token, last in self._ids if last <= end]
         self._ids = [(token, last - end) for token, last in self._ids[len(ids) :]]
         self._held = self._held[end:]
+        self.num_shown += len(ids)
         pieces = ids if not self._is_text else [text] if text else []
         self.pieces += pieces
         return pieces

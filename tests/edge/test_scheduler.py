@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from gpt_tf.edge import EdgeScheduler
+from gpt_tf.edge import scheduler as scheduler_module
 from gpt_tf.errors import InputError
 from tests.edge.conftest import CONTEXT
 from tests.edge.test_runtime import OPTIONS, random_ids
@@ -201,3 +202,54 @@ def test_bad_arguments_are_refused(gpt, name):
         EdgeScheduler(gpt, **{name: 0})
     with pytest.raises(InputError, match="open EdgeGPT"):
         EdgeScheduler(gpt, num_threads=2)
+
+
+# Prefixes
+
+
+def test_prompts_that_begin_alike_are_computed_once_and_give_the_same_texts(
+    gpt, monkeypatch
+):
+    monkeypatch.setattr(scheduler_module, "_FEWEST_KEPT", 4)
+    long = random_ids(21, seed=4)
+    prompts = [long, long, [*long[:18], 1, 2], [*long[:5], *long[:15]], long, long]
+    options = {"max_new_tokens": 2, "seed": 2}
+    alone = [gpt.generate(prompt, **options) for prompt in prompts]
+    with EdgeScheduler(gpt, max_chunk=8, prefixes=1) as scheduler:
+        read = []
+        for batch in (prompts[:3], *([prompt] for prompt in prompts[3:])):
+            requests = [scheduler.submit(prompt, **options) for prompt in batch]
+            works = works_of(scheduler)
+            read += [
+                sum(n for number, kind, n in works if (number, kind) == (r, "prefill"))
+                for r in (request.arrival for request in requests)
+            ]
+            assert [r.result() for r in requests] == alone[: len(batch)]
+            alone = alone[len(batch) :]
+            assert len(scheduler._kept) == 1 and scheduler.active == 0
+    # The third is the shortest and goes first; all but a chunk is copied from it. The
+    # fourth shares none, and drives the others out.
+    assert read == [8, 0, 19, 19, 20, 0]
+
+
+def test_rows_scores_and_ends_are_told(gpt):
+    options = {"max_new_tokens": 6, "seed": 5}
+    texts = gpt.generate(["abc"] * 3, **options)
+    ids = gpt.tokenizer.encode("abc")
+    with EdgeScheduler(gpt) as scheduler:
+        for row, text in enumerate(texts):
+            request = scheduler.submit(
+                ids, row=row, as_text=True, num_logprobs=3, **options
+            )
+            assert request.result() == text
+            assert request.at_limit and request.num_shown == len(request.tokens) == 6
+            expected = gpt.score([*ids, *request.tokens])[len(ids) - 1 :]
+            found = [score.logprob for score in request.scores]
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+            assert [score.token for score in request.scores] == request.tokens
+            for score in request.scores:
+                best = [value for _, value in score.top]
+                assert len(best) == 3 and best == sorted(best, reverse=True)
+                assert best[0] >= score.logprob
+        stopped = scheduler.submit("abc", stop=[texts[0][2]], **options)
+        assert stopped.result() == texts[0][:2] and not stopped.at_limit
