@@ -16,6 +16,13 @@ VERSION = re.search(
 ).group(1)
 
 EDGE = ["ai-edge-litert>=2.3,<3", "flatbuffers>=24.3", "Jinja2>=3.1,<4"]
+# A server of OpenAI's protocol.
+SERVE = [
+    *EDGE,
+    "fastapi>=0.115,<1",
+    "prometheus_client>=0.21,<1",
+    "uvicorn>=0.34,<1",
+]
 # Google's own runtime, which the tests run the exported files in.
 EDGE_TEST = [*EDGE, "litert-lm>=0.18.1,<0.19"]
 TRAIN = [
@@ -92,6 +99,7 @@ setup(
         "train": TRAIN,
         "edge": EDGE,
         "edge-test": EDGE_TEST,
+        "serve": SERVE,
         "cluster": CLUSTER,
         "explain": EXPLAIN,
         "lm-eval": LM_EVAL,
@@ -112,12 +120,14 @@ setup(
             "ruff>=0.9,<1",
             "import-linter>=2.1,<3",
             "pre-commit>=4,<5",
+            "openai>=1.60,<4",
             *CLUSTER,
             *EDGE_TEST,
+            *SERVE,
             *EXPLAIN,
             *NOTEBOOKS,
         ],
-        "all": [*TRAIN, *CLUSTER, *EDGE, *EXPLAIN, *NOTEBOOKS],
+        "all": [*TRAIN, *CLUSTER, *SERVE, *EXPLAIN, *NOTEBOOKS],
     },
     entry_points={"console_scripts": ["gpt-tf = gpt_tf.cli:main"]},
     classifiers=[

@@ -30,6 +30,7 @@ _EXTRAS = {
         "train",
     ),
     **{"ai_edge_litert": "edge", "lime": "explain", "shap": "explain"},
+    **dict.fromkeys(("fastapi", "prometheus_client", "uvicorn"), "serve"),
     "ray": "cluster",
 }
 # What is wrong then is the place, and not gpt_tf.

@@ -1,17 +1,28 @@
-"""The command that says how fast files are: benchmark."""
+"""The command that says how fast files and servers are: benchmark."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gpt_tf.cli.common import command_line, notice
-from gpt_tf.cli.options import Files, Report
+from gpt_tf.cli.options import MODEL_OR_FILE, Report
 from gpt_tf.errors import InputError
 
 
 def benchmark(
-    file: Files,
+    file: Annotated[list[Path] | None, typer.Argument(help=MODEL_OR_FILE)] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a server of OpenAI's protocol, instead of files; its key "
+            "is that of the environment's GPT_TF_API_KEY."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Which of the server's models; the first.")
+    ] = None,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
@@ -63,6 +74,7 @@ def benchmark(
         request_of,
     )
     from gpt_tf.evaluation.report import place_of_report, write_report
+    from gpt_tf.evaluation.server_load import measure_server
     from gpt_tf.reporting import tables
 
     settings = {
@@ -86,20 +98,36 @@ def benchmark(
     settings |= {name: value for name, value in given.items() if value is not None}
     if out is not None:
         out = place_of_report(out)
+    if server is not None:
+        _check_of_server(
+            file=file,
+            threads=threads,
+            contexts=contexts,
+            thread_counts=thread_counts,
+            engine=engine.removeprefix("gpt_tf"),
+            baseline=baseline,
+        )
     if baseline is not None:
         sizes = {name: settings[name] for name in ("prompt_tokens", "new_tokens")}
         stored = read_baseline(baseline, **sizes)
         settings |= request_of(stored)
     with tables.MeasurementProgress() as progress:
-        made = measure_files(
-            file,
-            **settings,
-            threads=threads,
-            engine=engine,
-            out=out,
-            command=command_line(),
-            on_progress=progress.turn,
-        )
+        shared = {"command": command_line(), "on_progress": progress.turn}
+        if server is not None:
+            del settings["contexts"], settings["thread_counts"]
+            key = os.environ.get("GPT_TF_API_KEY") or None
+            made = measure_server(
+                server, model=model, api_key=key, **settings, **shared
+            )
+        else:
+            made = measure_files(
+                file or [],
+                threads=threads,
+                engine=engine,
+                out=out,
+                **settings,
+                **shared,
+            )
     tables.print_latency(made)
     if out is not None:
         write_report(out, made)
@@ -109,6 +137,15 @@ def benchmark(
         tables.print_baseline(compared)
         if compared["regressed"]:
             raise typer.Exit(1)
+
+
+def _check_of_server(**given):
+    """Refuse options that are about files."""
+    for name, value in given.items():
+        if value:
+            raise InputError(
+                f"`{name}` is about files. Received: --server too. Leave one out."
+            )
 
 
 def _numbers(name, text):

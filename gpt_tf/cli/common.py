@@ -31,6 +31,7 @@ _MODULES = {
     "export": "artefacts",
     "generate": "artefacts",
     "chat": "chat",
+    "serve": "serve",
     "evaluate": "evaluate",
     "benchmark": "benchmark",
     "recommend": "recommend",

@@ -224,10 +224,11 @@ def _latency_cells(entry):
     """Return the cells of a file by their labels."""
     latency = entry["latency"]
     gaps, memory = latency["inter_token_latency_ms"], latency["peak_memory_bytes"]
+    size, threads = entry["size_bytes"], latency["threads"]
     cells = {
-        "size, MB": number(entry["size_bytes"] / 1e6),
+        "size, MB": number(size and size / 1e6),
         "engine": latency["engine"],
-        "threads": str(latency["threads"]),
+        "threads": NOT_MEASURED if threads is None else str(threads),
         "first token": _spread(latency["time_to_first_token_ms"]),
         "between tokens": _spread(gaps),
         **{f"  {part}": number(gaps[part]) for part in ("p95", "p99", "worst")},
