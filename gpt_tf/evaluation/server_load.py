@@ -96,7 +96,7 @@ def measure_server(
     repetitions = arguments.integer("repetitions", repetitions, 1)
     rounds = min(arguments.integer("rounds", rounds, 1), repetitions)
     numbers = arguments.integers("requests", requests, 1)
-    server = _Server(url, model, api_key)
+    server = Server(url, model, api_key)
     draw, done = random.Random(_SEED), itertools.count()
     words = server.words_of(prompt_tokens, draw)
 
@@ -188,10 +188,17 @@ def _latency(clients, results, prompt_tokens, new_tokens):
     }
 
 
-class _Server:
-    """A server's address and one of its models."""
+class Server:
+    """A server's address and one of its models.
 
-    def __init__(self, url, model, api_key):
+    Args:
+        url, model, api_key: As for `measure_server`.
+
+    Attributes:
+        model: The model's name.
+    """
+
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None):
         self._url = arguments.text("url", url)
         parts = urllib.parse.urlsplit(url)
         try:
@@ -214,14 +221,14 @@ class _Server:
         if self.model not in names:
             arguments.refuse("model", model, f"one of {', '.join(names)}")
 
-    def connect(self):
+    def connect(self) -> http.client.HTTPConnection:
         """Return a connection; it is opened by its first request."""
         kind = http.client.HTTPConnection
         if self._is_secure:
             kind = http.client.HTTPSConnection
         return kind(*self._place, timeout=_TIMEOUT_S)
 
-    def words_of(self, tokens, draw):
+    def words_of(self, tokens: int, draw: random.Random) -> int:
         """Return of how many words a prompt has about so many tokens."""
         body = {"prompt": _text(_FIRST_WORDS, draw), "max_tokens": 1}
         with contextlib.closing(self.connect()) as connection:
@@ -230,8 +237,8 @@ class _Server:
         used = usage.get("prompt_tokens") or _FIRST_WORDS
         return max(1, round(tokens * _FIRST_WORDS / used))
 
-    def stream(self, connection, prompt, new_tokens) -> Stream:
-        """Ask for a text, and time its pieces."""
+    def stream(self, connection, prompt, new_tokens: int) -> Stream:
+        """Ask for a text after a prompt, text or ids, and time its pieces."""
         body = {
             "model": self.model,
             "prompt": prompt,

@@ -210,11 +210,12 @@ class ModelWorker:
         except Exception:  # LiteRT's, for want of memory: one request fails, not all
             logger.exception("a text of %s failed", self.name)
             work = None
-        if work is None or work.request.done:
+        advanced = () if work is None or work.kind == "prefill" else work.requests
+        for request in advanced:
+            self._tell(request)
+        if not advanced:  # one may have failed
             for request in [one for one in self._told if one.done]:
                 self._tell(request)
-        elif work.kind == "decode":
-            self._tell(work.request)
 
     def _tell(self, request):
         """Count what is new of a request, and hand it on."""

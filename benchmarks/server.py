@@ -1,0 +1,173 @@
+"""`gpt-tf serve` beside `EdgeGPT` itself, and sessions from a file beside prefills.
+
+    python benchmarks/server.py [--rounds N] [--folder DIR]
+
+Decoding: the same file continues the same prompt of 16 tokens greedily by 64, as
+`EdgeGPT.stream` in a loop of one's own, as a stream of the server to one client, and to
+8 clients at once. Clients and server share the machine. Of the bundled models a token
+takes as long as what Python and HTTP do for it, of GPT-2 small's shape it does not.
+
+Sessions: a prompt of 900 tokens at GPT-2 small's shape is prefilled, and loaded from
+the file that `save_session` wrote; the logits behind it are compared.
+"""
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+from decode import export, exported_path
+from generation import Task
+from harness import ROOT, Contender, console, finish, print_machine, take_turns
+
+MODE = "dynamic_int8"
+CLIENTS = 8
+PROMPT_TOKENS, NEW_TOKENS = 16, 64
+SESSION_TOKENS = 900
+BUNDLED = ("python-student", "python-small")
+# The command line, until standard input ends.
+_SERVE = """
+import os, sys, threading
+threading.Thread(target=lambda: os._exit(len(sys.stdin.read())), daemon=True).start()
+from gpt_tf import cli
+cli.main()
+"""
+
+
+def prompts_of(count):
+    """Return prompts of ids that every model knows."""
+    generator = np.random.default_rng(3)
+    return generator.integers(0, 257, (count, PROMPT_TOKENS)).tolist()
+
+
+def direct(path):
+    """`EdgeGPT`, whose text is taken piece by piece."""
+    from gpt_tf.edge import EdgeGPT
+
+    gpt = EdgeGPT(path)
+    (prompt,) = prompts_of(1)
+    options = {"max_new_tokens": NEW_TOKENS, "temperature": 0}
+    return repeated(lambda: sum(1 for _ in gpt.stream(prompt, **options)))
+
+
+def served(path, clients):
+    """The server, in a process that ends with this one, and its clients."""
+    from gpt_tf.evaluation.server_load import Server
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVE, "serve", "--port", "0", "--model", path],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    server = Server(process.stdout.readline().split()[0])
+    connections = [server.connect() for _ in range(clients)]
+    pool = futures.ThreadPoolExecutor(clients)
+    prompts = prompts_of(clients)
+
+    def ask(connection, prompt):
+        return server.stream(connection, prompt, NEW_TOKENS).tokens
+
+    return repeated(lambda: sum(pool.map(ask, connections, prompts)))
+
+
+def repeated(generate):
+    """Return a repetition: seconds a token, of all that are generated."""
+
+    def once():
+        began = time.perf_counter()
+        tokens = generate()
+        return (time.perf_counter() - began) / tokens
+
+    return lambda count: [once() for _ in range(count)]
+
+
+def session(path, folder, load):
+    """A prompt in the cache: prefilled, or loaded."""
+    from gpt_tf.edge import EdgeGPT
+
+    gpt, file = EdgeGPT(path), Path(folder) / "server.session"
+    ids = np.random.default_rng(4).integers(0, 257, SESSION_TOKENS).tolist()
+    gpt.prefill(ids)
+    gpt.save_session(file)
+    logits = gpt.decode(5)
+
+    def once():
+        gpt.reset()
+        began = time.perf_counter()
+        if load:
+            gpt.load_session(file)
+        else:
+            gpt.prefill(ids)
+        seconds = time.perf_counter() - began
+        if not np.array_equal(gpt.decode(5), logits):
+            raise RuntimeError("the logits differ")
+        return seconds
+
+    return lambda count: [once() for _ in range(count)]
+
+
+def compare(name, path, rounds):
+    """Return the tokens per second of one file, each way."""
+    contenders = [
+        Contender("EdgeGPT", direct, (path,)),
+        Contender("server, 1 client", served, (path, 1)),
+        Contender(f"server, {CLIENTS} clients", served, (path, CLIENTS)),
+    ]
+    console.print(name)
+    measured = take_turns(contenders, rounds, 1)
+    own = np.array(measured[0].seconds)
+    return {
+        "name": name,
+        "tokens_per_second": {
+            m.name: 1 / float(np.median(m.seconds)) for m in measured
+        },
+        # Of each round, so that a slow moment is slow for both.
+        "share": float(np.median(own / measured[1].seconds)),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--folder", type=Path, help="keeps the model")
+    arguments = parser.parse_args()
+    task = Task()
+    folder = arguments.folder or Path(tempfile.gettempdir()) / "gpt-tf-server"
+    folder.mkdir(parents=True, exist_ok=True)
+    print_machine()
+    take_turns([Contender("export", export, (task, folder, (MODE,)))], 1, 1, 1)
+    small = str(exported_path(folder, task, MODE))
+    models = {name: str(ROOT / f"saved_models/{name}.litertlm") for name in BUNDLED}
+    models["GPT-2 small's shape"] = small
+    rows = [compare(name, path, arguments.rounds) for name, path in models.items()]
+    prefilled, loaded = take_turns(
+        [
+            Contender("prefilled", session, (small, folder, False)),
+            Contender("loaded", session, (small, folder, True)),
+        ],
+        arguments.rounds,
+        1,
+    )
+    content = {
+        "task": dataclasses.asdict(task),
+        "mode": MODE,
+        "clients": CLIENTS,
+        "new_tokens": NEW_TOKENS,
+        "models": rows,
+        "session_tokens": SESSION_TOKENS,
+        "prefill_ms": prefilled.median_ms,
+        "load_ms": loaded.median_ms,
+        "session_bytes": (folder / "server.session").stat().st_size,
+    }
+    finish("server", content)
+
+
+if __name__ == "__main__":
+    main()
