@@ -3,6 +3,8 @@
 Keras models and the edge runtime make the prompt of `generate` here.
 """
 
+import bisect
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -55,13 +57,22 @@ def begin(
     count = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)
     system, turns = list(messages[:count]), list(messages[count:])
     room = context_length - min(max_new_tokens, context_length // 2)
-    while True:
-        prompt = template.render([*system, *turns])
-        length = len(tokenizer.encode(prompt, special=True))
-        later = [i for i, m in enumerate(turns) if i and m["role"] == "user"]
-        if length <= room or not later:
-            break
-        turns = turns[later[0] :]
+    # Where what is left of it may begin.
+    begins = [0, *(i for i, m in enumerate(turns) if i and m["role"] == "user")]
+
+    @functools.cache
+    def written(number):
+        prompt = template.render([*system, *turns[begins[number] :]])
+        return prompt, len(tokenizer.encode(prompt, special=True))
+
+    def fits(number):
+        return written(number)[1] <= room
+
+    number = 0
+    if not fits(0):  # the first that does, or the last
+        number = bisect.bisect_left(range(len(begins) - 1), True, key=fits)
+    turns = turns[begins[number] :]
+    prompt, length = written(number)
     if length >= context_length:
         raise InputError(
             f"The last turn expects room in the context of {context_length} tokens. "
