@@ -1,8 +1,9 @@
 """Running an exported GPT on a device: NumPy, LiteRT and a tokenizer, no TensorFlow.
 
 `loader` opens a file, `session` runs its signatures and holds the cache, `runtime` is
-`EdgeGPT`, `scheduler` serves several requests at once, `serving` a network. Imports `export`'s contract and
-`generation`, never TensorFlow or Keras. Start with `runtime`.
+`EdgeGPT`, `scheduler` serves several requests at once, `serving` those that come over
+HTTP. Imports `export`'s contract and `generation`, never TensorFlow or Keras. Start with
+`runtime`.
 """
 
 from gpt_tf.edge.runtime import EdgeGPT
