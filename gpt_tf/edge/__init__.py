@@ -2,8 +2,8 @@
 
 `loader` opens a file, `session` runs its signatures and holds the cache, `runtime` is
 `EdgeGPT`, `scheduler` serves several requests at once, `serving` those that come over
-HTTP. Imports `export`'s contract and `generation`, never TensorFlow or Keras. Start with
-`runtime`.
+HTTP. Imports `export`'s contract and `generation`, never TensorFlow or Keras. Start
+with `runtime`.
 """
 
 from gpt_tf.edge.runtime import EdgeGPT

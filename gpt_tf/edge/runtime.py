@@ -324,8 +324,9 @@ class EdgeGPT:
     def load_session(self, path: str | os.PathLike) -> int:
         """Put a text in the cache that `save_session` wrote; return its length.
 
-        A prompt that begins with it, of `generate` too, then goes on from there, until
-        another text has taken its place in the cache.
+        A prompt that begins as it does, with half of it at least, is then computed from
+        where they part only, in `generate` too, until another text has taken its place
+        in the cache.
 
         Args:
             path: The file. Opening it never runs what is in it.
@@ -398,9 +399,9 @@ class EdgeGPT:
                 may have been computed in other pieces, and be rounded otherwise.
         """
         known = sequence.common_length(self._session.ids, window[:-1])
-        if not reuse:  # but what was loaded, where the text has all of it
-            loaded = min(len(self._loaded), len(window) - 1)
-            known = loaded if loaded <= known else 0
+        if not reuse:  # but a session that was loaded, if the text has half of it
+            known = min(known, len(self._loaded))
+            known *= 2 * known >= min(len(self._loaded), len(window) - 1)
         self._session.position = known
         self._session.prefill(window[known:-1])
         return self._session.decode(window[-1])

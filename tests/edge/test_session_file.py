@@ -35,17 +35,17 @@ def test_generate_goes_on_from_a_loaded_session_and_from_no_other(
     gpt, saved, monkeypatch
 ):
     options = {"max_new_tokens": 5, "seed": 4}
-    alone = [gpt.generate(ids, **options) for ids in ([*PROMPT, 5], [1, 2, 3], PROMPT)]
+    half, less = [*PROMPT[:7], 1, 2], [*PROMPT[:5], 1, 2, 3, 4, 5, 6, 7, 8]
+    # A prompt, and how many of its tokens are to be prefilled; the last is decoded.
+    cases = [([*PROMPT, 5], 0), (PROMPT, 0), (half, 1), (less, 12), (PROMPT, 12)]
+    alone = [gpt.generate(ids, **options) for ids, _ in cases]
     read, prefill = [], gpt._session.prefill
     monkeypatch.setattr(
         gpt._session, "prefill", lambda ids: read.append(len(ids)) or prefill(ids)
     )
     gpt.load_session(saved)
-    for ids, text in zip(
-        ([*PROMPT, 5], PROMPT, [1, 2, 3], PROMPT), (0, 2, 1, 2), strict=True
-    ):
-        assert gpt.generate(ids, **options) == alone[text]
-    assert read == [0, 0, 2, len(PROMPT) - 1]
+    assert [gpt.generate(ids, **options) for ids, _ in cases] == alone
+    assert read == [count for _, count in cases]
     gpt._loaded = []
 
 

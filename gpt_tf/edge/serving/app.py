@@ -1,4 +1,4 @@
-"""The routes of the server, and what bounds a request.
+"""The routes of the server.
 
 A request passes `Guard` (key, size, time), then FastAPI and the classes of `protocol`,
 which refuse what is no request; its prompts are encoded in a thread, and `ModelWorker`
@@ -7,19 +7,16 @@ generates. Whatever goes wrong is answered in the form of OpenAI's errors.
 
 import asyncio
 import contextlib
-import hmac
-import time
 from collections.abc import AsyncIterator, Sequence
 
-import anyio
 import prometheus_client
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse, StreamingResponse
 
+from gpt_tf.edge.serving.guard import Guard
 from gpt_tf.edge.serving.metrics import Metrics
 from gpt_tf.edge.serving.protocol import (
     Answer,
@@ -38,11 +35,6 @@ from gpt_tf.settings.server import ServerConfig
 # Where a request does not say how many; the first is OpenAI's, the second EdgeGPT's.
 _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 512
 _RETRY = {"Retry-After": "1"}
-_KINDS = {
-    401: "authentication_error",
-    429: "rate_limit_error",
-    **dict.fromkeys((500, 503), "server_error"),
-}
 _MESSAGES = {
     404: "There is nothing at this address. The server has /v1/models, "
     "/v1/completions, /v1/chat/completions, /health and /metrics.",
@@ -214,6 +206,8 @@ async def _answer(body: TextRequest, request, worker, rows, limits):
     }
     answer = Answer(body, worker.gpt.tokenizer, sum(map(len, rows)))
     rows = [row for row in rows for _ in range(body.n)]
+    if not worker.is_alive:
+        raise _refused(503, f"{worker.name} has stopped. Start the server again.")
     try:
         job = worker.submit(rows, options, body.stream)
     except FullError:
@@ -232,7 +226,7 @@ async def _events(job: Job, answer: Answer, count: int) -> AsyncIterator[str]:
         async for pieces in job:
             yield "".join(map(answer.event, pieces))
     except InputError as error:
-        yield event(error_of(str(error), "server_error"))
+        yield event(error_of(str(error), 500))
     else:
         yield "".join(answer.end())
 
@@ -291,11 +285,9 @@ async def _on_refusal(request, error):
     message, code, param = (
         error.detail if isinstance(error.detail, tuple) else (error.detail, None, None)
     )
-    kind = _KINDS.get(error.status_code, "invalid_request_error")
     message = _MESSAGES.get(error.status_code, message) if code is None else message
-    return JSONResponse(
-        error_of(message, kind, code, param), error.status_code, error.headers
-    )
+    status = error.status_code
+    return JSONResponse(error_of(message, status, code, param), status, error.headers)
 
 
 async def _on_invalid(request, error):
@@ -313,7 +305,7 @@ async def _on_invalid(request, error):
 
 
 def _invalid(message, param=None):
-    return JSONResponse(error_of(message, "invalid_request_error", None, param), 400)
+    return JSONResponse(error_of(message, 400, None, param), 400)
 
 
 async def _on_input_error(request, error):
@@ -321,77 +313,4 @@ async def _on_input_error(request, error):
 
 
 async def _on_defect(request, error):
-    return JSONResponse(error_of("The server failed.", "server_error"), 500)
-
-
-# What bounds a request
-
-
-class Guard:
-    """Refuses requests without the key, too large, too slow, or of two lengths.
-
-    Args:
-        app: What answers the others.
-        config: The settings.
-    """
-
-    def __init__(self, app, config: ServerConfig):
-        self._app, self._config = app, config
-        self._most = config.max_request_kb * 1024
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] == "http":
-            refusal = self._refusal(scope["path"], Headers(scope=scope))
-            if refusal is not None:
-                await refusal(scope, receive, send)
-                return
-            receive = self._bounded(receive)
-        await self._app(scope, receive, send)
-
-    def _refusal(self, path, headers):
-        """Return the answer to a request that its headers rule out, or None."""
-        length = headers.get("content-length")
-        if length is not None and "transfer-encoding" in headers:
-            # Two programs in a row might not agree where the body ends.
-            message = "A body expects one length. Received: Content-Length and chunks."
-            return _refusal(400, message, {"Connection": "close"})
-        key = self._config.api_key
-        if key is not None and path != "/health":
-            given = headers.get("authorization", "").encode()
-            if not hmac.compare_digest(given, f"Bearer {key}".encode()):
-                message = "The server expects its API key, as a bearer token."
-                return _refusal(401, message, {"WWW-Authenticate": "Bearer"})
-        if length is not None and int(length) > self._most:
-            return _refusal(413, self._too_large(length))
-        return None
-
-    def _bounded(self, receive):
-        """Return `receive` with bounds on the body's size and on its time."""
-        end, size, whole = time.monotonic() + self._config.timeout_s, 0, False
-
-        async def bounded():
-            nonlocal size, whole
-            if whole:
-                return await receive()
-            try:
-                with anyio.fail_after(max(0, end - time.monotonic())):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(
-                    408, "The body did not arrive in time.", {"Connection": "close"}
-                ) from None
-            size += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if size > self._most:
-                raise HTTPException(413, self._too_large(size))
-            return message
-
-        return bounded
-
-    def _too_large(self, size):
-        return f"A request expects at most {self._most} bytes. Received: {size}."
-
-
-def _refusal(status, message, headers=None):
-    kind = _KINDS.get(status, "invalid_request_error")
-    return JSONResponse(error_of(message, kind), status, headers)
+    return JSONResponse(error_of("The server failed.", 500), 500)

@@ -10,7 +10,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gpt_tf.edge.serving.protocol import error_of
 
 _BUSY = JSONResponse(
-    error_of("The server has too many connections. Ask again later.", "server_error"),
+    error_of("The server has too many connections. Ask again later.", 503),
     503,
     {"Retry-After": "1", "Connection": "close"},
 )
@@ -58,7 +58,7 @@ def bounded_connections(max_connections: int, timeout_s: float) -> type[H11Proto
 
         def send_400_response(self, msg):
             """Answer what is no HTTP in the form of the other errors."""
-            body = JSONResponse(error_of(msg, "invalid_request_error")).body
+            body = JSONResponse(error_of(msg, 400)).body
             head = (
                 "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

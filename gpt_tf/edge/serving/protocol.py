@@ -17,6 +17,12 @@ from gpt_tf.text.tokenizer import Tokenizer
 
 _MOST_STOPS, _LONGEST_STOP = 16, 1024
 _MOST_LOGPROBS = 20
+# Types of errors by their status.
+_KINDS = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    **dict.fromkeys((500, 503), "server_error"),
+}
 # What says something about a request and nothing about its text.
 _REMARKS = {"metadata", "parallel_tool_calls", "service_tier", "store", "user"}
 
@@ -244,15 +250,16 @@ def event(value: dict) -> str:
 
 
 def error_of(
-    message: str, kind: str, code: str | None = None, param: str | None = None
+    message: str, status: int, code: str | None = None, param: str | None = None
 ) -> dict:
     """Return an error as OpenAI's clients know it.
 
     Args:
         message: What is wrong, and how to mend it.
-        kind: `"invalid_request_error"` or another of OpenAI's types.
+        status: The HTTP status.
         code: Its code, for programs.
         param: The field that it is about.
     """
+    kind = _KINDS.get(status, "invalid_request_error")
     parts = {"message": message, "type": kind, "param": param, "code": code}
     return {"error": parts}

@@ -173,18 +173,24 @@ class ModelWorker:
     # What the thread does
 
     def _run(self):
-        while True:
-            try:
-                command = self._commands.get(block=not self._told)
-            except queue.Empty:
-                self._step()
-                continue
-            if command is None:
-                break
+        try:
+            while self._work():
+                pass
+        finally:
+            for told in list(self._told.values()):
+                self._cancel(told.job, InputError("The model has stopped."))
+            self._scheduler.close()
+
+    def _work(self):
+        """Do a command, or else a step; return whether to go on."""
+        try:
+            command = self._commands.get(block=not self._told)
+        except queue.Empty:
+            self._step()
+            return True
+        if command is not None:
             command()
-        for told in list(self._told.values()):
-            self._cancel(told.job, InputError("The server is being stopped."))
-        self._scheduler.close()
+        return command is not None
 
     def _begin(self, job, rows, options):
         for index, row in enumerate(rows):
