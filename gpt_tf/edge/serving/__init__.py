@@ -1,7 +1,7 @@
 """A server of OpenAI's protocol over the scheduler: `gpt-tf serve`.
 
 `server` opens models and listens, `app` has the routes, `protocol` what requests and
-answers look like, `worker` the thread that computes for a model, `guard` and `connection`
-what bounds a request and a connection, `metrics` what is counted. Imports `edge` beside
-it, FastAPI and uvicorn, never TensorFlow or Keras. Start with `app`.
+answers look like, `worker` the thread that computes for a model, `guard` what bounds a
+request, `connection` what bounds a connection, `metrics` what is counted. Imports `edge`
+beside it, FastAPI and uvicorn, never TensorFlow or Keras. Start with `app`.
 """
