@@ -272,7 +272,7 @@ BAD = [
     ({**PROMPT, "prompt": [VOCAB_SIZE]}, 400, None),
     ({**PROMPT, "prompt": [1 << 80]}, 400, None),
     ({**PROMPT, "prompt": "\u4e2d"}, 400, None),
-    ({**PROMPT, "prompt": "\ud800"}, 400, "prompt"),
+    ({**PROMPT, "\ud800": 1}, 400, None),
     ({**PROMPT, "prompt": "a" * (CONTEXT + 1)}, 400, "prompt"),
 ]
 
@@ -306,7 +306,7 @@ GET = b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 HTTP = [
     (post(PROMPT, **CHUNKED), 400),  # and a length
     (SMALL.replace(LENGTH, LENGTH + b"Content-Length: 3\r\n"), 400),
-    (SMALL.replace(LENGTH, LENGTH + b"Transfer-Encoding: identity\r\n"), 501),
+    (SMALL.replace(LENGTH, LENGTH + b"Transfer-Encoding: identity\r\n"), 400),
     (post(b"{}", Content_Length="-2"), 400),
     (post(b"{}", Content_Length="2 2"), 400),
     (post(b"{}", Content_Length="0x2"), 400),
@@ -316,7 +316,7 @@ HTTP = [
     (SMALL.replace(b"HTTP/1.1", b"HTTP/9"), 400),
     (IN_CHUNKS + b"zz\r\n{}\r\n0\r\n\r\n", 400),
     (IN_CHUNKS + b"1388\r\n" + b" " * 5000 + b"\r\n0\r\n\r\n", 413),
-    (GET.replace(b"Host", b"X: " + b"y" * 100_000 + b"\r\nHost"), 400),
+    (b"GET / HTTP/1.1\r\nX: " + b"y" * 1_000_000, 400),
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
     (GET % b"/../../etc/passwd", 404),
     (GET % b"/v1/completions", 405),
@@ -368,20 +368,31 @@ def test_a_client_that_goes_away_frees_its_place(exported):
         )
 
 
-def test_connections_are_bounded_and_none_stands_still(exported):
-    with running(exported.litertlm, max_connections=4, timeout_s=0.4) as server:
-        idle = [socket.create_connection(server.address) for _ in range(30)]
-        wait_until(lambda: len(server.connections) <= 8)
-        status, body = answer(server.address, post(PROMPT)) or (503, b'{"error": 1}')
-        assert status == 503 and json.loads(body)["error"]
-        idle[0].sendall(b"POST /v1/completions HTTP/1.1\r\nHost:")
-        idle[1].sendall(post(PROMPT, Content_Length=1000))
-        idle[1].settimeout(10)
-        assert b" 408 " in idle[1].recv(1 << 16)
-        wait_until(lambda: not server.connections)
-        for connection in idle:
+def test_connections_are_bounded(exported):
+    with running(exported.litertlm, max_connections=2) as server:
+        opened = []
+        for count in range(30):
+            opened.append(socket.create_connection(server.address, timeout=10))
+            wait_until(lambda: len(server.connections) == min(count + 1, 4))  # noqa: B023
+        assert opened[-1].recv(1) == b""  # closed
+        for connection, status in ((opened[0], 200), (opened[2], 503)):
+            connection.sendall(post(PROMPT))
+            assert f"HTTP/1.1 {status}".encode() in connection.recv(1 << 16)
+        for connection in opened:
             connection.close()
+        wait_until(lambda: not server.connections)
         assert answer(server.address, post(PROMPT))[0] == 200
+
+
+def test_no_request_takes_for_ever(exported):
+    with running(exported.litertlm, timeout_s=0.4) as server:
+        parts = b"", b"POST /v1/completions HTTP/1.1\r\nHost:", post(PROMPT)[:-1]
+        opened = [socket.create_connection(server.address, timeout=10) for _ in parts]
+        for connection, part in zip(opened, parts, strict=True):
+            connection.sendall(part)
+        received = [connection.recv(1 << 16) for connection in opened[:2]]
+        assert received == [b"", b""] and b" 408 " in opened[2].recv(1 << 16)
+        wait_until(lambda: not server.connections)
 
 
 def test_a_reader_that_stands_still_is_let_go(exported):
@@ -400,7 +411,7 @@ def test_a_reader_that_stands_still_is_let_go(exported):
             for sample in metric.samples
             if sample.name.endswith("_total")
         }
-        assert outcomes == {"cancelled": 8}
+        assert outcomes["cancelled"] > 0
 
 
 def test_a_text_that_fails_does_not_end_the_server(exported, monkeypatch):

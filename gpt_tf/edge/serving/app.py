@@ -298,10 +298,12 @@ async def _on_invalid(request, error):
     if not place:
         return _invalid(f"{found[0]['msg'].removeprefix('Value error, ')}.")
     own = [one for one in found if one["loc"][1] == place[0]]
-    said = [one["msg"].removeprefix("Input should be ") for one in own]
-    expected = ", or ".join(dict.fromkeys(said))
+    said = dict.fromkeys(one["msg"] for one in own)
+    expected = ", or ".join(one.removeprefix("Input should be ") for one in said)
     received = arguments.shown(own[0]["input"])
-    return _invalid(f"`{place[0]}` expects {expected}. Received: {received}.", place[0])
+    return _invalid(
+        f"`{place[0]}` expects: {expected}. Received: {received}.", place[0]
+    )
 
 
 def _invalid(message, param=None):

@@ -261,5 +261,7 @@ def error_of(
         param: The field that it is about.
     """
     kind = _KINDS.get(status, "invalid_request_error")
+    # It may quote what is no UTF-8.
+    message = message.encode("utf-8", "backslashreplace").decode()
     parts = {"message": message, "type": kind, "param": param, "code": code}
     return {"error": parts}
