@@ -5,8 +5,8 @@ each after other random words, so that no server has the prompt in a cache. What
 measured of a stream:
 
 - time to first token: from sending the request to the first piece of text;
-- time between tokens: from a piece to the next;
-- response time: to the end of the stream.
+- time between tokens: from a piece to the next; a piece may hold several tokens;
+- response time: to the end of the stream; its tokens over it are the tokens per second.
 
 Tokens are counted by the server's `usage`, or else by pieces. A client that waits for
 its answer is one request at a time: so many clients are so many requests at once.
@@ -150,16 +150,11 @@ def _latency(clients, results, prompt_tokens, new_tokens):
     rounds = [streams for streams, _ in results]
     told = [s.prompt_tokens for streams in rounds for s in streams if s.prompt_tokens]
     rates = [[sum(s.tokens for s in streams) / seconds] for streams, seconds in results]
-    decoded = [
-        (stream.tokens - 1) / sum(stream.gaps_s)
-        for streams in rounds
-        for stream in streams
-        if stream.gaps_s
-    ]
-    if not decoded:
+    speeds = [s.tokens / s.response_s for streams in rounds for s in streams]
+    if not any(stream.gaps_s for streams in rounds for stream in streams):
         raise InputError(
-            "Measuring expects texts of several tokens. Received: texts that ended at "
-            "once. Ask another model, or for another length of prompt."
+            "Measuring expects texts of several pieces. Received: texts that came at "
+            "once. Ask for more tokens, or another model."
         )
     total = spread(rates)
 
@@ -175,7 +170,7 @@ def _latency(clients, results, prompt_tokens, new_tokens):
         "time_to_first_token_ms": of(lambda stream: [stream.first_s]),
         "inter_token_latency_ms": of(lambda stream: stream.gaps_s),
         "response_time_ms": of(lambda stream: [stream.response_s]),
-        "tokens_per_s": float(np.median(decoded)),
+        "tokens_per_s": float(np.median(speeds)),
         "by_context": [],
         "by_threads": [],
         "throughput": [

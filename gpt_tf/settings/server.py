@@ -71,5 +71,5 @@ class ServerConfig(Configuration):
         "nothing.",
     )
     when_full: Literal["slide", "stop"] = Field(
-        "slide", description="What a text does that fills the context: slide or stop."
+        "slide", description="What happens to a text that fills the context."
     )
