@@ -4,7 +4,7 @@ import pytest
 from gpt_tf.edge import EdgeGPT, session_file
 from gpt_tf.errors import DamagedFileError, InputError
 from gpt_tf.export import integrity
-from tests.edge.conftest import CONTEXT
+from tests.edge.conftest import CONTEXT, VOCAB_SIZE
 from tests.edge.test_runtime import random_ids
 
 PROMPT = random_ids(13)
@@ -35,7 +35,8 @@ def test_generate_goes_on_from_a_loaded_session_and_from_no_other(
     gpt, saved, monkeypatch
 ):
     options = {"max_new_tokens": 5, "seed": 4}
-    half, less = [*PROMPT[:7], 1, 2], [*PROMPT[:5], 1, 2, 3, 4, 5, 6, 7, 8]
+    other = [(token + 1) % VOCAB_SIZE for token in PROMPT]
+    half, less = [*PROMPT[:7], *other[7:9]], [*PROMPT[:5], *other[5:]]
     # A prompt, and how many of its tokens are to be prefilled; the last is decoded.
     cases = [([*PROMPT, 5], 0), (PROMPT, 0), (half, 1), (less, 12), (PROMPT, 12)]
     alone = [gpt.generate(ids, **options) for ids, _ in cases]
