@@ -12,6 +12,7 @@ the file that `save_session` wrote; the logits behind it are compared.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -68,14 +69,14 @@ def served(path, clients):
         text=True,
     )
     server = Server(process.stdout.readline().split()[0])
-    connections = [server.connect() for _ in range(clients)]
     pool = futures.ThreadPoolExecutor(clients)
     prompts = prompts_of(clients)
 
-    def ask(connection, prompt):
-        return server.stream(connection, prompt, NEW_TOKENS).tokens
+    def ask(prompt):
+        with contextlib.closing(server.connect()) as connection:
+            return server.stream(connection, prompt, NEW_TOKENS).tokens
 
-    return repeated(lambda: sum(pool.map(ask, connections, prompts)))
+    return repeated(lambda: sum(pool.map(ask, prompts)))
 
 
 def repeated(generate):
