@@ -195,8 +195,8 @@ class Server:
 
     def __init__(self, url: str, model: str | None = None, api_key: str | None = None):
         self._url = arguments.text("url", url)
-        parts = urllib.parse.urlsplit(url)
         try:
+            parts = urllib.parse.urlsplit(url)
             known = parts.scheme in ("http", "https") and parts.hostname
             self._place = parts.hostname, parts.port
         except ValueError:

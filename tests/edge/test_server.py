@@ -400,6 +400,8 @@ def test_no_request_takes_for_ever(exported):
         received = [connection.recv(1 << 16) for connection in opened[:2]]
         assert received == [b"", b""] and b" 408 " in opened[2].recv(1 << 16)
         wait_until(lambda: not server.connections)
+        for connection in opened:
+            connection.close()
 
 
 def test_a_reader_that_stands_still_is_let_go(exported):
