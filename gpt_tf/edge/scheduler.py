@@ -19,14 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt_tf.edge.prefixes import PrefixCache
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.errors import InputError
 from gpt_tf.generation import sequence
 from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.settings import arguments
-
-# A shorter beginning is not kept for other texts.
-_FEWEST_KEPT = 64
 
 
 class Work(NamedTuple):
@@ -110,7 +108,7 @@ class EdgeScheduler:
         self.max_chunk = max_chunk if self.chunked else math.inf
         self.max_active = arguments.integer("max_active", max_active, 1)
         self.patience = arguments.integer("patience", patience, 1)
-        self.prefixes = arguments.integer("prefixes", prefixes)
+        prefixes = arguments.integer("prefixes", prefixes)
         arguments.integer("num_threads", num_threads, 1, or_none=True)
         arguments.one_of("when_full", when_full, ("slide", "stop"))
         self._owns = not isinstance(source, EdgeGPT)
@@ -128,7 +126,7 @@ class EdgeScheduler:
         # Those that are not done, in order of arrival: the first have a cache. What is
         # next follows from what they have, so no interruption loses one.
         self._requests = []
-        self._kept = []  # done, with their caches, the one last used last
+        self._prefixes = PrefixCache(prefixes)
         self._arrivals = itertools.count()
         self._steps = itertools.count(1)
         self._chunk_step = 0  # the step of the last chunk
@@ -215,8 +213,7 @@ class EdgeScheduler:
         """End all requests and free the memory."""
         for request in list(self._requests):
             request.cancel()
-        while self._kept:
-            self._kept.pop()._close()
+        self._prefixes.close()
         self._batch.close()
         if self._owns:
             self.gpt.close()
@@ -285,8 +282,7 @@ class EdgeScheduler:
         """Prefill a chunk, or a whole prompt."""
         with self._working_for(request):
             calls, session, count = request._calls, request._session, 0
-            if self.prefixes:
-                self._copy_prefix(request)
+            self._prefixes.copy(request, self._requests)
             while calls and (not count or count + calls[0] <= self.max_chunk):
                 length = calls.popleft()
                 ids = request._state.pending[session.position : -1][:length]
@@ -335,59 +331,13 @@ class EdgeScheduler:
                 self._plan(request)
         request._token_step = next(self._steps)
 
-    def _copy_prefix(self, request):
-        """Copy the chunks that come next from a text that has computed the same."""
-        others = [one for one in (*self._requests, *self._kept) if one._session]
-        found = [(*_in_common(request, other), other) for other in others]
-        tokens, calls, source = max(found, key=lambda one: one[0])
-        if tokens > request._session.position:
-            rows = source._session.rows(tokens)
-            request._session.fill(request._state.pending[:tokens], rows)
-            for _ in range(calls - len(request._past)):
-                request._calls.popleft()
-            request._past = source._past[:calls]
-            if source in self._kept:
-                self._kept.remove(source)
-                self._kept.append(source)
-
     def _release(self, request):
         """Release the cache of a request that is done, or keep it for its prefix."""
         if request in self._requests:
             self._requests.remove(request)
-            if self.prefixes and sum(n for _, n in request._past) >= _FEWEST_KEPT:
-                self._keep(request)
-                return
-        if request not in self._kept:
-            request._close()
-
-    def _keep(self, request):
-        """Keep a request's cache, instead of those whose prompt it has too."""
-        kept = [one for one in self._kept if not request._covers(one)]
-        kept = [*kept, request][-self.prefixes :]
-        gone = [one for one in self._kept if one not in kept]
-        self._kept = kept
-        for one in gone:
-            one._close()
-
-
-def _in_common(request, other):
-    """Return how many tokens and calls two prompts share, from the first call on.
-
-    Calls of `request` that are to come count, of `other` only those that were made.
-    """
-    ids, tokens, calls = request._state.pending, 0, 0
-    lengths = itertools.chain((length for length, _ in request._past), request._calls)
-    for length, (their_length, count) in zip(lengths, other._past, strict=False):
-        end = tokens + count
-        same = (
-            length == their_length
-            and count == min(length, len(ids) - 1 - tokens)
-            and ids[tokens:end] == other._session.ids[tokens:end]
-        )
-        if not same:
-            break
-        tokens, calls = end, calls + 1
-    return tokens, calls
+            self._prefixes.keep(request)
+        if request not in self._prefixes.kept:
+            request.close()
 
 
 class TokenScore(NamedTuple):
@@ -524,15 +474,8 @@ class Request:
         token = self._state.new_ids[-1]
         self.scores.append(TokenScore(token, float(scores[token]), top))
 
-    def _covers(self, other):
-        """Return whether its cache begins with all that another one prefilled."""
-        tokens = sum(count for _, count in other._past)
-        return (
-            self._past[: len(other._past)] == other._past
-            and self._session.ids[:tokens] == other._session.ids[:tokens]
-        )
-
-    def _close(self):
+    def close(self) -> None:
+        """Release its cache."""
         session, self._session = self._session, None
         if session is not None:
             session.close()

@@ -47,6 +47,11 @@ class ServerConfig(Configuration):
     max_waiting: CountOrZero = Field(
         64, description="Texts of a model that may wait; one more is answered with 429."
     )
+    max_chunk: Count = Field(
+        64,
+        description="Tokens of a prompt that are read before other texts get their "
+        "next one.",
+    )
     max_choices: Count = Field(
         16, description="Texts that one request may ask for: prompts times n."
     )

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from gpt_tf.edge import EdgeScheduler
-from gpt_tf.edge import scheduler as scheduler_module
+from gpt_tf.edge import EdgeScheduler, prefixes
 from gpt_tf.errors import InputError
 from tests.edge.conftest import CONTEXT
 from tests.edge.test_runtime import OPTIONS, random_ids
@@ -210,7 +209,7 @@ def test_bad_arguments_are_refused(gpt, name):
 def test_prompts_that_begin_alike_are_computed_once_and_give_the_same_texts(
     gpt, monkeypatch
 ):
-    monkeypatch.setattr(scheduler_module, "_FEWEST_KEPT", 4)
+    monkeypatch.setattr(prefixes, "FEWEST_TOKENS", 4)
     long = random_ids(21, seed=4)
     prompts = [long, long, [*long[:18], 1, 2], [*long[:5], *long[:15]], long, long]
     options = {"max_new_tokens": 2, "seed": 2}
@@ -226,7 +225,7 @@ def test_prompts_that_begin_alike_are_computed_once_and_give_the_same_texts(
             ]
             assert [r.result() for r in requests] == alone[: len(batch)]
             alone = alone[len(batch) :]
-            assert len(scheduler._kept) == 1 and scheduler.active == 0
+            assert len(scheduler._prefixes.kept) == 1 and scheduler.active == 0
     # The third is the shortest and goes first; all but a chunk is copied from it. The
     # fourth shares none, and drives the others out.
     assert read == [8, 0, 19, 19, 20, 0]

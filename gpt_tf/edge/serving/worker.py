@@ -116,10 +116,14 @@ class ModelWorker:
         self.name, self.gpt, self._config = name, gpt, config
         self.created = int(time.time())
         self._scheduler = EdgeScheduler(
-            gpt, max_active=config.max_active, prefixes=config.prefixes
+            gpt,
+            max_chunk=config.max_chunk,
+            max_active=config.max_active,
+            prefixes=config.prefixes,
         )
         self._commands = queue.SimpleQueue()
         self._told = {}  # of each request of the scheduler that is not done
+        self._failed = False  # the scheduler's last step
         self._places = config.max_active + config.max_waiting
         self._taken, self._lock = 0, threading.Lock()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -215,11 +219,13 @@ class ModelWorker:
             work = self._scheduler.step()
         except Exception:  # LiteRT's, for want of memory: one request fails, not all
             logger.exception("a text of %s failed", self.name)
-            work = None
-        advanced = () if work is None or work.kind == "prefill" else work.requests
-        for request in advanced:
+            self._failed = True  # which one, its next step finds
+            return
+        decoded = work is not None and work.kind == "decode"
+        for request in work.requests if decoded else ():
             self._tell(request)
-        if not advanced:  # one may have failed
+        if self._failed or not decoded:
+            self._failed = False
             for request in [one for one in self._told if one.done]:
                 self._tell(request)
 
