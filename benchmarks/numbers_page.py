@@ -53,7 +53,7 @@ ORDER = (
     *("training", "generation", "quality", "parallel", "scaling_model"),
     *("quantization_strategies", "quantization", "distillation", "generalisation"),
     "finetune",
-    *("decode", "serving", "server", "optimize", "explanation"),
+    *("decode", "speculation", "serving", "server", "optimize", "explanation"),
 )
 
 PICTURES = {"decode": "edge.png", "training": "overview.png"}
