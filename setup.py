@@ -77,7 +77,10 @@ setup(
     license_files=["LICENSE"],
     cmdclass={"build_py": BuildWithModel},
     packages=find_packages(include=["gpt_tf", "gpt_tf.*"]),
-    package_data={"gpt_tf.reporting": ["report.css", "templates/*.j2"]},
+    package_data={
+        "gpt_tf.edge": ["web/*"],
+        "gpt_tf.reporting": ["report.css", "templates/*.j2"],
+    },
     python_requires=">=3.10,<3.13",
     install_requires=[
         "numpy>=1.26,<3",

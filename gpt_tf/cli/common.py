@@ -31,6 +31,7 @@ _MODULES = {
     "export": "artefacts",
     "generate": "artefacts",
     "chat": "chat",
+    "web": "web",
     "evaluate": "evaluate",
     "benchmark": "benchmark",
     "recommend": "recommend",
