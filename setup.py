@@ -44,6 +44,7 @@ LM_EVAL = [*EDGE, "lm-eval>=0.4.13,<0.5"]
 # Several workers, started again when one is lost.
 CLUSTER = ["ray[train]>=2.60,<3"]
 DOCS = [
+    *EDGE,  # to put a model into the site
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.6,<10",
     "mkdocstrings[python]>=0.29,<2",

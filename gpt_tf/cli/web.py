@@ -20,9 +20,9 @@ def web(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="A node_modules folder with LiteRT.js, which is copied, or the address "
-            "of a CDN that the page fetches it from. Default: node_modules here, or "
-            "else jsDelivr."
+            help="A node_modules folder with LiteRT.js, which is copied, or the "
+            "address of a CDN that the page fetches it from. Default: node_modules "
+            "here, or else jsDelivr."
         ),
     ] = None,
     offline: Annotated[

@@ -7,6 +7,8 @@ const MASKED = -1e9;
 // The part of a decode step that one more position adds in a prefill, as in session.py.
 const COST_PER_POSITION = 1 / 12;
 const MOST_THREADS = 4;
+// Between the logits of WebGPU and WebAssembly, as a part of their range.
+const LARGEST_DIFFERENCE = 0.01;
 const SIMD = "AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw==";
 
 /** Load LiteRT.js, with threads where the page may have them.
@@ -37,6 +39,7 @@ function startRuntime(library, folder, options) {
   globalThis.Module = {
     locateFile: (name) => folder + name,
     mainScriptUrlOrBlob: `${folder}litert_wasm_threaded_internal.js`,
+    printErr: (line) => /^(ERROR|FATAL)/.test(line) && console.error(line),
   };
   return library.loadLiteRt(folder, options);
 }
@@ -47,13 +50,14 @@ export class Engine {
    * @param {object} runtime As from `loadRuntime`.
    * @param {Uint8Array} bytes The `.tflite`.
    * @param {object} facts `config`, `capacity` and `prefill_lengths` of model.json.
+   * @param {string} accelerator `"wasm"` or `"webgpu"`.
    */
-  static async load({ litert, library, threads }, bytes, facts) {
-    const engine = new Engine();
-    engine.litert = litert;
+  static async load({ litert, library, threads }, bytes, facts, accelerator = "wasm") {
+    const engine = Object.assign(new Engine(), { litert, threads, accelerator });
     engine.Tensor = library.Tensor;
-    engine.model = await library.loadAndCompile(
-      bytes, { accelerator: "wasm", cpuOptions: { numThreads: threads } });
+    engine.model = await library.loadAndCompile(bytes, {
+      accelerator, cpuOptions: { numThreads: threads }, gpuOptions: { precision: "fp32" },
+    });
     engine.capacity = facts.capacity;
     engine.lengths = facts.prefill_lengths;
     engine.ids = [];
@@ -74,6 +78,12 @@ export class Engine {
   /** Bytes of the memory that WebAssembly has. */
   get memory() {
     return this.litert.liteRtWasm.HEAPU8.byteLength;
+  }
+
+  /** Free its memory. */
+  close() {
+    Object.values(this.caches).forEach((tensor) => tensor.delete());
+    this.model.delete();
   }
 
   /** Append tokens to the cache; they must have room in it. */
@@ -112,13 +122,43 @@ export class Engine {
       Object.values(this.caches).forEach((tensor) => tensor.delete());
       this.caches = caches;
       this.ids.push(...ids);
-      const values = logits?.toTypedArray();
+      const values = await logits?.data();
       logits?.delete();
       return values;
     } finally {
       Object.values(inputs).forEach((tensor) => tensor.delete());
     }
   }
+}
+
+/** Return a model on WebGPU in the place of one on WebAssembly, if both agree.
+ *
+ * They are asked for the logits behind a few tokens. What WebGPU cannot compute whole, or
+ * computes otherwise, is refused.
+ */
+export async function onGPU(engine, runtime, bytes, facts) {
+  const refuse = (received) => {
+    throw new Error(
+      `WebGPU expects to give WebAssembly's logits. Received: ${received}. Load the model ` +
+      "without it.");
+  };
+  if (!runtime.litert.getWebGpuDevice()) refuse("no GPU that this browser may use");
+  const gpu = await Engine.load(runtime, bytes, facts, "webgpu").catch((error) =>
+    refuse(error?.message ?? error));
+  if (!gpu.model.isFullyAccelerated) refuse("a part that only WebAssembly computes");
+  const prompt = Array.from({ length: 9 }, (_, i) => (7 + 13 * i) % facts.config.vocab_size);
+  for (const one of [engine, gpu]) await one.prefill(prompt.slice(0, -1));
+  const [expected, received] = [
+    await engine.decode(prompt.at(-1)), await gpu.decode(prompt.at(-1))];
+  // -1e9 of ids without a token has no part in the range.
+  const known = expected.filter((logit) => logit > MASKED / 2);
+  const range = Math.max(...known) - Math.min(...known);
+  const apart = Math.max(...expected.map((logit, id) => Math.abs(logit - received[id])));
+  if (!(apart <= LARGEST_DIFFERENCE * range))
+    refuse(`a difference of ${apart} in a range of ${range}`);
+  engine.close();
+  gpu.ids = [];
+  return gpu;
 }
 
 /** Choose lengths of calls that process tokens at the least cost; as in session.py.

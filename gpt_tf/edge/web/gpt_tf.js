@@ -1,4 +1,4 @@
-// A GPT that `gpt-tf web` wrote, in a browser: load it, stream text.
+// A GPT that `gpt-tf web` wrote, in a browser or in Node: load it, stream text.
 //
 //     import { GPT } from "./gpt_tf.js";
 //     const gpt = await GPT.load("./");
@@ -6,25 +6,28 @@
 
 /** A loaded model, which computes in a worker of its own. */
 export class GPT {
-  #worker = new Worker(new URL("worker.js", import.meta.url));
+  #worker;
   #waiting = new Map();
   #count = 0;
   #broken;
 
   /** Load the model of a folder that `gpt-tf web` wrote.
    *
-   * @param {string} url The folder, relative to the page.
-   * @param {object} options `onProgress`, called with `{loaded, total}` in bytes.
+   * @param {string} url The folder, relative to the page; in Node to this file.
+   * @param {object} options `onProgress`, called with `{loaded, total}` in bytes;
+   *     `accelerator`, `"wasm"` or `"webgpu"`. The latter is refused where its logits do
+   *     not agree with WebAssembly's.
    * @returns {Promise<GPT>} With `about`: its `name`, `config`, `mode`,
-   *     `contextLength`, `canChat`, `size`, `threads` and `memory` in bytes.
+   *     `contextLength`, `canChat`, `size`, `accelerator`, `threads` and `memory` in bytes.
    */
-  static async load(url = "./", { onProgress = () => {} } = {}) {
+  static async load(url = "./", { onProgress = () => {}, accelerator = "wasm" } = {}) {
     const gpt = new GPT();
+    gpt.#worker = await startWorker();
     gpt.#worker.onmessage = ({ data }) => gpt.#receive(data);
     gpt.#worker.onerror = (event) => gpt.#fail(event.message ?? "The worker did not start.");
     try {
       const place = new URL(url, globalThis.document?.baseURI ?? import.meta.url);
-      gpt.about = await gpt.#call("load", [place.href], onProgress);
+      gpt.about = await gpt.#call("load", [place.href, accelerator], onProgress);
     } catch (error) {
       gpt.close();
       throw error;
@@ -99,4 +102,9 @@ export class GPT {
     for (const { reject } of this.#waiting.values()) reject(new Error(message));
     this.#waiting.clear();
   }
+}
+
+async function startWorker() {
+  if (globalThis.process?.versions?.node) return (await import("./node.js")).startWorker();
+  return new Worker(new URL("worker.js", import.meta.url));
 }

@@ -1,9 +1,9 @@
 // A model in the folder that `gpt-tf web` wrote: loaded, and asked for text.
 //
-// It runs where it is imported: in worker.js for the page and for gpt_tf.js.
+// It runs where it is imported: in worker.js, or in node.js.
 
 import { fetchJSON, fetchModel } from "./download.js";
-import { Engine, loadRuntime } from "./engine.js";
+import { Engine, loadRuntime, onGPU } from "./engine.js";
 import { Sampler, integer, mostLikely } from "./sampler.js";
 import { Detokenizer, SequenceState, commonLength } from "./sequence.js";
 import { TextCodec } from "./tokenizer.js";
@@ -11,13 +11,38 @@ import { TextCodec } from "./tokenizer.js";
 const FORMAT = "gpt_tf.web/1";
 const CANDIDATES = 6;
 
-export class Model {
+/** Answer calls of methods, one after another: they share a cache.
+ *
+ * @param {(answer: object) => void} send Takes `{id, result}`, `{id, error}` or
+ *     `{id, progress}`.
+ * @returns {(call: {id: number, method: string, values: any[]}) => void}
+ */
+export function serve(send) {
+  let model;
+  let turn = Promise.resolve();
+  const answer = async ({ id, method, values }) => {
+    try {
+      if (method === "load") {
+        model = await Model.load(...values, (progress) => send({ id, progress }));
+        send({ id, result: model.about() });
+      } else {
+        send({ id, result: await model[method](...values) });
+      }
+    } catch (error) {
+      send({ id, error: error?.message ?? `LiteRT.js stopped: ${error}` });
+    }
+  };
+  return (call) => void (turn = turn.then(() => answer(call)));
+}
+
+class Model {
   /** Load what the folder at a URL holds.
    *
    * @param {string} url The folder.
+   * @param {string} accelerator `"wasm"` or `"webgpu"`.
    * @param {(progress: {loaded: number, total: number}) => void} onProgress
    */
-  static async load(url, onProgress) {
+  static async load(url, accelerator, onProgress) {
     const at = (name) => new URL(name, url);
     const facts = await fetchJSON(at("model.json"));
     if (facts.format !== FORMAT)
@@ -41,7 +66,7 @@ export class Model {
     model.codec = new TextCodec(
       facts, json, tokenBytes, tokenizers.Tokenizer, jinja?.Template);
     model.engine = await Engine.load(loaded, bytes, facts);
-    model.threads = loaded.threads;
+    if (accelerator === "webgpu") model.engine = await onGPU(model.engine, loaded, bytes, facts);
     model.sequences = new Map();
     model.begun = 0;
     return model;
@@ -52,7 +77,8 @@ export class Model {
     const { name, config, mode, capacity, chat, model } = this.facts;
     return {
       name, config, mode, contextLength: capacity, canChat: Boolean(chat),
-      size: model.size, threads: this.threads, memory: this.engine.memory,
+      size: model.size, memory: this.engine.memory,
+      accelerator: this.engine.accelerator, threads: this.engine.threads,
     };
   }
 

@@ -41,7 +41,7 @@ async function load() {
   $("memory").textContent = megabytes(memory);
   if (!canChat && !$("prompt").value) $("prompt").value = "    def __init__(self";
   $("progress").hidden = true;
-  for (const id of ["text", "form", "tokens"]) $(id).hidden = false;
+  for (const id of ["text", "form"]) $(id).hidden = false;
   say(
     `Ready in ${seconds(performance.now() - begun)}, on WebAssembly with ` +
     (threads > 1 ? `${threads} threads.` : "one thread." + reason()));
@@ -116,6 +116,7 @@ async function follow(prompt, place) {
       if (step.text) {
         const shown = add(place, "token", step.text);
         shown.steps = waiting;
+        $("tokens").hidden = false;
         waiting = [];
         text += step.text;
         speech.add(step.text);
@@ -174,8 +175,8 @@ const speech = {
 
 function choose(token) {
   document.querySelector("#output .chosen")?.classList.remove("chosen");
-  if (!token) return;
   token.classList.add("chosen");
+  $("tokens-hint").hidden = true;
   $("candidates").replaceChildren(...token.steps.map(candidatesOf));
 }
 

@@ -2,25 +2,9 @@
 //
 // It is no module, because LiteRT.js loads its WASM by `importScripts`.
 
-const module = import("./model.js");
-let model;
-let turn = Promise.resolve();
+const service = import("./model.js").then(
+  ({ serve }) => serve(postMessage),
+  (error) => ({ id }) => postMessage({ id, error: error.message }),
+);
 
-onmessage = ({ data: { id, method, values } }) => {
-  // One call after another: they share a cache.
-  turn = turn.then(() => answer(id, method, values));
-};
-
-async function answer(id, method, values) {
-  try {
-    if (method === "load") {
-      const { Model } = await module;
-      model = await Model.load(...values, (progress) => postMessage({ id, progress }));
-      postMessage({ id, result: model.about() });
-    } else {
-      postMessage({ id, result: await model[method](...values) });
-    }
-  } catch (error) {
-    postMessage({ id, error: error?.message ?? `LiteRT.js stopped: ${error}` });
-  }
-}
+onmessage = async ({ data }) => (await service)(data);
