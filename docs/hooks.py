@@ -253,7 +253,8 @@ def web_page():
     _temporary.append(tempfile.mkdtemp())
     folder = Path(_temporary[-1]) / "try"
     model = ROOT / "saved_models/python-small.litertlm"
-    write_web(model, folder, runtime=NODE_MODULES, offline=True)
+    prompt = "    def __init__(self"
+    write_web(model, folder, runtime=NODE_MODULES, offline=True, prompt=prompt)
     found = [path for path in folder.rglob("*") if path.is_file()]
     return {f"try/{path.relative_to(folder).as_posix()}": path for path in found}
 

@@ -29,6 +29,9 @@ def web(
         bool,
         typer.Option("--offline", help="Refuse a page that would need a network."),
     ] = False,
+    prompt: Annotated[
+        str, typer.Option(help="What stands in the page's field at first.")
+    ] = "",
     serve: Annotated[
         bool, typer.Option("--serve", help="Show the page here afterwards.")
     ] = False,
@@ -38,7 +41,9 @@ def web(
     from gpt_tf.edge.static_server import make_server
     from gpt_tf.edge.web_bundle import write_web
 
-    facts = write_web(model or shipped_model(), out, runtime=runtime, offline=offline)
+    facts = write_web(
+        model or shipped_model(), out, runtime=runtime, offline=offline, prompt=prompt
+    )
     source = facts["runtime"]["litert"]
     where = "copied" if source.startswith("runtime/") else f"from {source}"
     notice(f"wrote {out}: {facts['name']}, {megabytes(facts['model']['size'])}")

@@ -59,6 +59,7 @@ def write_web(
     *,
     runtime: str | os.PathLike | None = None,
     offline: bool = False,
+    prompt: str = "",
 ) -> dict:
     """Write a folder that any web server shows as a page with the model in it.
 
@@ -72,6 +73,7 @@ def write_web(
             copied, or the address of a content delivery network for npm that the page
             fetches them from. Default: `node_modules` here if it has them, else `CDN`.
         offline: Whether the page must do without a network but for its own folder.
+        prompt: What stands in the page's field at first.
 
     Returns:
         What the page knows of the model, as in its `model.json`.
@@ -101,6 +103,7 @@ def write_web(
     facts = {
         "format": FORMAT,
         "name": Path(model).stem,
+        "prompt": arguments.text("prompt", prompt),
         "model": {
             "file": "model.tflite",
             "size": len(content),

@@ -17,8 +17,8 @@ export class GPT {
    * @param {object} options `onProgress`, called with `{loaded, total}` in bytes;
    *     `accelerator`, `"wasm"` or `"webgpu"`. The latter is refused where its logits do
    *     not agree with WebAssembly's.
-   * @returns {Promise<GPT>} With `about`: its `name`, `config`, `mode`,
-   *     `contextLength`, `canChat`, `size`, `accelerator`, `threads` and `memory` in bytes.
+   * @returns {Promise<GPT>} With `about`: its `name`, `prompt` (an example), `config`,
+   *     `mode`, `contextLength`, `canChat`, `size`, `accelerator`, `threads` and `memory` in bytes.
    */
   static async load(url = "./", { onProgress = () => {}, accelerator = "wasm" } = {}) {
     const gpt = new GPT();

@@ -74,9 +74,9 @@ class Model {
 
   /** What the page shows of it. */
   about() {
-    const { name, config, mode, capacity, chat, model } = this.facts;
+    const { name, prompt, config, mode, capacity, chat, model } = this.facts;
     return {
-      name, config, mode, contextLength: capacity, canChat: Boolean(chat),
+      name, prompt, config, mode, contextLength: capacity, canChat: Boolean(chat),
       size: model.size, memory: this.engine.memory,
       accelerator: this.engine.accelerator, threads: this.engine.threads,
     };

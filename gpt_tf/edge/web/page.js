@@ -26,7 +26,7 @@ async function load() {
     $("retry").hidden = false;
     return say(error.message);
   }
-  const { name, config, mode, contextLength, size, threads, canChat, memory } = gpt.about;
+  const { name, prompt, config, mode, contextLength, size, threads, canChat, memory } = gpt.about;
   document.title = $("name").textContent = name;
   $("about").textContent =
     `${config.num_layers} blocks of ${config.embedding_dim}, ${mode}, ${megabytes(size)}, ` +
@@ -39,7 +39,7 @@ async function load() {
   $("system-label").hidden = !canChat;
   $("maxNewTokens").value = canChat ? 512 : 128;
   $("memory").textContent = megabytes(memory);
-  if (!canChat && !$("prompt").value) $("prompt").value = "    def __init__(self";
+  $("prompt").value ||= prompt;
   $("progress").hidden = true;
   for (const id of ["text", "form"]) $(id).hidden = false;
   say(
