@@ -152,7 +152,7 @@ def _tokenizer_facts(artefact):
     probe = probe if is_limited else _PROBE
     suppressed = ids_without_token(tokenizer, artefact.facts["config"]["vocab_size"])
     facts = {
-        "end_ids": tokenizer.end_ids,
+        "end_ids": list(tokenizer.end_ids),
         "suppressed": suppressed.tolist(),
         "probe": {"text": probe, "ids": tokenizer.encode(probe, special=True)},
     }

@@ -14,17 +14,19 @@ import pytest
 
 from gpt_tf.edge import EdgeGPT, static_server
 from gpt_tf.edge.web_bundle import FACTS_NAME, PACKAGES, install_command, write_web
+from gpt_tf.export.litertlm import export_litertlm
 from gpt_tf.generation.sampler import log_softmax
+from gpt_tf.training.loop import load_model
 from tests.edge.test_chat import talking  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-MODEL = ROOT / "saved_models/python-small.litertlm"
 NODE = shutil.which("node")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Where npm installed the packages.
 MODULES = Path(os.environ.get("GPT_TF_NODE_MODULES", ROOT / "node_modules"))
 
+pytestmark = pytest.mark.filterwarnings("ignore:The prompt of 160 tokens")
 needs_packages = pytest.mark.skipif(
     NODE is None or not all((MODULES / name).is_dir() for name in PACKAGES),
     reason=f"needs Node, and packages in {MODULES}: {install_command()}",
@@ -102,9 +104,21 @@ def browse(scenario, url, **given):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def model(tmp_path_factory):
+    """A trained model in float32.
+
+    Where activations are rounded as they come, the last digit of a sum decides on which
+    side one falls, and other kernels have other last digits.
+    """
+    path = tmp_path_factory.mktemp("model") / "python-small.litertlm"
+    export_litertlm(*load_model(ROOT / "saved_models/python-small"), path, "float32")
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("web") / "site"
-    write_web(MODEL, folder, runtime=MODULES, offline=True)
+    write_web(model, folder, runtime=MODULES, offline=True)
     return folder
 
 
@@ -115,8 +129,8 @@ def changed(site, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def gpt():
-    with EdgeGPT(MODEL) as opened:
+def gpt(model):
+    with EdgeGPT(model) as opened:
         yield opened
 
 
@@ -153,10 +167,10 @@ def test_the_same_seed_gives_the_same_text(site, gpt):
     token = answers[0]["first"]["token"]
     gpt.reset()
     likely = log_softmax(gpt.logits(gpt.tokenizer.encode(PROMPTS[0]))[-1])
-    assert token["probability"] == pytest.approx(np.exp(likely[token["id"]]), abs=0.02)
+    assert token["probability"] == pytest.approx(np.exp(likely[token["id"]]), rel=1e-3)
     others = [one["id"] for one in answers[0]["first"]["others"]]
     best = [i for i in np.argsort(-likely, kind="stable") if i != token["id"]]
-    assert len(others) == 5 and set(others) <= set(best[:7])
+    assert len(others) == 5 and others == best[:5]
 
 
 @needs_packages
@@ -279,7 +293,7 @@ class CutOnce(static_server._Handler):
     def copyfile(self, source, outputfile):
         if self.path == "/model.tflite" and not CutOnce.was_cut:
             CutOnce.was_cut = True
-            outputfile.write(source.read(500_000))
+            outputfile.write(source.read(1_000_000))
             self.close_connection = True
         else:
             super().copyfile(source, outputfile)
@@ -291,7 +305,7 @@ class CutOnce(static_server._Handler):
 def test_an_interrupted_download_is_told_and_can_be_repeated(site, served):
     CutOnce.was_cut = False
     found = browse("again", served(site, CutOnce))
-    assert "500000 of 1034624" in found["first"] and "Ready" in found["second"]
+    assert "ended after" in found["first"] and "Ready" in found["second"]
 
 
 @pytest.mark.slow
