@@ -52,6 +52,7 @@ benchmarks: $(VENV)/.bench ## Measure the numbers in the README
 	$(BIN)/python studies/scaling/run.py
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/server.py
+	$(BIN)/python benchmarks/browser.py
 	$(BIN)/python benchmarks/generalisation.py $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python benchmarks/explanation.py
 	$(BIN)/python benchmarks/picture.py

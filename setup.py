@@ -51,6 +51,7 @@ LM_EVAL = [*EDGE, "lm-eval>=0.4.13,<0.5"]
 # Several workers, started again when one is lost.
 CLUSTER = ["ray[train]>=2.60,<3"]
 DOCS = [
+    *EDGE,  # to put a model into the site
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.6,<10",
     "mkdocstrings[python]>=0.29,<2",
@@ -84,7 +85,10 @@ setup(
     license_files=["LICENSE"],
     cmdclass={"build_py": BuildWithModel},
     packages=find_packages(include=["gpt_tf", "gpt_tf.*"]),
-    package_data={"gpt_tf.reporting": ["report.css", "templates/*.j2"]},
+    package_data={
+        "gpt_tf.edge": ["web/*"],
+        "gpt_tf.reporting": ["report.css", "templates/*.j2"],
+    },
     python_requires=">=3.10,<3.13",
     install_requires=[
         "numpy>=1.26,<3",

@@ -53,7 +53,8 @@ ORDER = (
     *("training", "generation", "quality", "parallel", "scaling_model"),
     *("quantization_strategies", "quantization", "distillation", "generalisation"),
     "finetune",
-    *("decode", "speculation", "serving", "server", "optimize", "explanation"),
+    *("decode", "speculation", "browser", "serving", "server"),
+    *("optimize", "explanation"),
 )
 
 PICTURES = {"decode": "edge.png", "training": "overview.png"}

@@ -14,12 +14,17 @@ import logging
 import os
 import posixpath
 import re
+import shutil
+import tempfile
 import types
 import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# With LiteRT.js in it, the site carries a page that runs the bundled model.
+NODE_MODULES = Path(os.environ.get("GPT_TF_NODE_MODULES", ROOT / "node_modules"))
 _log = logging.getLogger("mkdocs.plugins.gpt_tf")
+_temporary = []  # folders
 
 # The rooms' titles; a room that is not named here is called by its name.
 ROOMS = {
@@ -233,7 +238,25 @@ def on_files(files, config):
             elif f"repository/{place}" not in files.src_uris:
                 copied = f"repository/{place}"
                 files.append(File.generated(config, copied, abs_src_path=str(path)))
+    for place, path in web_page().items():
+        files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
+
+
+def web_page():
+    """Return the files of the page with the bundled model by their place, if any."""
+    if not (NODE_MODULES / "@litertjs/core").is_dir():
+        _log.info("no page with a model: LiteRT.js is not in %s", NODE_MODULES)
+        return {}
+    from gpt_tf.edge.web_bundle import write_web
+
+    _temporary.append(tempfile.mkdtemp())
+    folder = Path(_temporary[-1]) / "try"
+    model = ROOT / "saved_models/python-small.litertlm"
+    prompt = "    def __init__(self"
+    write_web(model, folder, runtime=NODE_MODULES, offline=True, prompt=prompt)
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {f"try/{path.relative_to(folder).as_posix()}": path for path in found}
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -242,9 +265,18 @@ def on_page_markdown(markdown, page, config, files):
     for link, place in links_outside(markdown, own).items():
         copied = posixpath.relpath(f"repository/{place}", posixpath.dirname(own) or ".")
         markdown = markdown.replace(f"]({link}", f"]({copied}")
+    if own == "index.md" and "try/index.html" in files.src_uris:
+        line = "**[Write with the bundled model](try/index.html)**, in this browser."
+        markdown = markdown.replace("\n\n", f"\n\n{line}\n\n", 1)
     return markdown
 
 
 def on_startup(command, dirty):
     """Keep the packages quiet: pages are made, nothing is trained."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def on_post_build(config):
+    """Remove what was copied into the site."""
+    while _temporary:
+        shutil.rmtree(_temporary.pop())

@@ -32,6 +32,7 @@ _MODULES = {
     "generate": "artefacts",
     "chat": "chat",
     "serve": "serve",
+    "web": "web",
     "evaluate": "evaluate",
     "benchmark": "benchmark",
     "recommend": "recommend",
