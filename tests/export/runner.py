@@ -85,8 +85,9 @@ class Runner:
     def score(self, ids, filler=0):
         """Score in chunks from the start; logits `(N, V)`."""
         self.clear()
-        (name,) = (name for name in self.names if name.startswith("score_"))
-        span, rows = int(name.partition("_")[2]), []
+        lengths = (name.removeprefix("score_") for name in self.names)
+        span, rows = max(int(length) for length in lengths if length.isdigit()), []
+        name = f"score_{span}"
         for start in range(0, len(ids), span):
             chunk = list(ids[start : start + span])
             padded = chunk + [filler] * (span - len(chunk))
