@@ -283,7 +283,13 @@ def serving():
         left.set_xlabel("ms to the first token (bar: median; x: the long prompt's own)")
         long = content["long_tokens"]
         left.set_title(f"Short requests beside a prompt of {long} tokens")
-        styles = ((FLOOR, ":"), (FLOOR, "-"), (OURS, "-"), ("#7a8b5a", "-"), (THEIRS, "-"))
+        styles = (
+            (FLOOR, ":"),
+            (FLOOR, "-"),
+            (OURS, "-"),
+            ("#7a8b5a", "-"),
+            (THEIRS, "-"),
+        )
         for (colour, line), row in zip(styles, content["throughput"], strict=True):
             rates = row["tokens_per_second"]
             style = {"color": colour, "linestyle": line, "label": row["name"]}

@@ -71,14 +71,13 @@ def begin(
     number = 0
     if not fits(0):  # the first that does, or the last
         number = bisect.bisect_left(range(len(begins) - 1), True, key=fits)
-    turns = turns[begins[number] :]
     prompt, length = written(number)
     if length >= context_length:
         raise InputError(
             f"The last turn expects room in the context of {context_length} tokens. "
             f"Received: {length}. Make the message shorter, or the system prompt."
         )
-    if len(system) + len(turns) < len(messages):
+    if number > 0:
         warnings.warn(
             f"The conversation is longer than the context of {context_length} tokens; "
             "its oldest turns are left out.",
