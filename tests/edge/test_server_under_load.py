@@ -92,7 +92,6 @@ def check(process, expected):
         sizes.append(memory().rss)
     assert counts["answered"] > CLIENTS and counts["left"] > CLIENTS / 3, counts
     assert sizes[1] < sizes[0] + 20e6, sizes
-    print(counts, sizes)
     time.sleep(2)  # for the last ones that left
     with openai.OpenAI(base_url=base_url, api_key="none") as client:
         client.completions.create(model="gpt", prompt="abc", max_tokens=1)
