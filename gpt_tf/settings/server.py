@@ -63,7 +63,7 @@ class ServerConfig(Configuration):
         1024, description="Largest body of a request, in units of 1024 bytes."
     )
     max_connections: Count = Field(
-        256, description="Connections that are served; as many more are told to wait."
+        256, description="Connections that are served; 64 more are told to wait."
     )
     timeout_s: Positive = Field(
         30.0,

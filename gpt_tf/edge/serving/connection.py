@@ -9,6 +9,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt_tf.edge.serving.protocol import error_of
 
+# Connections that wait to be accepted, and as many that are told to ask again later.
+# asyncio accepts all that wait before it looks at one: more than there are file
+# descriptors for, with uvicorn's 2048.
+BACKLOG = 64
+
 _BUSY = JSONResponse(
     error_of("The server has too many connections. Ask again later.", 503),
     503,
@@ -20,7 +25,7 @@ def bounded_connections(max_connections: int, timeout_s: float) -> type[H11Proto
     """Return the class of uvicorn's connections with bounds.
 
     Args:
-        max_connections: Connections that are served. As many more are answered that
+        max_connections: Connections that are served. `BACKLOG` more are answered that
             there are too many; what comes then is closed.
         timeout_s: Seconds for a request's headers, and for a reader that stands still.
     """
@@ -32,7 +37,7 @@ def bounded_connections(max_connections: int, timeout_s: float) -> type[H11Proto
             super().connection_made(transport)
             if len(self.connections) > max_connections:
                 self.app = _BUSY
-            if len(self.connections) > 2 * max_connections:
+            if len(self.connections) > max_connections + BACKLOG:
                 transport.abort()
             self._start()
 

@@ -11,7 +11,7 @@ import uvicorn
 
 from gpt_tf.edge.runtime import EdgeGPT
 from gpt_tf.edge.serving.app import make_app
-from gpt_tf.edge.serving.connection import bounded_connections
+from gpt_tf.edge.serving.connection import BACKLOG, bounded_connections
 from gpt_tf.edge.serving.metrics import Metrics
 from gpt_tf.edge.serving.worker import ModelWorker
 from gpt_tf.errors import InputError
@@ -70,6 +70,7 @@ def make_server(
             make_app(workers, config, metrics),
             http=bounded_connections(config.max_connections, config.timeout_s),
             ws="none",
+            backlog=BACKLOG,
             log_level="error",
             access_log=False,
             server_header=False,
@@ -106,7 +107,7 @@ def _listen(config):
         if os.name == "posix":  # elsewhere two programs could have the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.host, config.port))
-        listener.listen()
+        listener.listen(BACKLOG)
         return listener
     except OSError as error:
         listener.close()
