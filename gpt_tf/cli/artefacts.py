@@ -9,7 +9,15 @@ import typer
 
 from gpt_tf.bundled_model import shipped_model
 from gpt_tf.cli.common import import_tensorflow
-from gpt_tf.cli.options import RepetitionPenalty, Seed, Temperature, TopK, TopP
+from gpt_tf.cli.options import (
+    DraftFile,
+    RepetitionPenalty,
+    Seed,
+    Speculate,
+    Temperature,
+    TopK,
+    TopP,
+)
 from gpt_tf.errors import InputError
 from gpt_tf.pretrained.source import is_keras, is_name
 from gpt_tf.quantization.modes import MODES
@@ -92,6 +100,8 @@ def generate(
     top_p: TopP = None,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    speculate: Speculate = "lookup",
+    draft: DraftFile = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends it; may be repeated.")
     ] = None,
@@ -103,7 +113,7 @@ def generate(
     ] = False,
 ):
     """Continue a prompt, streaming; without a prompt, line by line from you."""
-    gpt, tokenizer, given = opened(model or shipped_model())
+    gpt, tokenizer, given = opened(model or shipped_model(), speculate, draft)
 
     def answer(text):
         if text.endswith(" ") and tokenizer.kind == "bpe":
@@ -140,8 +150,12 @@ def generate(
         return
 
 
-def opened(model):
+def opened(model, speculate="lookup", draft=None):
     """Open what writes text.
+
+    Args:
+        model: A file or a folder.
+        speculate, draft: As for `EdgeGPT`; of a file only.
 
     Returns:
         It, with `generate` and `chat`; its tokenizer; and what these two are to be
@@ -154,6 +168,11 @@ def opened(model):
             "Check the path."
         )
     if is_keras(model):
+        if draft is not None:
+            raise InputError(
+                f"`draft` expects an exported file as the model. Received: {model}. "
+                "Export it first, or leave the draft out."
+            )
         import_tensorflow()
         from gpt_tf.training.loop import load_model
 
@@ -162,7 +181,7 @@ def opened(model):
     else:
         from gpt_tf.edge import EdgeGPT
 
-        gpt = EdgeGPT(model)
+        gpt = EdgeGPT(model, speculate=speculate, draft=draft)
         tokenizer, given = gpt.tokenizer, {}
     if tokenizer is None:
         raise InputError(

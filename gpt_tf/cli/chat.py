@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from gpt_tf.cli.artefacts import opened
-from gpt_tf.cli.options import RepetitionPenalty, Seed, Temperature, TopK, TopP
+from gpt_tf.cli.options import (
+    DraftFile,
+    RepetitionPenalty,
+    Seed,
+    Speculate,
+    Temperature,
+    TopK,
+    TopP,
+)
 from gpt_tf.errors import InputError
 from gpt_tf.text.chat import ChatTemplate, read_source
 
@@ -33,10 +41,12 @@ def chat(
     top_p: TopP = None,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    speculate: Speculate = "lookup",
+    draft: DraftFile = None,
 ):
     """Talk with a model, in the form that it was taught to chat in."""
     source = None if template is None else read_source(template)
-    gpt, tokenizer, given = opened(model)
+    gpt, tokenizer, given = opened(model, speculate, draft)
     own = tokenizer.chat_template
     if source is not None:
         tokenizer.chat_template = ChatTemplate(

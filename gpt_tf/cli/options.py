@@ -44,6 +44,19 @@ RepetitionPenalty = Annotated[
     float, typer.Option(help="Above 1 makes repetition less likely.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        help="lookup: what the text repeats is foreseen, where that saves time; none. "
+        "Of a file; the text is the same."
+    ),
+]
+DraftFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft", help="A smaller file with the same tokenizer, which writes ahead."
+    ),
+]
 
 # The panels of `--help`, each with the first of its fields.
 _PANELS = {

@@ -9,8 +9,9 @@ A file has the signatures
 
 - `decode`: one token in, the logits of the next one out;
 - `prefill_<T>` for several T: T tokens in, only the caches out;
-- `score_<T>` for one T: as `prefill_<T>`, and the logits of all T positions. It is
-  ours: LiteRT-LM does not look at it;
+- `score_<T>` for several T: as `prefill_<T>`, and the logits of all T positions. They
+  are ours: LiteRT-LM does not look at them. Short ones verify proposed tokens, and a
+  runtime does without those that a file does not have;
 - `decode_batch_<N>` for several N, in files that are asked for: a token of each of N
   texts. Ours too. See below.
 

@@ -22,7 +22,8 @@ from gpt_tf.text.tokenizer import FILE_NAME, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-SCORE_LENGTH = 64
+# The short ones verify proposals, see `generation.speculation`.
+SCORE_LENGTHS = (2, 4, 8, 64)
 _MANY_PARAMETERS = 10_000_000
 
 
@@ -153,7 +154,7 @@ def export_tflite(
         "config": constants.sizes,
         "capacity": capacity,
         "prefill_lengths": lengths,
-        "score_lengths": [min(SCORE_LENGTH, capacity)],
+        "score_lengths": sorted({min(length, capacity) for length in SCORE_LENGTHS}),
         "batch_sizes": batch_sizes,
         "cache_dtype": "int8" if constants.mode.full else "float32",
         "tokenizer_fingerprint": tokenizer.fingerprint() if tokenizer else None,

@@ -34,6 +34,7 @@ LARGEST_DIVERGENCE = {
     "int4": 0.3,
 }
 _GREEDY_TOKENS = 8
+_MOST_CHUNKS = 4  # of one signature
 MOST_TOKENS = 128
 
 
@@ -181,9 +182,10 @@ class _Runner:
         return (None if logits is None else logits[0]), outputs  # (T, V)
 
     def run_score(self, span, ids):
-        """Score a text in chunks; return logits by (signature, position)."""
+        """Score a text in some chunks; return logits by (signature, position)."""
         found, caches, name = {}, self.blank, signatures.score(span)
-        for start in range(0, min(len(ids), self.capacity - span + 1), span):
+        most = min(len(ids), self.capacity - span + 1, _MOST_CHUNKS * span)
+        for start in range(0, most, span):
             chunk = ids[start : start + span]
             logits, caches = self.call(name, chunk, start, caches, span)
             for offset in range(len(chunk)):
@@ -193,7 +195,7 @@ class _Runner:
     def run_prefill(self, span, ids):
         """Prefill but for the end, which is decoded; a last chunk is filled up."""
         caches, position, name = self.blank, 0, signatures.prefill(span)
-        most = max(1, min(len(ids) - 2, 4 * span))
+        most = max(1, min(len(ids) - 2, _MOST_CHUNKS * span))
         while position < most and position + span <= self.capacity:
             chunk = ids[position : min(position + span, most)]
             _, caches = self.call(name, chunk, position, caches, span)

@@ -7,11 +7,13 @@ that the same prompts, options and messages hold in all.
 """
 
 import codecs
+import copy
+import dataclasses
 import itertools
 import numbers
 import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -267,6 +269,25 @@ class SequenceState:
             self.window_length += 1
             self.needs_prefill, self.pending = False, [token]
         return pieces
+
+    def rehearsal(self, suppress_tokens=()) -> Callable[[np.ndarray], int]:
+        """Return a function that chooses tokens as `push` would, and changes nothing.
+
+        It uses copies of what `push` uses, random numbers among it. So a model that
+        resembles the one of this sequence tends to choose what that one will.
+
+        Args:
+            suppress_tokens: Ids of that model that are never chosen.
+        """
+        sampler = dataclasses.replace(self._sampler, suppress_tokens=suppress_tokens)
+        generator, seen = copy.deepcopy(self._generator), set(self._seen)
+
+        def choose(logits):
+            token = sampler.choose(logits, seen, generator)
+            seen.add(token)
+            return token
+
+        return choose
 
     def finish(self) -> list:
         """End the sequence; return the pieces that were held back."""

@@ -1,0 +1,101 @@
+"""Generating several tokens a step on a device, where text lets itself be foreseen.
+
+What proposes and when it pays is `gpt_tf.generation.speculation`; here its calls are
+made: `score_<T>` verifies, and a smaller file writes ahead.
+"""
+
+import time
+
+
+from gpt_tf.edge.session import Executor, Session
+from gpt_tf.generation import sequence, speculation
+
+# Signatures that score more tokens than these cost too much to verify proposals.
+_MOST_VERIFIED = 16
+
+
+class Speculator:
+    """Takes the steps of the texts of one model, and learns what pays.
+
+    Args:
+        executor: The model that is to write.
+        looks_up: Whether the text itself is searched for what may follow.
+        draft: A `Draft`, or None.
+    """
+
+    def __init__(self, executor: Executor, looks_up: bool, draft: "Draft | None"):
+        lengths = [n for n in executor.scores if 1 < n <= _MOST_VERIFIED]
+        self._paces = {}
+        if looks_up:
+            self._paces["lookup"] = speculation.Pace(lengths)
+        if draft is not None:
+            self._paces["draft"] = speculation.Pace(lengths)
+        self._draft = draft
+
+    def begin(self, session: Session, state: sequence.SequenceState) -> "_Text":
+        """Return what takes the steps of one text."""
+        proposers = {"lookup": speculation.PromptLookup(state.ids).propose}
+        if self._draft is not None:
+            proposers["draft"] = lambda count: self._draft.propose(state, count)
+        sources = [(pace, proposers[name]) for name, pace in self._paces.items()]
+        return _Text(session, state, sources)
+
+
+class _Text:
+    """Takes the steps of one text, each of one token or several."""
+
+    def __init__(self, session, state, sources):
+        self._session, self._state, self._sources = session, state, sources
+
+    def step(self) -> list:
+        """Add one token or several; return the pieces that can be shown now."""
+        session, state = self._session, self._state
+        most = min(session.limit - session.position, state.remaining)
+        for pace, propose in self._sources:
+            began = time.perf_counter()
+            length = pace.length(most)
+            proposed = propose(length - 1) if length > 1 else []
+            if proposed:
+                logits = session.verify([*state.pending, *proposed])
+                seconds = time.perf_counter() - began
+                pieces, accepted = speculation.verify(state, logits, proposed)
+                session.position -= len(proposed) - accepted
+                pace.record(length, accepted, seconds)
+                return pieces
+        began = time.perf_counter()
+        logits = session.decode(state.pending[0])
+        seconds = time.perf_counter() - began
+        for pace, _ in self._sources:
+            pace.record(1, 0, seconds)
+        return state.push(logits)
+
+
+class Draft:
+    """A small model that writes ahead of a large one, greedily or as that one draws.
+
+    Args:
+        gpt: An open `EdgeGPT` with the same tokens.
+    """
+
+    def __init__(self, gpt):
+        self._gpt = gpt
+        self._session = gpt.new_session()
+        self._suppressed = sequence.ids_without_token(
+            gpt.tokenizer, gpt.config["vocab_size"]
+        )
+
+    def propose(self, state: sequence.SequenceState, count: int) -> list[int]:
+        """Return the next `count` tokens of a text, none where it has no room."""
+        session, text = self._session, state.ids[-state.window_length :]
+        if len(text) + count > session.limit:
+            return []
+        with self._gpt.one_thread:
+            session.position = len(text) - 1
+            if session.ids != text[: session.position]:
+                session.position = sequence.common_length(session.ids, text)
+            session.prefill(text[session.position : -1])
+            choose, proposed = state.rehearsal(self._suppressed), []
+            for _ in range(count):
+                logits = session.decode((proposed or text)[-1])
+                proposed.append(choose(logits))
+        return proposed
