@@ -187,13 +187,13 @@ class Session:
         for signature, chunk in self._chunks(ids, self._executor.scores):
             yield self.run(signature, chunk)
 
-    def verify(self, ids: Sequence[int]) -> np.ndarray:
-        """Append tokens by the score signature of their number; return their logits.
+    def verify(self, ids: Sequence[int], length: int) -> np.ndarray:
+        """Append tokens by one call of a score signature; return their logits.
 
         They are `(n, V)` float32, in all bits those that `decode` gives.
         """
-        self._reserve(len(ids))
-        return self.run(self._executor.scores[len(ids)], ids)
+        self._reserve(length)
+        return self.run(self._executor.scores[length], ids)
 
     def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
         """Return those of all tokens of a text but the first, `(N - 1,)` float32.

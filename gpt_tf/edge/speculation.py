@@ -6,7 +6,6 @@ made: `score_<T>` verifies, and a smaller file writes ahead.
 
 import time
 
-
 from gpt_tf.edge.session import Executor, Session
 from gpt_tf.generation import sequence, speculation
 
@@ -34,10 +33,9 @@ class Speculator:
 
     def begin(self, session: Session, state: sequence.SequenceState) -> "_Text":
         """Return what takes the steps of one text."""
-        proposers = {"lookup": speculation.PromptLookup(state.ids).propose}
-        if self._draft is not None:
-            proposers["draft"] = lambda count: self._draft.propose(state, count)
-        sources = [(pace, proposers[name]) for name, pace in self._paces.items()]
+        made = {"lookup": lambda: speculation.PromptLookup(state.ids)}
+        made["draft"] = lambda: _Ahead(self._draft, state)
+        sources = [(pace, made[name]()) for name, pace in self._paces.items()]
         return _Text(session, state, sources)
 
 
@@ -50,13 +48,13 @@ class _Text:
     def step(self) -> list:
         """Add one token or several; return the pieces that can be shown now."""
         session, state = self._session, self._state
-        most = min(session.limit - session.position, state.remaining)
-        for pace, propose in self._sources:
+        for pace, source in self._sources:
             began = time.perf_counter()
-            length = pace.length(most)
-            proposed = propose(length - 1) if length > 1 else []
-            if proposed:
-                logits = session.verify([*state.pending, *proposed])
+            most = min(session.limit - session.position, state.remaining)
+            length = pace.length(most) if source.ready() else 1
+            if length > 1:
+                proposed = source.propose(length - 1)
+                logits = session.verify([*state.pending, *proposed], length)
                 seconds = time.perf_counter() - began
                 pieces, accepted = speculation.verify(state, logits, proposed)
                 session.position -= len(proposed) - accepted
@@ -71,31 +69,41 @@ class _Text:
 
 
 class Draft:
-    """A small model that writes ahead of a large one, greedily or as that one draws.
+    """A small model that writes ahead of a large one.
 
     Args:
         gpt: An open `EdgeGPT` with the same tokens.
     """
 
     def __init__(self, gpt):
-        self._gpt = gpt
-        self._session = gpt.new_session()
-        self._suppressed = sequence.ids_without_token(
+        self.gpt = gpt
+        self.session = gpt.new_session()
+        self.suppressed = sequence.ids_without_token(
             gpt.tokenizer, gpt.config["vocab_size"]
         )
 
-    def propose(self, state: sequence.SequenceState, count: int) -> list[int]:
-        """Return the next `count` tokens of a text, none where it has no room."""
-        session, text = self._session, state.ids[-state.window_length :]
-        if len(text) + count > session.limit:
-            return []
-        with self._gpt.one_thread:
+
+class _Ahead:
+    """Proposes what a `Draft` writes behind one text, as the text's model will draw."""
+
+    def __init__(self, draft, state):
+        self._draft, self._state = draft, state
+
+    def ready(self):
+        """Return whether the text has room in the draft's context."""
+        return self._state.window_length < self._draft.session.limit
+
+    def propose(self, count):
+        """Return the next `count` tokens, or as many as there is room for."""
+        state, session = self._state, self._draft.session
+        text = state.ids[-state.window_length :]
+        with self._draft.gpt.one_thread:
             session.position = len(text) - 1
             if session.ids != text[: session.position]:
                 session.position = sequence.common_length(session.ids, text)
             session.prefill(text[session.position : -1])
-            choose, proposed = state.rehearsal(self._suppressed), []
-            for _ in range(count):
+            choose, proposed = state.rehearsal(self._draft.suppressed), []
+            while len(proposed) < count and session.position < session.limit:
                 logits = session.decode((proposed or text)[-1])
                 proposed.append(choose(logits))
         return proposed

@@ -42,7 +42,8 @@ class PromptLookup:
         ids: The text, prompt and new tokens; whoever generates appends to it.
 
     Example:
-        >>> PromptLookup([1, 2, 3, 4, 5, 1, 2, 3]).propose(2)
+        >>> lookup = PromptLookup([1, 2, 3, 4, 5, 1, 2, 3])
+        >>> lookup.ready() and lookup.propose(2)
         [4, 5]
     """
 
@@ -50,18 +51,22 @@ class PromptLookup:
         self._ids = ids
         self._after = {}  # by n-gram: the place behind the last one before the end
         self._known = NGRAM
+        self._place = None
 
-    def propose(self, count: int) -> list[int]:
-        """Return the next `count` tokens as they were before, or none."""
+    def ready(self) -> bool:
+        """Return whether the last tokens occurred before."""
         ids, end = self._ids, len(self._ids)
         for place in range(self._known, end):
             self._after[tuple(ids[place - NGRAM : place])] = place
         self._known = max(self._known, end)
-        place = self._after.get(tuple(ids[end - NGRAM :])) if end > NGRAM else None
-        if place is None:
-            return []
+        self._place = self._after.get(tuple(ids[-NGRAM:]))
+        return self._place is not None
+
+    def propose(self, count: int) -> list[int]:
+        """Return the `count` tokens that followed, where `ready` has found them."""
+        ids, place = self._ids, self._place
         # What reaches the end of the text repeats itself.
-        return [ids[place + i % (end - place)] for i in range(count)]
+        return [ids[place + i % (len(ids) - place)] for i in range(count)]
 
 
 class Pace:
@@ -89,17 +94,22 @@ class Pace:
         )
         self._met = collections.Counter()
         self._debt = 0.0  # seconds that trials lost and that are not made up for
+        self._pays = False
 
     def length(self, most: int) -> int:
         """Return how many tokens, at most `most`, the next call is to verify.
 
         1 is an ordinary step.
         """
+        if self._debt > 0 and not self._pays:  # told apart at once, in most steps
+            return 1
         lengths = [length for length in self._lengths if length <= most]
         if not lengths or not self._seconds[1]:
             return 1
         best = max(lengths, key=lambda n: self._speed(n, self.acceptance))
-        if self._speed(best, self.acceptance) > _LEAST_GAIN * self._speed(1, 0.0):
+        least = _LEAST_GAIN * self._speed(1, 0.0)
+        self._pays = self._speed(best, self.acceptance) > least
+        if self._pays:
             return best
         if self._debt > 0:
             return 1
@@ -113,8 +123,7 @@ class Pace:
             accepted: How many of the `length - 1` proposals were accepted.
             seconds: What it took, the proposals included.
         """
-        outcomes = [1.0] * accepted + [0.0] * (accepted < length - 1)
-        for outcome in outcomes:
+        for outcome in [1.0] * accepted + [0.0] * (accepted < length - 1):
             self.acceptance += (1 - _DECAY) * (outcome - self.acceptance)
         self._met[length] += 1
         if self._met[length] == 1:  # the first sets up what later ones use
@@ -123,6 +132,7 @@ class Pace:
         lost = -_TRIAL_SHARE * seconds
         if length > 1 and self._seconds[1]:
             lost = seconds - (1 + accepted) * min(self._seconds[1])
+            self._pays = True  # perhaps; to be found out
         self._debt = max(0.0, self._debt + lost)
 
     def _speed(self, length, acceptance):

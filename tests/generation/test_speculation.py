@@ -31,7 +31,8 @@ def test_a_lookup_proposes_what_followed_the_last_occurrence(ids, count):
     lookup = PromptLookup(growing)
     for token in ids[1:]:
         growing.append(token)
-        assert lookup.propose(count) == foreseen(growing, count)
+        found = lookup.propose(count) if lookup.ready() else []
+        assert found == foreseen(growing, count)
 
 
 def generate(propose, count, seed):
