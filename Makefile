@@ -45,6 +45,7 @@ benchmarks: $(VENV)/.bench ## Measure the numbers in the README
 	$(BIN)/python benchmarks/quantization_strategies.py
 	$(BIN)/python benchmarks/quantization.py --wide
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/distillation.py $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python benchmarks/parallel.py
 	$(BIN)/python benchmarks/finetune.py

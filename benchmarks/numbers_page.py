@@ -53,7 +53,7 @@ ORDER = (
     *("training", "generation", "quality", "parallel", "scaling_model"),
     *("quantization_strategies", "quantization", "distillation", "generalisation"),
     "finetune",
-    *("decode", "serving", "optimize", "explanation"),
+    *("decode", "speculation", "serving", "optimize", "explanation"),
 )
 
 PICTURES = {"decode": "edge.png", "training": "overview.png"}

@@ -17,6 +17,7 @@ from gpt_tf.cli.options import (
     Temperature,
     TopK,
     TopP,
+    WeightCache,
 )
 from gpt_tf.errors import InputError
 from gpt_tf.pretrained.source import is_keras, is_name
@@ -102,6 +103,7 @@ def generate(
     seed: Seed = None,
     speculate: Speculate = "lookup",
     draft: DraftFile = None,
+    weight_cache: WeightCache = "disk",
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends it; may be repeated.")
     ] = None,
@@ -113,7 +115,12 @@ def generate(
     ] = False,
 ):
     """Continue a prompt, streaming; without a prompt, line by line from you."""
-    gpt, tokenizer, given = opened(model or shipped_model(), speculate, draft)
+    gpt, tokenizer, given = opened(
+        model or shipped_model(),
+        speculate=speculate,
+        draft=draft,
+        weight_cache=weight_cache,
+    )
 
     def answer(text):
         if text.endswith(" ") and tokenizer.kind == "bpe":
@@ -150,12 +157,12 @@ def generate(
         return
 
 
-def opened(model, speculate="lookup", draft=None):
+def opened(model, **options):
     """Open what writes text.
 
     Args:
         model: A file or a folder.
-        speculate, draft: As for `EdgeGPT`; of a file only.
+        **options: As for `EdgeGPT`, where it is a file.
 
     Returns:
         It, with `generate` and `chat`; its tokenizer; and what these two are to be
@@ -168,7 +175,7 @@ def opened(model, speculate="lookup", draft=None):
             "Check the path."
         )
     if is_keras(model):
-        if draft is not None:
+        if options.get("draft") is not None:
             raise InputError(
                 f"`draft` expects an exported file as the model. Received: {model}. "
                 "Export it first, or leave the draft out."
@@ -181,7 +188,7 @@ def opened(model, speculate="lookup", draft=None):
     else:
         from gpt_tf.edge import EdgeGPT
 
-        gpt = EdgeGPT(model, speculate=speculate, draft=draft)
+        gpt = EdgeGPT(model, **options)
         tokenizer, given = gpt.tokenizer, {}
     if tokenizer is None:
         raise InputError(

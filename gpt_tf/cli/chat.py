@@ -17,6 +17,7 @@ from gpt_tf.cli.options import (
     Temperature,
     TopK,
     TopP,
+    WeightCache,
 )
 from gpt_tf.errors import InputError
 from gpt_tf.text.chat import ChatTemplate, read_source
@@ -43,10 +44,13 @@ def chat(
     seed: Seed = None,
     speculate: Speculate = "lookup",
     draft: DraftFile = None,
+    weight_cache: WeightCache = "disk",
 ):
     """Talk with a model, in the form that it was taught to chat in."""
     source = None if template is None else read_source(template)
-    gpt, tokenizer, given = opened(model, speculate, draft)
+    gpt, tokenizer, given = opened(
+        model, speculate=speculate, draft=draft, weight_cache=weight_cache
+    )
     own = tokenizer.chat_template
     if source is not None:
         tokenizer.chat_template = ChatTemplate(

@@ -57,6 +57,13 @@ DraftFile = Annotated[
         "--draft", help="A smaller file with the same tokenizer, which writes ahead."
     ),
 ]
+WeightCache = Annotated[
+    str,
+    typer.Option(
+        help="Where a file's packed weights are kept: disk (the user's cache folder; "
+        "of 16 MB and more), memory, or none, a copy for each signature."
+    ),
+]
 
 # The panels of `--help`, each with the first of its fields.
 _PANELS = {

@@ -12,6 +12,7 @@ from gpt_tf.edge.batch import BatchDecoder
 from gpt_tf.edge.loader import open_artefact
 from gpt_tf.edge.session import Executor, Session
 from gpt_tf.edge.speculation import Draft, Speculator
+from gpt_tf.edge.weight_cache import KINDS
 from gpt_tf.errors import InputError
 from gpt_tf.generation import conversation, sequence
 from gpt_tf.generation.sampler import Sampler
@@ -46,6 +47,10 @@ class EdgeGPT:
             `"none"` does not. The text is the same.
         draft: A smaller model with the same tokenizer, which writes ahead where that
             saves time: a file, or an open `EdgeGPT`, which stays open.
+        weight_cache: Where weights are kept as the kernels want them: `"disk"`, for a
+            model of 16 MB and more a file in the user's cache folder, which is mapped
+            by all processes that open the model; `"memory"`; `"none"`, a copy for
+            each signature.
 
     Attributes:
         config: The model's sizes: `vocab_size`, `num_layers` and so on.
@@ -74,12 +79,14 @@ class EdgeGPT:
         when_full: str = "slide",
         speculate: str = "lookup",
         draft: "str | os.PathLike | EdgeGPT | None" = None,
+        weight_cache: str = "disk",
     ):
         num_threads = arguments.integer(
             "num_threads", num_threads, 1, arguments.MOST_THREADS, or_none=True
         )
         arguments.one_of("when_full", when_full, ("slide", "stop"))
         arguments.one_of("speculate", speculate, ("lookup", "none"))
+        arguments.one_of("weight_cache", weight_cache, KINDS)
         artefact = open_artefact(path, tokenizer)
         self.config = artefact.facts["config"]
         self.mode = artefact.facts["mode"]
@@ -90,7 +97,7 @@ class EdgeGPT:
         self.num_threads = num_threads or default_threads()
         self.when_full = when_full
         self._executor = Executor(
-            artefact.model, artefact.facts, self.num_threads, str(path)
+            artefact.model, artefact.facts, self.num_threads, str(path), weight_cache
         )
         self._session = self._executor.session()
         self.context_length = self._executor.limit
@@ -98,7 +105,10 @@ class EdgeGPT:
         self._owned_draft = None
         if draft is not None and not isinstance(draft, EdgeGPT):
             draft = self._owned_draft = EdgeGPT(
-                draft, num_threads=self.num_threads, speculate="none"
+                draft,
+                num_threads=self.num_threads,
+                speculate="none",
+                weight_cache=weight_cache,
             )
         self._speculator = Speculator(
             self._executor, speculate == "lookup", draft and self._drafting(draft)
@@ -306,14 +316,14 @@ class EdgeGPT:
         sequence.check_rows([[token]], self.config["vocab_size"])
         with self.one_thread:
             if self.position < self.context_length:
-                return self._session.decode(token)
+                return self._session.decode(token).copy()
             if self.when_full == "stop":
                 raise InputError(
                     f"The cache is full: it has {self.context_length} tokens. Call "
                     '`reset()` first, or open the model with when_full="slide".'
                 )
             half = sequence.half_of(self.context_length)
-            return self._decode_anew([*self._session.ids, token][-half:])
+            return self._decode_anew([*self._session.ids, token][-half:]).copy()
 
     def close(self) -> None:
         """Free the model's memory; the object is of no use afterwards."""

@@ -10,6 +10,7 @@ with a cache each.
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from ai_edge_litert.environment import Environment
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
+from gpt_tf.edge import weight_cache as packed_weights
 from gpt_tf.errors import DamagedFileError
 from gpt_tf.export import signatures
 from gpt_tf.generation.sampler import log_softmax
@@ -27,10 +29,6 @@ from gpt_tf.native_logs import end_quietly, quiet
 # Rows by which the capacity in use grows. GPT-2 small on 2 cores: a row that is not
 # needed costs 0.01 ms a token, a growth 2 ms at 64 rows, 10 at 256 and 30 at 1024.
 GROWTH = 64
-
-# XNNPACK packs weights for its kernels; under this name the signatures share one
-# packed copy, in memory.
-_SHARED_WEIGHTS = ":memory"
 
 # The part of a decode step that one more position adds in a prefill. GPT-2 small on 2
 # cores, dynamic_int8: 1/30 at 64 rows, 1/38 at 960.
@@ -49,9 +47,17 @@ class Executor:
         facts: The file's own facts, from its seal.
         num_threads: Threads that compute.
         name: How messages call the file.
+        weight_cache: Where packed weights are kept, one of `weight_cache.KINDS`.
     """
 
-    def __init__(self, model: str | bytes, facts: dict, num_threads: int, name: str):
+    def __init__(
+        self,
+        model: str | bytes,
+        facts: dict,
+        num_threads: int,
+        name: str,
+        weight_cache: str = "memory",
+    ):
         config = facts["config"]
         self.limit = facts["capacity"]
         self.dtype = np.dtype(facts["cache_dtype"])
@@ -61,13 +67,11 @@ class Executor:
         # LiteRT goes on reading it.
         self._data = model
         self._pool = []
+        load = functools.partial(self._load, num_threads)
+        is_file = isinstance(model, str)
+        size_bytes = os.path.getsize(model) if is_file else len(model)
         try:
-            with quiet():
-                self._load(num_threads)
-                # The first run sets up what later ones use.
-                session = self.session()
-                session.run(self.decode, [0])
-                session.close()
+            packed_weights.load(load, weight_cache, facts["sha256"], size_bytes)
         except RuntimeError as error:
             raise DamagedFileError(
                 f"LiteRT cannot open {name}: {error}. Export it again, or install the "
@@ -75,11 +79,19 @@ class Executor:
             ) from None
         end_quietly()
 
-    def _load(self, num_threads):
+    def _load(self, num_threads, cache_name, errors=True):
+        with quiet(errors):
+            self._open(num_threads, cache_name)
+            # The first run sets up what later ones use.
+            session = self.session()
+            session.run(self.decode, [0])
+            session.close()
+
+    def _open(self, num_threads, cache_name):
         options = Options(
             HardwareAccelerator.CPU,
             cpu_options=CpuOptions(
-                num_threads=num_threads, xnnpack_weight_cache_path=_SHARED_WEIGHTS
+                num_threads=num_threads, xnnpack_weight_cache_path=cache_name
             ),
         )
         is_file = isinstance(self._data, str)
@@ -178,14 +190,17 @@ class Session:
             self.run(signature, chunk)
 
     def decode(self, token: int) -> np.ndarray:
-        """Append a token and return the logits of the next one, `(V,)` float32."""
+        """Append a token and return the logits of the next one, `(V,)` float32.
+
+        They hold until the next call; so do those of `verify`.
+        """
         self.reserve(1)
         return self.run(self._executor.decode, [token])[0]
 
     def score(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Append tokens; yield the logits of each, in pieces `(n, V)` float32."""
         for signature, chunk in self._chunks(ids, self._executor.scores):
-            yield self.run(signature, chunk)
+            yield self.run(signature, chunk).copy()
 
     def verify(self, ids: Sequence[int], length: int) -> np.ndarray:
         """Append tokens by one call of a score signature; return their logits.
@@ -377,10 +392,9 @@ class Signature:
         self.logits_buffer = None
         if signatures.LOGITS in self.outputs:
             shape = model.get_output_tensor_details(name)[signatures.LOGITS]["shape"]
-            self._logits_shape = self.length, int(shape[-1])
-            self.logits_buffer = model.create_output_buffer_by_name(
-                name, signatures.LOGITS
-            )
+            # LiteRT writes to where NumPy reads.
+            self._logits = _aligned(self.length * int(shape[-1]))
+            self.logits_buffer = TensorBuffer.create_from_host_memory(self._logits)
 
     def input_buffer(self, name):
         return self._model.create_input_buffer_by_name(self.name, name)
@@ -389,8 +403,7 @@ class Signature:
         """Return the first rows of the logits, or None where none come out."""
         if self.logits_buffer is None:
             return None
-        values = self.logits_buffer.read(math.prod(self._logits_shape), np.float32)
-        return values.reshape(self._logits_shape)[:count]
+        return self._logits.reshape(self.length, -1)[:count]
 
     def resize(self, capacity):
         """Give mask and caches this many rows."""
@@ -437,6 +450,14 @@ class _Call:
             positions = np.arange(position, position + length)
             self.mask[:] = signatures.mask(positions, capacity)[0, 0]
         self._position = position
+
+
+def _aligned(count):
+    """Return float32 memory that LiteRT can use as it is: from a multiple of 64 on."""
+    spare = 64 // np.dtype(np.float32).itemsize
+    memory = np.zeros(count + spare, np.float32)
+    begin = -memory.ctypes.data % 64 // memory.itemsize
+    return memory[begin : begin + count]
 
 
 @functools.cache

@@ -20,22 +20,25 @@ class Speculator:
         executor: The model that is to write.
         looks_up: Whether the text itself is searched for what may follow.
         draft: A `Draft`, or None.
+
+    Attributes:
+        paces: By `"lookup"` and `"draft"`: when it pays.
     """
 
     def __init__(self, executor: Executor, looks_up: bool, draft: "Draft | None"):
         lengths = [n for n in executor.scores if 1 < n <= _MOST_VERIFIED]
-        self._paces = {}
+        self.paces = {}
         if looks_up:
-            self._paces["lookup"] = speculation.Pace(lengths)
+            self.paces["lookup"] = speculation.Pace(lengths)
         if draft is not None:
-            self._paces["draft"] = speculation.Pace(lengths)
+            self.paces["draft"] = speculation.Pace(lengths)
         self._draft = draft
 
     def begin(self, session: Session, state: sequence.SequenceState) -> "_Text":
         """Return what takes the steps of one text."""
         made = {"lookup": lambda: speculation.PromptLookup(state.ids)}
         made["draft"] = lambda: _Ahead(self._draft, state)
-        sources = [(pace, made[name]()) for name, pace in self._paces.items()]
+        sources = [(pace, made[name]()) for name, pace in self.paces.items()]
         return _Text(session, state, sources)
 
 

@@ -68,6 +68,10 @@ class Sampler:
             InputError: A logit is NaN or infinite; `-inf`, which rules a token out,
                 is allowed where another token is left.
         """
+        if self.temperature == 0 and self.repetition_penalty == 1.0:
+            token = int(np.argmax(logits))  # of a NaN, where there is one
+            if np.isfinite(logits[token]) and token not in self.suppress_tokens:
+                return token
         logits = np.array(logits, np.float64)
         if len(self.suppress_tokens):
             logits[self.suppress_tokens] = -np.inf
