@@ -43,15 +43,14 @@ def folder() -> Path:
 
     That is `$XDG_CACHE_HOME` where it is set, else the system's place.
     """
-    home = Path(os.path.expanduser("~"))
-    place = {"darwin": home / "Library/Caches", "win32": home / "AppData/Local"}
-    caches = os.environ.get("XDG_CACHE_HOME") or place.get(
-        sys.platform, home / ".cache"
-    )
+    place = "Library/Caches" if sys.platform == "darwin" else ".cache"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(f"~/{place}")
     return Path(caches) / "gpt_tf" / "weights"
 
 
-def load(load: Callable[..., None], kind: str, identity: str, size_bytes: int) -> None:
+def load(
+    load_model: Callable[..., None], kind: str, identity: str, size_bytes: int
+) -> None:
     """Load a model with its packed weights as they are kept.
 
     Args:
