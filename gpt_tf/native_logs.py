@@ -18,13 +18,9 @@ _REMARKS = (b"INFO:", b"WARNING:", b"VERBOSE:", "\u2514".encode())
 _lock = threading.Lock()
 
 
-def quiet(errors: bool = True):
-    """Hold back LiteRT's remarks; whatever else is written follows at the end.
-
-    Args:
-        errors: Whether it does; not where something else is tried after an error.
-    """
-    return held_back(lambda line, failed: errors and not line.startswith(_REMARKS))
+def quiet():
+    """Hold back LiteRT's remarks; whatever else is written follows at the end."""
+    return held_back(lambda line, failed: not line.startswith(_REMARKS))
 
 
 @contextlib.contextmanager

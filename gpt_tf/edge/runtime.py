@@ -47,10 +47,10 @@ class EdgeGPT:
             `"none"` does not. The text is the same.
         draft: A smaller model with the same tokenizer, which writes ahead where that
             saves time: a file, or an open `EdgeGPT`, which stays open.
-        weight_cache: Where weights are kept as the kernels want them: `"disk"`, for a
-            model of 16 MB and more a file in the user's cache folder, which is mapped
-            by all processes that open the model; `"memory"`; `"none"`, a copy for
-            each signature.
+        weight_cache: Where weights are kept as the kernels want them: `"disk"`, on
+            Linux and of a model of 16 MB and more a file in the user's cache folder,
+            which later starts and other processes map; `"memory"`; `"none"`, a copy
+            for each signature.
 
     Attributes:
         config: The model's sizes: `vocab_size`, `num_layers` and so on.

@@ -79,8 +79,8 @@ class Executor:
             ) from None
         end_quietly()
 
-    def _load(self, num_threads, cache_name, errors=True):
-        with quiet(errors):
+    def _load(self, num_threads, cache_name):
+        with quiet():
             self._open(num_threads, cache_name)
             # The first run sets up what later ones use.
             session = self.session()
