@@ -52,12 +52,12 @@ def folder() -> Path:
 
 
 def load(
-    load_model: Callable[[str | None], None], kind: str, identity: str, size_bytes: int
+    load_model: Callable[[str], None], kind: str, identity: str, size_bytes: int
 ) -> None:
     """Load a model with its packed weights as they are kept.
 
     Args:
-        load_model: Loads it; called with the name of XNNPACK's cache, or None.
+        load_model: Loads it; called with the name of XNNPACK's cache, which may be empty.
         kind: One of `KINDS`: in a file, in memory, or a copy for each signature.
         identity: What is to be the same for the same weights: the SHA-256 of the model.
         size_bytes: The model's size.
@@ -68,7 +68,7 @@ def load(
     wants_file = kind == "disk" and size_bytes >= SMALLEST_BYTES
     if not wants_file or not _OPEN_FILES.is_dir():
         with _one_at_a_time:
-            load_model(None if kind == "none" else _IN_MEMORY)
+            load_model("" if kind == "none" else _IN_MEMORY)
         return
     place, key = folder(), _key(identity)
     with _one_at_a_time:
