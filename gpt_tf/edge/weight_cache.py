@@ -57,7 +57,7 @@ def load(
     """Load a model with its packed weights as they are kept.
 
     Args:
-        load_model: Loads it; called with the name of XNNPACK's cache, which may be empty.
+        load_model: Loads it; called with the name of XNNPACK's cache, or none.
         kind: One of `KINDS`: in a file, in memory, or a copy for each signature.
         identity: What is to be the same for the same weights: the SHA-256 of the model.
         size_bytes: The model's size.

@@ -258,6 +258,12 @@ def test_every_mode_runs_as_the_cache_grows(tmp_path, monkeypatch, wide, mode):
         with EdgeGPT(path) as gpt:
             gpt.prefill(ids[:11])
             steps = [gpt.decode(token) for token in ids[11:]]
+            gpt.rewind(11)
+            for begin, length in ((11, 2), (13, 8), (21, 2)):
+                # Verified together they are the same in every bit.
+                verified = gpt._session.verify(ids[begin : begin + length], length)
+                expected = steps[begin - 11 : begin - 11 + length]
+                np.testing.assert_array_equal(verified, expected)
             found.append((np.ravel(steps), gpt.score(ids)))
     assert gpt.mode == mode
     logits = keras_logits(model, ids)

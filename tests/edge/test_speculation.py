@@ -3,10 +3,9 @@ import pytest
 
 from gpt_tf.edge import EdgeGPT, session
 from gpt_tf.errors import InputError
-from gpt_tf.export import signatures, tflite
+from gpt_tf.export import tflite
 from gpt_tf.generation.speculation import Pace
-from gpt_tf.quantization.calibration import calibrate
-from tests.edge.conftest import CONTEXT, LETTERS, VOCAB_SIZE, small_model
+from tests.edge.conftest import CONTEXT, LETTERS
 
 # Windows slide, stop texts come, and all kinds of choices are made.
 REQUESTS = [
@@ -59,23 +58,6 @@ def test_the_text_is_the_one_without_proposals(exported, monkeypatch, always, gr
         for pieces in zip(*streams, strict=False):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         assert all(map(str.startswith, expected[:2], texts)) and all(texts)
-
-
-@pytest.mark.parametrize("mode", signatures.MODES)
-def test_verified_logits_are_the_decoded_ones_in_every_mode(tmp_path, mode):
-    model = small_model(num_heads=4, embedding_dim=32)
-    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, CONTEXT).tolist()
-    ranges = calibrate(model, np.array([ids]), method="minmax")
-    tflite.export_tflite(model, tmp_path / "gpt.tflite", mode, ranges=ranges)
-    with EdgeGPT(tmp_path / "gpt.tflite") as gpt:
-        expected = np.stack([gpt.decode(token) for token in ids])
-        for length in (2, 4, 8):
-            gpt.reset()
-            pieces = [
-                gpt._session.verify(ids[begin : begin + length], length).copy()
-                for begin in range(0, CONTEXT, length)
-            ]
-            np.testing.assert_array_equal(np.concatenate(pieces), expected)
 
 
 def test_a_file_without_short_scores_writes_the_same(exported, tmp_path, monkeypatch):
