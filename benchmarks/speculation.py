@@ -204,7 +204,8 @@ def exported(folder, source, name):
     """Return the file of a model, which is written once."""
     path = folder / f"speculation-{name}.litertlm"
     if not path.is_file():
-        export_trained(source, path, "dynamic_int8")
+        options = {"context_length": 1024} if source == "smollm2" else {}
+        export_trained(source, path, "dynamic_int8", **options)
     return path
 
 
