@@ -316,14 +316,14 @@ class EdgeGPT:
         sequence.check_rows([[token]], self.config["vocab_size"])
         with self.one_thread:
             if self.position < self.context_length:
-                return self._session.decode(token).copy()
+                return self._session.decode(token)
             if self.when_full == "stop":
                 raise InputError(
                     f"The cache is full: it has {self.context_length} tokens. Call "
                     '`reset()` first, or open the model with when_full="slide".'
                 )
             half = sequence.half_of(self.context_length)
-            return self._decode_anew([*self._session.ids, token][-half:]).copy()
+            return self._decode_anew([*self._session.ids, token][-half:])
 
     def close(self) -> None:
         """Free the model's memory; the object is of no use afterwards."""

@@ -190,12 +190,8 @@ class Session:
             self.run(signature, chunk)
 
     def decode(self, token: int) -> np.ndarray:
-        """Append a token and return the logits of the next one, `(V,)` float32.
-
-        They hold until the next call; so do those of `verify`.
-        """
-        self.reserve(1)
-        return self.run(self._executor.decode, [token])[0]
+        """Append a token and return the logits of the next one, `(V,)` float32."""
+        return self.verify([token], 1)[0].copy()
 
     def score(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Append tokens; yield the logits of each, in pieces `(n, V)` float32."""
@@ -203,12 +199,14 @@ class Session:
             yield self.run(signature, chunk).copy()
 
     def verify(self, ids: Sequence[int], length: int) -> np.ndarray:
-        """Append tokens by one call of a score signature; return their logits.
+        """Append tokens, at most `length`, by one call; return their logits.
 
-        They are `(n, V)` float32, in all bits those that `decode` gives.
+        They are `(n, V)` float32, in all bits those that `decode` gives, and hold
+        until the next call.
         """
         self._reserve(length)
-        return self.run(self._executor.scores[length], ids)
+        executor = self._executor
+        return self.run(executor.scores[length] if length > 1 else executor.decode, ids)
 
     def log_probabilities(self, ids: Sequence[int]) -> np.ndarray:
         """Return those of all tokens of a text but the first, `(N - 1,)` float32.
