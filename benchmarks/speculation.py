@@ -26,7 +26,6 @@ from harness import ROOT, Contender, console, finish, print_machine, take_turns
 
 from gpt_tf.edge import EdgeGPT
 from gpt_tf.evaluation import harness as timing
-from gpt_tf.export.from_run import export_trained
 
 THREADS = 2
 LENGTHS = (1, 2, 4, 8)
@@ -200,6 +199,8 @@ def exported(folder, source, name):
     """Return the file of a model, which is written once."""
     path = folder / f"speculation-{name}.litertlm"
     if not path.is_file():
+        from gpt_tf.export.from_run import export_trained
+
         options = {"context_length": 1024} if source == "smollm2" else {}
         export_trained(source, path, "dynamic_int8", **options)
     return path
