@@ -204,7 +204,7 @@ class Session:
         They are `(n, V)` float32, in all bits those that `decode` gives, and hold
         until the next call.
         """
-        self._reserve(length)
+        self.reserve(length)
         executor = self._executor
         return self.run(executor.scores[length] if length > 1 else executor.decode, ids)
 
