@@ -70,7 +70,7 @@ class BatchDecoder:
             [buffers[name] for name in signature.inputs],
             [buffers[name] for name in signature.outputs],
         )
-        return signature.read(count)
+        return signature.read(count).copy()
 
     def _row(self, session):
         """Return the buffers of one row by their names when it is alone."""

@@ -102,7 +102,10 @@ class Sampler:
             kept[np.flatnonzero(logits == smallest)[: self.top_k - kept.sum()]] = True
             logits = np.where(kept, logits, -np.inf)
         with np.errstate(over="ignore"):  # a minute temperature
-            probabilities = np.exp((logits - logits.max()) / self.temperature)
+            # In place: pages that are new each time take as long as the numbers.
+            logits -= logits.max()
+            logits /= self.temperature
+            probabilities = np.exp(logits, out=logits)
         probabilities /= probabilities.sum()
         if self.top_p is not None and self.top_p < 1:
             order = self._nucleus(probabilities)

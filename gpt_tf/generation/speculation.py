@@ -7,10 +7,9 @@ numbers. A proposal that is what was chosen saves a step, and any other one ends
 The text is the one that is generated without proposals, token by token, whatever is
 proposed and however often: speed is all that changes.
 
-A draft proposes by the random numbers that its proposals will be verified with. Where
-its model has 0.83 of the probability in common with the large one, 0.63 of what it
-samples is accepted so; Leviathan's rule would accept 0.83, but then a seed's text would
-depend on what was proposed, and that depends on time.
+A draft proposes by the random numbers that its proposals will be verified with. Of what
+is sampled, Leviathan's rule accepts more; but with it a seed's text would depend on
+what was proposed, and that depends on time.
 
 Reference: Leviathan et al., "Fast Inference from Transformers via Speculative
 Decoding", arXiv:2211.17192; Daliri et al., "Coupling without Communication and
