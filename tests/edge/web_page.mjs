@@ -21,6 +21,7 @@ async function open(options = {}, flags = []) {
     ],
   });
   const page = context.pages()[0] ?? (await context.newPage());
+  page.setDefaultTimeout(300_000); // the machine may be busy
   page.errors = [];
   page.on("pageerror", (error) => page.errors.push(String(error)));
   return page;

@@ -103,6 +103,7 @@ function beginTurn(prompt) {
 async function follow(prompt, place) {
   const begun = performance.now();
   let first, text = "", count = 0, waiting = [];
+  for (const id of ["first", "rate", "count"]) $(id).textContent = "–";
   const onBegin = ({ seed, notices }) => {
     $("drawn").textContent = seed;
     for (const notice of notices) add(place, "notice", `${notice}\n`);
