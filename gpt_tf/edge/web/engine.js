@@ -5,7 +5,7 @@
 
 const MASKED = -1e9;
 // The part of a decode step that one more position adds in a prefill, as in session.py.
-const COST_PER_POSITION = 1 / 12;
+const COST_PER_POSITION = 1 / 32;
 const MOST_THREADS = 4;
 // Between the logits of WebGPU and WebAssembly, as a part of their range.
 const LARGEST_DIFFERENCE = 0.01;
