@@ -20,7 +20,11 @@ from tests.export.conftest import FIXED_MODES, PREFILL_LENGTHS
 
 pytestmark = pytest.mark.usefixtures("eagerly")  # models are only called here
 
-NAMES = ["decode", *map(signatures.prefill, PREFILL_LENGTHS), signatures.score(40)]
+NAMES = [
+    "decode",
+    *map(signatures.prefill, PREFILL_LENGTHS),
+    *map(signatures.score, (2, 4, 8, 40)),
+]
 
 # Ten times what the small model is measured to have, which is unsure of everything;
 # the package's limits are for any model and wider.
