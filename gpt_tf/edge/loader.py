@@ -64,7 +64,7 @@ class Artefact(NamedTuple):
     """A file that was found sound."""
 
     model: str | bytes  # name of the `.tflite`, or the bytes of one inside a file
-    facts: dict  # what its seal says of it
+    facts: dict  # what its seal says of it; `sha256` is of all that was verified
     tokenizer: Tokenizer | None
 
 
