@@ -25,15 +25,24 @@ class HouseDocstrings(griffe.Extension):
         """Take a field's description for its docstring."""
         value = str(attr.value or "")
         if value.startswith("Field("):
-            attr.value, text = default_and_description(value)
+            constants = {
+                name: str(one.value)
+                for name, one in attr.module.members.items()
+                if name.isupper()
+            }
+            attr.value, text = default_and_description(value, constants)
             attr.docstring = griffe.Docstring(text, parent=attr)
 
 
-def default_and_description(field):
+def default_and_description(field, constants):
     """Return a field's default and what is said of it, both as text.
 
+    Args:
+        field: The field, as it stands in the source.
+        constants: What an f-string in it may name, as text.
+
     Example:
-        >>> default_and_description("Field(4, ge=1, description='Blocks.')")
+        >>> default_and_description("Field(4, ge=1, description='Blocks.')", {})
         ('4', 'Blocks. At least 1.')
     """
     call = ast.parse(field, mode="eval").body
@@ -43,7 +52,7 @@ def default_and_description(field):
         for name, words in _LIMITS.items()
         if name in facts
     ]
-    said = [ast.literal_eval(facts["description"])]
+    said = [eval(ast.unparse(facts["description"]), {"__builtins__": {}}, constants)]
     if limits:
         ends = " and ".join(limits)
         said.append(f"{ends[0].upper()}{ends[1:]}.")
