@@ -1,6 +1,7 @@
 """The command that serves models to other programs: serve."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -36,4 +37,6 @@ def serve(
         if config.api_key is None and not is_local(config.host):
             notice("Everybody who reaches this address may use it: set GPT_TF_API_KEY.")
 
+    # What a shell starts in the background ignores it from the beginning.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run(model or [shipped_model()], config, on_ready=on_ready)

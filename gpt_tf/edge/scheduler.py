@@ -11,6 +11,7 @@ arXiv:2403.02310 (chunked prefills).
 
 import collections
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -122,7 +123,6 @@ class EdgeScheduler:
                 "opened. Received: an open EdgeGPT. Give them to that."
             )
         self.gpt = source
-        self._batch = source.batch_decoder()
         # Those that are not done, in order of arrival: the first have a cache. What is
         # next follows from what they have, so no interruption loses one.
         self._requests = []
@@ -203,6 +203,10 @@ class EdgeScheduler:
             for request in work.requests:
                 for piece in request.take():
                     yield request, piece
+
+    @functools.cached_property
+    def _batch(self):
+        return self.gpt.batch_decoder()
 
     @property
     def active(self) -> int:
