@@ -5,6 +5,7 @@ a seal: the SHA-256 of the whole, which model the rows are of, and the tokens. O
 one runs nothing; what has another size than its tokens say is refused.
 """
 
+import mmap
 import os
 
 import numpy as np
@@ -66,9 +67,10 @@ def read(path: str | os.PathLike, session: Session, model: str) -> None:
     row_bytes = caches * heads * width * session.dtype.itemsize
     most = session.limit * row_bytes + _LONGEST_SEAL
     with path.open("rb") as file:
-        data = file.read(most + 1)
+        size = os.fstat(file.fileno()).st_size
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     try:
-        facts = integrity.read_seal(data[:most], str(path), PREFIX)
+        facts = integrity.read_seal(data if size <= most else b"", str(path), PREFIX)
         artifacts.check_shape(facts, {"model": str, "ids": [int]}, path)
         ids = facts["ids"]
         if not 0 < len(ids) <= session.limit or min(ids) < 0:
@@ -82,7 +84,7 @@ def read(path: str | os.PathLike, session: Session, model: str) -> None:
     except DamagedFileError:
         raise DamagedFileError(
             f"Expected in {path} a session that `save_session` wrote. Received: "
-            f"{len(data)} bytes that are truncated, were altered or are something "
+            f"{size} bytes that are truncated, were altered or are something "
             "else. Save the session again."
         ) from None
     if facts["model"] != model:
