@@ -61,18 +61,23 @@ NOTEBOOKS = ["jupytext>=1.16,<2", "nbclient>=0.10,<1", "ipykernel>=6.29,<8"]
 
 
 class BuildWithModel(build_py):
-    """Put the model that comes along into the package."""
+    """Put the models that come along into the package."""
 
-    MODEL = "python-student.litertlm"
+    FILES = ("python-student.litertlm", "python-small.litertlm")
+    FOLDER = "python-small"  # what the tutorials open
 
     def run(self):
         super().run()
         if self.editable_mode:  # it is found where it stands
             return
-        folder = Path(self.build_lib) / "gpt_tf" / "saved_models"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (self.MODEL, f"{self.MODEL}.json"):
-            self.copy_file(str(HERE / "saved_models" / name), str(folder / name))
+        kept, folder = (
+            HERE / "saved_models",
+            Path(self.build_lib) / "gpt_tf/saved_models",
+        )
+        (folder / self.FOLDER).mkdir(parents=True, exist_ok=True)
+        paths = [kept / name for file in self.FILES for name in (file, f"{file}.json")]
+        for path in (*paths, *(kept / self.FOLDER).iterdir()):
+            self.copy_file(str(path), str(folder / path.relative_to(kept)))
 
 
 setup(

@@ -157,17 +157,23 @@ def test_a_wheel_brings_the_shipped_model_and_the_reports_templates(tmp_path):
         shutil.copy(root / name, tmp_path)
     shutil.copytree(root / "gpt_tf", tmp_path / "gpt_tf")
     (tmp_path / "saved_models").mkdir()
-    for path in FOLDER.glob("python-student.litertlm*"):
+    for path in FOLDER.glob("python-*.litertlm*"):
         shutil.copy(path, tmp_path / "saved_models")
+    shutil.copytree(FOLDER / "python-small", tmp_path / "saved_models/python-small")
     subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"],
         cwd=tmp_path,
         check=True,
         capture_output=True,
     )
-    built = tmp_path / "built" / "gpt_tf" / "saved_models" / bundled_model.NAME
-    assert built.read_bytes() == (FOLDER / bundled_model.NAME).read_bytes()
-    assert built.with_name(bundled_model.NAME + ".json").is_file()
+    built = tmp_path / "built" / "gpt_tf" / "saved_models"
+    names = ("python-student.litertlm", "python-small.litertlm")
+    small = [
+        f"python-small/{path.name}" for path in (FOLDER / "python-small").iterdir()
+    ]
+    assert bundled_model.NAME in names and "python-small/model.keras" in small
+    for name in (*names, *(f"{name}.json" for name in names), *small):
+        assert (built / name).read_bytes() == (FOLDER / name).read_bytes()
     reporting = root / "gpt_tf" / "reporting"
     shown = [path for path in reporting.rglob("*") if path.suffix in (".j2", ".css")]
     assert len(shown) > 3

@@ -46,7 +46,7 @@ def explain(
     with open_model(file) as model:
         attribution.check_method(model, method)
         with Console(stderr=True).status(f"{method}: scoring prompts"):
-            explanation = attribution.explain(
+            explanation = attribution.explain_prompt(
                 model,
                 prompt,
                 target=target,

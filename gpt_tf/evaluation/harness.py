@@ -28,7 +28,8 @@ _PERCENTS = {"median": 50, "p95": 95, "p99": 99, "q1": 25, "q3": 75}
 def spread(rounds: Sequence[Sequence[float]]) -> dict:
     """Return how measurements are spread over rounds, as a report's `Spread`.
 
-    Percentiles are interpolated between measurements; `rounds` has each one's median.
+    Percentiles are interpolated between measurements; `rounds` has each one's median,
+    `p95_rounds` each one's 95th percentile.
     """
     values = np.concatenate([np.asarray(one, float) for one in rounds])
     found = np.percentile(values, list(_PERCENTS.values()))
@@ -37,6 +38,7 @@ def spread(rounds: Sequence[Sequence[float]]) -> dict:
         "worst": float(values.max()),
         "count": len(values),
         "rounds": [float(np.median(one)) for one in rounds],
+        "p95_rounds": [float(np.percentile(one, 95)) for one in rounds],
     }
 
 

@@ -71,6 +71,7 @@ class Spread(Part):
     count: Count | None = None
     # The median of each process, by which two reports are compared.
     rounds: list[Positive] | None = None
+    p95_rounds: list[Positive] | None = None  # how far p95 varies between processes
 
 
 class CodeValidity(Part):

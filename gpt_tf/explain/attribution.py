@@ -84,7 +84,7 @@ class Explanation:
         return dataclasses.asdict(self) | {"scores": self.scores.tolist()}
 
 
-def explain(
+def explain_prompt(
     gpt,
     prompt,
     *,
@@ -116,7 +116,7 @@ def explain(
 
     Example:
         >>> with open_model("gpt.litertlm") as gpt:
-        ...     explanation = explain(gpt, "import os\\nos.", method="shap")
+        ...     explanation = explain_prompt(gpt, "import os\\nos.", method="shap")
         >>> explanation.texts[explanation.order()[0]]
     """
     check_method(gpt, method)

@@ -22,7 +22,7 @@ from gpt_tf.explain.attribution import (
     SAMPLING_METHODS,
     MaskedPrompt,
     check_method,
-    explain,
+    explain_prompt,
     neutral_token,
     prompt_ids,
 )
@@ -86,9 +86,9 @@ def deletion_test(
         `prompts` and `prompt_tokens`, their number and mean length; `fraction`;
         `methods`, a dict of name to `drop` and `random_drop` of the target's
         probability, their `difference`, each an INTERVAL over the prompts, and
-        `holds`: whether all of the difference's interval is above 0; `nearest_drop`,
-        when the prompt's last tokens are taken, which needs no explanation; with
-        `keep_last` a dict of these three, `last_kept`; `compression`, empty, for what
+        `holds`: whether all of the difference's interval is above 0; `over_nearest`, the
+        same difference from `nearest_drop`, when the prompt's last tokens are taken,
+        which needs no explanation; with `keep_last` a dict of these three, `last_kept`; `compression`, empty, for what
         `compare_explanations` returns.
 
     Raises:
@@ -112,7 +112,7 @@ def deletion_test(
         orders = [random.permutation(len(ids)) for _ in range(_RANDOM_DRAWS)]
         orders.append(np.arange(len(ids))[::-1])
         for method in methods:
-            explanation = explain(
+            explanation = explain_prompt(
                 gpt,
                 ids,
                 target=target,
@@ -151,6 +151,7 @@ def _judged(drops, methods, seed):
             "random_drop": _mean(random_drop, seed),
             "difference": difference,
             "holds": difference["low"] > 0,
+            "over_nearest": _mean(drop - nearest, seed),
         }
     return {"nearest_drop": _mean(nearest, seed), "methods": judged}
 
@@ -206,9 +207,9 @@ def compare_explanations(
     found = []
     for index, ids in enumerate(rows):
         options = {"method": method, "num_samples": num_samples, "neutral": neutral}
-        first = explain(gpt_a, ids, seed=seed, **options)
+        first = explain_prompt(gpt_a, ids, seed=seed, **options)
         options |= {"target": first.target_id, "seed": seed + 1}
-        others = [explain(gpt, ids, **options) for gpt in (gpt_b, gpt_a)]
+        others = [explain_prompt(gpt, ids, **options) for gpt in (gpt_b, gpt_a)]
         found.append([rank_correlation(first.scores, o.scores) for o in others])
         if on_step is not None:
             on_step(index + 1, len(rows))

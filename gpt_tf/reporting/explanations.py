@@ -47,7 +47,7 @@ def print_explanation(
     """Print the prompt with a coloured background per token, and the top tokens.
 
     Args:
-        explanation: What `gpt_tf.explain.attribution.explain` returned.
+        explanation: What `gpt_tf.explain.attribution.explain_prompt` returned.
         console: Where to write; standard output unless given.
         top: Rows of the table.
     """
@@ -87,7 +87,7 @@ def explanation_html(explanation: Explanation) -> str:
     """Return a page that needs no other file and no network.
 
     Args:
-        explanation: What `gpt_tf.explain.attribution.explain` returned.
+        explanation: What `gpt_tf.explain.attribution.explain_prompt` returned.
     """
     # The terminal does without Jinja.
     from gpt_tf.reporting.render import render
@@ -112,7 +112,7 @@ def draw_explanation(
     """Draw the prompt with coloured tokens, and the strongest tokens as bars.
 
     Args:
-        explanation: What `gpt_tf.explain.attribution.explain` returned.
+        explanation: What `gpt_tf.explain.attribution.explain_prompt` returned.
         path: PNG to write.
         top: Number of bars.
     """
@@ -196,7 +196,7 @@ def write_explanation(explanation: Explanation, out: str | os.PathLike) -> list[
     """Write what the name asks for.
 
     Args:
-        explanation: What `gpt_tf.explain.attribution.explain` returned.
+        explanation: What `gpt_tf.explain.attribution.explain_prompt` returned.
         out: A name that ends in `.html` or `.png`; otherwise a folder, for both and
             for `explanation.json` with the numbers.
 

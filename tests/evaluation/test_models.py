@@ -10,7 +10,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.evaluation.accuracy import measure_accuracies
 from gpt_tf.evaluation.code_validity import measure_code_validity
 from gpt_tf.evaluation.models import KerasGPT, describe, open_model, unique_names
-from gpt_tf.explain.attribution import explain
+from gpt_tf.explain.attribution import explain_prompt
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.text.tokenizer import CharacterTokenizer
@@ -99,7 +99,7 @@ def test_what_is_no_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda subject: explain(subject, "def"),
+        lambda subject: explain_prompt(subject, "def"),
         lambda subject: measure_accuracies({"a": subject}, None, "def main():"),
         lambda subject: measure_code_validity(subject, "def main():"),
     ],

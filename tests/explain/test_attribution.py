@@ -6,7 +6,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.evaluation.models import KerasGPT
 from gpt_tf.explain.attribution import (
     MaskedPrompt,
-    explain,
+    explain_prompt,
     neutral_token,
     token_texts,
 )
@@ -49,14 +49,14 @@ def keras_subject(exported):
 
 
 def test_lime_finds_the_order_of_the_weights():
-    explanation = explain(Additive(), PROMPT, target="p", method="lime")
+    explanation = explain_prompt(Additive(), PROMPT, target="p", method="lime")
     assert (np.argsort(explanation.scores) == np.argsort(WEIGHTS)).all()
     assert (np.sign(explanation.scores) == np.sign(WEIGHTS))[WEIGHTS != 0].all()
     assert explanation.order()[0] == np.argmax(WEIGHTS)
 
 
 def test_shap_finds_the_weights_themselves():
-    explanation = explain(Additive(), PROMPT, target="p", method="shap")
+    explanation = explain_prompt(Additive(), PROMPT, target="p", method="shap")
     np.testing.assert_allclose(explanation.scores, WEIGHTS, atol=1e-9)
     assert explanation.base_value == pytest.approx(Additive.base)
     expected = Additive.base + WEIGHTS.sum()
@@ -68,7 +68,7 @@ def test_shap_finds_the_weights_themselves():
 def test_the_seed_decides_the_scores(method):
     def scores(seed):
         options = {"method": method, "num_samples": 20}
-        return explain(Counted(), list(range(9)), seed=seed, **options).scores
+        return explain_prompt(Counted(), list(range(9)), seed=seed, **options).scores
 
     state = np.random.get_state()[1].copy()
     np.testing.assert_array_equal(scores(1), scores(1))
@@ -90,13 +90,13 @@ def test_equal_prompts_are_scored_once():
 def test_integrated_gradients_add_up_the_better_the_more_steps(keras_subject):
     def gap(steps, base=None):
         options = {"method": "gradient", "num_samples": steps, "neutral": 20}
-        found = explain(keras_subject, IDS, **options)
+        found = explain_prompt(keras_subject, IDS, **options)
         base = found.base_value if base is None else base
         return abs(base + found.scores.sum() - found.log_probability)
 
     assert gap(512) < 1e-3 and gap(512) < gap(8) / 4
     # The same scores do not add up from another beginning.
-    other = explain(keras_subject, IDS, method="gradient", neutral=3).base_value
+    other = explain_prompt(keras_subject, IDS, method="gradient", neutral=3).base_value
     assert gap(64, other) > 0.1
 
 
@@ -109,7 +109,7 @@ def test_attention_is_what_the_last_position_pays_in_all_layers(keras_subject):
             keras_subject.model, np.array([IDS], np.int32), ("attentions",)
         ).attentions
     )
-    explanation = explain(keras_subject, IDS, method="attention")
+    explanation = explain_prompt(keras_subject, IDS, method="attention")
     np.testing.assert_allclose(explanation.scores, (first + second) / 2, atol=1e-6)
     assert explanation.scores.sum() == pytest.approx(1, abs=1e-12)
     assert np.abs(explanation.scores - second).max() > 1e-2
@@ -125,8 +125,10 @@ def test_a_quantisation_aware_model_is_explained_nearly_as_its_float_one(
     from gpt_tf import quantize_aware
 
     aware = KerasGPT(quantize_aware(keras_subject.model), None)
-    expected = explain(keras_subject, IDS, method=method, neutral=20)
-    found = explain(aware, IDS, method=method, neutral=20, target=expected.target_id)
+    expected = explain_prompt(keras_subject, IDS, method=method, neutral=20)
+    found = explain_prompt(
+        aware, IDS, method=method, neutral=20, target=expected.target_id
+    )
     np.testing.assert_allclose(found.scores, expected.scores, atol=0.05)
     assert not np.array_equal(found.scores, expected.scores)
 
@@ -154,13 +156,17 @@ def test_masked_prompts_are_scored_as_from_the_beginning(exported, kind):
 
 def test_the_target_is_the_top_1_token_unless_named():
     subject = Additive(np.full(8, 0.8))
-    assert explain(subject, PROMPT, method="shap").target_text == "p"
-    by_text = explain(subject, PROMPT, target="b", method="shap")
-    by_id = explain(subject, PROMPT, target=by_text.target_id, method="shap")
+    assert explain_prompt(subject, PROMPT, method="shap").target_text == "p"
+    by_text = explain_prompt(subject, PROMPT, target="b", method="shap")
+    by_id = explain_prompt(subject, PROMPT, target=by_text.target_id, method="shap")
     assert by_text.target_text == by_id.target_text == "b"
-    end = explain(subject, PROMPT, target="<|endoftext|>", method="shap")
+    end = explain_prompt(subject, PROMPT, target="<|endoftext|>", method="shap")
     assert end.target_id == subject.tokenizer.end_of_text_id
-    assert by_text.scores.sum() < 0 < explain(subject, PROMPT, method="shap").scores[0]
+    assert (
+        by_text.scores.sum()
+        < 0
+        < explain_prompt(subject, PROMPT, method="shap").scores[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,19 +186,19 @@ def test_the_target_is_the_top_1_token_unless_named():
 )
 def test_what_cannot_be_explained_is_refused(prompt, options, message):
     with pytest.raises(InputError, match=message):
-        explain(Additive(), prompt, **options)
+        explain_prompt(Additive(), prompt, **options)
 
 
 def test_samples_of_the_keras_methods_are_checked(keras_subject):
     with pytest.raises(InputError, match=r"at least 8.*steps"):
-        explain(keras_subject, IDS, method="gradient", num_samples=7, neutral=1)
+        explain_prompt(keras_subject, IDS, method="gradient", num_samples=7, neutral=1)
     with pytest.raises(InputError, match=r"takes no samples.*num_samples=9"):
-        explain(keras_subject, IDS, method="attention", num_samples=9, neutral=1)
+        explain_prompt(keras_subject, IDS, method="attention", num_samples=9, neutral=1)
 
 
 def test_of_a_prompt_longer_than_the_context_the_end_is_explained():
     with pytest.warns(GenerationNotice, match="14 tokens.*context of 12"):
-        explanation = explain(Additive(), "ab" + "cdefghijklmn", method="shap")
+        explanation = explain_prompt(Additive(), "ab" + "cdefghijklmn", method="shap")
     assert "".join(explanation.texts) == "cdefghijklmn"
 
 

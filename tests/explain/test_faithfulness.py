@@ -5,7 +5,7 @@ import pytest
 
 from gpt_tf.errors import InputError
 from gpt_tf.explain import faithfulness
-from gpt_tf.explain.attribution import explain
+from gpt_tf.explain.attribution import explain_prompt
 from gpt_tf.explain.faithfulness import (
     compare_explanations,
     deletion_test,
@@ -40,7 +40,7 @@ def explained_by(monkeypatch, scores_of):
     """Let `deletion_test` get other scores than the method's."""
 
     def replaced(subject, ids, **options):
-        found = explain(subject, ids, **options)
+        found = explain_prompt(subject, ids, **options)
         return dataclasses.replace(found, scores=scores_of(np.array(ids)))
 
     monkeypatch.setattr(faithfulness, "explain", replaced)
@@ -148,7 +148,7 @@ def test_targets_are_those_of_the_first_model(monkeypatch):
             return logits
 
     def noted(subject, ids, **options):
-        found = explain(subject, ids, **options)
+        found = explain_prompt(subject, ids, **options)
         targets.append((type(subject), found.target_id))
         return found
 

@@ -467,7 +467,7 @@ TARGETS = {
         (latency, "_describe_files"),
     ),
     "explain": Target(
-        lambda **o: attribution.explain(subject(), "the fox", **o),
+        lambda **o: attribution.explain_prompt(subject(), "the fox", **o),
         {
             never: "method",
             either(whole(30, 2**20)): "num_samples",
