@@ -57,7 +57,12 @@ DOCS = [
     "mkdocstrings[python]>=0.29,<2",
     "ruff>=0.9,<1",  # folds long signatures
 ]
-NOTEBOOKS = ["jupytext>=1.16,<2", "nbclient>=0.10,<1", "ipykernel>=6.29,<8"]
+NOTEBOOKS = [
+    "jupytext>=1.16,<2",
+    "nbclient>=0.10,<1",
+    "ipykernel>=6.29,<8",
+    "ipywidgets>=8,<9",
+]
 
 
 class BuildWithModel(build_py):

@@ -8,6 +8,7 @@ it stands; for the site the file is copied.
 """
 
 import ast
+import base64
 import inspect
 import json
 import logging
@@ -37,6 +38,11 @@ ROOMS = {
     "export": "Export",
     "edge": "The device",
     "workflow": "The whole optimisation",
+    "evaluation": "Measuring",
+    "advisor": "Choosing",
+    "explain": "Explaining",
+    "reporting": "Reports",
+    "bundled_model": "Bundled models",
     "errors": "Errors",
 }
 
@@ -158,32 +164,62 @@ def _table(titles, rows):
     return [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *cells)]
 
 
-def tutorials_page():
-    """Return the list of the notebooks, with the beginning of each."""
-    lines = [
-        "# Tutorials",
-        "",
-        "Notebooks with the outputs and pictures of a real run, in `notebooks/`. Each",
-        "runs in a few minutes on two cores.",
-        "",
-    ]
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        title, text = _beginning(path)
-        lines += [f"## {title}", "", text, ""]
-        lines += [f"[{path.name}](../notebooks/{path.name})", ""]
-    return "\n".join(lines)
+def tutorials():
+    """Return the site's pages of the notebooks, and their pictures.
+
+    They are not run: what the notebooks keep is shown. The index is that of
+    `notebooks/README.md`.
+
+    Returns:
+        `{place: text}` and `{place: bytes}`.
+    """
+    folder = ROOT / "notebooks"
+    index = (folder / "README.md").read_text("utf-8")
+    pages, pictures = {"tutorials/index.md": _leading_elsewhere(index)}, {}
+    for path in sorted(folder.glob("*.ipynb")):
+        lines = []
+        for cell in json.loads(path.read_text("utf-8"))["cells"]:
+            text = "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                lines += [_leading_elsewhere(text), ""]
+            elif '"results:"' not in text:  # those are for the tests
+                lines += ["```python", text, "```", ""]
+                for output in cell["outputs"]:
+                    lines += _shown(output, path.stem, pictures)
+            if len(pages) and len(lines) == 2:  # below the opening
+                lines += [f"[The notebook itself](../../notebooks/{path.name})", ""]
+        pages[f"tutorials/{path.stem}.md"] = "\n".join(lines)
+    return pages, pictures
 
 
-def _beginning(path):
-    cells = json.loads(path.read_text("utf-8"))["cells"]
-    text = next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-    title, _, rest = text.partition("\n")
-    return title.lstrip("# "), rest.strip().partition("\n\n")[0]
+def _shown(output, stem, pictures):
+    """Return the lines that show an output of a cell; keep its picture."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        name = f"{stem}_{sum(stem in place for place in pictures) + 1}.png"
+        pictures[f"tutorials/{name}"] = base64.b64decode(data["image/png"])
+        return [f"![The picture that this cell draws]({name})", ""]
+    if "text/html" in data:
+        return ["<div>", "".join(data["text/html"]), "</div>", ""]
+    text = "".join(output.get("text", data.get("text/plain", ""))).strip("\n")
+    return ["```text", text, "```", ""] if text else []
+
+
+def _leading_elsewhere(text):
+    """Let the links of a notebook lead to pages of the site.
+
+    A source file of the package leads to its room in the reference.
+    """
+    text = re.sub(r"\]\((\d\d_\w+)\.ipynb\)", r"](\1.md)", text)
+    text = text.replace("](README.md)", "](index.md)")
+    text = re.sub(r"\]\(\.\./gpt_tf/(\w+)[/.][\w/.]*\)", r"](../reference/\1.md)", text)
+    text = re.sub(r"\]\(\.\./(?!docs/|reference/)", "](../../", text)
+    return text.replace("](../docs/", "](../")
 
 
 def generated_pages():
     """Return all pages that are written while the site is built, by their place."""
-    pages = {"tutorials.md": tutorials_page()}
+    pages, _ = tutorials()
     pages["reference/command_line.md"] = command_line_page()
     for room, names in public_names().items():
         pages[f"reference/{room}.md"] = python_page(room, names)
@@ -213,8 +249,17 @@ def links_outside(text, page):
 
 
 def on_config(config):
-    """Put the generated pages of the reference into the navigation."""
+    """Put the generated pages of tutorials and reference into the navigation."""
     for entry in config.nav:
+        if "Tutorials" in entry:
+            pages, _ = tutorials()
+            titles = {page: text[2 : text.index("\n")] for page, text in pages.items()}
+            rest = [
+                {t: page}
+                for page, t in titles.items()
+                if page not in entry["Tutorials"]
+            ]
+            entry["Tutorials"] = [*entry["Tutorials"], *rest]
         if "Reference" in entry:
             rooms = [
                 {ROOMS.get(room, room.capitalize()): f"reference/{room}.md"}
@@ -228,8 +273,8 @@ def on_files(files, config):
     """Add the generated pages, and the files outside `docs/` that pages link to."""
     from mkdocs.structure.files import File
 
-    for place, text in generated_pages().items():
-        files.append(File.generated(config, place, content=text))
+    for place, content in {**generated_pages(), **tutorials()[1]}.items():
+        files.append(File.generated(config, place, content=content))
     for page in list(files.documentation_pages()):
         for link, place in links_outside(page.content_string, page.src_uri).items():
             path = ROOT / place

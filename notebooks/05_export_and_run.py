@@ -12,138 +12,233 @@
 # ---
 
 # %% [markdown]
-# # 5. Export and run on the edge
+# # 5. Export and run anywhere
 #
-# **At the end you will have** one file, a `.litertlm`, that holds a GPT, its tokenizer
-# and all that a device needs to run it; text from it, written by a process without
-# TensorFlow; its speed as float32 and as integers, by threads; and several requests
-# served at once.
+# **At the end you will have** a trained GPT as one `.tflite` and one `.litertlm` file,
+# and the same text from four programs: Keras, 20 lines of plain LiteRT, `EdgeGPT`, and
+# Google's LiteRT-LM, as a command and as a server.
 #
-# **The article**, on GPT real-time performance: chapter 3.2 ends with the quantised
-# model that ships, chapter 3.1 divides subsequences, here while answering,
-# and chapter 6.1 asks how fast the answer comes.
+# **The article**, on GPT real-time performance: chapter 4.2 implements quantisation in
+# TensorFlow and ends with the file that ships.
 #
-#     GPTModel -> .litertlm -> EdgeGPT | EdgeScheduler
+# You need a trained model: the bundled one, your own run, or a Hugging Face folder.
 #
-# Run the cells from top to bottom; on two processor cores that takes three minutes.
-# Tutorial 1 explains the words for training, tutorial 3 those for quantisation.
+# **Time:** 1 minute on two quiet CPU cores. It writes to `runs/notebook-05`.
 
 # %%
+# Install gpt_tf where it is missing, from a wheel or a clone beside this notebook.
+import glob
 import importlib.util
+
+from IPython import get_ipython
+
+if getattr(importlib.util.find_spec("gpt_tf"), "origin", None) is None:
+    source = [*glob.glob("./gpt_tf*.whl"), *glob.glob("./gpt_tf*/"), ".."][0]
+    get_ipython().run_line_magic("pip", f"install -q {source}[train,explain]")
+
+# %%
+import json
+import os
+import shutil
+import socket
 import subprocess
 import sys
-from pathlib import Path
-
-# Where gpt_tf is missing, as in Colab, it is installed: from a clone, if one is near.
-if getattr(importlib.util.find_spec("gpt_tf"), "origin", None) is None:
-    near = (Path(".."), *Path().iterdir())
-    clones = [path for path in near if (path / "gpt_tf/__init__.py").is_file()]
-    if clones:
-        source = clones[0].resolve().as_uri()
-    else:
-        source = "git+" + input("Address of the git repository of gpt_tf: ")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, f"gpt-tf[train,explain] @ {source}"], check=True)
-
-# %%
-import os
-
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow: errors only, please
-
 import time
+import urllib.request
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from ai_edge_litert.interpreter import Interpreter
 
 import gpt_tf
 
 # %% tags=["parameters"]
-corpus = "python-stdlib"  # or the path of a folder of your own text
-vocab_size = 1024  # V
-context_length = 256  # T
-batch_size = 8  # B
-embedding_dim = 256  # C
-num_layers = 4
-num_heads = 4
-steps = 500
-jit_compile = "auto"  # XLA; "off" starts sooner, and every step takes longer
-max_new_tokens = 60
-
-# %%
-folder = Path("runs/notebook-05")  # everything that this notebook writes goes here
+model = gpt_tf.shipped_model("python-small")  # yours: a run, a Hugging Face folder ...
+prompt = "    def __init__(self"  # never ends in a space: the next token brings its own
+mode = "dynamic_int8"  # of the file that ships: int8 weights
+max_new_tokens = 40
 
 # %% [markdown]
-# ## A trained model
+# ## 1. Export
 #
-# As in tutorial 1, in one call.
+# A Keras model needs TensorFlow, and called as it was trained it reads the whole text
+# again for every token. The export writes the same computation as LiteRT operations
+# with a *key-value cache*: each token is computed once. `export_tflite` writes the
+# model, `export_litertlm` the model with its tokenizer and chat template.
 
 # %%
-trained = gpt_tf.train(
-    out=folder / "gpt",
-    corpus=corpus,
-    vocab_size=vocab_size,
-    embedding_dim=embedding_dim,
-    num_layers=num_layers,
-    num_heads=num_heads,
-    context_length=context_length,
-    batch_size=batch_size,
-    steps=steps,
-    learning_rate=3e-3,
-    warmup_steps=steps // 10,
-    validate_every=steps // 2,
-    validation_batches=20,
-    jit_compile=jit_compile,
-    overwrite=True,
-    verbose=False,
-)
-print(f"{trained.model.count_params():,} parameters")
-print(f"validation perplexity {trained.validation_perplexity:.2f}")
+folder = Path("runs/notebook-05")
+folder.mkdir(parents=True, exist_ok=True)
+gpt, tokenizer, _ = gpt_tf.open_model(model)
+print(f"{gpt.count_params():,} parameters, a context of {gpt.context_length} tokens\n")
+
+tflite, bundle, manifests = {}, {}, {}
+for name in ("float32", mode):
+    tflite[name], bundle[name] = folder / f"{name}.tflite", folder / f"{name}.litertlm"
+    gpt_tf.export_tflite(gpt, tflite[name], name, tokenizer=tokenizer)
+    manifests[name] = gpt_tf.export_litertlm(gpt, tokenizer, bundle[name], name)
+    for path in (tflite[name], bundle[name]):
+        print(f"{path.name:24} {path.stat().st_size / 1e6:6.2f} MB")
 
 # %% [markdown]
-# ## One file
+# ## 2. One text from four programs
 #
-# A Keras model cannot go to a device as it is: it needs TensorFlow, and called as it
-# was trained, it reads the whole text anew for every token. `export_trained` writes the
-# computation as operations that LiteRT (TensorFlow Lite's new name) has built in, with
-# a *key-value cache*: what a token adds to the attention of those after it is kept, so
-# that each token is computed once. Google's LiteRT-LM runs the same file.
+# This is the whole decoder for a file, with LiteRT and NumPy alone: one token in, the
+# logits of the next one out, and the caches go round. `decode` is one of the file's
+# functions, which LiteRT calls *signatures*.
+
 
 # %%
-modes = ("float32", "dynamic_int8", "int4")
+def write_by_hand(path, ids, count):
+    """Continue a prompt with the most likely tokens; return them and ms a token."""
+    decode = Interpreter(str(path), num_threads=1).get_signature_runner("decode")
+    details = decode.get_input_details()
+    caches = {
+        name: np.zeros(detail["shape"], detail["dtype"])
+        for name, detail in details.items()
+        if name.startswith("kv_cache")
+    }
+    capacity = details["mask"]["shape"][-1]  # S, rows of the caches
+    ids, began = list(ids), time.perf_counter()
+    for position in range(len(ids) + count - 1):
+        mask = np.where(np.arange(capacity) <= position, 0, -1e9)
+        outputs = decode(
+            tokens=np.int32([[ids[position]]]),
+            input_pos=np.int32([position]),
+            mask=np.float32(mask)[None, None, None],  # (1, 1, 1, S)
+            **caches,
+        )
+        logits = outputs.pop("logits")  # (1, 1, V)
+        caches = outputs
+        if position + 1 == len(ids):  # the prompt has been read
+            ids.append(int(logits.argmax()))
+    seconds = time.perf_counter() - began
+    return ids[-count:], 1e3 * seconds / (position + 1)
 
-paths, manifests = {}, {}
-for mode in modes:
-    paths[mode] = folder / f"{mode}.litertlm"
-    manifests[mode] = gpt_tf.export_trained(folder / "gpt", paths[mode], mode)
-    print(f"{paths[mode].name:22} {manifests[mode]['size_bytes'] / 1e6:6.2f} MB")
 
 # %% [markdown]
-# Each file was opened and run before it got its name, and compared with the Keras model
-# on held-out text. The manifest beside it says what was found:
+# Now the same prompt goes to all of them. Each takes the most likely token each time
+# (*greedy*, `temperature=0`), so the tokens can be compared one by one.
 
 # %%
-print(f"{'file':14} {'divergence':>15} {'same likeliest token':>22}")
-for mode in modes:
-    found = manifests[mode]["verification"]
-    divergence = f"{found['divergence_nats']:.5f} nats"
-    print(f"{mode:14} {divergence:>15} {found['top1_agreement']:>22.1%}")
+ids = tokenizer.encode(prompt)
+greedy = {"max_new_tokens": max_new_tokens, "temperature": 0}
+tokens, ms = {}, {}
+
+
+def timed(write):
+    """Return what the second call writes, and its ms per new token."""
+    write()
+    began = time.perf_counter()
+    written = write()
+    return written, 1e3 * (time.perf_counter() - began) / max_new_tokens
+
+
+key = "Keras", "float32"
+(tokens[key],), ms[key] = timed(lambda: gpt_tf.generate(gpt, [ids], **greedy))
+for name in bundle:
+    key = "LiteRT, by hand", name
+    tokens[key], ms[key] = write_by_hand(tflite[name], ids, max_new_tokens)
+    with gpt_tf.EdgeGPT(bundle[name], num_threads=1) as edge:
+        key = "EdgeGPT", name
+        tokens[key], ms[key] = timed(lambda edge=edge: edge.generate(ids, **greedy))
 
 # %% [markdown]
-# A file has several *signatures*, functions that share one copy of the weights: a
-# prompt is read many tokens at a time (*prefill*), then each new token comes by itself
-# (*decode*), and *score* tells how likely a given text is.
+# LiteRT-LM is Google's runtime for phones, desktops and the web. It takes the same
+# `.litertlm`. It prints text instead of tokens, so here texts are compared. Where its
+# command is missing, install it with `pip install litert-lm`; the notebook runs
+# without.
 
 # %%
-gpt = gpt_tf.EdgeGPT(paths["dynamic_int8"])
+litert_lm = shutil.which("litert-lm") or Path(sys.executable).with_name("litert-lm")
+has_litert_lm = Path(litert_lm).is_file()
+texts = {key: tokenizer.decode(list(found)) for key, found in tokens.items()}
+if has_litert_lm:
+    # Without --top-k it is greedy, and writes until the cache is full.
+    options = ["--no-template", "--cache", "no", "--prompt", prompt]
+    for name in bundle:
+        answer = subprocess.run(
+            [litert_lm, "run", f"./{bundle[name]}", *options],
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        )
+        same = len(texts["EdgeGPT", name])
+        texts["LiteRT-LM", name] = answer.stdout[:same]
+print("LiteRT-LM:", "installed" if has_litert_lm else "not installed, left out")
 
-print(*manifests["dynamic_int8"]["verification"]["signatures"], sep=", ")
-print(f"{gpt.mode}, a context of {gpt.context_length} tokens, V = {vocab_size}")
+# %%
+texts = dict(sorted(texts.items(), key=lambda item: item[0][1] == mode))
+equal = {
+    name: len({text for (_, own), text in texts.items() if own == name}) == 1
+    for name in bundle
+}
+figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+labels = []
+for place, (key, text) in enumerate(texts.items()):
+    colour = (
+        "#9ca3af" if key[0] == "Keras" else {mode: "#c2410c"}.get(key[1], "#0e7490")
+    )
+    axes.barh(place, ms.get(key, 0), height=0.6, color=colour)
+    said = " ".join(text.split())[:38]
+    time_of = f"{ms[key]:.2f} ms" if key in ms else "not timed"
+    axes.text(ms.get(key, 0), place, f"  {time_of}   {said} …", va="center", fontsize=9)
+    labels.append(f"{key[0]}, {key[1]}")
+axes.set_yticks(range(len(labels)), labels)
+axes.invert_yaxis()
+axes.set_xlim(0, 2.4 * max(ms.values()))
+axes.set_xlabel("ms per token, and what it wrote")
+axes.set_title("One file, several programs, one text", loc="left")
+axes.spines[["top", "right"]].set_visible(False)
+plt.show()
+print(f"float32: all programs write the same text: {equal['float32']}")
+print(f"{mode}: all programs write the same text: {equal[mode]}")
 
 # %% [markdown]
-# ## On the device
+# All programs that run one file write one text. The int8 file may write another text
+# than the float32 file: rounding moves a close decision between two tokens. What that
+# costs in accuracy is the subject of [tutorial 3](03_quantise.ipynb) and [tutorial
+# 6](06_measure_and_choose.ipynb).
 #
-# A device needs LiteRT, NumPy and tokenizers (`pip install '.[edge]'` in the clone),
-# and no TensorFlow. To see that, we ask another process:
+# ## 3. What is in the file
+#
+# A prompt is read several tokens at a time by `prefill_N`; `decode` adds one token;
+# `score_N` returns the logits of all positions. All share one copy of the weights. The
+# names and shapes are LiteRT-LM's contract, so they are the same for every exported GPT
+# ([the page about it](../docs/file.md)).
+
+# %%
+interpreter = Interpreter(str(tflite[mode]))
+for name in interpreter.get_signature_list():
+    runner = interpreter.get_signature_runner(name)
+    inputs, outputs = runner.get_input_details(), runner.get_output_details()
+    shown = {
+        part: tuple(map(int, inputs[part]["shape"]))
+        for part in ("tokens", "input_pos", "mask", "kv_cache_k_0")
+    }
+    logits = (
+        tuple(map(int, outputs["logits"]["shape"])) if "logits" in outputs else None
+    )
+    print(f"{name:10} {shown} -> logits {logits}")
+
+# %% [markdown]
+# Each file was run and compared with the Keras model before it got its name. The
+# manifest beside it says what was found:
+
+# %%
+for name, manifest in manifests.items():
+    found = manifest["verification"]
+    print(
+        f"{name:13} divergence {found['divergence_nats']:.5f} nats, "
+        f"same most likely token {found['top1_agreement']:.1%}"
+    )
+
+# %% [markdown]
+# ## 4. On a device, without TensorFlow
+#
+# A device needs NumPy, LiteRT and tokenizers: `pip install 'gpt-tf[edge]'`. This cell
+# starts a new process that opens the file and shows that TensorFlow is not loaded.
 
 # %%
 program = """
@@ -151,52 +246,25 @@ import sys
 from gpt_tf.edge import EdgeGPT
 
 with EdgeGPT(sys.argv[1]) as gpt:
-    print("def" + gpt.generate("def", max_new_tokens=30, temperature=0.7, seed=4))
-print("is TensorFlow loaded?", "tensorflow" in sys.modules)
+    for piece in gpt.stream(sys.argv[2], max_new_tokens=30, temperature=0.7, seed=4):
+        print(piece, end="", flush=True)
+print()
+print("TensorFlow loaded:", "tensorflow" in sys.modules)
 """
 result = subprocess.run(
-    [sys.executable, "-X", "utf8", "-c", program, str(paths["dynamic_int8"])],
+    [sys.executable, "-X", "utf8", "-c", program, str(bundle[mode]), prompt],
     capture_output=True,
     encoding="utf-8",
     check=True,
 )
-print(result.stdout)
+print(prompt + result.stdout)
 
 # %% [markdown]
-# The samplers are those of the Keras side, and so are the seeds. Where the logits
-# agree, one seed writes one text:
+# A file carries a SHA-256 of all its bytes. A single changed bit is an error before
+# anything runs:
 
 # %%
-prompt = "    def __init__(self"
-options = {"max_new_tokens": max_new_tokens, "temperature": 0.8, "seed": 3}
-
-with gpt_tf.EdgeGPT(paths["float32"]) as gpt_float:
-    answer = gpt_float.generate(prompt, **options)
-in_keras = gpt_tf.generate(
-    trained.model, prompt, tokenizer=trained.tokenizer, **options
-)
-print(f"the same text as in Keras: {answer == in_keras}\n")
-print(prompt + answer)
-
-# %% [markdown]
-# A loop of your own, for a sampler of your own, takes two calls. `prefill` reads all of
-# the prompt but its last token, `decode` takes a token and says what may follow:
-
-# %%
-ids = gpt.tokenizer.encode(prompt)
-gpt.reset()
-gpt.prefill(ids[:-1])
-for _ in range(8):
-    logits = gpt.decode(ids[-1])  # (V,)
-    ids.append(int(logits.argmax()))
-print(gpt.tokenizer.decode(ids))
-
-# %% [markdown]
-# A file carries a seal. A single bit that changed on the way, here one in the middle,
-# is noticed before anything runs:
-
-# %%
-damaged = bytearray(paths["int4"].read_bytes())
+damaged = bytearray(bundle[mode].read_bytes())
 damaged[len(damaged) // 2] ^= 1
 (folder / "damaged.litertlm").write_bytes(damaged)
 try:
@@ -205,148 +273,81 @@ except gpt_tf.InputError as error:
     print(error)
 
 # %% [markdown]
-# ## How fast?
+# ## 5. Behind a server
 #
-# Two times matter to whoever waits: until the first token is there, which grows with
-# the prompt, and from token to token. Each file reads half a context of held-out text
-# and then goes on for a quarter. The files take turns, three times, and a first turn
-# does not count.
+# `litert-lm serve` answers requests in OpenAI's form, so any client of that API can use
+# the file. In a terminal:
+#
+#     litert-lm import ./dynamic_int8.litertlm mine
+#     litert-lm serve --port 9379
+#
+# This cell does the same, asks once, and stops the server.
 
 # %%
-tokens = gpt_tf.TokenFile.open(folder / "gpt" / "data" / "validation.tokens").tokens
-text = [int(token) for token in tokens[:context_length]]
-half, quarter = context_length // 2, context_length // 4
-threads = (1, 2)
+served = None
+if has_litert_lm:
+    home = {**os.environ, "HOME": str(folder.resolve())}  # your own is left alone
+    quiet = {"env": home, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(
+        [litert_lm, "import", f"./{bundle[mode]}", "mine"], **quiet, check=True
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([litert_lm, "serve", "--port", str(port)], **quiet)
+    request = {
+        "model": "mine",
+        "max_completion_tokens": max_new_tokens,
+        "messages": [{"role": "user", "content": prompt}],
+    }
+    address = f"http://127.0.0.1:{port}/v1/chat/completions"
+    headers = {"Content-Type": "application/json"}
+    post = urllib.request.Request(address, json.dumps(request).encode(), headers)
+    for _ in range(60):
+        try:
+            with urllib.request.urlopen(post, timeout=60) as reply:
+                served = json.load(reply)["choices"][0]["message"]["content"]
+            break
+        except OSError:  # it is still starting
+            time.sleep(1)
+    server.terminate()
+    server.wait()
+    texts["LiteRT-LM's server", mode] = served
+    print(repr(served))
+    print("the same text as EdgeGPT:", served == texts["EdgeGPT", mode])
+else:
+    print("LiteRT-LM is not installed here")
 
+# %% [markdown]
+# In another language, open the same file with LiteRT-LM's API for it. For Android
+# (Kotlin), with Google's package `com.google.ai.edge.litertlm`, it looks like this. It
+# was not run here:
+#
+#     val engine = Engine(EngineConfig(modelPath = "dynamic_int8.litertlm"))
+#     engine.initialize()
+#     engine.createConversation().use { print(it.sendMessage("    def __init__(self")) }
+#
+# ## Result
 
-def measure_ms(gpt):
-    """Return the milliseconds until the first token, and those of each further one."""
-    gpt.reset()
-    ends = [time.perf_counter()]
-    gpt.prefill(text[: half - 1])
-    for token in text[half - 1 : half + quarter]:
-        gpt.decode(token)
-        ends.append(time.perf_counter())
-    first, *further = 1e3 * np.diff(ends)
-    return first, further
+# %%
+print(f"{'program':20} {'file':14} {'MB':>6} {'ms/token':>9}  text")
+for (program, name), text in texts.items():
+    place = {"Keras": None, "LiteRT, by hand": tflite}.get(program, bundle)
+    size = 4 * gpt.count_params() if place is None else place[name].stat().st_size
+    speed = f"{ms[program, name]:.2f}" if (program, name) in ms else "-"
+    said = " ".join(text.split())[:40]
+    print(f"{program:20} {name:14} {size / 1e6:6.2f} {speed:>9}  {said}")
 
-
-opened = {
-    (mode, count): gpt_tf.EdgeGPT(paths[mode], num_threads=count)
-    for mode in modes
-    for count in threads
+# %%
+results = {
+    name: {
+        "tokens": {k[0]: list(map(int, t)) for k, t in tokens.items() if k[1] == name},
+        "texts": {k[0]: t for k, t in texts.items() if k[1] == name},
+    }
+    for name in bundle
 }
-first_ms = {key: [] for key in opened}
-token_ms = {key: [] for key in opened}
-for turn in range(4):
-    for key, measured in opened.items():
-        first, further = measure_ms(measured)
-        if turn:
-            first_ms[key].append(first)
-            token_ms[key] += further
-
-print(f"{'file':14} {'threads':>8} {'first token':>13} {'a token, median (p95)':>24}")
-for (mode, count), times in token_ms.items():
-    first = f"{np.median(first_ms[mode, count]):.2f} ms"
-    further = f"{np.median(times):.2f} ({np.quantile(times, 0.95):.2f}) ms"
-    print(f"{mode:14} {count:8} {first:>13} {further:>24}")
-    opened[mode, count].close()
-
-# %%
-figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-shades = dict(zip(threads, ("#8fa8c8", "#e0a184"), strict=True))
-for (mode, count), times in token_ms.items():
-    place = modes.index(mode) + 0.18 * (2 * threads.index(count) - 1)
-    median = np.median(times)
-    axes.barh(place, median, height=0.32, color=shades[count])
-    axes.text(median, place, f" {median:.2f}", va="center")
-labels = [f"{mode} ({manifests[mode]['size_bytes'] / 1e6:.1f} MB)" for mode in modes]
-axes.set_yticks(range(len(modes)), labels)
-axes.invert_yaxis()
-axes.margins(x=0.12)
-axes.set_xlabel("ms from token to token (median)")
-handles = [plt.Rectangle((0, 0), 1, 1, color=shades[count]) for count in threads]
-names = [f"{count} thread{'s' * (count > 1)}" for count in threads]
-axes.legend(handles, names, frameon=False, loc="lower right")
-axes.spines[["top", "right"]].set_visible(False)
-plt.show()
-
-# %% [markdown]
-# A token costs one reading of all weights, so fewer bytes are less time. So small a
-# model lies in the processor's cache, where reading costs little; at GPT-2's size the
-# integers gain more (see the README). A second thread has to be waited for: it helps
-# where there is enough to compute, and where the core is free.
-#
-# ## Several requests
-#
-# One model, one long prompt, and short ones that arrive while it is read: must they
-# wait for it? `EdgeScheduler` cuts prompts into chunks, which are subsequences as in
-# the article's chapter 3.1. Between two chunks, everyone who already writes gets a
-# token. `step` does one piece of work; here we watch each, with chunks and without.
-
-# %%
-long_prompt = text[: context_length - 8]
-chunk = context_length // 8
-
-
-def watch(chunked):
-    """Return when each piece of work began and ended, by request."""
-    rows = []
-    with gpt_tf.EdgeScheduler(gpt, max_chunk=chunk, chunked=chunked) as scheduler:
-        names = {scheduler.submit(long_prompt, max_new_tokens=6): "long prompt"}
-        began = last = time.perf_counter()
-        while work := scheduler.step():
-            now = time.perf_counter()
-            rows.append((names[work.request], work.kind, last - began, now - began))
-            last = now
-            if len(rows) == 1:  # two more, while the first chunk was being read
-                for name in ("short one", "another"):
-                    request = scheduler.submit(text[:4], max_new_tokens=6, seed=1)
-                    names[request] = name
-    return rows
-
-
-for chunked in (True, False):
-    watch(chunked)  # does not count
-timelines = {"prompts whole": watch(False), f"chunks of {chunk}": watch(True)}
-
-figure, rows = plt.subplots(2, figsize=(9, 4), sharex=True, layout="constrained")
-colours = {"prefill": "#8fa8c8", "decode": "#c2410c"}
-requests = ["long prompt", "short one", "another"]
-for axes, (title, timeline) in zip(rows, timelines.items(), strict=True):
-    for name, kind, begin, end in timeline:
-        left, width = 1e3 * begin, 1e3 * (end - begin)
-        place = requests.index(name)
-        axes.barh(place, width, left=left, color=colours[kind], edgecolor="white")
-    firsts = [
-        next(end for name, kind, _, end in timeline if (name, kind) == (r, "decode"))
-        for r in requests
-    ]
-    waits = ", ".join(f"{1e3 * wait:.1f}" for wait in firsts)
-    axes.set_title(f"{title}: first tokens after {waits} ms", loc="left")
-    axes.set_yticks(range(len(requests)), requests)
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-rows[-1].set_xlabel("ms since the long prompt came")
-handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-figure.legend(handles, colours, loc="outside lower right", ncols=2, frameon=False)
-plt.show()
-
-# %% [markdown]
-# In chunks the long prompt itself takes longer; the short ones no longer wait for it.
-# The texts are the same either way, and the same as `EdgeGPT` writes alone. Without
-# watching, requests are simply streamed:
-
-# %%
-with gpt_tf.EdgeScheduler(gpt) as scheduler:
-    long = scheduler.submit(long_prompt, max_new_tokens=8, seed=1)
-    print("class Shape", end="")
-    for piece in scheduler.submit("class Shape", max_new_tokens=20, seed=2).stream():
-        print(piece, end="")
-    print(f"\n\nand after the long prompt: {gpt.tokenizer.decode(long.result())!r}")
-
-# %%
-gpt.close()
+cpu_minutes = round(sum(os.times()[:4]) / 60, 2)  # of the processes it started, too
+print("results:", json.dumps({"files": results, "cpu_minutes": cpu_minutes}))
 
 # %% [markdown]
 # ## Where next
@@ -354,7 +355,11 @@ gpt.close()
 # - From a terminal:
 #
 #       gpt-tf export --model runs/mine --mode dynamic_int8 --out mine.litertlm
-#       gpt-tf generate --model mine.litertlm --prompt "    def __init__(self"
-# - A quantisation-aware model of tutorial 3 is exported with `--mode int8`, a student
-#   of tutorial 4 as any other.
-# - Tutorial 6 measures files as a user feels them, and chooses one for a budget.
+#       gpt-tf generate --model mine.litertlm --prompt "def"
+#
+# - API: [`export_tflite`, `export_litertlm`](../gpt_tf/export/tflite.py), [`EdgeGPT`,
+#   `EdgeScheduler`](../gpt_tf/edge/runtime.py). How to [run on a
+#   device](../docs/how_to/device.md) and [serve several
+#   requests](../docs/how_to/serve.md).
+# - [Where the article's chapters are](../docs/article.md).
+# - Next: [6. Measure and choose](06_measure_and_choose.ipynb).

@@ -1,5 +1,6 @@
 """The tutorials run, and the notebooks that are kept show what they did."""
 
+import json
 import os
 import re
 import subprocess
@@ -29,11 +30,6 @@ TINY = {
         **{"other_vocab_sizes": (257, 280), "num_layers": 1, "embedding_dim": 16},
         **{"steps": 4, "validate_every": 2, "max_new_tokens": 12},
     },
-    "02_train_in_parallel": {
-        **{"vocab_size": 300, "context_length": 16, "batch_size": 8},
-        **{"embedding_dim": 16, "num_layers": 2, "num_heads": 4},
-        **{"steps": 4, "steps_per_epoch": 2, "timed_rounds": 1},
-    },
     "03_quantise": {
         **SMALL,
         **{"num_layers": 1, "qat_steps": 4, "bits_to_try": (8, 4), "num_windows": 4},
@@ -43,17 +39,26 @@ TINY = {
         **{"embedding_dim": 16, "student_layers": 1, "student_steps": 5},
         "max_new_tokens": 8,
     },
-    "05_export_and_run": {**SMALL, "max_new_tokens": 8},
+    "05_export_and_run": {"max_new_tokens": 8},
     "06_measure_and_choose": {
-        **SMALL,
-        **{"students": (1,), "student_steps": 4, "modes": ("dynamic_int8",)},
-        **{"evaluated_tokens": 400, "prompt_tokens": 4, "new_tokens": 4},
-        "repetitions": 1,
+        **{"is_real": False, "model": str(ROOT / "saved_models" / "python-small")},
+        **{"modes": ("float32", "int4"), "evaluated_tokens": 400, "context_length": 32},
+        **{"prompt_tokens": 4, "new_tokens": 4, "rounds": 2, "requests": 1},
     },
     "07_explain": {"num_prompts": 50, "prompt_tokens": 4, "num_samples": 10},
+    "08_train_in_parallel": {
+        "model": {
+            **{"vocab_size": 300, "embedding_dim": 16, "num_layers": 2},
+            **{"num_heads": 4, "context_length": 16},
+        },
+        **{"batch_size": 8, "steps": 4, "steps_per_epoch": 2},
+    },
 }
 # They train, quantise or explain several models each.
-LONG = ("02_train_in_parallel", "03_quantise", "04_distil", "07_explain")
+LONG = (
+    *("03_quantise", "04_distil", "06_measure_and_choose", "07_explain"),
+    "08_train_in_parallel",
+)
 # A path of a machine, in a text or a link: `/home/...`, `C:\Users\...`.
 MACHINE_PATH = re.compile(
     r"(?<![\w.])/(?:root|home|tmp|usr|opt|mnt|Users|private|var)/|[A-Z]:\\\\?Users"
@@ -111,7 +116,9 @@ def assert_shows_a_good_run(notebook):
     ],
 )
 def test_tutorial_runs_from_top_to_bottom(name, corpus_folder, tmp_path):
-    parameters = {"corpus": str(corpus_folder), **TINY[name]}
+    parameters = dict(TINY[name])
+    if "\ncorpus = " in (NOTEBOOKS / f"{name}.py").read_text("utf-8"):
+        parameters["corpus"] = str(corpus_folder)
     changes = [f"--set={key}={value}" for key, value in parameters.items()]
     result = run_execute(name, *changes, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
@@ -146,20 +153,20 @@ def test_tutorials_open_with_their_end_and_chapter_and_are_in_the_index():
 # The cell that installs
 
 
-def run_installing_cell(folder, answer="", path=()):
-    """Run the first cell beside a pip that only says what it was asked for.
-
-    The Python that runs it knows no installed packages (`-S`), as in Colab.
-    """
-    stand_in = folder / "stand-in"
-    stand_in.mkdir(parents=True, exist_ok=True)
-    (stand_in / "pip.py").write_text('import sys\n\nprint("pip", sys.argv[1:])\n')
-    places = [str(stand_in), *map(str, path)]
+def run_installing_cell(folder, path=()):
+    """Return what the cell asks pip for, in a Python without installed packages."""
+    code = (
+        "import sys, types\n"
+        "class Shell:\n"
+        "    def run_line_magic(self, *asked): print(*asked)\n"
+        "module = types.ModuleType('IPython')\n"
+        "module.get_ipython = Shell\n"
+        "sys.modules['IPython'] = module\n" + first_cell("05_export_and_run", "code")
+    )
     result = subprocess.run(
-        [sys.executable, "-S", "-c", first_cell(TUTORIALS[0], "code")],
+        [sys.executable, "-S", "-c", code],
         cwd=folder,
-        input=answer,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -168,25 +175,85 @@ def run_installing_cell(folder, answer="", path=()):
     return result.stdout
 
 
-# In the second, `import gpt_tf` finds something: an empty namespace.
+# `import gpt_tf` finds something beside a clone: an empty namespace.
 @pytest.mark.parametrize(
-    ("clone", "place"), [("clone", "clone/notebooks"), ("content/gpt_tf", "content")]
+    ("beside", "source"),
+    [
+        ("gpt_tf-0.1.0-py3-none-any.whl", "./gpt_tf-0.1.0-py3-none-any.whl"),
+        ("gpt_tf/gpt_tf/__init__.py", "./gpt_tf/"),
+        ("notebook.ipynb", ".."),
+    ],
 )
-def test_installing_cell_takes_the_clone_that_is_there(tmp_path, clone, place):
-    clone = tmp_path / clone
-    (clone / "gpt_tf").mkdir(parents=True)
-    (clone / "gpt_tf" / "__init__.py").touch()
-    wanted = f"gpt-tf[train,explain] @ {clone.resolve().as_uri()}"
-    said = run_installing_cell(tmp_path / place)
-    assert said == f"pip {['install', '--quiet', wanted]}\n"
-    # What is installed is left alone.
-    assert run_installing_cell(tmp_path / place, path=[clone]) == ""
+def test_installing_cell_takes_what_is_beside_the_notebook(tmp_path, beside, source):
+    (tmp_path / beside).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / beside).touch()
+    said = run_installing_cell(tmp_path)
+    assert said == f"pip install -q {source}[train,explain]\n"
+    assert run_installing_cell(tmp_path, path=[ROOT]) == ""  # it is installed
 
 
-def test_installing_cell_asks_for_an_address_where_there_is_no_clone(tmp_path):
-    said = run_installing_cell(tmp_path, "https://a.example/gpt_tf.git\n")
-    assert "@ git+https://a.example/gpt_tf.git'" in said
-    assert len({first_cell(name, "code") for name in TUTORIALS}) == 1
+# What they found
+
+
+def _results(name):
+    """Return what the last cell of a kept notebook printed as its results."""
+    kept = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in kept.cells if cell.cell_type == "code"]
+    printed = "".join(output.get("text", "") for output in code[-1].outputs)
+    return json.loads(printed.partition("results: ")[2])
+
+
+def test_tutorial_5_every_program_that_runs_a_file_writes_the_same_tokens():
+    files = _results("05_export_and_run")["files"]
+    assert set(files["float32"]["tokens"]) == {"Keras", "LiteRT, by hand", "EdgeGPT"}
+    assert {"LiteRT-LM", "LiteRT-LM's server"} < set(files["dynamic_int8"]["texts"])
+    for found in files.values():
+        reference = found["tokens"]["EdgeGPT"]
+        assert len(reference) >= 40
+        assert all(tokens == reference for tokens in found["tokens"].values())
+        assert len(set(found["texts"].values())) == 1
+
+
+def test_tutorial_6_the_second_p95_lies_within_the_interval_of_the_first():
+    found = _results("06_measure_and_choose")
+    assert found["model"] == "smollm2"
+    for mode, (low, high) in found["interval_ms"].items():
+        assert low < found["first_p95_ms"][mode] < high
+        assert low < found["second_p95_ms"][mode] < high
+        assert found["median_ms"][mode] > 1
+    first, second = found["choices"]
+    assert first == second is not None
+
+
+def test_tutorial_7_shap_beats_the_nearest_tokens_and_attention_does_not():
+    found = _results("07_explain")
+    assert found["shap_over_nearest"]["low"] > 0
+    assert found["attention_over_nearest"]["high"] < 0
+    assert found["rank_correlation"]["high"] >= found["ceiling"]["low"]
+
+
+def test_tutorial_8_the_losses_are_equal_and_the_memory_is_divided():
+    found = _results("08_train_in_parallel")
+    apart = found["apart"]
+    other = apart.pop("other order")
+    assert max(apart.values()) < 1e-3 < 0.01 < other
+    whole = found["held_mb"]["one device"][0]
+    assert found["held_mb"]["data"] == [whole] * 4
+    assert max(found["held_mb"]["layers"]) < 0.6 * whole
+    assert max(found["held_mb"]["weights"]) < 0.6 * whole
+    assert all(curve == sorted(curve) for curve in found["predicted"].values())
+
+
+def test_tutorial_8_shows_what_the_study_of_scaling_predicts():
+    found = _results("08_train_in_parallel")
+    path = ROOT / "benchmarks" / "results" / "scaling_model.json"
+    study = json.loads(path.read_text("utf-8"))["study"]
+    tokens = study["batch"] * study["model"]["context_length"]
+    fast, slow = study["networks"].values()
+    ways = (fast["best mix"], slow["best mix"], slow["data"])
+    for way, curve in zip(ways, found["predicted"].values(), strict=True):
+        assert [point["devices"] for point in way] == found["accelerators"]
+        assert curve == [round(tokens / point["step_s"] / 1e3) for point in way]
 
 
 # execute.py

@@ -86,9 +86,10 @@ def deletion_test(
         `prompts` and `prompt_tokens`, their number and mean length; `fraction`;
         `methods`, a dict of name to `drop` and `random_drop` of the target's
         probability, their `difference`, each an INTERVAL over the prompts, and
-        `holds`: whether all of the difference's interval is above 0; `over_nearest`, the
-        same difference from `nearest_drop`, when the prompt's last tokens are taken,
-        which needs no explanation; with `keep_last` a dict of these three, `last_kept`; `compression`, empty, for what
+        `holds`: whether all of the difference's interval is above 0; `over_nearest`,
+        the same difference from `nearest_drop`, when the prompt's last tokens are
+        taken, which needs no explanation; with `keep_last` a dict of these three,
+        `last_kept`; `compression`, empty, for what
         `compare_explanations` returns.
 
     Raises:

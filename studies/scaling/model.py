@@ -1,7 +1,7 @@
 """The time of a GPT training step on many accelerators, from sizes and data sheets.
 
 Roofline products, ring all-reduces on two levels of network, and pipelines that run
-event by event. The formulas stand in docs/scaling.md. A cost is an array of four
+event by event. The formulas stand in README.md. A cost is an array of four
 numbers of seconds: compute, tensor parallelism, sequence parallelism, calls.
 """
 

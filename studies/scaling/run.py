@@ -4,7 +4,7 @@
 
 Checks the model against published measurements, predicts every kind of parallelism
 and the best mix, and writes `benchmarks/results/scaling_model.json` and `.png` in
-about a minute. Formulas and limits: docs/scaling.md.
+about a minute. Formulas and limits: studies/scaling/README.md.
 """
 
 import argparse
