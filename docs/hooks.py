@@ -83,8 +83,8 @@ def command_line_page():
     program = load_program()
     lines = ["# The command line", "", program.help, ""]
     lines += [
-        "What cannot be used gets one line that says how to mend it, and exit status "
-        "2; `gpt-tf --debug COMMAND` shows the traceback.",
+        "Invalid input prints one line that says how to fix it, with exit status 2; "
+        "`gpt-tf --debug COMMAND` shows the traceback.",
         "",
     ]
     for name in program.list_commands(None):
