@@ -180,13 +180,17 @@ def tutorials():
         lines = []
         for cell in json.loads(path.read_text("utf-8"))["cells"]:
             text = "".join(cell["source"])
+            for name, found in cell.get("attachments", {}).items():
+                place = f"{path.stem}_{name}"
+                pictures[f"tutorials/{place}"] = base64.b64decode(found["image/png"])
+                text = text.replace(f"(attachment:{name})", f"({place})")
             if cell["cell_type"] == "markdown":
                 lines += [_leading_elsewhere(text), ""]
             elif '"results:"' not in text:  # those are for the tests
                 lines += ["```python", text, "```", ""]
                 for output in cell["outputs"]:
                     lines += _shown(output, path.stem, pictures)
-            if len(pages) and len(lines) == 2:  # below the opening
+            if len(lines) == 2:  # below the opening
                 lines += [f"[The notebook itself](../../notebooks/{path.name})", ""]
         pages[f"tutorials/{path.stem}.md"] = "\n".join(lines)
     return pages, pictures
