@@ -213,13 +213,9 @@ interpreter = Interpreter(str(tflite[mode]))
 for name in interpreter.get_signature_list():
     runner = interpreter.get_signature_runner(name)
     inputs, outputs = runner.get_input_details(), runner.get_output_details()
-    shown = {
-        part: tuple(map(int, inputs[part]["shape"]))
-        for part in ("tokens", "input_pos", "mask", "kv_cache_k_0")
-    }
-    logits = (
-        tuple(map(int, outputs["logits"]["shape"])) if "logits" in outputs else None
-    )
+    parts = ("tokens", "input_pos", "mask", "kv_cache_k_0")
+    shown = {p: tuple(map(int, inputs[p]["shape"])) for p in parts if p in inputs}
+    logits = outputs["logits"]["shape"].tolist() if "logits" in outputs else None
     print(f"{name:10} {shown} -> logits {logits}")
 
 # %% [markdown]
