@@ -246,6 +246,26 @@ def test_a_changed_number_changes_the_page(tmp_path):
     assert "| 4321 |" in after and "| 4321 |" not in before
 
 
+def test_the_page_of_sizes_states_what_was_measured():
+    page = WRITTEN["sizes.md"]
+    for name, mode in (("python-student", "int8"), ("python-small", "dynamic_int8")):
+        path = ROOT / "saved_models" / f"{name}.litertlm.json"
+        manifest = json.loads(path.read_text())
+        median = manifest["measured"]["inter_token_latency_ms"]["median"]
+        size = manifest["size_bytes"] / 1e6
+        assert f"| `{mode}` | {size:.2f} | - | {median:.2f} |" in page
+    decode = json.loads((numbers.RESULTS / "decode.json").read_text())
+    for mode in ("float32", "dynamic_int8", "int4"):
+        ms = [
+            f"{1e3 / row['tokens_per_second']:.1f}"
+            for threads in decode["threads"].values()
+            for row in threads["results"]
+            if row["name"] == f"gpt_tf {mode}"
+        ]
+        size = decode["file_bytes"][mode] / 1e6
+        assert f"| `{mode}` | {size:.0f} | {ms[0]} | {ms[1]} |" in page
+
+
 # The site
 
 
