@@ -264,6 +264,11 @@ def test_the_page_of_sizes_states_what_was_measured():
         ]
         size = decode["file_bytes"][mode] / 1e6
         assert f"| `{mode}` | {size:.0f} | {ms[0]} | {ms[1]} |" in page
+    training = json.loads((numbers.RESULTS / "training.json").read_text())
+    for name, digits in (("small", -2), ("large", -1)):
+        rows = training["shapes"][name]["results"]
+        (rate,) = [r["tokens_per_second"] for r in rows if r["name"] == "gpt_tf, XLA"]
+        assert f"M | {round(rate, digits):,.0f} |" in page
 
 
 # The site
