@@ -206,13 +206,12 @@ plt.show()
 again = measure(modes[1:])
 second = gaps_of(again)
 print(f"{'file':14} {'first p95':>10}   {'interval':>18} {'second p95':>11}")
-kept = {}
 for mode in second:
     low, high = intervals[mode]
-    kept[mode] = bool(low <= second[mode]["p95"] <= high)
+    is_kept = low <= second[mode]["p95"] <= high
     print(
         f"{mode:14} {first[mode]['p95']:10.3f}   {low:8.3f} to {high:7.3f} "
-        f"{second[mode]['p95']:11.3f}  {'within' if kept[mode] else 'OUTSIDE'}"
+        f"{second[mode]['p95']:11.3f}  {'within' if is_kept else 'OUTSIDE'}"
     )
 
 # %% [markdown]

@@ -119,7 +119,7 @@ reference = gpt_tf.GPTModel(**model)
 start = reference.get_weights()
 train("one device", reference)
 
-strategy = tf.distribute.MirroredStrategy(tf.config.list_logical_devices("CPU"))
+strategy = gpt_tf.make_strategy("mirrored")  # a tf.distribute.MirroredStrategy
 with strategy.scope():
     mirrored = gpt_tf.GPTModel(**model)
 train("data", mirrored)
