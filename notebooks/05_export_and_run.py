@@ -206,7 +206,7 @@ print(f"{mode}: all programs write the same text: {equal[mode]}")
 # A prompt is read several tokens at a time by `prefill_N`; `decode` adds one token;
 # `score_N` returns the logits of all positions. All share one copy of the weights. The
 # names and shapes are LiteRT-LM's contract, so they are the same for every exported GPT
-# ([the page about it](../docs/file.md)).
+# ([the page about it](../docs/reference/contract.md)).
 
 # %%
 interpreter = Interpreter(str(tflite[mode]))
