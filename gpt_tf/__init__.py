@@ -14,6 +14,7 @@ import os
 import sys
 
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of TensorFlow's remarks, errors
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ _PUBLIC = {
     "quantize_aware": "gpt_tf.quantization.qat",
     "quantize_gpt_model": "gpt_tf.quantization.qat",
     "quantize_weights": "gpt_tf.quantization.weights",
+    "shipped_model": "gpt_tf.bundled_model",
     "split_cpu": "gpt_tf.parallel.data",
     "stream": "gpt_tf.models.cached_forward",
     "to_float": "gpt_tf.quantization.qat",

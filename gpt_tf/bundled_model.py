@@ -1,4 +1,4 @@
-"""The small model that comes along, so that the first sentence needs no training."""
+"""The models that come along, so that the first sentence needs no training."""
 
 from pathlib import Path
 
@@ -7,18 +7,29 @@ from gpt_tf.errors import InputError
 NAME = "python-student.litertlm"
 
 
-def shipped_model() -> Path:
-    """Return the file of the model that comes with gpt_tf, in the package or the clone.
+def shipped_model(name: str = NAME) -> Path:
+    """Return the place of a model that comes with gpt_tf, in the package or the clone.
 
-    It writes what looks like Python; `saved_models/README.md` says how it was made.
+    They write what looks like Python; `saved_models/README.md` says how each was made.
+
+    Args:
+        name: `"python-student.litertlm"`, the smallest file; `"python-small"`, the
+            folder of a Keras model with its tokenizer; or `"python-small.litertlm"`,
+            the same as a file with int8 weights.
+
+    Raises:
+        InputError: There is none of that name.
 
     Example:
-        >>> gpt = gpt_tf.EdgeGPT(shipped_model())
+        >>> gpt = gpt_tf.EdgeGPT(gpt_tf.shipped_model())
+        >>> model, tokenizer, _ = gpt_tf.open_model(
+        ...     gpt_tf.shipped_model("python-small")
+        ... )
     """
     package = Path(__file__).resolve().parent
-    places = [package / "saved_models" / NAME, package.parent / "saved_models" / NAME]
+    places = [package / "saved_models" / name, package.parent / "saved_models" / name]
     for place in places:
-        if place.is_file():
+        if place.exists():
             return place
     raise InputError(
         f"The model that comes with gpt_tf is expected at {places[0]}; it is not "

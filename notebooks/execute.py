@@ -28,6 +28,8 @@ sys.path.insert(0, str(HERE.parent))
 from gpt_tf.artifacts import atomic_file
 from gpt_tf.errors import InputError
 
+# Where a tutorial's opening shows the last picture that its cells draw.
+RESULT = "result.png"
 KERNEL_OPTIONS = [
     # What TensorFlow's C++ remarks on the machine stays in the terminal.
     "--IPKernelApp.capture_fd_output=False",
@@ -97,7 +99,21 @@ def execute(path: str | os.PathLike, parameters=None) -> nbformat.NotebookNode:
         )
         client.execute(env=_environment())
     notebook.metadata.language_info.pop("version", None)
+    _show_result_at_the_top(notebook)
     return notebook
+
+
+def _show_result_at_the_top(notebook):
+    """Attach the last picture to the opening, where that has a place for it."""
+    pictures = [
+        output.data["image/png"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", ())
+    ]
+    opening = notebook.cells[0]
+    if pictures and f"(attachment:{RESULT})" in opening.source:
+        opening.attachments = {RESULT: {"image/png": pictures[-1]}}
 
 
 def _insert_parameters(notebook, parameters):
