@@ -1,7 +1,7 @@
 """Run the tutorials and keep their outputs.
 
     python notebooks/execute.py
-    python notebooks/execute.py 01_text_and_tokens --set steps=20 --out small
+    python notebooks/execute.py 03_quantise --set steps=20 --out small
 
 Each tutorial is a text source, `NN_name.py` in jupytext's percent format. It runs
 from top to bottom in a kernel of this very Python, in a temporary folder, and its
@@ -82,7 +82,7 @@ def execute(path: str | os.PathLike, parameters=None) -> nbformat.NotebookNode:
         CellExecutionError: A cell failed.
 
     Example:
-        >>> notebook = execute("01_text_and_tokens.py", {"steps": 20})
+        >>> notebook = execute("03_quantise.py", {"steps": 20})
     """
     notebook = read_source(path)
     if parameters:
