@@ -63,6 +63,7 @@ _PUBLIC = {
     "split_cpu": "gpt_tf.parallel.data",
     "stream": "gpt_tf.models.cached_forward",
     "to_float": "gpt_tf.quantization.qat",
+    "to_rounded": "gpt_tf.quantization.qat",
     "open_model": "gpt_tf.training.run_folder",
     "train": "gpt_tf.training.loop",
     "write_token_file": "gpt_tf.text.dataset",

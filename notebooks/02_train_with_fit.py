@@ -36,6 +36,7 @@ except ImportError:  # in Colab, for example
     import gpt_tf
 
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -45,6 +46,7 @@ import tensorflow as tf
 import tf_keras as keras
 from IPython.display import Markdown, display
 
+logging.getLogger("tensorflow").setLevel("ERROR")
 started = time.perf_counter(), time.process_time()
 
 # %% [markdown]

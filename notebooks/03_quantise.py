@@ -35,6 +35,7 @@ except ImportError:  # in Colab, for example
     import gpt_tf
 
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -43,6 +44,7 @@ import numpy as np
 import tf_keras as keras
 from IPython.display import Markdown, display
 
+logging.getLogger("tensorflow").setLevel("ERROR")
 started = time.perf_counter(), time.process_time()
 
 # %% [markdown]
@@ -62,7 +64,7 @@ batch_size = 8
 learning_rate = 4e-4  # a tenth of what the model was trained with
 seeds = (0, 1, 2)
 max_new_tokens = 48
-repeats = 5
+repeats = 20
 
 # %%
 if model == "python-small":
@@ -84,9 +86,17 @@ starts = np.linspace(0, len(held_out) - length - 1, num_windows).astype(int)
 windows = np.stack([held_out[s : s + length + 1] for s in starts]).astype(np.int32)
 
 
+probe = gpt_tf.GPTModel.from_config(gpt.get_config())
+probe.compile(jit_compile=False)
+
+
 def perplexity_of(other):
     """Return a Keras model's perplexity on the held-out windows."""
-    other.compile(jit_compile=False)
+    if isinstance(other, gpt_tf.GPTModel):  # one compiled model measures all of them
+        probe.set_weights(other.get_weights())
+        other = probe
+    else:
+        other.compile(jit_compile=False)
     loss, *_ = other.evaluate(windows[:, :-1], windows[:, 1:], batch_size=20, verbose=0)
     return float(np.exp(loss))
 
@@ -223,10 +233,11 @@ for seed in seeds:
     kept.setdefault("float32, trained as long", fine_tune(longer, seed))
     for name, config in settings.items():
         config = {**config, **weights_alone}
-        rounded[name].append(increase_of(gpt_tf.quantize_aware(longer, config)))
+        after = gpt_tf.quantize_aware(longer, config)
+        rounded[name].append(increase_of(gpt_tf.to_rounded(after)))
         trained = fine_tune(gpt_tf.quantize_aware(gpt, config), seed)
         kept.setdefault(name, trained)
-        aware[name].append(increase_of(trained))
+        aware[name].append(increase_of(gpt_tf.to_rounded(trained)))
 
 for name in settings:
     print(name)
@@ -265,23 +276,25 @@ for name, source in (
     paths[name] = folder / f"{name.replace(', ', '-').replace(' ', '-')}.litertlm"
     gpt_tf.export_litertlm(kept[source], tokenizer, paths[name], "int4")
 
+files = {name: gpt_tf.EdgeGPT(path, num_threads=1) for name, path in paths.items()}
+prompt_ids, written = tokenizer.encode(prompt), {}
+seconds = {name: [] for name in files}
+for _ in range(repeats + 1):  # in turns; the first warms up
+    for name, file in files.items():
+        start = time.perf_counter()
+        written[name] = file.generate(
+            prompt_ids, max_new_tokens=max_new_tokens, temperature=0
+        )
+        seconds[name].append((time.perf_counter() - start) / len(written[name]))
+
 table = {}
-prompt_ids = tokenizer.encode(prompt)
-for name, path in paths.items():
-    with gpt_tf.EdgeGPT(path) as file:
-        nats = np.mean([-file.score(row).mean() for row in windows])
-        seconds = []
-        for _ in range(repeats + 1):  # the first call warms up
-            start = time.perf_counter()
-            written = file.generate(
-                prompt_ids, max_new_tokens=max_new_tokens, temperature=0
-            )
-            seconds.append((time.perf_counter() - start) / len(written))
+for name, file in files.items():
+    nats = np.mean([-file.score(row).mean() for row in windows])
     table[name] = {
-        "MB": path.stat().st_size / 1e6,
-        "ms": 1000 * float(np.median(seconds[1:])),
+        "MB": paths[name].stat().st_size / 1e6,
+        "ms": 1000 * float(np.median(seconds[name][1:])),
         "perplexity": float(np.exp(nats)),
-        "text": prompt + tokenizer.decode(written),
+        "text": prompt + tokenizer.decode(written[name]),
     }
 
 
@@ -320,23 +333,26 @@ left.set_xlabel("bits per weight")
 left.set_title("Perplexity increase by strategy", loc="left")
 left.legend(frameon=False, fontsize=9)
 
-shown = [name for name in settings if name.startswith("4")]
-places = np.arange(len(shown))
-for shift, found, label, colour in (
-    (-0.2, rounded, "float32 trained as long, then rounded", "#9a9a9a"),
-    (0.2, aware, "QAT", "#c2410c"),
-):
-    means = [np.mean(found[name]) for name in shown]
-    bars = right.bar(places + shift, means, 0.38, color=colour, label=label)
-    right.bar_label(bars, [f"{mean:+.1f} %" for mean in means], padding=3)
-    for place, name in zip(places, shown, strict=True):
-        dots = [place + shift] * len(seeds)
-        right.plot(dots, found[name], "k.", markersize=4)
-right.set_xticks(places, [name.removeprefix("4 bits, ") for name in shown])
-right.set_yticks([])
-right.margins(y=0.15)
-right.set_title("Perplexity increase at 4 bits (dots: seeds)", loc="left")
-right.legend(frameon=False, fontsize=9, loc="upper right")
+shown = [name for name in settings if name.startswith("4")][::-1]
+for row, name in enumerate(shown):
+    ends = np.mean(rounded[name]), np.mean(aware[name])
+    right.plot(ends, [row, row], color="#cccccc", linewidth=5, zorder=0)
+    for values, label, colour in (
+        (rounded[name], "float32 trained as long, then rounded", "#777777"),
+        (aware[name], "QAT", "#c2410c"),
+    ):
+        label = label if row == 0 else None
+        right.plot(values, [row] * len(values), "o", color=colour, label=label)
+        right.text(
+            np.mean(values), row + 0.12, f"{np.mean(values):+.1f} %", ha="center"
+        )
+right.set_xscale("log")
+right.set_xlim(1, 200)
+right.set_xticks([1, 10, 100], ["1 %", "10 %", "100 %"])
+right.set_yticks(range(len(shown)), [n.removeprefix("4 bits, ") for n in shown])
+right.set_ylim(-0.5, len(shown))
+right.set_title(f"Perplexity increase at 4 bits, {len(seeds)} seeds each", loc="left")
+right.legend(frameon=False, fontsize=9, loc="upper left")
 for axis in (left, right):
     axis.spines[["top", "right"]].set_visible(False)
 plt.show()

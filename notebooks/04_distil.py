@@ -35,6 +35,7 @@ except ImportError:  # in Colab, for example
     import gpt_tf
 
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -43,6 +44,7 @@ import numpy as np
 import tf_keras as keras
 from IPython.display import Markdown, display
 
+logging.getLogger("tensorflow").setLevel("ERROR")
 started = time.perf_counter(), time.process_time()
 
 # %% [markdown]
@@ -64,7 +66,7 @@ rates = (3e-4, 1e-3, 3e-3)  # learning rates that every kind of student tries
 seeds = (0, 1, 2)
 num_windows = 120  # held-out windows: half to choose rates by, half to report
 max_new_tokens = 48
-repeats = 5
+repeats = 20
 
 # %%
 if model == "python-small":
@@ -258,29 +260,33 @@ display(Markdown("\n".join(lines)))
 # The student is an ordinary `GPTModel`: export it like any other.
 
 # %%
-table = {}
-prompt_ids = tokenizer.encode(prompt)
 sources = {"teacher": (teacher, "float32"), "student": (best, "float32")}
 sources |= {
     f"{name}, int8": (gpt, "dynamic_int8") for name, (gpt, _) in sources.items()
 }
+paths = {name: folder / f"{name.replace(', ', '-')}.litertlm" for name in sources}
 for name, (gpt, mode) in sources.items():
-    path = folder / f"{name.replace(', ', '-')}.litertlm"
-    gpt_tf.export_litertlm(gpt, tokenizer, path, mode)
-    with gpt_tf.EdgeGPT(path) as file:
-        nats = np.mean([-file.score(row).mean() for row in report])
-        seconds = []
-        for _ in range(repeats + 1):  # the first call warms up
-            start = time.perf_counter()
-            written = file.generate(
-                prompt_ids, max_new_tokens=max_new_tokens, temperature=0
-            )
-            seconds.append((time.perf_counter() - start) / len(written))
+    gpt_tf.export_litertlm(gpt, tokenizer, paths[name], mode)
+
+files = {name: gpt_tf.EdgeGPT(path, num_threads=1) for name, path in paths.items()}
+prompt_ids, written = tokenizer.encode(prompt), {}
+seconds = {name: [] for name in files}
+for _ in range(repeats + 1):  # in turns; the first warms up
+    for name, file in files.items():
+        start = time.perf_counter()
+        written[name] = file.generate(
+            prompt_ids, max_new_tokens=max_new_tokens, temperature=0
+        )
+        seconds[name].append((time.perf_counter() - start) / len(written[name]))
+
+table = {}
+for name, file in files.items():
+    nats = np.mean([-file.score(row).mean() for row in report])
     table[name] = {
-        "MB": path.stat().st_size / 1e6,
-        "ms": 1000 * float(np.median(seconds[1:])),
+        "MB": paths[name].stat().st_size / 1e6,
+        "ms": 1000 * float(np.median(seconds[name][1:])),
         "perplexity": float(np.exp(nats)),
-        "text": prompt + tokenizer.decode(written),
+        "text": prompt + tokenizer.decode(written[name]),
     }
 
 

@@ -155,6 +155,12 @@ def test_tutorials_open_with_their_end_and_chapter_and_are_in_the_index():
 # What they found
 
 
+@pytest.mark.parametrize("name", TUTORIALS[:4])
+def test_two_quiet_cores_need_no_longer_than_the_tutorial_states(name):
+    stated = re.search(r"\*\*Time:\*\* (\d+) minutes", first_cell(name, "markdown"))
+    assert _results(name)["cpu_minutes"] / 2 <= int(stated[1])
+
+
 def test_tutorial_1_the_int8_file_is_three_times_as_fast_and_nearly_as_good():
     found = _results("01_make_it_fast")
     speed = found["tokens_per_second"]
