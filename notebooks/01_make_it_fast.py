@@ -63,7 +63,7 @@ prompt = "The capital of France is"  # a prompt must not end in a space
 corpus = "python-stdlib"  # yours: a file or folder of text to measure perplexity on
 context_length = 256  # positions that a file can hold
 max_new_tokens = 24
-repeats = 5
+repeats = 3
 num_windows = 16  # held-out windows of 128 tokens each
 
 # %%
@@ -187,8 +187,8 @@ nats = {
 change, error = {}, {}
 for name in files:
     difference = nats[name] - nats["float32 file"]
-    change[name] = 100 * (np.exp(difference.mean()) - 1)
-    error[name] = 200 * difference.std() / np.sqrt(len(windows))
+    change[name] = float(100 * (np.exp(difference.mean()) - 1))
+    error[name] = float(200 * difference.std() / np.sqrt(len(windows)))
     print(
         f"{name:12} perplexity {np.exp(nats[name].mean()):7.2f}, "
         f"{change[name]:+.1f} % ± {error[name]:.1f}"
@@ -258,6 +258,7 @@ results = {
     "tokens_per_second": {name: round(value, 1) for name, value in rate.items()},
     "size_mb": {name: round(value, 1) for name, value in size_mb.items()},
     "perplexity_change_percent": {k: round(v, 2) for k, v in change.items()},
+    "perplexity_error_percent": {k: round(v, 2) for k, v in error.items()},
     "texts": texts,
     "minutes": round(minutes, 1),
     "cpu_minutes": round(cpu_minutes, 1),

@@ -32,7 +32,7 @@ TINY = {
     "02_train_with_fit": {
         **{"vocab_size": 300, "context_length": 32, "batch_size": 4, "num_heads": 2},
         **{"embedding_dim": 32, "num_layers": 1, "epochs": 3, "steps_per_epoch": 2},
-        **{"augmented_steps": 8, "seeds": (0,), "max_new_tokens": 8, "repeats": 1},
+        **{"augmented_steps": 4, "seeds": (0,), "max_new_tokens": 8, "repeats": 1},
         "jit_compile": False,
     },
     "03_quantise": {
