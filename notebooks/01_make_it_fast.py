@@ -38,12 +38,14 @@ except ImportError:  # in Colab, for example
 import importlib.util
 import json
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display
 
+warnings.simplefilter("ignore", UserWarning)  # SmolLM2's tokenizer lacks 21 bytes
 started = time.perf_counter(), time.process_time()
 
 # %% [markdown]
