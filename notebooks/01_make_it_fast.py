@@ -61,7 +61,7 @@ started = time.perf_counter(), time.process_time()
 
 # %% tags=["parameters"]
 model = "smollm2"  # yours: a Hugging Face folder, "hf://owner/name", a .gguf, ckpt.pt
-prompt = "The three primary colors are"  # a prompt must not end in a space
+prompt = "The capital of France is Paris. The capital of Italy is"  # no space at its end
 corpus = "python-stdlib"  # yours: a file or folder of text to measure perplexity on
 context_length = 256  # positions that a file can hold
 max_new_tokens = 24
