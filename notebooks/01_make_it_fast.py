@@ -29,13 +29,22 @@
 # needed. Run the cells from top to bottom.
 
 # %%
-try:
-    import gpt_tf
-except ImportError:  # in Colab, for example
-    # %pip install -q "gpt-tf[train]"
-    import gpt_tf
-
+# Install gpt_tf where it is missing, from a wheel or a clone beside this notebook.
+import glob
 import importlib.util
+
+from IPython import get_ipython
+
+if getattr(importlib.util.find_spec("gpt_tf"), "origin", None) is None:
+    source = [*glob.glob("./gpt_tf*.whl"), *glob.glob("./gpt_tf*/"), ".."][0]
+    get_ipython().run_line_magic("pip", f"install -q {source}[train,explain]")
+
+# %%
+import gpt_tf
+
+print(f"gpt_tf {gpt_tf.__version__}")
+
+# %%
 import json
 import time
 import warnings
@@ -61,7 +70,9 @@ started = time.perf_counter(), time.process_time()
 
 # %% tags=["parameters"]
 model = "smollm2"  # yours: a Hugging Face folder, "hf://owner/name", a .gguf, ckpt.pt
-prompt = "The capital of France is Paris. The capital of Italy is"  # no space at its end
+prompt = (
+    "The capital of France is Paris. The capital of Italy is"  # no space at its end
+)
 corpus = "python-stdlib"  # yours: a file or folder of text to measure perplexity on
 context_length = 256  # positions that a file can hold
 max_new_tokens = 24

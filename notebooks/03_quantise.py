@@ -28,12 +28,22 @@
 # **Time:** 3 minutes on two quiet CPU cores.
 
 # %%
-try:
-    import gpt_tf
-except ImportError:  # in Colab, for example
-    # %pip install -q "gpt-tf[train]"
-    import gpt_tf
+# Install gpt_tf where it is missing, from a wheel or a clone beside this notebook.
+import glob
+import importlib.util
 
+from IPython import get_ipython
+
+if getattr(importlib.util.find_spec("gpt_tf"), "origin", None) is None:
+    source = [*glob.glob("./gpt_tf*.whl"), *glob.glob("./gpt_tf*/"), ".."][0]
+    get_ipython().run_line_magic("pip", f"install -q {source}[train,explain]")
+
+# %%
+import gpt_tf
+
+print(f"gpt_tf {gpt_tf.__version__}")
+
+# %%
 import json
 import logging
 import time
