@@ -80,10 +80,10 @@ batch_size = 16
 embedding_dim = 128
 num_layers = 4
 num_heads = 4
-epochs = 12
+epochs = 10
 steps_per_epoch = 100
 learning_rate = 3e-3
-augmented_steps = 320  # of each training in the last step
+augmented_steps = 240  # of each training in the last step
 seeds = (0, 1, 2)
 max_new_tokens = 100
 repeats = 5
@@ -317,8 +317,8 @@ def best_loss(rate, seed):
     losses = small.fit(
         data.dataset(),
         validation_data=val,
-        epochs=4,
-        steps_per_epoch=max(1, augmented_steps // 4),
+        epochs=3,
+        steps_per_epoch=max(1, augmented_steps // 3),
         verbose=0,
     ).history["val_loss"]
     return min(losses) * tokens_per_character
