@@ -166,7 +166,7 @@ def test_tutorial_1_the_int8_file_is_three_times_as_fast_and_nearly_as_good():
     speed = found["tokens_per_second"]
     assert found["model"] == "smollm2"
     assert speed["int8 file"] > 3 * speed["Keras"]
-    assert found["size_mb"]["int8 file"] < 0.3 * found["size_mb"]["Keras"]
+    assert found["size_mb"]["int8 file"] < 0.26 * found["size_mb"]["Keras"]
     assert found["perplexity_change_percent"]["int8 file"] < 3
     assert found["texts"]["float32 file"] == found["texts"]["Keras"]
 
@@ -174,10 +174,10 @@ def test_tutorial_1_the_int8_file_is_three_times_as_fast_and_nearly_as_good():
 def test_tutorial_2_beats_the_published_loss_and_augmentation_helps_every_seed():
     found = _results("02_train_with_fit")
     assert found["corpus"] == "shakespeare"
-    assert found["nats_per_character"] < found["mark"] == 1.88
+    assert found["nats_per_character"] < 1.75 < found["mark"] == 1.88
     pairs = zip(found["augmented"], found["plain"], strict=True)
     assert len(found["plain"]) == 3
-    assert all(augmented < plain for augmented, plain in pairs)
+    assert all(augmented < 0.99 * plain for augmented, plain in pairs)
 
 
 def test_tutorial_3_strategies_matter_at_4_bits_and_qat_wins_there():
