@@ -14,7 +14,10 @@
 # %% [markdown]
 # # 3. Quantise
 #
-# **Result:** TODO
+# **Result:** at 8 bits every strategy costs less than 1 % of perplexity. At 4 bits the
+# cost goes from less than 10 % with a scale per 32 weights to more than 100 % with one
+# scale for the model. Fine-tuning with quantised weights (QAT) removes at least 30 % of
+# what 4 bits cost, with each of three seeds, and the `int4` file keeps the gain.
 #
 # ![The result](attachment:result.png)
 #
