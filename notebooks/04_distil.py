@@ -17,8 +17,8 @@
 # **Result:** a student with half of the teacher's layers that learns from the teacher's
 # probabilities has a perplexity at least 8 % lower than the same student that learns
 # from labels for the same time, with little text. The difference is larger than that
-# between seeds. With fresh weights neither gets far in this time: most of what a student
-# knows comes from the layers.
+# between seeds. With fresh weights neither gets far in this time: most of what a
+# student knows comes from the layers.
 #
 # ![The result](attachment:result.png)
 #
