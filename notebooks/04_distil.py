@@ -14,12 +14,12 @@
 # %% [markdown]
 # # 4. Distil
 #
-# **Result:** a student that begins with half of the teacher's layers and learns from its
-# probabilities has a perplexity at least 5 % lower than the same student that learns
-# from labels for as long, on 150,000 tokens of text: 21.3 against 22.9 on average. Seeds
-# differ by less than 0.3. With fresh weights distillation does not win: in this time
-# labels teach more, and neither gets far. Most of what a student knows comes from the
-# layers.
+# **Result:** a student that begins with half of the teacher's layers and learns from
+# its probabilities has a perplexity at least 5 % lower than the same student that
+# learns from labels for as long, on 150,000 tokens of text: 21.3 against 22.9 on
+# average. Seeds differ by less than 0.3. With fresh weights distillation does not
+# win: in this time labels teach more, and neither gets far. Most of what a student
+# knows comes from the layers.
 #
 # ![The result](attachment:result.png)
 #
@@ -273,11 +273,11 @@ lines += [
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
-# From the teacher's layers its probabilities win: the perplexity is 6.7 % lower, and the
-# student agrees with its teacher at 64 % of the positions instead of 57 %. From fresh
-# weights labels win: 120 steps are too few to imitate a teacher from nothing. So copy
-# layers first, then distil. Storing the predictions took as long as 75 steps, once for
-# all students.
+# From the teacher's layers its probabilities win: the perplexity is 6.7 % lower, and
+# the student agrees with its teacher at 64 % of the positions instead of 57 %. From
+# fresh weights labels win: 120 steps are too few to imitate a teacher from nothing.
+# So copy layers first, then distil. Storing the predictions took as long as 75 steps,
+# once for all students.
 #
 # ## 5. As files
 #
