@@ -368,7 +368,7 @@ for row, name in enumerate(shown):
         right.plot(values, [row] * len(values), "o", color=colour, label=named)
         right.text(np.mean(values), row + 0.12, f"{np.mean(values):+.1f} %", ha=side)
 right.set_xscale("log")
-right.set_xlim(1, 200)
+right.set_xlim(0.8, 200)
 right.set_xticks([1, 10, 100], ["1 %", "10 %", "100 %"])
 right.set_yticks(range(len(shown)), [n.removeprefix("4 bits, ") for n in shown])
 right.set_ylim(-0.5, len(shown))
