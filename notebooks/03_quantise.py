@@ -262,7 +262,7 @@ for name in settings:
 # At 8 bits with a scale per output there is nothing to win: round after training.
 # (Both rows are above 0 because 100 steps at this rate move the model a little away
 # from its best.) QAT pays where rounding hurts, at 4 bits, and the more so the more
-# weights share a scale: +26 % instead of +79 % with a scale per matrix, +5.4 %
+# weights share a scale: +26 % instead of +79 % with a scale per matrix, +5 %
 # instead of +12 % with one per output, +1.7 % instead of +2.8 % with one per 32
 # weights.
 #
