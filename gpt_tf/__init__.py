@@ -14,6 +14,7 @@ import os
 import sys
 
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of TensorFlow's remarks, errors
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _PUBLIC = {
     "compare_explanations": "gpt_tf.explain.faithfulness",
     "deletion_test": "gpt_tf.explain.faithfulness",
     "derive_tokenizer": "gpt_tf.distillation.tokenizer_alignment",
+    "describe_machine": "gpt_tf.evaluation.hardware",
     "distil": "gpt_tf.training.loop",
     "equalize": "gpt_tf.quantization.equalize",
     "evaluate_files": "gpt_tf.evaluation.accuracy",
@@ -50,6 +52,7 @@ _PUBLIC = {
     "export_litertlm": "gpt_tf.export.litertlm",
     "export_tflite": "gpt_tf.export.tflite",
     "export_trained": "gpt_tf.export.from_run",
+    "extract": "gpt_tf.distillation.teacher_cache",
     "extract_knowledge": "gpt_tf.training.loop",
     "generate": "gpt_tf.models.cached_forward",
     "held_out_text": "gpt_tf.evaluation.text",
@@ -74,6 +77,7 @@ _PUBLIC = {
     "stream": "gpt_tf.models.cached_forward",
     "tasks_of": "gpt_tf.parallel.pipeline",
     "to_float": "gpt_tf.quantization.qat",
+    "to_rounded": "gpt_tf.quantization.qat",
     "train": "gpt_tf.training.loop",
     "write_token_file": "gpt_tf.text.dataset",
 }

@@ -1,7 +1,7 @@
 """Run the tutorials and keep their outputs.
 
     python notebooks/execute.py
-    python notebooks/execute.py 01_text_and_tokens --set steps=20 --out small
+    python notebooks/execute.py 03_quantise --set steps=20 --out small
 
 Each tutorial is a text source, `NN_name.py` in jupytext's percent format. It runs
 from top to bottom in a kernel of this very Python, in a temporary folder, and its
@@ -28,6 +28,8 @@ sys.path.insert(0, str(HERE.parent))
 from gpt_tf.artifacts import atomic_file
 from gpt_tf.errors import InputError
 
+# Where a tutorial's opening shows the last picture that its cells draw.
+RESULT = "result.png"
 KERNEL_OPTIONS = [
     # What TensorFlow's C++ remarks on the machine stays in the terminal.
     "--IPKernelApp.capture_fd_output=False",
@@ -80,7 +82,7 @@ def execute(path: str | os.PathLike, parameters=None) -> nbformat.NotebookNode:
         CellExecutionError: A cell failed.
 
     Example:
-        >>> notebook = execute("01_text_and_tokens.py", {"steps": 20})
+        >>> notebook = execute("03_quantise.py", {"steps": 20})
     """
     notebook = read_source(path)
     if parameters:
@@ -97,7 +99,21 @@ def execute(path: str | os.PathLike, parameters=None) -> nbformat.NotebookNode:
         )
         client.execute(env=_environment())
     notebook.metadata.language_info.pop("version", None)
+    _show_result_at_the_top(notebook)
     return notebook
+
+
+def _show_result_at_the_top(notebook):
+    """Attach the last picture to the opening, where that has a place for it."""
+    pictures = [
+        output.data["image/png"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", ())
+    ]
+    opening = notebook.cells[0]
+    if pictures and f"(attachment:{RESULT})" in opening.source:
+        opening.attachments = {RESULT: {"image/png": pictures[-1]}}
 
 
 def _insert_parameters(notebook, parameters):

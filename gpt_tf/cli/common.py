@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -141,7 +140,6 @@ def show_notices():
 
 def import_tensorflow():
     """Import TensorFlow without the lines that its libraries log meanwhile."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with held_back(lambda line, failed: failed):
         import tensorflow as tf
     tf.get_logger().setLevel("ERROR")

@@ -185,7 +185,10 @@ def _source_of(model, mode, ranges, representative):
         from gpt_tf.quantization import qat
 
         found = qat.activation_ranges(model)
-        return qat.to_float(model), {**found, **(ranges or {})}
+        # int4 chooses scales by the weights: rounded ones get those of the training.
+        is_int4 = mode == "int4" and model.quantization.block_size is not None
+        plain = qat.to_rounded(model) if is_int4 else qat.to_float(model)
+        return plain, {**found, **(ranges or {})}
     if MODES[mode].activations is None:
         return model, {}
     if ranges is None:

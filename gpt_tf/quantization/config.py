@@ -11,6 +11,7 @@ from pydantic import Field
 
 from gpt_tf.settings.configuration import (
     Configuration,
+    Count,
     CountOrZero,
     Rate,
     Share,
@@ -87,8 +88,13 @@ class QuantizationConfig(Configuration):
         ge=2,
         le=8,
         description="Bits per weight of every matrix, tables included. A file holds 8 "
-        "per channel, or 4 in blocks of 32, which is finer than what is trained here "
-        "with 4: fewer than 8 are for study.",
+        "per channel, or 4 in blocks of 32; others are for study.",
+    )
+    block_size: Count | None = Field(
+        None,
+        description="How many inputs of an output channel share a scale; the tables "
+        "then have 8 bits per row. With 32 and 4 bits, the weights are those of a file "
+        "of mode int4. Not given, all inputs share one.",
     )
     per_channel: bool = Field(
         True,
@@ -137,6 +143,10 @@ class QuantizationConfig(Configuration):
     calibration_method: Method = Field(
         "mse", description="How they are measured, as `method` of `calibrate`."
     )
+
+    def __post_init__(self):
+        fits = self.block_size is None or self.per_channel
+        self._check("block_size", fits, "of None where per_channel is False")
 
     @classmethod
     def full(cls, **changes):

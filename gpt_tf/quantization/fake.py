@@ -58,13 +58,15 @@ def fake_quantize(x, minimum, maximum, dtype="int8"):
     return tf.cast(round_within(tf.cast(x, tf.float32)), x.dtype)
 
 
-def fake_quantize_weights(weights, bits=8, axis=None):
+def fake_quantize_weights(weights, bits=8, axis=None, block_size=None):
     """Round a matrix to symmetric integers: `quantize_array` that can be trained.
 
     Args:
         weights: `(N, M)`, any float type.
         bits: 2 to 8.
         axis: Axis whose every index has a scale of its own; None gives one to all.
+        block_size: Of axis 1, how many of its `N` values share a scale, a divisor of
+            `N`; None lets all.
 
     Returns:
         The shape and type of `weights`; the gradient passes unchanged, as no value
@@ -74,10 +76,13 @@ def fake_quantize_weights(weights, bits=8, axis=None):
 
     @ops.custom_gradient
     def round_all(w):
-        shared = [a for a in range(w.shape.rank) if a != axis]
+        shape, shared = w.shape, [a for a in range(w.shape.rank) if a != axis]
+        if block_size is not None:
+            w, shared = tf.reshape(w, (-1, block_size, shape[1])), [1]
         largest = tf.reduce_max(tf.abs(w), axis=shared, keepdims=True)
         scale = tf.maximum(largest / limit, SMALLEST_SCALE)
         scale = tf.where(largest > 0.0, scale, 1.0)
-        return ops.keep(tf.round(w / scale) * scale), lambda dy: dy
+        rounded = tf.reshape(tf.round(w / scale) * scale, shape)
+        return ops.keep(rounded), lambda dy: dy
 
     return tf.cast(round_all(tf.cast(weights, tf.float32)), weights.dtype)

@@ -324,6 +324,23 @@ def to_float(model):
     return gpt
 
 
+def to_rounded(model):
+    """Return the float model inside a quantisation-aware one, its weights rounded.
+
+    Args:
+        model: A `QuantizationAwareGPT`; it is not changed.
+
+    Returns:
+        A `GPTModel` in float32, whose weights are what integers stand for.
+    """
+    gpt = to_float(model)
+    config = quantizers.GPTQuantizeConfig(model.quantization)
+    for layer in gpt.layers[1:]:
+        for weight, quantizer in config.get_weights_and_quantizers(layer):
+            weight.assign(quantizer(weight, False, {}))
+    return gpt
+
+
 def _pairs(aware, gpt):
     """Yield each float variable of a quantisation-aware model and its twin in a GPT."""
     for wrapper in aware.layers[1:]:

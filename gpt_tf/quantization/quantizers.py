@@ -20,6 +20,7 @@ from tensorflow_model_optimization.python.core.quantization.keras import (
     quantize_scheme,
 )
 
+from gpt_tf.errors import InputError
 from gpt_tf.models import train_step
 from gpt_tf.quantization.calibration import FIXED_RANGES, NARROWEST
 from gpt_tf.quantization.config import QuantizationConfig
@@ -95,20 +96,22 @@ class WeightQuantizer(tfmot.quantization.keras.quantizers.Quantizer):
     Args:
         bits: 2 to 8.
         axis: Axis of the output channels, or None.
+        block_size: As for `fake_quantize_weights`.
     """
 
-    def __init__(self, bits, axis):
+    def __init__(self, bits, axis, block_size=None):
         self.bits = bits
         self.axis = axis
+        self.block_size = block_size
 
     def build(self, tensor_shape, name, layer):
         return {}
 
     def __call__(self, inputs, training, weights, **kwargs):
-        return fake_quantize_weights(inputs, self.bits, self.axis)
+        return fake_quantize_weights(inputs, self.bits, self.axis, self.block_size)
 
     def get_config(self):
-        return {"bits": self.bits, "axis": self.axis}
+        return {"bits": self.bits, "axis": self.axis, "block_size": self.block_size}
 
 
 class ActivationQuantizer(tfmot.quantization.keras.quantizers.Quantizer):
@@ -191,12 +194,21 @@ class GPTQuantizeConfig(tfmot.quantization.keras.QuantizeConfig):
         return [name for name in layer.ACTIVATIONS if dtype_of(name) != "float32"]
 
     def get_weights_and_quantizers(self, layer):
-        found = []
+        found, wanted = [], self.quantization
         for name in self._matrices(layer):
+            bits, block_size = wanted.weight_bits, wanted.block_size
             axis = channel_axis(f"{layer.name}/{name}")
-            axis = axis if self.quantization.per_channel else None
-            quantizer = WeightQuantizer(self.quantization.weight_bits, axis)
-            found.append((getattr(layer, name), quantizer))
+            if block_size is not None and axis == 0:
+                bits, block_size = 8, None  # a table, as in a file of mode int4
+            axis = axis if wanted.per_channel else None
+            weight = getattr(layer, name)
+            if block_size is not None and weight.shape[0] % block_size:
+                raise InputError(
+                    f"`block_size` expects a divisor of {weight.shape[0]}, the inputs "
+                    f"of {layer.name}/{name}. Received: {block_size}. Use another, or "
+                    "None."
+                )
+            found.append((weight, WeightQuantizer(bits, axis, block_size)))
         return found
 
     def get_activations_and_quantizers(self, layer):

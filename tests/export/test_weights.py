@@ -8,6 +8,7 @@ from gpt_tf.errors import InputError
 from gpt_tf.export.constants import MODES
 from gpt_tf.export.tflite_writer import Type
 from gpt_tf.export.weights import constants_of, store
+from gpt_tf.quantization import qat
 from gpt_tf.quantization.weights import quantize_array
 
 FINITE = st.floats(-1e3, 1e3, width=32)
@@ -30,6 +31,22 @@ def real_numbers(matrix):
 
 
 # Matrices
+
+
+def test_int4_keeps_the_weights_that_a_model_was_trained_with_in_blocks(make_model):
+    config = {"weight_bits": 4, "block_size": 32, "inputs": "float32"}
+    model = make_model(num_layers=1, embedding_dim=64)
+    aware = qat.quantize_aware(model, {**config, "outputs": "float32"})
+    rounded = qat.to_rounded(aware)
+    x = np.arange(12).reshape(2, 6)
+    np.testing.assert_allclose(aware(x), rounded(x), atol=1e-5)
+    for gpt, is_kept in ((rounded, True), (qat.to_float(aware), False)):
+        values = gpt.get_layer("block_0").up_kernel.numpy().T
+        stored = real_numbers(store(values, "int4", "w"))
+        trained = rounded.get_layer("block_0").up_kernel.numpy().T
+        assert np.allclose(stored, trained, rtol=1e-3) == is_kept
+    with pytest.raises(InputError, match="`block_size` expects a divisor of 64"):
+        qat.quantize_aware(model, {**config, "block_size": 48})
 
 
 @given(MATRICES)

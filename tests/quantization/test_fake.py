@@ -62,16 +62,21 @@ def test_a_range_without_a_scale_changes_nothing(high, dtype, compiled):
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize(
+    ("axis", "block_size"), [(None, None), (0, None), (1, None), (1, 10)]
+)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_weights_are_rounded_to_the_integers_of_the_export(bits, axis, compiled):
+def test_weights_are_rounded_to_the_integers_of_the_export(
+    bits, axis, block_size, compiled
+):
     w = normal(30, 20)
     w[:, 3] = w[4] = 0.0
-    rounding = lambda w: fake_quantize_weights(w, bits, axis)  # noqa: E731
+    rounding = lambda w: fake_quantize_weights(w, bits, axis, block_size)  # noqa: E731
     y = (tf.function(rounding, jit_compile=True) if compiled else rounding)(w).numpy()
-    integers, scales = quantize_array(w, bits, axis)
-    np.testing.assert_allclose(y, dequantize(integers, scales), atol=1e-6)
-    again = quantize_array(y, bits, axis)
+    integers, scales = quantize_array(w, bits, axis, block_size)
+    expected = dequantize(integers, scales, block_size=block_size)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    again = quantize_array(y, bits, axis, block_size)
     np.testing.assert_array_equal(again[0], integers)
     other = dequantize(*quantize_array(w, bits, {None: 0, 0: 1, 1: None}[axis]))
     assert np.abs(y - other).max() > 1e-3
