@@ -38,7 +38,10 @@ const measures = {
 
   async transformers({ prompt, newTokens, repetitions, threads }) {
     const { AutoModelForCausalLM, Tensor, env } = await import("./transformers.min.js");
-    Object.assign(env, { allowRemoteModels: false, localModelPath: "./", useBrowserCache: false });
+    Object.assign(env, {
+      allowLocalModels: true, allowRemoteModels: false, localModelPath: "./",
+      useBrowserCache: false,
+    });
     Object.assign(env.backends.onnx.wasm, { numThreads: threads, wasmPaths: "./ort/" });
     const model = await AutoModelForCausalLM.from_pretrained(
       "gpt2", { dtype: "q8", device: "wasm" });
