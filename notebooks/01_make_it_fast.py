@@ -213,7 +213,10 @@ for name in files:
 # ## All of it in one table
 #
 # Keras and the float32 file compute the same numbers, so they share a perplexity. The
-# export checked that.
+# export checked that. Nearly all of the speed comes from the smaller weights: 33 tokens
+# per second instead of 9. The int8 file costs 2 % of perplexity and names the same
+# capital. The int4 file is faster still, but costs 16 % and no longer knows it: ship
+# int8 here. ([Tutorial 3](03_quantise.ipynb) fine-tunes a model for 4 bits.)
 
 # %%
 size_mb = {name: path.stat().st_size / 1e6 for name, path in paths.items()}

@@ -218,7 +218,7 @@ def test_two_quiet_cores_need_no_longer_than_the_tutorial_states(name):
 def test_tutorial_1_the_int8_file_is_three_times_as_fast_and_nearly_as_good():
     found = _results("01_make_it_fast")
     speed = found["tokens_per_second"]
-    assert found["model"] == "llama"  # SmolLM2, and not what stands in for it
+    assert found["size_mb"]["Keras"] > 500  # SmolLM2, not its stand-in
     assert speed["int8 file"] > 3 * speed["Keras"]
     assert found["size_mb"]["int8 file"] < 0.26 * found["size_mb"]["Keras"]
     assert found["perplexity_change_percent"]["int8 file"] < 3
