@@ -368,7 +368,7 @@ def test_kernel_is_this_python_and_the_same_run_gives_the_same_bytes(house):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "stepz=4", "--out", "{out}"], r"parameters are .*steps.*stepz"),
+        (["--set", "stepz=4", "--out", "{out}"], r"parameters are .*prompt.*stepz"),
         (["--set", "steps=4"], "--set expects --out"),
         (["02_no_such"], "tutorials are .*02_no_such"),
     ],
