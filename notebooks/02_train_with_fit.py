@@ -17,7 +17,7 @@
 # **Result:** a GPT of 0.9 million parameters, trained on Shakespeare for two minutes,
 # reaches a held-out loss below 1.75 nats per character, where nanoGPT reports 1.88 for
 # a model of its size. On a tenth of the text, BPE dropout lowers the held-out loss by
-# more than 1 % with each of three seeds.
+# about 1 % with each of three seeds.
 #
 # ![The result](attachment:result.png)
 #
