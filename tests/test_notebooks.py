@@ -281,7 +281,7 @@ def test_tutorial_5_every_program_that_runs_a_file_writes_the_same_tokens():
 
 def test_tutorial_6_the_second_p95_lies_within_the_interval_of_the_first():
     found = _results("06_measure_and_choose")
-    assert found["model"] == "llama"  # SmolLM2, and not what stands in for it
+    assert found["model"] == "smollm2"
     assert set(found["second_p95_ms"]) == {"dynamic_int8", "int4"}
     for mode, p95 in found["second_p95_ms"].items():
         low, high = found["interval_ms"][mode]
