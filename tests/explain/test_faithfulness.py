@@ -43,7 +43,7 @@ def explained_by(monkeypatch, scores_of):
         found = explain_prompt(subject, ids, **options)
         return dataclasses.replace(found, scores=scores_of(np.array(ids)))
 
-    monkeypatch.setattr(faithfulness, "explain", replaced)
+    monkeypatch.setattr(faithfulness, "explain_prompt", replaced)
 
 
 def judged(**options):
@@ -152,7 +152,7 @@ def test_targets_are_those_of_the_first_model(monkeypatch):
         targets.append((type(subject), found.target_id))
         return found
 
-    monkeypatch.setattr(faithfulness, "explain", noted)
+    monkeypatch.setattr(faithfulness, "explain_prompt", noted)
     compared(Told(), Counted())
     assert {target for _, target in targets} == {3}
     assert {kind for kind, _ in targets} == {Told, Counted}

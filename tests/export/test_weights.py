@@ -35,7 +35,7 @@ def real_numbers(matrix):
 
 def test_int4_keeps_the_weights_that_a_model_was_trained_with_in_blocks(make_model):
     config = {"weight_bits": 4, "block_size": 32, "inputs": "float32"}
-    model = make_model(num_layers=1, embedding_dim=64)
+    model = make_model(num_layers=1, embedding_dim=64, num_heads=4)
     aware = qat.quantize_aware(model, {**config, "outputs": "float32"})
     rounded = qat.to_rounded(aware)
     x = np.arange(12).reshape(2, 6)
