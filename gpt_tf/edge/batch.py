@@ -26,6 +26,10 @@ class BatchDecoder:
         self.largest = max(executor.batches, default=1)
         self._executor = executor
         self._spare = None  # the cache of all rows that are free
+        self._places = {
+            size: (_places(signature.inputs), _places(signature.outputs))
+            for size, signature in executor.batches.items()
+        }
 
     def decode(self, sessions: list[Session], tokens: list[int]) -> np.ndarray:
         """Run a token of each text; the sessions do not take the tokens over.
@@ -56,19 +60,17 @@ class BatchDecoder:
         signature.positions[:count], signature.positions[count:] = places, 0
         signature.token_buffer.write(signature.tokens)
         signature.position_buffer.write(signature.positions)
-        buffers = {
+        shared = {
             signatures.TOKENS: signature.token_buffer,
             signatures.POSITIONS: signature.position_buffer,
             signatures.LOGITS: signature.logits_buffer,
         }
-        for row, found in enumerate(rows):
-            buffers |= {
-                signatures.of_row(name, row): buffer for name, buffer in found.items()
-            }
+        rows.append(shared)
+        inputs, outputs = self._places[signature.length]
         executor.model.run_by_index(
             signature.index,
-            [buffers[name] for name in signature.inputs],
-            [buffers[name] for name in signature.outputs],
+            [rows[row][name] for row, name in inputs],
+            [rows[row][name] for row, name in outputs],
         )
         return signature.read(count).copy()
 
@@ -91,3 +93,12 @@ class BatchDecoder:
         spare, self._spare = self._spare, None
         if spare is not None:
             spare.close()
+
+
+def _places(names):
+    """Return of each name the row that it is of, and what it is called there.
+
+    What all rows share is of the last one, -1.
+    """
+    parts = (name.partition(signatures.ROW) for name in names)
+    return [(int(row) if row else -1, name) for name, _, row in parts]

@@ -60,6 +60,7 @@ TOKENS = "tokens"
 POSITIONS = "input_pos"
 MASK = "mask"
 LOGITS = "logits"
+ROW = "_row_"  # between a name and its text's number in a batch
 MASKED = -1e9
 DEFAULT_PREFILL_LENGTHS = (1, 8, 64, 256)
 # Texts that one call may decode, and the capacity that its caches are declared with:
@@ -105,7 +106,7 @@ def decode_batch(size: int) -> str:
 
 def of_row(name: str, row: int | None) -> str:
     """Return the name that a mask or cache has for a text of a batch; None: alone."""
-    return name if row is None else f"{name}_row_{row}"
+    return name if row is None else f"{name}{ROW}{row}"
 
 
 def lengths_of(names, kind: str = "prefill") -> tuple[int, ...]:
