@@ -10,6 +10,8 @@ from gpt_tf.models.sizes import weight_shapes
 from gpt_tf.quantization.modes import MODES, SMALLEST_SCALE, Mode
 
 INT4_BLOCK = 32
+# Whose head reads real numbers, quantised row by row as they come.
+OUTLIER_MODES = ("dynamic_int8", "int4")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +40,8 @@ class Constants:
         matrices: `Matrix` by name, `"block_0/qkv_kernel"` for example. A tied head
             has none of its own.
         vectors: float32 `(n,)` by name; `"head/mask"`, where token ids are ruled out,
-            is added to the logits.
+            is added to the logits; `"head/outliers"` is 1 at channels that the head
+            multiplies apart from the others, where it does.
         ranges: (minimum, maximum) of activations by name.
         quant_params: Those asked for so far, so that all graphs have the same.
     """
@@ -103,6 +106,11 @@ class Constants:
         return integers, QuantParams(scales.astype(np.float32), zeros)
 
 
+def offsets_of(kernel: str) -> str:
+    """Return what the offsets `(M, C / 32)` of a kernel's int4 blocks are called."""
+    return kernel.replace("_kernel", "_offsets")
+
+
 def qkv_pieces(sizes: dict, mode: Mode, per_channel: bool) -> dict[str, slice]:
     """Return the products that a graph computes query, key and value by.
 
@@ -148,7 +156,14 @@ class _Outline(Constants):
         return _all(0, np.int32, *bias.shape), dataclasses.replace(matrix_params)
 
 
-def outline(mode: str, sizes: dict, per_channel: bool, masked: bool) -> Constants:
+def outline(
+    mode: str,
+    sizes: dict,
+    per_channel: bool,
+    masked: bool,
+    outliers: bool = False,
+    has_offsets: bool = False,
+) -> Constants:
     """Return the constants of a model of these sizes without their values.
 
     A graph of them has every name, shape and type of the model's own.
@@ -158,6 +173,8 @@ def outline(mode: str, sizes: dict, per_channel: bool, masked: bool) -> Constant
         sizes: `GPTModel`'s configuration, and `head_dim`.
         per_channel: Whether int8 weights have a scale per output channel.
         masked: Whether the file rules out token ids.
+        outliers: Whether the head multiplies some channels apart.
+        has_offsets: Whether blocks of int4 have an offset beside their step.
 
     Example:
         >>> outline("int8", sizes, True, False).matrices["block_0/up_kernel"].shape
@@ -182,11 +199,18 @@ def outline(mode: str, sizes: dict, per_channel: bool, masked: bool) -> Constant
             (vectors[name],) = shape
     if masked:
         vectors["head/mask"] = sizes["vocab_size"]
+    if outliers:
+        vectors["head/outliers"] = sizes["embedding_dim"]
     matrices = {
         name: _empty(shape, kind, per_channel)
         for kind, group in ((form.tables, tables), (form.kernels, kernels))
         for name, shape in group.items()
     }
+    if has_offsets:
+        matrices |= {
+            offsets_of(name): _empty((rows, columns // INT4_BLOCK), "int8", True)
+            for name, (rows, columns) in kernels.items()
+        }
     vectors = {name: _all(0, np.float32, length) for name, length in vectors.items()}
     return _Outline(form, sizes, matrices, vectors, {})
 

@@ -9,9 +9,11 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.export import litertlm, tflite
+from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.pretrained.source import is_foreign
-from gpt_tf.quantization.equalize import equalize
+from gpt_tf.quantization import four_bits
+from gpt_tf.quantization.equalize import equalize, head_outliers
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Corpus, open_corpus
@@ -101,7 +103,10 @@ def export_trained(
 
 
 def _prepare(model, tokenizer, mode, options):
-    """Equalise a model for a mode that rounds weights; 4 bits are rounded by GPTQ."""
+    """Equalise a model for a mode that rounds weights; 4 bits are rounded by GPTQ.
+
+    Weights that have 4 bits already are not rounded to others.
+    """
     arguments.one_of("mode", mode, MODES)
     bits = MODES[mode].weight_bits
     text = options.get("representative")
@@ -109,11 +114,24 @@ def _prepare(model, tokenizer, mode, options):
         return
     if text is None:
         text = tokenizer.encode("\n\n".join(topics.values()))
-    logger.info("equalising: moving differences of channels into the weights")
     text = windows_of(np.ravel(text), model.context_length)[::4]
-    equalize(model, text, bits=bits)
+    if bits == 4 and four_bits.has_four_bits(_kernels(model)):
+        logger.info("the weights have 4 bits already: they stay as they are")
+        options.setdefault("has_offsets", True)
+        options.setdefault("head_outliers", head_outliers(model, text))
+        return
+    logger.info("equalising: moving differences of channels into the weights")
+    options.setdefault("head_outliers", equalize(model, text, bits=bits))
     if bits == 4:  # at 8 the nearest integers are as good
         options.setdefault("gptq_on", text)
+
+
+def _kernels(model):
+    """Yield the matrices of the blocks, outputs by inputs."""
+    for block in parts_of(model).blocks:
+        for name in block.weight_names:
+            if name.endswith("_kernel"):
+                yield getattr(block, name).numpy().T
 
 
 def windows_of(tokens: np.ndarray, context_length: int) -> np.ndarray:

@@ -271,8 +271,11 @@ class _Graph:
         if name not in self.constants.matrices:
             name = "embedding/token_table"
         form = ops.form_of("head/logits_activation")
+        outliers = self.constants.vectors.get("head/outliers")
+        if outliers is not None:
+            normed = ops.apart(normed, np.stack([outliers, 1 - outliers]))
         logits = ops.dense(normed, self.constants.matrices[name], None, *form)
-        logits = ops.real(logits)
+        logits = ops.real(logits if outliers is None else ops.sum(logits, 2))
         if "head/mask" not in self.constants.vectors:
             return logits
         # Added to real numbers: no range has to reach that far.

@@ -8,7 +8,7 @@ mode is the set of activations that it quantises.
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from gpt_tf.export.constants import per_tensor
+from gpt_tf.export.constants import INT4_BLOCK, offsets_of, per_tensor
 from gpt_tf.export.tflite_writer import Op, Type
 
 _PROBABILITIES = per_tensor(1 / 256, -128)
@@ -49,7 +49,7 @@ class Operations:
 
     def __init__(self, subgraph, constants):
         self.graph, self.constants = subgraph, constants
-        self._quantised = set()
+        self._quantised, self._summed = set(), None
         if constants.mode.activations is not None:
             self._quantised = _EVERYTHING if constants.mode.full else _PRODUCTS
 
@@ -101,9 +101,23 @@ class Operations:
 
     def product(self, name, x, kind=Type.FLOAT32, quant=None):
         """Multiply by a kernel, and add its bias."""
-        matrix = self.constants.matrices[f"{name}_kernel"]
+        kernel, matrices = f"{name}_kernel", self.constants.matrices
         bias = self.constants.vectors.get(f"{name}_bias")
-        return self.dense(x, matrix, bias, kind, quant)
+        y = self.dense(x, matrices[kernel], bias, kind, quant)
+        if offsets_of(kernel) not in matrices:
+            return y
+        # A block's offset counts once for each of its inputs.
+        offsets = self.dense(
+            self._block_sums(x), matrices[offsets_of(kernel)], None, kind, quant
+        )
+        return self.add(y, offsets)
+
+    def _block_sums(self, x):
+        """`(1, T, C)` -> `(1, T, C / 32)`; what several products read, once."""
+        if self._summed is None or self._summed[0] is not x:
+            shape = (*x.shape[:-1], x.shape[-1] // INT4_BLOCK, INT4_BLOCK)
+            self._summed = x, self.sum(self.reshape(x, shape), len(shape) - 1)
+        return self._summed[1]
 
     def dense(self, x, matrix, bias, kind, quant):
         """Multiply by a matrix: in integers where both sides are quantised."""
@@ -175,6 +189,20 @@ class Operations:
         """Multiply real numbers; the result has the first one's shape unless given."""
         options = schema.MulOptionsT()
         return self.graph.op(Op.MUL, [a, b], shape or a.shape, options=options)
+
+    def apart(self, x, shares):
+        """`(1, T, C)` -> `(1, T, n, C)`, each row times all of `(n, C)` shares."""
+        batch, length, width = x.shape
+        shape = (batch, length, len(shares), width)
+        x = self.reshape(x, (batch, length, 1, width))
+        return self.multiply(x, self.graph.constant(shares), shape)
+
+    def sum(self, x, axis):
+        """Return real numbers added up over an axis, which goes."""
+        shape = (*x.shape[:axis], *x.shape[axis + 1 :])
+        inputs = [x, self.integers([axis])]
+        options = schema.ReducerOptionsT(keepDims=False)
+        return self.graph.op(Op.SUM, inputs, shape, options=options)
 
     def cast(self, x):
         """Return integers as real numbers."""

@@ -132,6 +132,12 @@ def _check_facts(facts, size):
             most = signatures.BATCH_SIZES[-1]
             yield "batch_sizes", ascending("batch_sizes", most)
             count += sum(facts["batch_sizes"])
+        outliers = facts.get("head_outliers", 0)
+        splits = mode in constants.OUTLIER_MODES
+        good = type(outliers) is int and 0 <= outliers < width
+        yield "head_outliers", good and (splits or not outliers)
+        offsets = facts.get("has_offsets", False)
+        yield "has_offsets", offsets is False or (offsets is True and mode == "int4")
         blocks = count * config["num_layers"]
         yield "config: num_layers", blocks <= min(_MOST_BLOCKS, size // _BLOCK_BYTES)
         fingerprint = facts.get("tokenizer_fingerprint", 0)
@@ -211,7 +217,12 @@ class _Comparison:
         facts = self.facts
         masked = self._ends_with_a_mask(subgraphs)
         parts = constants.outline(
-            facts["mode"], facts["config"], facts["per_channel"], masked
+            facts["mode"],
+            facts["config"],
+            facts["per_channel"],
+            masked,
+            bool(facts.get("head_outliers")),
+            facts.get("has_offsets", False),
         )
         model = _Outline()
         graph.build_all(model, parts, facts)

@@ -9,6 +9,7 @@ import numpy as np
 from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.export import graph, integrity, signatures, tflite_writer, verify, weights
+from gpt_tf.export.constants import OUTLIER_MODES
 from gpt_tf.generation.sequence import ids_without_token
 from gpt_tf.models.cached_forward import looks_untrained
 from gpt_tf.models.gpt import GPTModel
@@ -40,6 +41,8 @@ def export_tflite(
     representative=None,
     per_channel: bool | None = None,
     gptq_on=None,
+    has_offsets: bool = False,
+    head_outliers: Sequence[int] = (),
     verify_on=None,
     allow_untrained: bool = False,
 ) -> dict:
@@ -83,6 +86,13 @@ def export_tflite(
         gptq_on: Token ids `(N, T)` of some thousand positions of text, by which GPTQ
             rounds int8 and int4 weights. Default: each to the nearest. A model that
             was trained to be rounded so stays with that.
+        has_offsets: Whether blocks of `int4` have an offset beside their step, which
+            is a quarter of a bit a weight. Weights that have 4 bits already, as in a
+            GGUF's Q4_0, Q4_1 and Q4_K, then stay what they are; `gptq_on` is not used.
+        head_outliers: Channels of what the head reads that are much larger than the
+            others, as `equalize` returns them. In `dynamic_int8` and `int4`, which
+            quantise it row by row, the head multiplies them apart, so that they do not
+            coarsen the rest; other modes do without.
         verify_on: Token ids `(N,)` of a text on which the file is run and compared
             with Keras. Default: the first row of `representative`, else random ids.
         allow_untrained: Whether a model whose biases are all 0 still may be written.
@@ -138,14 +148,19 @@ def export_tflite(
         arguments.refuse("batch_sizes", batch_sizes, f"numbers among {known}")
     if per_channel is None:
         per_channel = plain is model or model.quantization.per_channel
+    last = plain.get_config()["embedding_dim"] - 1
+    outliers = arguments.integers("head_outliers", head_outliers, 0, last)
+    outliers = sorted(outliers) if mode in OUTLIER_MODES else []
     suppressed = ids_without_token(tokenizer, plain.vocab_size)
     moments = {}
-    if gptq_on is not None and MODES[mode].weight_bits and plain is model:
+    has_offsets = arguments.switch("has_offsets", has_offsets) and mode == "int4"
+    weighs = MODES[mode].weight_bits and plain is model and not has_offsets
+    if gptq_on is not None and weighs:
         logger.info("GPTQ: measuring what the weights are multiplied by")
         moments = gptq.moments_of(plain, gptq_on)
     logger.info(f"storing {plain.count_params():,} parameters as {mode}")
     constants = weights.constants_of(
-        plain, mode, ranges, per_channel, suppressed, moments
+        plain, mode, ranges, per_channel, suppressed, moments, outliers, has_offsets
     )
     del moments
     facts = {
@@ -156,6 +171,8 @@ def export_tflite(
         "prefill_lengths": lengths,
         "score_lengths": sorted({min(length, capacity) for length in SCORE_LENGTHS}),
         "batch_sizes": batch_sizes,
+        "has_offsets": has_offsets,
+        "head_outliers": len(outliers),
         "cache_dtype": "int8" if constants.mode.full else "float32",
         "tokenizer_fingerprint": tokenizer.fingerprint() if tokenizer else None,
     }

@@ -4,11 +4,17 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.export import signatures
-from gpt_tf.export.constants import INT4_BLOCK, Constants, Matrix, qkv_pieces
+from gpt_tf.export.constants import (
+    INT4_BLOCK,
+    Constants,
+    Matrix,
+    offsets_of,
+    qkv_pieces,
+)
 from gpt_tf.export.types import QuantParams, Type
 from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.sizes import weight_shapes
-from gpt_tf.quantization import gptq
+from gpt_tf.quantization import four_bits, gptq
 from gpt_tf.quantization.modes import MODES
 from gpt_tf.quantization.weights import quantize_array
 
@@ -51,6 +57,11 @@ def store(
         scales = scales.reshape(-1)
         quant = QuantParams(scales, np.zeros(len(scales), np.int64))
         return Matrix(integers, Type.INT8, values.shape, quant)
+    _refuse_ragged(values, name)
+    return _int4(values, moments)
+
+
+def _refuse_ragged(values, name):
     if values.shape[1] % INT4_BLOCK:
         raise InputError(
             f"The mode int4 stores blocks of {INT4_BLOCK} inputs. Received: {name} "
@@ -58,7 +69,14 @@ def store(
             f"together and feedforward_dim are multiples of {INT4_BLOCK}, or "
             "dynamic_int8."
         )
-    return _int4(values, moments)
+
+
+def _with_offsets(values, name):
+    """Return a matrix in blocks of 16 values, and its blocks' offsets as another."""
+    _refuse_infinite(values, name)
+    _refuse_ragged(values, name)
+    integers, steps, offsets, _ = four_bits.take_apart(values)
+    return _packed(integers, steps), store(offsets, "int8", name)
 
 
 def _refuse_infinite(values, name):
@@ -103,14 +121,26 @@ def _int4(values, moments):
     if moments is not None:
         spread = np.repeat(scales.astype(np.float32), INT4_BLOCK, axis=1)
         integers = gptq.round_weights(values, spread, 7, moments)
+    return _packed(integers.reshape(values.shape), scales)
+
+
+def _packed(integers, scales):
+    """Return int4 blocks as a matrix `(M, C)`."""
     halves = (integers.view(np.uint8) & 15).reshape(-1, 2)
     packed = halves[:, 0] | (halves[:, 1] << 4)  # the first in the low half
     quant = QuantParams(scales, np.zeros(1, np.int64), 0, INT4_BLOCK)
-    return Matrix(packed, Type.INT4, values.shape, quant)
+    return Matrix(packed, Type.INT4, integers.shape, quant)
 
 
 def constants_of(
-    model, mode: str, ranges=None, per_channel=True, suppressed=(), moments=None
+    model,
+    mode: str,
+    ranges=None,
+    per_channel=True,
+    suppressed=(),
+    moments=None,
+    outliers=(),
+    has_offsets=False,
 ) -> Constants:
     """Take the weights out of a `GPTModel`, in the form of a mode.
 
@@ -124,6 +154,8 @@ def constants_of(
         per_channel: As for `store`.
         suppressed: Token ids that the file is to rule out.
         moments: As from `gptq.moments_of`, to round kernels by.
+        outliers: Channels that the head is to multiply apart from the others.
+        has_offsets: Whether blocks of int4 have an offset beside their step.
 
     Raises:
         InputError: A weight is not finite, or does not fit the mode.
@@ -138,6 +170,10 @@ def constants_of(
     moments = moments or {}
 
     def stored(name, values, kind=form.kernels, source=None):
+        if kind == "int4" and has_offsets:
+            matrix, offsets = _with_offsets(values, name)
+            matrices[offsets_of(name)] = offsets
+            return matrix
         return store(values, kind, name, per_channel, moments.get(source or name))
 
     for name in weight_shapes(sizes):
@@ -172,6 +208,9 @@ def constants_of(
     if len(suppressed):
         vectors["head/mask"] = np.zeros(sizes["vocab_size"], np.float32)
         vectors["head/mask"][suppressed] = signatures.MASKED
+    if len(outliers):
+        vectors["head/outliers"] = np.zeros(sizes["embedding_dim"], np.float32)
+        vectors["head/outliers"][outliers] = 1.0
     for name, vector in vectors.items():
         _refuse_infinite(vector, name)
     return Constants(form, sizes, matrices, vectors, dict(ranges or {}))

@@ -11,7 +11,9 @@ and the product's weights, rounded per output channel, bear a larger input chann
 | the values' columns of the QKV product | the output product |
 | the up product: all of it before ReLU, the gated half of SwiGLU | the down product |
 
-GELU's output is not proportional to its input, so it stays as it is.
+GELU's output is not proportional to its input, so it stays as it is. Neither can a head
+that is tied to the token table take factors: the few channels of its input that stand
+out are named, for the file to multiply them apart.
 """
 
 import itertools
@@ -29,6 +31,9 @@ from gpt_tf.quantization.weights import BLOCK_SIZE, dequantize, quantize_array
 _ROWS, _BATCHES = 512, 8
 # How much of the difference between channels the weights take over.
 _SHARES = (0.35, 0.5, 0.65, 0.8)
+# One of so many channels can be an outlier. They are worth a row of their own where
+# rounding without them makes at most this share of the squared error.
+_PER_OUTLIER, _WORTH = 32, 0.5
 _BLOCKS = {8: None, 4: BLOCK_SIZE}
 _READ = {kernel: activation for activation, kernel in READ_BY.items()}
 
@@ -48,26 +53,56 @@ def equalize(model, inputs, *, bits=8, batch_size=8):
         bits: 8, weights with a scale per output channel; or 4, in blocks of 32.
         batch_size: Rows of an array that are computed at once.
 
+    Returns:
+        Channels of what the head reads that are still much larger than the others, in
+        order, for the exports' `head_outliers`; often none.
+
     Raises:
         InputError: There is no data, or an id is not below `vocab_size`.
 
-    Reference: Xiao et al., "SmoothQuant", arXiv:2211.10438.
+    Reference: Xiao et al., "SmoothQuant", arXiv:2211.10438; for the outliers Dettmers
+    et al., "LLM.int8()", arXiv:2208.07339.
     """
     check_float(model, "equalize")
-    read = _inputs_of_products(model, batches_of(inputs, batch_size, model))
+    read = _inputs_of_products(model, batches_of(inputs, batch_size, model), READ_BY)
     parts = parts_of(model)
     for block in parts.blocks:
         _equalize_block(block, read[block.name], bits)
+    normed = read[parts.norm.name]["norm_activation"]
     if parts.head.kernel is not None:
         kernel = parts.head.kernel.numpy().T
-        factors = _factors(read[parts.norm.name]["norm_activation"], kernel, bits)
+        factors = _factors(normed, kernel, bits)
+        normed = normed / factors
         for name in parts.norm.weight_names:
             weight = getattr(parts.norm, name)
             weight.assign(weight / factors)
         parts.head.kernel.assign((kernel * factors[:, None]).T)
+    return _outliers(normed)
 
 
-def _inputs_of_products(model, batches):
+def head_outliers(model, inputs, *, batch_size=8):
+    """Find channels of what the head reads that are much larger than the others.
+
+    For a model that is not equalised; `equalize` returns them too.
+
+    Args:
+        model: A `GPTModel`.
+        inputs: As for `equalize`.
+        batch_size: Rows of an array that are computed at once.
+
+    Returns:
+        The channels in order, for the exports' `head_outliers`; often none.
+
+    Raises:
+        InputError: As for `equalize`.
+    """
+    check_float(model, "head_outliers")
+    batches = batches_of(inputs, batch_size, model)
+    read = _inputs_of_products(model, batches, ["norm_activation"])
+    return _outliers(read[parts_of(model).norm.name]["norm_activation"])
+
+
+def _inputs_of_products(model, batches, names):
     """Return what products with weights read, `(N, C)` by layer and activation."""
     batches = [*itertools.islice(batches, _BATCHES)]
     if not batches:
@@ -82,7 +117,7 @@ def _inputs_of_products(model, batches):
         taken = rows[:: -(-len(rows) // most)]
         found[layer.name].setdefault(name, []).append(taken)
 
-    with observed(model.layers, see, READ_BY):
+    with observed(model.layers, see, names):
         for ids in batches:
             model(ids, training=False)
     return {
@@ -158,6 +193,18 @@ def _factors(x, kernel, bits, shared=None):
         if (found := error(factors)) < smallest:
             smallest, best = found, factors
     return best
+
+
+def _outliers(x):
+    """Return the channels of `(N, C)` that had better be rounded apart."""
+    largest = np.abs(x).max(axis=0)
+    count = x.shape[1] // _PER_OUTLIER
+    channels = np.sort(np.argsort(-largest, kind="stable")[:count])
+    apart = np.zeros_like(x)
+    apart[:, channels] = x[:, channels]
+    error = np.square(_round_rows(apart) + _round_rows(x - apart) - x).sum()
+    is_worth = error <= _WORTH * np.square(_round_rows(x) - x).sum()
+    return channels.tolist() if is_worth else []
 
 
 def _round_rows(x):

@@ -155,6 +155,73 @@ def test_ids_without_a_token_are_ruled_out_and_the_others_stay(
     assert measured == pytest.approx(before, rel=0.5)
 
 
+@pytest.fixture
+def with_outliers(build_model):
+    """A model of which two channels of the last normalisation stand out."""
+    model = build_model(num_layers=1, embedding_dim=64)
+    large = np.where(np.isin(np.arange(64), [9, 40]), 30, 1).astype(np.float32)
+    gamma = model.get_layer("final_norm").gamma
+    gamma.assign(gamma * large)
+    # As in a trained model, the head reads little of them.
+    table = model.get_layer("embedding").token_table
+    table.assign(table / large)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["dynamic_int8", "int4"])
+def test_outliers_that_the_head_multiplies_apart_do_not_coarsen_the_rest(
+    with_outliers, export, text_ids, mode
+):
+    wanted = logits_of(with_outliers, text_ids)
+    whole = export(with_outliers, mode)
+    apart = export(with_outliers, mode, head_outliers=[9, 40])
+    assert apart.manifest["head_outliers"] == 2 and not whole.manifest["head_outliers"]
+    ways = (every_way(file.runner(), text_ids) for file in (apart, whole))
+    for (way, first, found), (_, _, before) in zip(*ways, strict=True):
+        errors = [np.square(x - wanted[first:]).mean() for x in (found, before)]
+        # The weights' own rounding is in both, and most of it in int4.
+        assert errors[0] < errors[1] * (0.5 if mode == "dynamic_int8" else 0.98), way
+
+
+def test_modes_that_quantise_no_rows_do_without_outliers(with_outliers, export):
+    manifest = export(with_outliers, "float32", head_outliers=[9]).manifest
+    assert manifest["head_outliers"] == 0
+    with pytest.raises(InputError, match=r"head_outliers.*63"):
+        export(with_outliers, "dynamic_int8", head_outliers=[64])
+
+
+def test_weights_of_4_bits_stay_as_they_are(build_model, export, text_ids):
+    model = build_model(embedding_dim=64)
+    draw = np.random.default_rng(7)
+    for block in (model.get_layer(f"block_{i}") for i in range(2)):
+        for name in block.weight_names:
+            if name.endswith("_kernel"):
+                kernel = getattr(block, name)
+                inputs, outputs = kernel.shape
+                q = draw.integers(0, 16, (inputs, outputs))
+                q[::32], q[1::32] = 0, 15
+                steps = draw.uniform(0.01, 0.06, (inputs // 32, outputs))
+                steps = steps.astype(np.float16).astype(np.float32)
+                low = -steps * draw.uniform(4, 12, steps.shape)
+                steps, low = (np.repeat(x, 32, axis=0) for x in (steps, low))
+                kernel.assign(steps * q + low)
+    wanted = logits_of(model, text_ids)
+    rounded, kept, eight = (
+        divergence(export(model, mode, **options).runner().score(text_ids), wanted)
+        for mode, options in (
+            ("int4", {}),
+            ("int4", {"has_offsets": True}),
+            ("dynamic_int8", {}),
+        )
+    )
+    assert kept < 3 * eight and kept < rounded / 10
+    file = export(model, "int4", has_offsets=True)
+    for way, first, found in every_way(file.runner(), text_ids):
+        assert divergence(found, wanted[first:]) < 3 * eight, way
+    manifest = export(model, "dynamic_int8", has_offsets=True).manifest
+    assert manifest["has_offsets"] is False
+
+
 @pytest.fixture(scope="module")
 def shaped(build_model):
     """A model of one block by the name of its shape, made once."""

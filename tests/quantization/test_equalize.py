@@ -3,7 +3,7 @@ import pytest
 
 from gpt_tf.errors import InputError
 from gpt_tf.quantization import equalize as equalization
-from gpt_tf.quantization.equalize import equalize
+from gpt_tf.quantization.equalize import equalize, head_outliers
 from gpt_tf.quantization.weights import dequantize, quantize_array
 
 pytestmark = pytest.mark.usefixtures("eagerly")
@@ -97,6 +97,26 @@ def test_query_heads_that_share_values_share_factors(make_model, windows_of):
     assert np.ptp(factors)
 
 
-def test_a_text_is_needed(make_model):
+def test_channels_that_a_tied_head_cannot_even_out_are_named(make_model, windows_of):
+    model, ids = make_model(embedding_dim=64), windows_of(4, 8)[0]
+    norm = model.get_layer("final_norm")
+    assert head_outliers(model, ids) == equalize(model, ids) == []
+    gamma = np.ones(64, np.float32)
+    gamma[[9, 40]] = 50.0
+    norm.gamma.assign(gamma)
+    assert head_outliers(model, ids) == equalize(model, ids) == [9, 40]
+
+
+def test_outliers_are_rounded_apart_where_that_halves_the_error():
+    x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    assert equalization._outliers(x) == []
+    x[:, 5] *= 1.5
+    assert equalization._outliers(x) == []
+    x[:, 5] *= 4
+    assert equalization._outliers(x) == [5]
+
+
+@pytest.mark.parametrize("function", [equalize, head_outliers])
+def test_a_text_is_needed(make_model, function):
     with pytest.raises(InputError, match="no data"):
-        equalize(make_model(), np.zeros((0, 8), np.int32))
+        function(make_model(), np.zeros((0, 8), np.int32))
