@@ -57,6 +57,25 @@ def build_model():
     return build
 
 
+def with_four_bits(model):
+    """Give a model kernels as a GGUF's Q4_1 has them: blocks of 32 with 16 values."""
+    draw = np.random.default_rng(7)
+    blocks = [layer for layer in model.layers if layer.name.startswith("block_")]
+    for block in blocks:
+        for name in block.weight_names:
+            if name.endswith("_kernel"):
+                kernel = getattr(block, name)
+                inputs, outputs = kernel.shape
+                q = draw.integers(0, 16, (inputs, outputs))
+                q[::32], q[1::32] = 0, 15
+                steps = draw.uniform(0.01, 0.06, (inputs // 32, outputs))
+                steps = steps.astype(np.float16).astype(np.float32)
+                low = -steps * draw.uniform(4, 12, steps.shape)
+                steps, low = (np.repeat(x, 32, axis=0) for x in (steps, low))
+                kernel.assign(steps * q + low)
+    return model
+
+
 @pytest.fixture(scope="session")
 def model(build_model):
     """The small model; who changes it makes one of their own."""

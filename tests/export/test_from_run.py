@@ -8,7 +8,9 @@ import gpt_tf
 from gpt_tf.errors import InputError
 from gpt_tf.export.from_run import export_trained, windows_of
 from gpt_tf.text.dataset import TokenFile
+from gpt_tf.text.tokenizer import BPETokenizer
 from gpt_tf.training.run_folder import save_model
+from tests.export.conftest import VOCAB_SIZE, with_four_bits
 
 
 @pytest.fixture
@@ -90,3 +92,16 @@ def test_windows_are_spread_over_the_whole_text():
     assert windows_of(np.arange(5), 16).tolist() == [[0, 1, 2, 3, 4]]
     with pytest.raises(InputError, match="expects text"):
         windows_of(np.arange(0), 16)
+
+
+def test_weights_of_4_bits_are_not_rounded_to_others(build_model, tmp_path, notices):
+    model = with_four_bits(build_model(embedding_dim=64))
+    tokenizer = BPETokenizer.train(["the cat sat on the mat. " * 40], VOCAB_SIZE)
+    save_model(model, tokenizer, tmp_path / "model")
+    path = tmp_path / "gpt.litertlm"
+    manifest = export_trained(tmp_path / "model", path, "int4", prepare=True)
+    assert manifest["has_offsets"]
+    assert manifest["verification"]["divergence_nats"] < 1e-3
+    assert any("4 bits already" in line for line in notices)
+    manifest = export_trained(tmp_path / "model", path, "dynamic_int8", prepare=True)
+    assert not manifest["has_offsets"]

@@ -16,7 +16,7 @@ from gpt_tf.export import integrity, signatures
 from gpt_tf.export.tflite import export_tflite
 from gpt_tf.quantization.calibration import calibrate
 from gpt_tf.text.tokenizer import BPETokenizer, load_tokenizer
-from tests.export.conftest import CONTEXT, FIXED_MODES, VOCAB_SIZE
+from tests.export.conftest import CONTEXT, FIXED_MODES, VOCAB_SIZE, with_four_bits
 
 # Models are called here and not trained: tracing would take longer.
 pytestmark = pytest.mark.usefixtures("eagerly")
@@ -191,20 +191,7 @@ def test_modes_that_quantise_no_rows_do_without_outliers(with_outliers, export):
 
 
 def test_weights_of_4_bits_stay_as_they_are(build_model, export, text_ids):
-    model = build_model(embedding_dim=64)
-    draw = np.random.default_rng(7)
-    for block in (model.get_layer(f"block_{i}") for i in range(2)):
-        for name in block.weight_names:
-            if name.endswith("_kernel"):
-                kernel = getattr(block, name)
-                inputs, outputs = kernel.shape
-                q = draw.integers(0, 16, (inputs, outputs))
-                q[::32], q[1::32] = 0, 15
-                steps = draw.uniform(0.01, 0.06, (inputs // 32, outputs))
-                steps = steps.astype(np.float16).astype(np.float32)
-                low = -steps * draw.uniform(4, 12, steps.shape)
-                steps, low = (np.repeat(x, 32, axis=0) for x in (steps, low))
-                kernel.assign(steps * q + low)
+    model = with_four_bits(build_model(embedding_dim=64))
     wanted = logits_of(model, text_ids)
     rounded, kept, eight = (
         divergence(export(model, mode, **options).runner().score(text_ids), wanted)
