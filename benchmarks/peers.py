@@ -314,7 +314,12 @@ def llama_cpp_q4_0(task, threads, folder):
 
 
 def _llama_cpp(task, threads, folder, kind):
-    llama, context = _llama_context(task, threads, folder, kind)
+    return llama_file(_quantized_gguf(task, folder, kind), task, threads)
+
+
+def llama_file(path, task, threads):
+    """Run a GGUF of any origin in llama.cpp."""
+    llama, context = llama_context(path, task.context_length, threads)
     memory = llama.llama_get_memory(context)
 
     def step(tokens, position):
@@ -336,7 +341,8 @@ def llama_cpp_batch(task, threads, folder, kind, texts):
     The first takes the text's number and its tokens, and clears all with number 0;
     the second takes a token of each text and their position. Both return logits.
     """
-    llama, context = _llama_context(task, threads, folder, kind, texts)
+    path = _quantized_gguf(task, folder, kind)
+    llama, context = llama_context(path, task.context_length, threads, texts)
     memory = llama.llama_get_memory(context)
     batch = llama.llama_batch_init(task.context_length, 0, 1)
 
@@ -367,18 +373,15 @@ def llama_cpp_batch(task, threads, folder, kind, texts):
     return start, decode
 
 
-def _llama_context(task, threads, folder, kind, texts=1):
+def llama_context(path, length, threads, texts=1):
     """Return the library, and a context of llama.cpp for so many texts."""
     llama = import_or_not_here("llama_cpp")
-    import_or_not_here("gguf")
     llama.llama_log_set(_silence(), None)
-    write = functools.partial(_write_quantized_gguf, task, folder, kind)
-    path = _kept(folder, f"{kind}.gguf", task, write)
     model = llama.llama_model_load_from_file(
         str(path).encode(), llama.llama_model_default_params()
     )
     parameters = llama.llama_context_default_params()
-    parameters.n_ctx = task.context_length
+    parameters.n_ctx = length
     parameters.n_seq_max = texts
     parameters.n_threads = parameters.n_threads_batch = threads
     parameters.no_perf = True
@@ -393,15 +396,27 @@ def _silence():
     return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
-def _write_quantized_gguf(task, folder, kind, path):
+def _quantized_gguf(task, folder, kind):
+    import_or_not_here("llama_cpp")
+    import_or_not_here("gguf")
+
+    def write(path):
+        source = _kept(folder, "f32.gguf", task, functools.partial(_write_gguf, task))
+        llama_quantize(source, path, f"MOSTLY_{kind.upper()}")
+
+    return _kept(folder, f"{kind}.gguf", task, write)
+
+
+def llama_quantize(source, path, kind):
+    """Write a GGUF as another kind of llama.cpp's, `MOSTLY_Q8_0` for example."""
     import ctypes
 
-    import llama_cpp
-
-    source = _kept(folder, "f32.gguf", task, functools.partial(_write_gguf, task))
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
-    status = llama_cpp.llama_model_quantize(
+    llama = import_or_not_here("llama_cpp")
+    llama.llama_log_set(_silence(), None)
+    parameters = llama.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama, f"LLAMA_FTYPE_{kind}")
+    parameters.allow_requantize = True
+    status = llama.llama_model_quantize(
         str(source).encode(), str(path).encode(), ctypes.byref(parameters)
     )
     if status:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import random
 import resource
@@ -451,6 +452,8 @@ def _write_texts(folder):
     # The preset of an optimisation wants a larger vocabulary.
     words = ["".join(generator.choices("abcdefghij", k=5)) for _ in range(300)]
     (folder / "more.txt").write_text("\n".join(generator.choices(words, k=1500)))
+    rows = ({"prompt": word, "completion": word[::-1]} for word in words[:8])
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def _stop_after(steps, work):
@@ -568,6 +571,41 @@ def _state_of_explanation(folder):
     return artifacts.read_json(path) if path.exists() else None
 
 
+def _state_of_page(folder):
+    from gpt_tf.export import integrity
+
+    with _settled(folder, "site") as seen:
+        if not (seen / "site").exists():
+            return None
+        facts = artifacts.read_json(seen / "site" / "model.json")
+        model = (seen / "site" / facts["model"]["file"]).read_bytes()
+        integrity.read_seal(model)
+        if hashlib.sha256(model).hexdigest() != facts["model"]["sha256"]:
+            raise AssertionError("a model of another page")
+        return facts["prompt"], facts["model"]["sha256"]
+
+
+def _save_session(gpt, text):
+    def work(folder):
+        from gpt_tf.edge import EdgeGPT
+
+        with EdgeGPT(gpt, num_threads=1) as edge:
+            edge.prefill(text)
+            edge.save_session(folder / "text.session")
+
+    return work
+
+
+def _state_of_session(folder):
+    from gpt_tf.edge import session_file
+    from gpt_tf.export import integrity
+
+    path = folder / "text.session"
+    if not path.exists():
+        return None
+    return integrity.read_seal(path.read_bytes(), prefix=session_file.PREFIX)["ids"]
+
+
 def _state_of_huggingface(folder):
     import safetensors.numpy
 
@@ -604,6 +642,13 @@ def commands(base):
         *("distil", "--teacher", run, "--student-layers", "1", *_ANEW),
         *("--out", "run", "--resume-or-start"),
     )
+    finetune = (
+        *("finetune", "--model", run, "--data", str(base / "rows.jsonl"), *_ANEW),
+        *("--batch-size", "2", "--validate-every", "2"),
+        *("--out", "run", "--resume-or-start"),
+    )
+    web = _gpt_tf("web", "--model", gpt, "--out", "site")
+    other_page = _gpt_tf("web", "--model", gpt, "--out", "site", "--prompt", "the")
     training = {"state": _state_of_training, "fits": _is_on_the_way}
     cases = [
         Case("train", train, again=again, **training),
@@ -622,6 +667,8 @@ def commands(base):
             before=train,
             **training,
         ),
+        Case("finetune", _gpt_tf(*finetune), **training),
+        Case("finetune with LoRA", _gpt_tf(*finetune, "--lora-rank", "2"), **training),
         Case("distil", _gpt_tf(*distil), **training),
         Case(
             "distil of other tokens",
@@ -684,6 +731,15 @@ def commands(base):
             _state_of_explanation,
         ),
         Case("to_huggingface", _to_huggingface(run), _state_of_huggingface),
+        Case("web", web, _state_of_page),
+        Case("web over a page", web, _state_of_page, other_page),
+        Case("session", _save_session(gpt, [1, 2, 3]), _state_of_session),
+        Case(
+            "session over another",
+            _save_session(gpt, [1, 2, 3]),
+            _state_of_session,
+            _save_session(gpt, [4, 5]),
+        ),
     ]
     for name in ("gpt.tflite", "gpt.litertlm"):
         export = ("export", "--model", run, "--out", name, "--mode")
