@@ -52,7 +52,7 @@ OPTIONS = {"quantization": "--wide", "distillation": "--few"}
 ORDER = (
     *("training", "generation", "quality", "parallel", "scaling_model"),
     *("quantization_strategies", "quantization", "distillation", "generalisation"),
-    "finetune",
+    *("finetune", "real"),
     *("decode", "speculation", "browser", "serving", "server"),
     *("optimize", "explanation"),
 )

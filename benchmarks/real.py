@@ -106,10 +106,8 @@ def of_ours(path, texts, prompts):
 def of_llama(path, texts, prompts):
     """Return the same of a GGUF in llama.cpp."""
     llama, context = peers.llama_context(path, LENGTH, THREADS)
-    memory, batch = (
-        llama.llama_get_memory(context),
-        llama.llama_batch_init(LENGTH, 0, 1),
-    )
+    memory = llama.llama_get_memory(context)
+    batch = llama.llama_batch_init(LENGTH, 0, 1)
 
     def run(ids, position, all_rows):
         if position == 0:
@@ -187,6 +185,8 @@ def main():
     console.print(f"opening: {report}")
     ours, theirs, kept = prepared(folder)
     texts, prompts = kept[: arguments.windows], kept[-PROMPTS:, :24]
+    report |= {"tokens": texts.size, "prompts": PROMPTS, "places": PLACES}
+    report |= {"threads": THREADS, "depth": TASK.prompt_tokens}
     report["accuracy"] = compare(ours, theirs, texts, prompts)
     contenders = [
         peers.contender(f"gpt_tf {mode}", mine, ours[mode], TASK, THREADS)
@@ -198,7 +198,11 @@ def main():
         if name != "F32"
     ]
     measured = take_turns(contenders, arguments.rounds, 1, warm_up=1)
-    report["decode"] = [peers.summary(one) for one in measured]
+    rows = report["decode"] = [peers.summary(one) for one in measured]
+    for row in rows[1:]:
+        if "tokens_per_second" in row:
+            ours = rows[0]["tokens_per_second"]
+            row["ours_over_this"] = ours / row["tokens_per_second"]
     finish("real", report)
 
 
