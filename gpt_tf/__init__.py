@@ -55,6 +55,7 @@ _PUBLIC = {
     "extract": "gpt_tf.distillation.teacher_cache",
     "extract_knowledge": "gpt_tf.training.loop",
     "generate": "gpt_tf.models.cached_forward",
+    "head_outliers": "gpt_tf.quantization.equalize",
     "held_out_text": "gpt_tf.evaluation.text",
     "join_reports": "gpt_tf.evaluation.report",
     "load_model": "gpt_tf.training.run_folder",

@@ -49,7 +49,8 @@ class Operations:
 
     def __init__(self, subgraph, constants):
         self.graph, self.constants = subgraph, constants
-        self._quantised, self._summed = set(), None
+        self._quantised = set()
+        self._summed = None  # what `_block_sums` was last asked for, and its sums
         if constants.mode.activations is not None:
             self._quantised = _EVERYTHING if constants.mode.full else _PRODUCTS
 

@@ -39,12 +39,8 @@ def store(
     """
     values = np.ascontiguousarray(values, np.float32)
     _refuse_infinite(values, name)
-    largest, most = np.abs(values).max(initial=0.0), float(np.finfo(np.float16).max)
-    if form in ("float16", "int4") and largest > most:
-        raise InputError(
-            f"The mode {form} expects weights up to {most:.0f}, the largest number of "
-            f"float16. Received: {largest:.3g} in {name}. Use float32 or dynamic_int8."
-        )
+    if form in ("float16", "int4"):
+        _refuse_large(values, form, name)
     if form == "float32":
         return Matrix(values, Type.FLOAT32, values.shape, None)
     if form == "float16":
@@ -61,6 +57,15 @@ def store(
     return _int4(values, moments)
 
 
+def _refuse_large(values, form, name):
+    largest, most = np.abs(values).max(initial=0.0), float(np.finfo(np.float16).max)
+    if largest > most:
+        raise InputError(
+            f"The mode {form} expects weights up to {most:.0f}, the largest number of "
+            f"float16. Received: {largest:.3g} in {name}. Use float32 or dynamic_int8."
+        )
+
+
 def _refuse_ragged(values, name):
     if values.shape[1] % INT4_BLOCK:
         raise InputError(
@@ -74,6 +79,7 @@ def _refuse_ragged(values, name):
 def _with_offsets(values, name):
     """Return a matrix in blocks of 16 values, and its blocks' offsets as another."""
     _refuse_infinite(values, name)
+    _refuse_large(values, "int4", name)
     _refuse_ragged(values, name)
     integers, steps, offsets, _ = four_bits.take_apart(values)
     return _packed(integers, steps), store(offsets, "int8", name)

@@ -42,12 +42,14 @@ def take_apart(values):
     levels = np.rint((high - low) / smallest)  # 0 where all are the same
     steps = (high - low) / np.where((levels > 0) & (levels < _LEVELS), levels, _LEVELS)
     steps = steps.astype(np.float16)
-    steps[steps == 0] = 1
+    is_flat = steps == 0
+    steps[is_flat] = 1
     wide = steps.astype(np.float32)[..., None]
     places = (blocks - low[..., None]) / wide
     counted = np.clip(np.rint(places), 0, _LEVELS)
     exact = np.abs(places - counted).max(axis=2) < _NEAR
-    integers = (counted - 8).astype(np.int8)
+    # What is the same everywhere is all offset, and that is no larger than it.
+    integers = np.where(is_flat[..., None], 0, counted - 8).astype(np.int8)
     offsets = (blocks - integers * wide).mean(axis=2)
     return integers.reshape(np.shape(values)), steps, offsets, exact
 
