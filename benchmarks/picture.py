@@ -130,7 +130,7 @@ def edge():
                 *(one, found["results"], "tokens_per_second"),
                 found["floor_tokens_per_second"]["dynamic_int8"],
                 f"The file, GPT-2 small, {threads} thread{'s' * (threads != '1')}",
-                "tokens/s (dotted: int8 weights once, NumPy's rate)",
+                "tokens/s (dotted: int8 weights read once)",
             )
 
 
