@@ -452,7 +452,7 @@ def _write_texts(folder):
     # The preset of an optimisation wants a larger vocabulary.
     words = ["".join(generator.choices("abcdefghij", k=5)) for _ in range(300)]
     (folder / "more.txt").write_text("\n".join(generator.choices(words, k=1500)))
-    rows = ({"prompt": word, "completion": word[::-1]} for word in words[:8])
+    rows = ({"prompt": word[:2], "completion": word[2:4]} for word in words[:8])
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
