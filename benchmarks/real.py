@@ -65,7 +65,7 @@ def prepared(folder):
             peers.llama_quantize(source, theirs[name], kind)
     with gpt_tf.EdgeGPT(ours["float32"]) as gpt:
         ids = np.array(gpt.tokenizer.encode("\n\n".join(topics.values())))
-    # Not the text that the weights were prepared on, which is taken from all of it.
+    # Some of it may be what `dynamic_int8` was equalised on, 512 positions of it all.
     rows = len(ids) // LENGTH
     kept = ids[: rows * LENGTH].reshape(rows, LENGTH)[1::2]
     return ours, theirs, kept

@@ -10,8 +10,6 @@ from gpt_tf.models.sizes import weight_shapes
 from gpt_tf.quantization.modes import MODES, SMALLEST_SCALE, Mode
 
 INT4_BLOCK = 32
-# Whose head reads real numbers, quantised row by row as they come.
-OUTLIER_MODES = ("dynamic_int8", "int4")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -133,7 +133,7 @@ def _check_facts(facts, size):
             yield "batch_sizes", ascending("batch_sizes", most)
             count += sum(facts["batch_sizes"])
         outliers = facts.get("head_outliers", 0)
-        splits = mode in constants.OUTLIER_MODES
+        splits = constants.MODES[mode].quantises_rows
         good = type(outliers) is int and 0 <= outliers < width
         yield "head_outliers", good and (splits or not outliers)
         offsets = facts.get("has_offsets", False)

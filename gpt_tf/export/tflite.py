@@ -9,7 +9,6 @@ import numpy as np
 from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.export import graph, integrity, signatures, tflite_writer, verify, weights
-from gpt_tf.export.constants import OUTLIER_MODES
 from gpt_tf.generation.sequence import ids_without_token
 from gpt_tf.models.cached_forward import looks_untrained
 from gpt_tf.models.gpt import GPTModel
@@ -150,7 +149,7 @@ def export_tflite(
         per_channel = plain is model or model.quantization.per_channel
     last = plain.get_config()["embedding_dim"] - 1
     outliers = arguments.integers("head_outliers", head_outliers, 0, last)
-    outliers = sorted(outliers) if mode in OUTLIER_MODES else []
+    outliers = sorted(outliers) if MODES[mode].quantises_rows else []
     suppressed = ids_without_token(tokenizer, plain.vocab_size)
     moments = {}
     has_offsets = arguments.switch("has_offsets", has_offsets) and mode == "int4"

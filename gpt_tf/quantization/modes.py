@@ -36,6 +36,11 @@ class Mode:
         """Bits of the matrices' integers, or None where they are no integers."""
         return {"int8": 8, "int4": 4}.get(self.kernels)
 
+    @property
+    def quantises_rows(self) -> bool:
+        """Whether the head reads real numbers, quantised row by row as they come."""
+        return self.tables == "int8" and self.activations is None
+
 
 MODES = {
     "float32": Mode("float32", "float32"),
