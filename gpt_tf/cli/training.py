@@ -181,7 +181,7 @@ def distil(
 @options_of(
     LoraConfig,
     "lora",
-    spelled={"rank": "--lora-rank", "alpha": "--lora-alpha"},
+    spelled={name: f"--lora-{name}" for name in ("rank", "alpha", "base")},
     helps={"rank": "Train adapters of this rank; all weights if not given."},
     defaults=False,
 )
@@ -220,7 +220,8 @@ def finetune(
 ):
     """Fit a trained model to a task, by rows whose answers it is to learn."""
     if lora and "rank" not in lora:
-        raise InputError("--lora-alpha expects --lora-rank beside it. Name both.")
+        given = " and ".join(f"--lora-{name}" for name in lora)
+        raise InputError(f"{given} expects --lora-rank beside it. Name both.")
     _train("finetune", model, run, out=out, epochs=epochs, lora=lora or None, **course)
 
 

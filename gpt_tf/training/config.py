@@ -49,6 +49,9 @@ class LoraConfig(Configuration):
     alpha: Positive | None = Field(
         None, description="A B counts alpha / rank times; twice the rank if not given."
     )
+    base: Literal["float32", "int8"] = Field(
+        "float32", description="How the kernels that stay are held in training."
+    )
 
     @property
     def scale(self) -> float:

@@ -4,6 +4,9 @@ Beside the kernel `W (inputs, outputs)` of every product of a block stand
 `A (inputs, r)` and `B (r, outputs)`: the product with `W + alpha / r * A B` is computed
 without that sum. `B` is 0 at first, so training starts at the model as it is. `merged`
 returns a plain `GPTModel` with the sums.
+
+`W` has no gradient, so it may be kept in int8, a scale per output: a quarter of the
+memory. Training then starts at the model with its kernels rounded.
 """
 
 import functools
@@ -11,12 +14,15 @@ import functools
 import tensorflow as tf
 import tf_keras as keras
 
+from gpt_tf.models import ops
 from gpt_tf.models.block import Products
 from gpt_tf.models.cached_forward import parts_of
 from gpt_tf.models.gpt import GPTModel
 from gpt_tf.models.language_model import LanguageModel, strategy_scope
 from gpt_tf.models.layers import Dropout
+from gpt_tf.pretrained.adapter import fingerprint_of
 from gpt_tf.pretrained.build import variables_of
+from gpt_tf.quantization.weights import quantize_array
 from gpt_tf.settings import arguments
 from gpt_tf.training.config import LoraConfig
 
@@ -36,6 +42,8 @@ class LoraGPT(LanguageModel):
 
     Attributes:
         adapters: `(A, B)` by the names of kernels, `"block_0/qkv_kernel"` for example.
+        scales: Those of kernels that are kept in int8, `(1, outputs)`, by their names.
+        base_fingerprint: A hash of the model's weights before any was rounded.
 
     Call arguments:
         inputs: Token ids `(B, T)`, int32.
@@ -58,11 +66,19 @@ class LoraGPT(LanguageModel):
         self.lora = LoraConfig.of(lora)
         self.vocab_size, self.context_length = gpt.vocab_size, gpt.context_length
         self.__dict__["gpt"] = gpt  # Keras would track it, and so the frozen weights
+        self.__dict__["base_fingerprint"] = fingerprint_of(gpt)
         self.__dict__["adapters"] = {}
+        self.__dict__["scales"] = {}
         for block in parts_of(self).blocks:
             own = {kernel: self._adapter(block, kernel) for kernel in KERNELS}
-            block.products = functools.partial(_AdaptedProducts, own, self.lora.scale)
+            scales = {}
+            if self.lora.base == "int8":
+                scales = {kernel: _round(block, kernel) for kernel in KERNELS}
+            block.products = functools.partial(
+                _AdaptedProducts, own, scales, self.lora.scale
+            )
             self.adapters.update({f"{block.name}/{k}": pair for k, pair in own.items()})
+            self.scales.update({f"{block.name}/{k}": s for k, s in scales.items()})
 
     def _adapter(self, block, kernel):
         rows, columns = getattr(block, kernel).shape
@@ -96,7 +112,7 @@ class LoraGPT(LanguageModel):
             merged = GPTModel.from_config(self.gpt.get_config())
         own = variables_of(self.gpt)
         for name, variable in variables_of(merged).items():
-            value = tf.convert_to_tensor(own[name])
+            value = _floats(tf.convert_to_tensor(own[name]), self.scales.get(name))
             if name in self.adapters:
                 a, b = self.adapters[name]
                 value += self.lora.scale * tf.matmul(a, b)
@@ -114,13 +130,62 @@ def check_adaptable(model):
     arguments.instance("lora", model, GPTModel, expected)
 
 
-class _AdaptedProducts(Products):
-    """The products of a block with what its adapters add."""
+def _round(block, name):
+    """Put integers in place of a block's kernel; return their scales."""
+    integers, scales = quantize_array(getattr(block, name), axis=1, name=name)
+    delattr(block, name)  # and its memory
+    kernel = block.add_weight(name, integers.shape, "int8", "zeros", trainable=False)
+    kernel.assign(integers)
+    setattr(block, name, kernel)
+    return scales
 
-    def __init__(self, adapters, scale, *block):
+
+def _floats(kernel, scales):
+    return kernel if scales is None else tf.cast(kernel, tf.float32) * scales
+
+
+class _AdaptedProducts(Products):
+    """The products of a block whose kernels stay, with what its adapters add."""
+
+    def __init__(self, adapters, scales, scale, *block):
         super().__init__(*block)
-        self.adapters, self.scale = adapters, scale
+        self.adapters, self.scales, self.scale = adapters, scales, scale
 
     def dense(self, name, x):
-        a, b = map(tf.convert_to_tensor, self.adapters[f"{name}_kernel"])
-        return super().dense(name, x) + tf.matmul(tf.matmul(x, self.scale * a), b)
+        kernel = f"{name}_kernel"
+        a, b = map(tf.convert_to_tensor, self.adapters[kernel])
+        low = tf.matmul(x, self.scale * a)
+        y = _adapted(x, low, b, self.weights[kernel], self.scales.get(kernel))
+        bias = self.weights.get(f"{name}_bias")
+        return y if bias is None else y + bias
+
+
+def _adapted(x, low, b, kernel, scales):
+    """Return `x W + low B` as one product of what stands side by side.
+
+    Of a sum XLA would store both summands for the gradient. `W` has no gradient, and
+    where it is integers, its floats are made again for that of `x`.
+
+    Args:
+        x: `(N, F)`.
+        low: `(N, r)`.
+        b: `(r, C)`.
+        kernel: `W (F, C)`, floats or int8.
+        scales: `(1, C)` of integers, None for floats.
+    """
+
+    @ops.custom_gradient
+    def multiply(x, low, b):
+        def gradient(dy):
+            same = None if scales is None else ops.again(scales, dy)
+            floats = tf.cast(_floats(kernel, same), dy.dtype)
+            return (
+                tf.matmul(dy, floats, transpose_b=True),
+                tf.matmul(dy, b, transpose_b=True),
+                tf.matmul(low, dy, transpose_a=True),
+            )
+
+        rows = tf.concat([tf.cast(_floats(kernel, scales), x.dtype), b], axis=0)
+        return tf.matmul(tf.concat([x, low], axis=1), rows), gradient
+
+    return multiply(x, low, b)

@@ -21,7 +21,7 @@ from gpt_tf.models.optimizer import AdamW
 from gpt_tf.parallel import data as strategies
 from gpt_tf.parallel.mesh_gpt import MeshGPT
 from gpt_tf.parallel.pipeline import Pipeline
-from gpt_tf.pretrained.adapter import fingerprint_of, write_adapter
+from gpt_tf.pretrained.adapter import write_adapter
 from gpt_tf.progress import draw_history
 from gpt_tf.text.dataset import TokenFile
 from gpt_tf.text.tokenizer import Tokenizer, load_tokenizer
@@ -328,7 +328,7 @@ class Run:
             adapters,
             alpha=lora.lora.scale * lora.lora.rank,
             base=self.config.init_from,
-            fingerprint=fingerprint_of(lora.gpt),
+            fingerprint=lora.base_fingerprint,
         )
 
 

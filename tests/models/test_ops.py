@@ -61,6 +61,11 @@ OPERATIONS = {
         lambda x: tf.nn.gelu(x, approximate=True),
         [3 * normal(7, 5)],
     ),
+    "swiglu": (
+        ops.swiglu,
+        lambda x: tf.nn.silu(x[:, :4]) * x[:, 4:],
+        [3 * normal(7, 8)],
+    ),
     "project": (ops.project, tf.matmul, [normal(6, 9), normal(9, 4, seed=1)]),
     "attention": (
         lambda q, k, v: ops.attention(q, k, v, ops.causal_mask(5)),
@@ -151,6 +156,18 @@ def test_rows_are_written_at_the_position_and_nowhere_else(compiled):
         expected[:, :, position : position + 2] = rows
         written = function(*map(tf.constant, (cache, rows, position)))
         np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize("dy", [1.0, np.inf, -np.inf, np.nan])
+def test_what_is_computed_again_is_computed_of_the_same(dy):
+    x = np.array([-3.5, 0.0, 1e30], "float32")
+
+    def again(x, dy):
+        with ops.inside_xla():
+            return ops.again(x, dy)
+
+    found = tf.function(again, jit_compile=True)(x, tf.fill([2, 3], -np.abs(dy)))
+    np.testing.assert_array_equal(found, x)
 
 
 def test_inside_xla_ends_with_its_block_even_after_an_error():

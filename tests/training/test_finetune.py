@@ -6,12 +6,15 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import gpt_tf
 from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.models.cached_forward import logits_at
+from gpt_tf.pretrained.adapter import fingerprint_of
 from gpt_tf.pretrained.build import variables_of
+from gpt_tf.quantization.weights import dequantize, quantize_array
 from gpt_tf.text.dataset import RowWindows, TokenFile
 from gpt_tf.text.tokenizer import load_tokenizer
 from gpt_tf.training import loop
@@ -123,6 +126,32 @@ def test_merged_and_unmerged_compute_the_same(make_model, windows_of, form):
     assert np.abs(lora(x) - merged(x)).max() > 1e-5 * largest
 
 
+def test_a_base_in_int8_is_the_base_with_rounded_kernels(make_model, windows_of):
+    form = {"norm": "rms", "activation": "swiglu"}
+    rounded, x = make_model(**form), windows_of(4, 9)
+    fingerprint = fingerprint_of(rounded)
+    for name, kernel in variables_of(rounded).items():
+        if name.endswith("_kernel"):
+            kernel.assign(dequantize(*quantize_array(kernel, axis=1)))
+    one = LoraGPT(rounded, {"rank": 2})
+    other = LoraGPT(make_model(**form), {"rank": 2, "base": "int8"})
+    assert other.base_fingerprint == fingerprint
+    kernels = [v for n, v in variables_of(other.gpt).items() if n.endswith("_kernel")]
+    assert {v.dtype for v in kernels} == {tf.int8}
+    for mine, theirs in zip(other.weights, one.weights, strict=True):
+        mine.assign(theirs)
+    for lora in (one, other):
+        lora.compile(gpt_tf.AdamW(0.05), run_eagerly=False, jit_compile=lora is other)
+        lora.fit(*x, epochs=3, verbose=0)
+    for mine, theirs in zip(other.weights, one.weights, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    merged, expected = other.merged(), one.merged()
+    assert type(merged) is gpt_tf.GPTModel
+    np.testing.assert_allclose(merged(x[0]), other(x[0]), atol=1e-5)
+    np.testing.assert_allclose(merged(x[0]), expected(x[0]), atol=1e-3)
+    assert np.abs(merged(x[0]) - make_model(**form)(x[0])).max() > 0.1
+
+
 def test_a_run_by_lora_leaves_a_plain_model_and_peft_s_folder(fitted, trained):
     assert type(fitted.model) is gpt_tf.GPTModel
     model, tokenizer = load_model(fitted.out)
@@ -140,12 +169,16 @@ def test_a_run_by_lora_leaves_a_plain_model_and_peft_s_folder(fitted, trained):
 
 
 @pytest.mark.parametrize(
-    "lora", [None, {"rank": 3, "alpha": 9.0}], ids=["full", "lora"]
+    "lora",
+    [None, {"rank": 3, "alpha": 9.0}, {"rank": 2, "base": "int8"}],
+    ids=["full", "lora", "lora on int8"],
 )
 def test_a_run_is_resumed_bit_for_bit(
     fit, fitted, lora, have_same_weights, cut, tmp_path
 ):
-    whole = fitted if lora else fit(tmp_path / "whole", keep_checkpoints=3)
+    whole = fitted
+    if lora != {"rank": 3, "alpha": 9.0}:
+        whole = fit(tmp_path / "whole", lora, keep_checkpoints=3)
     shutil.copytree(whole.out, tmp_path / "cut")
     cut(tmp_path / "cut", keep=[3])
     again = loop.finetune(None, out=tmp_path / "cut", resume=True, verbose=False)
