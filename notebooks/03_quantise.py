@@ -16,8 +16,9 @@
 #
 # **Result:** at 8 bits every strategy costs less than 1 % of perplexity. At 4 bits
 # the cost goes from 7 % with a scale per 32 weights to 194 % with one scale for the
-# model. Fine-tuning with quantised weights (QAT) removes at least 30 % of what 4 bits
-# cost, with each of three seeds. At 8 bits it wins nothing.
+# model. Fine-tuning with quantised weights (QAT) removes at least 30 % of what rounding
+# to 4 bits costs, with each of three seeds. At 8 bits it wins nothing, and in an `int4`
+# file, for which the export searches the best scales, little.
 #
 # ![The result](attachment:result.png)
 #
@@ -61,8 +62,8 @@ logging.getLogger("tensorflow").setLevel("ERROR")
 started = time.perf_counter(), time.process_time()
 
 # %% [markdown]
-# Quantisation has to be judged on a model that is trained to the end: an undertrained
-# one has little to lose. `python-small` comes with gpt_tf, has 0.9 million parameters
+# Judge quantisation on a model that is trained to the end: an undertrained model hides
+# the loss. `python-small` comes with gpt_tf, has 0.9 million parameters
 # and was trained on Python's own sources for 6 million tokens. To quantise your own
 # GPT, set `model` to its folder and `corpus` to its text.
 
@@ -386,9 +387,9 @@ plt.show()
 #       gpt-tf quantize --model runs/mine --method qat --out runs/mine-int8
 #       gpt-tf export --model runs/mine-int8 --mode int8 --out mine.litertlm
 #
-# - The functions: [quantize_weights](../docs/reference/quantization.md),
-#   [quantize_gpt_model](../docs/reference/quantization.md),
-#   [QuantizationConfig](../docs/reference/quantization.md);
+# - The functions: [quantize_weights](../gpt_tf/quantization/),
+#   [quantize_gpt_model](../gpt_tf/quantization/),
+#   [QuantizationConfig](../gpt_tf/quantization/);
 #   the ideas: [Quantisation](../docs/concepts/quantisation.md).
 # - [Tutorial 4](04_distil.ipynb) makes the same model smaller in another way.
 

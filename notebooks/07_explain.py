@@ -14,17 +14,22 @@
 # %% [markdown]
 # # 7. Explain, and test the explanation
 #
-# **At the end you will have** the tokens of a prompt that a prediction depends on, by
-# four methods and as a page to hand on; a test that compares each method with two
-# trivial rules; and the explanation of an int8 file beside that of its Keras model.
+# **Result:** removing the tokens that SHAP names takes more of a prediction's
+# probability than removing the tokens nearest to it; removing those that attention
+# names takes less.
 #
-# **The article**, on GPT real-time performance: chapter 6.5, explanation. It names LIME
-# and SHAP; both are here through their authors' libraries, beside attention and
-# integrated gradients.
+# ![The result](attachment:result.png)
 #
-# Nothing is trained: you explain the bundled model or your own.
+# **At the end you have** the tokens of a prompt that a prediction depends on, by four
+# methods and as a page to hand on; a test that compares each method with two trivial
+# rules; and the explanation of an int8 file beside that of its Keras model.
 #
-# **Time:** 3 minutes on two quiet CPU cores. It writes to `runs/notebook-07`.
+# **The article**, on GPT real-time performance: chapter 6.5, explanation
+# ([where each listing is](../docs/article.md)). It names LIME and SHAP; both are here
+# through their authors' libraries, beside attention and integrated gradients.
+#
+# **Time:** 3 minutes on two quiet CPU cores. Nothing is trained: you explain the
+# bundled model or your own.
 
 # %%
 # Install gpt_tf where it is missing, from a wheel or a clone beside this notebook.
@@ -45,7 +50,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import HTML
+from IPython.display import HTML, Markdown, display
 
 import gpt_tf
 
@@ -96,7 +101,7 @@ test = gpt_tf.deletion_test(
     gpt, prompts, methods, keep_last=True, num_samples=num_samples
 )
 
-# %%
+# %% tags=["result"]
 parts = {"any token may go": test, "the last token stays": test["last_kept"]}
 figure, panels = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
 for axes, (title, part) in zip(panels, parts.items(), strict=True):
@@ -197,7 +202,7 @@ explained = {
 }
 labels = [repr(text) for text in explanation.texts]
 figure, panels = plt.subplots(
-    *(1, len(methods)), figsize=(10, 0.24 * len(labels) + 1), sharey=True
+    1, len(methods), figsize=(10, 0.24 * len(labels) + 1), sharey=True
 )
 for axes, (method, found) in zip(panels, explained.items(), strict=True):
     colours = ["#d95f02" if score >= 0 else "#3182ce" for score in found.scores]
@@ -218,7 +223,7 @@ plt.show()
 #
 # ## 4. Explain another token
 #
-# `target` names the token to explain. What speaks for the second most likely one?
+# `target` names the token to explain. Which tokens support the second most likely one?
 
 # %%
 second = int(np.argsort(-probabilities)[1])
@@ -238,7 +243,10 @@ for position in other.order()[:4]:
 
 # %%
 compared = gpt_tf.compare_explanations(
-    *(gpt, file, prompts, "shap"),
+    gpt,
+    file,
+    prompts,
+    "shap",
     num_samples=num_samples,
     names=("Keras, float32", "file, int8"),
 )
@@ -254,25 +262,27 @@ gpt.close()
 file.close()
 
 # %% [markdown]
-# Where the intervals overlap, int8 changed the explanation less than SHAP's own
-# sampling does.
+# Where the intervals overlap, a change by int8 cannot be told from SHAP's own sampling.
 #
-# ## Result
+# ## All in one table
 
 # %%
 kept = test["last_kept"]
-print(f"{'last token kept':12} {'lost':>8} {'over random':>12} {'over nearest':>13}")
+lines = ["| the last token stays | lost | over random | over nearest |"]
+lines.append("|---|---:|---:|---:|")
 for method in methods:
     judged = kept["methods"][method]
     over = {
         part: judged[part]["value"] for part in ("drop", "difference", "over_nearest")
     }
-    print(
-        f"{method:15} {over['drop']:8.1%} {over['difference']:+12.1%} "
-        f"{over['over_nearest']:+13.1%}"
+    lines.append(
+        f"| {method} | {over['drop']:.1%} | {over['difference']:+.1%} "
+        f"| {over['over_nearest']:+.1%} |"
     )
-print(f"{'nearest':15} {kept['nearest_drop']['value']:8.1%}")
-print(f"{'random':15} {kept['methods']['shap']['random_drop']['value']:8.1%}")
+lines.append(f"| nearest | {kept['nearest_drop']['value']:.1%} | | |")
+random_drop = kept["methods"]["shap"]["random_drop"]["value"]
+lines.append(f"| random | {random_drop:.1%} | | |")
+display(Markdown("\n".join(lines)))
 
 # %%
 print(
@@ -297,8 +307,7 @@ print(
 #
 # - An explanation says what this model reacts to, not whether the prediction is right.
 #   Prompts with removed tokens are unlike any text, and a model may react to that too.
-# - API: [`explain_prompt`](../gpt_tf/explain/attribution.py), [`deletion_test`,
-#   `compare_explanations`](../gpt_tf/explain/faithfulness.py). How to [explain a
+# - The functions: [explain_prompt, deletion_test and
+#   compare_explanations](../gpt_tf/explain/). How to [explain a
 #   prediction](../docs/how_to/explain.md).
-# - [Where the article's chapters are](../docs/article.md).
 # - Next: [8. Train in parallel](08_train_in_parallel.ipynb).

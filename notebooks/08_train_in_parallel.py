@@ -14,18 +14,25 @@
 # %% [markdown]
 # # 8. Train in parallel
 #
-# **At the end you will have** one GPT trained on one device and in four parallel ways,
-# the proof that all five are the same model, the memory that each way needs on a
+# **Result:** a GPT trained on one device and in four parallel ways has the same loss in
+# every step to less than 0.001, and each device holds what its share of the model
+# needs. More accelerators train faster as long as the network keeps up; that curve is
+# predicted, not measured.
+#
+# ![The result](attachment:result.png)
+#
+# **At the end you have** one GPT trained in five ways, the memory that each needs on a
 # device, and a predicted curve of throughput on 8 to 512 accelerators.
 #
 # **The article**, on GPT real-time performance: chapter 3.1, parallel computation, and
-# chapter 4.1, its implementation with TensorFlow's `MirroredStrategy`.
+# chapter 4.1, its implementation with TensorFlow's `MirroredStrategy`
+# ([where each listing is](../docs/article.md)).
 #
 # Everything runs on a laptop: TensorFlow splits the CPU into *logical devices*. They
 # share the same cores, so you will see that the results are equal and where the memory
 # is, not a speedup.
 #
-# **Time:** 2 minutes on two quiet CPU cores. It writes to `runs/notebook-08`.
+# **Time:** 2 minutes on two quiet CPU cores.
 
 # %%
 # Install gpt_tf where it is missing, from a wheel or a clone beside this notebook.
@@ -40,7 +47,7 @@ if getattr(importlib.util.find_spec("gpt_tf"), "origin", None) is None:
 
 # %% [markdown]
 # Split the CPU before anything else uses TensorFlow. With four GPUs leave this cell
-# out: everything below takes the GPUs. (GPUs were not tried by the authors.)
+# out: everything below takes the GPUs. (We have not tested GPUs.)
 
 # %%
 import gpt_tf
@@ -57,6 +64,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
+from IPython.display import Markdown, display
 from tensorflow.experimental import dtensor
 
 tf.get_logger().setLevel("ERROR")
@@ -135,7 +143,7 @@ mesh = gpt_tf.make_mesh(batch=2, sequence=2)
 train("sequence", gpt_tf.MeshGPT(gpt_tf.GPTModel(**model), mesh))
 
 # %% [markdown]
-# Computers round, so the order in which numbers are added shows in the last digits. For
+# Computers round, so another order of additions gives slightly other losses. For
 # comparison, one more training on one device sees the windows in another order:
 
 # %%
@@ -312,8 +320,8 @@ for name, gpt in {"on the mesh": models["weights"], "loaded": plain}.items():
 # **Nothing in this picture was measured by us.** It is the prediction of a model of a
 # training step ([`studies/scaling`](../studies/scaling/README.md)): 2.7 billion
 # parameters, 512 windows of 2,048 tokens a step, A100 accelerators with 80 GB, 8 in a
-# node. The model was checked against 12 published measurements that it was not fitted
-# to; its mean error there is 5.3 %.
+# node. Against 12 published measurements on fast networks that it was not fitted to,
+# its mean error is 5.3 %. What it says of slow networks rests on formulas alone.
 
 # %%
 accelerators = np.array([8, 16, 32, 64, 128, 256, 512])
@@ -340,19 +348,23 @@ axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# With a fast network data parallelism alone is nearly enough. With a slow one, mix it
-# with pipeline and tensor parallelism, so that each device has fewer gradients to send.
+# With a slow network, mix data parallelism with pipeline and tensor parallelism, so
+# that each device has fewer gradients to send.
 #
-# ## Result
+# ## All in one table
 #
 # Which way to take: **data** first, as long as the model fits on each device;
 # **layers** or **weights** when it does not; **sequence** for long contexts.
 
 # %%
-print(f"{'way':12} {'MB per device':>14} {'last loss':>11} {'largest distance':>18}")
+lines = [
+    "| way | MB per device | last loss | largest distance |",
+    "|---|---:|---:|---:|",
+]
 for name, found in losses.items():
-    size = f"{max(held_mb[name]):.1f}" if name in held_mb else "-"
-    print(f"{name:12} {size:>14} {found[-1]:11.6f} {apart[name]:18.1e}")
+    size = f"{max(held_mb[name]):.1f}" if name in held_mb else ""
+    lines.append(f"| {name} | {size} | {found[-1]:.6f} | {apart[name]:.1e} |")
+display(Markdown("\n".join(lines)))
 
 # %%
 results = {"losses": losses, "apart": apart, "held_mb": held_mb}
@@ -370,8 +382,6 @@ print("results:", json.dumps(results))
 #       gpt-tf train --mesh batch=2,model=2 --out runs/weights
 #       gpt-tf train --workers 2 --out runs/workers
 #
-# - API: [`Pipeline`](../gpt_tf/parallel/pipeline.py),
-#   [`MeshGPT`](../gpt_tf/parallel/mesh_gpt.py). How to [train on many
+# - The classes: [Pipeline and MeshGPT](../gpt_tf/parallel/). How to [train on many
 #   machines](../docs/many_machines.md).
-# - [Where the article's chapters are](../docs/article.md).
 # - This was the last tutorial; [all eight](README.md).

@@ -104,10 +104,14 @@ def execute(path: str | os.PathLike, parameters=None) -> nbformat.NotebookNode:
 
 
 def _show_result_at_the_top(notebook):
-    """Attach the last picture to the opening, where that has a place for it."""
+    """Attach a picture to the opening, where that has a place for it.
+
+    It is that of the cell tagged `result`, or the last.
+    """
+    tagged = [c for c in notebook.cells if "result" in c.metadata.get("tags", ())]
     pictures = [
         output.data["image/png"]
-        for cell in notebook.cells
+        for cell in tagged or notebook.cells
         for output in cell.get("outputs", ())
         if "image/png" in output.get("data", ())
     ]

@@ -46,7 +46,7 @@ TINY = {
     },
     "05_export_and_run": {"max_new_tokens": 8},
     "06_measure_and_choose": {
-        **{"is_real": False, "model": str(ROOT / "saved_models" / "python-small")},
+        "model": str(ROOT / "saved_models" / "python-small"),
         **{"modes": ("float32", "int4"), "evaluated_tokens": 400, "context_length": 32},
         **{"prompt_tokens": 4, "new_tokens": 4, "rounds": 2, "requests": 1},
     },

@@ -8,6 +8,7 @@ every room; none imports it. Start with `training`.
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import re
@@ -129,7 +130,13 @@ def _in_options(message):
 
 def _one_line(message, category, filename, lineno, file=None, line=None):
     if category.__module__.startswith("gpt_tf"):
-        _say(message)
+        _say_once(str(message))
+
+
+@functools.cache
+def _say_once(message):
+    # Python itself forgets what it has said where a library changes its filters.
+    _say(message)
 
 
 def _say(message):

@@ -364,7 +364,7 @@ class EdgeGPT:
 
         Example:
             >>> gpt.load_session("document.session")
-            >>> print(gpt.generate(document + "In short: "))
+            >>> print(gpt.generate(document + "In short:"))
         """
         with self.one_thread:
             session_file.read(path, self._session, self._sha256)

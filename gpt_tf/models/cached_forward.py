@@ -36,6 +36,13 @@ class Parts(NamedTuple):
         outputs = self.embedding(inputs, training=training)
         return outputs if isinstance(outputs, (list, tuple)) else (outputs, None)
 
+    def before_head(self, tokens):
+        """Return what the head reads, `(B, T, C)`: cheap where nobody wants logits."""
+        x, _ = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, training=False)
+        return self._call(self.norm, x, False)
+
     def score(self, x, table, training=False):
         """Return logits `(B, T, V)` of what the last block gives."""
         x = self._call(self.norm, x, training)

@@ -46,18 +46,17 @@ class Description:
     read_tokenizer: "Callable[[], Tokenizer | None]"
     read_model: "Callable[[dict], GPTModel] | None" = None
 
-    def check(self, changes: dict | None = None) -> dict:
+    def check(self) -> dict:
         """Return the model's configuration; refuse tensors that do not fit it."""
-        arguments = {**self.arguments, **(changes or {})}
-        if self.read_model is not None:
-            return config_of(arguments)
-        return _checked(self.family, arguments, self.tensors)[0]
+        if self.read_model is None:
+            _checked(self.family, self.arguments, self.tensors)
+        return config_of(self.arguments)
 
     def open(self, changes: dict) -> "GPTModel":
         """Return the model, with arguments replaced."""
         if self.read_model is not None:
             return self.read_model(changes)
-        return build(self.family, {**self.arguments, **changes}, self.tensors)
+        return build(self.family, self.arguments, self.tensors, changes)
 
 
 def config_of(arguments: dict) -> dict:
@@ -65,13 +64,20 @@ def config_of(arguments: dict) -> dict:
     return checked_config({**_DEFAULTS, **arguments})
 
 
-def build(family: Family, arguments: dict, tensors: Mapping[str, Tensor]) -> "GPTModel":
+def build(
+    family: Family,
+    arguments: dict,
+    tensors: Mapping[str, Tensor],
+    changes: dict | None = None,
+) -> "GPTModel":
     """Build a `GPTModel` and read its weights, one after the other.
 
     Args:
         family: Says where each weight is.
-        arguments: `GPTModel`'s, as `family.arguments` returns them, or changed.
+        arguments: `GPTModel`'s, as `family.arguments` returns them.
         tensors: By the family's names, with or without its prefix.
+        changes: Arguments to replace. Of learned positions, a shorter context takes
+            the first.
 
     Raises:
         InputError: An argument is out of its range, or memory cannot hold the model.
@@ -80,7 +86,10 @@ def build(family: Family, arguments: dict, tensors: Mapping[str, Tensor]) -> "GP
     """
     from gpt_tf.models.gpt import GPTModel
 
-    config, places, tensors = _checked(family, arguments, tensors)
+    changed = {**arguments, **(changes or {})}
+    config = config_of(changed)
+    room = max(config["context_length"], config_of(arguments)["context_length"])
+    places, tensors = _checked(family, {**changed, "context_length": room}, tensors)
     shapes = weight_shapes(config)
     model = GPTModel(**config)
     for name, variable in variables_of(model).items():
@@ -90,15 +99,14 @@ def build(family: Family, arguments: dict, tensors: Mapping[str, Tensor]) -> "GP
 
 
 def _checked(family, arguments, tensors):
-    """Return configuration, places of weights and tensors, which fit each other."""
-    config = config_of(arguments)
+    """Return places of weights and tensors, which fit the configuration."""
     tensors = {name.removeprefix(family.prefix): t for name, t in tensors.items()}
-    shapes = weight_shapes(config)
+    shapes = weight_shapes(config_of(arguments))
     # The last block first: a configuration of a million of them ends here.
     places = {name: family.place_of(name) for name in shapes}
     for name in reversed(shapes):
         places[name].check(tensors, shapes[name])
-    return config, places, tensors
+    return places, tensors
 
 
 def variables_of(model: "GPTModel") -> dict:

@@ -40,7 +40,7 @@ class Weight:
     skipped_rows: int = 0
 
     def read(self, tensors: Mapping[str, Tensor], shape, num_heads) -> np.ndarray:
-        """Return our weight, of tensors that were checked."""
+        """Return our weight, the first rows of tensors that were checked."""
         parts = [tensors[name].read() for name in self.names]
         if self.heads_first:
             # (H * 3 * D, ...) -> (3 * H * D, ...)
@@ -48,7 +48,8 @@ class Weight:
         if self.is_transposed and len(shape) == 2:
             parts = [part.T for part in parts]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-        return np.ascontiguousarray(whole[self.skipped_rows :], np.float32)
+        rows = slice(self.skipped_rows, self.skipped_rows + shape[0])
+        return np.ascontiguousarray(whole[rows], np.float32)
 
     def check(self, tensors: Mapping[str, Tensor], shape) -> None:
         """See that the tensors are there and fit, before any is read.

@@ -113,13 +113,13 @@ def _inputs_of_products(model, batches, names):
     found = {layer.name: {} for layer in model.layers}
 
     def see(layer, name, x):
-        rows = x.numpy().reshape(-1, x.shape[-1]).astype(np.float32)
-        taken = rows[:: -(-len(rows) // most)]
+        rows = x.numpy().reshape(-1, x.shape[-1])
+        taken = rows[:: -(-len(rows) // most)].astype(np.float32)  # a copy of these
         found[layer.name].setdefault(name, []).append(taken)
 
     with observed(model.layers, see, names):
         for ids in batches:
-            model(ids, training=False)
+            parts_of(model).before_head(ids)
     return {
         layer: {name: np.concatenate(rows) for name, rows in read.items()}
         for layer, read in found.items()

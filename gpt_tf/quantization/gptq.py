@@ -45,6 +45,7 @@ def moments_of(model, inputs, *, batch_size=8):
     # Here and not above: rounding does without TensorFlow.
     import tensorflow as tf
 
+    from gpt_tf.models.cached_forward import parts_of
     from gpt_tf.models.layers import observed
     from gpt_tf.quantization import calibration
 
@@ -60,7 +61,7 @@ def moments_of(model, inputs, *, batch_size=8):
 
     with observed(model.layers, see, READ_BY):
         for ids in calibration.batches_of(inputs, batch_size, model):
-            model(ids, training=False)
+            parts_of(model).before_head(ids)
     if not moments:
         raise InputError("GPTQ expects token ids (N, T) of some text. Received: none.")
     return moments

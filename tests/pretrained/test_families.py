@@ -190,10 +190,16 @@ def test_what_is_saved_opens_again_and_is_called_gpt2_only_if_it_is(
     np.testing.assert_array_equal(again(IDS), opened[name](IDS))
 
 
-def test_a_context_can_be_asked_for(folders, opened):
-    short = gpt_tf.open_model(folders / "llama", context_length=12).model
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_a_shorter_context_can_be_asked_for(folders, opened, name):
+    short = gpt_tf.open_model(folders / name, context_length=12).model
     assert short.context_length == 12
-    assert_same_logits(short(IDS[:, :12]), opened["llama"](IDS[:, :12]))
+    assert_same_logits(short(IDS[:, :12]), opened[name](IDS[:, :12]))
+
+
+def test_learned_positions_end_where_the_table_does(folders):
+    with pytest.raises(DamagedFileError, match="wpe.weight"):
+        gpt_tf.open_model(folders / "gpt2", context_length=10_000)
 
 
 # Refusals
