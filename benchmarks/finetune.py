@@ -81,21 +81,12 @@ def files_of(source, folder, name):
     """Export a model in all modes; return the files that were kept."""
     import gpt_tf
 
-    model, tokenizer, _ = gpt_tf.open_model(source)
-    # A model that reads more than its files need: a short cache.
-    shorter = gpt_tf.GPTModel.from_config(
-        {**model.get_config(), "context_length": CONTEXT_LENGTH}
-    )
-    shorter.set_weights(model.get_weights())
-    lines = (TASK / "test.jsonl").read_text("utf-8").splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines]
-    ids = tokenizer.encode("\n".join(prompts))[:128]
     files = []
     for mode in MODES:
         file = folder / f"{name}-{mode}.litertlm"
         try:
             if not file.is_file():
-                gpt_tf.export_litertlm(shorter, tokenizer, file, mode, verify_on=ids)
+                gpt_tf.export_trained(source, file, mode, context_length=CONTEXT_LENGTH)
             files.append(file)
         except gpt_tf.InputError as error:  # what a mode makes too wrong
             console.print(f"{file.name} is left out: {error}")

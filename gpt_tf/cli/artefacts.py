@@ -56,7 +56,7 @@ def export(
         bool | None,
         typer.Option(
             help="Equalise weights, and round those of int4 by GPTQ. Default: of a "
-            "model that was trained elsewhere."
+            "model that was trained elsewhere, and of runs that began with one."
         ),
     ] = None,
     allow_untrained: Annotated[

@@ -7,7 +7,6 @@ input and output of every signature. A loaded model may have several sessions, t
 with a cache each.
 """
 
-import ctypes
 import functools
 import math
 import os
@@ -16,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
-from ai_edge_litert.environment import Environment
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
@@ -24,7 +22,7 @@ from gpt_tf.edge import weight_cache as packed_weights
 from gpt_tf.errors import DamagedFileError
 from gpt_tf.export import signatures
 from gpt_tf.generation.sampler import log_softmax
-from gpt_tf.native_logs import end_quietly, quiet
+from gpt_tf.native_logs import end_quietly, litert_environment, quiet
 
 # Rows by which the capacity in use grows. GPT-2 small on 2 cores: a row that is not
 # needed costs 0.01 ms a token, a growth 2 ms at 64 rows, 10 at 256 and 30 at 1024.
@@ -96,7 +94,7 @@ class Executor:
         )
         is_file = isinstance(self._data, str)
         load = CompiledModel.from_file if is_file else CompiledModel.from_buffer
-        self.model = load(self._data, environment=_environment(), options=options)
+        self.model = load(self._data, environment=litert_environment(), options=options)
         found = {
             name: Signature(self.model, name, names)
             for name, names in self.model.get_signature_list().items()
@@ -487,15 +485,3 @@ def _aligned(count):
     memory = np.zeros(count + spare, np.float32)
     begin = -memory.ctypes.data % 64 // memory.itemsize
     return memory[begin : begin + count]
-
-
-@functools.cache
-def _environment():
-    """Return LiteRT's environment, one for all models.
-
-    A path that leads nowhere keeps it from loading compilers for other processors.
-    """
-    environment = Environment.create(compiler_plugin_path="none")
-    # Never taken apart: it would log that, when Python ends.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
-    return environment

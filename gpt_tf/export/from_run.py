@@ -18,7 +18,7 @@ from gpt_tf.quantization.modes import MODES
 from gpt_tf.settings import arguments
 from gpt_tf.text.corpus import Corpus, open_corpus
 from gpt_tf.text.dataset import RowWindows, TokenFile
-from gpt_tf.training.loop import load_model
+from gpt_tf.training.run_folder import began_elsewhere, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def export_trained(
             run.
         prepare: Whether weights of a mode that rounds them are equalised
             (`gpt_tf.equalize`), and those of int4 rounded by GPTQ. Default: of a model
-            trained elsewhere, where some channels are much larger than the others.
+            trained elsewhere, and of runs that began with one, where some channels are
+            much larger than the others.
             Without text, Python's documentation is what they are measured on.
         **options: As for `export_tflite`.
 
@@ -94,7 +95,7 @@ def export_trained(
     elif tokenizer is not None and is_foreign(source):
         options.setdefault("verify_on", tokenizer.encode(_ENGLISH)[:_VERIFIED_TOKENS])
     if prepare is None:
-        prepare = is_foreign(source)
+        prepare = began_elsewhere(source)
     if prepare and isinstance(model, GPTModel):
         _prepare(model, tokenizer, mode, options)
     if out.suffix == ".tflite":

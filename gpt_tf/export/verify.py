@@ -1,14 +1,15 @@
 """Run what was written, before anyone else does.
 
-A file's structure is checked, LiteRT's own interpreter opens it, every signature is
-run on text, and the logits are held against those of the Keras model. What does not
-pass never gets its final name.
+A file's structure is checked, LiteRT opens it, every signature is run on text, and the
+logits are held against those of the Keras model. What does not pass never gets its
+final name.
 """
 
 import mmap
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
+from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
 from gpt_tf.errors import InputError
 from gpt_tf.export import integrity, signatures, structure
@@ -16,6 +17,7 @@ from gpt_tf.export.constants import Constants
 from gpt_tf.export.reader import BrokenError
 from gpt_tf.export.tflite_writer import Model
 from gpt_tf.generation.sampler import log_softmax
+from gpt_tf.native_logs import litert_environment
 
 # A file may be larger than its parameters by this factor and the graphs' bytes.
 SIZE_FACTOR = 1.02
@@ -79,13 +81,12 @@ def verify(path, model: Model, constants: Constants, mode: str, reference, ids) 
     if "head/mask" in constants.vectors:
         wanted = wanted + constants.vectors["head/mask"]
     found = {}
-    # Each by a runner of its own: a signature that ran keeps a copy of the weights.
     for span in signatures.lengths_of(runner.names, "score"):
-        found |= _Runner(path).run_score(span, ids)
+        found |= runner.run_score(span, ids)
     for span in signatures.lengths_of(runner.names):
-        found |= _Runner(path).run_prefill(span, ids)
+        found |= runner.run_prefill(span, ids)
     for texts in signatures.lengths_of(runner.names, "decode_batch"):
-        found |= _Runner(path).run_batch(texts, ids)
+        found |= runner.run_batch(texts, ids)
     # Without a text longer than the shortest prefill, decode alone.
     found |= runner.run_decode(ids, 0, runner.blank)
     limit = LARGEST_DIVERGENCE[mode]
@@ -149,15 +150,19 @@ class _Runner:
     """Runs a file's signatures plainly, caches in and out as arrays."""
 
     def __init__(self, path):
+        # In memory there is one packed copy of the weights, for all signatures.
+        cpu = CpuOptions(num_threads=2, xnnpack_weight_cache_path=":memory")
+        options = Options(HardwareAccelerator.CPU, cpu_options=cpu)
         try:
-            self.interpreter = Interpreter(model_path=str(path), num_threads=2)
-        except (ValueError, RuntimeError) as error:
+            self.model = CompiledModel.from_file(
+                str(path), environment=litert_environment(), options=options
+            )
+        except RuntimeError as error:
             raise VerificationError(
                 f"LiteRT cannot open the exported file: {error}. It was not kept."
             ) from None
-        self._runners = {}
-        self.names = list(self.interpreter.get_signature_list())
-        details = self.runner(signatures.DECODE).get_input_details()
+        self.names = self.model.get_signature_list()
+        details = self.model.get_input_tensor_details(signatures.DECODE)
         self.blank = {
             name: np.zeros(detail["shape"], detail["dtype"])
             for name, detail in details.items()
@@ -165,24 +170,28 @@ class _Runner:
         }
         self.capacity = self.blank[signatures.key_cache(0)].shape[2]
 
-    def runner(self, name):
-        if name not in self._runners:
-            self._runners[name] = self.interpreter.get_signature_runner(name)
-        return self._runners[name]
+    def run(self, name, arrays):
+        """Run a signature on arrays by their names; return its outputs likewise."""
+        index = self.model.get_signature_index(name)
+        inputs = self.model.create_input_buffers(index)
+        outputs = self.model.create_output_buffers(index)
+        for key, buffer in zip(self.names[name]["inputs"], inputs, strict=True):
+            buffer.write(arrays[key])
+        self.model.run_by_index(index, inputs, outputs)
+        details, found = self.model.get_output_tensor_details(name), {}
+        for key, buffer in zip(self.names[name]["outputs"], outputs, strict=True):
+            shape, dtype = details[key]["shape"], np.dtype(details[key]["dtype"])
+            found[key] = buffer.read(int(np.prod(shape)), dtype).reshape(shape)
+        return found
 
     def call(self, name, ids, start, caches, length):
         """Run tokens, filled up to a length; return logits or None, and new caches."""
         tokens = np.zeros((1, length), np.int32)
         tokens[0, : len(ids)] = ids
         positions = np.arange(start, start + length, dtype=np.int32)
-        outputs = self.runner(name)(
-            **{
-                signatures.TOKENS: tokens,
-                signatures.POSITIONS: positions,
-                signatures.MASK: signatures.mask(positions, self.capacity),
-            },
-            **caches,
-        )
+        mask = signatures.mask(positions, self.capacity)
+        inputs = {signatures.TOKENS: tokens, signatures.POSITIONS: positions}
+        outputs = self.run(name, {**inputs, signatures.MASK: mask, **caches})
         logits = outputs.pop(signatures.LOGITS, None)
         return (None if logits is None else logits[0]), outputs  # (T, V)
 
@@ -239,14 +248,9 @@ class _Runner:
                 )
                 for row in range(size)
             }
-            caches = self.runner(name)(
-                **{
-                    signatures.TOKENS: np.asarray(ids, np.int32)[positions][None],
-                    signatures.POSITIONS: positions,
-                },
-                **masks,
-                **caches,
-            )
+            tokens = np.asarray(ids, np.int32)[positions][None]
+            inputs = {signatures.TOKENS: tokens, signatures.POSITIONS: positions}
+            caches = self.run(name, {**inputs, **masks, **caches})
             logits = caches.pop(signatures.LOGITS)[0]
             for row in np.flatnonzero(in_use):
                 way = f"{name}, row {row}"

@@ -185,7 +185,10 @@ def _adapted(x, low, b, kernel, scales):
                 tf.matmul(low, dy, transpose_a=True),
             )
 
-        rows = tf.concat([tf.cast(_floats(kernel, scales), x.dtype), b], axis=0)
+        # After `x`: else XLA makes those of all blocks before a loop over parts.
+        same = None if scales is None else ops.again(scales, x)
+        floats = tf.cast(_floats(kernel, same), x.dtype)
+        rows = tf.concat([floats, ops.again(b, x)], axis=0)
         return tf.matmul(tf.concat([x, low], axis=1), rows), gradient
 
     return multiply(x, low, b)

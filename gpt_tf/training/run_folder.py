@@ -190,6 +190,20 @@ def open_model(
     return source.Opened(found, tokenizer, facts)
 
 
+def began_elsewhere(path: str | Path) -> bool:
+    """Tell whether a model was trained elsewhere, or the one that its run began with."""
+    seen = set()
+    while path is not None and path not in seen:
+        if source.is_foreign(path):
+            return True
+        seen.add(path)
+        if not (Path(path) / "run.json").is_file():
+            return False
+        config = read_run(Path(path))
+        path = config.init_from or (config.distillation or {}).get("teacher")
+    return False
+
+
 def context_length_of(path: str | Path) -> int:
     """Return how many positions a model sees, of which no weight is read.
 

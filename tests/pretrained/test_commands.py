@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt_tf.training.run_folder import read_run
+from gpt_tf.training.run_folder import began_elsewhere, read_run
 from tests.pretrained.folders import CONTEXT, random_tensors, write_folder
 from tests.pretrained.gguf_writer import config_of, small_tokenizer
 
@@ -35,6 +35,7 @@ def test_windows_are_no_longer_than_the_context(
     result = command(*words, tmp_path / "run")
     assert result.status == 0, result.err
     assert read_run(tmp_path / "run").context_length == CONTEXT
+    assert began_elsewhere(tmp_path / "run")
     longer = command(*words, tmp_path / "longer", "--context-length", CONTEXT + 1)
     assert longer.status == 2
     assert "`--context-length`" in longer.err and f"at most {CONTEXT}" in longer.err
@@ -46,6 +47,7 @@ def test_a_run_of_ours_is_gone_on_from_with_its_windows(command, trained, tmp_pa
     result = command("train", *words, *TRAIN, *texts)
     assert result.status == 0, result.err
     assert read_run(tmp_path / "run").context_length == 32
+    assert not began_elsewhere(tmp_path / "run")
 
 
 def test_other_commands_take_it_as_it_is(command, folder, corpus_folder, tmp_path):
