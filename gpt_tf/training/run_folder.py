@@ -191,7 +191,7 @@ def open_model(
 
 
 def began_elsewhere(path: str | Path) -> bool:
-    """Tell whether a model was trained elsewhere, or the one that its run began with."""
+    """Tell whether a model, or the one that its run began with, is a foreign one."""
     seen = set()
     while path is not None and path not in seen:
         if source.is_foreign(path):

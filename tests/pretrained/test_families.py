@@ -198,7 +198,7 @@ def test_a_shorter_context_can_be_asked_for(folders, opened, name):
 
 
 def test_learned_positions_end_where_the_table_does(folders):
-    with pytest.raises(DamagedFileError, match="wpe.weight"):
+    with pytest.raises(DamagedFileError, match=r"wpe\.weight"):
         gpt_tf.open_model(folders / "gpt2", context_length=10_000)
 
 
