@@ -30,6 +30,7 @@ KINDS = {
     "LoRA, rank 8": (LORA, 1),
     "LoRA, rank 8, the base in int8": ({**LORA, "base": "int8"}, 1),
     "LoRA, rank 8, a batch in 4 parts": (LORA, 4),
+    "LoRA, rank 8, the base in int8, in 4 parts": ({**LORA, "base": "int8"}, 4),
 }
 ROWS, LENGTH, ANSWER = 8, 64, 21  # of a step that is timed
 

@@ -24,8 +24,10 @@
 # for each its size, its speed, its perplexity and what it writes.
 #
 # **The article**, on GPT real-time performance: chapter 4.2, quantisation in
-# TensorFlow, and chapter 6.1, measuring real-time performance
-# ([where each listing is](../docs/article.md)).
+# TensorFlow, and chapter 6.1, measuring real-time performance.
+#
+# **In gpt_tf:** [4.2](../docs/article.md#42-quantisation-in-tensorflow),
+# [6.1](../docs/article.md#61-real-time-performance).
 #
 # **Time:** 3 minutes on two quiet CPU cores. No GPU, account or other tutorial is
 # needed. Run the cells from top to bottom.

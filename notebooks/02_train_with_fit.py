@@ -26,8 +26,10 @@
 # effect of an augmentation on a small text, measured.
 #
 # **The article**, on GPT real-time performance: chapter 4.1, its `GPTModel` under
-# `MirroredStrategy`, and chapter 6.4, generalisation
-# ([where each listing is](../docs/article.md)).
+# `MirroredStrategy`, and chapter 6.4, generalisation.
+#
+# **In gpt_tf:** [4.1](../docs/article.md#41-parallel-computation-in-tensorflow),
+# [6.4](../docs/article.md#64-generalisation).
 #
 # **Time:** 5 minutes on two quiet CPU cores.
 
@@ -369,7 +371,7 @@ with gpt_tf.EdgeGPT(folder / "gpt.litertlm") as file:
         table[name] = {
             "MB": place.stat().st_size / 1e6,
             "ms": 1000 * float(np.median(seconds[1:])),
-            "text": prompt + tokenizer.decode(ids),
+            "text": tokenizer.decode(ids),
         }
     scored = np.array([-file.score(ids) for ids in pieces])
 logits = model.predict(pieces[:, :-1], verbose=0)
@@ -380,7 +382,7 @@ table["int8 file"]["perplexity"] = float(np.exp(scored.mean()))
 
 def cell(text):
     """Return the beginning of a text as a cell of a table."""
-    return "`` " + " ".join(text.split())[:60].replace("|", "\\|") + " ``"
+    return "`` " + " ".join(text.split())[:80].replace("|", "\\|") + " ``"
 
 
 lines = ["| | MB | ms a token | tokens/s | perplexity | text |"]

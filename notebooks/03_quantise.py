@@ -27,7 +27,10 @@
 # and files with their size, speed and perplexity.
 #
 # **The article**, on GPT real-time performance: chapter 3.2, quantisation, and chapter
-# 4.2, its implementation ([where each listing is](../docs/article.md)).
+# 4.2, its implementation.
+#
+# **In gpt_tf:** [3.2](../docs/article.md#32-quantisation),
+# [4.2](../docs/article.md#42-quantisation-in-tensorflow).
 #
 # **Time:** 5 minutes on two quiet CPU cores.
 
@@ -311,13 +314,13 @@ for name, file in files.items():
         "MB": paths[name].stat().st_size / 1e6,
         "ms": 1000 * float(np.median(seconds[name][1:])),
         "perplexity": float(np.exp(nats)),
-        "text": prompt + tokenizer.decode(written[name]),
+        "text": tokenizer.decode(written[name]),
     }
 
 
 def cell(text):
     """Return the beginning of a text as a cell of a table."""
-    return "`` " + " ".join(text.split())[:60].replace("|", "\\|") + " ``"
+    return "`` " + " ".join(text.split())[:80].replace("|", "\\|") + " ``"
 
 
 lines = ["| file | MB | ms a token | tokens/s | perplexity | text |"]

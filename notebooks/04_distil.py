@@ -27,8 +27,11 @@
 # compare it with, the teacher's knowledge as a file, and the speed of both as files.
 #
 # **The article**, on GPT real-time performance: chapter 3.3, knowledge distillation,
-# and chapter 4.3, its implementation ([where each listing is](../docs/article.md)). Its
-# `Distiller`, with `alpha` and `temperature`, is the one used here.
+# and chapter 4.3, its implementation. Its `Distiller`, with `alpha` and `temperature`,
+# is the one used here.
+#
+# **In gpt_tf:** [3.3](../docs/article.md#33-distillation),
+# [4.3](../docs/article.md#43-distillation-in-tensorflow).
 #
 # **Time:** 5 minutes on two quiet CPU cores.
 
@@ -310,13 +313,13 @@ for name, file in files.items():
         "MB": paths[name].stat().st_size / 1e6,
         "ms": 1000 * float(np.median(seconds[name][1:])),
         "perplexity": float(np.exp(nats)),
-        "text": prompt + tokenizer.decode(written[name]),
+        "text": tokenizer.decode(written[name]),
     }
 
 
 def cell(text):
     """Return the beginning of a text as a cell of a table."""
-    return "`` " + " ".join(text.split())[:60].replace("|", "\\|") + " ``"
+    return "`` " + " ".join(text.split())[:80].replace("|", "\\|") + " ``"
 
 
 lines = ["| file | MB | ms a token | tokens/s | perplexity | text |"]

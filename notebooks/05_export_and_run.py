@@ -23,8 +23,9 @@
 # you know what is in them and what a device needs to run them.
 #
 # **The article**, on GPT real-time performance: chapter 4.2 implements quantisation in
-# TensorFlow and ends with the file that ships
-# ([where each listing is](../docs/article.md)).
+# TensorFlow and ends with the file that ships.
+#
+# **In gpt_tf:** [4.2](../docs/article.md#42-quantisation-in-tensorflow).
 #
 # **Time:** 1 minute on two quiet CPU cores.
 

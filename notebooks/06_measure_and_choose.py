@@ -24,8 +24,11 @@
 # **At the end you have** the file to ship for a budget that you can move.
 #
 # **The article**, on GPT real-time performance: chapter 6.1 assesses real-time
-# performance, chapter 6.2 its cost in accuracy, chapter 6.3 chooses a strategy
-# ([where each listing is](../docs/article.md)).
+# performance, chapter 6.2 its cost in accuracy, chapter 6.3 chooses a strategy.
+#
+# **In gpt_tf:** [6.1](../docs/article.md#61-real-time-performance),
+# [6.2](../docs/article.md#62-accuracy-and-speed),
+# [6.3](../docs/article.md#63-which-strategy).
 #
 # **Time:** 8 minutes on two quiet CPU cores with SmolLM2, 2 without.
 

@@ -24,9 +24,11 @@
 # methods and as a page to hand on; a test that compares each method with two trivial
 # rules; and the explanation of an int8 file beside that of its Keras model.
 #
-# **The article**, on GPT real-time performance: chapter 6.5, explanation
-# ([where each listing is](../docs/article.md)). It names LIME and SHAP; both are here
-# through their authors' libraries, beside attention and integrated gradients.
+# **The article**, on GPT real-time performance: chapter 6.5, explanation. It
+# names LIME and SHAP; both are here through their authors' libraries, beside attention
+# and integrated gradients.
+#
+# **In gpt_tf:** [6.5](../docs/article.md#65-explanation).
 #
 # **Time:** 3 minutes on two quiet CPU cores. Nothing is trained: you explain the
 # bundled model or your own.

@@ -25,8 +25,10 @@
 # device, and a predicted curve of throughput on 8 to 512 accelerators.
 #
 # **The article**, on GPT real-time performance: chapter 3.1, parallel computation, and
-# chapter 4.1, its implementation with TensorFlow's `MirroredStrategy`
-# ([where each listing is](../docs/article.md)).
+# chapter 4.1, its implementation with TensorFlow's `MirroredStrategy`.
+#
+# **In gpt_tf:** [3.1](../docs/article.md#31-parallel-computation),
+# [4.1](../docs/article.md#41-parallel-computation-in-tensorflow).
 #
 # Everything runs on a laptop: TensorFlow splits the CPU into *logical devices*. They
 # share the same cores, so you will see that the results are equal and where the memory
