@@ -333,15 +333,14 @@ for name, row in table.items():
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
-# The `int4` file of the QAT model has the lowest perplexity of the three: +1.7 %
+# The `int4` file of the QAT model has the lowest perplexity of the three: +1.65 %
 # against float32, where the untouched model has +1.9 % and the one that was fine-
 # tuned in float32 +2.6 %. Export helps the other two: it searches for each block the
 # scale with the smallest error.
 #
-# The times were taken while other programs used the machine, so do not compare them
-# closely; in a model this small the call itself takes most of the time. [Tutorial
-# 1](01_make_it_fast.ipynb) has a model of 135 million parameters, where fewer bits
-# save time too.
+# Do not compare the times closely: in a model this small the call itself takes most of
+# the time. [Tutorial 1](01_make_it_fast.ipynb) has a model of 135 million parameters,
+# where fewer bits save time too.
 #
 # ## The result in one picture
 

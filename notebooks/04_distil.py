@@ -332,9 +332,9 @@ for name, row in table.items():
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
-# The teacher's int8 file is smaller, faster and more accurate than a student in
-# float32: quantise first. Distil where int8 is still too slow, and quantise the student
-# as well.
+# The teacher's int8 file is smaller and more accurate than the student in float32, and
+# about as fast: quantise first. Distil where int8 is still too slow, and quantise the
+# student as well.
 #
 # ## The result in one picture
 

@@ -154,7 +154,7 @@ train("other order", gpt_tf.GPTModel(**model), other)
 del models["other order"]
 
 
-# %%
+# %% tags=["result"]
 def on_each_device(gpt):
     """Return the number of parameters that each device holds."""
     if isinstance(gpt, gpt_tf.MeshGPT):

@@ -17,7 +17,7 @@ from gpt_tf.export.constants import Constants
 from gpt_tf.export.reader import BrokenError
 from gpt_tf.export.tflite_writer import Model
 from gpt_tf.generation.sampler import log_softmax
-from gpt_tf.native_logs import litert_environment
+from gpt_tf.native_logs import end_quietly, litert_environment
 
 # A file may be larger than its parameters by this factor and the graphs' bytes.
 SIZE_FACTOR = 1.02
@@ -161,6 +161,7 @@ class _Runner:
             raise VerificationError(
                 f"LiteRT cannot open the exported file: {error}. It was not kept."
             ) from None
+        end_quietly()
         self.names = self.model.get_signature_list()
         details = self.model.get_input_tensor_details(signatures.DECODE)
         self.blank = {
