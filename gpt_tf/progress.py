@@ -102,13 +102,12 @@ def print_knowledge(store, console=None):
     _print_table("Knowledge extracted", rows, console)
 
 
-def print_export(manifest, path, console=None):
+def print_export(manifest, path):
     """Print what an exported file is and how it was found to compute.
 
     Args:
         manifest: As `export_tflite` returns it.
         path: The file.
-        console: Where to write; standard output unless given.
     """
     measured = manifest["verification"]
     rows = {
@@ -121,10 +120,10 @@ def print_export(manifest, path, console=None):
         f"top-1 token in {measured['top1_agreement']:.1%} of "
         f"{measured['positions']} places",
     }
-    _print_table("Exported and verified", rows, console)
+    _print_table("Exported and verified", rows)
 
 
-def _print_table(title, rows, console):
+def _print_table(title, rows, console=None):
     table = Table(title=title, show_header=False)
     for name, value in rows.items():
         table.add_row(name, Text(str(value)))  # its brackets are none of rich's markup

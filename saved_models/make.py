@@ -18,8 +18,8 @@ RUNS = Path("runs")
 sys.path.insert(0, str(HERE.parent))
 
 from gpt_tf import artifacts
-from gpt_tf.advisor.estimate import count_parameters
-from gpt_tf.evaluation.report import entry_of, read_report
+from gpt_tf.evaluation.report import read_report
+from gpt_tf.models.sizes import count_parameters
 
 MODEL_FILES = ["model.keras", "tokenizer.json"]
 TEACHER, STUDENT = RUNS / "python-small", RUNS / "python-student"
@@ -54,7 +54,10 @@ def gpt_tf(command):
 
 def measured(name, reports):
     """Return what a report's manifest states: numbers with their units."""
-    accuracy, latency = (entry_of(report, name) for report in reports)
+    accuracy, latency = (
+        next(entry for entry in report["entries"] if entry["name"] == name)
+        for report in reports
+    )
     found = {
         "perplexity": accuracy["accuracy"]["perplexity"]["value"],
         "bits_per_byte": accuracy["accuracy"]["bits_per_byte"]["value"],

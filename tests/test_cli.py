@@ -565,7 +565,7 @@ def test_a_model_is_trained_and_generates_the_same_text_for_a_seed(
     assert texts[0].err == ""
 
 
-@pytest.mark.filterwarnings("default::gpt_tf.models.cached_forward.GenerationNotice")
+@pytest.mark.filterwarnings("default::gpt_tf.generation.sequence.GenerationNotice")
 def test_what_is_remarkable_about_a_prompt_is_one_line(generate):
     options = ("--max-new-tokens", 3, "--seed", 7)
     for prompt, said in (

@@ -183,7 +183,7 @@ def refuse_impossible(budgets: Budgets, config: dict, machine: dict) -> None:
             kind = KINDS[name]
             best = (max if kind.is_least else min)(one[name] for one in broken)
             raise InputError(
-                f"`{name}` expects what a model of {count_parameters(config):,} "
+                f"`{name}` expects what a model of {files[0]['parameters']:,} "
                 "parameters can reach on this machine, "
                 f"{kind.text(best)} at best. Received: {kind.text(limit)}. Relax "
                 f"{option(name)}, or make a smaller model."
@@ -205,11 +205,6 @@ def _broken(found, budgets):
         for name, limit in budgets.given().items()
         if name in best and KINDS[name].is_broken(best[name], limit)
     }
-
-
-def count_parameters(config: dict) -> int:
-    """Count the weights and biases of a GPT from its configuration."""
-    return sizes.count_parameters(sizes_of(config))
 
 
 def modes_of(config: dict) -> tuple[str, ...]:

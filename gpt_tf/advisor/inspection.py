@@ -177,14 +177,14 @@ def _first_command(source, config, tokenizer, is_file):
     return f"gpt-tf export --model {name} --mode dynamic_int8{length} --out {out}"
 
 
-def print_inspection(found: dict, console=None) -> None:
+def print_inspection(found: dict) -> None:
     """Print what `inspect_source` returned, as two tables and the command."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = console or Console()
+    console = Console()
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, text in _facts(found):
         facts.add_row(name, Text(text))  # none of it is rich's markup

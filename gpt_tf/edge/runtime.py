@@ -12,7 +12,7 @@ from gpt_tf.edge import session_file
 from gpt_tf.edge.batch import BatchDecoder
 from gpt_tf.edge.loader import open_artefact
 from gpt_tf.edge.session import Executor, Session
-from gpt_tf.edge.speculation import Draft, Speculator
+from gpt_tf.edge.speculation import Speculator
 from gpt_tf.edge.weight_cache import KINDS
 from gpt_tf.errors import InputError
 from gpt_tf.generation import conversation, sequence
@@ -113,9 +113,9 @@ class EdgeGPT:
                 speculate="none",
                 weight_cache=weight_cache,
             )
-        self._speculator = Speculator(
-            self._executor, speculate == "lookup", draft and self._drafting(draft)
-        )
+        if draft is not None:
+            self._check_draft(draft)
+        self._speculator = Speculator(self._executor, speculate == "lookup", draft)
 
     def generate(
         self,
@@ -285,7 +285,7 @@ class EdgeGPT:
             >>> logits = gpt.decode(ids[-1])
         """
         with self.one_thread:
-            self._session.prefill(self._appendable(ids))
+            self._session.prefill(sequence.appendable(ids, self))
             return self.position
 
     def rewind(self, position: int) -> None:
@@ -303,7 +303,7 @@ class EdgeGPT:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Append `N` tokens as `prefill`; return what may follow each, `(N, V)`."""
         with self.one_thread:
-            pieces = list(self._session.score(self._appendable(ids)))
+            pieces = list(self._session.score(sequence.appendable(ids, self)))
         return np.concatenate(pieces or [np.zeros((0, self.config["vocab_size"]))])
 
     def decode(self, token: int) -> np.ndarray:
@@ -420,8 +420,8 @@ class EdgeGPT:
                     pieces = text.step()
             yield from pieces
 
-    def _drafting(self, gpt):
-        """Return a `Draft` by another model, seen to have the same tokens."""
+    def _check_draft(self, gpt):
+        """Refuse a model to write ahead that has other tokens."""
         same = gpt.config["vocab_size"] == self.config["vocab_size"]
         if self.tokenizer is not None and gpt.tokenizer is not None:
             same = self.tokenizer.fingerprint() == gpt.tokenizer.fingerprint()
@@ -432,7 +432,6 @@ class EdgeGPT:
                 f"{gpt.config['vocab_size']}. Distil a student of this model, or leave "
                 "it out."
             )
-        return Draft(gpt)
 
     def _decode_anew(self, window, reuse=False):
         """Put a text into the cache; return the logits of what follows.
@@ -449,19 +448,6 @@ class EdgeGPT:
         self._session.position = known
         self._session.prefill(window[known:-1])
         return self._session.decode(window[-1])
-
-    def _appendable(self, ids):
-        """Return ids as a list, seen to be known and to have room in the cache."""
-        ids = arguments.ids(ids)
-        if ids:
-            sequence.check_rows([ids], self.config["vocab_size"])
-        free = self.context_length - self.position
-        if len(ids) > free:
-            raise InputError(
-                f"The cache of {self.context_length} tokens has room for {free} more. "
-                f"Received: {len(ids)}. Call `reset()` first, or pass the text's end."
-            )
-        return ids
 
 
 class _OneThread:

@@ -19,25 +19,25 @@ class Speculator:
     Args:
         executor: The model that is to write.
         looks_up: Whether the text itself is searched for what may follow.
-        draft: A `Draft`, or None.
+        draft: An open `EdgeGPT` with the same tokens that writes ahead, or None.
 
     Attributes:
         paces: By `"lookup"` and `"draft"`: when it pays.
     """
 
-    def __init__(self, executor: Executor, looks_up: bool, draft: "Draft | None"):
+    def __init__(self, executor: Executor, looks_up: bool, draft=None):
         lengths = [n for n in executor.scores if 1 < n <= _MOST_VERIFIED]
         self.paces = {}
         if looks_up:
             self.paces["lookup"] = speculation.Pace(lengths)
         if draft is not None:
             self.paces["draft"] = speculation.Pace(lengths)
-        self._draft = draft
+            self._draft, self._draft_session = draft, draft.new_session()
 
     def begin(self, session: Session, state: sequence.SequenceState) -> "_Text":
         """Return what takes the steps of one text."""
         made = {"lookup": lambda: speculation.PromptLookup(state.ids)}
-        made["draft"] = lambda: _Ahead(self._draft, state)
+        made["draft"] = lambda: _Ahead(self._draft, self._draft_session, state)
         sources = [(pace, made[name]()) for name, pace in self.paces.items()]
         return _Text(session, state, sources)
 
@@ -71,41 +71,26 @@ class _Text:
         return state.push(logits)
 
 
-class Draft:
-    """A small model that writes ahead of a large one.
-
-    Args:
-        gpt: An open `EdgeGPT` with the same tokens.
-    """
-
-    def __init__(self, gpt):
-        self.gpt = gpt
-        self.session = gpt.new_session()
-        self.suppressed = sequence.ids_without_token(
-            gpt.tokenizer, gpt.config["vocab_size"]
-        )
-
-
 class _Ahead:
-    """Proposes what a `Draft` writes behind one text, as the text's model will draw."""
+    """Proposes what a draft writes behind one text, as the text's model will draw."""
 
-    def __init__(self, draft, state):
-        self._draft, self._state = draft, state
+    def __init__(self, draft, session, state):
+        self._draft, self._session, self._state = draft, session, state
 
     def ready(self):
         """Return whether the text has room in the draft's context."""
-        return self._state.window_length < self._draft.session.limit
+        return self._state.window_length < self._session.limit
 
     def propose(self, count):
         """Return the next `count` tokens, or as many as there is room for."""
-        state, session = self._state, self._draft.session
+        state, session = self._state, self._session
         text = state.ids[-state.window_length :]
-        with self._draft.gpt.one_thread:
+        with self._draft.one_thread:
             session.position = len(text) - 1
             if session.ids != text[: session.position]:
                 session.position = sequence.common_length(session.ids, text)
             session.prefill(text[session.position : -1])
-            choose, proposed = state.rehearsal(self._draft.suppressed), []
+            choose, proposed = state.rehearsal(self._draft._suppressed), []
             while len(proposed) < count and session.position < session.limit:
                 logits = session.decode((proposed or text)[-1])
                 proposed.append(choose(logits))

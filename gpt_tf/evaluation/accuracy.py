@@ -32,18 +32,16 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import code_validity, report, tasks
-from gpt_tf.evaluation.models import check_open, describe, open_model, unique_names
+from gpt_tf.evaluation.models import (
+    check_open,
+    check_tokenizer,
+    describe,
+    open_model,
+    unique_names,
+)
 from gpt_tf.evaluation.text import DEFAULT_CORPUS, HeldOutText, held_out_text, is_run
 from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.settings import arguments
-
-__all__ = [
-    "HeldOutText",
-    "block_bootstrap",
-    "evaluate_files",
-    "held_out_text",
-    "measure_accuracies",
-]
 
 MAX_TOKENS = 20_000
 SAMPLES = 2000
@@ -368,12 +366,7 @@ def _readings(models, text):
     readings, by_tokenizer = {}, {}
     for name, model in models.items():
         check_open(model)
-        if model.tokenizer is None:
-            raise InputError(
-                f"Judging {name} expects its tokenizer, to read text with. Received: "
-                "none. Put tokenizer.json beside it, or name the .litertlm or the "
-                "run's folder."
-            )
+        check_tokenizer(model.tokenizer, name)
         fingerprint = model.tokenizer.fingerprint()
         if fingerprint not in by_tokenizer:
             by_tokenizer[fingerprint] = _read(model.tokenizer, text, name)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt_tf.errors import InputError
-from gpt_tf.evaluation.models import check_open
+from gpt_tf.evaluation.models import check_open, check_tokenizer
 from gpt_tf.evaluation.text import HeldOutText
 from gpt_tf.generation.sequence import GenerationNotice
 from gpt_tf.settings import arguments
@@ -82,8 +82,7 @@ def measure_code_validity(
     arguments.number("temperature", temperature, least=0)
     arguments.integer("seed", seed)
     check_open(model)
-    if model.tokenizer is None:
-        raise InputError(f"Completing text with {name} expects its tokenizer.")
+    check_tokenizer(model.tokenizer, name)
     if not prompts:
         raise InputError(
             "Parsing completions expects Python functions of several statements. "

@@ -42,6 +42,13 @@ def spread(rounds: Sequence[Sequence[float]]) -> dict:
     }
 
 
+def throughput(requests: int, rates: Sequence[float]) -> dict:
+    """Return the tokens per second of each round as a report's `Throughput`."""
+    found = spread([[rate] for rate in rates])
+    parts = {part: found[part] for part in ("q1", "q3", "count", "rounds")}
+    return {"requests": requests, "tokens_per_s": found["median"], **parts}
+
+
 def take_turns(turns: Sequence[Callable[[], object]], rounds: int) -> list[list]:
     """Let everyone have a turn in every round; return of each what its turns gave."""
     found = [[] for _ in turns]

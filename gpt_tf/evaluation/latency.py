@@ -33,7 +33,7 @@ import numpy as np
 
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import hardware, report
-from gpt_tf.evaluation.harness import Worker, spread, take_turns
+from gpt_tf.evaluation.harness import Worker, spread, take_turns, throughput
 from gpt_tf.evaluation.models import unique_names
 from gpt_tf.evaluation.worker import (
     CONTEXT_TOKENS,
@@ -321,7 +321,7 @@ def _summary(job, measured, by_threads, read_s):
     repetitions = sum(len(one["first_ms"]) for one in measured)
     joules = [one["joules"] for one in measured]
     peaks = [one["peak_memory_bytes"] for one in measured]
-    by_context, throughput = [], []
+    by_context = []
     for index, length in enumerate(job["contexts"]):
         own = [one["contexts"][index] for one in measured]
         by_context.append(
@@ -331,11 +331,7 @@ def _summary(job, measured, by_threads, read_s):
                 "inter_token_latency_ms": of("gaps_ms", own),
             }
         )
-    every_rate = zip(*(one["throughput"] for one in measured), strict=True)
-    for count, rates in zip(job["requests"], every_rate, strict=False):
-        found = spread([[rate] for rate in rates])
-        parts = {part: found[part] for part in ("q1", "q3", "count", "rounds")}
-        throughput.append({"requests": count, "tokens_per_s": found["median"], **parts})
+    rates = zip(*(one["throughput"] for one in measured), strict=True)
     return {
         "engine": measured[0]["engine"],
         **{part: job[part] for part in ("threads", "prompt_tokens", "new_tokens")},
@@ -356,5 +352,5 @@ def _summary(job, measured, by_threads, read_s):
             {"threads": count, "inter_token_latency_ms": of("gaps_ms", processes)}
             for count, processes in by_threads.items()
         ],
-        "throughput": throughput,
+        "throughput": list(map(throughput, job["requests"], rates)),
     }

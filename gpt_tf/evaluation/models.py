@@ -63,6 +63,15 @@ def check_open(model) -> None:
     )
 
 
+def check_tokenizer(tokenizer, name: str) -> None:
+    """Refuse a model, which errors call `name`, that has no tokenizer."""
+    if tokenizer is None:
+        raise InputError(
+            f"Judging {name} expects its tokenizer. Received: none. Put "
+            "tokenizer.json beside it, or name the .litertlm or the run's folder."
+        )
+
+
 def unique_names(paths) -> list[str]:
     """Name each of several paths by as much of its end as tells it from the others.
 
@@ -173,17 +182,9 @@ class KerasGPT:
         Raises:
             InputError: An id is unknown, or there is no room for so many.
         """
-        ids = arguments.ids(ids)
-        vocab_size = self.config["vocab_size"]
+        ids = sequence.appendable(ids, self)
         if not ids:
-            return np.zeros((0, vocab_size), np.float32)
-        sequence.check_rows([ids], vocab_size)
-        room = self.context_length - self._position
-        if len(ids) > room:
-            raise InputError(
-                f"The cache of {self.context_length} tokens has room for {room} more. "
-                f"Received: {len(ids)}. Call `reset()` first, or pass the text's end."
-            )
+            return np.zeros((0, self.config["vocab_size"]), np.float32)
         pieces = [
             self._append(ids[start : start + _LARGEST_CHUNK])
             for start in range(0, len(ids), _LARGEST_CHUNK)

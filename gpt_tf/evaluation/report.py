@@ -217,8 +217,6 @@ def new_report(entries, **parts) -> dict:
         entries: Dicts as `new_entry` makes them, each of another name.
         **parts: Any other part of a report; those not given are None or empty.
     """
-    for part in parts:
-        arguments.one_of("part", part, Report.model_fields)
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         **dict.fromkeys(Report.model_fields),
@@ -252,8 +250,6 @@ def new_entry(described: dict, **parts) -> dict:
         **parts: `made_from`, `accuracy`, `latency`, or another name; what is not given
             is None.
     """
-    for part in parts:
-        arguments.one_of("part", part, Entry.model_fields)
     return dict.fromkeys(Entry.model_fields) | described | parts
 
 
@@ -262,19 +258,6 @@ def path_in_report(path: str | os.PathLike, folder: str | os.PathLike) -> str:
     path, folder = Path(path).resolve(), Path(folder).resolve()
     below = path.is_relative_to(folder)
     return path.relative_to(folder).as_posix() if below else str(path)
-
-
-def entry_of(report: dict, name: str) -> dict:
-    """Return the entry of that name.
-
-    Raises:
-        InputError: There is none.
-    """
-    for entry in report["entries"]:
-        if entry["name"] == name:
-            return entry
-    names = ", ".join(entry["name"] for entry in report["entries"])
-    raise InputError(f"The report has entries {names}. Received: {name!r}.")
 
 
 def place_of_report(out: str | os.PathLike) -> Path:

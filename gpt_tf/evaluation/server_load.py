@@ -28,7 +28,7 @@ import numpy as np
 from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation import report
-from gpt_tf.evaluation.harness import spread, take_turns
+from gpt_tf.evaluation.harness import spread, take_turns, throughput
 from gpt_tf.evaluation.latency import REPETITIONS, REQUESTS, ROUNDS
 from gpt_tf.formatting import count as counted
 from gpt_tf.settings import arguments
@@ -149,14 +149,13 @@ def _latency(clients, results, prompt_tokens, new_tokens):
     """Return a report's latency of what each round gave."""
     rounds = [streams for streams, _ in results]
     told = [s.prompt_tokens for streams in rounds for s in streams if s.prompt_tokens]
-    rates = [[sum(s.tokens for s in streams) / seconds] for streams, seconds in results]
+    rates = [sum(s.tokens for s in streams) / seconds for streams, seconds in results]
     speeds = [s.tokens / s.response_s for streams in rounds for s in streams]
     if not any(stream.gaps_s for streams in rounds for stream in streams):
         raise InputError(
             "Measuring expects texts of several pieces. Received: texts that came at "
             "once. Ask for more tokens, or another model."
         )
-    total = spread(rates)
 
     def of(values):
         found = [[v * 1e3 for s in streams for v in values(s)] for streams in rounds]
@@ -173,13 +172,7 @@ def _latency(clients, results, prompt_tokens, new_tokens):
         "tokens_per_s": float(np.median(speeds)),
         "by_context": [],
         "by_threads": [],
-        "throughput": [
-            {
-                "requests": clients,
-                "tokens_per_s": total["median"],
-                **{part: total[part] for part in ("q1", "q3", "count", "rounds")},
-            }
-        ],
+        "throughput": [throughput(clients, rates)],
     }
 
 

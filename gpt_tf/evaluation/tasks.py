@@ -37,9 +37,9 @@ import numpy as np
 from gpt_tf import artifacts
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.code_validity import wilson_interval
-from gpt_tf.evaluation.models import check_open
+from gpt_tf.evaluation.models import check_open, check_tokenizer
 from gpt_tf.evaluation.patterns import Patterns
-from gpt_tf.evaluation.report import note
+from gpt_tf.evaluation.report import TaskScore, note
 from gpt_tf.generation.sampler import log_softmax
 from gpt_tf.generation.sequence import common_length
 from gpt_tf.settings import arguments
@@ -415,11 +415,7 @@ def prompts_of(task: Task, tokenizer, context_length: int, name: str) -> list[st
         InputError: There is no tokenizer, or no chat template for messages, or a prompt
             is too long, or has no tokens. The message names its line.
     """
-    if tokenizer is None:
-        raise InputError(
-            f"A task for {name} expects its tokenizer. Received: none. Put "
-            "tokenizer.json beside it, or name the .litertlm or the run's folder."
-        )
+    check_tokenizer(tokenizer, name)
     prompts = []
     for row in task.rows:
         try:
@@ -499,14 +495,9 @@ def _judge_answer(model, row, prompt, kind, patterns):
 
 def _summary(task, judged, others, is_reference):
     right = np.array([bool(one.is_right) for one in judged])
-    found = {
+    found = dict.fromkeys(TaskScore.model_fields) | {
         "rows": len(right),
         "score": wilson_interval(int(right.sum()), len(right)),
-        "by_sum": None,
-        "difference": None,
-        "gained": None,
-        "lost": None,
-        "wrong": None,
     }
     if task.kind == "choice":
         found["by_sum"] = float(np.mean([one.by_sum for one in judged]))

@@ -15,21 +15,6 @@ from gpt_tf.export.operations import Operations
 from gpt_tf.export.tflite_writer import Model, Op, Type
 from gpt_tf.models.sizes import block_of, checked_form, rotary_frequencies, turns_heads
 
-# The operations on real numbers that are left of GPT-2's form in the mode `int8_full`:
-# the embedding's rows and the normalisations, which need more than 8 bits, mask and
-# softmax, and the conversions around them.
-FLOAT_ISLANDS = (
-    "ADD",
-    "DEQUANTIZE",
-    "EMBEDDING_LOOKUP",
-    "MEAN",
-    "MUL",
-    "RESHAPE",
-    "RSQRT",
-    "SOFTMAX",
-    "SUB",
-)
-
 
 def build_all(model: Model, constants: Constants, facts: dict):
     """Add all signatures of a file to a model, in the order that files have.
@@ -299,8 +284,7 @@ class _Graph:
         """Return the place of the first token's row in a cache: `(0, 0, row, 0)`."""
         row, integers = self.positions, self.ops.integers
         if self.length > 1:
-            inputs = [row, integers([0]), integers([1])]
-            row = self.graph.op(Op.SLICE, inputs, (1,), options=schema.SliceOptionsT())
+            row = self.ops.slice(row, [0], [1], (1,))
         pieces = [integers([0, 0]), row, integers([0])]
         options = schema.ConcatenationOptionsT()
         return self.graph.op(Op.CONCATENATION, pieces, (4,), options=options)
@@ -337,13 +321,7 @@ class _BatchGraph(_Graph):
         self.texts = []
         for row in range(self.length):
             text = _Graph(self.ops, 1, self.capacity)
-            begin, end = self.ops.integers([row]), self.ops.integers([1])
-            text.positions = self.graph.op(
-                Op.SLICE,
-                [self.positions, begin, end],
-                (1,),
-                options=schema.SliceOptionsT(),
-            )
+            text.positions = self.ops.slice(self.positions, [row], [1], (1,))
             text._take_caches(row)
             self.texts.append(text)
 

@@ -286,16 +286,18 @@ class Operations:
 
     def columns(self, x, begin, end):
         """Return a part of the last axis."""
-        shape = (*x.shape[:-1], end - begin)
-        begins = self.integers([0] * (len(shape) - 1) + [begin])
-        inputs = [x, begins, self.integers([-1] * (len(shape) - 1) + [end - begin])]
-        options = schema.SliceOptionsT()
-        return self.graph.op(Op.SLICE, inputs, shape, x.type, x.quant, options)
+        others, count = len(x.shape) - 1, end - begin
+        shape = (*x.shape[:-1], count)
+        return self.slice(x, [0] * others + [begin], [-1] * others + [count], shape)
 
     def row(self, x, index):
         """`(1, T, C)` -> `(1, 1, C)`, the row of an index."""
         shape = (1, 1, x.shape[2])
-        inputs = [x, self.integers([0, index, 0]), self.integers([1, 1, x.shape[2]])]
+        return self.slice(x, [0, index, 0], shape, shape)
+
+    def slice(self, x, begin, size, shape):
+        """Return a part of a tensor; a size of -1 is all that there is."""
+        inputs = [x, self.integers(begin), self.integers(size)]
         options = schema.SliceOptionsT()
         return self.graph.op(Op.SLICE, inputs, shape, x.type, x.quant, options)
 

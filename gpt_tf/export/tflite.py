@@ -56,7 +56,7 @@ def export_tflite(
     | `float16` | float16 | float32 |
     | `dynamic_int8` | int8 per channel | float32, each row quantised as it comes |
     | `int8` | int8 per channel | int8 in all products of the blocks, static |
-    | `int8_full` | int8 per channel | integers; see `graph.FLOAT_ISLANDS` |
+    | `int8_full` | int8 per channel | integers, but for norms, mask and softmax |
     | `int16x8` | int8 per channel | int16 in all products of the blocks |
     | `int4` | int4 in blocks of 32; tables int8 | as `dynamic_int8` |
 

@@ -178,6 +178,20 @@ def check_rows(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
             )
 
 
+def appendable(ids, model) -> list[int]:
+    """Return ids as a list, seen to be known and to have room in a model's cache."""
+    ids = arguments.ids(ids)
+    if ids:
+        check_rows([ids], model.config["vocab_size"])
+    room = model.context_length - model.position
+    if len(ids) > room:
+        raise InputError(
+            f"The cache of {model.context_length} tokens has room for {room} more. "
+            f"Received: {len(ids)}. Call `reset()` first, or pass the text's end."
+        )
+    return ids
+
+
 def ids_without_token(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
     """Return the ids `(n,)` of a model to which its tokenizer has no token.
 

@@ -15,7 +15,6 @@ import tensorflow as tf
 from gpt_tf.errors import InputError
 from gpt_tf.generation import conversation, sequence
 from gpt_tf.generation.sampler import Sampler
-from gpt_tf.generation.sequence import GenerationNotice as GenerationNotice
 from gpt_tf.models import layers, ops, placement, xla
 from gpt_tf.settings import arguments
 from gpt_tf.text.tokenizer import Tokenizer

@@ -82,9 +82,6 @@ class NextTokenLoss(keras.losses.Loss):
 class TokenMean(keras.metrics.Mean):
     """A mean over the tokens that count, which can be given as a sum."""
 
-    def __init__(self, name=None, dtype=None):
-        super().__init__(name=name, dtype=dtype)
-
     def values(self, labels, logits):
         """Return what the mean is of, `(B, T)` float32."""
         raise NotImplementedError

@@ -12,7 +12,7 @@ import tf_keras as keras
 from tensorflow.experimental import dtensor
 
 from gpt_tf.errors import InputError
-from gpt_tf.parallel.config import AXES, parse_mesh  # noqa: F401 - of this interface
+from gpt_tf.parallel.config import AXES
 from gpt_tf.parallel.data import devices_for
 from gpt_tf.settings import arguments
 

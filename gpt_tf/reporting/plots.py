@@ -45,26 +45,6 @@ _STYLE = {
 }
 
 
-def draw(name: str, report: dict, path: str | os.PathLike) -> bool:
-    """Draw one of `PLOTS` as PNG.
-
-    Args:
-        name: `"pareto"`, `"latency"` or `"accuracy"`.
-        report: As `gpt_tf.evaluation.report` states it.
-        path: PNG to write, whole or not at all.
-
-    Returns:
-        Whether it was written; False where nothing was measured that it shows.
-
-    Example:
-        >>> draw("pareto", read_report("runs/optimized"), "pareto.png")
-    """
-    figure = figure_of(name, report)
-    if figure is not None:
-        save(figure, path)
-    return figure is not None
-
-
 @contextlib.contextmanager
 def house_style(**changes):
     """Draw with matplotlib's defaults and a few of ours, not with a user's."""
@@ -79,7 +59,15 @@ def house_style(**changes):
 
 @house_style()
 def figure_of(name: str, report: dict):
-    """Return one of `PLOTS` as a matplotlib `Figure`, or None; see `draw`."""
+    """Return one of `PLOTS` as a matplotlib `Figure`.
+
+    Args:
+        name: `"pareto"`, `"latency"` or `"accuracy"`.
+        report: As `gpt_tf.evaluation.report` states it.
+
+    Returns:
+        It, or None where nothing was measured that it shows.
+    """
     return PLOTS[name](report)
 
 

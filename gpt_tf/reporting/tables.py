@@ -84,13 +84,12 @@ class MeasurementProgress(Progress):
         self.update(self._bars[bar], completed=done, total=total, description=what)
 
 
-def print_accuracy(report: dict, console: Console | None = None) -> None:
+def print_accuracy(report: dict) -> None:
     """Print how well files predict text, below each value its 95 % interval.
 
     Args:
         report: As `gpt_tf.evaluation.accuracy.evaluate_files` returns it; nothing is
             printed where no text was judged.
-        console: Where to write; standard output unless given.
     """
     entries = report["entries"]
     if report["corpus"] is None:
@@ -122,7 +121,7 @@ def print_accuracy(report: dict, console: Console | None = None) -> None:
         size = quantity(entry["size_bytes"] / 1e6, "MB")
         # A name may hold brackets; none of it is rich's markup.
         table.add_row(Text(f"{entry['name']}\n{entry['mode']}\n{size}"), *cells)
-    console = console or Console()
+    console = Console()
     console.print(table)
     for line in _what_was_judged(report):
         console.print(Text(line))
@@ -145,13 +144,12 @@ def _what_was_judged(report):
         )
 
 
-def print_task(report: dict, console: Console | None = None) -> None:
+def print_task(report: dict) -> None:
     """Print how much of a task files do, below each value its 95 % interval.
 
     Args:
         report: As `gpt_tf.evaluation.accuracy.evaluate_files` returns it; nothing is
             printed where there was no task.
-        console: Where to write; standard output unless given.
     """
     if report["task"] is None:
         return
@@ -177,7 +175,7 @@ def print_task(report: dict, console: Console | None = None) -> None:
             counts = found["gained"], found["lost"]
             cells += [NOT_MEASURED if is_itself else str(n) for n in counts]
         table.add_row(Text(name), *cells)
-    console = console or Console()
+    console = Console()
     console.print(table)
     for name, found in scores.items():
         if wrong := found["wrong"]:
@@ -253,14 +251,13 @@ def _latency_cells(entry):
     return cells
 
 
-def print_baseline(comparison: dict, console: Console | None = None) -> None:
+def print_baseline(comparison: dict) -> None:
     """Print what changed since a baseline, with a mark where it is beyond noise.
 
     Args:
         comparison: As `gpt_tf.evaluation.regression.compare_with_baseline` returns it.
-        console: Where to write; standard output unless given.
     """
-    console = console or Console()
+    console = Console()
     rows = comparison["rows"]
     for name in dict.fromkeys(row["entry"] for row in rows):
         table = _table(Text(f"{name} beside the baseline; = is within noise"))

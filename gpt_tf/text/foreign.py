@@ -32,14 +32,7 @@ class ForeignTokenizer(Tokenizer):
                 bytes_of[index] = bytes([int(found[1], 16)])
             else:
                 bytes_of[index] = token.replace(_WORD_BEGINS, " ").encode("utf-8")
-        for index, token in self.backend.get_added_tokens_decoder().items():
-            bytes_of[index] = token.content.encode("utf-8")
-        bytes_of.pop(self.end_of_text_id, None)
         return bytes_of
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
 
     def ends_in(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return where each token of each text ends, in bytes of the text itself.
@@ -58,9 +51,6 @@ class ForeignTokenizer(Tokenizer):
             ends[ends == 0] = min(ends[ends > 0], default=0)
             found.append(ends)
         return found
-
-    def _encode_special(self, text: str) -> list[int]:
-        return self._finds_special.encode(text, add_special_tokens=False).ids
 
     def encode_bytes(self, data: bytes) -> list[int]:
         return self.encode(data.decode("utf-8", errors="replace"))

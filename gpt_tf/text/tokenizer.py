@@ -98,6 +98,10 @@ class Tokenizer(abc.ABC):
             )
         self.end_of_text_id = backend.token_to_id(END_OF_TEXT)
         self._bytes_of = self._read_vocabulary()
+        # Added tokens are written as they read, not in GPT-2's alphabet.
+        for index, token in backend.get_added_tokens_decoder().items():
+            self._bytes_of[index] = token.content.encode("utf-8")
+        self._bytes_of.pop(self.end_of_text_id, None)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the ids of a text.
@@ -134,13 +138,16 @@ class Tokenizer(abc.ABC):
         # Of its own: a switch on the shared one would be seen by other threads.
         return tokenizers.Tokenizer.from_str(self.to_json())
 
-    @abc.abstractmethod
     def _encode_special(self, text: str) -> list[int]:
         """Return the ids of a text in which there are special tokens."""
+        return self._finds_special.encode(_clean(text), add_special_tokens=False).ids
 
-    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of several texts."""
+        encoded = self.backend.encode_batch_fast(
+            [_clean(text) for text in texts], add_special_tokens=False
+        )
+        return [encoding.ids for encoding in encoded]
 
     @abc.abstractmethod
     def encode_bytes(self, data: bytes) -> list[int]:
@@ -148,7 +155,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _read_vocabulary(self) -> dict[int, bytes]:
-        """Check the backend and return each id's bytes."""
+        """Check the backend and return each id's bytes, but for added tokens."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text that ids stand for; broken UTF-8 becomes U+FFFD."""
@@ -255,16 +262,11 @@ class BPETokenizer(Tokenizer):
                 f"Received: {type(self.backend.model).__name__} without {len(missing)} "
                 "of them. Use a GPT-2 style tokenizer.json."
             )
-        bytes_of = {
+        return {
             index: bytes(_BYTE_OF[c] for c in token)
             for token, index in vocabulary.items()
             if all(c in _BYTE_OF for c in token)
         }
-        # Added tokens are written as they read, not in GPT-2's alphabet.
-        for index, token in self.backend.get_added_tokens_decoder().items():
-            bytes_of[index] = token.content.encode("utf-8")
-        bytes_of.pop(self.end_of_text_id, None)
-        return bytes_of
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -306,15 +308,6 @@ class BPETokenizer(Tokenizer):
         if backend.token_to_id(END_OF_TEXT) is not None:
             backend.add_special_tokens([END_OF_TEXT])
         return cls(backend)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self.backend.encode_batch_fast(
-            [_clean(text) for text in texts], add_special_tokens=False
-        )
-        return [encoding.ids for encoding in encoded]
-
-    def _encode_special(self, text: str) -> list[int]:
-        return self._finds_special.encode(_clean(text), add_special_tokens=False).ids
 
     def encode_bytes(self, data: bytes) -> list[int]:
         texts, broken = text_and_broken_bytes(data)

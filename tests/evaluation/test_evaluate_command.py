@@ -10,7 +10,7 @@ from gpt_tf import formatting
 from gpt_tf.cli import evaluate as commands
 from gpt_tf.evaluation.accuracy import evaluate_files
 from gpt_tf.evaluation.code_validity import wilson_interval
-from gpt_tf.evaluation.report import entry_of, read_report
+from gpt_tf.evaluation.report import read_report
 from gpt_tf.evaluation.tasks import newcombe_interval
 
 SAVED = Path(__file__).parent.parent.parent / "saved_models"
@@ -55,8 +55,8 @@ def test_files_are_compared_with_the_reference(evaluate, tmp_path):
     assert report["reference"] == FILE.name
     assert [entry["name"] for entry in report["entries"]] == [FILE.name, other.name]
     # Beside the report a path is relative, so that both can be moved.
-    assert entry_of(report, other.name)["path"] == "again.litertlm"
-    found = entry_of(report, other.name)["accuracy"]
+    assert report["entries"][1]["path"] == "again.litertlm"
+    found = report["entries"][1]["accuracy"]
     assert found["perplexity_increase"] == {"value": 0, "low": 0, "high": 0}
     assert found["top1_agreement"]["value"] == 1 and found["parsed"] is None
     assert report["corpus"]["split"] == "all"

@@ -5,6 +5,7 @@ import tf_keras as keras
 
 import gpt_tf
 from gpt_tf.errors import InputError
+from gpt_tf.generation.sequence import GenerationNotice
 from gpt_tf.models import cached_forward, xla
 from gpt_tf.text.tokenizer import CharacterTokenizer
 
@@ -139,7 +140,7 @@ def test_stop_texts_end_the_generation_and_are_cut_off(model):
 
 def test_a_long_prompt_is_cut_on_the_left_with_a_notice(model):
     prompt = [i % 31 for i in range(40)]
-    with pytest.warns(cached_forward.GenerationNotice, match="cut off"):
+    with pytest.warns(GenerationNotice, match="cut off"):
         ids = cached_forward.generate(model, prompt, max_new_tokens=1, temperature=0)
     assert_most_likely(model, prompt[-16:], ids)
 

@@ -11,7 +11,8 @@ import gpt_tf
 from gpt_tf.errors import InputError
 from gpt_tf.models import layers
 from gpt_tf.models.block import normalize
-from gpt_tf.parallel.mesh import gather, make_mesh, parse_mesh
+from gpt_tf.parallel.config import parse_mesh
+from gpt_tf.parallel.mesh import gather, make_mesh
 from gpt_tf.parallel.mesh_gpt import MeshGPT
 from gpt_tf.training.loop import load_model
 

@@ -31,16 +31,13 @@ def words_of(figure):
     return words
 
 
-def test_what_was_measured_decides_what_is_drawn(tmp_path):
+def test_what_was_measured_decides_what_is_drawn():
     def drawn(report):
-        path = tmp_path / "folder" / "plot.png"
-        return {name for name in plots.PLOTS if plots.draw(name, report, path)}
+        return {name for name in plots.PLOTS if plots.figure_of(name, report)}
 
     latency, accuracy = latency_of(2.0, False), accuracy_of(5.0)
     assert drawn(new_report([])) == drawn(new_report([entry_of("one")])) == set()
-    assert not (tmp_path / "folder").exists()
     assert drawn(new_report([entry_of("one", latency=latency)])) == {"latency"}
-    assert (tmp_path / "folder" / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert drawn(new_report([entry_of("one", accuracy=accuracy)])) == {"accuracy"}
     both = entry_of("one", accuracy=accuracy, latency=latency)
     assert drawn(new_report([both])) == set(plots.PLOTS)
@@ -102,7 +99,8 @@ def test_names_are_drawn_as_they_are(tmp_path):
         ]
     )
     for name in plots.PLOTS:
-        assert plots.draw(name, report, tmp_path / "plot.png")
+        plots.save(plots.figure_of(name, report), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     figure = plots.figure_of("pareto", report)
     texts = [text.get_text() for text in labels_of(figure)[0]]
     assert texts == [*names[:3], "a b c", names[4]]
@@ -114,12 +112,12 @@ def test_neither_a_users_style_nor_the_plots_randomness_gets_through(tmp_path):
     report, paths = report_of(2, name="{}"), [tmp_path / "one", tmp_path / "other"]
     np.random.seed(3)
     state = np.random.get_state()[1].copy()
-    plots.draw("pareto", report, paths[0])
+    plots.save(plots.figure_of("pareto", report), paths[0])
     assert np.array_equal(np.random.get_state()[1], state)
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
-        plots.draw("pareto", report, paths[1])
+        plots.save(plots.figure_of("pareto", report), paths[1])
         assert matplotlib.rcParams["font.size"] == 30
     assert paths[0].read_bytes() == paths[1].read_bytes()
     report["entries"][1]["latency"]["inter_token_latency_ms"]["median"] *= 0.9
-    plots.draw("pareto", report, paths[1])
+    plots.save(plots.figure_of("pareto", report), paths[1])
     assert paths[0].read_bytes() != paths[1].read_bytes()

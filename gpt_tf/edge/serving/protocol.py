@@ -83,12 +83,8 @@ class CompletionRequest(TextRequest):
     """A request to `/v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: Logprobs | None = None
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """Number of likely tokens to name beside each token; None: not even its own."""
-        return self.logprobs
+    # Number of likely tokens to name beside each token; None: not even its own.
+    num_logprobs: Logprobs | None = Field(None, alias="logprobs")
 
 
 class ChatPart(pydantic.BaseModel):
@@ -223,9 +219,8 @@ class Answer:
 
     def _chat_logprobs(self, piece):
         def entry(token, value):
-            data = self._tokenizer.decode_bytes([token])
-            text = data.decode("utf-8", "replace")
-            return {"token": text, "logprob": value, "bytes": list(data)}
+            data = list(self._tokenizer.decode_bytes([token]))
+            return {"token": self._text_of(token), "logprob": value, "bytes": data}
 
         return {
             "content": [
