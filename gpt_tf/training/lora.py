@@ -174,21 +174,21 @@ def _adapted(x, low, b, kernel, scales):
         scales: `(1, C)` of integers, None for floats.
     """
 
+    def floats_for(y):
+        integers = kernel if scales is None else ops.again(kernel, y)
+        return tf.cast(_floats(integers, scales), y.dtype)
+
     @ops.custom_gradient
     def multiply(x, low, b):
         def gradient(dy):
-            same = None if scales is None else ops.again(scales, dy)
-            floats = tf.cast(_floats(kernel, same), dy.dtype)
             return (
-                tf.matmul(dy, floats, transpose_b=True),
+                tf.matmul(dy, floats_for(dy), transpose_b=True),
                 tf.matmul(dy, b, transpose_b=True),
                 tf.matmul(low, dy, transpose_a=True),
             )
 
-        # After `x`: else XLA makes those of all blocks before a loop over parts.
-        same = None if scales is None else ops.again(scales, x)
-        floats = tf.cast(_floats(kernel, same), x.dtype)
-        rows = tf.concat([floats, ops.again(b, x)], axis=0)
+        # After `x`: else XLA joins those of all blocks before a loop over parts.
+        rows = tf.concat([floats_for(x), ops.again(b, x)], axis=0)
         return tf.matmul(tf.concat([x, low], axis=1), rows), gradient
 
     return multiply(x, low, b)
