@@ -740,7 +740,7 @@ def check_manifest(
             )
         if not file.is_file():
             raise DamagedFileError(f"The {kind} in {folder} lacks its file {name}.")
-        check_bytes(file, facts, verify)
+        _compare(file, facts, verify)
     return manifest
 
 
@@ -800,7 +800,7 @@ def check_file_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
             "Remove it, or copy both files again."
         )
     check_seal(manifest, beside, "manifest_sha256")
-    check_bytes(path, manifest)
+    _compare(path, manifest)
     return manifest
 
 
@@ -808,8 +808,7 @@ def _bytes_of(file):
     return {"size_bytes": os.stat(file).st_size, "sha256": sha256_of(file)}
 
 
-def check_bytes(file: Path, facts: dict[str, Any], verify: bool = True) -> None:
-    """Compare a file's size, and its SHA-256 with `verify`, with a manifest's."""
+def _compare(file, facts, verify=True):
     size = file.stat().st_size
     if size != facts["size_bytes"]:
         raise DamagedFileError(

@@ -76,13 +76,20 @@ class TokenFile:
             DamagedFileError: File or manifest is missing, truncated or altered.
         """
         path = arguments.path("path", path)
-        beside = artifacts.file_manifest_path(path)
-        manifest = artifacts.read_json(beside)
-        _check_token_manifest(manifest, beside)
+        manifest = artifacts.read_json(_manifest_path(path))
+        _check_token_manifest(manifest, _manifest_path(path))
+        dtype, size = np.dtype(manifest["dtype"]), manifest["size_bytes"]
         if not path.is_file():
             raise DamagedFileError(f"Expected a token file at {path}; there is none.")
-        artifacts.check_bytes(path, manifest, verify)
-        return cls(path, np.memmap(path, manifest["dtype"], mode="r"), manifest)
+        is_other = path.stat().st_size != size or (
+            verify and artifacts.sha256_of(path) != manifest["sha256"]
+        )
+        if is_other:
+            raise DamagedFileError(
+                f"{path} does not have the bytes that its manifest states: it was "
+                "truncated or altered. Prepare the corpus again."
+            )
+        return cls(path, np.memmap(path, dtype, mode="r"), manifest)
 
     def check_fits(self, vocab_size: int) -> None:
         """Refuse ids of `vocab_size` or more by an `InputError`."""
@@ -166,7 +173,7 @@ def _write_ids(path, encoded, tokenizer, facts):
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     digest = hashlib.sha256()
     count = text_bytes = num_documents = 0
-    beside = artifacts.file_manifest_path(path).name
+    beside = _manifest_path(path).name
     with artifacts.replaced(path, beside) as new:
         with open(new / path.name, "wb") as file:
             for ids, size, ends in encoded:
@@ -476,7 +483,7 @@ class RowWindows(Windows):
     ):
         self.token_file, self.tokens = token_file, token_file.tokens
         rows = token_file.manifest.get("rows")
-        path = artifacts.file_manifest_path(token_file.path)
+        path = _manifest_path(token_file.path)
         artifacts.check_shape(rows, [[int]], path)
         parts = [length for row in rows for length in row]
         is_learnt = [index % 2 == 1 for row in rows for index, _ in enumerate(row)]
@@ -559,6 +566,10 @@ def _parts(document: Document) -> Iterator[Document]:
         yield Document(document.name, text[start:stop], ends=False)
         start = stop
     yield Document(document.name, text[start:], document.ends)
+
+
+def _manifest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
 
 
 _TOKEN_MANIFEST = {
