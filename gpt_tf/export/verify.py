@@ -89,6 +89,7 @@ def verify(path, model: Model, constants: Constants, mode: str, reference, ids) 
         found |= runner.run_batch(texts, ids)
     # Without a text longer than the shortest prefill, decode alone.
     found |= runner.run_decode(ids, 0, runner.blank)
+    end_quietly()
     limit = LARGEST_DIVERGENCE[mode]
     for way, divergence in _divergences(found, wanted).items():
         _require(
@@ -161,7 +162,6 @@ class _Runner:
             raise VerificationError(
                 f"LiteRT cannot open the exported file: {error}. It was not kept."
             ) from None
-        end_quietly()
         self.names = self.model.get_signature_list()
         details = self.model.get_input_tensor_details(signatures.DECODE)
         self.blank = {

@@ -344,12 +344,13 @@ def test_gpt2_small_needs_124_megabytes_and_little_memory(tmp_path):
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+    assert "INFO: [" not in result.stderr  # how LiteRT ends
     size, agreement = result.stdout.split()
     assert 124_000_000 < int(size) <= 127_000_000
     assert float(agreement) > 0.9
     # Of all child processes so far the largest, in KiB.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    assert peak < 12 * 2**30
+    assert peak < 3 * 2**30  # one packed copy of the weights for all signatures
 
 
 # What stands beside
