@@ -146,6 +146,7 @@ class EdgeScheduler:
         row: int = 0,
         as_text: bool | None = None,
         num_logprobs: int | None = None,
+        ignore_eos: bool = False,
     ) -> "Request":
         """Ask for the continuation of one prompt; nothing is computed yet.
 
@@ -157,6 +158,7 @@ class EdgeScheduler:
             as_text: Whether text is returned, or ids. None: as the prompt is.
             num_logprobs: Keep the log-probability of each new token, and of so many
                 of the most likely ones, in `Request.scores`.
+            ignore_eos: Go on after a token that ends a text, to measure speed.
         """
         arguments.integer("num_logprobs", num_logprobs, or_none=True)
         sampling = temperature, top_k, top_p, repetition_penalty, seed
@@ -169,6 +171,7 @@ class EdgeScheduler:
                 stream=True,
                 as_text=as_text,
                 first_row=row,
+                ignore_eos=ignore_eos,
             )
             request = Request(self, next(self._arrivals), state, num_logprobs)
             if not request.done:

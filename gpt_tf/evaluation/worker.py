@@ -132,8 +132,10 @@ class ModelRunner:
         with EdgeScheduler(self.model, max_active=max(requests)) as scheduler:
 
             def generate(count, new_tokens):
+                # Random ids may end a text at once; a speed needs tokens.
+                options = {"max_new_tokens": new_tokens, "ignore_eos": True}
                 asked = [
-                    scheduler.submit(prompt, max_new_tokens=new_tokens, temperature=0)
+                    scheduler.submit(prompt, temperature=0, **options)
                     for prompt in self._prompts(count, prompt_tokens)
                 ]
                 scheduler.run()

@@ -40,6 +40,7 @@ def begin(
     slides: bool = True,
     as_text: bool | None = None,
     first_row: int = 0,
+    ignore_eos: bool = False,
 ) -> tuple[list["SequenceState"], bool]:
     """Check prompts and options, and begin a sequence for each prompt.
 
@@ -59,6 +60,7 @@ def begin(
         as_text: Whether text is shown, or ids. None: as the prompt is.
         first_row: Which row of a longer list the first prompt is; each has random
             numbers of its own.
+        ignore_eos: Go on after a token that ends a text.
 
     Returns:
         The sequences, and whether the prompt was a list of prompts.
@@ -89,7 +91,7 @@ def begin(
         )
     # A lone surrogate is no text that a model could generate.
     stop = [text.encode("utf-8", "surrogatepass") for text in stop if text]
-    end_ids = () if tokenizer is None else tokenizer.end_ids
+    end_ids = () if tokenizer is None or ignore_eos else tokenizer.end_ids
     generators = sampler.generators(first_row + len(rows))
     sequences = [
         SequenceState(

@@ -3,6 +3,7 @@ import pytest
 
 from gpt_tf.edge import EdgeScheduler, prefixes
 from gpt_tf.errors import InputError
+from gpt_tf.evaluation.worker import ModelRunner
 from tests.edge.conftest import CONTEXT
 from tests.edge.test_runtime import OPTIONS, random_ids
 
@@ -161,6 +162,18 @@ def test_a_request_that_fails_does_not_touch_the_others(gpt, monkeypatch):
         for call in (bad.result, lambda: list(bad.stream())):
             with pytest.raises(InputError, match="finite logits"):
                 call()
+
+
+def test_a_speed_is_measured_though_the_text_has_ended(gpt, monkeypatch):
+    (first, *_) = gpt.generate([1, 2], max_new_tokens=1, temperature=0)
+    monkeypatch.setattr(type(gpt.tokenizer), "end_ids", (first,))
+    asked = {"max_new_tokens": 5, "temperature": 0}
+    with EdgeScheduler(gpt) as scheduler:
+        ended = scheduler.submit([1, 2], **asked)
+        goes_on = scheduler.submit([1, 2], **asked, ignore_eos=True)
+        scheduler.run()
+    assert (len(ended.tokens), len(goes_on.tokens)) == (0, 5)
+    assert all(rate > 0 for rate in ModelRunner(gpt).throughput([1, 2], 2, 3))
 
 
 def test_nothing_asked_for_is_nothing_done(gpt):
