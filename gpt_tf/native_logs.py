@@ -63,17 +63,3 @@ def end_quietly() -> None:
         library = ctypes.CDLL(None)
         close = ctypes.cast(library.close, ctypes.c_void_p)
         library.__cxa_atexit(close, ctypes.c_void_p(2), None)
-
-
-@functools.cache
-def litert_environment():
-    """Return LiteRT's environment, one for all models.
-
-    A path that leads nowhere keeps it from loading compilers for other processors.
-    """
-    from ai_edge_litert.environment import Environment
-
-    environment = Environment.create(compiler_plugin_path="none")
-    # Never taken apart: it would log that, when Python ends.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
-    return environment

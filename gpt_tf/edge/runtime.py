@@ -58,6 +58,7 @@ class EdgeGPT:
         mode: How it is quantised, `"dynamic_int8"` for example.
         context_length: Positions that it sees at once.
         tokenizer: Its tokenizer, or None.
+        suppressed_ids: Ids without a token, which are never chosen.
 
     Raises:
         InputError: There is no such file, tokenizer and model do not belong
@@ -92,7 +93,7 @@ class EdgeGPT:
         self.config = artefact.facts["config"]
         self.mode = artefact.facts["mode"]
         self.tokenizer = artefact.tokenizer
-        self._suppressed = sequence.ids_without_token(
+        self.suppressed_ids = sequence.ids_without_token(
             self.tokenizer, self.config["vocab_size"]
         )
         self.num_threads = num_threads or default_threads()
@@ -226,7 +227,7 @@ class EdgeGPT:
     def options_for(self, sampling) -> dict:
         """Return what `sequence.begin` asks about the model, and a `Sampler`."""
         return {
-            "sampler": Sampler(*sampling, suppress_tokens=self._suppressed),
+            "sampler": Sampler(*sampling, suppress_tokens=self.suppressed_ids),
             "vocab_size": self.config["vocab_size"],
             "context_length": self.context_length,
             "tokenizer": self.tokenizer,

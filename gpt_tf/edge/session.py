@@ -14,15 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
-from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from gpt_tf.edge import weight_cache as packed_weights
 from gpt_tf.errors import DamagedFileError
-from gpt_tf.export import signatures
+from gpt_tf.export import litert, signatures
 from gpt_tf.generation.sampler import log_softmax
-from gpt_tf.native_logs import end_quietly, litert_environment, quiet
+from gpt_tf.native_logs import end_quietly, quiet
 
 # Rows by which the capacity in use grows. GPT-2 small on 2 cores: a row that is not
 # needed costs 0.01 ms a token, a growth 2 ms at 64 rows, 10 at 256 and 30 at 1024.
@@ -86,15 +84,7 @@ class Executor:
             session.close()
 
     def _open(self, num_threads, cache_name):
-        options = Options(
-            HardwareAccelerator.CPU,
-            cpu_options=CpuOptions(
-                num_threads=num_threads, xnnpack_weight_cache_path=cache_name
-            ),
-        )
-        is_file = isinstance(self._data, str)
-        load = CompiledModel.from_file if is_file else CompiledModel.from_buffer
-        self.model = load(self._data, environment=litert_environment(), options=options)
+        self.model = litert.compiled(self._data, num_threads, cache_name)
         found = {
             name: Signature(self.model, name, names)
             for name, names in self.model.get_signature_list().items()

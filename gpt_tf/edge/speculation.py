@@ -90,7 +90,7 @@ class _Ahead:
             if session.ids != text[: session.position]:
                 session.position = sequence.common_length(session.ids, text)
             session.prefill(text[session.position : -1])
-            choose, proposed = state.rehearsal(self._draft._suppressed), []
+            choose, proposed = state.rehearsal(self._draft.suppressed_ids), []
             while len(proposed) < count and session.position < session.limit:
                 logits = session.decode((proposed or text)[-1])
                 proposed.append(choose(logits))

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from gpt_tf import artifacts
 from gpt_tf.errors import InputError
+from gpt_tf.export.litert import IN_MEMORY
 
 KINDS = ("disk", "memory", "none")
 
@@ -32,9 +33,7 @@ SMALLEST_BYTES = 16 << 20
 # What all files together may take; of more, those that were not used longest go.
 MOST_BYTES = 4 << 30
 
-# Under this name LiteRT keeps one packed copy for all signatures, in an open file of
-# the other name that is in memory.
-_IN_MEMORY = ":memory"
+# LiteRT keeps what it packs in memory in an open file of this name.
 _FILE_IN_MEMORY = "/memfd:XNNPack in-memory weight cache"
 _OPEN_FILES = Path("/proc/self/fd")
 _SUFFIX = ".xnnpack"
@@ -68,7 +67,7 @@ def load(
     wants_file = kind == "disk" and size_bytes >= SMALLEST_BYTES
     if not wants_file or not _OPEN_FILES.is_dir():
         with _one_at_a_time:
-            load_model("" if kind == "none" else _IN_MEMORY)
+            load_model("" if kind == "none" else IN_MEMORY)
         return
     place, key = folder(), _key(identity)
     with _one_at_a_time:
@@ -76,7 +75,7 @@ def load(
             if _load_from_file(load_model, place, key):
                 return
         before = _files_in_memory()
-        load_model(_IN_MEMORY)
+        load_model(IN_MEMORY)
         with _told("cannot be kept"):
             ((packed, _),) = _files_in_memory() - before
             _keep(packed, place, key)

@@ -217,6 +217,8 @@ def new_report(entries, **parts) -> dict:
         entries: Dicts as `new_entry` makes them, each of another name.
         **parts: Any other part of a report; those not given are None or empty.
     """
+    for part in parts:
+        arguments.one_of("part", part, Report.model_fields)
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         **dict.fromkeys(Report.model_fields),
@@ -250,6 +252,8 @@ def new_entry(described: dict, **parts) -> dict:
         **parts: `made_from`, `accuracy`, `latency`, or another name; what is not given
             is None.
     """
+    for part in parts:
+        arguments.one_of("part", part, Entry.model_fields)
     return dict.fromkeys(Entry.model_fields) | described | parts
 
 

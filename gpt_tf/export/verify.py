@@ -8,16 +8,14 @@ final name.
 import mmap
 
 import numpy as np
-from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
-from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
 from gpt_tf.errors import InputError
-from gpt_tf.export import integrity, signatures, structure
+from gpt_tf.export import integrity, litert, signatures, structure
 from gpt_tf.export.constants import Constants
 from gpt_tf.export.reader import BrokenError
 from gpt_tf.export.tflite_writer import Model
 from gpt_tf.generation.sampler import log_softmax
-from gpt_tf.native_logs import end_quietly, litert_environment
+from gpt_tf.native_logs import end_quietly
 
 # A file may be larger than its parameters by this factor and the graphs' bytes.
 SIZE_FACTOR = 1.02
@@ -151,13 +149,8 @@ class _Runner:
     """Runs a file's signatures plainly, caches in and out as arrays."""
 
     def __init__(self, path):
-        # In memory there is one packed copy of the weights, for all signatures.
-        cpu = CpuOptions(num_threads=2, xnnpack_weight_cache_path=":memory")
-        options = Options(HardwareAccelerator.CPU, cpu_options=cpu)
         try:
-            self.model = CompiledModel.from_file(
-                str(path), environment=litert_environment(), options=options
-            )
+            self.model = litert.compiled(str(path), num_threads=2)
         except RuntimeError as error:
             raise VerificationError(
                 f"LiteRT cannot open the exported file: {error}. It was not kept."

@@ -165,11 +165,14 @@ class Products:
         return tf.reshape(x, [self.batch, self.length, self.width])
 
     def dense(self, name, x):
-        kernel = self.weights[f"{name}_kernel"]
-        rows, columns = kernel.shape
-        y = ops.project(x, kernel) if rows > columns else tf.matmul(x, kernel)
+        y = self.product(f"{name}_kernel", x)
         bias = self.weights.get(f"{name}_bias")
         return y if bias is None else y + bias
+
+    def product(self, name, x):
+        kernel = self.weights[name]
+        rows, columns = kernel.shape
+        return ops.project(x, kernel) if rows > columns else tf.matmul(x, kernel)
 
     def split_heads(self, qkv):
         inner = self.weights["output_kernel"].shape[0]

@@ -35,12 +35,16 @@ class Parts(NamedTuple):
         outputs = self.embedding(inputs, training=training)
         return outputs if isinstance(outputs, (list, tuple)) else (outputs, None)
 
+    def run_blocks(self, tokens, training=False):
+        """Return what the last block gives, `(B, T, C)`, and the table for `score`."""
+        x, table = self.embed(tokens, training)
+        for block in self.blocks:
+            x = block(x, training=training)
+        return x, table
+
     def before_head(self, tokens):
         """Return what the head reads, `(B, T, C)`: cheap where nobody wants logits."""
-        x, _ = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, training=False)
-        return self._call(self.norm, x, False)
+        return self._call(self.norm, self.run_blocks(tokens)[0], training=False)
 
     def score(self, x, table, training=False):
         """Return logits `(B, T, V)` of what the last block gives."""
@@ -92,9 +96,7 @@ def logits_at(model, tokens, places, training=False):
         Logits `(B, K, V)`: those of the model at the places.
     """
     parts = parts_of(model)
-    x, table = parts.embed(tokens, training)
-    for block in parts.blocks:
-        x = block(x, training=training)  # (B, T, C)
+    x, table = parts.run_blocks(tokens, training)
     x = tf.gather(x, places, batch_dims=1)  # (B, K, C)
     return parts.score(x, table, training)
 

@@ -88,7 +88,7 @@ def build(
 
     changed = {**arguments, **(changes or {})}
     config = config_of(changed)
-    room = max(config["context_length"], config_of(arguments)["context_length"])
+    room = max(config["context_length"], arguments["context_length"])
     places, tensors = _checked(family, {**changed, "context_length": room}, tensors)
     shapes = weight_shapes(config)
     model = GPTModel(**config)

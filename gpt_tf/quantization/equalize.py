@@ -117,9 +117,10 @@ def _inputs_of_products(model, batches, names):
         taken = rows[:: -(-len(rows) // most)].astype(np.float32)  # a copy of these
         found[layer.name].setdefault(name, []).append(taken)
 
+    parts = parts_of(model)
     with observed(model.layers, see, names):
         for ids in batches:
-            parts_of(model).before_head(ids)
+            parts.before_head(ids)
     return {
         layer: {name: np.concatenate(rows) for name, rows in read.items()}
         for layer, read in found.items()

@@ -59,9 +59,10 @@ def moments_of(model, inputs, *, batch_size=8):
         found = tf.matmul(x, x, transpose_a=True).numpy()
         moments[key] = moments[key] + found if key in moments else found
 
+    parts = parts_of(model)
     with observed(model.layers, see, READ_BY):
         for ids in calibration.batches_of(inputs, batch_size, model):
-            parts_of(model).before_head(ids)
+            parts.before_head(ids)
     if not moments:
         raise InputError("GPTQ expects token ids (N, T) of some text. Received: none.")
     return moments

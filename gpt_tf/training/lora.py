@@ -147,17 +147,14 @@ def _floats(kernel, scales):
 class _AdaptedProducts(Products):
     """The products of a block whose kernels stay, with what its adapters add."""
 
-    def __init__(self, adapters, scales, scale, *block):
+    def __init__(self, adapters, scales, factor, *block):
         super().__init__(*block)
-        self.adapters, self.scales, self.scale = adapters, scales, scale
+        self.adapters, self.scales, self.factor = adapters, scales, factor
 
-    def dense(self, name, x):
-        kernel = f"{name}_kernel"
-        a, b = map(tf.convert_to_tensor, self.adapters[kernel])
-        low = tf.matmul(x, self.scale * a)
-        y = _adapted(x, low, b, self.weights[kernel], self.scales.get(kernel))
-        bias = self.weights.get(f"{name}_bias")
-        return y if bias is None else y + bias
+    def product(self, name, x):
+        a, b = map(tf.convert_to_tensor, self.adapters[name])
+        low = tf.matmul(x, self.factor * a)
+        return _adapted(x, low, b, self.weights[name], self.scales.get(name))
 
 
 def _adapted(x, low, b, kernel, scales):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from gpt_tf import artifacts
-from gpt_tf.edge import EdgeGPT, loader, session
+from gpt_tf.edge import EdgeGPT, loader
 from gpt_tf.edge.loader import open_artefact, read_sections
 from gpt_tf.errors import DamagedFileError, InputError
-from gpt_tf.export import integrity
+from gpt_tf.export import integrity, litert
 from gpt_tf.export.signatures import BUNDLE_PREFIX
 from gpt_tf.text.tokenizer import BPETokenizer, CharacterTokenizer
 from tests.export.forged import resealed
@@ -105,7 +105,7 @@ def test_what_litert_refuses_is_a_damaged_file(copied, monkeypatch):
     def refuse(*arguments, **options):
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(session.CompiledModel, "from_file", refuse)
+    monkeypatch.setattr(litert.CompiledModel, "from_file", refuse)
     with pytest.raises(DamagedFileError, match=r"gpt\.tflite: no such operator"):
         EdgeGPT(copied("tflite"))
 

@@ -149,8 +149,11 @@ def test_what_is_no_report_is_damage(tmp_path, text):
         read_report(tmp_path)
 
 
-def test_what_cannot_be_joined_is_refused():
+def test_what_cannot_be_joined_or_made_is_refused():
     with pytest.raises(InputError, match=r"'exact' for two that differ"):
         join_reports([ACCURACY, new_report([entry("c", "exact", p95=3.0)])])
     with pytest.raises(InputError, match="at least one"):
         join_reports([])
+    for make in (new_report, new_entry):
+        with pytest.raises(InputError, match="Received: 'unknown'"):
+            make({}, unknown=1)
