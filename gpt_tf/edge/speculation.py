@@ -7,10 +7,8 @@ made: `score_<T>` verifies, and a smaller file writes ahead.
 import time
 
 from gpt_tf.edge.session import Executor, Session
+from gpt_tf.export import signatures
 from gpt_tf.generation import sequence, speculation
-
-# Signatures that score more tokens than these cost too much to verify proposals.
-_MOST_VERIFIED = 16
 
 
 class Speculator:
@@ -26,7 +24,7 @@ class Speculator:
     """
 
     def __init__(self, executor: Executor, looks_up: bool, draft=None):
-        lengths = [n for n in executor.scores if 1 < n <= _MOST_VERIFIED]
+        lengths = [n for n in executor.scores if 1 < n <= signatures.LONGEST_VERIFIED]
         self.paces = {}
         if looks_up:
             self.paces["lookup"] = speculation.Pace(lengths)

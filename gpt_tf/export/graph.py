@@ -16,41 +16,54 @@ from gpt_tf.export.tflite_writer import Model, Op, Type
 from gpt_tf.models.sizes import block_of, checked_form, rotary_frequencies, turns_heads
 
 
+def may_attend_by_row(constants: Constants) -> bool:
+    """Whether a model's caches are real, and each key is one query's.
+
+    The queries that share a key fill a matrix product better than a single one.
+    """
+    form = checked_form(constants.sizes, constants.sizes)
+    return (
+        not constants.mode.full and form["num_kv_heads"] == constants.sizes["num_heads"]
+    )
+
+
 def build_all(model: Model, constants: Constants, facts: dict):
     """Add all signatures of a file to a model, in the order that files have.
 
     Args:
         model: The `tflite_writer.Model`.
         constants: The weights.
-        facts: Those of the file: `capacity`, `prefill_lengths`, `score_lengths` and
-            `batch_sizes`, which files of older versions do not have.
+        facts: Those of the file: `capacity`, `prefill_lengths`, `score_lengths`, and
+            `batch_sizes` and `attends_by_row`, which files of older versions do not
+            have.
     """
-    capacity = facts["capacity"]
-    build(model, constants, signatures.DECODE, 1, capacity)
+    capacity, by_row = facts["capacity"], facts.get("attends_by_row", False)
+
+    def add(name, length, by_row, wants_logits=True, kind=_Graph, rows=capacity):
+        ops = Operations(model.subgraph(name), constants)
+        kind(ops, length, rows, by_row).build(wants_logits)
+
+    add(signatures.DECODE, 1, by_row)
     for length in facts["prefill_lengths"]:
-        build(model, constants, signatures.prefill(length), length, capacity)
+        add(signatures.prefill(length), length, False, wants_logits=False)
     for length in facts["score_lengths"]:
-        build(model, constants, signatures.score(length), length, capacity)
+        # Proposals are verified in the same arithmetic as tokens are decoded.
+        is_short = length <= signatures.LONGEST_VERIFIED
+        add(signatures.score(length), length, by_row and is_short)
     for size in facts.get("batch_sizes", ()):
-        ops = Operations(model.subgraph(signatures.decode_batch(size)), constants)
         rows = min(capacity, signatures.BATCH_CAPACITY)
-        _BatchGraph(ops, size, rows).build(wants_logits=True)
-
-
-def build(model: Model, constants: Constants, name: str, length: int, capacity: int):
-    """Add the signature of a name to a model; `length` is `T`, `capacity` is `S`."""
-    graph = _Graph(Operations(model.subgraph(name), constants), length, capacity)
-    graph.build(wants_logits=not name.startswith("prefill"))
+        add(signatures.decode_batch(size), size, by_row, kind=_BatchGraph, rows=rows)
 
 
 class _Graph:
     """Builds one signature; the methods follow the layers of `gpt_tf.models`."""
 
-    def __init__(self, ops, length, capacity):
+    def __init__(self, ops, length, capacity, by_row):
         self.ops = ops
         self.graph, self.constants = ops.graph, ops.constants
         self.length = length
         self.capacity = capacity
+        self.by_row = by_row
         sizes = self.constants.sizes
         self.form = sizes | block_of(sizes) | checked_form(sizes, sizes)
         self.heads, self.head_dim = sizes["num_heads"], sizes["head_dim"]
@@ -76,6 +89,9 @@ class _Graph:
         self.row = row
         name = signatures.of_row(signatures.MASK, row)
         self.mask = self.graph.input(name, (1, 1, self.length, self.capacity))
+        if self.by_row:
+            shape = (self.length, 1, self.capacity)
+            self.masks = self.ops.split(self.ops.reshape(self.mask, shape, free=2))
         shape = (1, self.kv_heads, self.capacity, self.head_dim)
         self.caches = {
             name: self.graph.input(
@@ -226,6 +242,36 @@ class _Graph:
 
     def _attend(self, block, query, keys, values):
         """`(1, H, T, D)` and caches `(1, G, S, D)` -> context `(1, T, H * D)`."""
+        attend = self._attend_by_row if self.by_row else self._attend_at_once
+        context = attend(block, query, keys, values)
+        return self.ops.at(f"{block}/context_activation", context)
+
+    def _attend_by_row(self, block, query, keys, values):
+        """Attend from each position by itself.
+
+        A matrix product of LiteRT's packs all keys and values anew in each call. That
+        takes longer than to multiply them by a single row, element by element.
+        """
+        ops, query = self.ops, self.ops.real(query)
+        if self.length > 1:
+            query = ops.swap_middle(query)
+        query = ops.reshape(query, (self.length, self.heads, 1, self.head_dim))
+        rows = zip(ops.split(query), self.masks, strict=True)
+        contexts = [self._attend_row(block, *row, keys, values) for row in rows]
+        return ops.join(contexts, (1, self.length, self.heads * self.head_dim), axis=1)
+
+    def _attend_row(self, block, query, mask, keys, values):
+        """Attend from one position, `(1, H, 1, D)`: context `(1, 1, H * D)`."""
+        ops = self.ops
+        scores = ops.sum(ops.multiply(keys, query), 3)
+        shares = ops.softmax(ops.add(scores, mask))
+        shares = ops.at(f"{block}/probabilities_activation", shares)
+        shares = ops.real(ops.reshape(shares, (*shares.shape, 1), free=2))
+        context = ops.sum(ops.multiply(values, shares), 2)
+        return ops.reshape(context, (1, 1, self.heads * self.head_dim))
+
+    def _attend_at_once(self, block, query, keys, values):
+        """Attend from all positions by matrix products."""
         ops, length = self.ops, self.length
         shared = self.heads // self.kv_heads
         rows = (1, self.kv_heads, shared * length)
@@ -238,16 +284,16 @@ class _Graph:
         )
         scores = ops.real(scores)
         if is_grouped and length > 1:
-            scores = ops.reshape(scores, (1, self.heads, length, self.capacity), -1)
+            scores = ops.reshape(scores, (1, self.heads, length, self.capacity), free=3)
         shares = ops.softmax(ops.add(scores, self.mask))
         if is_grouped and length > 1:
-            shares = ops.reshape(shares, shape, -1)
+            shares = ops.reshape(shares, shape, free=3)
         shares = ops.at(f"{block}/probabilities_activation", shares)
         shape = (*rows, self.head_dim)
         context = ops.matmul(shares, values, shape, f"{block}/context_activation")
         if is_grouped:
             context = ops.reshape(context, (1, self.heads, length, self.head_dim))
-        return ops.at(f"{block}/context_activation", self._join_heads(context))
+        return self._join_heads(context)
 
     def _head(self, x):
         ops = self.ops
@@ -320,7 +366,7 @@ class _BatchGraph(_Graph):
     def _take_caches(self, row=None):
         self.texts = []
         for row in range(self.length):
-            text = _Graph(self.ops, 1, self.capacity)
+            text = _Graph(self.ops, 1, self.capacity, self.by_row)
             text.positions = self.ops.slice(self.positions, [row], [1], (1,))
             text._take_caches(row)
             self.texts.append(text)

@@ -277,10 +277,10 @@ class Operations:
 
     # Shapes
 
-    def reshape(self, x, shape, last=None):
-        """Return a tensor in another shape; `last` is -1 if it follows the caches'."""
-        stated = shape if last is None else (*shape[:-1], last)
-        options = schema.ReshapeOptionsT(newShape=list(stated))
+    def reshape(self, x, shape, free=None):
+        """Return a tensor in another shape; axis `free` follows the caches'."""
+        stated = [-1 if axis == free else size for axis, size in enumerate(shape)]
+        options = schema.ReshapeOptionsT(newShape=stated)
         inputs = [x, self.integers(stated)]
         return self.graph.op(Op.RESHAPE, inputs, shape, x.type, x.quant, options)
 
@@ -301,8 +301,26 @@ class Operations:
         options = schema.SliceOptionsT()
         return self.graph.op(Op.SLICE, inputs, shape, x.type, x.quant, options)
 
+    def split(self, x):
+        """Return the parts of a tensor along its first axis, each of size 1."""
+        count, shape = x.shape[0], x.shape[1:]
+        if count == 1:
+            return [x]
+        # XNNPACK splits into four at most.
+        parts = 2 if count > 4 and count % 2 == 0 else count
+        pieces = self.graph.ops(
+            Op.SPLIT,
+            [self.integers(0), x],
+            [(count // parts, *shape)] * parts,
+            x.type,
+            options=schema.SplitOptionsT(numSplits=parts),
+        )
+        return [part for piece in pieces for part in self.split(piece)]
+
     def join(self, pieces, shape, axis=None):
         """Return pieces of one form side by side on an axis, the last unless given."""
+        if len(pieces) == 1:
+            return pieces[0]
         axis = len(shape) - 1 if axis is None else axis
         options = schema.ConcatenationOptionsT(axis=axis)
         kind, quant = pieces[0].type, pieces[0].quant

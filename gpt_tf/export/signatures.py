@@ -55,6 +55,9 @@ import numpy as np
 
 from gpt_tf.quantization import modes
 
+# Signatures that score more tokens than these cost too much to verify proposals.
+LONGEST_VERIFIED = 16
+
 DECODE = "decode"
 TOKENS = "tokens"
 POSITIONS = "input_pos"

@@ -138,6 +138,10 @@ def _check_facts(facts, size):
         yield "head_outliers", good and (splits or not outliers)
         offsets = facts.get("has_offsets", False)
         yield "has_offsets", offsets is False or (offsets is True and mode == "int4")
+        by_row = facts.get("attends_by_row", False)
+        shares = config.get("num_kv_heads", config["num_heads"]) < config["num_heads"]
+        possible = (False,) if integers or shares else (False, True)
+        yield "attends_by_row", type(by_row) is bool and by_row in possible
         blocks = count * config["num_layers"]
         yield "config: num_layers", blocks <= min(_MOST_BLOCKS, size // _BLOCK_BYTES)
         fingerprint = facts.get("tokenizer_fingerprint", 0)
