@@ -95,6 +95,27 @@ def test_the_capacity_follows_the_text_and_changes_nothing(exported, monkeypatch
     np.testing.assert_array_equal(found[0], found[2])
 
 
+def test_a_long_prompt_grows_with_its_calls_and_gives_the_same(exported, monkeypatch):
+    ids, found = random_ids(CONTEXT - 1), []
+    monkeypatch.setattr(session, "GROWTH", 4)
+    for long_call in (8, CONTEXT):
+        monkeypatch.setattr(session, "_LONG_CALL", long_call)
+        with EdgeGPT(exported.tflite) as gpt, monkeypatch.context() as patch:
+            capacities, run = [], session.Session.run
+
+            def watched(self, signature, chunk, run=run, seen=capacities):
+                seen.append(self.capacity)
+                return run(self, signature, chunk)
+
+            patch.setattr(session.Session, "run", watched)
+            gpt.prefill(ids[:-1])
+            found.append(gpt.decode(ids[-1]))
+            if long_call == 8:
+                assert capacities[:3] == [8, 16, 24]
+            assert capacities[-1] == CONTEXT
+    np.testing.assert_array_equal(*found)
+
+
 # Generation
 
 

@@ -241,7 +241,7 @@ def test_prompts_that_begin_alike_are_computed_once_and_give_the_same_texts(
             assert len(scheduler._prefixes.kept) == 1 and scheduler.active == 0
     # The third is the shortest and goes first; all but a chunk is copied from it. The
     # fourth shares none, and drives the others out.
-    assert read == [8, 0, 19, 19, 20, 0]
+    assert read == [4, 0, 19, 19, 20, 0]
 
 
 def test_rows_scores_and_ends_are_told(gpt):

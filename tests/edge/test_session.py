@@ -18,6 +18,7 @@ def test_a_plan_covers_all_tokens_and_stays_inside(count, spare, lengths):
     assert count <= sum(calls) <= count + spare
     # Only the last may be longer than what is left.
     assert sum(calls[:-1]) < max(1, count)
+    assert list(calls) == sorted(calls, reverse=True)
 
 
 def test_a_plan_has_the_least_cost():
