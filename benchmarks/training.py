@@ -64,6 +64,7 @@ class Shape:
 SHAPES = {
     "small": Shape(4, 4, 128, 64, 12, 65),
     "large": Shape(6, 8, 512, 128, 8, 10000),
+    "long": Shape(6, 8, 512, 1024, 1, 10000),
 }
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0

@@ -116,20 +116,16 @@ def transformer_block(
         query, key = turn(query), turn(key)
     query = hooked("query_activation", query)
     key = hooked("key_activation", key)
+    observed = [
+        hooks.get(name) for name in ("scores_activation", "probabilities_activation")
+    ]
     if cache is None:
-        mask = ops.causal_mask(axes[1])
+        context = ops.causal_attention(query, key, value, *observed)
     else:
         key = ops.write_rows(cache.keys, key, cache.position)  # (B, G, S, D)
         value = ops.write_rows(cache.values, value, cache.position)
         mask = tf.where(cache.mask, 0.0, ops.MASKED)
-    context = ops.attention(
-        query,
-        key,
-        value,
-        mask,
-        hooks.get("scores_activation"),
-        hooks.get("probabilities_activation"),
-    )
+        context = ops.attention(query, key, value, mask, *observed)
     context = products.merge_heads(context)  # (B * T, H * D)
     attended = dense("output", hooked("context_activation", context))
     attended = hooked("attended_activation", attended)

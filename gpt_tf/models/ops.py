@@ -370,6 +370,38 @@ def attention(query, key, value, mask, on_scores=None, on_probabilities=None):
     return attend(query, key, value)
 
 
+def causal_attention(
+    query, key, value, on_scores=None, on_probabilities=None, piece=256
+):
+    """Attention of each position to itself and those before it.
+
+    As `attention` with a `causal_mask`. Many queries attend in pieces, each to the keys
+    that it may see: the others are up to half of the work. Pieces of 256 are faster in
+    training than whole or halved ones.
+
+    Args:
+        query: `(B, H, T, D)`.
+        key: `(B, G, T, D)`.
+        value: `(B, G, T, D)`.
+        on_scores: As for `attention`; with a function the queries are one piece.
+        on_probabilities: Likewise.
+        piece: Queries in a piece.
+
+    Returns:
+        `(B, H, T, D)` in the type of `query`.
+    """
+    length, hooks = query.shape[2], (on_scores, on_probabilities)
+    mask = causal_mask(length or tf.shape(query)[2])
+    if any(hooks) or length is None or length < 2 * piece:
+        return attention(query, key, value, mask, *hooks)
+    contexts = []
+    for begin in range(0, length, piece):
+        rows, seen = slice(begin, begin + piece), slice(begin + piece)
+        seen_by = query[:, :, rows], key[:, :, seen], value[:, :, seen]
+        contexts.append(attention(*seen_by, mask[rows, seen]))
+    return tf.concat(contexts, axis=2)
+
+
 def token_sums(logits, labels, weights):
     """Sum loss, correct predictions and weights over all tokens.
 

@@ -72,6 +72,16 @@ OPERATIONS = {
         plain_attention,
         [normal(2, 3, 5, 4, seed=s) for s in range(3)],
     ),
+    "causal attention": (
+        ops.causal_attention,
+        plain_attention,
+        [normal(2, 3, 5, 4, seed=s) for s in range(3)],
+    ),
+    "causal attention in pieces": (
+        lambda q, k, v: ops.causal_attention(q, k, v, piece=2),
+        plain_attention,
+        [normal(2, 3, 5, 4, seed=s) for s in range(3)],
+    ),
     "attention with a hook": (
         lambda q, k, v: ops.attention(q, k, v, ops.causal_mask(5), tf.identity),
         plain_attention,
