@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt_tf.text.tokenizer import _BYTE_OF, Tokenizer
+from gpt_tf.text.tokenizer import Tokenizer, bytes_of_stand_ins
 
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _WORD_BEGINS = "\u2581"  # SentencePiece's mark for a space
@@ -26,8 +26,9 @@ class ForeignTokenizer(Tokenizer):
         is_byte_level = '"ByteLevel"' in content
         bytes_of = {}
         for token, index in self.backend.get_vocab().items():
-            if is_byte_level and all(c in _BYTE_OF for c in token):
-                bytes_of[index] = bytes(_BYTE_OF[c] for c in token)
+            data = bytes_of_stand_ins(token) if is_byte_level else None
+            if data is not None:
+                bytes_of[index] = data
             elif found := _BYTE.fullmatch(token):
                 bytes_of[index] = bytes([int(found[1], 16)])
             else:

@@ -39,6 +39,15 @@ def byte_alphabet() -> dict[str, int]:
 
 _BYTE_OF = byte_alphabet()
 _STANDS_FOR = {byte: character for character, byte in _BYTE_OF.items()}
+_LATIN_1 = {ord(character): byte for character, byte in _BYTE_OF.items()}
+_STAND_INS = re.compile(f"[{re.escape(''.join(_BYTE_OF))}]*")
+
+
+def bytes_of_stand_ins(token: str) -> bytes | None:
+    """Return the bytes that a token of byte-level BPE stands for; None of any other."""
+    if _STAND_INS.fullmatch(token) is None:
+        return None
+    return token.translate(_LATIN_1).encode("latin-1")
 
 
 def text_and_broken_bytes(data: bytes) -> tuple[list[str], list[str]]:
@@ -263,9 +272,9 @@ class BPETokenizer(Tokenizer):
                 "of them. Use a GPT-2 style tokenizer.json."
             )
         return {
-            index: bytes(_BYTE_OF[c] for c in token)
+            index: data
             for token, index in vocabulary.items()
-            if all(c in _BYTE_OF for c in token)
+            if (data := bytes_of_stand_ins(token)) is not None
         }
 
     @classmethod

@@ -38,6 +38,8 @@ from gpt_tf.training.run_folder import TEXT, load_model, model_files, read_run
 
 logger = logging.getLogger(__name__)
 
+_MEASURED_TOKENS = 4096  # of the text, to tell which parts of a teacher matter
+
 
 @dataclasses.dataclass
 class Start:
@@ -237,7 +239,7 @@ def cut_student(config, start, read):
         options["token_ids"] = shared_tokens(start.teacher_tokenizer, start.tokenizer)
     length = min(config.context_length, teacher.context_length)
     windows = Windows(read, length, 8, seed=config.seed)
-    batches = min(4, windows.steps_per_epoch)
+    batches = min(4, _MEASURED_TOKENS // (8 * length) or 1, windows.steps_per_epoch)
     inputs = np.concatenate([windows.batch(step)[0] for step in range(batches)])
     student = make_student(
         teacher,
