@@ -386,4 +386,4 @@ print("results:", json.dumps(results))
 #
 # - The classes: [Pipeline and MeshGPT](../gpt_tf/parallel/). How to [train on many
 #   machines](../docs/many_machines.md).
-# - This was the last tutorial; [all eight](README.md).
+# - Next: [9. From `fit` to a page in the browser](09_fit_to_browser.ipynb).
