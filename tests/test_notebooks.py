@@ -12,6 +12,8 @@ import nbformat
 import numpy as np
 import pytest
 
+from gpt_tf.edge.web_bundle import install_command
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 TUTORIALS = sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.py"))
@@ -58,11 +60,21 @@ TINY = {
         },
         **{"batch_size": 8, "steps": 4, "steps_per_epoch": 2},
     },
+    "09_fit_to_browser": {
+        **{"vocab_size": 300, "context_length": 32, "batch_size": 4, "num_heads": 2},
+        **{"embedding_dim": 32, "num_layers": 1, "epochs": 2, "steps_per_epoch": 2},
+        **{"evaluated_tokens": 200, "max_new_tokens": 8, "repeats": 1},
+        "jit_compile": False,
+        # The page is opened where npm's packages and a browser are.
+        "node_modules": os.environ.get(
+            "GPT_TF_NODE_MODULES", str(ROOT / "node_modules")
+        ),
+    },
 }
-# They train, quantise or explain several models each.
+# They train, quantise or explain several models each, or open a browser.
 LONG = (
     *("02_train_with_fit", "03_quantise", "04_distil", "06_measure_and_choose"),
-    *("07_explain", "08_train_in_parallel"),
+    *("07_explain", "08_train_in_parallel", "09_fit_to_browser"),
 )
 # A path of a machine, in a text or a link: `/home/...`, `C:\Users\...`.
 MACHINE_PATH = re.compile(
@@ -209,7 +221,7 @@ def test_installing_cell_takes_what_is_beside_the_notebook(tmp_path, beside, sou
 # What they found
 
 
-@pytest.mark.parametrize("name", list(TINY)[:4])
+@pytest.mark.parametrize("name", [*list(TINY)[:4], "09_fit_to_browser"])
 def test_two_quiet_cores_need_no_longer_than_the_tutorial_states(name):
     stated = re.search(r"\*\*Time:\*\* (\d+) minutes", first_cell(name, "markdown"))
     assert _results(name)["cpu_minutes"] / 2 <= int(stated[1])
@@ -321,6 +333,41 @@ def test_tutorial_8_shows_what_the_study_of_scaling_predicts():
     for way, curve in zip(ways, found["predicted"].values(), strict=True):
         assert [point["devices"] for point in way] == found["accelerators"]
         assert curve == [round(tokens / point["step_s"] / 1e3) for point in way]
+
+
+def test_tutorial_9_the_browser_and_the_server_write_the_text_of_edge_gpt():
+    found = _results("09_fit_to_browser")
+    assert found["missing"] == []
+    texts = found["texts"]
+    assert set(texts) == {"Keras", "EdgeGPT", "desktop", "phone", "server"}
+    assert len(texts["EdgeGPT"]) > 100
+    assert all(texts[one] == texts["EdgeGPT"] for one in ("desktop", "phone", "server"))
+    assert min(found["tokens_per_second"][one] for one in ("desktop", "phone")) > 100
+
+
+def test_tutorial_9_the_file_is_small_and_as_good_as_the_keras_model():
+    found = _results("09_fit_to_browser")
+    assert found["size_mb"]["file"] < found["size_mb"]["Keras"] / 3
+    assert -0.01 < found["increase"]["low"] <= found["increase"]["high"] < 0.01
+    losses = found["loss"]["val_loss"]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.6 * found["uniform_loss"]
+
+
+def test_tutorial_9_says_what_to_install_where_the_page_cannot_be_opened(
+    corpus_folder, tmp_path
+):
+    name = "09_fit_to_browser"
+    nothing = {"browser": None, "node_modules": str(tmp_path / "none")}
+    parameters = TINY[name] | {"corpus": str(corpus_folder)} | nothing
+    changes = [f"--set={key}={value}" for key, value in parameters.items()]
+    result = run_execute(name, *changes, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    notebook = nbformat.read(tmp_path / f"{name}.ipynb", as_version=4)
+    assert_shows_a_good_run(notebook)
+    last = [output.get("text", "") for output in outputs_of(notebook)][-2]
+    assert "Missing: " in last and "Chromium" in last
+    assert f"{install_command()} playwright-core" in last
 
 
 # execute.py
