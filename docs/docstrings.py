@@ -52,7 +52,10 @@ def default_and_description(field, constants):
         for name, words in _LIMITS.items()
         if name in facts
     ]
-    said = [eval(ast.unparse(facts["description"]), {"__builtins__": {}}, constants)]
+    said = []
+    if "description" in facts:
+        text = ast.unparse(facts["description"])
+        said.append(eval(text, {"__builtins__": {}}, constants))
     if limits:
         ends = " and ".join(limits)
         said.append(f"{ends[0].upper()}{ends[1:]}.")

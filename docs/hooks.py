@@ -205,6 +205,8 @@ def _shown(output, stem, pictures):
         return [f"![The picture that this cell draws]({name})", ""]
     if "text/html" in data:
         return ["<div>", "".join(data["text/html"]), "</div>", ""]
+    if "text/markdown" in data:
+        return ["".join(data["text/markdown"]), ""]
     text = "".join(output.get("text", data.get("text/plain", ""))).strip("\n")
     return ["```text", text, "```", ""] if text else []
 

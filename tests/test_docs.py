@@ -212,6 +212,7 @@ def test_tutorials_are_pages_with_their_outputs_and_pictures(pages):
         assert pictures and all(place.partition("/")[2] in page for place in pictures)
         assert f"({path.stem}.md)" in pages["tutorials/index.md"]
         assert "```text\n" in page and '"results:"' not in page
+        assert "\n|---|" in page and "Markdown object" not in page
 
 
 # Numbers
@@ -272,6 +273,14 @@ def test_the_page_of_sizes_states_what_was_measured():
 
 
 # The site
+
+
+def test_fields_are_shown_with_and_without_a_description():
+    pytest.importorskip("griffe")
+    default_and_description = _load(DOCS / "docstrings.py").default_and_description
+    shown = default_and_description("Field(4, ge=1, description='Blocks.')", {})
+    assert shown == ("4", "Blocks. At least 1.")
+    assert default_and_description("Field(None, alias='a')", {}) == ("None", "")
 
 
 @pytest.mark.slow
