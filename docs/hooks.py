@@ -185,6 +185,8 @@ def tutorials():
                 pictures[f"tutorials/{place}"] = base64.b64decode(found["image/png"])
                 text = text.replace(f"(attachment:{name})", f"({place})")
             if cell["cell_type"] == "markdown":
+                # Code within a list: Python-Markdown wants it further in than Jupyter.
+                text = re.sub(r"^ {6}(?=\S)", " " * 8, text, flags=re.MULTILINE)
                 lines += [_leading_elsewhere(text), ""]
             elif '"results:"' not in text:  # those are for the tests
                 lines += ["```python", text, "```", ""]

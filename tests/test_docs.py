@@ -213,6 +213,7 @@ def test_tutorials_are_pages_with_their_outputs_and_pictures(pages):
         assert f"({path.stem}.md)" in pages["tutorials/index.md"]
         assert "```text\n" in page and '"results:"' not in page
         assert "\n|---|" in page and "Markdown object" not in page
+        assert not re.search(r"\n {6}gpt-tf ", page)  # would not be shown as code
 
 
 # Numbers
