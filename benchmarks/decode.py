@@ -7,9 +7,9 @@ time, with the same random weights where it takes them, on 1 and on 2 threads. O
 runs the exported file, whose cache may take 1024 positions. Of that, EdgeGPT uses what
 the text needs and LiteRT-LM all, so both run once more on a file whose cache takes the
 128 positions of this text: there the capacities are equal. Behind longer prompts
-(`--depths`) each continues by 32. A token reads every weight
-once; what that takes at the rate at which NumPy reads memory is a yardstick, no bound:
-other code reads faster. What is not installed is named and left out.
+(`--depths`) each continues by 32. A token reads every weight once, and the keys and
+values of all positions: its floor is what that takes at the rate at which a loop in C
+reads as many bytes. What is not installed is named and left out.
 """
 
 import argparse
@@ -93,20 +93,44 @@ def export(task, folder, modes):
     return lambda count: [seconds] * count
 
 
-def floors(task, folder, modes, bandwidth):
-    """Return tokens per second if reading the weights once were all, by mode."""
+def floors(task, folder, modes, threads, depth):
+    """Return what a step behind so many tokens reads, and its floor, by mode.
+
+    Weights are read once, and keys and values of all positions.
+    """
     from gpt_tf.artifacts import check_file_manifest
 
-    found = {}
+    found, width = {}, task.num_layers * task.embedding_dim
     for mode in modes:
         manifest = check_file_manifest(exported_path(folder, task, mode))
+        weights = manifest["verification"]["parameter_bytes"]
         # Of the position table a token reads one row.
-        size = manifest["verification"]["parameter_bytes"]
-        size -= (
-            task.context_length * task.embedding_dim * (4 if mode == "float32" else 1)
-        )
-        found[mode] = bandwidth / size
+        wide = 4 if mode == "float32" else 1
+        weights -= task.context_length * task.embedding_dim * wide
+        cache = 2 * 4 * width * depth
+        rate = read_rate(weights + cache, threads)
+        found[mode] = {
+            "weight_bytes": weights,
+            "cache_bytes": cache,
+            "read_bytes_per_second": rate,
+            "tokens_per_second": rate / (weights + cache),
+        }
     return found
+
+
+def print_shares(rows, floor):
+    """Print how much of its floor each of our modes reaches."""
+    for row, mode in zip(rows, floor, strict=False):
+        if "tokens_per_second" in row:
+            row["share_of_floor"] = (
+                row["tokens_per_second"] / floor[mode]["tokens_per_second"]
+            )
+            console.print(
+                f"  {row['name']}: {row['share_of_floor']:.0%} of what reading "
+                f"{floor[mode]['weight_bytes'] / 1e6:.0f} + "
+                f"{floor[mode]['cache_bytes'] / 1e6:.0f} MB at "
+                f"{floor[mode]['read_bytes_per_second'] / 1e9:.1f} GB/s allows"
+            )
 
 
 def main():
@@ -143,12 +167,11 @@ def main():
 
 
 def measure(task, fitted, folder, threads, arguments):
-    bandwidth = read_rate(threads)
-    floor = floors(task, folder, MODES, bandwidth)
-    console.print(
-        f"{threads} threads read {bandwidth / 1e9:.1f} GB/s with NumPy; at that rate "
-        + ", ".join(f"{rate:.0f} tokens/s in {mode}" for mode, rate in floor.items())
-    )
+    depths = [task.prompt_tokens, *arguments.depths]
+    floor = {
+        depth: floors(task, folder, MODES, threads, depth + task.new_tokens // 2)
+        for depth in depths
+    }
     contenders = [
         peers.contender(f"gpt_tf {mode}", gpt_tf_edge, task, threads, folder, mode)
         for mode in MODES
@@ -172,21 +195,14 @@ def measure(task, fitted, folder, threads, arguments):
     speeds = {row["name"]: row.get("tokens_per_second") for row in rows}
     if speeds[theirs]:
         rows[-1]["ours_over_this"] = speeds[mine] / speeds[theirs]
-    return {
-        "read_gigabytes_per_second": bandwidth / 1e9,
-        "floor_tokens_per_second": floor,
-        "results": rows,
-        "depths": {
-            depth: rows_of(
-                [
-                    at_depth(one, depth)
-                    for one in contenders[:whole] + contenders[-2:-1]
-                ],
-                arguments.rounds,
-            )
-            for depth in arguments.depths
-        },
-    }
+    print_shares(rows, floor[task.prompt_tokens])
+    compared = contenders[:whole] + contenders[-2:-1]
+    by_depth = {}
+    for depth in arguments.depths:
+        deep = [at_depth(one, depth) for one in compared]
+        by_depth[depth] = rows_of(deep, arguments.rounds)
+        print_shares(by_depth[depth], floor[depth])
+    return {"floors": floor, "results": rows, "depths": by_depth}
 
 
 def at_depth(contender, depth):

@@ -9,6 +9,7 @@ memory is a yardstick, no bound.
 
 import argparse
 import dataclasses
+import os
 
 import numpy as np
 from harness import (
@@ -92,7 +93,7 @@ def main():
     arguments = parser.parse_args()
     task = Task(new_tokens=arguments.new_tokens)
     print_machine()
-    bandwidth = read_rate()
+    bandwidth = read_rate(task.bytes_per_token, os.cpu_count())
     floor = bandwidth / task.bytes_per_token
     console.print(
         f"all cores read {bandwidth / 1e9:.1f} GB/s; a token reads "

@@ -314,7 +314,7 @@ def llama_cpp_q4_0(task, threads, folder):
 
 
 def _llama_cpp(task, threads, folder, kind):
-    return llama_file(_quantized_gguf(task, folder, kind), task, threads)
+    return llama_file(quantized_gguf(task, folder, kind), task, threads)
 
 
 def llama_file(path, task, threads):
@@ -341,7 +341,7 @@ def llama_cpp_batch(task, threads, folder, kind, texts):
     The first takes the text's number and its tokens, and clears all with number 0;
     the second takes a token of each text and their position. Both return logits.
     """
-    path = _quantized_gguf(task, folder, kind)
+    path = quantized_gguf(task, folder, kind)
     llama, context = llama_context(path, task.context_length, threads, texts)
     memory = llama.llama_get_memory(context)
     batch = llama.llama_batch_init(task.context_length, 0, 1)
@@ -396,7 +396,7 @@ def _silence():
     return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
-def _quantized_gguf(task, folder, kind):
+def quantized_gguf(task, folder, kind):
     import_or_not_here("llama_cpp")
     import_or_not_here("gguf")
 

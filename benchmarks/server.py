@@ -1,27 +1,34 @@
 """`gpt-tf serve` beside `EdgeGPT` itself, and sessions from a file beside prefills.
 
-    python benchmarks/server.py [--rounds N] [--folder DIR]
+    python benchmarks/server.py [--rounds N] [--folder DIR] [--llama-server PATH]
 
 Decoding: the same file continues the same prompt of 16 tokens greedily by 64, as
 `EdgeGPT.stream` in a loop of one's own, as a stream of the server to one client, and to
 8 clients at once. Clients and server share the machine. Of the bundled models a token
 takes as long as what Python and HTTP do for it, of GPT-2 small's shape it does not.
+With `--llama-server`, llama.cpp's own server is asked the same, of the same weights as
+q8_0. `pip download --no-binary :all: llama-cpp-python` has its sources in
+`vendor/llama.cpp`, and `cmake --build build --target llama-server` makes it.
 
 Sessions: a prompt of 900 tokens at GPT-2 small's shape is prefilled, and loaded from
 the file that `save_session` wrote; the logits behind it are compared.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from concurrent import futures
 from pathlib import Path
 
 import numpy as np
+import peers
 from generation import Task
 from harness import ROOT, Contender, console, finish, print_machine, take_turns
 from serving import MODE, export, file_of
@@ -32,6 +39,8 @@ CLIENTS = 8
 PROMPT_TOKENS, NEW_TOKENS = 16, 64
 SESSION_TOKENS = 900
 BUNDLED = ("python-student", "python-small")
+SMALL = "GPT-2 small's shape"
+THREADS = 2
 # The command line, until standard input ends.
 _SERVE = """
 import os, sys, threading
@@ -59,8 +68,6 @@ def direct(path):
 
 def served(path, clients):
     """The server, in a process that ends with this one, and its clients."""
-    from gpt_tf.evaluation.server_load import Server
-
     process = subprocess.Popen(
         [sys.executable, "-c", _SERVE, "serve", "--port", "0", "--model", path],
         cwd=ROOT,
@@ -68,8 +75,37 @@ def served(path, clients):
         stdout=subprocess.PIPE,
         text=True,
     )
-    server = Server(process.stdout.readline().split()[0])
-    pool = futures.ThreadPoolExecutor(clients)
+    return asked(process.stdout.readline().split()[0], clients)
+
+
+def llama_server(task, clients, folder, program):
+    """llama.cpp's server, in a process that ends with this one, and its clients."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    file = peers.quantized_gguf(task, folder, "q8_0")
+    room = CLIENTS * 2 * (PROMPT_TOKENS + NEW_TOKENS)
+    options = f"-t {THREADS} -tb {THREADS} -np {CLIENTS} -c {room} -fa on --port {port}"
+    process = subprocess.Popen(
+        [program, "-m", file, *options.split()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    atexit.register(process.kill)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{url}/health").close()
+            return asked(url, clients)
+        time.sleep(0.1)
+    raise RuntimeError(f"{program} did not answer within a minute")
+
+
+def asked(url, clients):
+    """Clients of a server that all ask at once."""
+    from gpt_tf.evaluation.server_load import Server
+
+    server, pool = Server(url), futures.ThreadPoolExecutor(clients)
     prompts = prompts_of(clients)
 
     def ask(prompt):
@@ -115,12 +151,13 @@ def session(path, folder, load):
     return lambda count: [once() for _ in range(count)]
 
 
-def compare(name, path, rounds):
+def compare(name, path, rounds, others=()):
     """Return the tokens per second of one file, each way."""
     contenders = [
         Contender("EdgeGPT", direct, (path,)),
         Contender("server, 1 client", served, (path, 1)),
         Contender(f"server, {CLIENTS} clients", served, (path, CLIENTS)),
+        *others,
     ]
     console.print(name)
     measured = take_turns(contenders, rounds, 1)
@@ -139,6 +176,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--folder", type=Path, help="keeps the model")
+    parser.add_argument("--llama-server", help="llama.cpp's program of that name")
     arguments = parser.parse_args()
     task = Task()
     folder = arguments.folder or Path(tempfile.gettempdir()) / "gpt-tf-server"
@@ -149,8 +187,16 @@ def main():
     BPETokenizer.train(["nothing"], 257).save(folder / "tokenizer.json")
     small = file_of(folder)
     models = {name: str(ROOT / f"saved_models/{name}.litertlm") for name in BUNDLED}
-    models["GPT-2 small's shape"] = small
+    others = [
+        Contender(
+            f"llama.cpp's server, {clients} client{'s' * (clients > 1)}",
+            *(llama_server, (task, clients, folder, arguments.llama_server)),
+        )
+        for clients in (1, CLIENTS)
+        if arguments.llama_server
+    ]
     rows = [compare(name, path, arguments.rounds) for name, path in models.items()]
+    rows.append(compare(SMALL, small, arguments.rounds, others))
     prefilled, loaded = take_turns(
         [
             Contender("prefilled", session, (small, folder, False)),

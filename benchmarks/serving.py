@@ -317,8 +317,8 @@ def main():
     ]
     response = take_turns(contenders, arguments.rounds, 1, warm_up=1)
     response = [response_of(measured) for measured in response]
-    bandwidth = {count: read_rate(count) for count in (1, 2)}
     size = weight_bytes(task, folder)
+    bandwidth = {count: read_rate(size, count) for count in (1, 2)}
     floor = bandwidth[2] / size
     console.print(
         f"a token reads {size / 1e6:.0f} MB; 1 core reads "
