@@ -393,6 +393,10 @@ class EdgeGPT:
         with self.one_thread:
             return self._executor.session()
 
+    def foresee(self, session: Session, state: sequence.SequenceState):
+        """Return what takes the steps of a text, of several tokens where that pays."""
+        return self._speculator.begin(session, state)
+
     def batch_decoder(self) -> BatchDecoder:
         """Return what decodes several of those texts in one call."""
         with self.one_thread:

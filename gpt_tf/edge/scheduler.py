@@ -33,7 +33,8 @@ class Work(NamedTuple):
 
     Attributes:
         requests: For which requests; one, or those that decoded in one call.
-        kind: `"prefill"`, or `"decode"`, which gives each a token.
+        kind: `"prefill"`, or `"decode"`, which gives each a token, or a single one
+            several, where they could be foreseen.
         tokens: Number of tokens that the model processed.
     """
 
@@ -259,6 +260,7 @@ class EdgeScheduler:
         request._session.reset()
         calls = request._session.plan(request.unread, self.max_chunk)
         request._calls, request._past = collections.deque(calls), []
+        request._foreseen = self.gpt.foresee(request._session, request._state)
 
     def _next(self, admitted):
         """Return the requests to work for: one prompt, or some that decode."""
@@ -300,12 +302,15 @@ class EdgeScheduler:
         return Work((request,), "prefill", count)
 
     def _decode(self, requests):
-        """Generate the next token of each of some requests."""
+        """Generate the next token of each of some requests, or more of a single one."""
         if len(requests) == 1:
             (request,) = requests
             with self._working_for(request):
-                logits = request._session.decode(request._state.pending[-1])
-                self._push(request, logits)
+                if request._may_foresee:
+                    self._advance(request, request._foreseen.step)
+                else:
+                    logits = request._session.decode(request._state.pending[-1])
+                    self._advance(request, request._state.push, logits)
         else:
             tokens = [request._state.pending[-1] for request in requests]
             sessions = [request._session for request in requests]
@@ -314,7 +319,7 @@ class EdgeScheduler:
             for request, token, logits in zip(requests, tokens, found, strict=True):
                 with self._working_for(request):
                     request._session.ids.append(token)
-                    self._push(request, logits)
+                    self._advance(request, request._state.push, logits)
         return Work(tuple(requests), "decode", len(requests))
 
     @contextlib.contextmanager
@@ -326,11 +331,12 @@ class EdgeScheduler:
         if request.done:
             self._release(request)
 
-    def _push(self, request, logits):
-        """Give a request the logits of its next token."""
+    def _advance(self, request, step, *logits):
+        """Take a step of a request's text, by the logits of its next token if given."""
         try:
-            request._pieces.extend(request._state.push(logits))
-            request._score(logits)
+            request._pieces.extend(step(*logits))
+            for row in logits:
+                request._score(row)
         except InputError as error:
             request.error = error
         else:
@@ -377,7 +383,7 @@ class Request:
         self.scores = []
         self._scheduler = scheduler
         self._state, self._num_logprobs = state, num_logprobs
-        self._session = self._calls = None
+        self._session = self._calls = self._foreseen = None
         self._past = []  # calls that filled its cache: lengths, and numbers of tokens
         self._token_step = -1  # the step of its last token
         self._pieces = collections.deque()
@@ -467,6 +473,11 @@ class Request:
         """Yield what is new, and no more; the scheduler does not work for it."""
         while self._pieces:
             yield self._pieces.popleft()
+
+    @property
+    def _may_foresee(self):
+        """Whether a step may give several tokens: none of them is scored."""
+        return self._num_logprobs is None and not self._state.needs_prefill
 
     def _score(self, logits):
         """Keep how likely the newest token was, if one was added."""

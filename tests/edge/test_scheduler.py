@@ -152,9 +152,9 @@ def test_a_request_that_fails_does_not_touch_the_others(gpt, monkeypatch):
         bad, good = (scheduler.submit([n], **options) for n in (3, 4))
         scheduler.step()
         scheduler.step()
-        decode = bad._session.decode
+        verify = bad._session.verify
         monkeypatch.setattr(
-            bad._session, "decode", lambda token: decode(token) * np.nan
+            bad._session, "verify", lambda *tokens: verify(*tokens) * np.nan
         )
         assert good.result() == alone
         scheduler.run()

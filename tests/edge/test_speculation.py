@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gpt_tf.edge import EdgeGPT, session
+from gpt_tf.edge import EdgeGPT, EdgeScheduler, session
 from gpt_tf.errors import InputError
 from gpt_tf.export import tflite
 from gpt_tf.generation.speculation import Pace
@@ -58,6 +58,31 @@ def test_the_text_is_the_one_without_proposals(exported, monkeypatch, always, gr
         for pieces in zip(*streams, strict=False):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         assert all(map(str.startswith, expected[:2], texts)) and all(texts)
+
+
+def test_a_lone_request_of_a_scheduler_is_foreseen_too(exported, always):
+    prompts = [REQUESTS[0], REQUESTS[3], REQUESTS[4]]
+    with EdgeGPT(exported.litertlm, speculate="none") as gpt:
+        expected = [gpt.generate(**request) for request in prompts]
+    with (
+        EdgeGPT(exported.litertlm, draft=exported.tflite) as gpt,
+        EdgeScheduler(gpt) as scheduler,
+    ):
+
+        def begin(prompt, **options):
+            as_text = isinstance(prompt, str)
+            return scheduler.submit(prompt, as_text=as_text, **options)
+
+        for request, text in zip(prompts, expected, strict=True):
+            assert begin(**request).result() == text
+        assert sum(accepted for _, accepted in always) > 40
+        always.clear()
+        scored = scheduler.submit(num_logprobs=1, **prompts[1])
+        scored.result()
+        assert len(scored.scores) == len(scored.tokens) and not always
+        # Together, and each alone when the others have ended.
+        requests = [begin(**one) for one in prompts]
+        assert [request.result() for request in requests] == expected
 
 
 def test_a_file_without_short_scores_writes_the_same(exported, tmp_path, monkeypatch):

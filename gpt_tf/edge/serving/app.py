@@ -35,6 +35,7 @@ from gpt_tf.settings.server import ServerConfig
 # Where a request does not say how many; the first is OpenAI's, the second EdgeGPT's.
 _COMPLETION_TOKENS, _CHAT_TOKENS = 16, 512
 _RETRY = {"Retry-After": "1"}
+_EVENTS_AT_ONCE = 32  # of one answer: a few milliseconds at most
 _MESSAGES = {
     404: "There is nothing at this address. The server has /v1/models, "
     "/v1/completions, /v1/chat/completions, /health and /metrics.",
@@ -224,7 +225,10 @@ async def _events(job: Job, answer: Answer, count: int) -> AsyncIterator[str]:
         yield line
     try:
         async for pieces in job:
-            yield "".join(map(answer.event, pieces))
+            for begin in range(0, len(pieces), _EVENTS_AT_ONCE):
+                few = pieces[begin : begin + _EVENTS_AT_ONCE]
+                yield "".join(map(answer.event, few))
+                await asyncio.sleep(0)  # the other connections have their turn
     except InputError as error:
         yield event(error_of(str(error), 500))
     else:

@@ -22,6 +22,11 @@ from gpt_tf.settings.server import ServerConfig
 
 logger = logging.getLogger(__name__)
 
+# A small model writes faster than the event loop sends, and would keep it from seeing
+# who has gone: it rests after each step while so many pieces of an answer wait.
+_MANY_PIECES = 64
+_REST_S = 1e-3
+
 
 class FullError(RuntimeError):
     """The queue of a model has no room for a request."""
@@ -65,6 +70,11 @@ class Job:
         self._worker, self._left = worker, count
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
         self._pieces, self._is_told = collections.deque(), False
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether many pieces wait to be sent."""
+        return len(self._pieces) > _MANY_PIECES
 
     async def __aiter__(self) -> AsyncIterator[list[Piece]]:
         while self._left:
@@ -228,6 +238,8 @@ class ModelWorker:
             self._failed = False
             for request in [one for one in self._told if one.done]:
                 self._tell(request)
+        if any(told.job.is_behind for told in self._told.values()):
+            time.sleep(_REST_S)  # the event loop has Python to itself
 
     def _tell(self, request):
         """Count what is new of a request, and hand it on."""
