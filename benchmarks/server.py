@@ -52,7 +52,7 @@ cli.main()
 
 def prompts_of(count):
     """Return prompts of ids that every model knows."""
-    generator = np.random.default_rng(3)
+    generator = np.random.default_rng(5)
     return generator.integers(0, 257, (count, PROMPT_TOKENS)).tolist()
 
 
