@@ -50,23 +50,30 @@ cli.main()
 """
 
 
-def prompts_of(count):
-    """Return prompts of ids that every model knows."""
-    generator = np.random.default_rng(5)
-    return generator.integers(0, 257, (count, PROMPT_TOKENS)).tolist()
+def prompts_of(path):
+    """Return prompts, of ids that every model knows, behind which a model writes on."""
+    from gpt_tf.edge import EdgeGPT
+
+    generator, found = np.random.default_rng(3), []
+    with EdgeGPT(path) as gpt:
+        while len(found) < CLIENTS:
+            prompt = generator.integers(0, 257, PROMPT_TOKENS).tolist()
+            text = gpt.generate(prompt, max_new_tokens=NEW_TOKENS, temperature=0)
+            if len(text) == PROMPT_TOKENS + NEW_TOKENS:
+                found.append(prompt)
+    return found
 
 
-def direct(path):
+def direct(path, prompts):
     """`EdgeGPT`, whose text is taken piece by piece."""
     from gpt_tf.edge import EdgeGPT
 
     gpt = EdgeGPT(path)
-    (prompt,) = prompts_of(1)
     options = {"max_new_tokens": NEW_TOKENS, "temperature": 0}
-    return repeated(lambda: sum(1 for _ in gpt.stream(prompt, **options)))
+    return repeated(lambda: sum(1 for _ in gpt.stream(prompts[0], **options)))
 
 
-def served(path, clients):
+def served(path, prompts):
     """The server, in a process that ends with this one, and its clients."""
     process = subprocess.Popen(
         [sys.executable, "-c", _SERVE, "serve", "--port", "0", "--model", path],
@@ -75,10 +82,10 @@ def served(path, clients):
         stdout=subprocess.PIPE,
         text=True,
     )
-    return asked(process.stdout.readline().split()[0], clients)
+    return asked(process.stdout.readline().split()[0], prompts)
 
 
-def llama_server(task, clients, folder, program):
+def llama_server(task, prompts, folder, program):
     """llama.cpp's server, in a process that ends with this one, and its clients."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -96,17 +103,16 @@ def llama_server(task, clients, folder, program):
     for _ in range(600):
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"{url}/health").close()
-            return asked(url, clients)
+            return asked(url, prompts)
         time.sleep(0.1)
     raise RuntimeError(f"{program} did not answer within a minute")
 
 
-def asked(url, clients):
+def asked(url, prompts):
     """Clients of a server that all ask at once."""
     from gpt_tf.evaluation.server_load import Server
 
-    server, pool = Server(url), futures.ThreadPoolExecutor(clients)
-    prompts = prompts_of(clients)
+    server, pool = Server(url), futures.ThreadPoolExecutor(len(prompts))
 
     def ask(prompt):
         with contextlib.closing(server.connect()) as connection:
@@ -151,12 +157,12 @@ def session(path, folder, load):
     return lambda count: [once() for _ in range(count)]
 
 
-def compare(name, path, rounds, others=()):
+def compare(name, path, prompts, rounds, others=()):
     """Return the tokens per second of one file, each way."""
     contenders = [
-        Contender("EdgeGPT", direct, (path,)),
-        Contender("server, 1 client", served, (path, 1)),
-        Contender(f"server, {CLIENTS} clients", served, (path, CLIENTS)),
+        Contender("EdgeGPT", direct, (path, prompts[:1])),
+        Contender("server, 1 client", served, (path, prompts[:1])),
+        Contender(f"server, {CLIENTS} clients", served, (path, prompts)),
         *others,
     ]
     console.print(name)
@@ -187,16 +193,20 @@ def main():
     BPETokenizer.train(["nothing"], 257).save(folder / "tokenizer.json")
     small = file_of(folder)
     models = {name: str(ROOT / f"saved_models/{name}.litertlm") for name in BUNDLED}
+    prompts = prompts_of(small)
     others = [
         Contender(
             f"llama.cpp's server, {clients} client{'s' * (clients > 1)}",
-            *(llama_server, (task, clients, folder, arguments.llama_server)),
+            *(llama_server, (task, prompts[:clients], folder, arguments.llama_server)),
         )
         for clients in (1, CLIENTS)
         if arguments.llama_server
     ]
-    rows = [compare(name, path, arguments.rounds) for name, path in models.items()]
-    rows.append(compare(SMALL, small, arguments.rounds, others))
+    rows = [
+        compare(name, path, prompts_of(path), arguments.rounds)
+        for name, path in models.items()
+    ]
+    rows.append(compare(SMALL, small, prompts, arguments.rounds, others))
     prefilled, loaded = take_turns(
         [
             Contender("prefilled", session, (small, folder, False)),
