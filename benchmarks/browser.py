@@ -73,7 +73,6 @@ def write_transformers_js(task, folder, modules):
     }
     (folder / "gpt2/config.json").write_text(json.dumps(config))
     (folder / "gpt2/generation_config.json").write_text("{}")
-    (folder / "style.css").touch()
     shutil.copytree(
         modules / "onnxruntime-web/dist", folder / "ort", dirs_exist_ok=True
     )
