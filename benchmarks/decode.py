@@ -195,6 +195,14 @@ def measure(task, fitted, folder, threads, arguments):
     speeds = {row["name"]: row.get("tokens_per_second") for row in rows}
     if speeds[theirs]:
         rows[-1]["ours_over_this"] = speeds[mine] / speeds[theirs]
+    for depth in depths:  # of both times: others on the host can only take from it
+        again = floors(task, folder, MODES, threads, depth + task.new_tokens // 2)
+        for mode in MODES:
+            if (
+                again[mode]["tokens_per_second"]
+                > floor[depth][mode]["tokens_per_second"]
+            ):
+                floor[depth][mode] = again[mode]
     print_shares(rows, floor[task.prompt_tokens])
     compared = contenders[:whole] + contenders[-2:-1]
     by_depth = {}
