@@ -59,7 +59,7 @@ def prompts_of(path):
         while len(found) < CLIENTS:
             prompt = generator.integers(0, 257, PROMPT_TOKENS).tolist()
             text = gpt.generate(prompt, max_new_tokens=NEW_TOKENS, temperature=0)
-            if len(text) == NEW_TOKENS:
+            if len(text) == NEW_TOKENS and gpt.tokenizer.decode(text):
                 found.append(prompt)
     return found
 
