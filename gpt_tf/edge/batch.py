@@ -85,7 +85,7 @@ class BatchDecoder:
         """Return the session that free rows write to; nobody reads it."""
         if self._spare is None:
             self._spare = self._executor.session()
-        self._spare.grow(capacity)
+        self._spare.reserve(capacity)  # it may have been larger for longer texts
         return self._spare
 
     def close(self) -> None:

@@ -58,6 +58,19 @@ def test_texts_are_those_that_each_request_has_alone(gpt, options):
     assert sum(calls) == sum(counts) and {1, 2, 3, 4} <= set(calls)
 
 
+def test_short_texts_follow_long_ones_with_a_row_free(gpt):
+    prompts = [PROMPTS[0][:count] for count in (18, 17, 16, 3, 2, 1)]
+    alone = [gpt.generate(prompt, max_new_tokens=4, seed=1) for prompt in prompts]
+    with EdgeScheduler(gpt) as scheduler:
+        for begin in (0, 3):
+            texts = slice(begin, begin + 3)
+            requests = [
+                scheduler.submit(prompt, max_new_tokens=4, seed=1)
+                for prompt in prompts[texts]
+            ]
+            assert [request.result() for request in requests] == alone[texts]
+
+
 def test_each_row_has_the_logits_of_a_full_forward(gpt, exported):
     sessions = [gpt.new_session() for _ in range(3)]
     texts = PROMPTS[:3]
