@@ -159,7 +159,8 @@ class EdgeScheduler:
             as_text: Whether text is returned, or ids. None: as the prompt is.
             num_logprobs: Keep the log-probability of each new token, and of so many
                 of the most likely ones, in `Request.scores`.
-            ignore_eos: Go on after a token that ends a text, to measure speed.
+            ignore_eos: Go on after a token that ends a text, to measure speed. Such a
+                text, which may repeat itself for ever, is not foreseen.
         """
         arguments.integer("num_logprobs", num_logprobs, or_none=True)
         sampling = temperature, top_k, top_p, repetition_penalty, seed
@@ -175,6 +176,7 @@ class EdgeScheduler:
                 ignore_eos=ignore_eos,
             )
             request = Request(self, next(self._arrivals), state, num_logprobs)
+            request._foresees = num_logprobs is None and not ignore_eos
             if not request.done:
                 self._requests.append(request)
         return request
@@ -306,7 +308,7 @@ class EdgeScheduler:
         if len(requests) == 1:
             (request,) = requests
             with self._working_for(request):
-                if request._may_foresee:
+                if request._foresees and not request._state.needs_prefill:
                     self._advance(request, request._foreseen.step)
                 else:
                     logits = request._session.decode(request._state.pending[-1])
@@ -384,6 +386,7 @@ class Request:
         self._scheduler = scheduler
         self._state, self._num_logprobs = state, num_logprobs
         self._session = self._calls = self._foreseen = None
+        self._foresees = True  # where a step may give several tokens
         self._past = []  # calls that filled its cache: lengths, and numbers of tokens
         self._token_step = -1  # the step of its last token
         self._pieces = collections.deque()
@@ -473,11 +476,6 @@ class Request:
         """Yield what is new, and no more; the scheduler does not work for it."""
         while self._pieces:
             yield self._pieces.popleft()
-
-    @property
-    def _may_foresee(self):
-        """Whether a step may give several tokens: none of them is scored."""
-        return self._num_logprobs is None and not self._state.needs_prefill
 
     def _score(self, logits):
         """Keep how likely the newest token was, if one was added."""

@@ -24,9 +24,9 @@ def path(exported, tmp_path_factory):
 
 @pytest.fixture
 def gpt(path, monkeypatch):
-    """The opened file, whose caches grow early and often."""
+    """The opened file, whose caches grow early and often, and a token a step."""
     monkeypatch.setattr(session, "GROWTH", 4)
-    with EdgeGPT(path) as opened:
+    with EdgeGPT(path, speculate="none") as opened:
         yield opened
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gpt_tf.edge import EdgeScheduler, prefixes
+from gpt_tf.edge import EdgeGPT, EdgeScheduler, prefixes
 from gpt_tf.errors import InputError
 from gpt_tf.evaluation.worker import ModelRunner
 from tests.edge.conftest import CONTEXT
@@ -9,6 +9,13 @@ from tests.edge.test_runtime import OPTIONS, random_ids
 
 PROMPTS = [random_ids(20), [3], random_ids(11, seed=2), random_ids(CONTEXT), [5, 3, 5]]
 KINDS = [{"chunked": False}, {"max_chunk": 4}, {"max_active": 2}]
+
+
+@pytest.fixture(scope="module")
+def gpt(exported):
+    """The opened file, which takes one token a step, so that steps can be counted."""
+    with EdgeGPT(exported.litertlm, speculate="none") as opened:
+        yield opened
 
 
 def works_of(scheduler):
