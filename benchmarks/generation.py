@@ -119,6 +119,7 @@ def main():
         "generation",
         {
             "task": dataclasses.asdict(task),
+            "probe": "a loop in C",
             "read_gigabytes_per_second": bandwidth / 1e9,
             "floor_tokens_per_second": floor,
             "results": report,
