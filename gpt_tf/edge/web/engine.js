@@ -182,5 +182,6 @@ export function plan(count, free, given) {
     }
     best.push(found);
   }
-  return [...new Array(whole).fill(largest), ...best.at(-1).calls];
+  const rest = [...best.at(-1).calls].sort((a, b) => b - a);
+  return [...new Array(whole).fill(largest), ...rest];
 }
