@@ -196,12 +196,9 @@ float total(const float *x, long n) {
 """
 
 
-def read_rate(size: int, threads: int) -> float:
-    """Return bytes per second at which threads read so many bytes again and again.
-
-    Each has its part, which stays in whatever cache holds it, as a step's weights do.
-    The loop is compiled by `cc` for this processor; the best of the passes counts.
-    """
+@functools.cache
+def _reader():
+    """Compile the loop by `cc` for this processor."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "reader.so"
         command = ["cc", "-O3", "-ffast-math", "-march=native", "-shared", "-fPIC"]
@@ -209,6 +206,16 @@ def read_rate(size: int, threads: int) -> float:
         subprocess.run(command, input=_READER, text=True, check=True)
         total = ctypes.CDLL(str(library)).total  # a call leaves Python's lock
     total.argtypes, total.restype = (ctypes.c_void_p, ctypes.c_long), ctypes.c_float
+    return total
+
+
+def read_rate(size: int, threads: int) -> float:
+    """Return bytes per second at which threads read so many bytes again and again.
+
+    Each has its part, which stays in whatever cache holds it, as a step's weights do;
+    the best of the passes counts.
+    """
+    total = _reader()
     parts = np.array_split(np.ones(size // 4, np.float32), threads)
     best, end = float("inf"), time.perf_counter() + 1.5
     with futures.ThreadPoolExecutor(threads) as pool:

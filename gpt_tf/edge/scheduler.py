@@ -35,7 +35,7 @@ class Work(NamedTuple):
         requests: For which requests; one, or those that decoded in one call.
         kind: `"prefill"`, or `"decode"`, which gives each a token, or a single one
             several, where they could be foreseen.
-        tokens: Number of tokens that the model processed.
+        tokens: Number of tokens that were read, or written.
     """
 
     requests: tuple["Request", ...]
@@ -175,8 +175,9 @@ class EdgeScheduler:
                 first_row=row,
                 ignore_eos=ignore_eos,
             )
-            request = Request(self, next(self._arrivals), state, num_logprobs)
-            request._foresees = num_logprobs is None and not ignore_eos
+            foresees = num_logprobs is None and not ignore_eos
+            arrival = next(self._arrivals)
+            request = Request(self, arrival, state, num_logprobs, foresees)
             if not request.done:
                 self._requests.append(request)
         return request
@@ -262,7 +263,8 @@ class EdgeScheduler:
         request._session.reset()
         calls = request._session.plan(request.unread, self.max_chunk)
         request._calls, request._past = collections.deque(calls), []
-        request._foreseen = self.gpt.foresee(request._session, request._state)
+        if request._foresees:
+            request._foreseen = self.gpt.foresee(request._session, request._state)
 
     def _next(self, admitted):
         """Return the requests to work for: one prompt, or some that decode."""
@@ -305,10 +307,11 @@ class EdgeScheduler:
 
     def _decode(self, requests):
         """Generate the next token of each of some requests, or more of a single one."""
+        before = _written(requests)
         if len(requests) == 1:
             (request,) = requests
             with self._working_for(request):
-                if request._foresees and not request._state.needs_prefill:
+                if request._foreseen and not request._state.needs_prefill:
                     self._advance(request, request._foreseen.step)
                 else:
                     logits = request._session.decode(request._state.pending[-1])
@@ -322,7 +325,7 @@ class EdgeScheduler:
                 with self._working_for(request):
                     request._session.ids.append(token)
                     self._advance(request, request._state.push, logits)
-        return Work(tuple(requests), "decode", len(requests))
+        return Work(tuple(requests), "decode", _written(requests) - before)
 
     @contextlib.contextmanager
     def _working_for(self, request):
@@ -355,6 +358,10 @@ class EdgeScheduler:
             request.close()
 
 
+def _written(requests):
+    return sum(len(request._state.new_ids) for request in requests)
+
+
 class TokenScore(NamedTuple):
     """How likely a token was.
 
@@ -379,14 +386,14 @@ class Request:
         scores: A `TokenScore` for each new token, where they were asked for.
     """
 
-    def __init__(self, scheduler, arrival, state, num_logprobs=None):
+    def __init__(self, scheduler, arrival, state, num_logprobs, foresees):
         self.arrival = arrival
         self.error = None
         self.scores = []
         self._scheduler = scheduler
         self._state, self._num_logprobs = state, num_logprobs
+        self._foresees = foresees  # a step may give several tokens
         self._session = self._calls = self._foreseen = None
-        self._foresees = True  # where a step may give several tokens
         self._past = []  # calls that filled its cache: lengths, and numbers of tokens
         self._token_step = -1  # the step of its last token
         self._pieces = collections.deque()

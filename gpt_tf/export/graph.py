@@ -14,17 +14,16 @@ from gpt_tf.export.constants import Constants, per_tensor
 from gpt_tf.export.operations import Operations
 from gpt_tf.export.tflite_writer import Model, Op, Type
 from gpt_tf.models.sizes import block_of, checked_form, rotary_frequencies, turns_heads
+from gpt_tf.quantization.modes import Mode
 
 
-def may_attend_by_row(constants: Constants) -> bool:
+def may_attend_by_row(sizes: dict, mode: Mode) -> bool:
     """Whether a model's caches are real, and each key is one query's.
 
     The queries that share a key fill a matrix product better than a single one.
     """
-    form = checked_form(constants.sizes, constants.sizes)
-    return (
-        not constants.mode.full and form["num_kv_heads"] == constants.sizes["num_heads"]
-    )
+    heads = sizes["num_heads"]
+    return not mode.full and checked_form(sizes, sizes)["num_kv_heads"] == heads
 
 
 def build_all(model: Model, constants: Constants, facts: dict):
@@ -91,7 +90,7 @@ class _Graph:
         self.mask = self.graph.input(name, (1, 1, self.length, self.capacity))
         if self.by_row:
             shape = (self.length, 1, self.capacity)
-            self.masks = self.ops.split(self.ops.reshape(self.mask, shape, free=2))
+            self.masks = self.ops.rows(self.ops.reshape(self.mask, shape, free=2))
         shape = (1, self.kv_heads, self.capacity, self.head_dim)
         self.caches = {
             name: self.graph.input(
@@ -169,14 +168,7 @@ class _Graph:
         """Return query, key and value, each `(1, heads, T, D)`."""
         if self._is_fused(block):
             qkv = self._split_heads(*projected, 3 * self.heads)
-            shape = (1, self.heads, self.length, self.head_dim)
-            return self.graph.ops(
-                Op.SPLIT,
-                [self.ops.integers(1), qkv],
-                [shape] * 3,
-                qkv.type,
-                options=schema.SplitOptionsT(numSplits=3),
-            )
+            return self.ops.split(qkv, 3, axis=1)
         heads = self.heads, self.kv_heads, self.kv_heads
         return [
             None if one is None else self._split_heads(one, count)
@@ -256,7 +248,7 @@ class _Graph:
         if self.length > 1:
             query = ops.swap_middle(query)
         query = ops.reshape(query, (self.length, self.heads, 1, self.head_dim))
-        rows = zip(ops.split(query), self.masks, strict=True)
+        rows = zip(ops.rows(query), self.masks, strict=True)
         contexts = [self._attend_row(block, *row, keys, values) for row in rows]
         return ops.join(contexts, (1, self.length, self.heads * self.head_dim), axis=1)
 

@@ -301,21 +301,22 @@ class Operations:
         options = schema.SliceOptionsT()
         return self.graph.op(Op.SLICE, inputs, shape, x.type, x.quant, options)
 
-    def split(self, x):
+    def split(self, x, count, axis):
+        """Return so many equal parts of a tensor along an axis."""
+        shape = [*x.shape]
+        shape[axis] //= count
+        options = schema.SplitOptionsT(numSplits=count)
+        inputs, shapes = [self.integers(axis), x], [tuple(shape)] * count
+        return self.graph.ops(Op.SPLIT, inputs, shapes, x.type, options=options)
+
+    def rows(self, x):
         """Return the parts of a tensor along its first axis, each of size 1."""
-        count, shape = x.shape[0], x.shape[1:]
+        count = x.shape[0]
         if count == 1:
             return [x]
         # XNNPACK splits into four at most.
         parts = 2 if count > 4 and count % 2 == 0 else count
-        pieces = self.graph.ops(
-            Op.SPLIT,
-            [self.integers(0), x],
-            [(count // parts, *shape)] * parts,
-            x.type,
-            options=schema.SplitOptionsT(numSplits=parts),
-        )
-        return [part for piece in pieces for part in self.split(piece)]
+        return [row for part in self.split(x, parts, 0) for row in self.rows(part)]
 
     def join(self, pieces, shape, axis=None):
         """Return pieces of one form side by side on an axis, the last unless given."""

@@ -139,9 +139,8 @@ def _check_facts(facts, size):
         offsets = facts.get("has_offsets", False)
         yield "has_offsets", offsets is False or (offsets is True and mode == "int4")
         by_row = facts.get("attends_by_row", False)
-        shares = config.get("num_kv_heads", config["num_heads"]) < config["num_heads"]
-        possible = (False,) if integers or shares else (False, True)
-        yield "attends_by_row", type(by_row) is bool and by_row in possible
+        may = graph.may_attend_by_row(config, constants.MODES[mode])
+        yield "attends_by_row", by_row is False or (by_row is True and may)
         blocks = count * config["num_layers"]
         yield "config: num_layers", blocks <= min(_MOST_BLOCKS, size // _BLOCK_BYTES)
         fingerprint = facts.get("tokenizer_fingerprint", 0)

@@ -170,7 +170,7 @@ def export_tflite(
         "prefill_lengths": lengths,
         "score_lengths": sorted({min(length, capacity) for length in SCORE_LENGTHS}),
         "batch_sizes": batch_sizes,
-        "attends_by_row": graph.may_attend_by_row(constants),
+        "attends_by_row": graph.may_attend_by_row(constants.sizes, constants.mode),
         "has_offsets": has_offsets,
         "head_outliers": len(outliers),
         "cache_dtype": "int8" if constants.mode.full else "float32",
